@@ -1,0 +1,1 @@
+"""The Ray Serve deployments. Thin: what they decide lives in twinkle_serve."""

@@ -1,0 +1,94 @@
+"""One sampling engine as a deployment: engine-dp0, engine-dp1, …, one data-parallel replica each."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from ray import serve
+
+from twinkle_serve import hub
+from twinkle_serve.config import ServiceArgs
+from twinkle_serve.engines import build_engine
+from twinkle_serve.engines.base import ChunkRunner, EngineInfo, Finished, Group, GroupKey
+from twinkle_serve.errors import EngineStartError
+from twinkle_serve.placement import Placement, cores_of_engine
+
+
+def engine_name(dp_rank: int) -> str:
+    """Name of the deployment of a data-parallel rank."""
+    return f"engine-dp{dp_rank}"
+
+
+@serve.deployment(
+    # Admission is the router's: whatever it sends is taken.
+    max_ongoing_requests=10_000,
+    # A dead process is noticed within this period.
+    health_check_period_s=2,
+    health_check_timeout_s=30,
+    graceful_shutdown_wait_loop_s=0.5,
+    graceful_shutdown_timeout_s=5,
+    max_constructor_retry_count=1,
+)
+class Engine:
+    """Runs chunks of groups for the router.
+
+    Guarantees: `sample` yields every group of its chunk once, or raises, and then all of them are over.
+    Guarantees: when the router goes away or cancels, its chunks are aborted.
+    Does not guarantee: that a group survives this process. The router keeps it.
+    """
+
+    async def __init__(self, args: ServiceArgs, dp_rank: int, placement: Placement) -> None:
+        mesh = args.device_mesh.mesh()
+        cores: list[tuple[int, ...]] = []
+        if placement.device == "cpu":
+            mine = sorted(os.sched_getaffinity(0))
+            cores = cores_of_engine(dp_rank, mesh.devices_per_replica, placement.devices_per_node, mine)
+        name = engine_name(dp_rank)
+        model = await asyncio.to_thread(hub.resolve, args.model_id)
+        self._engine = build_engine(
+            args.engine,
+            name,
+            str(model),
+            args.engine_args,
+            device=placement.device,
+            tp_size=mesh.tp_size,
+            pp_size=mesh.pp_size,
+            executor=placement.executor,
+            cpus=cores,
+            trust_remote_code=args.trust_remote_code,
+        )
+        try:
+            async with asyncio.timeout(args.startup_timeout_s):
+                await self._engine.start()
+        except TimeoutError:
+            raise EngineStartError(
+                f"{name}: {args.model_id} did not load within startup_timeout_s={args.startup_timeout_s:g}. Raise it."
+            ) from None
+        self._chunks = ChunkRunner(self._engine)
+
+    async def describe(self) -> EngineInfo:
+        """What the router must know to use this engine."""
+        await self._engine.check_health()
+        return self._engine.info
+
+    async def sample(self, groups: Sequence[Group]) -> AsyncIterator[Finished]:
+        """Samples a chunk; see `ChunkRunner.run`."""
+        async for finished in self._chunks.run(groups):
+            yield finished
+
+    async def abort(self, keys: Sequence[GroupKey]) -> None:
+        """Aborts groups, if they still run. Others of their chunk go on."""
+        self._chunks.abort(keys)
+
+    async def check_health(self) -> None:
+        """Called by Serve; an error here has the process replaced."""
+        await self._engine.check_health()
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica stops."""
+        engine: Any = getattr(self, "_engine", None)
+        if engine is not None:
+            await engine.stop()

@@ -1,0 +1,317 @@
+"""The router: admits requests, sends groups to engines, gathers samples. The ingress of the application."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse
+
+from twinkle_serve import hub
+from twinkle_serve.config import ServiceArgs
+from twinkle_serve.data_format import SampleResponse, SamplingParams
+from twinkle_serve.engines.base import EngineInfo, Finished, Group, GroupKey, check_fits
+from twinkle_serve.errors import (
+    AdapterError,
+    DeadlineError,
+    EngineDeadError,
+    RequestError,
+    SamplingParamsError,
+    TwinkleServeError,
+)
+from twinkle_serve.placement import SIDE_CPUS
+from twinkle_serve.routing.dispatch import Dispatcher
+from twinkle_serve.routing.request import Request, ResponseHeader
+from twinkle_serve.routing.seeds import SPACING
+from twinkle_serve.template import Template
+from twinkle_serve.template.prompts import Prompt, encode_inputs
+
+logger = logging.getLogger("ray.serve")
+
+MOST_ATTEMPTS = 2
+"""Engines that a group may lose before its request fails."""
+
+
+@serve.deployment(
+    name="router",
+    ray_actor_options={"num_cpus": SIDE_CPUS},
+    # Requests queue here, where they can be counted and cancelled, not in Serve.
+    max_ongoing_requests=100_000,
+    graceful_shutdown_wait_loop_s=0.5,
+    graceful_shutdown_timeout_s=5,
+    max_constructor_retry_count=1,
+)
+class Router:
+    """Sends prompts to engines and gathers what they sampled.
+
+    Guarantees: every accepted prompt yields exactly `num_samples` sequences, or the call raises.
+    Guarantees: cancelling the call, or its deadline, aborts its sequences in the engines.
+    Guarantees: a group whose engine dies is sampled elsewhere, with its seed, up to MOST_ATTEMPTS times.
+    Does not guarantee: the order in which prompts finish.
+    Does not guarantee: that a request survives this process.
+    """
+
+    async def __init__(self, args: ServiceArgs, engines: Mapping[str, DeploymentHandle]) -> None:
+        self._args = args
+        self._handles = dict(engines)
+        self._streams = {name: handle.options(stream=True) for name, handle in engines.items()}
+        model = await asyncio.to_thread(hub.resolve, args.model_id, weights=False)
+        self._template = await asyncio.to_thread(Template, model, trust_remote_code=args.trust_remote_code)
+        self._info: EngineInfo | None = None
+        self._has_info = asyncio.Event()
+        self._dispatcher = Dispatcher()
+        self._group_ids = itertools.count()
+        self._requests: dict[int, Request] = {}
+        """Live requests, by group id."""
+        self._losses: Counter[GroupKey] = Counter()
+        """Engines that a group has lost."""
+        self._pump_due = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        for name in self._handles:
+            self._spawn(self._await_engine(name))
+
+    # -- calls -----------------------------------------------------------------------------------
+
+    async def sample(
+        self,
+        inputs: Any,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        adapter_name: str = "",
+        *,
+        num_samples: int | None = None,
+        timeout_s: float | None = None,
+    ) -> SampleResponse:
+        """Samples each input `num_samples` times.
+
+        Args:
+            inputs: a Trajectory or InputFeature, or a list of either kind.
+            adapter_name: LoRA adapter to sample with; "" is the base model.
+            timeout_s: deadline of the call, queueing included; None is the config's request_timeout_s.
+
+        Returns:
+            A response whose `sequences` are flat and prompt-major.
+
+        Raises:
+            RequestError: the call cannot be served as it is.
+            DeadlineError: it took longer than `timeout_s`.
+            EngineError: an engine failed, and so did moving its work.
+        """
+        async with self._admitted(inputs, sampling_params, adapter_name, num_samples, timeout_s) as request:
+            return await request.response()
+
+    async def sample_iter(
+        self,
+        inputs: Any,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        adapter_name: str = "",
+        *,
+        num_samples: int | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[SampleResponse]:
+        """As `sample`, but yields responses over prompts as they finish: each prompt once, in any order."""
+        async with self._admitted(inputs, sampling_params, adapter_name, num_samples, timeout_s) as request:
+            async for response in request.prompts_as_they_finish():
+                yield response
+
+    async def status(self) -> dict[str, Any]:
+        """Engines and queues, as plain values."""
+        return {
+            "model_id": self._args.model_id,
+            "engines": {
+                name: {"state": "ready", "sequences": self._dispatcher.sequences(name)}
+                if name in self._dispatcher.engines
+                else {"state": "starting", "sequences": 0}
+                for name in self._handles
+            },
+            "requests": len({id(request) for request in self._requests.values()}),
+            "groups_waiting": self._dispatcher.waiting,
+        }
+
+    async def __call__(self, request: HTTPRequest) -> JSONResponse:
+        """HTTP has no API yet; says where there is one."""
+        message = 'No HTTP API here. Call serve.get_app_handle("<application>").sample.remote(...) from Ray.'
+        return JSONResponse({"error": message}, status_code=501)
+
+    # -- admission -------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _admitted(
+        self,
+        inputs: Any,
+        sampling_params: SamplingParams | Mapping[str, Any] | None,
+        adapter_name: str,
+        num_samples: int | None,
+        timeout_s: float | None,
+    ) -> AsyncIterator[Request]:
+        """A request whose groups are on their way; whatever is left of it at the end is aborted."""
+        limit_s = self._args.request_timeout_s if timeout_s is None else _deadline(timeout_s)
+        request: Request | None = None
+        try:
+            async with asyncio.timeout(limit_s):
+                params = SamplingParams.of(sampling_params, num_samples)
+                self._check(params, adapter_name)
+                prompts = encode_inputs(inputs, self._template)
+                await self._has_info.wait()
+                request = self._admit(prompts, params)
+                yield request
+        except TimeoutError:
+            raise DeadlineError(self._late(limit_s, request)) from None
+        finally:
+            if request is not None:
+                self._dismiss(request)
+
+    def _check(self, params: SamplingParams, adapter_name: str) -> None:
+        if adapter_name:
+            raise AdapterError(f"unknown adapter {adapter_name!r}: this service has no LoRA adapters. Leave adapter_name out.")
+        if params.num_samples > SPACING:
+            raise SamplingParamsError(f"num_samples must be at most {SPACING}, got {params.num_samples}.")
+
+    def _admit(self, prompts: list[Prompt], params: SamplingParams) -> Request:
+        assert self._info is not None
+        for i, prompt in enumerate(prompts):
+            check_fits(self._info, prompt.ids, params, f"inputs[{i}]")
+        first_id = next(self._group_ids)
+        for _ in prompts[1:]:
+            next(self._group_ids)
+        header = ResponseHeader(
+            logprobs_mode=self._info.logprobs_mode, special_tokens=self._template.special_tokens
+        )
+        request = Request(first_id, prompts, params, header)
+        self._requests.update(dict.fromkeys(request.ids, request))
+        self._dispatcher.enqueue(request.groups())
+        self._pump_soon()
+        return request
+
+    def _dismiss(self, request: Request) -> None:
+        for group_id in request.ids:
+            self._requests.pop(group_id, None)
+        if not request.samples_missing:
+            return
+        for name, keys in self._dispatcher.withdraw(request.ids).items():
+            self._spawn(self._abort(name, keys))
+
+    async def _abort(self, name: str, keys: list[GroupKey]) -> None:
+        try:
+            await self._handles[name].abort.remote(keys)
+        except RayError:
+            logger.info(f"{name} is gone, and with it the {len(keys)} groups that it was to abort.")
+        for key in keys:
+            self._dispatcher.finish(name, key)
+        self._pump_soon()
+
+    def _late(self, limit_s: float, request: Request | None) -> str:
+        ready = len(self._dispatcher.engines)
+        if request is None:
+            state = "no engine was ready"
+        else:
+            done = request.samples_wanted - request.samples_missing
+            state = f"{done} of {request.samples_wanted} samples were done"
+        return (
+            f"timeout_s={limit_s:g} passed when {state}; {ready} of {len(self._handles)} engines are up. "
+            "Raise timeout_s, or send less in a call."
+        )
+
+    # -- dispatch --------------------------------------------------------------------------------
+
+    def _pump_soon(self) -> None:
+        """Sends what can be sent at the next turn of the loop: calls that arrive together share a chunk."""
+        if not self._pump_due:
+            self._pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pump_due = False
+        for name, groups in self._dispatcher.assign().items():
+            self._spawn(self._run_chunk(name, groups))
+
+    async def _run_chunk(self, name: str, groups: list[Group]) -> None:
+        """Has an engine sample a chunk. Every group of it is delivered, failed, or put back into the queue."""
+        try:
+            async for finished in self._streams[name].sample.remote(groups):
+                self._deliver(name, finished)
+        except (RayError, EngineDeadError) as error:
+            self._lose(name, error)
+        except Exception as error:
+            # An engine's bug, or one in its results: these groups fail, the engine stays.
+            logger.exception(f"{name} failed on a chunk of {len(groups)} groups")
+            cause = error if isinstance(error, TwinkleServeError) else EngineDeadError(f"{name}: {error!r}")
+            for group in groups:
+                self._fail(group.id, cause)
+        finally:
+            for group in groups:
+                self._dispatcher.finish(name, group.key)
+            self._pump_soon()
+
+    def _deliver(self, name: str, finished: Finished) -> None:
+        for key, failure in finished.failures.items():
+            self._dispatcher.finish(name, key)
+            self._fail(key[0], failure)
+        if (columns := finished.columns) is None:
+            return
+        for key in zip(columns.group.tolist(), columns.sample.tolist(), strict=True):
+            self._dispatcher.finish(name, key)
+        by_request: dict[Request, set[int]] = {}
+        for group_id in dict.fromkeys(columns.group.tolist()):
+            if (request := self._requests.get(group_id)) is not None:
+                by_request.setdefault(request, set()).add(group_id)
+        present = set(columns.group.tolist())
+        for request, ids in by_request.items():
+            request.add(columns if ids == present else columns.without(present - ids))
+        self._pump_soon()
+
+    def _fail(self, group_id: int, error: TwinkleServeError) -> None:
+        if (request := self._requests.get(group_id)) is not None:
+            request.fail(error)
+
+    def _lose(self, name: str, error: Exception) -> None:
+        """An engine died: its groups go elsewhere, and it is out of use until it answers again."""
+        lost = self._dispatcher.remove_engine(name)
+        if name in self._dispatcher.engines or not lost:
+            return
+        logger.warning(f"{name} died with {len(lost)} groups: {type(error).__name__}. Sampling them elsewhere.")
+        again = []
+        for group in lost:
+            self._losses[group.key] += 1
+            if group.id not in self._requests:
+                continue
+            if self._losses[group.key] >= MOST_ATTEMPTS:
+                self._fail(group.id, EngineDeadError(f"prompt lost {MOST_ATTEMPTS} engines, the last one {name}."))
+            else:
+                again.append(group)
+        self._dispatcher.enqueue(again, first=True)
+        self._spawn(self._await_engine(name))
+
+    async def _await_engine(self, name: str) -> None:
+        """Puts an engine into use once it answers."""
+        while True:
+            try:
+                info: EngineInfo = await self._handles[name].describe.remote()
+                break
+            except (RayError, TwinkleServeError) as error:
+                logger.info(f"{name} does not answer yet: {type(error).__name__}")
+                await asyncio.sleep(0.5)
+        self._info = self._info or info
+        self._has_info.set()
+        self._dispatcher.add_engine(name, info.max_num_seqs)
+        self._pump_soon()
+
+    def _spawn(self, coroutine: Any) -> None:
+        # The loop holds tasks weakly; the set keeps them from being collected halfway.
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _deadline(timeout_s: float) -> float:
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < float("inf"):
+        raise RequestError(f"timeout_s must be a number of seconds above 0, got {timeout_s!r}.")
+    return float(timeout_s)

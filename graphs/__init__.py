@@ -1,0 +1,1 @@
+"""Wires deployments into applications. Nothing else knows who owns whom."""

@@ -1,0 +1,58 @@
+"""The sampler: every edge of the service is in `build`."""
+
+# No `from __future__ import annotations` here: Ray Serve reads the annotation of `args` to parse the config.
+
+import ray
+from ray.serve import Application
+
+from deployments.engine import Engine, engine_name
+from deployments.router import Router
+from twinkle_serve import hub
+from twinkle_serve.config import ServiceArgs
+from twinkle_serve.engines import check_engine_args
+from twinkle_serve.placement import NodeResources, Placement, place
+
+
+def build(args: ServiceArgs) -> Application:
+    """engine x dp_size -> router.
+
+    Raises:
+        MeshError: the mesh is larger than the cluster.
+        EngineArgsError: engine_args that the engine does not have.
+        ModelNotFoundError: no such model.
+    """
+    mesh = args.device_mesh.mesh()
+    placement = place(mesh, cluster())
+    check_engine_args(args.engine, args.engine_args)
+    hub.resolve(args.model_id, weights=False)
+    engines = {
+        engine_name(rank): Engine.options(name=engine_name(rank), **engine_options(placement)).bind(
+            args, rank, placement
+        )
+        for rank in range(mesh.dp_size)
+    }
+    return Router.bind(args, engines)
+
+
+def engine_options(placement: Placement) -> dict[str, object]:
+    """What an engine's deployment asks of Ray: GPUs of one node, or a placement group over several."""
+    resources = {"num_cpus": placement.num_cpus, "num_gpus": placement.num_gpus}
+    if not placement.bundles:
+        return {"ray_actor_options": resources}
+    bundles = [dict(bundle) for bundle in placement.bundles]
+    return {
+        "ray_actor_options": resources,
+        "placement_group_bundles": bundles,
+        "placement_group_strategy": "PACK",
+    }
+
+
+def cluster() -> list[NodeResources]:
+    """What each living node has; starts or joins a cluster if this process is in none."""
+    if not ray.is_initialized():
+        ray.init(namespace="serve")
+    return [
+        NodeResources(cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]

@@ -1,0 +1,110 @@
+"""The arguments of the service: `args` of an application in serve_config.yaml, parsed once, strictly.
+
+Importing this loads neither torch nor vllm nor ray.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+
+from twinkle_serve.errors import ConfigError, unknown_name
+from twinkle_serve.mesh import DeviceMesh
+
+
+def describe_errors(error: ValidationError, model: type[BaseModel]) -> str:
+    """All that pydantic found, one sentence each, in our form."""
+    sentences = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            fields = set(_fields_at(model, item["loc"][:-1]))
+            where = ".".join(str(part) for part in item["loc"][:-1])
+            sentences.append(unknown_name(f"key{f' in {where}' if where else ''}", item["loc"][-1], fields) + ".")
+        elif item["type"] == "missing":
+            sentences.append(f"{path} is missing.")
+        else:
+            sentences.append(f"{path}: {item['msg']}, got {item['input']!r}.")
+    return " ".join(sentences)
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Field names of the model that lies at `loc` inside `model`."""
+    current: Any = model
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = current.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if current is None:
+            return []
+    return list(current.model_fields)
+
+
+class Strict(BaseModel):
+    """A part of the config: frozen, unknown keys refused, no conversion between types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class MeshArgs(Strict):
+    """`device_mesh`: the sizes of DeviceMesh.from_sizes. dp_size replicas of tp_size x pp_size devices each."""
+
+    world_size: int = 1
+    """1: the product of the others."""
+    dp_size: int = 1
+    tp_size: int | None = None
+    pp_size: int | None = None
+    fsdp_size: int | None = None
+    ulysses_size: int | None = None
+    cp_size: int | None = None
+    ep_size: int | None = None
+    etp_size: int | None = None
+    ep_fsdp_size: int | None = None
+    vpp_size: int | None = None
+    sequence_parallel: bool = False
+    device_type: str = "auto"
+    """auto, cpu or cuda. auto: cuda where the cluster has GPUs, else cpu."""
+
+    def mesh(self) -> DeviceMesh:
+        return DeviceMesh.from_sizes(**self.model_dump()).require_sampling()
+
+
+class ServiceArgs(Strict):
+    """What one sampler is.
+
+    Raises:
+        ConfigError: an unknown key or a value that cannot be, named with the keys or values that can.
+        MeshError: a device mesh that contradicts itself or that a sampler cannot use.
+    """
+
+    model_id: str = Field(min_length=1)
+    """demo, a path, ms://org/name or hf://org/name."""
+    engine: Literal["vllm", "torch", "fake"] = "vllm"
+    device_mesh: MeshArgs = MeshArgs()
+    template: Literal["Template"] = "Template"
+    adapters: dict[str, str] = {}
+    """LoRA adapters to load at start, name to path. Not supported yet: anything but {} is refused."""
+    engine_args: dict[str, Any] = {}
+    """Handed to the engine as they are."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    request_timeout_s: float = Field(default=3600.0, gt=0, allow_inf_nan=False)
+    """Deadline of a call that names none, queueing included."""
+    startup_timeout_s: float = Field(default=1800.0, gt=0, allow_inf_nan=False)
+    """Deadline for an engine to load its model."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_our_words(cls, data: Any, parse: ModelWrapValidatorHandler[ServiceArgs]) -> ServiceArgs:
+        # ConfigError is no ValueError, so pydantic lets it through as it is, from Ray Serve's own parsing too.
+        try:
+            args = parse(data)
+        except ValidationError as error:
+            raise ConfigError(f"args: {describe_errors(error, cls)}") from None
+        args.device_mesh.mesh()
+        if args.adapters:
+            raise ConfigError(f"adapters: loading LoRA adapters is not supported yet, got {sorted(args.adapters)}.")
+        return args

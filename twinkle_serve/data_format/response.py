@@ -1,0 +1,223 @@
+"""What callers get back. Numpy columns underneath, Python lists on demand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinkle_serve.data_format.prompts import InputFeature
+from twinkle_serve.data_format.samples import (
+    NO_SEED,
+    STOP_REASONS,
+    FloatArray,
+    PromptScores,
+    SampleColumns,
+    StopReason,
+)
+
+IGNORED_LABEL = -100
+"""Label of a position that no loss is taken at, as in torch's cross entropy."""
+
+
+@dataclass(frozen=True, eq=False)
+class SampleResponse(Sequence["SampleResponse"]):
+    """Samples of one or more prompts.
+
+    `sequences` is flat and prompt-major: p0s0, p0s1, …, p1s0, …. The response is also a sequence of
+    its prompts: `len(response)` prompts, and `response[i]` is the response to prompt i alone.
+    """
+
+    columns: SampleColumns
+    """Column `group` holds the index into `prompts`; sorted by (group, sample)."""
+    prompts: list[NDArray[np.int32]]
+    """Token ids of each prompt, shape [P_i]."""
+    inputs: list[dict[str, Any]]
+    """What each prompt was made from, as the caller handed it in."""
+    logprobs_mode: str
+    """What a logprob is of: `raw_logprobs` is the model's own distribution, before temperature, penalties and
+    top-k and top-p; `processed_logprobs` is the one that was sampled from."""
+    special_tokens: tuple[str, ...] = ()
+    """Texts that the template leaves out of a message's content."""
+    prompt_indices: tuple[int, ...] = field(default=())
+    """Index in the call of each prompt here; differs from 0, 1, … in parts of a response."""
+
+    @cached_property
+    def sequences(self) -> list[SampledSequence]:
+        """Every sample, prompt-major."""
+        starts = self.columns.starts
+        return [SampledSequence(self, row, int(starts[row])) for row in range(len(self.columns))]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @overload
+    def __getitem__(self, index: int) -> SampleResponse: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[SampleResponse]: ...
+    def __getitem__(self, index: int | slice) -> SampleResponse | list[SampleResponse]:
+        if isinstance(index, slice):
+            return [self._prompt(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"prompt {index} of {len(self)}")
+        return self._prompt(index % len(self))
+
+    def __iter__(self) -> Iterator[SampleResponse]:
+        return (self._prompt(i) for i in range(len(self)))
+
+    def _prompt(self, index: int) -> SampleResponse:
+        if len(self) == 1:
+            return self
+        first, last = np.searchsorted(self.columns.group, [index, index + 1])
+        part = self.columns.take(np.arange(first, last)).regrouped({index: 0})
+        return SampleResponse(
+            columns=part,
+            prompts=[self.prompts[index]],
+            inputs=[self.inputs[index]],
+            logprobs_mode=self.logprobs_mode,
+            special_tokens=self.special_tokens,
+            prompt_indices=(self.prompt_indices[index],),
+        )
+
+    @property
+    def prompt_index(self) -> int:
+        """Index in the call of this response's only prompt."""
+        return self.prompt_indices[self._only("prompt_index")]
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """Token ids of this response's only prompt."""
+        return cast(list[int], self.prompts[self._only("prompt_token_ids")].tolist())
+
+    @property
+    def prompt_logprobs(self) -> list[float | None] | None:
+        """Log p of each prompt token, nats, None at position 0; None if not asked for. One prompt only."""
+        scores = self._scores("prompt_logprobs")
+        return None if scores is None else [None, *scores.logprobs[1:].tolist()]
+
+    @property
+    def topk_prompt_logprobs(self) -> list[list[tuple[int, float]] | None] | None:
+        """The k likeliest (token id, log p) at each prompt position, None at 0; None if not asked for. One prompt only."""
+        scores = self._scores("topk_prompt_logprobs")
+        if scores is None or not scores.top_tokens.shape[1]:
+            return None
+        rows = zip(scores.top_tokens[1:].tolist(), scores.top_logprobs[1:].tolist(), strict=True)
+        return [None, *(list(zip(tokens, logprobs, strict=True)) for tokens, logprobs in rows)]
+
+    def _scores(self, name: str) -> PromptScores | None:
+        return self.columns.scores.get(self._only(name))
+
+    def _only(self, name: str) -> int:
+        if len(self) != 1:
+            raise ValueError(f"{name} is of one prompt, this response has {len(self)}. Iterate over it: response[i].{name}")
+        return 0
+
+    def __repr__(self) -> str:
+        return f"SampleResponse({len(self)} prompts, {len(self.columns)} sequences, {len(self.columns.tokens)} tokens)"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SampledSequence:
+    """One sample: a view of one row of a SampleResponse."""
+
+    response: SampleResponse
+    row: int
+    start: int
+
+    @property
+    def _tokens_at(self) -> slice:
+        return slice(self.start, self.start + int(self.response.columns.lengths[self.row]))
+
+    @property
+    def token_array(self) -> NDArray[np.int32]:
+        """Sampled token ids, prompt excluded. Shape [T], int32."""
+        return self.response.columns.tokens[self._tokens_at]
+
+    @property
+    def logprob_array(self) -> FloatArray | None:
+        """log p of each sampled token, nats, under `SampleResponse.logprobs_mode`. Shape [T]; None if not asked for."""
+        logprobs = self.response.columns.logprobs
+        return None if logprobs is None else logprobs[self._tokens_at, 0]
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """Sampled token ids, prompt excluded."""
+        return cast(list[int], self.token_array.tolist())
+
+    @cached_property
+    def logprobs(self) -> list[list[tuple[int, float]]] | None:
+        """At each position (token id, log p): the sampled token first, then the others of the k likeliest, best first.
+
+        `[lp[0][1] for lp in seq.logprobs]` are the logprobs of the sampled tokens. None if not asked for.
+        """
+        columns = self.response.columns
+        if columns.logprobs is None:
+            return None
+        values = columns.logprobs[self._tokens_at].tolist()
+        if columns.logprob_tokens is None:
+            return [[(token, row[0])] for token, row in zip(self.tokens, values, strict=True)]
+        ids = columns.logprob_tokens[self._tokens_at].tolist()
+        # The sampled token is often among the k likeliest: dict keeps its first place.
+        return [list(dict(zip(tokens, row, strict=True)).items()) for tokens, row in zip(ids, values, strict=True)]
+
+    @property
+    def decoded(self) -> str:
+        """Text of the tokens, special tokens kept, a stop string and what follows it cut off."""
+        return self.response.columns.decoded[self.row]
+
+    @property
+    def stop_reason(self) -> StopReason:
+        """length: max_tokens or the context is used up. stop: end of sequence, a stop string or a stop token id."""
+        return STOP_REASONS[self.response.columns.stop_reason[self.row]]
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of this sample's own random stream; None if the request had none."""
+        seed = int(self.response.columns.seed[self.row])
+        return None if seed == NO_SEED else seed
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine that sampled it."""
+        return self.response.columns.engine[self.row]
+
+    @property
+    def prompt_index(self) -> int:
+        """Index in the call of the prompt that it continues."""
+        return self.response.prompt_indices[int(self.response.columns.group[self.row])]
+
+    @cached_property
+    def new_input_feature(self) -> InputFeature:
+        """The prompt and this sample as one training input; the prompt's other keys are carried over.
+
+        `labels` are rolled left by one: position t holds the token to predict there, IGNORED_LABEL outside the sample.
+        A trajectory's `messages` gain the assistant's turn. Source: Twinkle's samplers.
+        """
+        response = self.response
+        prompt_number = int(response.columns.group[self.row])
+        prompt = response.prompts[prompt_number].tolist()
+        length = len(prompt) + len(self.tokens)
+        unrolled = [IGNORED_LABEL] * len(prompt) + self.tokens
+        source = response.inputs[prompt_number]
+        feature: dict[str, Any] = {
+            **source,
+            "input_ids": prompt + self.tokens,
+            "labels": [*unrolled[1:], IGNORED_LABEL],
+            "attention_mask": [1] * length,
+            "position_ids": list(range(length)),
+            "length": length,
+        }
+        if "messages" in source:
+            content = self.decoded
+            if response.special_tokens:
+                content = re.sub("|".join(map(re.escape, response.special_tokens)), "", content)
+            feature["messages"] = [*source["messages"], {"role": "assistant", "content": content}]
+        return cast(InputFeature, feature)
+
+    def __repr__(self) -> str:
+        return f"SampledSequence({self.decoded!r}, {len(self.token_array)} tokens, {self.stop_reason})"

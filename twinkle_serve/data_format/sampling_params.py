@@ -1,0 +1,171 @@
+"""How to sample. One strict meaning for every engine: a parameter is honoured or refused."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from twinkle_serve.errors import SamplingParamsError, unknown_name
+
+MAX_TEMPERATURE = 2.0
+MIN_TEMPERATURE = 0.01
+"""Below it logits / temperature overflows: vLLM would raise the value in silence, so it is refused."""
+
+ALIASES = {"max_new_tokens": "max_tokens"}
+
+
+def _whole(name: str, value: object, least: int, most: int | None = None) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise SamplingParamsError(f"{name} must be a whole number, got {value!r} ({type(value).__name__}).") from None
+    if number < least or (most is not None and number > most):
+        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise SamplingParamsError(f"{name} must be {bounds}, got {number}.")
+    return number
+
+
+def _real(name: str, value: object) -> float:
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise SamplingParamsError(f"{name} must be a number, got {value!r} ({type(value).__name__}).") from None
+    if not math.isfinite(number):
+        raise SamplingParamsError(f"{name} must be finite, got {number}.")
+    return number
+
+
+def _stop(value: object) -> tuple[str, ...] | tuple[int, ...]:
+    if value is None:
+        return ()
+    items = (value,) if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)):
+        raise SamplingParamsError(
+            f"stop must be a string, a list of strings or a list of token ids, got {value!r} ({type(value).__name__})."
+        )
+    if all(isinstance(item, str) for item in items):
+        if not all(items):
+            raise SamplingParamsError(f"stop must not hold an empty string, which stops at once, got {value!r}.")
+        return tuple(items)
+    if any(isinstance(item, str) for item in items):
+        raise SamplingParamsError(f"stop must be all strings or all token ids, got both: {value!r}. Choose one kind.")
+    return tuple(_whole("stop", item, 0) for item in items)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How to sample one request. Immutable; plain dicts of the same keys are accepted wherever this is.
+
+    Raises:
+        SamplingParamsError: a value of the wrong type, not finite or out of range.
+    """
+
+    max_tokens: int | None = None
+    """Most tokens to sample. None: what the context leaves. 0: sample nothing, only score the prompt."""
+    temperature: float = 1.0
+    """0 is greedy, else in [0.01, 2]."""
+    top_k: int = -1
+    """Sample from the k likeliest tokens; −1 or 0 is all of them."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that together reach this probability, in (0, 1]."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or the sample; > 0."""
+    seed: int | None = None
+    """Seed of the request, in [0, 2**62). Sample i of prompt p has a seed of its own derived from it. None: no two
+    samples share a random stream, and none can be repeated."""
+    stop: str | list[str] | list[int] | tuple[str, ...] | tuple[int, ...] | None = None
+    """Strings or token ids that end a sample. A stop string is cut from `decoded`; the tokens stay as sampled."""
+    ignore_eos: bool = False
+    """Sample on past the model's end-of-sequence tokens."""
+    logprobs: int | None = 0
+    """0: of each sampled token. k: of the k likeliest tokens too. None: none."""
+    prompt_logprobs: int | None = None
+    """0: of each prompt token. k: of the k likeliest tokens at each position too. None: none."""
+    num_samples: int = 1
+    """Samples of each prompt."""
+
+    def __post_init__(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (frozen: this is the one place)
+        if self.max_tokens is not None:
+            put("max_tokens", _whole("max_tokens", self.max_tokens, 0))
+        temperature = _real("temperature", self.temperature)
+        if temperature != 0 and not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+            raise SamplingParamsError(
+                f"temperature must be 0 (greedy) or in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}], got {temperature}."
+            )
+        put("temperature", temperature)
+        put("top_k", _whole("top_k", self.top_k, -1))
+        put("top_p", _real("top_p", self.top_p))
+        if not 0 < self.top_p <= 1:
+            raise SamplingParamsError(f"top_p must be in (0, 1], got {self.top_p}. 1 considers every token.")
+        put("repetition_penalty", _real("repetition_penalty", self.repetition_penalty))
+        if self.repetition_penalty <= 0:
+            raise SamplingParamsError(
+                f"repetition_penalty must be above 0, got {self.repetition_penalty}. 1 is no penalty."
+            )
+        if self.seed is not None:
+            put("seed", _whole("seed", self.seed, 0, 2**62 - 1))
+        put("stop", _stop(self.stop))
+        if not isinstance(self.ignore_eos, bool):
+            raise SamplingParamsError(f"ignore_eos must be true or false, got {self.ignore_eos!r}.")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                put(name, _whole(name, getattr(self, name), 0))
+        put("num_samples", _whole("num_samples", self.num_samples, 1))
+
+    @classmethod
+    def of(cls, params: SamplingParams | Mapping[str, Any] | None, num_samples: int | None = None) -> SamplingParams:
+        """`params` as SamplingParams, with the `num_samples` of a call put in.
+
+        Raises:
+            SamplingParamsError: an unknown key, both spellings of one, or two different `num_samples`.
+        """
+        if params is None:
+            params = cls()
+        elif isinstance(params, Mapping):
+            params = cls(**cls._known(params))
+        elif not isinstance(params, cls):
+            raise SamplingParamsError(
+                f"sampling_params must be SamplingParams or a dict, got {type(params).__name__}. "
+                "Parameters of an engine's own are not accepted."
+            )
+        if num_samples is None or num_samples == params.num_samples:
+            return params
+        if params.num_samples != 1:
+            raise SamplingParamsError(
+                f"num_samples={num_samples} in the call contradicts num_samples={params.num_samples} in "
+                "sampling_params. Give it once."
+            )
+        return replace(params, num_samples=num_samples)
+
+    @classmethod
+    def _known(cls, params: Mapping[str, Any]) -> dict[str, Any]:
+        known = {field.name for field in fields(cls)}
+        clean: dict[str, Any] = {}
+        for key, value in params.items():
+            name = ALIASES.get(key, key)
+            if name not in known:
+                raise SamplingParamsError(unknown_name("sampling parameter", key, known | set(ALIASES)) + ".")
+            if name in clean:
+                raise SamplingParamsError(f"{name} is given twice, as {name} and as {key}. Give it once.")
+            clean[name] = value
+        return clean
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return tuple(item for item in self.stop or () if isinstance(item, str))
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        return tuple(item for item in self.stop or () if isinstance(item, int))
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0

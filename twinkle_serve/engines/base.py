@@ -1,0 +1,238 @@
+"""What an engine is. vllm, torch and fake implement it and pass one conformance suite."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinkle_serve.data_format.samples import (
+    NO_SEED,
+    STOP_REASONS,
+    FloatArray,
+    PromptScores,
+    SampleColumns,
+    StopReason,
+)
+from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.errors import EngineDeadError, PromptError, SamplingParamsError, TwinkleServeError
+
+GroupKey: TypeAlias = tuple[int, int]
+"""(id, first sample) of a group: what tells the parts of a split prompt apart."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """`count` samples of one prompt: what is placed on an engine, and what an engine returns whole."""
+
+    id: int
+    """Of the prompt: unique at the router for as long as it lives."""
+    prompt_ids: NDArray[np.int32]
+    """Shape [P]."""
+    params: SamplingParams
+    """`num_samples` and `seed` are of the request: a group has `count` and `seed` of its own."""
+    first_sample: int = 0
+    """Index of this group's first sample among the prompt's; not 0 in the later parts of a split prompt."""
+    count: int = 1
+    seed: int | None = None
+    """Seed of the first sample here; sample j has `seed + j`."""
+
+    @property
+    def key(self) -> GroupKey:
+        return (self.id, self.first_sample)
+
+    def seed_of(self, j: int) -> int | None:
+        return None if self.seed is None else self.seed + j
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What the router must know to admit a request."""
+
+    name: str
+    kind: str
+    """vllm, torch or fake."""
+    max_model_len: int
+    """Most tokens of a prompt and its sample together."""
+    vocab_size: int
+    """Token ids are below it."""
+    max_num_seqs: int
+    """Most sequences that run at the same time."""
+    max_logprobs: int
+    """Most k of `logprobs` and `prompt_logprobs`."""
+    logprobs_mode: str
+    """See `SampleResponse.logprobs_mode`."""
+    device: str
+    """cpu or cuda."""
+    cpus: tuple[int, ...]
+    """Cores that its computing threads are bound to; empty where they are not."""
+
+
+class Engine(Protocol):
+    """Samples groups of one model.
+
+    Guarantees: a group comes back whole, `count` samples in order, or the call raises.
+    Guarantees: cancelling the call aborts the group; the engine goes on with the others.
+    Guarantees: with a seed, a sample does not depend on what else is in the batch.
+    Does not guarantee: the order in which groups finish.
+    """
+
+    info: EngineInfo
+    """Set by `start`."""
+
+    async def start(self) -> None:
+        """Loads the model. Raises EngineArgsError, ModelNotFoundError or EngineStartError."""
+
+    async def sample_group(self, group: Group) -> SampleColumns:
+        """Samples one group. Raises RequestError for what this engine cannot do, EngineDeadError if it is gone."""
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError if it cannot sample any more."""
+
+    async def stop(self) -> None:
+        """Frees what it holds. Nothing may be called afterwards."""
+
+
+def columns_of_group(
+    group: Group,
+    engine: str,
+    tokens: Sequence[Sequence[int] | NDArray[np.int32]],
+    decoded: list[str],
+    stop_reasons: Iterable[StopReason],
+    logprobs: FloatArray | None,
+    logprob_tokens: NDArray[np.int32] | None,
+    scores: PromptScores | None,
+) -> SampleColumns:
+    """One finished group as columns. `tokens` holds `group.count` sequences; the rest as in SampleColumns."""
+    assert len(tokens) == len(decoded) == group.count, (len(tokens), len(decoded), group.count)
+    seeds = [group.seed_of(j) for j in range(group.count)]
+    return SampleColumns(
+        group=np.full(group.count, group.id, np.int64),
+        sample=np.arange(group.first_sample, group.first_sample + group.count, dtype=np.int32),
+        lengths=np.array([len(row) for row in tokens], np.int32),
+        tokens=np.concatenate([np.asarray(row, np.int32) for row in tokens]),
+        logprobs=logprobs,
+        logprob_tokens=logprob_tokens,
+        stop_reason=np.array([STOP_REASONS.index(reason) for reason in stop_reasons], np.uint8),
+        decoded=decoded,
+        seed=np.array([NO_SEED if seed is None else seed for seed in seeds], np.int64),
+        engine=[engine] * group.count,
+        scores={} if scores is None else {group.id: scores},
+    )
+
+
+def check_fits(info: EngineInfo, prompt_ids: NDArray[np.int32], params: SamplingParams, where: str = "prompt") -> None:
+    """Refuses what the engine could not sample, with the numbers.
+
+    Raises:
+        PromptError: empty, too long for the context, or ids outside the vocabulary.
+        SamplingParamsError: more top logprobs than the engine returns.
+    """
+    length = len(prompt_ids)
+    if not length:
+        raise PromptError(f"{where} is empty. Give it at least one token.")
+    room = info.max_model_len - length
+    wanted = params.max_tokens
+    if room < (0 if wanted == 0 else 1):
+        raise PromptError(
+            f"{where} has {length} tokens, the context holds {info.max_model_len}"
+            f"{', one of them for a sampled token' if wanted != 0 else ''}. "
+            "Shorten it, or raise engine_args.max_model_len."
+        )
+    low, high = int(prompt_ids.min()), int(prompt_ids.max())
+    if low < 0 or high >= info.vocab_size:
+        bad = low if low < 0 else high
+        raise PromptError(
+            f"{where} holds token id {bad}, the model's vocabulary is 0 to {info.vocab_size - 1}. "
+            "Tokenise it with this model's tokenizer."
+        )
+    for name, k in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if k is not None and k > info.max_logprobs:
+            raise SamplingParamsError(
+                f"{name}={k}, the engine returns at most {info.max_logprobs}. Lower it, or raise engine_args.max_logprobs."
+            )
+
+
+def most_new_tokens(info: EngineInfo, group: Group) -> int:
+    """Tokens that each sample of the group may have: max_tokens, or less where the context ends first."""
+    room = info.max_model_len - len(group.prompt_ids)
+    return room if group.params.max_tokens is None else min(group.params.max_tokens, room)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """Groups of a chunk that are done."""
+
+    columns: SampleColumns | None = None
+    failures: dict[GroupKey, TwinkleServeError] = field(default_factory=dict)
+    """Groups that failed by themselves; the others of the chunk go on."""
+
+
+class ChunkRunner:
+    """Runs chunks of groups on an engine and hands back what has finished, many groups at a time.
+
+    Each item costs its receiver about a millisecond, so an item waits up to `flush_after_s` for company; the last one
+    of a chunk waits for nothing.
+    """
+
+    def __init__(self, engine: Engine, flush_after_s: float = 0.05) -> None:
+        self._engine = engine
+        self._flush_after_s = flush_after_s
+        self._running: dict[GroupKey, asyncio.Task[SampleColumns]] = {}
+
+    async def run(self, groups: Sequence[Group]) -> AsyncIterator[Finished]:
+        """Samples a chunk.
+
+        Guarantees: every group is in one item, as samples or as a failure, unless it was aborted.
+        Guarantees: closing the iterator, or cancelling its consumer, aborts the groups that are still running.
+
+        Raises:
+            EngineDeadError: the engine is gone; groups not yet handed back are lost.
+        """
+        keys = {asyncio.ensure_future(self._engine.sample_group(group)): group.key for group in groups}
+        self._running.update({key: task for task, key in keys.items()})
+        running = set(keys)
+        try:
+            while running:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                if running and self._flush_after_s:
+                    more, running = await asyncio.wait(running, timeout=self._flush_after_s)
+                    done |= more
+                for item in _collect({keys[task]: task for task in done}):
+                    yield item
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            for key in keys.values():
+                self._running.pop(key, None)
+
+    def abort(self, keys: Iterable[GroupKey]) -> None:
+        """Aborts groups, if they still run. They come back in no item."""
+        for key in keys:
+            if (task := self._running.get(key)) is not None:
+                task.cancel()
+
+
+def _collect(done: dict[GroupKey, asyncio.Task[SampleColumns]]) -> list[Finished]:
+    """One item for each width of logprobs, and one for the failures."""
+    failures: dict[GroupKey, TwinkleServeError] = {}
+    by_width: dict[int, list[SampleColumns]] = {}
+    for key, task in done.items():
+        if task.cancelled():
+            continue
+        match task.exception():
+            case None:
+                by_width.setdefault(task.result().logprobs_width, []).append(task.result())
+            case EngineDeadError() as dead:
+                raise dead
+            case TwinkleServeError() as failure:
+                failures[key] = failure
+            case bug:
+                raise bug
+    items = [Finished(columns=SampleColumns.concat(parts)) for parts in by_width.values()]
+    return [*items, Finished(failures=failures)] if failures else items

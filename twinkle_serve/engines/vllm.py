@@ -1,0 +1,271 @@
+"""The vllm engine: AsyncLLM with PagedAttention, continuous batching and the prefix cache."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, StopReason
+from twinkle_serve.engines.base import EngineInfo, Group, columns_of_group, most_new_tokens
+from twinkle_serve.errors import (
+    EngineArgsError,
+    EngineDeadError,
+    EngineError,
+    EngineStartError,
+    SamplingParamsError,
+    unknown_name,
+)
+
+OURS = {
+    "model": "model_id",
+    "tokenizer": "model_id",
+    "tensor_parallel_size": "device_mesh.tp_size",
+    "pipeline_parallel_size": "device_mesh.pp_size",
+    "data_parallel_size": "device_mesh.dp_size",
+    "distributed_executor_backend": "device_mesh",
+}
+"""Engine arguments that another key of the config decides."""
+
+STOP_REASON: dict[str | None, StopReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+def check_engine_args(engine_args: Mapping[str, Any]) -> None:
+    """Refuses arguments that this vLLM does not have, and those that another key decides.
+
+    Raises:
+        EngineArgsError
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs) if field.init}
+    for name in engine_args:
+        if name in OURS:
+            raise EngineArgsError(f"engine_args.{name} is decided by {OURS[name]}. Set that, and leave it out here.")
+        if name not in known:
+            close = unknown_name("vllm engine argument", name, known).split(" Known:")[0]
+            raise EngineArgsError(f"{close} engine_args takes the {len(known)} arguments of vLLM's AsyncEngineArgs.")
+
+
+def cpu_defaults(engine_args: Mapping[str, Any], devices_on_node: int) -> dict[str, Any]:
+    """Arguments that vLLM's CPU backend needs and does not choose by itself; the config's own win.
+
+    Chunked prefill is off: together with a request seed it kills the engine (vllm 0.32, `get_offset` of a CPU
+    generator in gpu_model_runner). To be removed when that call is gone. KV cache: vLLM would give each engine 90% of
+    the node's memory.
+    """
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": min(4 * 2**30, memory_bytes // (4 * devices_on_node)),
+        "enable_chunked_prefill": False,
+        **engine_args,
+    }
+
+
+class VLLMEngine:
+    """One AsyncLLM. See `Engine` for what is guaranteed."""
+
+    info: EngineInfo
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        engine_args: Mapping[str, Any],
+        *,
+        device: str,
+        tp_size: int = 1,
+        pp_size: int = 1,
+        executor: str = "mp",
+        cpus: Sequence[Sequence[int]] = (),
+        trust_remote_code: bool = False,
+    ) -> None:
+        """
+        Args:
+            model: directory of the model.
+            executor: mp (one node) or ray (a placement group over several).
+            cpus: on CPU, the cores of each of the tp_size * pp_size workers.
+        """
+        self._name = name
+        self._model = model
+        self._given_args = dict(engine_args)
+        self._device = device
+        self._tp_size, self._pp_size = tp_size, pp_size
+        self._executor = executor
+        self._cpus = [tuple(cores) for cores in cpus]
+        self._trust_remote_code = trust_remote_code
+        self._llm: Any = None
+        self._request_ids = itertools.count()
+
+    async def start(self) -> None:
+        check_engine_args(self._given_args)
+        if self._device == "cpu" and self._cpus:
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, cores)) for cores in self._cpus)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        # Workers are processes of their own: forked ones would inherit this process's threads and event loop.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        await asyncio.to_thread(self._start)
+        config = self._llm.vllm_config
+        self.info = EngineInfo(
+            name=self._name,
+            kind="vllm",
+            max_model_len=config.model_config.max_model_len,
+            vocab_size=config.model_config.get_vocab_size(),
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_logprobs=config.model_config.max_logprobs,
+            logprobs_mode=config.model_config.logprobs_mode,
+            device=self._device,
+            cpus=tuple(sorted({core for cores in self._cpus for core in cores})),
+        )
+        self._tokenizer = self._llm.get_tokenizer()
+
+    def _start(self) -> None:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        args = dict(self._given_args)
+        if self._device == "cpu":
+            args = cpu_defaults(args, devices_on_node=max(1, len(self._cpus)))
+        # Engines of one seed would repeat each other's samples where a request has none.
+        args.setdefault("seed", int.from_bytes(os.urandom(4), "big") >> 1)
+        args.setdefault("disable_log_stats", True)
+        args.setdefault("trust_remote_code", self._trust_remote_code)
+        try:
+            vllm_args = AsyncEngineArgs(
+                model=self._model,
+                tensor_parallel_size=self._tp_size,
+                pipeline_parallel_size=self._pp_size,
+                distributed_executor_backend=self._executor,
+                **args,
+            )
+            config = vllm_args.create_engine_config()
+        except (ValueError, TypeError) as error:
+            raise EngineArgsError(f"vLLM refuses engine_args {self._given_args}: {error}") from error
+        scheduler = config.scheduler_config
+        if self._device == "cpu" and scheduler.max_num_batched_tokens < config.model_config.max_model_len:
+            raise EngineArgsError(
+                f"engine_args.max_num_batched_tokens={scheduler.max_num_batched_tokens} is below "
+                f"max_model_len={config.model_config.max_model_len}: on CPU a prompt is prefilled whole. "
+                "Raise the one or lower the other."
+            )
+        try:
+            self._llm = AsyncLLM.from_vllm_config(
+                config, enable_log_requests=False, disable_log_stats=vllm_args.disable_log_stats
+            )
+        except Exception as error:
+            raise EngineStartError(f"{self._name}: vLLM did not start on {self._model!r}: {error}") from error
+
+    async def sample_group(self, group: Group) -> SampleColumns:
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
+
+        params = group.params
+        # The router's group ids may come again after it restarts; vLLM's request ids must not.
+        request_id = f"{group.id}-{next(self._request_ids)}"
+        output: Any = None
+        try:
+            sampling_params = self._sampling_params(group)
+            stream = self._llm.generate(tokens_input(group.prompt_ids.tolist()), sampling_params, request_id)
+            async with contextlib.aclosing(stream):
+                async for output in stream:
+                    pass
+        except VLLMEngineDeadError as error:
+            raise EngineDeadError(f"{self._name}: vLLM's engine process died. It is being restarted.") from error
+        except (VLLMClientError, ValueError, TypeError) as error:
+            raise SamplingParamsError(f"vLLM refuses the request: {error}") from error
+        except Exception as error:
+            raise EngineError(f"{self._name}: vLLM failed on a request: {error.__cause__ or error}") from error
+
+        samples = output.outputs
+        scores = None
+        if params.prompt_logprobs is not None:
+            scores = _prompt_scores(output.prompt_logprobs, group.prompt_ids, params.prompt_logprobs)
+        if params.max_tokens == 0:
+            empty: list[list[int]] = [[] for _ in samples]
+            width = None if params.logprobs is None else 1 + params.logprobs
+            return columns_of_group(
+                group,
+                self._name,
+                empty,
+                [""] * len(empty),
+                ["length"] * len(empty),
+                None if width is None else np.empty((0, width), np.float32),
+                None if width in (None, 1) else np.empty((0, width), np.int32),
+                scores,
+            )
+        tokens = [np.asarray(sample.token_ids, np.int32) for sample in samples]
+        decoded = self._tokenizer.batch_decode(tokens, skip_special_tokens=False)
+        for j, sample in enumerate(samples):
+            # A string as the reason is the stop string: vLLM's text ends before it. (Else vLLM's text lacks the
+            # end-of-sequence token.)
+            if isinstance(sample.stop_reason, str):
+                decoded[j] = sample.text
+        logprobs, logprob_tokens = _sample_logprobs([sample.logprobs for sample in samples], params.logprobs)
+        reasons = [STOP_REASON.get(sample.finish_reason, "error") for sample in samples]
+        return columns_of_group(group, self._name, tokens, decoded, reasons, logprobs, logprob_tokens, scores)
+
+    def _sampling_params(self, group: Group) -> Any:
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import SamplingParams as VLLMSamplingParams
+
+        params = group.params
+        return VLLMSamplingParams(
+            n=group.count,
+            # vLLM always samples one token; for a score it is thrown away.
+            max_tokens=max(1, most_new_tokens(self.info, group)),
+            temperature=params.temperature,
+            top_k=max(0, params.top_k),
+            top_p=params.top_p,
+            repetition_penalty=params.repetition_penalty,
+            # Child j of a request gets seed + j, as Group.seed_of.
+            seed=group.seed,
+            stop=list(params.stop_strings),
+            stop_token_ids=list(params.stop_token_ids),
+            ignore_eos=params.ignore_eos,
+            logprobs=params.logprobs,
+            prompt_logprobs=params.prompt_logprobs,
+            flat_logprobs=True,
+            detokenize=bool(params.stop_strings),
+            skip_special_tokens=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    async def check_health(self) -> None:
+        if self._llm is None or self._llm.errored:
+            raise EngineDeadError(f"{self._name}: vLLM's engine process died.")
+
+    async def stop(self) -> None:
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.shutdown)
+
+
+def _sample_logprobs(
+    flat: Sequence[Any], k: int | None
+) -> tuple[FloatArray | None, NDArray[np.int32] | None]:
+    """vLLM's FlatLogprobs of each sample as columns: [T, 1 + k], the sampled token first."""
+    if k is None:
+        return None, None
+    logprobs = np.concatenate([np.asarray(part.logprobs, np.float32) for part in flat]).reshape(-1, 1 + k)
+    if k == 0:
+        return logprobs, None
+    return logprobs, np.concatenate([np.asarray(part.token_ids, np.int32) for part in flat]).reshape(-1, 1 + k)
+
+
+def _prompt_scores(flat: Any, prompt_ids: NDArray[np.int32], k: int) -> PromptScores:
+    """vLLM's FlatLogprobs of a prompt, nothing at position 0, then the prompt's token and the k likeliest."""
+    logprobs = np.asarray(flat.logprobs, np.float32).reshape(-1, 1 + k)
+    tokens = np.asarray(flat.token_ids, np.int32).reshape(-1, 1 + k)
+    assert len(tokens) == len(prompt_ids) - 1, (tokens.shape, len(prompt_ids))
+    none = np.full((1, 1 + k), np.nan, np.float32)
+    logprobs = np.concatenate([none, logprobs])
+    tokens = np.concatenate([np.full((1, 1 + k), -1, np.int32), tokens])
+    return PromptScores(logprobs=logprobs[:, 0], top_tokens=tokens[:, 1:], top_logprobs=logprobs[:, 1:])

@@ -1,0 +1,89 @@
+"""Every error that Twinkle Serve raises on purpose.
+
+TwinkleServeError
+├── ConfigError                 the service cannot be what its config says
+│   ├── MeshError               a device mesh contradicts itself, its group or the cluster
+│   ├── ModelNotFoundError      no model, tokenizer or template at that id or path
+│   ├── EngineArgsError         engine_args that the engine does not have or cannot take
+│   └── ServiceNotReadyError    the application is absent, failed or not up in time
+├── RequestError                this call cannot be served; the next one can
+│   ├── SamplingParamsError     a sampling parameter is wrong, unknown or not supported
+│   ├── PromptError             an input is empty, mixed, too long or not of this model
+│   ├── AdapterError            an adapter is unknown, or adapters are switched off
+│   └── DeadlineError           timeout_s passed
+└── EngineError                 an engine failed
+    ├── EngineStartError        it could not start
+    └── EngineDeadError         it died, and its work could not be moved elsewhere
+
+A message says what, both numbers and the remedy. Exceptions take positional arguments only: Ray
+rebuilds them from `args` in the caller's process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class TwinkleServeError(Exception):
+    """Root of the tree above."""
+
+
+class ConfigError(TwinkleServeError):
+    """The service cannot be what its config says."""
+
+
+class MeshError(ConfigError):
+    """A device mesh contradicts itself, its group or the cluster."""
+
+
+class ModelNotFoundError(ConfigError):
+    """No model, tokenizer or template at that id or path."""
+
+
+class EngineArgsError(ConfigError):
+    """engine_args that the engine does not have or cannot take."""
+
+
+class ServiceNotReadyError(ConfigError):
+    """The application is absent, failed or not up in time."""
+
+
+class RequestError(TwinkleServeError):
+    """This call cannot be served; the next one can."""
+
+
+class SamplingParamsError(RequestError):
+    """A sampling parameter is wrong, unknown or not supported."""
+
+
+class PromptError(RequestError):
+    """An input is empty, mixed, too long or not of this model."""
+
+
+class AdapterError(RequestError):
+    """An adapter is unknown, or adapters are switched off."""
+
+
+class DeadlineError(RequestError):
+    """timeout_s passed."""
+
+
+class EngineError(TwinkleServeError):
+    """An engine failed."""
+
+
+class EngineStartError(EngineError):
+    """An engine could not start."""
+
+
+class EngineDeadError(EngineError):
+    """An engine died, and its work could not be moved elsewhere."""
+
+
+def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
+    """`unknown WHAT 'NAME', did you mean 'X'? Known: …`, for every place that looks a name up."""
+    names = sorted(known)
+    close = get_close_matches(str(name), names, n=1)
+    hint = f", did you mean {close[0]!r}?" if close else "."
+    return f"unknown {what} {name!r}{hint} Known: {', '.join(names) or 'none'}"

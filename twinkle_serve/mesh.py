@@ -1,0 +1,198 @@
+"""Device meshes and groups: how many devices, in which dimensions, and whose.
+
+Source of the names and of the order of dimensions: Twinkle's DeviceMesh and DeviceGroup.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinkle_serve.errors import MeshError
+
+DEVICE_TYPES = ("auto", "cpu", "cuda")
+
+
+def _size(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise MeshError(f"device_mesh.{name} must be a whole number, got {value!r} ({type(value).__name__}).")
+    if value < 1:
+        raise MeshError(f"device_mesh.{name} must be at least 1, got {value}.")
+    return int(value)
+
+
+def _device_type(where: str, value: object) -> str:
+    if value not in DEVICE_TYPES:
+        raise MeshError(f"{where}.device_type must be one of {', '.join(DEVICE_TYPES)}, got {value!r}.")
+    return str(value)
+
+
+@dataclass(frozen=True)
+class DeviceMesh:
+    """Devices arranged as fsdp x pp x dp x cp x tp, ranks counted with tp innermost.
+
+    Build one with `from_sizes`. A dimension that is not named has size 1 and no place in `mesh`.
+    """
+
+    sizes: tuple[tuple[str, int], ...]
+    """Named dimensions in order, e.g. (("dp", 2), ("tp", 2))."""
+    device_type: str = "auto"
+    """auto, cpu or cuda. auto takes cuda where the cluster has GPUs."""
+    ulysses_size: int = 1
+    ep_size: int = 1
+    etp_size: int = 1
+    ep_fsdp_size: int = 1
+    vpp_size: int = 1
+    sequence_parallel: bool = False
+
+    @classmethod
+    def from_sizes(
+        cls,
+        *,
+        world_size: int = 1,
+        dp_size: int = 1,
+        fsdp_size: int | None = None,
+        tp_size: int | None = None,
+        pp_size: int | None = None,
+        ulysses_size: int | None = None,
+        cp_size: int | None = None,
+        ep_size: int | None = None,
+        etp_size: int | None = None,
+        ep_fsdp_size: int | None = None,
+        vpp_size: int | None = None,
+        device_type: str = "auto",
+        sequence_parallel: bool = False,
+    ) -> DeviceMesh:
+        """A mesh from the sizes of its dimensions.
+
+        `world_size` of 1 means the product of the dimensions; any other value must equal it.
+
+        Raises:
+            MeshError: a size is not a whole number of at least 1, the device type is unknown, or
+                `world_size` contradicts the dimensions.
+        """
+        named = {"fsdp": fsdp_size, "pp": pp_size, "dp": dp_size, "cp": cp_size, "tp": tp_size}
+        sizes = tuple((name, _size(f"{name}_size", size)) for name, size in named.items() if size is not None)
+        world = _size("world_size", world_size)
+        product = prod(size for _, size in sizes)
+        if world not in (1, product):
+            dims = " x ".join(f"{name}_size={size}" for name, size in sizes)
+            rest, remainder = divmod(world * dict(sizes)["dp"], product)
+            fix = f", or set dp_size={rest}" if not remainder else ""
+            raise MeshError(
+                f"device_mesh.world_size={world} contradicts its dimensions, {dims} = {product}. "
+                f"Leave world_size out{fix}."
+            )
+        if not isinstance(sequence_parallel, bool):
+            raise MeshError(f"device_mesh.sequence_parallel must be true or false, got {sequence_parallel!r}.")
+        other = {
+            "ulysses_size": ulysses_size,
+            "ep_size": ep_size,
+            "etp_size": etp_size,
+            "ep_fsdp_size": ep_fsdp_size,
+            "vpp_size": vpp_size,
+        }
+        return cls(
+            sizes=sizes,
+            device_type=_device_type("device_mesh", device_type),
+            sequence_parallel=sequence_parallel,
+            **{name: _size(name, size) for name, size in other.items() if size is not None},
+        )
+
+    @property
+    def mesh_dim_names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.sizes)
+
+    @cached_property
+    def mesh(self) -> NDArray[np.int64]:
+        """Ranks, shaped as `sizes`."""
+        return np.arange(self.world_size).reshape([size for _, size in self.sizes])
+
+    @property
+    def world_size(self) -> int:
+        return prod(size for _, size in self.sizes)
+
+    def size(self, dim: str) -> int:
+        """Size of a dimension by its short name (`dp`, `tp`, …); 1 where it is not named."""
+        return dict(self.sizes).get(dim, 1)
+
+    @property
+    def dp_size(self) -> int:
+        return self.size("dp")
+
+    @property
+    def tp_size(self) -> int:
+        return self.size("tp")
+
+    @property
+    def pp_size(self) -> int:
+        return self.size("pp")
+
+    @property
+    def devices_per_replica(self) -> int:
+        """Devices that one data-parallel replica spans."""
+        return self.tp_size * self.pp_size
+
+    def require_sampling(self) -> DeviceMesh:
+        """Itself, if a sampler can use it.
+
+        Raises:
+            MeshError: a dimension that only training has is larger than 1.
+        """
+        training = {name: size for name, size in self.sizes if name in ("fsdp", "cp") and size > 1}
+        for name in ("ulysses_size", "ep_size", "etp_size", "ep_fsdp_size", "vpp_size"):
+            if getattr(self, name) > 1:
+                training[name.removesuffix("_size")] = getattr(self, name)
+        if training:
+            name, size = next(iter(training.items()))
+            raise MeshError(
+                f"device_mesh.{name}_size={size}: a sampler has the dimensions dp, tp and pp. "
+                f"Leave {name}_size out, and give its devices to dp_size or tp_size."
+            )
+        if self.sequence_parallel:
+            raise MeshError("device_mesh.sequence_parallel=true is for training. Leave it out.")
+        return self
+
+
+@dataclass(frozen=True)
+class DeviceGroup:
+    """A named set of devices that one role of a run has to itself.
+
+    Raises:
+        MeshError: an empty name, repeated or negative ranks, a count below 1, or an unknown device type.
+    """
+
+    name: str
+    ranks: int | list[int]
+    """How many devices, or which ranks."""
+    device_type: str = "auto"
+    visible_devices: str | None = None
+    """Comma-separated device ids to choose from, as in CUDA_VISIBLE_DEVICES."""
+    gpus_per_worker: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.name or not isinstance(self.name, str):
+            raise MeshError(f"DeviceGroup.name must be a non-empty string, got {self.name!r}.")
+        where = f"DeviceGroup {self.name!r}"
+        _device_type(where, self.device_type)
+        if isinstance(self.ranks, list):
+            bad = [rank for rank in self.ranks if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0]
+            if bad or not self.ranks or len(set(self.ranks)) != len(self.ranks):
+                raise MeshError(f"{where}: ranks must be distinct whole numbers from 0, got {self.ranks!r}.")
+        elif isinstance(self.ranks, bool) or not isinstance(self.ranks, int) or self.ranks < 1:
+            raise MeshError(f"{where}: ranks must be a count of at least 1 or a list of ranks, got {self.ranks!r}.")
+        per_worker = self.gpus_per_worker
+        if isinstance(per_worker, bool) or not isinstance(per_worker, int) or per_worker < 1:
+            raise MeshError(f"{where}: gpus_per_worker must be a whole number of at least 1, got {per_worker!r}.")
+        if self.world_size % per_worker:
+            raise MeshError(
+                f"{where}: {self.world_size} devices cannot be shared out in workers of gpus_per_worker={per_worker}."
+            )
+
+    @property
+    def world_size(self) -> int:
+        return len(self.ranks) if isinstance(self.ranks, list) else self.ranks

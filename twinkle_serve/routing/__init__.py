@@ -1,0 +1,1 @@
+"""Policies and bookkeeping of the router, free of Ray."""
