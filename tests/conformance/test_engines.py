@@ -103,13 +103,14 @@ async def test_engine_samples_follow_the_logprobs(engine: EngineHarness, prompts
     assert abs(frequency - p) <= 4 * (p * (1 - p) / n) ** 0.5 + 1 / n
 
 
-async def test_engine_repetition_penalty_changes_greedy_as_defined(engine: EngineHarness, prompts: Prompts) -> None:
-    """A penalty near infinity on seen tokens: no token of the prompt or the sample comes again."""
-    seq = await engine.one(prompts[0], temperature=0, repetition_penalty=1e6, max_tokens=12, ignore_eos=True)
-    plain = await engine.one(prompts[0], temperature=0, max_tokens=12, ignore_eos=True)
-    assert max(Counter(plain.tokens).values()) > 1, "nothing to penalise: the test shows nothing"
-    # Seen tokens with a positive logit fall to about 0, which a model may still prefer to all negative ones.
-    assert max(Counter(seq.tokens).values()) < max(Counter(plain.tokens).values())
+async def test_engine_repetition_penalty_covers_the_prompt_and_the_sample(
+    engine: EngineHarness, prompts: Prompts
+) -> None:
+    """A penalty near 0 blows up the logits of seen tokens, so that greedy keeps to those of prompt and sample."""
+    plain = await engine.one(prompts[1], temperature=0, max_tokens=12, ignore_eos=True)
+    assert set(plain.tokens) - set(prompts[1].tolist()), "nothing new without a penalty: the test shows nothing"
+    seq = await engine.one(prompts[1], temperature=0, repetition_penalty=0.01, max_tokens=12, ignore_eos=True)
+    assert set(seq.tokens) <= set(prompts[1].tolist())
 
 
 async def test_engine_same_seed_gives_same_samples_in_any_batch(engine: EngineHarness, prompts: Prompts) -> None:
@@ -125,10 +126,11 @@ async def test_engine_same_seed_gives_same_samples_in_any_batch(engine: EngineHa
         assert [seq.seed for seq in part.sequences] == [1002, 1003]
 
 
-async def test_engine_different_seeds_give_different_samples(engine: EngineHarness, prompts: Prompts) -> None:
+async def test_engine_different_seeds_give_different_samples(engine: EngineHarness) -> None:
     """Sample j of a group has a stream of its own, seeded or not."""
+    nonsense = np.arange(40, 60)  # the demo model is sure of the answer to a sum, and of nothing here
     for seed in (None, 5):
-        response = await engine.sample(prompts[:1], count=8, temperature=2.0, max_tokens=12, ignore_eos=True, seed=seed)
+        response = await engine.sample([nonsense], count=8, temperature=2.0, max_tokens=24, ignore_eos=True, seed=seed)
         assert len({tuple(seq.tokens) for seq in response.sequences}) == 8
         assert [seq.seed for seq in response.sequences] == [None if seed is None else seed + j for j in range(8)]
 
