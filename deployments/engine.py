@@ -9,6 +9,7 @@ from typing import Any
 
 from ray import serve
 
+from deployments.logging import QUIET
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.engines import build_engine
@@ -31,6 +32,7 @@ def engine_name(dp_rank: int) -> str:
     graceful_shutdown_wait_loop_s=0.5,
     graceful_shutdown_timeout_s=5,
     max_constructor_retry_count=1,
+    logging_config=QUIET,
 )
 class Engine:
     """Runs chunks of groups for the router.

@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse
 
+from deployments.logging import QUIET
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse, SamplingParams
@@ -49,6 +50,7 @@ MOST_ATTEMPTS = 2
     graceful_shutdown_wait_loop_s=0.5,
     graceful_shutdown_timeout_s=5,
     max_constructor_retry_count=1,
+    logging_config=QUIET,
 )
 class Router:
     """Sends prompts to engines and gathers what they sampled.

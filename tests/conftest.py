@@ -6,4 +6,4 @@ import os
 
 # Before anything imports ray: no reports home, and no colour codes in what tests read.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

@@ -109,7 +109,7 @@ class VLLMEngine:
         check_engine_args(self._given_args)
         if self._device == "cpu" and self._cpus:
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, cores)) for cores in self._cpus)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         # Workers are processes of their own: forked ones would inherit this process's threads and event loop.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         await asyncio.to_thread(self._start)
@@ -244,8 +244,9 @@ class VLLMEngine:
             raise EngineDeadError(f"{self._name}: vLLM's engine process died.")
 
     async def stop(self) -> None:
-        if self._llm is not None:
-            await asyncio.to_thread(self._llm.shutdown)
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown)
 
 
 def _sample_logprobs(

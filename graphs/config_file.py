@@ -1,0 +1,69 @@
+"""Checks a service's YAML, every key of it: Ray Serve ignores those that it does not know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from twinkle_serve.config import ServiceArgs, describe_errors
+from twinkle_serve.errors import ConfigError, unknown_name
+
+BUILDER = "graphs.sampler:build"
+
+
+def check_config_file(path: Path) -> list[str]:
+    """Names of the applications in the file, once all of it has been found to make sense.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key at any level, or arguments that ServiceArgs refuses.
+    """
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}. Name a file, such as serve_config.yaml.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"must be a mapping with the key applications, got {type(document).__name__}.")
+    _refuse_unknown_keys(document, ServeDeploySchema, "")
+    try:
+        config = ServeDeploySchema.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(describe_errors(error, ServeDeploySchema)) from None
+    if not config.applications:
+        raise ConfigError("applications is empty. Name at least one.")
+    for application in config.applications:
+        if application.import_path == BUILDER:
+            ServiceArgs.model_validate(application.args)
+    return [application.name for application in config.applications]
+
+
+def _refuse_unknown_keys(value: Any, model: type[BaseModel], where: str) -> None:
+    """Walks the document along Ray Serve's own schema."""
+    if not isinstance(value, dict):
+        return
+    for key, item in value.items():
+        if key not in model.model_fields:
+            place = f" in {where}" if where else ""
+            raise ConfigError(unknown_name(f"key{place}", key, model.model_fields) + ".")
+        inner = _model_inside(model.model_fields[key].annotation)
+        if inner is None:
+            continue
+        path = f"{where}.{key}" if where else str(key)
+        for i, part in enumerate(item if isinstance(item, list) else [item]):
+            _refuse_unknown_keys(part, inner, f"{path}[{i}]" if isinstance(item, list) else path)
+
+
+def _model_inside(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model in an annotation such as `list[Model]` or `Model | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        if (found := _model_inside(part)) is not None:
+            return found
+    return None

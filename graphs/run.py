@@ -1,0 +1,100 @@
+"""`serve run CONFIG`, with two differences: a config that cannot work ends it, and it says when the service is ready.
+
+    python -m graphs.run serve_config.yaml
+
+By itself `serve run` ignores misspelt keys, and goes on waiting when an application has failed. Exit codes: 0 after
+Ctrl-C, 1 when an application failed to start, 2 when the config is wrong.
+"""
+
+from __future__ import annotations
+
+import _thread
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from graphs.config_file import check_config_file
+from twinkle_serve.errors import TwinkleServeError
+
+FAILED = 1
+BAD_CONFIG = 2
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m graphs.run CONFIG")
+    path = Path(sys.argv[1])
+    try:
+        names = check_config_file(path)
+    except TwinkleServeError as error:
+        print(f"{path}: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(BAD_CONFIG)
+    # A plain kill means what Ctrl-C means; and a shell starts what it puts in the background with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+    import ray
+    from ray.serve.scripts import cli
+
+    context = ray.init(namespace="serve")
+    watcher = _Watcher(names, context.dashboard_url)
+    watcher.start()
+    try:
+        cli(["run", str(path)], standalone_mode=False)
+    except (SystemExit, KeyboardInterrupt):
+        pass
+    ray.shutdown()
+    sys.exit(FAILED if watcher.failed else 0)
+
+
+class _Watcher(threading.Thread):
+    """Follows the applications; says when all run, and stops the main thread when one has failed."""
+
+    def __init__(self, names: list[str], dashboard_url: str | None) -> None:
+        super().__init__(daemon=True)
+        self._names = names
+        self._dashboard_url = dashboard_url
+        self.failed = False
+
+    def run(self) -> None:
+        from ray import serve
+
+        started = time.monotonic()
+        waiting = set(self._names)
+        while waiting:
+            time.sleep(0.5)
+            applications = serve.status().applications
+            for name in sorted(waiting & set(applications)):
+                if applications[name].status == "RUNNING":
+                    waiting.discard(name)
+                elif applications[name].status == "DEPLOY_FAILED":
+                    self.failed = True
+                    print(f"\n{name} failed to start. {_reason(applications[name])}\n", file=sys.stderr, flush=True)
+                    _thread.interrupt_main()
+                    return
+        print(
+            f"\nReady after {time.monotonic() - started:.0f} s: {', '.join(self._names)}\n"
+            f"  sample     .venv/bin/python examples/sample.py\n"
+            f"  dashboard  http://{self._dashboard_url}/#/serve\n"
+            f"  stop       Ctrl-C\n",
+            flush=True,
+        )
+
+
+def _reason(application: Any) -> str:
+    """The error of ours that an application's messages quote, or all of them where there is none."""
+    messages = [application.message, *(d.message for d in application.deployments.values())]
+    for message in messages:
+        if found := re.findall(r"^(?:\w+\.)*(\w+Error: .+)$", message, re.MULTILINE):
+            return str(found[-1])
+    return "\n".join(filter(None, messages))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    main()
