@@ -7,15 +7,20 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import numpy as np
 from ray import serve
 
 from deployments.logging import QUIET
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
+from twinkle_serve.data_format import SamplingParams
+from twinkle_serve.data_format.groups import EngineInfo, Group, GroupKey
 from twinkle_serve.engines import build_engine
-from twinkle_serve.engines.base import ChunkRunner, EngineInfo, Finished, Group, GroupKey
+from twinkle_serve.engines.base import ChunkRunner, Finished
 from twinkle_serve.errors import EngineStartError
 from twinkle_serve.placement import Placement, cores_of_engine
+
+WARM_UP = Group(id=-1, prompt_ids=np.zeros(1, np.int32), params=SamplingParams(max_tokens=2))
 
 
 def engine_name(dp_rank: int) -> str:
@@ -42,7 +47,9 @@ class Engine:
     Does not guarantee: that a group survives this process. The router keeps it.
     """
 
-    async def __init__(self, args: ServiceArgs, dp_rank: int, placement: Placement) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, args: ServiceArgs, dp_rank: int, placement: Placement
+    ) -> None:
         mesh = args.device_mesh.mesh()
         cores: list[tuple[int, ...]] = []
         if placement.device == "cpu":
@@ -65,6 +72,8 @@ class Engine:
         try:
             async with asyncio.timeout(args.startup_timeout_s):
                 await self._engine.start()
+                # The first sample takes vLLM seconds on CPU; and an engine that cannot sample must not be ready.
+                await self._engine.sample_group(WARM_UP)
         except TimeoutError:
             raise EngineStartError(
                 f"{name}: {args.model_id} did not load within startup_timeout_s={args.startup_timeout_s:g}. Raise it."

@@ -6,12 +6,12 @@ import asyncio
 import itertools
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse
@@ -20,11 +20,13 @@ from deployments.logging import QUIET
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse, SamplingParams
-from twinkle_serve.engines.base import EngineInfo, Finished, Group, GroupKey, check_fits
+from twinkle_serve.data_format.groups import EngineInfo, Group, GroupKey
+from twinkle_serve.engines.base import Finished, check_fits
 from twinkle_serve.errors import (
     AdapterError,
     DeadlineError,
     EngineDeadError,
+    EngineError,
     RequestError,
     SamplingParamsError,
     TwinkleServeError,
@@ -62,7 +64,9 @@ class Router:
     Does not guarantee: that a request survives this process.
     """
 
-    async def __init__(self, args: ServiceArgs, engines: Mapping[str, DeploymentHandle]) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, args: ServiceArgs, engines: Mapping[str, DeploymentHandle]
+    ) -> None:
         self._args = args
         self._handles = dict(engines)
         self._streams = {name: handle.options(stream=True) for name, handle in engines.items()}
@@ -173,7 +177,9 @@ class Router:
 
     def _check(self, params: SamplingParams, adapter_name: str) -> None:
         if adapter_name:
-            raise AdapterError(f"unknown adapter {adapter_name!r}: this service has no LoRA adapters. Leave adapter_name out.")
+            raise AdapterError(
+                f"unknown adapter {adapter_name!r}: this service has no LoRA adapters. Leave adapter_name out."
+            )
         if params.num_samples > SPACING:
             raise SamplingParamsError(f"num_samples must be at most {SPACING}, got {params.num_samples}.")
 
@@ -184,9 +190,7 @@ class Router:
         first_id = next(self._group_ids)
         for _ in prompts[1:]:
             next(self._group_ids)
-        header = ResponseHeader(
-            logprobs_mode=self._info.logprobs_mode, special_tokens=self._template.special_tokens
-        )
+        header = ResponseHeader(logprobs_mode=self._info.logprobs_mode, special_tokens=self._template.special_tokens)
         request = Request(first_id, prompts, params, header)
         self._requests.update(dict.fromkeys(request.ids, request))
         self._dispatcher.enqueue(request.groups())
@@ -240,14 +244,14 @@ class Router:
         try:
             async for finished in self._streams[name].sample.remote(groups):
                 self._deliver(name, finished)
-        except (RayError, EngineDeadError) as error:
-            self._lose(name, error)
         except Exception as error:
-            # An engine's bug, or one in its results: these groups fail, the engine stays.
-            logger.exception(f"{name} failed on a chunk of {len(groups)} groups")
-            cause = error if isinstance(error, TwinkleServeError) else EngineDeadError(f"{name}: {error!r}")
-            for group in groups:
-                self._fail(group.id, cause)
+            if _is_death(error):
+                self._lose(name, error)
+            else:
+                # An engine's bug, or one in its results: these groups fail, the engine stays.
+                logger.exception(f"{name} failed on a chunk of {len(groups)} groups")
+                for group in groups:
+                    self._fail(group.id, EngineError(f"{name} failed on a chunk of {len(groups)} groups: {error!r}"))
         finally:
             for group in groups:
                 self._dispatcher.finish(name, group.key)
@@ -276,9 +280,9 @@ class Router:
 
     def _lose(self, name: str, error: Exception) -> None:
         """An engine died: its groups go elsewhere, and it is out of use until it answers again."""
+        if name not in self._dispatcher.engines:
+            return  # another of its chunks said so first
         lost = self._dispatcher.remove_engine(name)
-        if name in self._dispatcher.engines or not lost:
-            return
         logger.warning(f"{name} died with {len(lost)} groups: {type(error).__name__}. Sampling them elsewhere.")
         again = []
         for group in lost:
@@ -311,6 +315,13 @@ class Router:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether an engine's process, or vLLM's in it, is gone. An exception that it raised comes as a RayTaskError."""
+    if isinstance(error, (EngineDeadError, RayActorError)):
+        return True
+    return isinstance(error, RayError) and not isinstance(error, RayTaskError)
 
 
 def _deadline(timeout_s: float) -> float:

@@ -1,7 +1,7 @@
 """Asks the running service for sums, several answers each, and prints the right and the wrong ones.
 
-    scripts/serve                          # in one terminal
-    .venv/bin/python examples/sample.py    # in another
+scripts/serve                          # in one terminal
+.venv/bin/python examples/sample.py    # in another
 """
 
 from __future__ import annotations

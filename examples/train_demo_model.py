@@ -33,7 +33,7 @@ CHAT_TEMPLATE = """\
     {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
     {{- '# Tools\\n\\nFunctions, as JSON, within <tools></tools>:\\n<tools>' }}
     {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
-    {{- '\\n</tools>\\n\\nTo call one, answer with <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>\\n' }}
+    {{- '\\n</tools>\\n\\nTo call one: <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>\\n' }}
 {%- elif messages[0].role == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
 {%- endif %}

@@ -9,6 +9,7 @@ Ctrl-C, 1 when an application failed to start, 2 when the config is wrong.
 from __future__ import annotations
 
 import _thread
+import contextlib
 import os
 import re
 import signal
@@ -44,10 +45,8 @@ def main() -> None:
     context = ray.init(namespace="serve")
     watcher = _Watcher(names, context.dashboard_url)
     watcher.start()
-    try:
+    with contextlib.suppress(SystemExit, KeyboardInterrupt):
         cli(["run", str(path)], standalone_mode=False)
-    except (SystemExit, KeyboardInterrupt):
-        pass
     ray.shutdown()
     sys.exit(FAILED if watcher.failed else 0)
 

@@ -2,6 +2,8 @@
 
 # No `from __future__ import annotations` here: Ray Serve reads the annotation of `args` to parse the config.
 
+from typing import Any
+
 import ray
 from ray.serve import Application
 
@@ -21,16 +23,19 @@ def build(args: ServiceArgs) -> Application:
 
     Engine arguments are checked by each engine as it starts: knowing vLLM's takes importing it, 10 s.
     """
+    engine: Any = Engine  # the decorator made deployments of them, which its types do not say
+    router: Any = Router
     mesh = args.device_mesh.mesh()
     placement = place(mesh, cluster())
     hub.resolve(args.model_id, weights=False)
     engines = {
-        engine_name(rank): Engine.options(name=engine_name(rank), **engine_options(placement)).bind(
+        engine_name(rank): engine.options(name=engine_name(rank), **engine_options(placement)).bind(
             args, rank, placement
         )
         for rank in range(mesh.dp_size)
     }
-    return Router.bind(args, engines)
+    application: Application = router.bind(args, engines)
+    return application
 
 
 def engine_options(placement: Placement) -> dict[str, object]:

@@ -27,7 +27,7 @@ _HOMES = {
     "connect": "client",
 }
 
-__all__ = [  # noqa: F822  (defined by __getattr__)
+__all__ = [
     "DeviceGroup",
     "DeviceMesh",
     "InputFeature",

@@ -183,9 +183,7 @@ class ServiceSampler:
     def _call(
         self, inputs: Any, params: Any, adapter_name: str, num_samples: int | None, timeout_s: float | None
     ) -> DeploymentResponse:
-        return self._handle.sample.remote(
-            inputs, params, adapter_name, num_samples=num_samples, timeout_s=timeout_s
-        )
+        return self._handle.sample.remote(inputs, params, adapter_name, num_samples=num_samples, timeout_s=timeout_s)
 
     def _stream(
         self, inputs: Any, params: Any, adapter_name: str, num_samples: int | None, timeout_s: float | None

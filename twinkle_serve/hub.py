@@ -27,7 +27,9 @@ def resolve(model_id: str, *, weights: bool = True) -> Path:
     if not hub and (Path(name).exists() or name.startswith(("/", "./", "../", "~"))):
         return _directory(Path(name).expanduser(), model_id)
     if hub not in ("", "ms", "hf"):
-        raise ModelNotFoundError(f"model_id {model_id!r}: unknown hub {hub!r}. Use ms://org/name, hf://org/name or a path.")
+        raise ModelNotFoundError(
+            f"model_id {model_id!r}: unknown hub {hub!r}. Use ms://org/name, hf://org/name or a path."
+        )
     if name.count("/") != 1 or not all(name.split("/")):
         raise ModelNotFoundError(
             f"model_id {model_id!r} is neither a directory here nor an id of the form org/name. "

@@ -19,7 +19,9 @@ ENGINE_ARGS: dict[EngineKind, dict[str, object]] = {
 
 
 async def started(kind: EngineKind) -> AsyncIterator[EngineHarness]:
-    engine = build_engine(kind, f"{kind}-under-test", str(hub.DEMO), ENGINE_ARGS[kind], cpus=[(0,)] if kind == "vllm" else [])
+    engine = build_engine(
+        kind, f"{kind}-under-test", str(hub.DEMO), ENGINE_ARGS[kind], cpus=[(0,)] if kind == "vllm" else []
+    )
     await engine.start()
     harness = EngineHarness(engine)
     yield harness

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.response import SampledSequence, SampleResponse
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.engines.base import Engine, Group
+from twinkle_serve.engines.base import Engine
 
 
 @dataclass

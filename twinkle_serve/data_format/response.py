@@ -102,7 +102,10 @@ class SampleResponse(Sequence["SampleResponse"]):
 
     @property
     def topk_prompt_logprobs(self) -> list[list[tuple[int, float]] | None] | None:
-        """The k likeliest (token id, log p) at each prompt position, None at 0; None if not asked for. One prompt only."""
+        """The k likeliest (token id, log p) at each prompt position, None at 0. One prompt only.
+
+        None if not asked for.
+        """
         scores = self._scores("topk_prompt_logprobs")
         if scores is None or not scores.top_tokens.shape[1]:
             return None
@@ -114,7 +117,9 @@ class SampleResponse(Sequence["SampleResponse"]):
 
     def _only(self, name: str) -> int:
         if len(self) != 1:
-            raise ValueError(f"{name} is of one prompt, this response has {len(self)}. Iterate over it: response[i].{name}")
+            raise ValueError(
+                f"{name} is of one prompt, this response has {len(self)}. Iterate over it: response[i].{name}"
+            )
         return 0
 
     def __repr__(self) -> str:
@@ -173,7 +178,7 @@ class SampledSequence:
     @property
     def stop_reason(self) -> StopReason:
         """length: max_tokens or the context is used up. stop: end of sequence, a stop string or a stop token id."""
-        return STOP_REASONS[self.response.columns.stop_reason[self.row]]
+        return STOP_REASONS[int(self.response.columns.stop_reason[self.row])]
 
     @property
     def seed(self) -> int | None:

@@ -129,4 +129,6 @@ class SampleColumns:
 
     def without(self, groups: set[int]) -> SampleColumns:
         """The samples of all other groups."""
-        return self.take(np.array([row for row, group in enumerate(self.group.tolist()) if group not in groups], np.int64))
+        return self.take(
+            np.array([row for row, group in enumerate(self.group.tolist()) if group not in groups], np.int64)
+        )

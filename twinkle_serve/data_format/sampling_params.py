@@ -92,33 +92,36 @@ class SamplingParams:
     """Samples of each prompt."""
 
     def __post_init__(self) -> None:
-        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (frozen: this is the one place)
         if self.max_tokens is not None:
-            put("max_tokens", _whole("max_tokens", self.max_tokens, 0))
+            self._put("max_tokens", _whole("max_tokens", self.max_tokens, 0))
         temperature = _real("temperature", self.temperature)
         if temperature != 0 and not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
             raise SamplingParamsError(
                 f"temperature must be 0 (greedy) or in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}], got {temperature}."
             )
-        put("temperature", temperature)
-        put("top_k", _whole("top_k", self.top_k, -1))
-        put("top_p", _real("top_p", self.top_p))
+        self._put("temperature", temperature)
+        self._put("top_k", _whole("top_k", self.top_k, -1))
+        self._put("top_p", _real("top_p", self.top_p))
         if not 0 < self.top_p <= 1:
             raise SamplingParamsError(f"top_p must be in (0, 1], got {self.top_p}. 1 considers every token.")
-        put("repetition_penalty", _real("repetition_penalty", self.repetition_penalty))
+        self._put("repetition_penalty", _real("repetition_penalty", self.repetition_penalty))
         if self.repetition_penalty <= 0:
             raise SamplingParamsError(
                 f"repetition_penalty must be above 0, got {self.repetition_penalty}. 1 is no penalty."
             )
         if self.seed is not None:
-            put("seed", _whole("seed", self.seed, 0, 2**62 - 1))
-        put("stop", _stop(self.stop))
+            self._put("seed", _whole("seed", self.seed, 0, 2**62 - 1))
+        self._put("stop", _stop(self.stop))
         if not isinstance(self.ignore_eos, bool):
             raise SamplingParamsError(f"ignore_eos must be true or false, got {self.ignore_eos!r}.")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                put(name, _whole(name, getattr(self, name), 0))
-        put("num_samples", _whole("num_samples", self.num_samples, 1))
+                self._put(name, _whole(name, getattr(self, name), 0))
+        self._put("num_samples", _whole("num_samples", self.num_samples, 1))
+
+    def _put(self, name: str, value: object) -> None:
+        """Sets a field while the frozen object is being made."""
+        object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, params: SamplingParams | Mapping[str, Any] | None, num_samples: int | None = None) -> SamplingParams:

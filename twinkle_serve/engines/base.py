@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from twinkle_serve.data_format.groups import EngineInfo, Group, GroupKey
 from twinkle_serve.data_format.samples import (
     NO_SEED,
     STOP_REASONS,
@@ -20,56 +21,6 @@ from twinkle_serve.data_format.samples import (
 )
 from twinkle_serve.data_format.sampling_params import SamplingParams
 from twinkle_serve.errors import EngineDeadError, PromptError, SamplingParamsError, TwinkleServeError
-
-GroupKey: TypeAlias = tuple[int, int]
-"""(id, first sample) of a group: what tells the parts of a split prompt apart."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
-    """`count` samples of one prompt: what is placed on an engine, and what an engine returns whole."""
-
-    id: int
-    """Of the prompt: unique at the router for as long as it lives."""
-    prompt_ids: NDArray[np.int32]
-    """Shape [P]."""
-    params: SamplingParams
-    """`num_samples` and `seed` are of the request: a group has `count` and `seed` of its own."""
-    first_sample: int = 0
-    """Index of this group's first sample among the prompt's; not 0 in the later parts of a split prompt."""
-    count: int = 1
-    seed: int | None = None
-    """Seed of the first sample here; sample j has `seed + j`."""
-
-    @property
-    def key(self) -> GroupKey:
-        return (self.id, self.first_sample)
-
-    def seed_of(self, j: int) -> int | None:
-        return None if self.seed is None else self.seed + j
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineInfo:
-    """What the router must know to admit a request."""
-
-    name: str
-    kind: str
-    """vllm, torch or fake."""
-    max_model_len: int
-    """Most tokens of a prompt and its sample together."""
-    vocab_size: int
-    """Token ids are below it."""
-    max_num_seqs: int
-    """Most sequences that run at the same time."""
-    max_logprobs: int
-    """Most k of `logprobs` and `prompt_logprobs`."""
-    logprobs_mode: str
-    """See `SampleResponse.logprobs_mode`."""
-    device: str
-    """cpu or cuda."""
-    cpus: tuple[int, ...]
-    """Cores that its computing threads are bound to; empty where they are not."""
 
 
 class Engine(Protocol):

@@ -7,6 +7,7 @@ whole prefix, logprobs re-score exactly, and nothing has to be loaded.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, ValidationError
 
+from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.engines.base import EngineInfo, Group, columns_of_group, most_new_tokens
+from twinkle_serve.engines.base import columns_of_group, most_new_tokens
 from twinkle_serve.errors import EngineArgsError, unknown_name
 
 ROWS = 257
@@ -150,7 +152,7 @@ class FakeEngine:
         state = 0
         rows = [np.full(1 + k, np.nan, np.float32)]
         tokens = [np.full(k, -1, np.int32)]
-        for before, token in zip(prompt_ids[:-1], prompt_ids[1:], strict=True):
+        for before, token in itertools.pairwise(prompt_ids):
             state = zlib.crc32(np.int32(before).tobytes(), state)
             likely = _log_softmax(self._logits[state % ROWS])
             top = np.argsort(-likely, kind="stable")[:k].astype(np.int32)

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
+from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.engines.base import EngineInfo, Group, columns_of_group, most_new_tokens
+from twinkle_serve.engines.base import columns_of_group, most_new_tokens
 from twinkle_serve.errors import EngineArgsError, EngineDeadError, EngineError, EngineStartError, unknown_name
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
@@ -107,9 +108,7 @@ class TorchEngine:
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
         except (OSError, ValueError) as error:
-            raise EngineStartError(
-                f"{self._name}: transformers could not load {self._path!r}: {error}"
-            ) from error
+            raise EngineStartError(f"{self._name}: transformers could not load {self._path!r}: {error}") from error
         longest = self._model.config.max_position_embeddings
         if self._args.max_model_len is not None and self._args.max_model_len > longest:
             raise EngineArgsError(
@@ -250,9 +249,7 @@ class TorchEngine:
             logprobs = torch.stack(parts).numpy() if parts else np.empty((0, width), np.float32)
             if width > 1:
                 ids = [part for row in rows for part in row.logprob_tokens]
-                logprob_tokens = (
-                    torch.stack(ids).numpy().astype(np.int32) if ids else np.empty((0, width), np.int32)
-                )
+                logprob_tokens = torch.stack(ids).numpy().astype(np.int32) if ids else np.empty((0, width), np.int32)
         scores = None if params.prompt_logprobs is None else self._score(group.prompt_ids, params.prompt_logprobs)
         texts = self._tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=False)
         return columns_of_group(

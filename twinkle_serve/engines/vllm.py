@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, StopReason
-from twinkle_serve.engines.base import EngineInfo, Group, columns_of_group, most_new_tokens
+from twinkle_serve.engines.base import columns_of_group, most_new_tokens
 from twinkle_serve.errors import (
     EngineArgsError,
     EngineDeadError,
@@ -176,8 +177,8 @@ class VLLMEngine:
             sampling_params = self._sampling_params(group)
             stream = self._llm.generate(tokens_input(group.prompt_ids.tolist()), sampling_params, request_id)
             async with contextlib.aclosing(stream):
-                async for output in stream:
-                    pass
+                async for latest in stream:
+                    output = latest
         except VLLMEngineDeadError as error:
             raise EngineDeadError(f"{self._name}: vLLM's engine process died. It is being restarted.") from error
         except (VLLMClientError, ValueError, TypeError) as error:
@@ -249,9 +250,7 @@ class VLLMEngine:
             await asyncio.to_thread(llm.shutdown)
 
 
-def _sample_logprobs(
-    flat: Sequence[Any], k: int | None
-) -> tuple[FloatArray | None, NDArray[np.int32] | None]:
+def _sample_logprobs(flat: Sequence[Any], k: int | None) -> tuple[FloatArray | None, NDArray[np.int32] | None]:
     """vLLM's FlatLogprobs of each sample as columns: [T, 1 + k], the sampled token first."""
     if k is None:
         return None, None

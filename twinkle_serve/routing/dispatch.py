@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from twinkle_serve.engines.base import Group, GroupKey
+from twinkle_serve.data_format.groups import Group, GroupKey
 
 HEADROOM = 1.25
 """Sequences sent to an engine per sequence that it runs at once. What is over 1 waits inside the engine, so that a
@@ -72,9 +72,7 @@ class Dispatcher:
     def withdraw(self, group_ids: range) -> dict[str, list[GroupKey]]:
         """Drops groups that no engine has yet; returns the keys of those that engines have, by engine."""
         self._waiting = deque(group for group in self._waiting if group.id not in group_ids)
-        held = {
-            name: [key for key in load.groups if key[0] in group_ids] for name, load in self._engines.items()
-        }
+        held = {name: [key for key in load.groups if key[0] in group_ids] for name, load in self._engines.items()}
         return {name: keys for name, keys in held.items() if keys}
 
     def assign(self) -> dict[str, list[Group]]:

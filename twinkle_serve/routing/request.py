@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
+from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.response import SampleResponse
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.engines.base import Group
 from twinkle_serve.errors import TwinkleServeError
 from twinkle_serve.routing.seeds import prompt_seed
 from twinkle_serve.template.prompts import Prompt
@@ -29,7 +29,9 @@ class Request:
     Guarantees: `prompts_as_they_finish` yields each prompt once, with exactly `num_samples` samples, or raises.
     """
 
-    def __init__(self, first_id: int, prompts: Sequence[Prompt], params: SamplingParams, header: ResponseHeader) -> None:
+    def __init__(
+        self, first_id: int, prompts: Sequence[Prompt], params: SamplingParams, header: ResponseHeader
+    ) -> None:
         self.ids = range(first_id, first_id + len(prompts))
         """Group id of each prompt."""
         self._prompts = prompts

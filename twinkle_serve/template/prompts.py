@@ -62,7 +62,9 @@ def _kind(item: Any, i: int) -> str:
     # A sample's new_input_feature has both: it goes on from its tokens.
     if not kinds:
         close = unknown_name("input", next(iter(item), ""), ("messages", "input_ids")).split(" Known:")[0]
-        raise PromptError(f"inputs[{i}] has neither messages nor input_ids: {close} Its keys: {sorted(map(str, item))}.")
+        raise PromptError(
+            f"inputs[{i}] has neither messages nor input_ids: {close} Its keys: {sorted(map(str, item))}."
+        )
     return kinds[-1]
 
 
@@ -103,7 +105,9 @@ def _from_ids(item: Mapping[str, Any], where: str, template: Template) -> Prompt
     mask = item.get("attention_mask")
     if mask is not None and not np.asarray(mask).all():
         padded = int((np.asarray(mask) == 0).sum())
-        raise PromptError(f"{where}.attention_mask hides {padded} of {len(ids)} tokens. Send input_ids without padding.")
+        raise PromptError(
+            f"{where}.attention_mask hides {padded} of {len(ids)} tokens. Send input_ids without padding."
+        )
     if ids.size and (ids.max() > np.iinfo(np.int32).max or ids.min() < 0):
         bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
         raise PromptError(f"{where}.input_ids holds {bad}, which is no token id.")

@@ -30,7 +30,9 @@ class Template:
             raise ModelNotFoundError(f"no tokenizer in {model}: {error}") from error
         self.special_tokens: tuple[str, ...] = tuple(self._tokenizer.all_special_tokens)
 
-    def encode(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, where: str) -> NDArray[np.int32]:
+    def encode(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, where: str
+    ) -> NDArray[np.int32]:
         """Token ids of a conversation, up to where the assistant's turn begins. Shape [P].
 
         Raises:
@@ -43,5 +45,7 @@ class Template:
                 messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
             )
         except Exception as error:  # jinja's errors and Python's own, out of a template that is the model's
-            raise PromptError(f"{where}: the chat template refuses the messages: {type(error).__name__}: {error}") from error
+            raise PromptError(
+                f"{where}: the chat template refuses the messages: {type(error).__name__}: {error}"
+            ) from error
         return np.asarray(ids, np.int32)

@@ -1,0 +1,1 @@
+"""Measurements. Each prints its command's numbers and can write them to benchmarks/results/."""
