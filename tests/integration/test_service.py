@@ -1,0 +1,283 @@
+"""The service on a real Ray cluster, with the fake engine: everything above an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+from ray import serve
+
+from graphs.sampler import build
+from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
+from twinkle_serve import SamplingParams, connect
+from twinkle_serve.client import ServiceSampler
+from twinkle_serve.config import ServiceArgs
+from twinkle_serve.errors import (
+    AdapterError,
+    DeadlineError,
+    MeshError,
+    PromptError,
+    RequestError,
+    SamplingParamsError,
+    ServiceNotReadyError,
+    TwinkleServeError,
+)
+
+QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(12, 24)]
+TOKEN_S = 0.02
+SLOW: dict[str, Any] = {"max_tokens": 500, "ignore_eos": True}
+"""Ten seconds on the slow service."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with ray_cluster(num_cpus=16):
+        yield
+
+
+@pytest.fixture(scope="module")
+def sampler(cluster: None) -> ServiceSampler:
+    """Two engines, instant."""
+    return deploy("quick", engine="fake", device_mesh={"dp_size": 2}, engine_args={"max_model_len": 600})
+
+
+@pytest.fixture(scope="module")
+def slow(cluster: None) -> ServiceSampler:
+    """Two engines that take TOKEN_S a token."""
+    engine_args = {"max_model_len": 600, "max_num_seqs": 8, "token_latency_s": TOKEN_S}
+    return deploy("slow", engine="fake", device_mesh={"dp_size": 2}, engine_args=engine_args)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test the service holds no request and its engines no sequence."""
+    yield
+    for name in ("sampler", "slow"):
+        if name in request.fixturenames:
+            service: ServiceSampler = request.getfixturevalue(name)
+            wait_until(lambda service=service: is_idle(service), f"{name} is idle")
+
+
+def is_idle(service: ServiceSampler) -> bool:
+    status = service.status()
+    sequences = sum(engine["sequences"] for engine in status["engines"].values())
+    return not (sequences or status["requests"] or status["groups_waiting"])
+
+
+def test_sample_returns_every_sample_in_input_order(sampler: ServiceSampler) -> None:
+    """Flat and prompt-major, from both engines, with the logprobs of each token."""
+    response = sampler.sample(QUESTIONS, SamplingParams(max_tokens=20), num_samples=5)
+    assert [seq.prompt_index for seq in response.sequences] == [i for i in range(len(QUESTIONS)) for _ in range(5)]
+    assert {seq.engine for seq in response.sequences} == {"engine-dp0", "engine-dp1"}
+    assert all(len(seq.logprobs or []) == len(seq.tokens) for seq in response.sequences)
+    for question, part in zip(QUESTIONS, response, strict=True):
+        feature: Any = part.sequences[0].new_input_feature
+        assert feature["messages"][0] == question["messages"][0]
+        assert feature["messages"][1]["role"] == "assistant"
+        assert feature["input_ids"][: len(part.prompt_token_ids)] == part.prompt_token_ids
+
+
+def test_sample_takes_one_dict_as_one_prompt(sampler: ServiceSampler) -> None:
+    """It is never split."""
+    response = sampler.sample(QUESTIONS[0], {"max_tokens": 3}, num_samples=2)
+    assert len(response) == 1 and len(response.sequences) == 2
+
+
+def test_sample_continues_a_new_input_feature(sampler: ServiceSampler) -> None:
+    """What came out goes in again, token for token."""
+    first = sampler.sample(QUESTIONS[0], {"max_tokens": 3}).sequences[0].new_input_feature
+    again = sampler.sample(first, {"max_tokens": 3})
+    assert again.prompt_token_ids == first["input_ids"]
+
+
+def test_a_batch_smaller_than_the_engines_is_answered(sampler: ServiceSampler) -> None:
+    """And many more prompts than slots as well."""
+    assert len(sampler.sample(QUESTIONS[:1], {"max_tokens": 2}).sequences) == 1
+    assert len(sampler.sample(QUESTIONS * 100, {"max_tokens": 2}, num_samples=2).sequences) == 2400
+
+
+def test_sample_iter_yields_each_prompt_once(sampler: ServiceSampler) -> None:
+    """With all its samples, in whatever order they finish."""
+    parts = list(sampler.sample_iter(QUESTIONS, {"max_tokens": 5}, num_samples=3, progress=True))
+    assert sorted(part.prompt_index for part in parts) == list(range(len(QUESTIONS)))
+    assert {len(part.sequences) for part in parts} == {3}
+    assert {seq.prompt_index for part in parts for seq in part.sequences} == set(range(len(QUESTIONS)))
+
+
+def test_handle_is_called_from_other_actors(sampler: ServiceSampler) -> None:
+    """From an async actor by handle and by connect, and from a plain one by connect."""
+
+    @ray.remote(num_cpus=0)
+    class AsyncTrainer:
+        async def rollout(self) -> tuple[list[str], list[str], int]:
+            params = SamplingParams(max_tokens=4, temperature=0)
+            by_handle = await serve.get_app_handle("quick").sample.remote(QUESTIONS, params, num_samples=2)
+            by_connect = await connect("quick").sample_async(QUESTIONS, params, num_samples=2)
+            parts = [part async for part in connect("quick").sample_iter_async(QUESTIONS, params)]
+            return [s.decoded for s in by_handle.sequences], [s.decoded for s in by_connect.sequences], len(parts)
+
+    @ray.remote(num_cpus=0)
+    class Trainer:
+        def rollout(self) -> list[str]:
+            params = SamplingParams(max_tokens=4, temperature=0)
+            return [s.decoded for s in connect("quick").sample(QUESTIONS, params, num_samples=2).sequences]
+
+    by_handle, by_connect, parts = ray.get(AsyncTrainer.remote().rollout.remote())
+    assert by_handle == by_connect == ray.get(Trainer.remote().rollout.remote())
+    assert len(by_handle) == 24 and parts == 12
+
+
+async def test_many_calls_at_once_share_chunks_and_keep_apart(sampler: ServiceSampler) -> None:
+    """Two hundred callers of one prompt, of different parameters, each get their own answer."""
+    ks = [None, 0, 2]
+    calls = [
+        sampler.sample_async(QUESTIONS[i % 12], {"max_tokens": 1 + i % 5, "ignore_eos": True, "logprobs": ks[i % 3]})
+        for i in range(200)
+    ]
+    for i, response in enumerate(await asyncio.gather(*calls)):
+        (sequence,) = response.sequences
+        assert len(sequence.tokens) == 1 + i % 5
+        assert (sequence.logprobs is None) == (ks[i % 3] is None)
+
+
+def test_seed_gives_the_same_samples_for_any_number_of_engines(sampler: ServiceSampler) -> None:
+    """One, two and four engines; every sample's seed is stamped on it; another seed gives others."""
+    params = SamplingParams(max_tokens=12, seed=77)
+    two = sampler.sample(QUESTIONS, params, num_samples=3)
+    for size in (1, 4):
+        other = deploy(f"dp{size}", engine="fake", device_mesh={"dp_size": size}).sample(
+            QUESTIONS, params, num_samples=3
+        )
+        assert [seq.tokens for seq in other.sequences] == [seq.tokens for seq in two.sequences]
+        assert [seq.seed for seq in other.sequences] == [seq.seed for seq in two.sequences]
+        serve.delete(f"dp{size}")
+    assert len({seq.seed for seq in two.sequences}) == 36
+    alone = sampler.sample(QUESTIONS[:1], params, num_samples=9)
+    assert [seq.tokens for seq in alone.sequences[:3]] == [seq.tokens for seq in two.sequences[:3]]
+    assert [s.tokens for s in sampler.sample(QUESTIONS, {"max_tokens": 12, "seed": 78}).sequences] != [
+        part.sequences[0].tokens for part in two
+    ]
+
+
+def test_without_a_seed_no_two_samples_repeat_each_other(sampler: ServiceSampler) -> None:
+    """Within a group split over both engines, and from call to call."""
+    params = {"max_tokens": 16, "ignore_eos": True}
+    responses = [sampler.sample(QUESTIONS[0], params, num_samples=16) for _ in range(3)]
+    assert {seq.seed for response in responses for seq in response.sequences} == {None}
+    counts = Counter(tuple(seq.tokens) for response in responses for seq in response.sequences)
+    assert max(counts.values()) == 1
+
+
+BAD_CALLS: list[tuple[dict[str, Any], type[TwinkleServeError], str]] = [
+    ({"inputs": []}, PromptError, "inputs is empty"),
+    ({"inputs": [QUESTIONS[0], {"input_ids": [1]}]}, PromptError, "mixes kinds"),
+    ({"inputs": {"input_ids": [1] * 600}}, PromptError, "has 600 tokens, the context holds 600"),
+    ({"inputs": {"input_ids": [1, 320]}}, PromptError, "token id 320, the model's vocabulary is 0 to 319"),
+    ({"inputs": {"input_ids": []}}, PromptError, "is empty"),
+    ({"inputs": QUESTIONS, "sampling_params": {"temperature": float("nan")}}, SamplingParamsError, "must be finite"),
+    ({"inputs": QUESTIONS, "sampling_params": {"max_tokns": 1}}, SamplingParamsError, "did you mean 'max_tokens'"),
+    ({"inputs": QUESTIONS, "sampling_params": {"logprobs": 99}}, SamplingParamsError, "at most 20"),
+    ({"inputs": QUESTIONS, "num_samples": 0}, SamplingParamsError, "num_samples must be at least 1"),
+    ({"inputs": QUESTIONS, "num_samples": 2**21}, SamplingParamsError, "num_samples must be at most 1048576"),
+    ({"inputs": QUESTIONS, "adapter_name": "mine"}, AdapterError, "unknown adapter 'mine'"),
+    ({"inputs": QUESTIONS, "timeout_s": -1}, RequestError, "timeout_s must be a number of seconds above 0"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD_CALLS, ids=[message for _, _, message in BAD_CALLS])
+def test_bad_call_raises_a_typed_error_and_the_next_one_works(
+    sampler: ServiceSampler, call: dict[str, Any], error: type[TwinkleServeError], message: str
+) -> None:
+    """At once, by connect and by handle, in sample and in sample_iter; a bystander finishes."""
+    bystander = serve.get_app_handle("quick").sample.remote(QUESTIONS, {"max_tokens": 50}, num_samples=4)
+    with pytest.raises(error) as caught:
+        sampler.sample(**call)
+    assert message in str(caught.value) and "Traceback" not in str(caught.value)
+    with pytest.raises(error):
+        serve.get_app_handle("quick").sample.remote(**call).result()
+    with pytest.raises(error):
+        list(sampler.sample_iter(**call))
+    assert len(bystander.result().sequences) == 48
+    assert len(sampler.sample(QUESTIONS[0], {"max_tokens": 2}).sequences) == 1
+
+
+def test_deadline_ends_the_call_and_frees_the_engines(slow: ServiceSampler) -> None:
+    """In sample and in sample_iter, while queued and while running; then the next call finds room."""
+    many = QUESTIONS * 4
+    for run in (
+        lambda: slow.sample(many, SLOW, timeout_s=0.5),
+        lambda: list(slow.sample_iter(many, SLOW, timeout_s=0.5)),
+    ):
+        started = time.monotonic()
+        with pytest.raises(DeadlineError, match=r"timeout_s=0.5 passed when 0 of 48 samples were done; 2 of 2 engines"):
+            run()
+        assert time.monotonic() - started < 5
+        wait_until(lambda: is_idle(slow), "the engines are free", timeout_s=5)
+    assert len(slow.sample(many, {"max_tokens": 1}, timeout_s=20).sequences) == 48
+
+
+def test_cancelled_call_frees_the_engines(slow: ServiceSampler) -> None:
+    """A cancelled response, and an iterator that is left."""
+    response = serve.get_app_handle("slow").sample.remote(QUESTIONS, SLOW)
+    wait_until(lambda: not is_idle(slow), "the call has started")
+    response.cancel()
+    wait_until(lambda: is_idle(slow), "the cancelled call is gone", timeout_s=5)
+    parts = slow.sample_iter([*QUESTIONS, QUESTIONS[0]], {"max_tokens": 100, "ignore_eos": True}, num_samples=1)
+    next(parts)
+    parts.close()
+    wait_until(lambda: is_idle(slow), "the iterator's call is gone", timeout_s=5)
+
+
+async def test_cancelled_coroutine_frees_the_engines(slow: ServiceSampler) -> None:
+    """And a bystander finishes."""
+    bystander = asyncio.ensure_future(slow.sample_async(QUESTIONS[0], {"max_tokens": 100, "ignore_eos": True}))
+    doomed = asyncio.ensure_future(slow.sample_async(QUESTIONS, SLOW))
+    while (await serve.get_app_handle("slow").status.remote())["requests"] < 2:
+        pass
+    doomed.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await doomed
+    assert len((await bystander).sequences[0].tokens) == 100
+
+
+def test_samples_of_a_killed_engine_are_sampled_elsewhere(slow: ServiceSampler) -> None:
+    """Each sample comes once, the same as undisturbed; the engine comes back by itself."""
+    params = SamplingParams(max_tokens=100, ignore_eos=True, seed=5)
+    expected = slow.sample(QUESTIONS, params, num_samples=2)
+    assert {seq.engine for seq in expected.sequences} == {"engine-dp0", "engine-dp1"}
+    response = serve.get_app_handle("slow").sample.remote(QUESTIONS, params, num_samples=2)
+    wait_until(lambda: slow.status()["engines"]["engine-dp0"]["sequences"] > 0, "engine-dp0 has work")
+    replica_process("slow", "engine-dp0").kill()
+    result = response.result(timeout_s=60)
+    assert [seq.tokens for seq in result.sequences] == [seq.tokens for seq in expected.sequences]
+    wait_until(lambda: slow.status()["engines"]["engine-dp0"]["state"] == "ready", "engine-dp0 is back", timeout_s=60)
+    again = slow.sample(QUESTIONS, params, num_samples=2)
+    assert {seq.engine for seq in again.sequences} == {"engine-dp0", "engine-dp1"}
+
+
+def test_connect_names_what_is_wrong(sampler: ServiceSampler) -> None:
+    """An unknown application, and one that failed: at once, with the reason."""
+    with pytest.raises(ServiceNotReadyError, match="unknown application 'quik', did you mean 'quick'"):
+        connect("quik")
+    args = ServiceArgs.model_validate(
+        {"model_id": "demo", "engine": "fake", "device_mesh": {"device_type": "cpu"}, "engine_args": {"max_len": 1}}
+    )
+    with pytest.raises(RuntimeError):
+        serve.run(build(args), name="broken", route_prefix=None)
+    started = time.monotonic()
+    with pytest.raises(ServiceNotReadyError, match="broken.*is DEPLOY_FAILED"):
+        connect("broken")
+    assert time.monotonic() - started < 5
+    serve.delete("broken")
+
+
+def test_mesh_larger_than_the_cluster_fails_at_once() -> None:
+    """Instead of waiting for devices that do not come."""
+    args = {"model_id": "demo", "engine": "fake", "device_mesh": {"dp_size": 99, "device_type": "cpu"}}
+    with pytest.raises(MeshError, match=r"needs 99 CPUs \(dp_size=99 x tp_size=1\), the cluster has 16"):
+        build(ServiceArgs.model_validate(args))

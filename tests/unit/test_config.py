@@ -1,0 +1,201 @@
+"""The config: every YAML in the repository is right, and every mistake is named."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from graphs.config_file import check_config_file
+from twinkle_serve import errors
+from twinkle_serve.config import ServiceArgs
+from twinkle_serve.errors import ConfigError, EngineArgsError, MeshError, ModelNotFoundError, TwinkleServeError
+from twinkle_serve.hub import resolve
+from twinkle_serve.mesh import DeviceMesh
+from twinkle_serve.placement import NodeResources, cores_of_engine, place
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted([ROOT / "serve_config.yaml", *(ROOT / "configs").glob("*.yaml")])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_in_the_repository_is_right(path: Path) -> None:
+    """Keys at every level, and the arguments of the engine that it names."""
+    from twinkle_serve.engines import check_engine_args
+
+    assert check_config_file(path)
+    for application in yaml.safe_load(path.read_text())["applications"]:
+        args = ServiceArgs.model_validate(application["args"])
+        if args.engine != "vllm":  # importing vllm takes 10 s; integration starts what it can of these
+            check_engine_args(args.engine, args.engine_args)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("applications:", "aplications:"), "unknown key 'aplications', did you mean 'applications'"),
+        (
+            ("route_prefix:", "rout_prefix:"),
+            "unknown key in applications[0] 'rout_prefix', did you mean 'route_prefix'",
+        ),
+        (("model_id:", "modelid:"), "unknown key 'modelid', did you mean 'model_id'"),
+        (("{dp_size:", "{dp_sise:"), "unknown key in device_mesh 'dp_sise', did you mean 'dp_size'"),
+        (("engine: vllm", "engine: vlm"), "engine: Input should be 'vllm', 'torch' or 'fake', got 'vlm'"),
+        (("dp_size: 2", "dp_size: 0"), "device_mesh.dp_size must be at least 1, got 0"),
+        (("dp_size: 2", "dp_size: two"), "device_mesh.dp_size: Input should be a valid integer, got 'two'"),
+        (("dp_size: 2", "dp_size: .nan"), "device_mesh.dp_size: Input should be a valid integer, got nan"),
+        (("tp_size: 1", "world_size: 3"), "world_size=3 contradicts its dimensions, dp_size=2 = 2"),
+        (("tp_size: 1", "cp_size: 2"), "cp_size=2: a sampler has the dimensions dp, tp and pp"),
+        (("template: Template", "request_timeout_s: 0"), "request_timeout_s: Input should be greater than 0, got 0"),
+        (("template: Template", "adapters: {a: /x}"), "loading LoRA adapters is not supported yet"),
+        (("      model_id: demo", "      # none"), "model_id is missing"),
+        (("applications:", "proxy_locations: Disabled\napplications:"), "did you mean 'proxy_location'"),
+        (("applications:", "http_options: {prot: 1}\napplications:"), "in http_options 'prot', did you mean 'port'"),
+        (("applications:", "applications: ["), "is not YAML"),
+    ],
+)
+def test_config_mistake_is_named_with_its_remedy(change: tuple[str, str], message: str, tmp_path: Path) -> None:
+    """Misspelt keys at any level among them, which Ray Serve itself ignores."""
+    text = (ROOT / "serve_config.yaml").read_text()
+    assert change[0] in text
+    path = tmp_path / "bad.yaml"
+    path.write_text(text.replace(*change, 1))
+    with pytest.raises(ConfigError) as caught:
+        check_config_file(path)
+    assert message in str(caught.value)
+
+
+def test_config_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """As a ConfigError like any other."""
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        check_config_file(tmp_path / "none.yaml")
+
+
+def nodes(*gpus: int, cpus: int = 8) -> list[NodeResources]:
+    return [NodeResources(cpus=cpus, gpus=n) for n in gpus]
+
+
+def test_placement_takes_gpus_of_one_node_where_a_replica_fits() -> None:
+    """vLLM's own executor within the node."""
+    placement = place(DeviceMesh.from_sizes(dp_size=4, tp_size=2), nodes(4, 4))
+    assert (placement.device, placement.num_gpus, placement.executor, placement.bundles) == ("cuda", 2, "mp", ())
+
+
+def test_placement_spans_nodes_where_it_must() -> None:
+    """A bundle a GPU, the actor itself without one, Ray's executor."""
+    placement = place(DeviceMesh.from_sizes(dp_size=1, tp_size=4, pp_size=2), nodes(4, 4))
+    assert (placement.num_gpus, placement.executor) == (0, "ray")
+    assert [bundle.get("GPU", 0) for bundle in placement.bundles] == [0] + [1] * 8
+
+
+def test_placement_counts_whole_replicas_a_node() -> None:
+    """3 + 3 GPUs hold two replicas of 3, but not three of 2 within nodes."""
+    assert place(DeviceMesh.from_sizes(dp_size=2, tp_size=3), nodes(3, 3)).executor == "mp"
+    assert place(DeviceMesh.from_sizes(dp_size=3, tp_size=2), nodes(3, 3)).executor == "ray"
+
+
+def test_placement_on_cpu_leaves_room_for_router_and_store() -> None:
+    """A full mesh of two engines fits two cores."""
+    placement = place(DeviceMesh.from_sizes(dp_size=2), nodes(0, cpus=2))
+    assert placement.device == "cpu"
+    assert 2 * placement.num_cpus + 0.2 <= 2
+
+
+@pytest.mark.parametrize(
+    ("mesh", "cluster", "message"),
+    [
+        ({"dp_size": 4, "tp_size": 2}, nodes(4), r"needs 8 GPUs \(dp_size=4 x tp_size=2\), the cluster has 4"),
+        ({"dp_size": 4}, nodes(0, cpus=2), r"needs 4 CPUs \(dp_size=4 x tp_size=1\), the cluster has 2"),
+        ({"dp_size": 1, "device_type": "cuda"}, nodes(0), r"needs 1 GPUs \(dp_size=1 x tp_size=1\), the cluster has 0"),
+    ],
+)
+def test_placement_larger_than_the_cluster_is_an_error(mesh: Any, cluster: Any, message: str) -> None:
+    """With both numbers and the remedy."""
+    with pytest.raises(MeshError, match=message + r"\. Lower device_mesh"):
+        place(DeviceMesh.from_sizes(**mesh), cluster)
+
+
+def test_engines_on_a_node_share_no_core() -> None:
+    """Each device its own; with two or more, one is left to the processes around."""
+    assert [cores_of_engine(rank, 1, 2, [0, 1]) for rank in range(2)] == [[(0,)], [(1,)]]
+    assert cores_of_engine(0, 2, 2, [0, 1]) == [(0,), (1,)]
+    assert cores_of_engine(0, 1, 1, [0, 1]) == [(0,)]
+    assert [cores_of_engine(rank, 2, 4, list(range(16))) for rank in range(2)] == [
+        [(0, 1, 2), (4, 5, 6)],
+        [(8, 9, 10), (12, 13, 14)],
+    ]
+    assert cores_of_engine(3, 1, 4, [4, 5]) == [(5,)]
+
+
+@pytest.mark.parametrize(
+    ("model_id", "message"),
+    [
+        ("/no/such/model", "no directory at /no/such/model"),
+        ("./none", "no directory at none"),
+        ("nonsense", "neither a directory here nor an id of the form org/name"),
+        ("s3://a/b", "unknown hub 's3'"),
+        ("ms://a", "neither a directory here nor an id"),
+    ],
+)
+def test_model_that_is_not_there_is_named(model_id: str, message: str) -> None:
+    """At once, without a network."""
+    with pytest.raises(ModelNotFoundError) as caught:
+        resolve(model_id)
+    assert message in str(caught.value)
+
+
+def test_directory_without_a_model_is_no_model(tmp_path: Path) -> None:
+    """It needs a config.json."""
+    with pytest.raises(ModelNotFoundError, match=r"has no config\.json"):
+        resolve(str(tmp_path))
+
+
+def test_engine_arguments_that_an_engine_does_not_have_are_refused() -> None:
+    """With the closest one that it has; and a value of the wrong kind is named."""
+    from twinkle_serve.engines import build_engine, check_engine_args
+
+    with pytest.raises(EngineArgsError, match="'max_model_length', did you mean 'max_model_len'"):
+        check_engine_args("torch", {"max_model_length": 5})
+    with pytest.raises(EngineArgsError, match="engine_args.max_num_seqs=0"):
+        check_engine_args("fake", {"max_num_seqs": 0})
+    with pytest.raises(ConfigError, match="torch engine runs on one device, device_mesh gives each replica 2"):
+        build_engine("torch", "t", "demo", {}, tp_size=2)
+
+
+def test_importing_the_package_is_light() -> None:
+    """Under half a second, and neither torch nor vllm nor ray comes along, with the config and every data format."""
+    code = (
+        "import time, sys; t = time.perf_counter(); import twinkle_serve; s = time.perf_counter() - t; "
+        "twinkle_serve.SamplingParams, twinkle_serve.DeviceMesh; import twinkle_serve.config; "
+        "print(s, [m for m in ('torch', 'vllm', 'ray', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    seconds, heavy = out.split(" ", 1)
+    assert heavy.strip() == "[]"
+    assert float(seconds) < 0.5
+
+
+def test_public_names_are_all_there() -> None:
+    """__all__ is what the module hands out."""
+    import twinkle_serve
+
+    for name in twinkle_serve.__all__:
+        if name not in ("connect", "ServiceSampler"):  # these load ray
+            assert getattr(twinkle_serve, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = twinkle_serve.nonsense
+
+
+@pytest.mark.parametrize(
+    "kind", [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, TwinkleServeError)]
+)
+def test_errors_survive_pickling_and_stand_in_the_tree(kind: type[TwinkleServeError]) -> None:
+    """They cross between actors, and the picture at the top of errors.py names each."""
+    again = pickle.loads(pickle.dumps(kind("what, 1 and 2, the remedy")))
+    assert type(again) is kind and str(again) == "what, 1 and 2, the remedy"
+    assert kind.__name__ in (errors.__doc__ or "")

@@ -1,0 +1,147 @@
+"""Samples as columns, and the response as callers read it."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twinkle_serve.data_format import PromptScores, SampleColumns, SampleResponse
+
+
+def columns(group: int, texts: list[str], *, first: int = 0, width: int = 1, scored: bool = False) -> SampleColumns:
+    """One sample a text, one token a character."""
+    tokens = np.array([ord(c) for text in texts for c in text], np.int32)
+    scores = PromptScores(
+        logprobs=np.array([np.nan, -group], np.float32),
+        top_tokens=np.zeros((2, 0), np.int32),
+        top_logprobs=np.zeros((2, 0), np.float32),
+    )
+    return SampleColumns(
+        group=np.full(len(texts), group, np.int64),
+        sample=np.arange(first, first + len(texts), dtype=np.int32),
+        lengths=np.array([len(text) for text in texts], np.int32),
+        tokens=tokens,
+        logprobs=None if not width else -np.repeat(tokens[:, None], width, 1).astype(np.float32),
+        logprob_tokens=None if width < 2 else np.stack([tokens + i // 2 for i in range(width)], 1),
+        stop_reason=np.array([i % 2 for i in range(len(texts))], np.uint8),
+        decoded=list(texts),
+        seed=np.arange(len(texts)) + 100 * group,
+        engine=[f"engine-dp{group}"] * len(texts),
+        scores={group: scores} if scored else {},
+    )
+
+
+def response(parts: list[SampleColumns], inputs: list[dict[str, Any]], prompts: list[list[int]]) -> SampleResponse:
+    return SampleResponse(
+        columns=SampleColumns.concat(parts),
+        prompts=[np.array(p, np.int32) for p in prompts],
+        inputs=inputs,
+        logprobs_mode="raw_logprobs",
+        special_tokens=("<|im_end|>",),
+        prompt_indices=tuple(range(len(prompts))),
+    )
+
+
+@pytest.fixture
+def two_prompts() -> SampleResponse:
+    inputs: list[dict[str, Any]] = [{"input_ids": [1, 2]}, {"input_ids": [3, 4]}]
+    return response([columns(0, ["abc", "d"], scored=True), columns(1, ["ef", ""])], inputs, [[1, 2], [3, 4]])
+
+
+def test_sequences_are_flat_and_prompt_major(two_prompts: SampleResponse) -> None:
+    """p0s0, p0s1, p1s0, p1s1, as Python lists on demand."""
+    assert [seq.decoded for seq in two_prompts.sequences] == ["abc", "d", "ef", ""]
+    assert [seq.prompt_index for seq in two_prompts.sequences] == [0, 0, 1, 1]
+    assert two_prompts.sequences[0].tokens == [97, 98, 99]
+    assert type(two_prompts.sequences[0].tokens[0]) is int
+    assert [lp[0][1] for lp in two_prompts.sequences[2].logprobs or []] == [-101.0, -102.0]
+    assert [seq.stop_reason for seq in two_prompts.sequences] == ["length", "stop", "length", "stop"]
+    assert [seq.seed for seq in two_prompts.sequences] == [0, 1, 100, 101]
+
+
+def test_response_iterates_by_prompt(two_prompts: SampleResponse) -> None:
+    """Each part is a response to one prompt, with that prompt's scores."""
+    assert len(two_prompts) == 2
+    assert [[seq.decoded for seq in part.sequences] for part in two_prompts] == [["abc", "d"], ["ef", ""]]
+    assert two_prompts[-1].prompt_token_ids == [3, 4]
+    assert two_prompts[1].prompt_index == 1
+    assert two_prompts[0].prompt_logprobs == [None, 0.0]
+    assert two_prompts[1].prompt_logprobs is None
+    assert [part.prompt_index for part in two_prompts[0:2]] == [0, 1]
+    with pytest.raises(IndexError, match="prompt 2 of 2"):
+        two_prompts[2]
+
+
+def test_response_of_several_prompts_has_no_single_prompt(two_prompts: SampleResponse) -> None:
+    """What is of one prompt says so."""
+    for name in ("prompt_token_ids", "prompt_logprobs", "topk_prompt_logprobs", "prompt_index"):
+        with pytest.raises(ValueError, match=f"{name} is of one prompt, this response has 2"):
+            getattr(two_prompts, name)
+
+
+def test_logprobs_name_no_token_twice() -> None:
+    """The sampled token first, the others of the k likeliest after it."""
+    one = response([columns(0, ["a"], width=4)], [{"input_ids": [1]}], [[1]])
+    assert one.sequences[0].logprobs == [[(97, -97.0), (98, -97.0)]]
+    none = response([columns(0, ["a"], width=0)], [{"input_ids": [1]}], [[1]])
+    assert none.sequences[0].logprobs is None
+
+
+def test_new_input_feature_continues_the_prompt() -> None:
+    """Labels rolled left by one; the prompt's other keys carried over; nothing of the caller's changed."""
+    source = {"input_ids": [1, 2, 3], "reward_id": 9}
+    one = response([columns(0, [chr(7) + chr(8)])], [source], [[1, 2, 3]])
+    assert one.sequences[0].new_input_feature == {
+        "reward_id": 9,
+        "input_ids": [1, 2, 3, 7, 8],
+        "labels": [-100, -100, 7, 8, -100],
+        "attention_mask": [1] * 5,
+        "position_ids": [0, 1, 2, 3, 4],
+        "length": 5,
+    }
+    assert source == {"input_ids": [1, 2, 3], "reward_id": 9}
+
+
+def test_new_input_feature_appends_the_assistants_turn() -> None:
+    """Without special tokens in its content; messages of the caller stay as they were."""
+    source = {"messages": [{"role": "user", "content": "hi"}], "user_data": {"id": 3}}
+    one = response([columns(0, ["42<|im_end|>"])], [source], [[1]])
+    feature: Any = one.sequences[0].new_input_feature
+    assert feature["messages"] == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "42"}]
+    assert feature["user_data"] == {"id": 3}
+    assert len(source["messages"]) == 1
+
+
+def test_response_survives_pickling(two_prompts: SampleResponse) -> None:
+    """As it crosses between processes, caches and all."""
+    assert two_prompts.sequences
+    again = pickle.loads(pickle.dumps(two_prompts))
+    assert [seq.tokens for seq in again.sequences] == [seq.tokens for seq in two_prompts.sequences]
+
+
+texts = st.lists(st.text("abc", max_size=4), min_size=1, max_size=3)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), texts), min_size=1, max_size=6), st.sampled_from([0, 1, 3]), st.randoms())
+def test_regrouped_sorts_whatever_order_parts_came_in(parts: list[tuple[int, list[str]]], width: int, rng: Any) -> None:
+    """Every sample keeps its own tokens, logprobs, seed and text; groups not named are left out."""
+    made, count = [], dict.fromkeys(range(10), 0)
+    for group, part in parts:
+        made.append(columns(group, part, first=count[group], width=width))
+        count[group] += len(part)
+    rng.shuffle(made)
+    wanted = sorted({group for group, _ in parts})[: max(1, len(parts) // 2)]
+    result = SampleColumns.concat(made).regrouped({group: i for i, group in enumerate(wanted)})
+    expected = [(i, text) for i, group in enumerate(wanted) for g, part in parts if g == group for text in part]
+    assert list(zip(result.group.tolist(), result.decoded, strict=True)) == expected
+    assert "".join(map(chr, result.tokens)) == "".join(text for _, text in expected)
+    if width:
+        assert result.logprobs is not None
+        assert (result.logprobs[:, 0] == -result.tokens).all()
+    rest = SampleColumns.concat(made).without(set(wanted))
+    assert len(rest) + len(result) == sum(count.values())

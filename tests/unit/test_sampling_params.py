@@ -1,0 +1,107 @@
+"""Sampling parameters: honoured or refused, never bent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from twinkle_serve import SamplingParams
+from twinkle_serve.errors import SamplingParamsError
+
+
+def test_params_default_to_plain_sampling() -> None:
+    """One sample at temperature 1 from the whole distribution, with its logprobs."""
+    params = SamplingParams()
+    assert (params.temperature, params.top_k, params.top_p, params.repetition_penalty) == (1.0, -1, 1.0, 1.0)
+    assert (params.max_tokens, params.seed, params.num_samples, params.logprobs) == (None, None, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", -0.1),
+        ("temperature", 2.5),
+        ("temperature", 0.001),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("temperature", None),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", float("nan")),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", float("inf")),
+        ("max_tokens", -1),
+        ("max_tokens", 1.0),
+        ("max_tokens", "8"),
+        ("num_samples", 0),
+        ("num_samples", True),
+        ("seed", -1),
+        ("seed", 2**62),
+        ("logprobs", -1),
+        ("prompt_logprobs", -1),
+        ("stop", ""),
+        ("stop", ["ok", ""]),
+        ("stop", ["a", 1]),
+        ("stop", [-1]),
+        ("stop", [1.5]),
+        ("stop", 7),
+        ("ignore_eos", 1),
+    ],
+)
+def test_params_refuse_values_that_no_engine_could_honour(name: str, value: Any) -> None:
+    """The error names the parameter and the value."""
+    with pytest.raises(SamplingParamsError, match=name) as caught:
+        SamplingParams(**{name: value})
+    shown = value if isinstance(value, (int, float)) and not isinstance(value, bool) else repr(value)
+    assert str(shown) in str(caught.value) or isinstance(value, list)
+
+
+def test_params_take_numpy_numbers() -> None:
+    """As whole and real numbers, stored as Python's."""
+    params = SamplingParams(max_tokens=np.int64(3), temperature=np.float32(0.5), stop=[np.int32(7)])
+    assert params == SamplingParams(max_tokens=3, temperature=0.5, stop=[7])
+    assert type(params.max_tokens) is int and type(params.temperature) is float
+
+
+def test_params_of_a_dict_take_the_alias_and_refuse_unknown_keys() -> None:
+    """max_new_tokens is max_tokens; a misspelt key is an error with a suggestion."""
+    assert SamplingParams.of({"max_new_tokens": 5, "temperature": 0}) == SamplingParams(max_tokens=5, temperature=0)
+    with pytest.raises(SamplingParamsError, match="'temprature', did you mean 'temperature'"):
+        SamplingParams.of({"temprature": 1})
+    with pytest.raises(SamplingParamsError, match="twice"):
+        SamplingParams.of({"max_new_tokens": 5, "max_tokens": 5})
+    with pytest.raises(SamplingParamsError, match="got list"):
+        SamplingParams.of([1])  # type: ignore[arg-type]
+
+
+def test_params_of_a_call_take_num_samples_once() -> None:
+    """From the call or from the parameters; two different ones contradict."""
+    assert SamplingParams.of(None, 4).num_samples == 4
+    assert SamplingParams.of({"num_samples": 4}).num_samples == 4
+    assert SamplingParams.of({"num_samples": 4}, 4).num_samples == 4
+    with pytest.raises(SamplingParamsError, match=r"num_samples=2 .* num_samples=4"):
+        SamplingParams.of({"num_samples": 4}, 2)
+    with pytest.raises(SamplingParamsError, match="num_samples must be at least 1, got 0"):
+        SamplingParams.of(None, 0)
+
+
+def test_params_tell_stop_strings_from_token_ids() -> None:
+    """A single string is one stop string, not its characters."""
+    assert SamplingParams(stop="ab").stop_strings == ("ab",)
+    assert SamplingParams(stop=["ab", "c"]).stop_strings == ("ab", "c")
+    assert SamplingParams(stop=[5, 6]).stop_token_ids == (5, 6)
+    assert SamplingParams(stop=[5, 6]).stop_strings == ()
+
+
+def test_params_do_not_share_the_callers_list() -> None:
+    """Changing the list afterwards changes nothing."""
+    stop = ["a"]
+    params = SamplingParams(stop=stop)
+    stop.append("b")
+    assert params.stop_strings == ("a",)
