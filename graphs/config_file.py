@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from twinkle_serve.config import ServiceArgs, describe_errors
+from twinkle_serve.engines import check_engine_args
 from twinkle_serve.errors import ConfigError, unknown_name
 
 BUILDER = "graphs.sampler:build"
@@ -39,7 +40,8 @@ def check_config_file(path: Path) -> list[str]:
         raise ConfigError("applications is empty. Name at least one.")
     for application in config.applications:
         if application.import_path == BUILDER:
-            ServiceArgs.model_validate(application.args)
+            args = ServiceArgs.model_validate(application.args)
+            check_engine_args(args.engine, args.engine_args)
     return [application.name for application in config.applications]
 
 

@@ -11,6 +11,7 @@ from deployments.engine import Engine, engine_name
 from deployments.router import Router
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
+from twinkle_serve.engines import check_engine_args
 from twinkle_serve.placement import NodeResources, Placement, place
 
 
@@ -19,14 +20,14 @@ def build(args: ServiceArgs) -> Application:
 
     Raises:
         MeshError: the mesh is larger than the cluster.
+        EngineArgsError: engine_args that the engine does not have.
         ModelNotFoundError: no such model.
-
-    Engine arguments are checked by each engine as it starts: knowing vLLM's takes importing it, 10 s.
     """
     engine: Any = Engine  # the decorator made deployments of them, which its types do not say
     router: Any = Router
     mesh = args.device_mesh.mesh()
     placement = place(mesh, cluster())
+    check_engine_args(args.engine, args.engine_args)
     hub.resolve(args.model_id, weights=False)
     engines = {
         engine_name(rank): engine.options(name=engine_name(rank), **engine_options(placement)).bind(

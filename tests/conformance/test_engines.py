@@ -46,8 +46,9 @@ async def test_engine_stops_at_the_end_of_the_context(engine: EngineHarness, pro
 
 async def test_engine_greedy_is_the_likeliest_token_every_time(engine: EngineHarness, prompts: Prompts) -> None:
     """Temperature 0: the same tokens each time, each the top-1, whatever the seed."""
-    first = await engine.sample(prompts, temperature=0, max_tokens=6, logprobs=1, ignore_eos=True)
-    again = await engine.sample(prompts, temperature=0, max_tokens=6, logprobs=1, ignore_eos=True, seed=7)
+    first = await engine.sample(prompts, count=2, temperature=0, max_tokens=6, logprobs=1, ignore_eos=True)
+    again = await engine.sample(prompts, count=2, temperature=0, max_tokens=6, logprobs=1, ignore_eos=True, seed=7)
+    assert all(part.sequences[0].tokens == part.sequences[1].tokens for part in first)
     assert [seq.tokens for seq in first.sequences] == [seq.tokens for seq in again.sequences]
     tokens = first.columns.logprob_tokens
     assert tokens is not None
@@ -273,3 +274,14 @@ async def test_vllm_and_torch_agree_on_the_demo_model(
     for i in range(len(prompts)):
         scores = [np.array(response[i].prompt_logprobs[1:]) for response in (one, other)]  # type: ignore[index]
         assert np.abs(scores[0] - scores[1]).max() < LOGPROB_TOLERANCE
+
+
+async def test_vllm_argument_names_are_those_of_the_class(vllm_engine: EngineHarness) -> None:
+    """The names read from vLLM's source are its dataclass's fields."""
+    import dataclasses
+
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from twinkle_serve.engines.vllm import argument_names
+
+    assert argument_names() == {field.name for field in dataclasses.fields(AsyncEngineArgs)}

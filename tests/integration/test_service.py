@@ -270,7 +270,7 @@ def test_connect_names_what_is_wrong(sampler: ServiceSampler) -> None:
     with pytest.raises(RuntimeError):
         serve.run(build(args), name="broken", route_prefix=None)
     started = time.monotonic()
-    with pytest.raises(ServiceNotReadyError, match="broken.*is DEPLOY_FAILED"):
+    with pytest.raises(ServiceNotReadyError, match=r"broken.*is DEPLOY_FAILED"):
         connect("broken")
     assert time.monotonic() - started < 5
     serve.delete("broken")

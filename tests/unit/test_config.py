@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from graphs.config_file import check_config_file
 from twinkle_serve import errors
-from twinkle_serve.config import ServiceArgs
 from twinkle_serve.errors import ConfigError, EngineArgsError, MeshError, ModelNotFoundError, TwinkleServeError
 from twinkle_serve.hub import resolve
 from twinkle_serve.mesh import DeviceMesh
@@ -26,13 +24,7 @@ CONFIGS = sorted([ROOT / "serve_config.yaml", *(ROOT / "configs").glob("*.yaml")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_in_the_repository_is_right(path: Path) -> None:
     """Keys at every level, and the arguments of the engine that it names."""
-    from twinkle_serve.engines import check_engine_args
-
     assert check_config_file(path)
-    for application in yaml.safe_load(path.read_text())["applications"]:
-        args = ServiceArgs.model_validate(application["args"])
-        if args.engine != "vllm":  # importing vllm takes 10 s; integration starts what it can of these
-            check_engine_args(args.engine, args.engine_args)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +49,11 @@ def test_every_config_in_the_repository_is_right(path: Path) -> None:
         (("applications:", "proxy_locations: Disabled\napplications:"), "did you mean 'proxy_location'"),
         (("applications:", "http_options: {prot: 1}\napplications:"), "in http_options 'prot', did you mean 'port'"),
         (("applications:", "applications: ["), "is not YAML"),
+        (
+            ("max_model_len:", "max_model_length:"),
+            "vllm engine argument 'max_model_length', did you mean 'max_model_len'",
+        ),
+        (("max_model_len:", "tensor_parallel_size:"), "tensor_parallel_size is decided by device_mesh.tp_size"),
     ],
 )
 def test_config_mistake_is_named_with_its_remedy(change: tuple[str, str], message: str, tmp_path: Path) -> None:
@@ -161,7 +158,7 @@ def test_engine_arguments_that_an_engine_does_not_have_are_refused() -> None:
 
     with pytest.raises(EngineArgsError, match="'max_model_length', did you mean 'max_model_len'"):
         check_engine_args("torch", {"max_model_length": 5})
-    with pytest.raises(EngineArgsError, match="engine_args.max_num_seqs=0"):
+    with pytest.raises(EngineArgsError, match=r"engine_args\.max_num_seqs=0"):
         check_engine_args("fake", {"max_num_seqs": 0})
     with pytest.raises(ConfigError, match="torch engine runs on one device, device_mesh gives each replica 2"):
         build_engine("torch", "t", "demo", {}, tp_size=2)

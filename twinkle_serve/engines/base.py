@@ -104,7 +104,8 @@ def check_fits(info: EngineInfo, prompt_ids: NDArray[np.int32], params: Sampling
     for name, k in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if k is not None and k > info.max_logprobs:
             raise SamplingParamsError(
-                f"{name}={k}, the engine returns at most {info.max_logprobs}. Lower it, or raise engine_args.max_logprobs."
+                f"{name}={k}, the engine returns at most {info.max_logprobs}. "
+                "Lower it, or raise engine_args.max_logprobs."
             )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
-import dataclasses
+import functools
+import importlib.util
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,15 +41,31 @@ OURS = {
 STOP_REASON: dict[str | None, StopReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
+@functools.cache
+def argument_names() -> frozenset[str]:
+    """Names of the arguments of the installed vLLM's AsyncEngineArgs.
+
+    Read from its source: importing it takes 10 s, and a misspelt argument should be named at once.
+
+    Raises:
+        EngineArgsError: vLLM is not installed.
+    """
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        raise EngineArgsError("engine: vllm, but vLLM is not installed. Run scripts/install, or set engine: torch.")
+    tree = ast.parse((Path(spec.origin).parent / "engine" / "arg_utils.py").read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("EngineArgs")]
+    fields = (statement for node in classes for statement in node.body if isinstance(statement, ast.AnnAssign))
+    return frozenset(field.target.id for field in fields if isinstance(field.target, ast.Name))
+
+
 def check_engine_args(engine_args: Mapping[str, Any]) -> None:
     """Refuses arguments that this vLLM does not have, and those that another key decides.
 
     Raises:
         EngineArgsError
     """
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    known = {field.name for field in dataclasses.fields(AsyncEngineArgs) if field.init}
+    known = argument_names()
     for name in engine_args:
         if name in OURS:
             raise EngineArgsError(f"engine_args.{name} is decided by {OURS[name]}. Set that, and leave it out here.")
@@ -186,7 +205,8 @@ class VLLMEngine:
         except Exception as error:
             raise EngineError(f"{self._name}: vLLM failed on a request: {error.__cause__ or error}") from error
 
-        samples = output.outputs
+        # vLLM refuses n greedy samples of a prompt; they are n times the same.
+        samples = output.outputs * group.count if params.greedy else output.outputs
         scores = None
         if params.prompt_logprobs is not None:
             scores = _prompt_scores(output.prompt_logprobs, group.prompt_ids, params.prompt_logprobs)
@@ -220,7 +240,7 @@ class VLLMEngine:
 
         params = group.params
         return VLLMSamplingParams(
-            n=group.count,
+            n=1 if params.greedy else group.count,
             # vLLM always samples one token; for a score it is thrown away.
             max_tokens=max(1, most_new_tokens(self.info, group)),
             temperature=params.temperature,

@@ -1,0 +1,47 @@
+"""Shapes of the service that scripts/serve's config does not cover, on real vLLM and torch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from tests.integration.conftest import deploy, ray_cluster
+from twinkle_serve.errors import SamplingParamsError
+
+QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(100, 116)]
+GREEDY = {"max_tokens": 8, "temperature": 0}
+VLLM_ARGS = {"max_model_len": 256, "dtype": "float32", "kv_cache_memory_bytes": 2**27}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with ray_cluster(num_cpus=4):
+        yield
+
+
+@pytest.mark.timeout(400)
+def test_tensor_parallel_replica_samples_what_torch_does() -> None:
+    """tp_size 2 on CPU: a core each, the same greedy tokens as torch and the same logprobs within 1e-3."""
+    two = deploy("tp2", engine="vllm", device_mesh={"tp_size": 2}, engine_args=VLLM_ARGS)
+    torch = deploy("torch", engine="torch", engine_args={"dtype": "float32"})
+    one, other = (sampler.sample(QUESTIONS, GREEDY, num_samples=2) for sampler in (two, torch))
+    assert [seq.tokens for seq in one.sequences] == [seq.tokens for seq in other.sequences]
+    assert abs(one.columns.logprobs - other.columns.logprobs).max() < 1e-3  # type: ignore[operator]
+    assert one.logprobs_mode == other.logprobs_mode == "raw_logprobs"
+
+
+@pytest.mark.timeout(400)
+async def test_engines_own_refusal_fails_its_call_alone() -> None:
+    """A stop token outside the vocabulary, refused by vLLM itself: typed, and the neighbours in the chunk finish."""
+    from twinkle_serve import connect
+
+    assert ray.is_initialized()
+    sampler = connect("tp2")
+    good = [sampler.sample_async(QUESTIONS, {"max_tokens": 20, "ignore_eos": True}) for _ in range(3)]
+    bad = sampler.sample_async(QUESTIONS[0], {"stop": [10**6], "max_tokens": 4})
+    *responses, refused = await asyncio.gather(*good, bad, return_exceptions=True)
+    assert all(len(response.sequences) == 16 for response in responses)  # type: ignore[union-attr]
+    assert isinstance(refused, SamplingParamsError), refused
