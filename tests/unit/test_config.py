@@ -12,6 +12,7 @@ import pytest
 
 from graphs.config_file import check_config_file
 from twinkle_serve import errors
+from twinkle_serve.config import ServiceArgs
 from twinkle_serve.errors import ConfigError, EngineArgsError, MeshError, ModelNotFoundError, TwinkleServeError
 from twinkle_serve.hub import resolve
 from twinkle_serve.mesh import DeviceMesh
@@ -196,3 +197,19 @@ def test_errors_survive_pickling_and_stand_in_the_tree(kind: type[TwinkleServeEr
     again = pickle.loads(pickle.dumps(kind("what, 1 and 2, the remedy")))
     assert type(again) is kind and str(again) == "what, 1 and 2, the remedy"
     assert kind.__name__ in (errors.__doc__ or "")
+
+
+def test_config_page_has_every_key() -> None:
+    """docs/config.md lists each key of args, and the arguments of torch and fake, with its default."""
+    from twinkle_serve.engines.fake import FakeArgs
+    from twinkle_serve.engines.torch import TorchArgs
+
+    page = (ROOT / "docs" / "config.md").read_text()
+    for name, field in ServiceArgs.model_fields.items():
+        assert f"| `{name}` |" in page, name
+        if isinstance(field.default, float):
+            assert f"| `{name}` | `{field.default:g}` |" in page
+    torch_keys, fake_keys = page.split("## `engine_args` of torch")[1].split("## `engine_args` of fake")
+    for model, keys in ((TorchArgs, torch_keys), (FakeArgs, fake_keys)):
+        for name in model.model_fields:
+            assert f"`{name}`" in keys, name
