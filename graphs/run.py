@@ -42,10 +42,10 @@ def main() -> None:
     import ray
     from ray.serve.scripts import cli
 
-    context = ray.init(namespace="serve")
-    watcher = _Watcher(names, context.dashboard_url)
-    watcher.start()
+    watcher = _Watcher(names)
     with contextlib.suppress(SystemExit, KeyboardInterrupt):
+        watcher.dashboard_url = ray.init(namespace="serve").dashboard_url
+        watcher.start()
         cli(["run", str(path)], standalone_mode=False)
     ray.shutdown()
     sys.exit(FAILED if watcher.failed else 0)
@@ -54,10 +54,10 @@ def main() -> None:
 class _Watcher(threading.Thread):
     """Follows the applications; says when all run, and stops the main thread when one has failed."""
 
-    def __init__(self, names: list[str], dashboard_url: str | None) -> None:
+    def __init__(self, names: list[str]) -> None:
         super().__init__(daemon=True)
         self._names = names
-        self._dashboard_url = dashboard_url
+        self.dashboard_url = ""
         self.failed = False
 
     def run(self) -> None:
@@ -79,7 +79,7 @@ class _Watcher(threading.Thread):
         print(
             f"\nReady after {time.monotonic() - started:.0f} s: {', '.join(self._names)}\n"
             f"  sample     .venv/bin/python examples/sample.py\n"
-            f"  dashboard  http://{self._dashboard_url}/#/serve\n"
+            f"  dashboard  http://{self.dashboard_url}/#/serve, with the token of: .venv/bin/ray get-auth-token\n"
             f"  stop       Ctrl-C\n",
             flush=True,
         )
