@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import platform
@@ -143,7 +144,7 @@ async def main() -> None:
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory(prefix="tsb") as temporary:
-        ray.init(namespace="serve", _temp_dir=temporary, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", namespace="serve", _temp_dir=temporary, include_dashboard=False, log_to_driver=False)
         args = {"model_id": "demo", "device_mesh": {"dp_size": 1, "device_type": "cpu"}, "engine_args": ENGINE_ARGS}
         serve.start(http_options={"location": "NoServer"})
         serve.run(build(ServiceArgs.model_validate(args)), name="sampler", route_prefix=None)
@@ -179,6 +180,7 @@ async def compare(options: argparse.Namespace) -> tuple[list[Round], list[Round]
             )
     engine.llm.shutdown()
     del engine
+    gc.collect()  # vLLM's own finalizer fails when it runs at interpreter exit
     return bare, service
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import uuid
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import EngineInfo, Group, GroupKey
 from twinkle_serve.engines import build_engine
 from twinkle_serve.engines.base import ChunkRunner, Finished
-from twinkle_serve.errors import EngineStartError
+from twinkle_serve.errors import EngineDeadError, EngineStartError
 from twinkle_serve.placement import Placement, cores_of_engine
 
 WARM_UP = Group(id=-1, prompt_ids=np.zeros(1, np.int32), params=SamplingParams(max_tokens=2))
@@ -42,9 +44,10 @@ def engine_name(dp_rank: int) -> str:
 class Engine:
     """Runs chunks of groups for the router.
 
-    Guarantees: `sample` yields every group of its chunk once, or raises, and then all of them are over.
-    Guarantees: when the router goes away or cancels, its chunks are aborted.
+    Guarantees: `sample` yields every group of its chunk once unless it was aborted, or raises, and then all are over.
+    Guarantees: when the router cancels a chunk, its groups are aborted.
     Does not guarantee: that a group survives this process. The router keeps it.
+    Does not guarantee: that groups end when the router dies. They run to their end, for nobody.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -67,6 +70,7 @@ class Engine:
             pp_size=mesh.pp_size,
             executor=placement.executor,
             cpus=cores,
+            devices_on_node=placement.devices_per_node,
             trust_remote_code=args.trust_remote_code,
         )
         try:
@@ -79,14 +83,22 @@ class Engine:
                 f"{name}: {args.model_id} did not load within startup_timeout_s={args.startup_timeout_s:g}. Raise it."
             ) from None
         self._chunks = ChunkRunner(self._engine)
+        self._info = replace(self._engine.info, life=uuid.uuid4().hex)
 
     async def describe(self) -> EngineInfo:
         """What the router must know to use this engine."""
         await self._engine.check_health()
-        return self._engine.info
+        return self._info
 
-    async def sample(self, groups: Sequence[Group]) -> AsyncIterator[Finished]:
-        """Samples a chunk; see `ChunkRunner.run`."""
+    async def sample(self, life: str, groups: Sequence[Group]) -> AsyncIterator[Finished]:
+        """Samples a chunk; see `ChunkRunner.run`.
+
+        Raises:
+            EngineDeadError: the chunk was meant for the process that this one replaced. Serve keeps what it could
+                not hand to that one, and the router has placed it anew long since.
+        """
+        if life != self._info.life:
+            raise EngineDeadError(f"{self._info.name} was restarted.")
         async for finished in self._chunks.run(groups):
             yield finished
 

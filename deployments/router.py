@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 import logging
-from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+import random
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse
@@ -40,8 +44,12 @@ from twinkle_serve.template.prompts import Prompt, encode_inputs
 
 logger = logging.getLogger("ray.serve")
 
-MOST_ATTEMPTS = 2
-"""Engines that a group may lose before its request fails."""
+MOST_ENGINES_LOST = 2
+"""Engines after which a group fails: it may be what kills them."""
+
+PROBE_PERIOD_S = 2.0
+PROBE_TIMEOUT_S = 15.0
+"""An engine that does not answer for so long is lost. Serve itself keeps a call to a dead one until it is replaced."""
 
 
 @serve.deployment(
@@ -59,7 +67,7 @@ class Router:
 
     Guarantees: every accepted prompt yields exactly `num_samples` sequences, or the call raises.
     Guarantees: cancelling the call, or its deadline, aborts its sequences in the engines.
-    Guarantees: a group whose engine dies is sampled elsewhere, with its seed, up to MOST_ATTEMPTS times.
+    Guarantees: a group whose engine dies is sampled elsewhere, with its seed; one that loses MOST_ENGINES_LOST fails.
     Does not guarantee: the order in which prompts finish.
     Does not guarantee: that a request survives this process.
     """
@@ -75,15 +83,18 @@ class Router:
         self._info: EngineInfo | None = None
         self._has_info = asyncio.Event()
         self._dispatcher = Dispatcher()
-        self._group_ids = itertools.count()
+        # At random, so that it meets no group of a router that this one replaces.
+        self._group_ids = itertools.count(random.getrandbits(40) << 20)
+        # One thread: tokenizers are not safe in several, and the event loop must not wait for them.
+        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._requests: dict[int, Request] = {}
         """Live requests, by group id."""
-        self._losses: Counter[GroupKey] = Counter()
-        """Engines that a group has lost."""
+        self._uses: dict[str, _Use] = {}
+        """Engines in use, the same as the dispatcher's."""
         self._pump_due = False
         self._tasks: set[asyncio.Task[None]] = set()
         for name in self._handles:
-            self._spawn(self._await_engine(name))
+            self._spawn(self._follow_engine(name))
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -165,7 +176,8 @@ class Router:
             async with asyncio.timeout(limit_s):
                 params = SamplingParams.of(sampling_params, num_samples)
                 self._check(params, adapter_name)
-                prompts = encode_inputs(inputs, self._template)
+                loop = asyncio.get_running_loop()
+                prompts = await loop.run_in_executor(self._encoding, encode_inputs, inputs, self._template)
                 await self._has_info.wait()
                 request = self._admit(prompts, params)
                 yield request
@@ -205,15 +217,6 @@ class Router:
         for name, keys in self._dispatcher.withdraw(request.ids).items():
             self._spawn(self._abort(name, keys))
 
-    async def _abort(self, name: str, keys: list[GroupKey]) -> None:
-        try:
-            await self._handles[name].abort.remote(keys)
-        except RayError:
-            logger.info(f"{name} is gone, and with it the {len(keys)} groups that it was to abort.")
-        for key in keys:
-            self._dispatcher.finish(name, key)
-        self._pump_soon()
-
     def _late(self, limit_s: float, request: Request | None) -> str:
         ready = len(self._dispatcher.engines)
         if request is None:
@@ -237,39 +240,46 @@ class Router:
     def _pump(self) -> None:
         self._pump_due = False
         for name, groups in self._dispatcher.assign().items():
-            self._spawn(self._run_chunk(name, groups))
+            self._spawn(self._run_chunk(name, self._uses[name], groups))
 
-    async def _run_chunk(self, name: str, groups: list[Group]) -> None:
-        """Has an engine sample a chunk. Every group of it is delivered, failed, or put back into the queue."""
+    async def _run_chunk(self, name: str, use: _Use, groups: list[Group]) -> None:
+        """Has an engine sample a chunk. Every group of it is delivered, failed, or put back into the queue.
+
+        Once the engine is out of that use, all its groups are placed elsewhere, and what still comes is dropped.
+        """
+        stream = self._streams[name].sample.remote(use.life, groups)
         try:
-            async for finished in self._streams[name].sample.remote(groups):
+            async for finished in stream:
+                if self._uses.get(name) is not use:
+                    stream.cancel()
+                    return
                 self._deliver(name, finished)
         except Exception as error:
+            if self._uses.get(name) is not use:
+                return
             if _is_death(error):
                 self._lose(name, error)
             else:
-                # An engine's bug, or one in its results: these groups fail, the engine stays.
+                # A bug, here or there: these groups fail, the engine stays.
                 logger.exception(f"{name} failed on a chunk of {len(groups)} groups")
-                for group in groups:
+                for group in self._dispatcher.finish(name, [group.key for group in groups]):
                     self._fail(group.id, EngineError(f"{name} failed on a chunk of {len(groups)} groups: {error!r}"))
         finally:
-            for group in groups:
-                self._dispatcher.finish(name, group.key)
+            if self._uses.get(name) is use:
+                self._sample_again(name, self._dispatcher.finish(name, [group.key for group in groups]))
             self._pump_soon()
 
     def _deliver(self, name: str, finished: Finished) -> None:
-        for key, failure in finished.failures.items():
-            self._dispatcher.finish(name, key)
-            self._fail(key[0], failure)
+        for group in self._dispatcher.finish(name, finished.failures):
+            self._fail(group.id, finished.failures[group.key])
         if (columns := finished.columns) is None:
             return
-        for key in zip(columns.group.tolist(), columns.sample.tolist(), strict=True):
-            self._dispatcher.finish(name, key)
+        group_ids = columns.group.tolist()
+        self._dispatcher.finish(name, zip(group_ids, columns.sample.tolist(), strict=True))
+        present = set(group_ids)
         by_request: dict[Request, set[int]] = {}
-        for group_id in dict.fromkeys(columns.group.tolist()):
-            if (request := self._requests.get(group_id)) is not None:
-                by_request.setdefault(request, set()).add(group_id)
-        present = set(columns.group.tolist())
+        for group_id in present & self._requests.keys():
+            by_request.setdefault(self._requests[group_id], set()).add(group_id)
         for request, ids in by_request.items():
             request.add(columns if ids == present else columns.without(present - ids))
         self._pump_soon()
@@ -278,48 +288,87 @@ class Router:
         if (request := self._requests.get(group_id)) is not None:
             request.fail(error)
 
-    def _lose(self, name: str, error: Exception) -> None:
-        """An engine died: its groups go elsewhere, and it is out of use until it answers again."""
-        if name not in self._dispatcher.engines:
-            return  # another of its chunks said so first
-        lost = self._dispatcher.remove_engine(name)
-        logger.warning(f"{name} died with {len(lost)} groups: {type(error).__name__}. Sampling them elsewhere.")
+    def _sample_again(self, name: str, lost: list[Group]) -> None:
+        """Puts groups that an engine did not finish back into the queue, once each."""
         again = []
         for group in lost:
-            self._losses[group.key] += 1
             if group.id not in self._requests:
                 continue
-            if self._losses[group.key] >= MOST_ATTEMPTS:
-                self._fail(group.id, EngineDeadError(f"prompt lost {MOST_ATTEMPTS} engines, the last one {name}."))
+            if group.engines_lost + 1 >= MOST_ENGINES_LOST:
+                self._fail(
+                    group.id,
+                    EngineDeadError(f"a prompt lost {MOST_ENGINES_LOST} engines in turn, the last one {name}."),
+                )
             else:
-                again.append(group)
+                again.append(replace(group, engines_lost=group.engines_lost + 1))
         self._dispatcher.enqueue(again, first=True)
-        self._spawn(self._await_engine(name))
 
-    async def _await_engine(self, name: str) -> None:
-        """Puts an engine into use once it answers."""
+    # -- engines ---------------------------------------------------------------------------------
+
+    async def _follow_engine(self, name: str) -> None:
+        """Keeps an engine in use for as long as it answers; sees restarts, and deaths while it has no work."""
         while True:
             try:
-                info: EngineInfo = await self._handles[name].describe.remote()
-                break
-            except (RayError, TwinkleServeError) as error:
-                logger.info(f"{name} does not answer yet: {type(error).__name__}")
-                await asyncio.sleep(0.5)
-        self._info = self._info or info
-        self._has_info.set()
-        self._dispatcher.add_engine(name, info.max_num_seqs)
+                async with asyncio.timeout(PROBE_TIMEOUT_S):
+                    info: EngineInfo = await self._handles[name].describe.remote()
+            except Exception as error:  # whatever it is, an engine that does not answer is not used
+                self._lose(name, error)
+            else:
+                if (use := self._uses.get(name)) is not None and use.life != info.life:
+                    self._lose(name, EngineDeadError("it was restarted"))
+                if name not in self._uses:
+                    self._uses[name] = _Use(info.life)
+                    self._info = self._info or info
+                    self._has_info.set()
+                    self._dispatcher.add_engine(name, info.max_num_seqs)
+                    self._pump_soon()
+            await asyncio.sleep(PROBE_PERIOD_S)
+
+    def _lose(self, name: str, error: Exception) -> None:
+        """Takes an engine out of use: its groups go elsewhere. It is used again once it answers."""
+        if self._uses.pop(name, None) is None:
+            return
+        lost = self._dispatcher.remove_engine(name)
+        logger.warning(f"{name} is lost with {len(lost)} groups, to be sampled elsewhere: {type(error).__name__}")
+        # It may be slow and not dead.
+        self._spawn(self._abort(name, [group.key for group in lost]))
+        self._sample_again(name, lost)
         self._pump_soon()
 
-    def _spawn(self, coroutine: Any) -> None:
+    async def _abort(self, name: str, keys: list[GroupKey]) -> None:
+        """Has an engine drop groups, and releases the load that they were."""
+        use = self._uses.get(name)
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                await self._handles[name].abort.remote(keys)
+        except Exception as error:  # a lost engine has nothing to abort
+            logger.info(f"{name} did not take an abort of {len(keys)} groups: {type(error).__name__}")
+        if use is not None and self._uses.get(name) is use:
+            self._dispatcher.finish(name, keys)
+            self._pump_soon()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Runs a coroutine that is of no request.
+
+        In an empty context: a task that inherited a request's would pass for its child at Ray and at Serve, and be
+        cancelled with it.
+        """
+        task = asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
         # The loop holds tasks weakly; the set keeps them from being collected halfway.
-        task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class _Use:
+    """An engine from when it answered until it is lost."""
+
+    life: str
+
+
 def _is_death(error: Exception) -> bool:
-    """Whether an engine's process, or vLLM's in it, is gone. An exception that it raised comes as a RayTaskError."""
-    if isinstance(error, (EngineDeadError, RayActorError)):
+    """Whether an engine's process, or vLLM's in it, is gone. Another exception that it raised is a RayTaskError."""
+    if isinstance(error, (EngineDeadError, RayActorError, RayServeException)):
         return True
     return isinstance(error, RayError) and not isinstance(error, RayTaskError)
 

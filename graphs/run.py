@@ -43,12 +43,31 @@ def main() -> None:
     from ray.serve.scripts import cli
 
     watcher = _Watcher(names)
-    with contextlib.suppress(SystemExit, KeyboardInterrupt):
-        watcher.dashboard_url = ray.init(namespace="serve").dashboard_url
+    with contextlib.suppress(KeyboardInterrupt):
+        watcher.dashboard_url = _join_or_start(path, names)
         watcher.start()
-        cli(["run", str(path)], standalone_mode=False)
+        with contextlib.suppress(SystemExit):  # how `serve run` ends after Ctrl-C
+            cli(["run", str(path)], standalone_mode=False)
     ray.shutdown()
     sys.exit(FAILED if watcher.failed else 0)
+
+
+def _join_or_start(path: Path, names: list[str]) -> str:
+    """Joins the cluster of RAY_ADDRESS, or starts one of our own. Returns the dashboard's address."""
+    import ray
+    from ray import serve
+
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    context = ray.init(address=address, namespace="serve")
+    others = set(serve.status().applications) - set(names) if address != "local" else set()
+    if others:
+        print(
+            f"{path}: ConfigError: {address} serves {', '.join(sorted(others))} too, and `serve run` deletes what its "
+            "config does not name. Name them in the config, or unset RAY_ADDRESS.",
+            file=sys.stderr,
+        )
+        sys.exit(BAD_CONFIG)
+    return str(context.dashboard_url)
 
 
 class _Watcher(threading.Thread):

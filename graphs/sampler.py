@@ -28,7 +28,10 @@ def build(args: ServiceArgs) -> Application:
     mesh = args.device_mesh.mesh()
     placement = place(mesh, cluster())
     check_engine_args(args.engine, args.engine_args)
-    hub.resolve(args.model_id, weights=False)
+    model = hub.resolve(args.model_id, weights=False)
+    if hub.is_path(args.model_id):
+        # Replicas may run in another directory.
+        args = args.model_copy(update={"model_id": str(model.absolute())})
     engines = {
         engine_name(rank): engine.options(name=engine_name(rank), **engine_options(placement)).bind(
             args, rank, placement

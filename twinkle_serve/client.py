@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 
 from twinkle_serve.data_format import SampleResponse, SamplingParams
 from twinkle_serve.errors import EngineError, ServiceNotReadyError, TwinkleServeError, unknown_name
@@ -54,7 +55,9 @@ def _wait_until_running(name: str, timeout_s: float) -> None:
             raise ServiceNotReadyError(unknown_name("application", name, applications) + ".")
         application = applications[name]
         state = str(application.status.value)
-        if state == "RUNNING":
+        # UNHEALTHY while an engine is being replaced: the router samples on the others.
+        router = application.deployments.get("router")
+        if state == "RUNNING" or (state == "UNHEALTHY" and router is not None and router.status == "HEALTHY"):
             return
         if state in ("DEPLOY_FAILED", "DELETING"):
             raise ServiceNotReadyError(f"application {name!r} is {state}: {application.message}")
@@ -139,21 +142,26 @@ class ServiceSampler:
     ) -> Iterator[SampleResponse]:
         """Yields the response to each prompt as it finishes, in any order; `prompt_index` says which it is.
 
+        The call is sent at once; what is wrong with it is raised by the first `next`.
+
         Args:
             progress: show a progress bar on the terminal.
         """
         stream = self._stream(inputs, sampling_params, adapter_name, num_samples, timeout_s)
-        total = 1 if isinstance(inputs, Mapping) else len(inputs)
-        with _ProgressBar(total, show=progress) as bar:
-            try:
+        total = len(inputs) if isinstance(inputs, Sequence) else 1
+        return self._each(stream, _ProgressBar(total, show=progress))
+
+    def _each(self, stream: DeploymentResponseGenerator, bar: _ProgressBar) -> Iterator[SampleResponse]:
+        try:
+            with bar:
                 for part in stream:
                     for response in part:
                         bar.advance()
                         yield response
-            except Exception as error:
-                raise self._translated(error) from None
-            finally:
-                stream.cancel()
+        except Exception as error:
+            raise self._translated(error) from None
+        finally:
+            stream.cancel()
 
     async def sample_iter_async(
         self,
@@ -194,9 +202,12 @@ class ServiceSampler:
 
     def _translated(self, error: BaseException) -> BaseException:
         """Our own error out of what Ray wrapped it in."""
-        if isinstance(error, RayTaskError) and isinstance(error.cause, TwinkleServeError):
-            return error.cause
-        if isinstance(error, (RayError, TimeoutError)):
+        if isinstance(error, RayTaskError):
+            cause = error.cause
+            if isinstance(cause, TwinkleServeError):
+                return cause
+            return EngineError(f"a bug in the router of {self._name!r}: {type(cause).__name__}: {cause}")
+        if isinstance(error, (RayError, RayServeException, TimeoutError)):
             return EngineError(
                 f"the router of {self._name!r} did not answer: {type(error).__name__}: {error}. It is restarted by "
                 "itself; send the call again."

@@ -24,7 +24,7 @@ def resolve(model_id: str, *, weights: bool = True) -> Path:
     if model_id == "demo":
         return DEMO
     hub, _, name = model_id.rpartition("://")
-    if not hub and (Path(name).exists() or name.startswith(("/", "./", "../", "~"))):
+    if is_path(model_id):
         return _directory(Path(name).expanduser(), model_id)
     if hub not in ("", "ms", "hf"):
         raise ModelNotFoundError(
@@ -36,6 +36,13 @@ def resolve(model_id: str, *, weights: bool = True) -> Path:
             "Use demo, a path, ms://org/name or hf://org/name."
         )
     return _directory(_download(hub or "ms", name, weights), model_id)
+
+
+def is_path(model_id: str) -> bool:
+    """Whether an id means a directory: one that is here, or that is spelt as a path."""
+    if model_id == "demo" or "://" in model_id:
+        return False
+    return model_id.startswith(("/", "./", "../", "~")) or Path(model_id).exists()
 
 
 def _directory(path: Path, model_id: str) -> Path:

@@ -12,6 +12,9 @@ from twinkle_serve.mesh import DeviceMesh
 SIDE_CPUS = 0.1
 """CPUs that a deployment which computes little asks Ray for: router and engines fit two cores together."""
 
+GPU_ENGINE_CPUS = 1.0
+"""CPUs that an engine on GPUs asks for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeResources:
@@ -41,6 +44,8 @@ class Placement:
 def place(mesh: DeviceMesh, nodes: Sequence[NodeResources]) -> Placement:
     """Devices for every engine of the mesh. On CPU a device is a core or more.
 
+    An engine on CPU asks for a core a device, less what router and store ask for, so that a full mesh fits.
+
     Raises:
         MeshError: the mesh is larger than the cluster.
     """
@@ -62,22 +67,27 @@ def place(mesh: DeviceMesh, nodes: Sequence[NodeResources]) -> Placement:
         )
     per_replica = mesh.devices_per_replica
     if device == "cpu":
-        return Placement(
-            device="cpu",
-            executor="mp",
-            num_cpus=_engine_cpus(per_replica),
-            num_gpus=0,
-            devices_per_node=-(-mesh.world_size // len(nodes)),
-        )
+        num_cpus = per_replica - 2 * SIDE_CPUS
+        _require_cpus(mesh.dp_size, num_cpus, [node.cpus for node in nodes])
+        per_node = -(-mesh.world_size // len(nodes))
+        return Placement(device="cpu", executor="mp", num_cpus=num_cpus, num_gpus=0, devices_per_node=per_node)
     if sum(int(node.gpus) // per_replica for node in nodes) >= mesh.dp_size:
-        return Placement(device="cuda", executor="mp", num_cpus=1.0, num_gpus=per_replica)
-    bundles = ({"CPU": 1.0}, *({"GPU": 1.0},) * per_replica)
-    return Placement(device="cuda", executor="ray", num_cpus=1.0, num_gpus=0, bundles=bundles)
+        _require_cpus(mesh.dp_size, GPU_ENGINE_CPUS, [node.cpus for node in nodes if node.gpus])
+        return Placement(device="cuda", executor="mp", num_cpus=GPU_ENGINE_CPUS, num_gpus=per_replica)
+    bundles = ({"CPU": GPU_ENGINE_CPUS}, *({"GPU": 1.0},) * per_replica)
+    _require_cpus(mesh.dp_size, GPU_ENGINE_CPUS, [node.cpus for node in nodes])
+    return Placement(device="cuda", executor="ray", num_cpus=GPU_ENGINE_CPUS, num_gpus=0, bundles=bundles)
 
 
-def _engine_cpus(devices: int) -> float:
-    """A core a device, less what the router and the store ask for, so that a full mesh fits."""
-    return devices - 2 * SIDE_CPUS
+def _require_cpus(engines: int, cpus_each: float, node_cpus: Sequence[float]) -> None:
+    """Refuses engines that Ray would wait for ever to place: each is one actor on one node."""
+    fit = sum(int(cpus / cpus_each) for cpus in node_cpus)
+    if fit < engines:
+        raise MeshError(
+            f"device_mesh needs {engines} engines of {cpus_each:g} CPUs on a node each, the cluster's nodes have "
+            f"{', '.join(f'{cpus:g}' for cpus in node_cpus)}: room for {fit}. "
+            "Lower device_mesh.dp_size or device_mesh.tp_size, or start the cluster with more."
+        )
 
 
 def cores_of_engine(

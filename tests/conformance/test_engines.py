@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tests.conformance.harness import EngineHarness
-from twinkle_serve.engines.base import ChunkRunner, Finished
+from twinkle_serve.data_format import SamplingParams
+from twinkle_serve.engines.base import ChunkRunner, Finished, check_fits
 
 Prompts = list[np.ndarray]
 
@@ -42,6 +43,23 @@ async def test_engine_stops_at_the_end_of_the_context(engine: EngineHarness, pro
     seq = await engine.one(prompt, ignore_eos=True)
     assert len(seq.tokens) == room
     assert seq.stop_reason == "length"
+
+
+async def test_engine_scores_as_long_a_prompt_as_it_says(engine: EngineHarness, prompts: Prompts) -> None:
+    """The whole context, or one token less."""
+    length = engine.info.max_model_len - (not engine.info.scores_full_context)
+    prompt = np.resize(prompts[0], length)
+    check_fits(engine.info, prompt, SamplingParams(max_tokens=0))
+    scored = await engine.sample([prompt], max_tokens=0, prompt_logprobs=0)
+    assert scored.prompt_logprobs is not None and len(scored.prompt_logprobs) == length
+
+
+async def test_engine_cuts_at_the_stop_string_that_is_complete_first(engine: EngineHarness, prompts: Prompts) -> None:
+    """A longer one that began earlier and a shorter one that ended earlier: the shorter one cuts."""
+    free = await engine.one(prompts[1], temperature=0, max_tokens=8, ignore_eos=True)
+    text = free.decoded
+    seq = await engine.one(prompts[1], temperature=0, max_tokens=8, ignore_eos=True, stop=[text[:4], text[1:3]])
+    assert seq.decoded == text[: text.index(text[1:3])]
 
 
 async def test_engine_greedy_is_the_likeliest_token_every_time(engine: EngineHarness, prompts: Prompts) -> None:

@@ -245,6 +245,27 @@ async def test_cancelled_coroutine_frees_the_engines(slow: ServiceSampler) -> No
     assert len((await bystander).sequences[0].tokens) == 100
 
 
+def test_cancelling_one_call_leaves_those_that_it_set_off(slow: ServiceSampler) -> None:
+    """B waits behind A and is sent when one of A's prompts finishes: it is B's own work, not A's."""
+    handle = serve.get_app_handle("slow")
+    params = {"max_tokens": 100, "ignore_eos": True}
+    a = handle.sample.remote(QUESTIONS * 2 + QUESTIONS[:11], params)  # 35 prompts, 20 of which run at a time
+    wait_until(lambda: slow.status()["groups_waiting"] == 15, "A has filled the engines")
+    b = handle.sample.remote(QUESTIONS[0], params)
+    wait_until(lambda: slow.status()["groups_waiting"] == 16, "B waits behind it")
+    wait_until(lambda: slow.status()["groups_waiting"] == 0, "B is sent")
+    a.cancel()
+    assert len(b.result(timeout_s=20).sequences[0].tokens) == 100
+
+
+def test_engine_that_died_without_work_is_not_waited_for(slow: ServiceSampler) -> None:
+    """Serve would keep a call to it until it is replaced; the router sends its work elsewhere."""
+    replica_process("slow", "engine-dp1").kill()
+    response = slow.sample(QUESTIONS, {"max_tokens": 2, "seed": 1}, num_samples=2, timeout_s=60)
+    assert len(response.sequences) == 24
+    wait_until(lambda: slow.status()["engines"]["engine-dp1"]["state"] == "ready", "engine-dp1 is back", timeout_s=60)
+
+
 def test_samples_of_a_killed_engine_are_sampled_elsewhere(slow: ServiceSampler) -> None:
     """Each sample comes once, the same as undisturbed; the engine comes back by itself."""
     params = SamplingParams(max_tokens=100, ignore_eos=True, seed=5)

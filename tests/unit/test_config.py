@@ -118,6 +118,14 @@ def test_placement_larger_than_the_cluster_is_an_error(mesh: Any, cluster: Any, 
         place(DeviceMesh.from_sizes(**mesh), cluster)
 
 
+def test_replica_that_fits_no_node_is_an_error() -> None:
+    """Though the sum over nodes would do: Ray would wait for ever. And so would engines without a CPU."""
+    with pytest.raises(MeshError, match=r"needs 1 engines of 3.8 CPUs on a node each, the cluster's nodes have 2, 2"):
+        place(DeviceMesh.from_sizes(tp_size=4), nodes(0, 0, cpus=2))
+    with pytest.raises(MeshError, match=r"needs 4 engines of 1 CPUs on a node each, .* have 2: room for 2"):
+        place(DeviceMesh.from_sizes(dp_size=4), nodes(4, cpus=2))
+
+
 def test_engines_on_a_node_share_no_core() -> None:
     """Each device its own; with two or more, one is left to the processes around."""
     assert [cores_of_engine(rank, 1, 2, [0, 1]) for rank in range(2)] == [[(0,)], [(1,)]]

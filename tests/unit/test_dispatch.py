@@ -64,7 +64,7 @@ def test_every_sample_is_placed_once_whatever_the_engines(counts: list[int], slo
             made.enqueue(lost, first=True)
             continue
         part = running[name].pop(data.draw(st.integers(0, len(running[name]) - 1)))
-        made.finish(name, part.key)
+        made.finish(name, [part.key])
         done += samples({name: [part]})
     assert made.waiting == 0
     assert done == Counter({(i, j): 1 for i, count in enumerate(counts) for j in range(count)})
@@ -96,7 +96,7 @@ def test_engine_is_not_sent_what_it_cannot_start_soon() -> None:
     assert sum(len(chunk) for chunk in chunks.values()) == 2 * int(8 * HEADROOM)
     assert made.waiting == 100 - 2 * int(8 * HEADROOM)
     assert made.assign() == {}
-    made.finish("b", chunks["b"][0].key)
+    made.finish("b", [chunks["b"][0].key])
     assert list(made.assign()) == ["b"]
 
 
@@ -107,7 +107,7 @@ def test_lone_prompts_do_not_all_go_to_the_first_engine() -> None:
     for i in range(300):
         made.enqueue([group(i)])
         ((name, (part,)),) = made.assign().items()
-        made.finish(name, part.key)
+        made.finish(name, [part.key])
         seen[name] += 1
     assert min(seen.values()) > 60
 
@@ -119,7 +119,7 @@ def test_withdrawn_groups_are_not_placed() -> None:
     held = made.assign()["a"]
     assert made.withdraw(range(3, 10)) == {"a": [part.key for part in held if part.id >= 3]}
     for part in held:
-        made.finish("a", part.key)
+        made.finish("a", [part.key])
     assert made.assign() == {}
     assert made.sequences("a") == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,10 @@ def test_tools_reach_the_template(template: Template) -> None:
         ([{"input_ids": [1.5]}], "must be whole numbers, got float64"),
         ([{"input_ids": [True]}], "must be whole numbers, got bool"),
         ([{"input_ids": [1, 2], "attention_mask": [0, 1]}], "hides 1 of 2 tokens"),
+        ([{"input_ids": [1, 2], "attention_mask": [1]}], "attention_mask has shape (1,), input_ids (2,)"),
+        ([{"input_ids": [1], "attention_mask": [[1], [1, 1]]}], "attention_mask is no array of numbers"),
+        ([{"input_ids": [[1, 2], [3]]}], "input_ids is no array of numbers"),
+        ([{**TRAJECTORY, "images": 5}], "images: this service samples from text alone"),
         ([{"input_ids": [-1]}], "holds -1, which is no token id"),
         ([{"input_ids": [2**40]}], f"holds {2**40}, which is no token id"),
     ],
@@ -96,6 +101,7 @@ INFO = EngineInfo(
     vocab_size=320,
     max_num_seqs=4,
     max_logprobs=5,
+    scores_full_context=True,
     logprobs_mode="raw_logprobs",
     device="cpu",
     cpus=(),
@@ -122,7 +128,9 @@ def test_prompt_that_the_engine_cannot_take_is_refused(
     assert message in str(caught.value)
 
 
-def test_prompt_that_fills_the_context_can_be_scored() -> None:
-    """max_tokens=0 samples nothing, so it needs no room. And 9 of 10 leave room for one token."""
+def test_prompt_that_fills_the_context_can_be_scored_where_the_engine_can() -> None:
+    """max_tokens=0 samples nothing, so torch needs no room for it; vLLM does. 9 of 10 leave room for one token."""
     check_fits(INFO, np.ones(10, np.int32), SamplingParams(max_tokens=0))
     check_fits(INFO, np.ones(9, np.int32), SamplingParams())
+    with pytest.raises(PromptError, match="10 tokens, the context holds 10, one of them for a sampled token"):
+        check_fits(replace(INFO, scores_full_context=False), np.ones(10, np.int32), SamplingParams(max_tokens=0))

@@ -27,6 +27,7 @@ def test_params_default_to_plain_sampling() -> None:
         ("temperature", 2.5),
         ("temperature", 0.001),
         ("temperature", "hot"),
+        ("temperature", 10**400),
         ("temperature", True),
         ("temperature", None),
         ("top_p", 0.0),

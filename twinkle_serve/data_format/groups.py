@@ -29,6 +29,8 @@ class Group:
     count: int = 1
     seed: int | None = None
     """Seed of the first sample here; sample j has `seed + j`."""
+    engines_lost: int = 0
+    """Engines that died with it."""
 
     @property
     def key(self) -> GroupKey:
@@ -47,6 +49,8 @@ class EngineInfo:
     """vllm, torch or fake."""
     max_model_len: int
     """Most tokens of a prompt and its sample together."""
+    scores_full_context: bool
+    """Whether a prompt of max_model_len tokens can be scored. vLLM needs room for one more."""
     vocab_size: int
     """Token ids are below it."""
     max_num_seqs: int
@@ -59,3 +63,5 @@ class EngineInfo:
     """cpu or cuda."""
     cpus: tuple[int, ...]
     """Cores that its computing threads are bound to; empty where they are not."""
+    life: str = ""
+    """Differs between an engine's process and the one that replaces it."""

@@ -35,7 +35,7 @@ def _real(name: str, value: object) -> float:
         if isinstance(value, (bool, str, bytes)):
             raise TypeError
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise SamplingParamsError(f"{name} must be a number, got {value!r} ({type(value).__name__}).") from None
     if not math.isfinite(number):
         raise SamplingParamsError(f"{name} must be finite, got {number}.")

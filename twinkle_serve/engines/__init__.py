@@ -43,6 +43,7 @@ def build_engine(
     pp_size: int = 1,
     executor: str = "mp",
     cpus: Sequence[Sequence[int]] = (),
+    devices_on_node: int = 1,
     trust_remote_code: bool = False,
 ) -> Engine:
     """An engine that is not started yet.
@@ -52,6 +53,7 @@ def build_engine(
         device: cpu or cuda.
         executor: vLLM's executor, mp within a node or ray across several.
         cpus: on CPU, the cores of each of the tp_size * pp_size workers; empty leaves them unbound.
+        devices_on_node: on CPU, devices of all engines that share the node's memory.
 
     Raises:
         ConfigError: torch or fake with a replica of more than one device.
@@ -69,6 +71,7 @@ def build_engine(
             pp_size=pp_size,
             executor=executor,
             cpus=cpus,
+            devices_on_node=devices_on_node,
             trust_remote_code=trust_remote_code,
         )
     if tp_size * pp_size > 1:

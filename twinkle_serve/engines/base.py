@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+import logging
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
 
 from twinkle_serve.data_format.groups import EngineInfo, Group, GroupKey
 from twinkle_serve.data_format.samples import (
@@ -20,7 +22,17 @@ from twinkle_serve.data_format.samples import (
     StopReason,
 )
 from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.errors import EngineDeadError, PromptError, SamplingParamsError, TwinkleServeError
+from twinkle_serve.errors import (
+    EngineArgsError,
+    EngineDeadError,
+    EngineError,
+    PromptError,
+    SamplingParamsError,
+    TwinkleServeError,
+    unknown_name,
+)
+
+logger = logging.getLogger("ray.serve")
 
 
 class Engine(Protocol):
@@ -86,12 +98,11 @@ def check_fits(info: EngineInfo, prompt_ids: NDArray[np.int32], params: Sampling
     length = len(prompt_ids)
     if not length:
         raise PromptError(f"{where} is empty. Give it at least one token.")
-    room = info.max_model_len - length
-    wanted = params.max_tokens
-    if room < (0 if wanted == 0 else 1):
+    room = 0 if params.max_tokens == 0 and info.scores_full_context else 1
+    if length > info.max_model_len - room:
         raise PromptError(
             f"{where} has {length} tokens, the context holds {info.max_model_len}"
-            f"{', one of them for a sampled token' if wanted != 0 else ''}. "
+            f"{', one of them for a sampled token' if room else ''}. "
             "Shorten it, or raise engine_args.max_model_len."
         )
     low, high = int(prompt_ids.min()), int(prompt_ids.max())
@@ -109,10 +120,42 @@ def check_fits(info: EngineInfo, prompt_ids: NDArray[np.int32], params: Sampling
             )
 
 
+Args = TypeVar("Args", bound=BaseModel)
+
+
+def parse_engine_args(model: type[Args], kind: str, engine_args: Mapping[str, Any]) -> Args:
+    """`engine_args` as the model of an engine's arguments.
+
+    Raises:
+        EngineArgsError
+    """
+    for name in engine_args:
+        if name not in model.model_fields:
+            raise EngineArgsError(unknown_name(f"{kind} engine argument", name, model.model_fields) + ".")
+    try:
+        return model(**engine_args)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise EngineArgsError(f"engine_args.{first['loc'][0]}={first['input']!r}: {first['msg']}.") from None
+
+
+def stop_cut(text: str, stop_strings: Sequence[str]) -> int | None:
+    """Where the text is to be cut: before the stop string that is complete first, as in vLLM; None if there is none.
+
+    Of two that are complete at the same character, the one that is named first counts.
+    """
+    found = [(at + len(stop), i, at) for i, stop in enumerate(stop_strings) if (at := text.find(stop)) >= 0]
+    return min(found)[2] if found else None
+
+
 def most_new_tokens(info: EngineInfo, group: Group) -> int:
     """Tokens that each sample of the group may have: max_tokens, or less where the context ends first."""
     room = info.max_model_len - len(group.prompt_ids)
     return room if group.params.max_tokens is None else min(group.params.max_tokens, room)
+
+
+MOST_EARLY_ABORTS = 10_000
+"""Aborts remembered of groups that do not run; the oldest are forgotten."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +178,7 @@ class ChunkRunner:
         self._engine = engine
         self._flush_after_s = flush_after_s
         self._running: dict[GroupKey, asyncio.Task[SampleColumns]] = {}
+        self._aborted_early: dict[GroupKey, None] = {}
 
     async def run(self, groups: Sequence[Group]) -> AsyncIterator[Finished]:
         """Samples a chunk.
@@ -145,7 +189,10 @@ class ChunkRunner:
         Raises:
             EngineDeadError: the engine is gone; groups not yet handed back are lost.
         """
-        keys = {asyncio.ensure_future(self._engine.sample_group(group)): group.key for group in groups}
+        wanted = [group for group in groups if group.key not in self._aborted_early]
+        for group in groups:
+            self._aborted_early.pop(group.key, None)
+        keys = {asyncio.ensure_future(self._engine.sample_group(group)): group.key for group in wanted}
         self._running.update({key: task for task, key in keys.items()})
         running = set(keys)
         try:
@@ -168,6 +215,11 @@ class ChunkRunner:
         for key in keys:
             if (task := self._running.get(key)) is not None:
                 task.cancel()
+            else:
+                # Done already, or not here yet: an abort may overtake the chunk.
+                self._aborted_early[key] = None
+        while len(self._aborted_early) > MOST_EARLY_ABORTS:
+            del self._aborted_early[next(iter(self._aborted_early))]
 
 
 def _collect(done: dict[GroupKey, asyncio.Task[SampleColumns]]) -> list[Finished]:
@@ -185,6 +237,7 @@ def _collect(done: dict[GroupKey, asyncio.Task[SampleColumns]]) -> list[Finished
             case TwinkleServeError() as failure:
                 failures[key] = failure
             case bug:
-                raise bug
+                logger.error(f"a bug in sampling group {key}", exc_info=bug)
+                failures[key] = EngineError(f"a bug in the engine: {bug!r}")
     items = [Finished(columns=SampleColumns.concat(parts)) for parts in by_width.values()]
     return [*items, Finished(failures=failures)] if failures else items

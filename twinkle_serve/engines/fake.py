@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
 
 from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.engines.base import columns_of_group, most_new_tokens
-from twinkle_serve.errors import EngineArgsError, unknown_name
+from twinkle_serve.engines.base import columns_of_group, most_new_tokens, parse_engine_args, stop_cut
 
 ROWS = 257
 """Distinct next-token distributions of the toy model."""
@@ -41,19 +40,8 @@ class FakeArgs(BaseModel):
 
 
 def check_engine_args(engine_args: Mapping[str, Any]) -> FakeArgs:
-    """The arguments, parsed.
-
-    Raises:
-        EngineArgsError
-    """
-    for name in engine_args:
-        if name not in FakeArgs.model_fields:
-            raise EngineArgsError(unknown_name("fake engine argument", name, FakeArgs.model_fields) + ".")
-    try:
-        return FakeArgs(**engine_args)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise EngineArgsError(f"engine_args.{first['loc'][0]}={first['input']!r}: {first['msg']}.") from None
+    """The arguments, parsed; see `parse_engine_args`."""
+    return parse_engine_args(FakeArgs, "fake", engine_args)
 
 
 class FakeEngine:
@@ -81,6 +69,7 @@ class FakeEngine:
             name=self._name,
             kind="fake",
             max_model_len=self._args.max_model_len,
+            scores_full_context=True,
             vocab_size=vocab_size,
             max_num_seqs=self._args.max_num_seqs,
             max_logprobs=self._args.max_logprobs,
@@ -136,9 +125,8 @@ class FakeEngine:
                 break
             if params.stop_strings:
                 text = self._tokenizer.decode(tokens, skip_special_tokens=False)
-                cuts = [at for at in map(text.find, params.stop_strings) if at >= 0]
-                if cuts:
-                    reason, cut = "stop", text[: min(cuts)]
+                if (end := stop_cut(text, params.stop_strings)) is not None:
+                    reason, cut = "stop", text[:end]
                     break
         return (
             np.array(tokens, np.int32),

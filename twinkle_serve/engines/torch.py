@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.engines.base import columns_of_group, most_new_tokens
-from twinkle_serve.errors import EngineArgsError, EngineDeadError, EngineError, EngineStartError, unknown_name
+from twinkle_serve.engines.base import columns_of_group, most_new_tokens, parse_engine_args, stop_cut
+from twinkle_serve.errors import EngineArgsError, EngineDeadError, EngineError, EngineStartError
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 
@@ -37,19 +37,8 @@ class TorchArgs(BaseModel):
 
 
 def check_engine_args(engine_args: Mapping[str, Any]) -> TorchArgs:
-    """The arguments, parsed.
-
-    Raises:
-        EngineArgsError
-    """
-    for name in engine_args:
-        if name not in TorchArgs.model_fields:
-            raise EngineArgsError(unknown_name("torch engine argument", name, TorchArgs.model_fields) + ".")
-    try:
-        return TorchArgs(**engine_args)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise EngineArgsError(f"engine_args.{first['loc'][0]}={first['input']!r}: {first['msg']}.") from None
+    """The arguments, parsed; see `parse_engine_args`."""
+    return parse_engine_args(TorchArgs, "torch", engine_args)
 
 
 @dataclass(slots=True)
@@ -100,6 +89,7 @@ class TorchEngine:
         self._cpus = tuple(sorted({core for cores in cpus for core in cores}))
         self._trust_remote_code = trust_remote_code
         self._waiting: list[_Job] = []
+        self._batch: list[_Job] = []
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._loop: asyncio.Task[None] | None = None
@@ -109,7 +99,9 @@ class TorchEngine:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
         except (OSError, ValueError) as error:
             raise EngineStartError(f"{self._name}: transformers could not load {self._path!r}: {error}") from error
-        longest = self._model.config.max_position_embeddings
+        longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if longest is None:
+            raise EngineStartError(f"{self._name}: {self._path!r} does not say how many positions its model has.")
         if self._args.max_model_len is not None and self._args.max_model_len > longest:
             raise EngineArgsError(
                 f"engine_args.max_model_len={self._args.max_model_len}, the model has {longest} positions. Lower it."
@@ -118,7 +110,8 @@ class TorchEngine:
             name=self._name,
             kind="torch",
             max_model_len=self._args.max_model_len or longest,
-            vocab_size=self._model.config.vocab_size,
+            scores_full_context=True,
+            vocab_size=self._model.config.get_text_config().vocab_size,
             max_num_seqs=self._args.max_num_seqs,
             max_logprobs=self._args.max_logprobs,
             logprobs_mode=self._args.logprobs_mode,
@@ -163,7 +156,7 @@ class TorchEngine:
         loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
-            batch = self._next_batch()
+            batch = self._batch = self._next_batch()
             if not batch:
                 self._arrived.clear()
                 continue
@@ -179,12 +172,18 @@ class TorchEngine:
                     job.done.set_result(result)
 
     def _next_batch(self) -> list[_Job]:
-        """The oldest jobs that fit, at least one."""
+        """The oldest jobs that fit side by side, at least one.
+
+        Prompts are padded to the longest, and the batch runs for as many steps as its longest sample: together these
+        must stay within the context.
+        """
         self._waiting = [job for job in self._waiting if not job.done.done()]
-        rows = 0
+        rows = width = steps = 0
         for taken, job in enumerate(self._waiting):
             rows += job.group.count
-            if taken and rows > self._args.max_num_seqs:
+            width = max(width, len(job.group.prompt_ids))
+            steps = max(steps, most_new_tokens(self.info, job.group))
+            if taken and (rows > self._args.max_num_seqs or width + steps > self.info.max_model_len):
                 break
         else:
             taken = len(self._waiting)
@@ -282,8 +281,9 @@ class TorchEngine:
     async def stop(self) -> None:
         if self._loop is not None:
             self._loop.cancel()
-        for job in self._waiting:
-            job.done.cancel()
+        for job in [*self._batch, *self._waiting]:
+            if not job.done.done():
+                job.done.set_exception(EngineDeadError(f"{self._name}: the torch engine was stopped."))
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
@@ -377,8 +377,7 @@ class _RowStopper:
             return "stop"
         if params.stop_strings:
             text = self._tokenizer.decode(row.tokens, skip_special_tokens=False)
-            cuts = [at for at in map(text.find, params.stop_strings) if at >= 0]
-            if cuts:
-                row.decoded = text[: min(cuts)]
+            if (end := stop_cut(text, params.stop_strings)) is not None:
+                row.decoded = text[:end]
                 return "stop"
         return "length" if len(row.tokens) >= row.most_tokens else None

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, StopReason
-from twinkle_serve.engines.base import columns_of_group, most_new_tokens
+from twinkle_serve.engines.base import columns_of_group, most_new_tokens, stop_cut
 from twinkle_serve.errors import (
     EngineArgsError,
     EngineDeadError,
@@ -35,10 +35,10 @@ OURS = {
     "pipeline_parallel_size": "device_mesh.pp_size",
     "data_parallel_size": "device_mesh.dp_size",
     "distributed_executor_backend": "device_mesh",
+    "trust_remote_code": "trust_remote_code of args",
+    "seed": "the seed of each request's sampling parameters",
 }
-"""Engine arguments that another key of the config decides."""
-
-STOP_REASON: dict[str | None, StopReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+"""Engine arguments that something else decides."""
 
 
 @functools.cache
@@ -68,7 +68,7 @@ def check_engine_args(engine_args: Mapping[str, Any]) -> None:
     known = argument_names()
     for name in engine_args:
         if name in OURS:
-            raise EngineArgsError(f"engine_args.{name} is decided by {OURS[name]}. Set that, and leave it out here.")
+            raise EngineArgsError(f"engine_args.{name} is decided by {OURS[name]}. Set that, and leave this out.")
         if name not in known:
             close = unknown_name("vllm engine argument", name, known).split(" Known:")[0]
             raise EngineArgsError(f"{close} engine_args takes the {len(known)} arguments of vLLM's AsyncEngineArgs.")
@@ -106,6 +106,7 @@ class VLLMEngine:
         pp_size: int = 1,
         executor: str = "mp",
         cpus: Sequence[Sequence[int]] = (),
+        devices_on_node: int = 1,
         trust_remote_code: bool = False,
     ) -> None:
         """
@@ -113,6 +114,7 @@ class VLLMEngine:
             model: directory of the model.
             executor: mp (one node) or ray (a placement group over several).
             cpus: on CPU, the cores of each of the tp_size * pp_size workers.
+            devices_on_node: on CPU, devices of all engines that share the node's memory.
         """
         self._name = name
         self._model = model
@@ -121,6 +123,7 @@ class VLLMEngine:
         self._tp_size, self._pp_size = tp_size, pp_size
         self._executor = executor
         self._cpus = [tuple(cores) for cores in cpus]
+        self._devices_on_node = devices_on_node
         self._trust_remote_code = trust_remote_code
         self._llm: Any = None
         self._request_ids = itertools.count()
@@ -134,13 +137,15 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         await asyncio.to_thread(self._start)
         config = self._llm.vllm_config
+        vocab_size = config.model_config.get_vocab_size()
         self.info = EngineInfo(
             name=self._name,
             kind="vllm",
             max_model_len=config.model_config.max_model_len,
-            vocab_size=config.model_config.get_vocab_size(),
+            scores_full_context=False,
+            vocab_size=vocab_size,
             max_num_seqs=config.scheduler_config.max_num_seqs,
-            max_logprobs=config.model_config.max_logprobs,
+            max_logprobs=vocab_size if config.model_config.max_logprobs == -1 else config.model_config.max_logprobs,
             logprobs_mode=config.model_config.logprobs_mode,
             device=self._device,
             cpus=tuple(sorted({core for cores in self._cpus for core in cores})),
@@ -153,17 +158,17 @@ class VLLMEngine:
 
         args = dict(self._given_args)
         if self._device == "cpu":
-            args = cpu_defaults(args, devices_on_node=max(1, len(self._cpus)))
-        # Engines of one seed would repeat each other's samples where a request has none.
-        args.setdefault("seed", int.from_bytes(os.urandom(4), "big") >> 1)
+            args = cpu_defaults(args, self._devices_on_node)
         args.setdefault("disable_log_stats", True)
-        args.setdefault("trust_remote_code", self._trust_remote_code)
         try:
             vllm_args = AsyncEngineArgs(
                 model=self._model,
                 tensor_parallel_size=self._tp_size,
                 pipeline_parallel_size=self._pp_size,
                 distributed_executor_backend=self._executor,
+                trust_remote_code=self._trust_remote_code,
+                # Engines of one seed would repeat each other's samples where a request has none.
+                seed=int.from_bytes(os.urandom(4), "big") >> 1,
                 **args,
             )
             config = vllm_args.create_engine_config()
@@ -178,7 +183,7 @@ class VLLMEngine:
             )
         try:
             self._llm = AsyncLLM.from_vllm_config(
-                config, enable_log_requests=False, disable_log_stats=vllm_args.disable_log_stats
+                config, enable_log_requests=vllm_args.enable_log_requests, disable_log_stats=vllm_args.disable_log_stats
             )
         except Exception as error:
             raise EngineStartError(f"{self._name}: vLLM did not start on {self._model!r}: {error}") from error
@@ -207,6 +212,9 @@ class VLLMEngine:
 
         # vLLM refuses n greedy samples of a prompt; they are n times the same.
         samples = output.outputs * group.count if params.greedy else output.outputs
+        reasons: list[StopReason] = [sample.finish_reason for sample in samples]
+        if unfinished := set(reasons) - {"stop", "length"}:
+            raise EngineError(f"{self._name}: vLLM ended a sample with {unfinished.pop()!r}.")
         scores = None
         if params.prompt_logprobs is not None:
             scores = _prompt_scores(output.prompt_logprobs, group.prompt_ids, params.prompt_logprobs)
@@ -224,14 +232,12 @@ class VLLMEngine:
                 scores,
             )
         tokens = [np.asarray(sample.token_ids, np.int32) for sample in samples]
+        # vLLM's own text lacks the end-of-sequence token, so the text is made here, and cut as vLLM cuts its own.
         decoded = self._tokenizer.batch_decode(tokens, skip_special_tokens=False)
         for j, sample in enumerate(samples):
-            # A string as the reason is the stop string: vLLM's text ends before it. (Else vLLM's text lacks the
-            # end-of-sequence token.)
-            if isinstance(sample.stop_reason, str):
-                decoded[j] = sample.text
+            if isinstance(sample.stop_reason, str):  # the stop string; a stop token is an int
+                decoded[j] = decoded[j][: stop_cut(decoded[j], params.stop_strings)]
         logprobs, logprob_tokens = _sample_logprobs([sample.logprobs for sample in samples], params.logprobs)
-        reasons = [STOP_REASON.get(sample.finish_reason, "error") for sample in samples]
         return columns_of_group(group, self._name, tokens, decoded, reasons, logprobs, logprob_tokens, scores)
 
     def _sampling_params(self, group: Group) -> Any:

@@ -63,11 +63,14 @@ class Dispatcher:
         else:
             self._waiting.extend(groups)
 
-    def finish(self, name: str, key: GroupKey) -> None:
-        """An engine is done with a group, whatever came of it. Keys that it does not have are passed over."""
+    def finish(self, name: str, keys: Iterable[GroupKey]) -> list[Group]:
+        """An engine is done with groups, whatever came of them. Returns those that it had, passing over the others."""
         load = self._engines.get(name)
-        if load is not None and (group := load.groups.pop(key, None)) is not None:
-            load.sequences -= group.count
+        if load is None:
+            return []
+        done = [group for key in keys if (group := load.groups.pop(key, None)) is not None]
+        load.sequences -= sum(group.count for group in done)
+        return done
 
     def withdraw(self, group_ids: range) -> dict[str, list[GroupKey]]:
         """Drops groups that no engine has yet; returns the keys of those that engines have, by engine."""

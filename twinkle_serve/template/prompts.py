@@ -75,7 +75,7 @@ def _article(kind: str) -> str:
 def _refuse_pixels(item: Mapping[str, Any], where: str) -> None:
     for key in PIXELS:
         value = item.get(key)
-        if value is not None and len(value):
+        if value is not None and not (isinstance(value, Sequence) and not value):
             raise PromptError(f"{where}.{key}: this service samples from text alone. Leave it out.")
 
 
@@ -93,21 +93,29 @@ def _from_messages(item: Mapping[str, Any], where: str, template: Template) -> P
     return Prompt(template.encode(list(messages), item.get("tools") or None, where), dict(item))
 
 
+def _array(value: Any, where: str) -> NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:  # rows of several lengths; a tensor on a GPU
+        raise PromptError(f"{where} is no array of numbers: {error}") from None
+
+
 def _from_ids(item: Mapping[str, Any], where: str, template: Template) -> Prompt:
     _refuse_pixels(item, where)
-    ids = np.asarray(item["input_ids"])
+    ids = _array(item["input_ids"], f"{where}.input_ids")
     if ids.size and ids.dtype.kind not in "iu":
         raise PromptError(f"{where}.input_ids must be whole numbers, got {ids.dtype}.")
     if ids.ndim != 1:
         raise PromptError(
             f"{where}.input_ids must have one dimension, got shape {ids.shape}. Send each row as an InputFeature."
         )
-    mask = item.get("attention_mask")
-    if mask is not None and not np.asarray(mask).all():
-        padded = int((np.asarray(mask) == 0).sum())
-        raise PromptError(
-            f"{where}.attention_mask hides {padded} of {len(ids)} tokens. Send input_ids without padding."
-        )
+    if item.get("attention_mask") is not None:
+        mask = _array(item["attention_mask"], f"{where}.attention_mask")
+        if mask.shape != ids.shape:
+            raise PromptError(f"{where}.attention_mask has shape {mask.shape}, input_ids {ids.shape}. Leave it out.")
+        if not mask.all():
+            hidden = int((mask == 0).sum())
+            raise PromptError(f"{where}.attention_mask hides {hidden} of {len(ids)} tokens. Send input_ids unpadded.")
     if ids.size and (ids.max() > np.iinfo(np.int32).max or ids.min() < 0):
         bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
         raise PromptError(f"{where}.input_ids holds {bad}, which is no token id.")
