@@ -16,7 +16,7 @@ from deployments.logging import QUIET
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SamplingParams
-from twinkle_serve.data_format.groups import EngineInfo, Group, GroupKey
+from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
 from twinkle_serve.engines import build_engine
 from twinkle_serve.engines.base import ChunkRunner, Finished
 from twinkle_serve.errors import EngineDeadError, EngineStartError
@@ -102,9 +102,9 @@ class Engine:
         async for finished in self._chunks.run(groups):
             yield finished
 
-    async def abort(self, keys: Sequence[GroupKey]) -> None:
+    async def abort(self, attempts: Sequence[Attempt]) -> None:
         """Aborts groups, if they still run. Others of their chunk go on."""
-        self._chunks.abort(keys)
+        self._chunks.abort(attempts)
 
     async def check_health(self) -> None:
         """Called by Serve; an error here has the process replaced."""

@@ -24,7 +24,7 @@ from deployments.logging import QUIET
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse, SamplingParams
-from twinkle_serve.data_format.groups import EngineInfo, Group, GroupKey
+from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.engines.base import Finished, check_fits
 from twinkle_serve.errors import (
     AdapterError,
@@ -214,8 +214,8 @@ class Router:
             self._requests.pop(group_id, None)
         if not request.samples_missing:
             return
-        for name, keys in self._dispatcher.withdraw(request.ids).items():
-            self._spawn(self._abort(name, keys))
+        for name, groups in self._dispatcher.withdraw(request.ids).items():
+            self._spawn(self._abort(name, self._uses[name], groups))
 
     def _late(self, limit_s: float, request: Request | None) -> str:
         ready = len(self._dispatcher.engines)
@@ -326,25 +326,25 @@ class Router:
 
     def _lose(self, name: str, error: Exception) -> None:
         """Takes an engine out of use: its groups go elsewhere. It is used again once it answers."""
-        if self._uses.pop(name, None) is None:
+        use = self._uses.pop(name, None)
+        if use is None:
             return
         lost = self._dispatcher.remove_engine(name)
         logger.warning(f"{name} is lost with {len(lost)} groups, to be sampled elsewhere: {type(error).__name__}")
         # It may be slow and not dead.
-        self._spawn(self._abort(name, [group.key for group in lost]))
+        self._spawn(self._abort(name, use, lost))
         self._sample_again(name, lost)
         self._pump_soon()
 
-    async def _abort(self, name: str, keys: list[GroupKey]) -> None:
-        """Has an engine drop groups, and releases the load that they were."""
-        use = self._uses.get(name)
+    async def _abort(self, name: str, use: _Use, groups: list[Group]) -> None:
+        """Has an engine drop groups, and releases the load that they were, if it is still the same use of it."""
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                await self._handles[name].abort.remote(keys)
+                await self._handles[name].abort.remote([group.attempt for group in groups])
         except Exception as error:  # a lost engine has nothing to abort
-            logger.info(f"{name} did not take an abort of {len(keys)} groups: {type(error).__name__}")
-        if use is not None and self._uses.get(name) is use:
-            self._dispatcher.finish(name, keys)
+            logger.info(f"{name} did not take an abort of {len(groups)} groups: {type(error).__name__}")
+        if self._uses.get(name) is use:
+            self._dispatcher.finish(name, [group.key for group in groups])
             self._pump_soon()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:

@@ -11,13 +11,11 @@ from __future__ import annotations
 import _thread
 import contextlib
 import os
-import re
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from graphs.config_file import check_config_file
 from twinkle_serve.errors import TwinkleServeError
@@ -82,6 +80,8 @@ class _Watcher(threading.Thread):
     def run(self) -> None:
         from ray import serve
 
+        from twinkle_serve.client import failure_reason
+
         started = time.monotonic()
         waiting = set(self._names)
         while waiting:
@@ -92,7 +92,9 @@ class _Watcher(threading.Thread):
                     waiting.discard(name)
                 elif applications[name].status == "DEPLOY_FAILED":
                     self.failed = True
-                    print(f"\n{name} failed to start. {_reason(applications[name])}\n", file=sys.stderr, flush=True)
+                    print(
+                        f"\n{name} failed to start. {failure_reason(applications[name])}\n", file=sys.stderr, flush=True
+                    )
                     _thread.interrupt_main()
                     return
         print(
@@ -102,15 +104,6 @@ class _Watcher(threading.Thread):
             f"  stop       Ctrl-C\n",
             flush=True,
         )
-
-
-def _reason(application: Any) -> str:
-    """The error of ours that an application's messages quote, or all of them where there is none."""
-    messages = [application.message, *(d.message for d in application.deployments.values())]
-    for message in messages:
-        if found := re.findall(r"^(?:\w+\.)*(\w+Error: .+)$", message, re.MULTILINE):
-            return str(found[-1])
-    return "\n".join(filter(None, messages))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from twinkle_serve.errors import EngineError, ServiceNotReadyError, TwinkleServe
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
+    from ray.serve.schema import ApplicationStatusOverview
 
 GRACE_S = 10.0
 """The router keeps deadlines; a caller waits this much longer before it takes the router for gone."""
@@ -60,13 +62,22 @@ def _wait_until_running(name: str, timeout_s: float) -> None:
         if state == "RUNNING" or (state == "UNHEALTHY" and router is not None and router.status == "HEALTHY"):
             return
         if state in ("DEPLOY_FAILED", "DELETING"):
-            raise ServiceNotReadyError(f"application {name!r} is {state}: {application.message}")
+            raise ServiceNotReadyError(f"application {name!r} is {state}: {failure_reason(application)}")
         if time.monotonic() > deadline:
             raise ServiceNotReadyError(
                 f"application {name!r} is still {state} after timeout_s={timeout_s:g}. Raise timeout_s, or see its "
                 "deployments with `serve status`."
             )
         time.sleep(0.2)
+
+
+def failure_reason(application: ApplicationStatusOverview) -> str:
+    """The error of ours that an application's status quotes in a traceback, or all that it says."""
+    messages = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    for message in messages:
+        if found := re.findall(r"^(?:\w+\.)*(\w+Error: .+)$", message, re.MULTILINE):
+            return str(found[-1])
+    return "\n".join(filter(None, messages))
 
 
 class ServiceSampler:

@@ -20,7 +20,9 @@ from twinkle_serve.config import ServiceArgs
 from twinkle_serve.errors import (
     AdapterError,
     DeadlineError,
+    EngineArgsError,
     MeshError,
+    ModelNotFoundError,
     PromptError,
     RequestError,
     SamplingParamsError,
@@ -285,20 +287,30 @@ def test_connect_names_what_is_wrong(sampler: ServiceSampler) -> None:
     """An unknown application, and one that failed: at once, with the reason."""
     with pytest.raises(ServiceNotReadyError, match="unknown application 'quik', did you mean 'quick'"):
         connect("quik")
-    args = ServiceArgs.model_validate(
-        {"model_id": "demo", "engine": "fake", "device_mesh": {"device_type": "cpu"}, "engine_args": {"max_len": 1}}
-    )
+    too_long = {"engine": "torch", "engine_args": {"max_model_len": 99_999}}
+    args = ServiceArgs.model_validate({"model_id": "demo", "device_mesh": {"device_type": "cpu"}, **too_long})
     with pytest.raises(RuntimeError):
         serve.run(build(args), name="broken", route_prefix=None)
     started = time.monotonic()
-    with pytest.raises(ServiceNotReadyError, match=r"broken.*is DEPLOY_FAILED"):
+    with pytest.raises(
+        ServiceNotReadyError, match=r"'broken' is DEPLOY_FAILED: EngineArgsError: .* has 4096 positions"
+    ):
         connect("broken")
     assert time.monotonic() - started < 5
     serve.delete("broken")
 
 
-def test_mesh_larger_than_the_cluster_fails_at_once() -> None:
-    """Instead of waiting for devices that do not come."""
-    args = {"model_id": "demo", "engine": "fake", "device_mesh": {"dp_size": 99, "device_type": "cpu"}}
-    with pytest.raises(MeshError, match=r"needs 99 CPUs \(dp_size=99 x tp_size=1\), the cluster has 16"):
-        build(ServiceArgs.model_validate(args))
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ({"device_mesh": {"dp_size": 99, "device_type": "cpu"}}, MeshError, r"needs 99 CPUs .*, the cluster has 16"),
+        ({"engine_args": {"max_len": 1}}, EngineArgsError, "unknown vllm engine argument 'max_len'"),
+        ({"model_id": "/none"}, ModelNotFoundError, "no directory at /none"),
+    ],
+)
+def test_service_that_cannot_be_fails_as_it_is_built(
+    bad: dict[str, Any], error: type[TwinkleServeError], message: str
+) -> None:
+    """Instead of waiting for devices that do not come, or for an engine to find out."""
+    with pytest.raises(error, match=message):
+        build(ServiceArgs.model_validate({"model_id": "demo", "device_mesh": {"device_type": "cpu"}, **bad}))

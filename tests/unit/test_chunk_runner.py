@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,17 +79,17 @@ async def test_aborted_group_comes_back_in_no_item() -> None:
     runner = ChunkRunner(engine)
     chunk = asyncio.ensure_future(collect(runner, groups(2)))
     await engine.started.wait()
-    runner.abort([(0, 0)])
+    runner.abort([(0, 0, 0)])
     assert await chunk == ({1}, {})
     assert not engine.running
 
 
 async def test_abort_that_overtakes_its_chunk_holds() -> None:
-    """The group is not started; a later group of the same key is."""
+    """The group is not started; a later attempt at it is."""
     runner = ChunkRunner(ScriptedEngine({}))
-    runner.abort([(0, 0)])
+    runner.abort([(0, 0, 0)])
     assert await collect(runner, groups(2)) == ({1}, {})
-    assert await collect(runner, groups(2)) == ({0, 1}, {})
+    assert await collect(runner, [replace(group, engines_lost=1) for group in groups(2)]) == ({0, 1}, {})
 
 
 async def test_closing_the_iterator_aborts_what_runs() -> None:

@@ -13,6 +13,9 @@ from twinkle_serve.data_format.sampling_params import SamplingParams
 GroupKey: TypeAlias = tuple[int, int]
 """(id, first sample) of a group: what tells the parts of a split prompt apart."""
 
+Attempt: TypeAlias = tuple[int, int, int]
+"""A group's key and the engines that it has lost: an abort that comes late must not meet the next attempt."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
@@ -35,6 +38,10 @@ class Group:
     @property
     def key(self) -> GroupKey:
         return (self.id, self.first_sample)
+
+    @property
+    def attempt(self) -> Attempt:
+        return (self.id, self.first_sample, self.engines_lost)
 
     def seed_of(self, j: int) -> int | None:
         return None if self.seed is None else self.seed + j

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from twinkle_serve.data_format.groups import EngineInfo, Group, GroupKey
+from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, GroupKey
 from twinkle_serve.data_format.samples import (
     NO_SEED,
     STOP_REASONS,
@@ -177,8 +177,8 @@ class ChunkRunner:
     def __init__(self, engine: Engine, flush_after_s: float = 0.05) -> None:
         self._engine = engine
         self._flush_after_s = flush_after_s
-        self._running: dict[GroupKey, asyncio.Task[SampleColumns]] = {}
-        self._aborted_early: dict[GroupKey, None] = {}
+        self._running: dict[Attempt, asyncio.Task[SampleColumns]] = {}
+        self._aborted_early: dict[Attempt, None] = {}
 
     async def run(self, groups: Sequence[Group]) -> AsyncIterator[Finished]:
         """Samples a chunk.
@@ -189,35 +189,35 @@ class ChunkRunner:
         Raises:
             EngineDeadError: the engine is gone; groups not yet handed back are lost.
         """
-        wanted = [group for group in groups if group.key not in self._aborted_early]
+        wanted = [group for group in groups if group.attempt not in self._aborted_early]
         for group in groups:
-            self._aborted_early.pop(group.key, None)
-        keys = {asyncio.ensure_future(self._engine.sample_group(group)): group.key for group in wanted}
-        self._running.update({key: task for task, key in keys.items()})
-        running = set(keys)
+            self._aborted_early.pop(group.attempt, None)
+        tasks = {asyncio.ensure_future(self._engine.sample_group(group)): group for group in wanted}
+        self._running.update({group.attempt: task for task, group in tasks.items()})
+        running = set(tasks)
         try:
             while running:
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 if running and self._flush_after_s:
                     more, running = await asyncio.wait(running, timeout=self._flush_after_s)
                     done |= more
-                for item in _collect({keys[task]: task for task in done}):
+                for item in _collect({tasks[task].key: task for task in done}):
                     yield item
         finally:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-            for key in keys.values():
-                self._running.pop(key, None)
+            for group in tasks.values():
+                self._running.pop(group.attempt, None)
 
-    def abort(self, keys: Iterable[GroupKey]) -> None:
+    def abort(self, attempts: Iterable[Attempt]) -> None:
         """Aborts groups, if they still run. They come back in no item."""
-        for key in keys:
-            if (task := self._running.get(key)) is not None:
+        for attempt in attempts:
+            if (task := self._running.get(attempt)) is not None:
                 task.cancel()
             else:
                 # Done already, or not here yet: an abort may overtake the chunk.
-                self._aborted_early[key] = None
+                self._aborted_early[attempt] = None
         while len(self._aborted_early) > MOST_EARLY_ABORTS:
             del self._aborted_early[next(iter(self._aborted_early))]
 

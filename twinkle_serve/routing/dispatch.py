@@ -72,11 +72,14 @@ class Dispatcher:
         load.sequences -= sum(group.count for group in done)
         return done
 
-    def withdraw(self, group_ids: range) -> dict[str, list[GroupKey]]:
-        """Drops groups that no engine has yet; returns the keys of those that engines have, by engine."""
+    def withdraw(self, group_ids: range) -> dict[str, list[Group]]:
+        """Drops groups that no engine has yet; returns those that engines have, by engine."""
         self._waiting = deque(group for group in self._waiting if group.id not in group_ids)
-        held = {name: [key for key in load.groups if key[0] in group_ids] for name, load in self._engines.items()}
-        return {name: keys for name, keys in held.items() if keys}
+        held = {
+            name: [group for group in load.groups.values() if group.id in group_ids]
+            for name, load in self._engines.items()
+        }
+        return {name: groups for name, groups in held.items() if groups}
 
     def assign(self) -> dict[str, list[Group]]:
         """Groups to send now, by engine. They count as the engine's until `finish`."""
