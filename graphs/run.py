@@ -3,12 +3,11 @@
     python -m graphs.run serve_config.yaml
 
 By itself `serve run` ignores misspelt keys, and goes on waiting when an application has failed. Exit codes: 0 after
-Ctrl-C, 1 when an application failed to start, 2 when the config is wrong.
+Ctrl-C, 1 when an application or Serve itself failed, 2 when the config is wrong.
 """
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import os
 import signal
@@ -16,42 +15,53 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from graphs.config_file import check_config_file
-from twinkle_serve.errors import TwinkleServeError
+from twinkle_serve.errors import ConfigError, TwinkleServeError
 
 FAILED = 1
 BAD_CONFIG = 2
 
 
-def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m graphs.run CONFIG")
-    path = Path(sys.argv[1])
+def main(config: Annotated[Path, typer.Argument(help="A Ray Serve config, such as serve_config.yaml.")]) -> None:
+    """Serves the applications of CONFIG until Ctrl-C."""
     try:
-        names = check_config_file(path)
+        names = check_config_file(config)
+        stopped = _Stopped()
+        watcher = _Watcher(names)
+        with contextlib.suppress(KeyboardInterrupt):
+            watcher.dashboard_url = _join_or_start(names)
+            watcher.start()
+            _serve_run(config)
     except TwinkleServeError as error:
-        print(f"{path}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{config}: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(BAD_CONFIG)
-    # A plain kill means what Ctrl-C means; and a shell starts what it puts in the background with SIGINT ignored.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-
-    import ray
-    from ray.serve.scripts import cli
-
-    watcher = _Watcher(names)
-    with contextlib.suppress(KeyboardInterrupt):
-        watcher.dashboard_url = _join_or_start(path, names)
-        watcher.start()
-        with contextlib.suppress(SystemExit):  # how `serve run` ends after Ctrl-C
-            cli(["run", str(path)], standalone_mode=False)
-    ray.shutdown()
-    sys.exit(FAILED if watcher.failed else 0)
+    sys.exit(0 if stopped.by_user and not watcher.failed else FAILED)
 
 
-def _join_or_start(path: Path, names: list[str]) -> str:
-    """Joins the cluster of RAY_ADDRESS, or starts one of our own. Returns the dashboard's address."""
+class _Stopped:
+    """Whether somebody wants the service to stop: Ctrl-C, or a plain kill, which means the same."""
+
+    def __init__(self) -> None:
+        self.by_user = False
+        # A shell starts what it puts in the background with SIGINT ignored, hence both.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def _stop(self, *_: Any) -> None:
+        self.by_user = True
+        raise KeyboardInterrupt
+
+
+def _join_or_start(names: list[str]) -> str:
+    """Joins the cluster of RAY_ADDRESS, or starts one of our own. Returns the dashboard's address.
+
+    Raises:
+        ConfigError: the cluster serves applications that the config does not name.
+    """
     import ray
     from ray import serve
 
@@ -59,13 +69,21 @@ def _join_or_start(path: Path, names: list[str]) -> str:
     context = ray.init(address=address, namespace="serve")
     others = set(serve.status().applications) - set(names) if address != "local" else set()
     if others:
-        print(
-            f"{path}: ConfigError: {address} serves {', '.join(sorted(others))} too, and `serve run` deletes what its "
-            "config does not name. Name them in the config, or unset RAY_ADDRESS.",
-            file=sys.stderr,
+        raise ConfigError(
+            f"the cluster at {address} serves {', '.join(sorted(others))} too, and `serve run` deletes what its config "
+            "does not name. Name them in it, or unset RAY_ADDRESS."
         )
-        sys.exit(BAD_CONFIG)
     return str(context.dashboard_url)
+
+
+def _serve_run(config: Path) -> None:
+    """Returns when it has been stopped and Serve is down."""
+    import ray
+    from ray.serve.scripts import cli
+
+    with contextlib.suppress(SystemExit):  # how `serve run` ends, whatever ended it
+        cli(["run", str(config)], standalone_mode=False)
+    ray.shutdown()
 
 
 class _Watcher(threading.Thread):
@@ -79,6 +97,8 @@ class _Watcher(threading.Thread):
 
     def run(self) -> None:
         from ray import serve
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
 
         from twinkle_serve.client import failure_reason
 
@@ -86,16 +106,18 @@ class _Watcher(threading.Thread):
         waiting = set(self._names)
         while waiting:
             time.sleep(0.5)
-            applications = serve.status().applications
+            try:
+                applications = serve.status().applications
+            except (RayError, RayServeException):
+                return  # stopped while starting
             for name in sorted(waiting & set(applications)):
                 if applications[name].status == "RUNNING":
                     waiting.discard(name)
                 elif applications[name].status == "DEPLOY_FAILED":
                     self.failed = True
-                    print(
-                        f"\n{name} failed to start. {failure_reason(applications[name])}\n", file=sys.stderr, flush=True
-                    )
-                    _thread.interrupt_main()
+                    reason = failure_reason(applications[name])
+                    print(f"\n{name} failed to start. {reason}\n", file=sys.stderr, flush=True)
+                    os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread from its sleep
                     return
         print(
             f"\nReady after {time.monotonic() - started:.0f} s: {', '.join(self._names)}\n"
@@ -108,4 +130,4 @@ class _Watcher(threading.Thread):
 
 if __name__ == "__main__":
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    main()
+    typer.run(main)

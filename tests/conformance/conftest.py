@@ -1,4 +1,4 @@
-"""One engine of each kind for the whole run, on the demo model in float32."""
+"""One engine of each kind for the whole suite, on the demo model in float32."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ async def started(kind: EngineKind) -> AsyncIterator[EngineHarness]:
     await engine.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def vllm_engine() -> AsyncIterator[EngineHarness]:
     async for harness in started("vllm"):
         yield harness
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def torch_engine() -> AsyncIterator[EngineHarness]:
     async for harness in started("torch"):
         yield harness
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def fake_engine() -> AsyncIterator[EngineHarness]:
     async for harness in started("fake"):
         yield harness

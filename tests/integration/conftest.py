@@ -22,6 +22,7 @@ from twinkle_serve.config import ServiceArgs
 @contextlib.contextmanager
 def ray_cluster(num_cpus: int) -> Iterator[None]:
     """A local cluster with Serve and without HTTP; gone afterwards, processes and files."""
+    before = set(psutil.Process().children(recursive=True))
     directory = tempfile.mkdtemp(prefix="tst")  # short: socket paths are limited
     ray.init(
         address="local",
@@ -31,7 +32,7 @@ def ray_cluster(num_cpus: int) -> Iterator[None]:
         log_to_driver=False,
         _temp_dir=directory,
     )
-    started = psutil.Process().children(recursive=True)
+    started = set(psutil.Process().children(recursive=True)) - before
     try:
         serve.start(http_options={"location": "NoServer"})
         yield
