@@ -218,8 +218,8 @@ def test_deadline_ends_the_call_and_frees_the_engines(slow: ServiceSampler) -> N
         started = time.monotonic()
         with pytest.raises(DeadlineError, match=r"timeout_s=0.5 passed when 0 of 48 samples were done; 2 of 2 engines"):
             run()
-        assert time.monotonic() - started < 5
-        wait_until(lambda: is_idle(slow), "the engines are free", timeout_s=5)
+        assert time.monotonic() - started < 8  # SLOW would take three times ten seconds
+        wait_until(lambda: is_idle(slow), "the engines are free", timeout_s=8)
     assert len(slow.sample(many, {"max_tokens": 1}, timeout_s=20).sequences) == 48
 
 
@@ -228,11 +228,11 @@ def test_cancelled_call_frees_the_engines(slow: ServiceSampler) -> None:
     response = serve.get_app_handle("slow").sample.remote(QUESTIONS, SLOW)
     wait_until(lambda: not is_idle(slow), "the call has started")
     response.cancel()
-    wait_until(lambda: is_idle(slow), "the cancelled call is gone", timeout_s=5)
+    wait_until(lambda: is_idle(slow), "the cancelled call is gone", timeout_s=8)
     parts = slow.sample_iter([*QUESTIONS, QUESTIONS[0]], {"max_tokens": 100, "ignore_eos": True}, num_samples=1)
     next(parts)
     parts.close()
-    wait_until(lambda: is_idle(slow), "the iterator's call is gone", timeout_s=5)
+    wait_until(lambda: is_idle(slow), "the iterator's call is gone", timeout_s=8)
 
 
 async def test_cancelled_coroutine_frees_the_engines(slow: ServiceSampler) -> None:
@@ -250,14 +250,14 @@ async def test_cancelled_coroutine_frees_the_engines(slow: ServiceSampler) -> No
 def test_cancelling_one_call_leaves_those_that_it_set_off(slow: ServiceSampler) -> None:
     """B waits behind A and is sent when one of A's prompts finishes: it is B's own work, not A's."""
     handle = serve.get_app_handle("slow")
-    params = {"max_tokens": 100, "ignore_eos": True}
+    params = {"max_tokens": 200, "ignore_eos": True}
     a = handle.sample.remote(QUESTIONS * 2 + QUESTIONS[:11], params)  # 35 prompts, 20 of which run at a time
     wait_until(lambda: slow.status()["groups_waiting"] == 15, "A has filled the engines")
     b = handle.sample.remote(QUESTIONS[0], params)
     wait_until(lambda: slow.status()["groups_waiting"] == 16, "B waits behind it")
     wait_until(lambda: slow.status()["groups_waiting"] == 0, "B is sent")
     a.cancel()
-    assert len(b.result(timeout_s=20).sequences[0].tokens) == 100
+    assert len(b.result(timeout_s=30).sequences[0].tokens) == 200
 
 
 def test_engine_that_died_without_work_is_not_waited_for(slow: ServiceSampler) -> None:
@@ -296,7 +296,7 @@ def test_connect_names_what_is_wrong(sampler: ServiceSampler) -> None:
         ServiceNotReadyError, match=r"'broken' is DEPLOY_FAILED: EngineArgsError: .* has 4096 positions"
     ):
         connect("broken")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     serve.delete("broken")
 
 
