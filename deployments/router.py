@@ -216,6 +216,7 @@ class Router:
             return
         for name, groups in self._dispatcher.withdraw(request.ids).items():
             self._spawn(self._abort(name, self._uses[name], groups))
+        self._pump_soon()  # it may have stood in the way of others
 
     def _late(self, limit_s: float, request: Request | None) -> str:
         ready = len(self._dispatcher.engines)
@@ -247,8 +248,8 @@ class Router:
 
         Once the engine is out of that use, all its groups are placed elsewhere, and what still comes is dropped.
         """
-        stream = self._streams[name].sample.remote(use.life, groups)
         try:
+            stream = self._streams[name].sample.remote(use.life, groups)
             async for finished in stream:
                 if self._uses.get(name) is not use:
                     stream.cancel()
@@ -281,7 +282,13 @@ class Router:
         for group_id in present & self._requests.keys():
             by_request.setdefault(self._requests[group_id], set()).add(group_id)
         for request, ids in by_request.items():
-            request.add(columns if ids == present else columns.without(present - ids))
+            try:
+                request.add(columns if ids == present else columns.without(present - ids))
+            except (
+                Exception
+            ) as error:  # a bug of ours; the other requests of this item have their samples still to come
+                logger.exception("samples could not be handed to their request")
+                request.fail(EngineError(f"a bug in the router: {error!r}"))
         self._pump_soon()
 
     def _fail(self, group_id: int, error: TwinkleServeError) -> None:
@@ -311,7 +318,8 @@ class Router:
             try:
                 async with asyncio.timeout(PROBE_TIMEOUT_S):
                     info: EngineInfo = await self._handles[name].describe.remote()
-            except Exception as error:  # whatever it is, an engine that does not answer is not used
+            # Whatever it is, an engine that does not answer is not used. (Serve makes some errors CancelledError.)
+            except (Exception, asyncio.CancelledError) as error:
                 self._lose(name, error)
             else:
                 if (use := self._uses.get(name)) is not None and use.life != info.life:
@@ -324,7 +332,7 @@ class Router:
                     self._pump_soon()
             await asyncio.sleep(PROBE_PERIOD_S)
 
-    def _lose(self, name: str, error: Exception) -> None:
+    def _lose(self, name: str, error: BaseException) -> None:
         """Takes an engine out of use: its groups go elsewhere. It is used again once it answers."""
         use = self._uses.pop(name, None)
         if use is None:
@@ -341,7 +349,7 @@ class Router:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 await self._handles[name].abort.remote([group.attempt for group in groups])
-        except Exception as error:  # a lost engine has nothing to abort
+        except (Exception, asyncio.CancelledError) as error:  # a lost engine has nothing to abort
             logger.info(f"{name} did not take an abort of {len(groups)} groups: {type(error).__name__}")
         if self._uses.get(name) is use:
             self._dispatcher.finish(name, [group.key for group in groups])

@@ -34,8 +34,9 @@ def main(config: Annotated[Path, typer.Argument(help="A Ray Serve config, such a
         watcher = _Watcher(names)
         with contextlib.suppress(KeyboardInterrupt):
             watcher.dashboard_url = _join_or_start(names)
+            stopped.install()  # ray.init puts a handler of its own in place
             watcher.start()
-            _serve_run(config)
+            _serve_run(config, watcher)
     except TwinkleServeError as error:
         print(f"{config}: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(BAD_CONFIG)
@@ -47,6 +48,9 @@ class _Stopped:
 
     def __init__(self) -> None:
         self.by_user = False
+        self.install()
+
+    def install(self) -> None:
         # A shell starts what it puts in the background with SIGINT ignored, hence both.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
@@ -76,14 +80,19 @@ def _join_or_start(names: list[str]) -> str:
     return str(context.dashboard_url)
 
 
-def _serve_run(config: Path) -> None:
+def _serve_run(config: Path, watcher: _Watcher) -> None:
     """Returns when it has been stopped and Serve is down."""
+    import click
     import ray
     from ray.serve.scripts import cli
 
-    with contextlib.suppress(SystemExit):  # how `serve run` ends, whatever ended it
-        cli(["run", str(config)], standalone_mode=False)
-    ray.shutdown()
+    try:
+        # How `serve run` ends, whatever ended it; Abort is Ctrl-C outside of its loop.
+        with contextlib.suppress(SystemExit, click.exceptions.Abort):
+            cli(["run", str(config)], standalone_mode=False)
+    finally:
+        watcher.stop()  # or it would join, or start, another cluster
+        ray.shutdown()
 
 
 class _Watcher(threading.Thread):
@@ -94,6 +103,11 @@ class _Watcher(threading.Thread):
         self._names = names
         self.dashboard_url = ""
         self.failed = False
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self.join(timeout=10)
 
     def run(self) -> None:
         from ray import serve
@@ -102,15 +116,18 @@ class _Watcher(threading.Thread):
 
         from twinkle_serve.client import failure_reason
 
-        started = time.monotonic()
+        started = time.time()
         waiting = set(self._names)
         while waiting:
-            time.sleep(0.5)
+            if self._stop.wait(0.5):
+                return
             try:
                 applications = serve.status().applications
             except (RayError, RayServeException):
-                return  # stopped while starting
+                continue
             for name in sorted(waiting & set(applications)):
+                if applications[name].last_deployed_time_s < started - 1:
+                    continue  # left from before, on a cluster that we joined
                 if applications[name].status == "RUNNING":
                     waiting.discard(name)
                 elif applications[name].status == "DEPLOY_FAILED":
@@ -120,7 +137,7 @@ class _Watcher(threading.Thread):
                     os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread from its sleep
                     return
         print(
-            f"\nReady after {time.monotonic() - started:.0f} s: {', '.join(self._names)}\n"
+            f"\nReady after {time.time() - started:.0f} s: {', '.join(self._names)}\n"
             f"  sample     .venv/bin/python examples/sample.py\n"
             f"  dashboard  http://{self.dashboard_url}/#/serve, with the token of: .venv/bin/ray get-auth-token\n"
             f"  stop       Ctrl-C\n",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
 
 GRACE_S = 10.0
-"""The router keeps deadlines; a caller waits this much longer before it takes the router for gone."""
+"""The router keeps deadlines; where a call names one, `sample` waits this much longer before it takes the router for
+gone. A router that dies ends every call; one that cannot be replaced is seen only by this."""
 
 
 def connect(name: str = "sampler", *, timeout_s: float = 180.0) -> ServiceSampler:
@@ -118,7 +121,7 @@ class ServiceSampler:
         try:
             result: SampleResponse = response.result(timeout_s=None if timeout_s is None else timeout_s + GRACE_S)
         except BaseException as error:
-            response.cancel()
+            _cancel(response)
             raise self._translated(error) from None
         return result
 
@@ -137,7 +140,7 @@ class ServiceSampler:
             async with asyncio.timeout(None if timeout_s is None else timeout_s + GRACE_S):
                 result: SampleResponse = await response
         except BaseException as error:
-            response.cancel()
+            _cancel(response)
             raise self._translated(error) from None
         return result
 
@@ -160,7 +163,9 @@ class ServiceSampler:
         """
         stream = self._stream(inputs, sampling_params, adapter_name, num_samples, timeout_s)
         total = len(inputs) if isinstance(inputs, Sequence) else 1
-        return self._each(stream, _ProgressBar(total, show=progress))
+        responses = self._each(stream, _ProgressBar(total, show=progress))
+        weakref.finalize(responses, _cancel, stream)  # a generator that was never started runs no `finally`
+        return responses
 
     def _each(self, stream: DeploymentResponseGenerator, bar: _ProgressBar) -> Iterator[SampleResponse]:
         try:
@@ -172,7 +177,7 @@ class ServiceSampler:
         except Exception as error:
             raise self._translated(error) from None
         finally:
-            stream.cancel()
+            _cancel(stream)
 
     async def sample_iter_async(
         self,
@@ -192,7 +197,7 @@ class ServiceSampler:
         except Exception as error:
             raise self._translated(error) from None
         finally:
-            stream.cancel()
+            _cancel(stream)
 
     def status(self) -> dict[str, Any]:
         """Engines and queues of the service, as plain values."""
@@ -224,6 +229,12 @@ class ServiceSampler:
                 "itself; send the call again."
             )
         return error
+
+
+def _cancel(call: DeploymentResponse | DeploymentResponseGenerator) -> None:
+    """Cancels a call, if it is not over; one that failed on its way raises what failed it, which the caller has."""
+    with contextlib.suppress(Exception):
+        call.cancel()
 
 
 class _ProgressBar:

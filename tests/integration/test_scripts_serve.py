@@ -85,6 +85,18 @@ def ended(process: subprocess.Popen[str], timeout_s: float) -> int:
     return code
 
 
+def ready(process: subprocess.Popen[str], log: Path) -> str:
+    """Waits until it says that it is ready. Returns the dashboard's address."""
+    follow = subprocess.run(
+        ["timeout", str(READY_S), "sh", "-c", f"tail -n +1 -f --pid={process.pid} {log} | grep -m1 'dashboard  http'"],
+        capture_output=True,
+        text=True,
+    )
+    found = re.search(r"dashboard  (http://\S+?)/#", follow.stdout)
+    assert found, f"not ready within {READY_S} s:\n{log.read_text()[-4000:]}"
+    return found[1]
+
+
 @pytest.fixture(scope="module")
 def service(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     directory = tmp_path_factory.mktemp("serve")
@@ -92,20 +104,8 @@ def service(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactor
     config = config_with(directory / "config.yaml")
     process = start(config, environment, log)
     try:
-        follow = subprocess.run(
-            [
-                "timeout",
-                str(READY_S),
-                "sh",
-                "-c",
-                f"tail -n +1 -f --pid={process.pid} {log} | grep -m1 'dashboard  http'",
-            ],
-            capture_output=True,
-            text=True,
-        )
-        found = re.search(r"dashboard  (http://\S+?)/#", follow.stdout)
-        assert found, f"not ready within {READY_S} s:\n{log.read_text()[-4000:]}"
-        yield Service(process, environment, found[1], config)
+        dashboard = ready(process, log)
+        yield Service(process, environment, dashboard, config)
         process.send_signal(signal.SIGINT)
         assert ended(process, 60) == 0, log.read_text()[-4000:]
     finally:
@@ -227,3 +227,20 @@ def test_bad_config_ends_with_its_error(
     finally:
         shutil.rmtree(own_ray, ignore_errors=True)
     assert re.search(message, log.read_text()), log.read_text()[-4000:]
+
+
+@pytest.mark.timeout(300)
+def test_plain_kill_stops_all_of_it(environment: dict[str, str], tmp_path: Path) -> None:
+    """SIGTERM means what Ctrl-C means: exit code 0, nothing left."""
+    own_ray = tempfile.mkdtemp(prefix="tst")
+    log = tmp_path / "log"
+    config = config_with(tmp_path / "fake.yaml", engine="fake", engine_args={}, device_mesh={"dp_size": 1})
+    process = start(config, {**environment, "RAY_TMPDIR": own_ray}, log)
+    try:
+        ready(process, log)
+        process.send_signal(signal.SIGTERM)
+        assert ended(process, 60) == 0, log.read_text()[-4000:]
+    finally:
+        if process.poll() is None:
+            process.kill()
+        shutil.rmtree(own_ray, ignore_errors=True)

@@ -224,7 +224,7 @@ def test_deadline_ends_the_call_and_frees_the_engines(slow: ServiceSampler) -> N
 
 
 def test_cancelled_call_frees_the_engines(slow: ServiceSampler) -> None:
-    """A cancelled response, and an iterator that is left."""
+    """A cancelled response, and an iterator that is left, or never begun."""
     response = serve.get_app_handle("slow").sample.remote(QUESTIONS, SLOW)
     wait_until(lambda: not is_idle(slow), "the call has started")
     response.cancel()
@@ -233,6 +233,10 @@ def test_cancelled_call_frees_the_engines(slow: ServiceSampler) -> None:
     next(parts)
     parts.close()
     wait_until(lambda: is_idle(slow), "the iterator's call is gone", timeout_s=8)
+    unused = slow.sample_iter(QUESTIONS, SLOW)
+    wait_until(lambda: not is_idle(slow), "its call is sent at once")
+    del unused
+    wait_until(lambda: is_idle(slow), "the unused iterator's call is gone", timeout_s=8)
 
 
 async def test_cancelled_coroutine_frees_the_engines(slow: ServiceSampler) -> None:
