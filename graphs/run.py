@@ -103,10 +103,10 @@ class _Watcher(threading.Thread):
         self._names = names
         self.dashboard_url = ""
         self.failed = False
-        self._stop = threading.Event()
+        self._end = threading.Event()
 
     def stop(self) -> None:
-        self._stop.set()
+        self._end.set()
         self.join(timeout=10)
 
     def run(self) -> None:
@@ -119,7 +119,7 @@ class _Watcher(threading.Thread):
         started = time.time()
         waiting = set(self._names)
         while waiting:
-            if self._stop.wait(0.5):
+            if self._end.wait(0.5):
                 return
             try:
                 applications = serve.status().applications
@@ -147,4 +147,6 @@ class _Watcher(threading.Thread):
 
 if __name__ == "__main__":
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    typer.run(main)
+    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+    app.command()(main)
+    app()
