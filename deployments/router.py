@@ -144,8 +144,14 @@ class Router:
         return {
             "model_id": self._args.model_id,
             "engines": {
-                name: {"state": "ready", "sequences": self._dispatcher.sequences(name)}
-                if name in self._dispatcher.engines
+                name: {
+                    "state": "ready",
+                    "sequences": self._dispatcher.sequences(name),
+                    "engine": use.info.kind,
+                    "device": use.info.device,
+                    "cpus": list(use.info.cpus),
+                }
+                if (use := self._uses.get(name)) is not None
                 else {"state": "starting", "sequences": 0}
                 for name in self._handles
             },
@@ -249,7 +255,7 @@ class Router:
         Once the engine is out of that use, all its groups are placed elsewhere, and what still comes is dropped.
         """
         try:
-            stream = self._streams[name].sample.remote(use.life, groups)
+            stream = self._streams[name].sample.remote(use.info.life, groups)
             async for finished in stream:
                 if self._uses.get(name) is not use:
                     stream.cancel()
@@ -322,10 +328,10 @@ class Router:
             except (Exception, asyncio.CancelledError) as error:
                 self._lose(name, error)
             else:
-                if (use := self._uses.get(name)) is not None and use.life != info.life:
+                if (use := self._uses.get(name)) is not None and use.info.life != info.life:
                     self._lose(name, EngineDeadError("it was restarted"))
                 if name not in self._uses:
-                    self._uses[name] = _Use(info.life)
+                    self._uses[name] = _Use(info)
                     self._info = self._info or info
                     self._has_info.set()
                     self._dispatcher.add_engine(name, info.max_num_seqs)
@@ -371,7 +377,7 @@ class Router:
 class _Use:
     """An engine from when it answered until it is lost."""
 
-    life: str
+    info: EngineInfo
 
 
 def _is_death(error: Exception) -> bool:

@@ -119,7 +119,7 @@ class ServiceSampler:
         """
         response = self._call(inputs, sampling_params, adapter_name, num_samples, timeout_s)
         try:
-            result: SampleResponse = response.result(timeout_s=None if timeout_s is None else timeout_s + GRACE_S)
+            result: SampleResponse = response.result(timeout_s=_patience_s(timeout_s))
         except BaseException as error:
             _cancel(response)
             raise self._translated(error) from None
@@ -137,7 +137,7 @@ class ServiceSampler:
         """As `sample`, for async code: an async actor, or `asyncio.run`."""
         response = self._call(inputs, sampling_params, adapter_name, num_samples, timeout_s)
         try:
-            async with asyncio.timeout(None if timeout_s is None else timeout_s + GRACE_S):
+            async with asyncio.timeout(_patience_s(timeout_s)):
                 result: SampleResponse = await response
         except BaseException as error:
             _cancel(response)
@@ -229,6 +229,11 @@ class ServiceSampler:
                 "itself; send the call again."
             )
         return error
+
+
+def _patience_s(timeout_s: float | None) -> float | None:
+    """How long a caller waits for the router; None where it names no deadline, or none that the router accepts."""
+    return timeout_s + GRACE_S if isinstance(timeout_s, (int, float)) and timeout_s > 0 else None
 
 
 def _cancel(call: DeploymentResponse | DeploymentResponseGenerator) -> None:

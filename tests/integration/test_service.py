@@ -187,7 +187,8 @@ BAD_CALLS: list[tuple[dict[str, Any], type[TwinkleServeError], str]] = [
     ({"inputs": QUESTIONS, "num_samples": 0}, SamplingParamsError, "num_samples must be at least 1"),
     ({"inputs": QUESTIONS, "num_samples": 2**21}, SamplingParamsError, "num_samples must be at most 1048576"),
     ({"inputs": QUESTIONS, "adapter_name": "mine"}, AdapterError, "unknown adapter 'mine'"),
-    ({"inputs": QUESTIONS, "timeout_s": -1}, RequestError, "timeout_s must be a number of seconds above 0"),
+    ({"inputs": QUESTIONS, "timeout_s": -1}, RequestError, "timeout_s must be a number of seconds above 0, got -1"),
+    ({"inputs": QUESTIONS, "timeout_s": "5"}, RequestError, "timeout_s must be a number of seconds above 0, got '5'"),
 ]
 
 

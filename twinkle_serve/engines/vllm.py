@@ -194,7 +194,7 @@ class VLLMEngine:
         from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
 
         params = group.params
-        # The router's group ids may come again after it restarts; vLLM's request ids must not.
+        # The parts of a split group, and its later attempts, share its id; vLLM's request ids must differ.
         request_id = f"{group.id}-{next(self._request_ids)}"
         output: Any = None
         try:
