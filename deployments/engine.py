@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-import uuid
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-import numpy as np
 from ray import serve
 
 from deployments.logging import QUIET
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
-from twinkle_serve.data_format import SamplingParams
-from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
+from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, TextDelta
 from twinkle_serve.engines import build_engine
-from twinkle_serve.engines.base import ChunkRunner, Finished
-from twinkle_serve.errors import EngineDeadError, EngineStartError
-from twinkle_serve.placement import Placement, cores_of_engine
-
-WARM_UP = Group(id=-1, prompt_ids=np.zeros(1, np.int32), params=SamplingParams(max_tokens=2))
+from twinkle_serve.engines.base import Finished
+from twinkle_serve.engines.host import EngineHost
+from twinkle_serve.placement import Placement, cores_of_devices, cores_of_engine
 
 
 def engine_name(dp_rank: int) -> str:
@@ -31,7 +25,7 @@ def engine_name(dp_rank: int) -> str:
 
 
 @serve.deployment(
-    # Admission is the router's: whatever it sends is taken.
+    # Admission is the router's: whatever it sends is taken, and a control call waits behind no sample.
     max_ongoing_requests=10_000,
     # A dead process is noticed within this period.
     health_check_period_s=2,
@@ -42,7 +36,7 @@ def engine_name(dp_rank: int) -> str:
     logging_config=QUIET,
 )
 class Engine:
-    """Runs chunks of groups for the router.
+    """An `EngineHost` behind handles: the router's `EngineLink`.
 
     Guarantees: `sample` yields every group of its chunk once unless it was aborted, or raises, and then all are over.
     Guarantees: when the router cancels a chunk, its groups are aborted.
@@ -54,13 +48,10 @@ class Engine:
         self, args: ServiceArgs, dp_rank: int, placement: Placement
     ) -> None:
         mesh = args.device_mesh.mesh()
-        cores: list[tuple[int, ...]] = []
-        if placement.device == "cpu":
-            mine = sorted(os.sched_getaffinity(0))
-            cores = cores_of_engine(dp_rank, mesh.devices_per_replica, placement.devices_per_node, mine)
+        cores = _take_devices(dp_rank, mesh.devices_per_replica, placement)
         name = engine_name(dp_rank)
-        model = await asyncio.to_thread(hub.resolve, args.model_id)
-        self._engine = build_engine(
+        model = await asyncio.to_thread(hub.resolve, args.model_id, revision=args.revision)
+        engine = build_engine(
             args.engine,
             name,
             str(model),
@@ -73,45 +64,45 @@ class Engine:
             devices_on_node=placement.devices_per_node,
             trust_remote_code=args.trust_remote_code,
         )
-        try:
-            async with asyncio.timeout(args.startup_timeout_s):
-                await self._engine.start()
-                # The first sample takes vLLM seconds on CPU; and an engine that cannot sample must not be ready.
-                await self._engine.sample_group(WARM_UP)
-        except TimeoutError:
-            raise EngineStartError(
-                f"{name}: {args.model_id} did not load within startup_timeout_s={args.startup_timeout_s:g}. Raise it."
-            ) from None
-        self._chunks = ChunkRunner(self._engine)
-        self._info = replace(self._engine.info, life=uuid.uuid4().hex)
+        self._host = EngineHost(engine, model)
+        await self._host.start(name, args.startup_timeout_s)
 
     async def describe(self) -> EngineInfo:
-        """What the router must know to use this engine."""
-        await self._engine.check_health()
-        return self._info
+        return await self._host.describe()
 
-    async def sample(self, life: str, groups: Sequence[Group]) -> AsyncIterator[Finished]:
-        """Samples a chunk; see `ChunkRunner.run`.
-
-        Raises:
-            EngineDeadError: the chunk was meant for the process that this one replaced. Serve keeps what it could
-                not hand to that one, and the router has placed it anew long since.
-        """
-        if life != self._info.life:
-            raise EngineDeadError(f"{self._info.name} was restarted.")
-        async for finished in self._chunks.run(groups):
+    async def sample(self, life: str, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
+        async for finished in self._host.sample(life, groups):
             yield finished
 
+    async def stream(self, life: str, group: Group) -> AsyncGenerator[TextDelta, None]:
+        async for delta in self._host.stream(life, group):
+            yield delta
+
     async def abort(self, attempts: Sequence[Attempt]) -> None:
-        """Aborts groups, if they still run. Others of their chunk go on."""
-        self._chunks.abort(attempts)
+        await self._host.abort(attempts)
+
+    async def control(self, method: str, *args: Any) -> Any:
+        return await self._host.control(method, *args)
 
     async def check_health(self) -> None:
         """Called by Serve; an error here has the process replaced."""
-        await self._engine.check_health()
+        await self._host.check_health()
 
     async def __del__(self) -> None:
         """Called by Serve when the replica stops."""
-        engine: Any = getattr(self, "_engine", None)
-        if engine is not None:
-            await engine.stop()
+        host: Any = getattr(self, "_host", None)
+        if host is not None:
+            await host.stop()
+
+
+def _take_devices(dp_rank: int, devices_per_replica: int, placement: Placement) -> list[tuple[int, ...]]:
+    """Sees to it that this process uses its own devices alone. Returns the cores of each, on CPU."""
+    mine = placement.engines[dp_rank] if placement.engines else ()
+    if placement.device == "cuda":
+        if mine:  # Ray gave this actor none: the group holds them. Nothing has loaded CUDA yet.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(device.id for device in mine)
+        return []
+    cores = sorted(os.sched_getaffinity(0))
+    if mine:
+        return cores_of_devices(mine, cores)
+    return cores_of_engine(dp_rank, devices_per_replica, placement.devices_per_node, cores)

@@ -114,7 +114,7 @@ class _Watcher(threading.Thread):
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
-        from twinkle_serve.client import failure_reason
+        from twinkle_serve.sampler.service import failure_reason
 
         started = time.time()
         waiting = set(self._names)

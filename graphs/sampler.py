@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: Ray Serve reads the annotation of `args` to parse the config.
 
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -10,30 +11,44 @@ from ray.serve import Application
 from deployments.engine import Engine, engine_name
 from deployments.router import Router
 from twinkle_serve import hub
+from twinkle_serve.adapters import describe_adapter, read_adapter
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.engines import check_engine_args
-from twinkle_serve.placement import NodeResources, Placement, place
+from twinkle_serve.placement import NodeResources, Placement, place, place_in_group
+from twinkle_serve.remote import group_devices
+
+NODE_SHARE = 0.001
+"""Of the resource that names a node, which has 1 of it: to be there, without keeping others away."""
 
 
 def build(args: ServiceArgs) -> Application:
     """engine x dp_size -> router.
 
     Raises:
-        MeshError: the mesh is larger than the cluster.
+        MeshError: the mesh is larger than the cluster, or than its group.
         EngineArgsError: engine_args that the engine does not have.
         ModelNotFoundError: no such model.
+        AdapterError: an adapter that cannot be read.
     """
     engine: Any = Engine  # the decorator made deployments of them, which its types do not say
     router: Any = Router
     mesh = args.device_mesh.mesh()
-    placement = place(mesh, cluster())
+    if args.device_group is None:
+        placement = place(mesh, cluster())
+    else:
+        cluster()
+        placement = place_in_group(mesh, group_devices(args.device_group))
     check_engine_args(args.engine, args.engine_args)
-    model = hub.resolve(args.model_id, weights=False)
+    model = hub.resolve(args.model_id, revision=args.revision, weights=False)
     if hub.is_path(args.model_id):
         # Replicas may run in another directory.
         args = args.model_copy(update={"model_id": str(model.absolute())})
+    for path in args.adapters.values():
+        describe_adapter(read_adapter(path))
+    adapters = {name: str(Path(path).expanduser().absolute()) for name, path in args.adapters.items()}
+    args = args.model_copy(update={"adapters": adapters})
     engines = {
-        engine_name(rank): engine.options(name=engine_name(rank), **engine_options(placement)).bind(
+        engine_name(rank): engine.options(name=engine_name(rank), **engine_options(placement, rank)).bind(
             args, rank, placement
         )
         for rank in range(mesh.dp_size)
@@ -42,9 +57,12 @@ def build(args: ServiceArgs) -> Application:
     return application
 
 
-def engine_options(placement: Placement) -> dict[str, object]:
-    """What an engine's deployment asks of Ray: GPUs of one node, or a placement group over several."""
-    resources = {"num_cpus": placement.num_cpus, "num_gpus": placement.num_gpus}
+def engine_options(placement: Placement, rank: int) -> dict[str, object]:
+    """What an engine's deployment asks of Ray: devices of one node, a placement group over several, or a place by its
+    group's devices, which the group holds."""
+    resources: dict[str, object] = {"num_cpus": placement.num_cpus, "num_gpus": placement.num_gpus}
+    if placement.engines:
+        resources["resources"] = {placement.engines[rank][0].resource: NODE_SHARE}
     if not placement.bundles:
         return {"ray_actor_options": resources}
     bundles = [dict(bundle) for bundle in placement.bundles]

@@ -5,14 +5,18 @@ Names are loaded when they are first used: importing this loads neither torch no
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from twinkle_serve.client import ServiceSampler, connect
     from twinkle_serve.data_format import InputFeature, SampledSequence, SampleResponse, SamplingParams, Trajectory
     from twinkle_serve.errors import TwinkleServeError
     from twinkle_serve.mesh import DeviceGroup, DeviceMesh
+    from twinkle_serve.remote import initialize, remote_class, remote_function, shutdown
+    from twinkle_serve.sampler import Sampler, TorchSampler, VLLMSampler, vLLMSampler
+    from twinkle_serve.sampler.service import ServiceSampler, connect
+    from twinkle_serve.template import Template
 
 _HOMES = {
     "DeviceGroup": "mesh",
@@ -20,11 +24,20 @@ _HOMES = {
     "InputFeature": "data_format",
     "SampleResponse": "data_format",
     "SampledSequence": "data_format",
+    "Sampler": "sampler",
     "SamplingParams": "data_format",
-    "ServiceSampler": "client",
+    "ServiceSampler": "sampler.service",
+    "Template": "template",
+    "TorchSampler": "sampler",
     "Trajectory": "data_format",
     "TwinkleServeError": "errors",
-    "connect": "client",
+    "VLLMSampler": "sampler",
+    "connect": "sampler.service",
+    "initialize": "remote",
+    "remote_class": "remote",
+    "remote_function": "remote",
+    "shutdown": "remote",
+    "vLLMSampler": "sampler",
 }
 
 __all__ = [
@@ -33,12 +46,27 @@ __all__ = [
     "InputFeature",
     "SampleResponse",
     "SampledSequence",
+    "Sampler",
     "SamplingParams",
     "ServiceSampler",
+    "Template",
+    "TorchSampler",
     "Trajectory",
     "TwinkleServeError",
+    "VLLMSampler",
     "connect",
+    "get_logger",
+    "initialize",
+    "remote_class",
+    "remote_function",
+    "shutdown",
+    "vLLMSampler",
 ]
+
+
+def get_logger(name: str = "twinkle_serve") -> logging.Logger:
+    """The logger of that name, as Twinkle's."""
+    return logging.getLogger(name)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,11 +5,19 @@ Importing this loads neither torch nor vllm nor ray.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 
-from twinkle_serve.errors import ConfigError, unknown_name
+from twinkle_serve.errors import ConfigError, MeshError, unknown_name
 from twinkle_serve.mesh import DeviceMesh
 
 
@@ -72,6 +80,37 @@ class MeshArgs(Strict):
         return DeviceMesh.from_sizes(**self.model_dump()).require_sampling()
 
 
+def mesh_args(mesh: DeviceMesh) -> MeshArgs:
+    """`device_mesh` of the config for a mesh made in Python.
+
+    Raises:
+        MeshError: it is no DeviceMesh.
+    """
+    if not isinstance(mesh, DeviceMesh):
+        raise MeshError(f"device_mesh must be a DeviceMesh, got {mesh!r}. Make one with DeviceMesh.from_sizes.")
+    sizes: dict[str, Any] = {f"{name}_size": size for name, size in mesh.sizes}
+    other = ("ulysses_size", "ep_size", "etp_size", "ep_fsdp_size", "vpp_size", "sequence_parallel", "device_type")
+    return MeshArgs(**sizes, **{name: getattr(mesh, name) for name in other})
+
+
+class TemplateArgs(Strict):
+    """`template`: how messages become tokens. A plain name stands for its `name`."""
+
+    name: str = "Template"
+    system: str | None = None
+    """System prompt of conversations that have none."""
+    max_length: int | None = Field(default=None, gt=0)
+    """Most tokens of a prompt."""
+    truncation_strategy: Literal["raise", "left", "right", "delete"] = "raise"
+    """What becomes of a longer prompt: an error, its last or first tokens, or nothing at all."""
+    enable_thinking: bool | None = None
+    """Handed to the chat template; None leaves it to that."""
+    tool_parser: str = "auto"
+    """How the model writes calls of tools, by name; auto: as its chat template does."""
+    use_chat_template: bool = True
+    """False is for base models: the text of an only user message is the prompt."""
+
+
 class ServiceArgs(Strict):
     """What one sampler is.
 
@@ -82,11 +121,17 @@ class ServiceArgs(Strict):
 
     model_id: str = Field(min_length=1)
     """demo, a path, ms://org/name or hf://org/name."""
+    revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit of a model on a hub; None is the hub's default."""
     engine: Literal["vllm", "torch", "fake"] = "vllm"
     device_mesh: MeshArgs = MeshArgs()
-    template: Literal["Template"] = "Template"
+    template: Annotated[
+        TemplateArgs, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
+    ] = TemplateArgs()
+    device_group: str | None = Field(default=None, min_length=1)
+    """A DeviceGroup of twinkle_serve.initialize whose devices, and no others, the engines take."""
     adapters: dict[str, str] = {}
-    """LoRA adapters to load at start, name to path. Not supported yet: anything but {} is refused."""
+    """LoRA adapters to load at start, name to directory."""
     engine_args: dict[str, Any] = {}
     """Handed to the engine as they are."""
     trust_remote_code: bool = False
@@ -105,6 +150,9 @@ class ServiceArgs(Strict):
         except ValidationError as error:
             raise ConfigError(f"args: {describe_errors(error, cls)}") from None
         args.device_mesh.mesh()
-        if args.adapters:
-            raise ConfigError(f"adapters: loading LoRA adapters is not supported yet, got {sorted(args.adapters)}.")
+        if args.adapters and not args.engine_args.get("enable_lora", args.engine != "vllm"):
+            raise ConfigError(
+                f"adapters names {', '.join(sorted(args.adapters))}, and LoRA is switched off. "
+                "Set engine_args.enable_lora: true."
+            )
         return args

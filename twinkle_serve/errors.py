@@ -4,16 +4,21 @@ TwinkleServeError
 ├── ConfigError                 the service cannot be what its config says
 │   ├── MeshError               a device mesh contradicts itself, its group or the cluster
 │   ├── ModelNotFoundError      no model, tokenizer or template at that id or path
+│   │   ├── HubUnreachableError   the hub did not answer, and the model is not in the cache
+│   │   └── IncompleteModelError  a download that was cut off, or a directory that lacks files
+│   ├── TemplateError           a template, or a way to parse tool calls, that does not exist or cannot be
 │   ├── EngineArgsError         engine_args that the engine does not have or cannot take
 │   └── ServiceNotReadyError    the application is absent, failed or not up in time
 ├── RequestError                this call cannot be served; the next one can
 │   ├── SamplingParamsError     a sampling parameter is wrong, unknown or not supported
 │   ├── PromptError             an input is empty, mixed, too long or not of this model
-│   ├── AdapterError            an adapter is unknown, or adapters are switched off
+│   ├── AdapterError            an adapter is unknown, not of this model, or adapters are switched off
+│   ├── UnsupportedError        this engine, on this device, has no such thing
 │   └── DeadlineError           timeout_s passed
-└── EngineError                 an engine failed
-    ├── EngineStartError        it could not start
-    └── EngineDeadError         it died, and its work could not be moved elsewhere
+├── EngineError                 an engine failed
+│   ├── EngineStartError        it could not start
+│   └── EngineDeadError         it died, and its work could not be moved elsewhere
+└── WorkerError                 a worker of a remote_class failed
 
 A message says what, both numbers and the remedy. Exceptions take positional arguments only: Ray
 rebuilds them from `args` in the caller's process.
@@ -41,6 +46,18 @@ class ModelNotFoundError(ConfigError):
     """No model, tokenizer or template at that id or path."""
 
 
+class HubUnreachableError(ModelNotFoundError):
+    """The hub did not answer, and the model is not in the cache."""
+
+
+class IncompleteModelError(ModelNotFoundError):
+    """A download that was cut off, or a directory that lacks files of its model."""
+
+
+class TemplateError(ConfigError):
+    """A template, or a way to parse tool calls, that does not exist or cannot be."""
+
+
 class EngineArgsError(ConfigError):
     """engine_args that the engine does not have or cannot take."""
 
@@ -62,7 +79,11 @@ class PromptError(RequestError):
 
 
 class AdapterError(RequestError):
-    """An adapter is unknown, or adapters are switched off."""
+    """An adapter is unknown, not of this model, or adapters are switched off."""
+
+
+class UnsupportedError(RequestError):
+    """This engine, on this device, has no such thing."""
 
 
 class DeadlineError(RequestError):
@@ -79,6 +100,10 @@ class EngineStartError(EngineError):
 
 class EngineDeadError(EngineError):
     """An engine died, and its work could not be moved elsewhere."""
+
+
+class WorkerError(TwinkleServeError):
+    """A worker of a remote_class failed."""
 
 
 def unknown_name(what: str, name: object, known: Iterable[str]) -> str:

@@ -1,31 +1,95 @@
-"""Model ids to directories: `demo`, a path, `ms://org/name`, `hf://org/name`; a bare id is ModelScope's."""
+"""Model ids to directories: `demo`, a path, `ms://org/name`, `hf://org/name`; a bare id is ModelScope's.
+
+A download goes to the cache of its library (MODELSCOPE_CACHE; HF_HOME or HF_HUB_CACHE), from the
+endpoint that the library takes from its environment (MODELSCOPE_ENDPOINT; HF_ENDPOINT). HF_HUB_OFFLINE=1
+keeps both hubs to their caches: modelscope has no such switch of its own.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
-from twinkle_serve.errors import ModelNotFoundError
+from twinkle_serve.errors import HubUnreachableError, IncompleteModelError, ModelNotFoundError
+
+logger = logging.getLogger(__name__)
 
 DEMO = Path(__file__).parent / "demo"
 """The embedded demo model: sums and differences, trained by examples/train_demo_model.py."""
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""The files that name the shards of a model, the one that loaders prefer first."""
 
-def resolve(model_id: str, *, weights: bool = True) -> Path:
+MODELSCOPE_LIMITS = {"MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "2", "MODELSCOPE_API_CONNECT_TIMEOUT": "5"}
+"""In place of modelscope's 4 attempts of 10 s: what a service without a network waits before it looks in the cache."""
+
+MODELSCOPE_DEFAULT = "master"
+"""Said, not left out: without a revision, modelscope offline takes whichever single one is in the cache."""
+
+SHOWN_FILES = 5
+"""How many missing files a message names before it counts the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is asked of a hub."""
+
+    hub: str
+    """ms or hf."""
+    name: str
+    """org/name."""
+    revision: str | None
+    weights: bool
+
+    def __str__(self) -> str:
+        return f"{self.hub}://{self.name}" + (f" at revision {self.revision!r}" if self.revision else "")
+
+    @property
+    def ignored(self) -> list[str] | None:
+        """Patterns of the files that are left out."""
+        return None if self.weights else list(WEIGHTS)
+
+    def includes(self, path: str) -> bool:
+        return not any(fnmatch(path, pattern) for pattern in self.ignored or ())
+
+
+def resolve(model_id: str, *, revision: str | None = None, weights: bool = True) -> Path:
     """The local directory of a model, downloaded first if it is on a hub.
 
+    Guarantees: a download that was cut off is never returned as whole, and calling again continues it:
+    files that are there are kept, and modelscope also continues within a file.
+    Guarantees: a cached copy that stands in for a hub that does not answer is logged as a warning.
+    Does not guarantee: that a ModelScope cache which was changed by hand, or which another tool left
+    half-filled, is whole beyond its config.json and the shards that its index names.
+
     Args:
+        revision: branch, tag or commit on the hub; None is the hub's default.
         weights: False leaves the weights out of a download: enough for a tokenizer.
 
     Raises:
-        ModelNotFoundError: no such directory, nothing to load in it, or the hub did not hand it over.
+        ModelNotFoundError: no such directory, nothing to load in it, or the hub has no such model or
+            revision, or does not hand it to this user.
+        HubUnreachableError: the hub did not answer, or may not be asked, and the cache has no copy.
+        IncompleteModelError: the directory, or the cache when the hub did not answer, lacks files.
     """
+    if revision is not None and (model_id == "demo" or is_path(model_id)):
+        raise ModelNotFoundError(
+            f"model_id {model_id!r} is not on a hub, so it has no revision {revision!r}. "
+            "Remove revision, or use ms://org/name or hf://org/name."
+        )
     if model_id == "demo":
         return DEMO
     hub, _, name = model_id.rpartition("://")
     if is_path(model_id):
-        return _directory(Path(name).expanduser(), model_id)
+        return _directory(Path(name).expanduser(), model_id, weights)
     if hub not in ("", "ms", "hf"):
         raise ModelNotFoundError(
             f"model_id {model_id!r}: unknown hub {hub!r}. Use ms://org/name, hf://org/name or a path."
@@ -35,7 +99,7 @@ def resolve(model_id: str, *, weights: bool = True) -> Path:
             f"model_id {model_id!r} is neither a directory here nor an id of the form org/name. "
             "Use demo, a path, ms://org/name or hf://org/name."
         )
-    return _directory(_download(hub or "ms", name, weights), model_id)
+    return _directory(_download(_Wanted(hub or "ms", name, revision, weights)), model_id, weights)
 
 
 def is_path(model_id: str) -> bool:
@@ -45,24 +109,260 @@ def is_path(model_id: str) -> bool:
     return model_id.startswith(("/", "./", "../", "~")) or Path(model_id).exists()
 
 
-def _directory(path: Path, model_id: str) -> Path:
+def _directory(path: Path, model_id: str, weights: bool) -> Path:
     if not path.is_dir():
         raise ModelNotFoundError(f"model_id {model_id!r}: no directory at {path}. Check the path.")
     if not (path / "config.json").is_file():
         raise ModelNotFoundError(f"model_id {model_id!r}: {path} has no config.json, so it is not a model's directory.")
+    index = next((path / name for name in INDICES if (path / name).is_file()), None)
+    if weights and index is not None and (index.name == INDICES[0] or not any(path.glob("*.safetensors"))):
+        shards = _shards(index, model_id)
+        missing = [shard for shard in shards if not (path / shard).is_file()]
+        if missing:
+            raise IncompleteModelError(
+                f"model_id {model_id!r}: {path} lacks {len(missing)} of the {len(shards)} files that {index.name} "
+                f"names: {_listed(missing)}. Copy them there, or remove {index.name} if they are not wanted."
+            )
     return path
 
 
-def _download(hub: str, name: str, weights: bool) -> Path:
-    ignored = None if weights else list(WEIGHTS)
+def _shards(index: Path, model_id: str) -> list[str]:
     try:
-        if hub == "hf":
-            from huggingface_hub import snapshot_download
+        return sorted({str(shard) for shard in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IncompleteModelError(
+            f"model_id {model_id!r}: {index} does not name the model's shards in a weight_map "
+            f"({type(error).__name__}: {error}). Copy or download that file again."
+        ) from error
 
-            return Path(snapshot_download(name, ignore_patterns=ignored))
-        from modelscope import snapshot_download as ms_snapshot_download
 
-        return Path(ms_snapshot_download(name, ignore_patterns=ignored))
-    except Exception as error:
-        # Both libraries raise errors of many kinds for a missing model and for a missing network.
-        raise ModelNotFoundError(f"{hub}://{name} could not be downloaded: {type(error).__name__}: {error}") from error
+def _download(wanted: _Wanted) -> Path:
+    """From the hub; from the cache if the hub does not answer or may not be asked."""
+    from huggingface_hub import is_offline_mode
+
+    online, cached = {"hf": (_huggingface, _huggingface_cached), "ms": (_modelscope, _modelscope_cached)}[wanted.hub]
+    if is_offline_mode():
+        return cached(wanted, "HF_HUB_OFFLINE is set")
+    try:
+        return online(wanted)
+    except HubUnreachableError as error:
+        path = cached(wanted, str(error))
+        logger.warning("%s: %s. Using the copy in the cache, which may be older: %s", wanted, error, path)
+        return path
+
+
+def _huggingface(wanted: _Wanted) -> Path:
+    import httpx2
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    _bound_huggingface()
+    try:
+        # Asked first, for snapshot_download takes what it has in the cache in silence when this fails, and with a
+        # commit for a revision it does not ask at all, but tries each missing file for half a minute.
+        HfApi().model_info(wanted.name, revision=wanted.revision)
+        return Path(snapshot_download(wanted.name, revision=wanted.revision, ignore_patterns=wanted.ignored))
+    except (
+        httpx2.HTTPError,
+        errors.HFValidationError,
+        errors.FileMetadataError,
+        errors.LocalEntryNotFoundError,
+        json.JSONDecodeError,
+        ConnectionError,
+        TimeoutError,
+    ) as error:
+        raise _huggingface_error(error, wanted) from error
+
+
+def _huggingface_cached(wanted: _Wanted, why: str) -> Path:
+    from huggingface_hub import constants, errors, get_cached_repo_tree, snapshot_download
+
+    name, revision, ignored = wanted.name, wanted.revision, wanted.ignored
+    try:
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=ignored, local_files_only=True))
+    except errors.IncompleteSnapshotError as error:
+        folder = Path(error.snapshot_path)
+        files = [file.path for file in get_cached_repo_tree(name, revision=revision) if wanted.includes(file.path)]
+        missing = [path for path in files if not (folder / path).is_file()]
+        raise _incomplete(wanted, why, folder, missing, len(files)) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise _not_cached(wanted, why, Path(constants.HF_HUB_CACHE), "HF_HOME") from error
+
+
+def _huggingface_error(error: Exception, wanted: _Wanted) -> ModelNotFoundError:
+    """huggingface_hub's exceptions in our words. Of HubUnreachableError, the message is only the reason."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    endpoint = constants.ENDPOINT
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if isinstance(error, errors.HFValidationError):
+        return ModelNotFoundError(f"{wanted} is not a name that {endpoint} can have: {error}")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return _no_revision(wanted, endpoint)
+    if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
+        return _no_model(wanted, endpoint, "HF_TOKEN")
+    if status in (401, 403):
+        return _refused(wanted, endpoint, status, "HF_TOKEN")
+    if status is not None and 400 <= status < 500 and status not in (408, 429):
+        return ModelNotFoundError(f"{wanted}: {endpoint} answered {status}: {_first_line(error)}")
+    return HubUnreachableError(f"{endpoint} did not answer ({type(error).__name__}: {_first_line(error)})")
+
+
+def _bound_huggingface() -> None:
+    """Gives every request of huggingface_hub a deadline.
+
+    Workaround for huggingface_hub 2.4: `model_info` and the listing of files are asked with timeout=None, which
+    overrides the client's own, so that a hub which accepts and stays silent blocks for ever. To be removed when
+    HF_HUB_ETAG_TIMEOUT holds for them too.
+    """
+    from huggingface_hub import get_session
+
+    hooks = get_session().event_hooks["request"]
+    if _bound not in hooks:
+        hooks.append(_bound)
+
+
+def _bound(request: Any) -> None:
+    from huggingface_hub import constants
+
+    timeouts = request.extensions.get("timeout") or {}
+    request.extensions["timeout"] = {
+        phase: constants.HF_HUB_ETAG_TIMEOUT if timeouts.get(phase) is None else timeouts[phase]
+        for phase in ("connect", "read", "write", "pool")
+    }
+
+
+def _modelscope(wanted: _Wanted) -> Path:
+    for name, value in MODELSCOPE_LIMITS.items():
+        os.environ.setdefault(name, value)  # modelscope reads them when it is imported
+    import requests
+    from modelscope import snapshot_download
+    from modelscope_hub import HubApi
+    from modelscope_hub.errors import HubError
+
+    revision, ignored = wanted.revision or MODELSCOPE_DEFAULT, wanted.ignored
+    try:
+        endpoint = HubApi().resolve_endpoint_for_read(wanted.name)
+        files = HubApi(endpoint=endpoint).list_repo_files(wanted.name, "model", revision=revision)
+        if not files:
+            # The hub answers an unknown revision with an empty list, and modelscope makes an empty directory of it.
+            raise _no_revision(wanted, endpoint)
+        _record_listing(wanted, {file.path: file.size for file in files if file.type != "tree"})
+        return Path(snapshot_download(wanted.name, revision=revision, ignore_patterns=ignored, endpoint=endpoint))
+    except (HubError, requests.RequestException) as error:
+        raise _modelscope_error(error, wanted) from error
+
+
+def _modelscope_cached(wanted: _Wanted, why: str) -> Path:
+    from modelscope import snapshot_download
+    from modelscope_hub.config import get_default_config
+    from modelscope_hub.errors import CacheNotFound
+
+    revision = wanted.revision or MODELSCOPE_DEFAULT
+    try:
+        folder = Path(snapshot_download(wanted.name, revision=revision, local_files_only=True))
+    except CacheNotFound as error:
+        raise _not_cached(wanted, why, get_default_config().cache_dir, "MODELSCOPE_CACHE") from error
+    files = {path: size for path, size in _recorded_listing(wanted, folder).items() if wanted.includes(path)}
+    missing = [p for p, size in files.items() if not (folder / p).is_file() or (folder / p).stat().st_size != size]
+    if missing:
+        raise _incomplete(wanted, why, folder, missing, len(files))
+    return folder
+
+
+def _modelscope_error(error: Exception, wanted: _Wanted) -> ModelNotFoundError:
+    """modelscope's exceptions in our words. Of HubUnreachableError, the message is only the reason."""
+    from modelscope_hub import errors
+    from modelscope_hub.config import get_default_config
+
+    if isinstance(error.__cause__, errors.APIError):
+        error = error.__cause__  # snapshot_download dresses some as those of requests
+    endpoint = str(get_default_config().endpoint)
+    failed = error.failed_files if isinstance(error, errors.FileDownloadError) else {}
+    for refusal in (error, *failed.values()):
+        if isinstance(refusal, errors.AuthenticationError | errors.PermissionDeniedError):
+            return _refused(wanted, endpoint, refusal.status_code, "MODELSCOPE_API_TOKEN")
+    if isinstance(error, errors.FileDownloadError):
+        causes = "; ".join(sorted({f"{type(cause).__name__}: {_first_line(cause)}" for cause in failed.values()}))
+        why = f"{endpoint} did not hand over every file ({causes})"
+        return _incomplete(wanted, why, Path(error.output_dir or ""), sorted(failed), error.total or len(failed))
+    if isinstance(error, errors.NotExistError):
+        return _no_model(wanted, endpoint, "MODELSCOPE_API_TOKEN")
+    if isinstance(error, errors.APIError) and not error.retryable:
+        return ModelNotFoundError(f"{wanted}: {endpoint} answered {error.status_code}: {_first_line(error)}")
+    return HubUnreachableError(f"{endpoint} did not answer ({type(error).__name__}: {_first_line(error)})")
+
+
+def _listing_path(wanted: _Wanted) -> Path:
+    from modelscope_hub.config import get_default_config
+
+    revision = quote(wanted.revision or MODELSCOPE_DEFAULT, safe="")
+    cache = Path(get_default_config().cache_dir)
+    return cache / ".twinkle_serve" / f"{wanted.name.replace('/', '--')}@{revision}.json"
+
+
+def _record_listing(wanted: _Wanted, sizes_bytes: dict[str, int]) -> None:
+    """Keeps what the hub has of a model, for modelscope's cache does not say whether a download was finished."""
+    path = _listing_path(wanted)
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(sizes_bytes))
+        part.replace(path)
+    except OSError as error:
+        logger.warning("%s: the list of its files could not be kept (%s)", wanted, error)
+
+
+def _recorded_listing(wanted: _Wanted, folder: Path) -> dict[str, int]:
+    try:
+        listing: dict[str, int] = json.loads(_listing_path(wanted).read_text())
+        return listing
+    except FileNotFoundError:
+        # Another tool's download: a file that it has not finished carries this ending.
+        return {str(path.relative_to(folder).with_suffix("")): -1 for path in folder.rglob("*.incomplete")}
+
+
+def _no_model(wanted: _Wanted, endpoint: str, variable: str) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"{endpoint} has no model {wanted.name}, or it is private. Check the id, or set {variable}."
+    )
+
+
+def _no_revision(wanted: _Wanted, endpoint: str) -> ModelNotFoundError:
+    if wanted.revision is None:
+        return ModelNotFoundError(f"{endpoint} lists no files of {wanted.name}. Check the id.")
+    return ModelNotFoundError(
+        f"{endpoint} has no revision {wanted.revision!r} of {wanted.name}. "
+        "Use a branch, tag or commit that it has, or remove revision for the default."
+    )
+
+
+def _refused(wanted: _Wanted, endpoint: str, status: int | None, variable: str) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"{endpoint} refused {wanted} (HTTP {status}): it is gated, private or not yours. "
+        f"Ask for access, then set {variable} to a token that has it."
+    )
+
+
+def _not_cached(wanted: _Wanted, why: str, cache: Path, variable: str) -> HubUnreachableError:
+    return HubUnreachableError(
+        f"{wanted}: {why}, and the cache at {cache} has no copy. Check the network and the endpoint, or download "
+        f"the model where there is a network and point {variable} at that cache."
+    )
+
+
+def _incomplete(wanted: _Wanted, why: str, folder: Path, missing: list[str], files: int) -> IncompleteModelError:
+    return IncompleteModelError(
+        f"{wanted}: {why}, and {folder} lacks {len(missing)} of {files} files: {_listed(missing)}. "
+        "Run this again when the hub can be reached: what is already there is kept."
+    )
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - SHOWN_FILES
+    return ", ".join(names[:SHOWN_FILES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")

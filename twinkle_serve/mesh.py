@@ -25,7 +25,12 @@ def _size(name: str, value: object) -> int:
     return int(value)
 
 
+DEVICE_ALIASES = {"GPU": "cuda", "gpu": "cuda", "CPU": "cpu"}
+"""Twinkle's other names."""
+
+
 def _device_type(where: str, value: object) -> str:
+    value = DEVICE_ALIASES.get(value, value) if isinstance(value, str) else value
     if value not in DEVICE_TYPES:
         raise MeshError(f"{where}.device_type must be one of {', '.join(DEVICE_TYPES)}, got {value!r}.")
     return str(value)
@@ -178,7 +183,7 @@ class DeviceGroup:
         if not self.name or not isinstance(self.name, str):
             raise MeshError(f"DeviceGroup.name must be a non-empty string, got {self.name!r}.")
         where = f"DeviceGroup {self.name!r}"
-        _device_type(where, self.device_type)
+        object.__setattr__(self, "device_type", _device_type(where, self.device_type))
         if isinstance(self.ranks, list):
             bad = [rank for rank in self.ranks if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0]
             if bad or not self.ranks or len(set(self.ranks)) != len(self.ranks):

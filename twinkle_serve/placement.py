@@ -24,6 +24,46 @@ class NodeResources:
     gpus: float
 
 
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One GPU or one core, by what its node calls it."""
+
+    node_id: str
+    """Ray's id of the node."""
+    node_ip: str
+    id: str
+    """A GPU as CUDA_VISIBLE_DEVICES names it; a core as its place among the cores that Ray's processes may use."""
+
+    @property
+    def resource(self) -> str:
+        """The resource that Ray gives this node alone."""
+        return f"node:{self.node_ip}"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDevices:
+    """What a DeviceGroup holds."""
+
+    name: str
+    device_type: Literal["cpu", "cuda"]
+    devices: tuple[Device, ...]
+    """In the order of the group's ranks."""
+    gpus_per_worker: int = 1
+
+    @property
+    def nodes(self) -> dict[str, tuple[Device, ...]]:
+        """The devices by the id of their node, nodes in the order in which the group comes to them."""
+        by_node: dict[str, list[Device]] = {}
+        for device in self.devices:
+            by_node.setdefault(device.node_id, []).append(device)
+        return {node: tuple(devices) for node, devices in by_node.items()}
+
+    @property
+    def unit(self) -> str:
+        """What messages call its devices."""
+        return "GPUs" if self.device_type == "cuda" else "cores"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """Where the engines of a mesh go."""
@@ -39,6 +79,10 @@ class Placement:
     """Placement group of each engine, the actor's own bundle first; empty where it needs none."""
     devices_per_node: int = 1
     """On CPU, devices of the mesh that share the cores of a node."""
+    group: str | None = None
+    """The DeviceGroup whose holders have the devices in Ray's books, so that engines ask for none."""
+    engines: tuple[tuple[Device, ...], ...] = ()
+    """In a group, the devices of each engine by dp rank, all on one node. An engine sees these and no other."""
 
 
 def place(mesh: DeviceMesh, nodes: Sequence[NodeResources]) -> Placement:
@@ -56,13 +100,8 @@ def place(mesh: DeviceMesh, nodes: Sequence[NodeResources]) -> Placement:
         device = "cuda"
     have, unit = (gpus, "GPUs") if device == "cuda" else (cpus, "CPUs")
     if mesh.world_size > have:
-        dims = " x ".join(
-            f"{name}={size}"
-            for name, size in (("dp_size", mesh.dp_size), ("tp_size", mesh.tp_size), ("pp_size", mesh.pp_size))
-            if size > 1 or name != "pp_size"
-        )
         raise MeshError(
-            f"device_mesh needs {mesh.world_size} {unit} ({dims}), the cluster has {have:g}. "
+            f"device_mesh needs {mesh.world_size} {unit} ({_dimensions(mesh)}), the cluster has {have:g}. "
             "Lower device_mesh.dp_size or device_mesh.tp_size, or start the cluster with more."
         )
     per_replica = mesh.devices_per_replica
@@ -77,6 +116,74 @@ def place(mesh: DeviceMesh, nodes: Sequence[NodeResources]) -> Placement:
     bundles = ({"CPU": GPU_ENGINE_CPUS}, *({"GPU": 1.0},) * per_replica)
     _require_cpus(mesh.dp_size, GPU_ENGINE_CPUS, [node.cpus for node in nodes])
     return Placement(device="cuda", executor="ray", num_cpus=GPU_ENGINE_CPUS, num_gpus=0, bundles=bundles)
+
+
+def place_in_group(mesh: DeviceMesh, group: GroupDevices) -> Placement:
+    """Devices of the group, and of it alone, for every engine of the mesh.
+
+    An engine gets neighbours of one node. A mesh smaller than the group leaves the group's last devices idle.
+
+    Raises:
+        MeshError: the mesh is larger than the group, of another device type or of another worker size, or an engine
+            would have to span nodes.
+    """
+    where = f"group {group.name!r}"
+    if mesh.device_type not in ("auto", group.device_type):
+        raise MeshError(
+            f"device_mesh.device_type is {mesh.device_type}, {where} has {group.device_type} devices. "
+            "Leave device_mesh.device_type out, or name another group."
+        )
+    if mesh.world_size > len(group.devices):
+        raise MeshError(
+            f"device_mesh needs {mesh.world_size} devices ({_dimensions(mesh)}), {where} has {len(group.devices)}. "
+            "Lower device_mesh.dp_size or device_mesh.tp_size, or give the group more ranks."
+        )
+    per_replica = mesh.devices_per_replica
+    if group.gpus_per_worker not in (1, per_replica):
+        raise MeshError(
+            f"{where} has gpus_per_worker={group.gpus_per_worker}, an engine of device_mesh spans {per_replica} "
+            f"devices ({_dimensions(mesh)}). Set gpus_per_worker to {per_replica} or leave it out."
+        )
+    engines = [
+        devices[start : start + per_replica]
+        for devices in group.nodes.values()
+        for start in range(0, len(devices) - per_replica + 1, per_replica)
+    ]
+    if len(engines) < mesh.dp_size:
+        on_nodes = ", ".join(str(len(devices)) for devices in group.nodes.values())
+        raise MeshError(
+            f"device_mesh needs {mesh.dp_size} engines of {per_replica} devices on a node each, {where} has {on_nodes} "
+            f"devices on its nodes: room for {len(engines)}, and an engine in a group does not span nodes. "
+            f"Lower device_mesh.tp_size or device_mesh.pp_size, or list ranks that share a node."
+        )
+    return Placement(
+        device=group.device_type,
+        executor="mp",
+        num_cpus=0.0,
+        num_gpus=0,
+        group=group.name,
+        engines=tuple(engines[: mesh.dp_size]),
+    )
+
+
+def cores_of_devices(devices: Sequence[Device], cores: Sequence[int]) -> list[tuple[int, ...]]:
+    """The core of each device of a CPU group.
+
+    Args:
+        cores: ids of the cores of the node that this process may use. Where Ray was told of more than there are,
+            devices share them.
+    """
+    return [(cores[int(device.id) % len(cores)],) for device in devices]
+
+
+def cpus_held(cores: int) -> float:
+    """CPUs that Ray counts as taken by a group's cores on a node: router and store fit beside a group of them all."""
+    return cores - 2 * SIDE_CPUS
+
+
+def _dimensions(mesh: DeviceMesh) -> str:
+    sizes = (("dp_size", mesh.dp_size), ("tp_size", mesh.tp_size), ("pp_size", mesh.pp_size))
+    return " x ".join(f"{name}={size}" for name, size in sizes if size > 1 or name != "pp_size")
 
 
 def _require_cpus(engines: int, cpus_each: float, node_cpus: Sequence[float]) -> None:

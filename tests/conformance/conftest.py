@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.conformance.harness import EngineHarness
+from tests.conformance.samplers import ENGINE_ARGS, KINDS, make_sampler
+from tests.integration.conftest import ray_cluster
 from twinkle_serve import hub
 from twinkle_serve.engines import EngineKind, build_engine
-
-ENGINE_ARGS: dict[EngineKind, dict[str, object]] = {
-    "vllm": {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64, "kv_cache_memory_bytes": 2**27},
-    "torch": {"dtype": "float32", "max_model_len": 256},
-    "fake": {"max_model_len": 256},
-}
+from twinkle_serve.engines.host import EngineHost
+from twinkle_serve.sampler import RunningSampler
 
 
-async def started(kind: EngineKind) -> AsyncIterator[EngineHarness]:
+async def started(kind: EngineKind, model: Path = hub.DEMO) -> AsyncIterator[EngineHarness]:
     engine = build_engine(
-        kind, f"{kind}-under-test", str(hub.DEMO), ENGINE_ARGS[kind], cpus=[(0,)] if kind == "vllm" else []
+        kind, f"{kind}-under-test", str(model), ENGINE_ARGS[kind], cpus=[(0,)] if kind == "vllm" else []
     )
-    await engine.start()
-    harness = EngineHarness(engine)
+    host = EngineHost(engine, model)
+    await host.start(kind, 300)
+    harness = EngineHarness(engine, host)
     yield harness
     assert not harness.unfinished, "a test left groups running"
-    await engine.stop()
+    await host.stop()
 
 
 @pytest.fixture(scope="package")
@@ -52,6 +52,23 @@ def engine(request: pytest.FixtureRequest) -> EngineHarness:
     """Each engine in turn."""
     harness: EngineHarness = request.getfixturevalue(f"{request.param}_engine")
     return harness
+
+
+@pytest.fixture(scope="package")
+def cluster() -> Iterator[None]:
+    with ray_cluster(num_cpus=16):
+        yield
+
+
+@pytest.fixture(scope="package", params=list(KINDS))
+def sampler(request: pytest.FixtureRequest) -> Iterator[RunningSampler]:
+    """Each engine, each way of running it."""
+    if request.param.endswith("service"):
+        request.getfixturevalue("cluster")
+    made = make_sampler(request.param)
+    yield made
+    assert not made.status()["requests"], "a test left requests running"
+    made.shutdown()
 
 
 @pytest.fixture

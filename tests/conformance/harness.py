@@ -10,16 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from twinkle_serve.data_format.groups import Group
+from twinkle_serve.adapters import describe_adapter
+from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.groups import Group, TextDelta
 from twinkle_serve.data_format.response import SampledSequence, SampleResponse
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.sampling_params import SamplingParams
 from twinkle_serve.engines.base import Engine
+from twinkle_serve.engines.host import EngineHost
+
+ADAPTER_IDS = itertools.count(1)
 
 
 @dataclass
 class EngineHarness:
     engine: Engine
+    host: EngineHost
 
     def __post_init__(self) -> None:
         self._ids = itertools.count()
@@ -29,6 +35,12 @@ class EngineHarness:
     def info(self) -> Any:
         return self.engine.info
 
+    async def add(self, name: str, files: AdapterFiles) -> AdapterVersion:
+        """Loads an adapter as a router would, through the host."""
+        version = AdapterVersion(name=name, version=1, id=next(ADAPTER_IDS), rank=describe_adapter(files).rank)
+        await self.host.load_adapter(version, files)
+        return version
+
     def start(self, group: Group) -> asyncio.Task[SampleColumns]:
         task = asyncio.ensure_future(self.engine.sample_group(group))
         self.unfinished.add(task)
@@ -37,6 +49,7 @@ class EngineHarness:
 
     def group(self, prompt: np.ndarray, *, count: int = 1, first_sample: int = 0, **params: Any) -> Group:
         seed = params.pop("seed", None)
+        adapter = params.pop("adapter", None)
         return Group(
             id=next(self._ids),
             prompt_ids=np.asarray(prompt, np.int32),
@@ -44,6 +57,7 @@ class EngineHarness:
             count=count,
             first_sample=first_sample,
             seed=seed,
+            adapter=adapter,
         )
 
     async def sample(self, prompts: Sequence[np.ndarray], **options: Any) -> SampleResponse:
@@ -62,3 +76,7 @@ class EngineHarness:
 
     async def one(self, prompt: np.ndarray, **options: Any) -> SampledSequence:
         return (await self.sample([prompt], **options)).sequences[0]
+
+    async def stream(self, prompt: np.ndarray, **options: Any) -> list[TextDelta]:
+        group = self.group(prompt, **options)
+        return [delta async for delta in self.host.stream((await self.host.describe()).life, group)]

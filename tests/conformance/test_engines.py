@@ -266,7 +266,7 @@ async def test_chunk_runner_returns_every_group_once(engine: EngineHarness, prom
     """Groups of different parameters share a chunk; an aborted one comes back in no item."""
     groups = [engine.group(p, count=2, max_tokens=3, logprobs=k) for p in prompts for k in (None, 0, 2)]
     aborted = engine.group(prompts[0], ignore_eos=True)
-    runner = ChunkRunner(engine.engine, flush_after_s=0.01)
+    runner = ChunkRunner(engine.engine.sample_group, flush_after_s=0.01)
     items: list[Finished] = []
     chunk = runner.run([*groups, aborted])
     async for item in chunk:

@@ -15,8 +15,8 @@ from ray import serve
 
 from graphs.sampler import build
 from twinkle_serve import connect
-from twinkle_serve.client import ServiceSampler
 from twinkle_serve.config import ServiceArgs
+from twinkle_serve.sampler.service import ServiceSampler
 
 
 @contextlib.contextmanager

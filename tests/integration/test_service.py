@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from ray import serve
 
 from graphs.sampler import build
 from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
+from tests.lora import save_adapter
 from twinkle_serve import SamplingParams, connect
-from twinkle_serve.client import ServiceSampler
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.errors import (
     AdapterError,
@@ -29,6 +30,8 @@ from twinkle_serve.errors import (
     ServiceNotReadyError,
     TwinkleServeError,
 )
+from twinkle_serve.sampler.service import ServiceSampler
+from twinkle_serve.sampler.service import deploy as deploy_service
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(12, 24)]
 TOKEN_S = 0.02
@@ -319,3 +322,42 @@ def test_service_that_cannot_be_fails_as_it_is_built(
     """Instead of waiting for devices that do not come, or for an engine to find out."""
     with pytest.raises(error, match=message):
         build(ServiceArgs.model_validate({"model_id": "demo", "device_mesh": {"device_type": "cpu"}, **bad}))
+
+
+def test_adapters_are_there_from_the_start_and_after_an_engine_died(tmp_path: Path) -> None:
+    """Those of the config and those that were added: an engine that is replaced loads them before it samples."""
+    paths = [save_adapter(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    args: dict[str, Any] = {"engine": "fake", "device_mesh": {"dp_size": 2}, "engine_args": {"max_model_len": 600}}
+    adapted = deploy("adapted", adapters={"first": str(paths[0])}, **args)
+    assert adapted.add_adapter_to_model("second", paths[1]) == "second@1"
+    params = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    expected = {name: adapted.sample(QUESTIONS, params, name) for name in ("first", "second", "")}
+    assert len({tuple(response.columns.tokens.tolist()) for response in expected.values()}) == 3
+    replica_process("adapted", "engine-dp0").kill()
+
+    def answered_by_both(name: str) -> bool:
+        again = adapted.sample(QUESTIONS, params, name)
+        assert again.columns.tokens.tolist() == expected[name].columns.tokens.tolist()
+        assert set(again.columns.adapter) == {f"{name}@1" if name else ""}
+        return set(again.columns.engine) == {"engine-dp0", "engine-dp1"}
+
+    for name in expected:
+        wait_until(lambda name=name: answered_by_both(name), "the engine is back", 60)  # type: ignore[misc]
+    adapted.shutdown()
+
+
+def test_deploy_that_finds_no_room_ends_with_its_reason() -> None:
+    """Cores that somebody else holds: nothing waits for ever, and nothing is left behind."""
+
+    @ray.remote(num_cpus=ray.available_resources()["CPU"] - 1)
+    class Greedy:
+        def here(self) -> bool:
+            return True
+
+    holder = Greedy.remote()
+    assert ray.get(holder.here.remote(), timeout=30)
+    args = {"model_id": "demo", "engine": "fake", "device_mesh": {"dp_size": 8, "device_type": "cpu"}}
+    with pytest.raises(ServiceNotReadyError, match=r"was not up within startup_timeout_s=2, and is deleted"):
+        deploy_service("crowded", ServiceArgs.model_validate({**args, "startup_timeout_s": 2.0}), build)
+    ray.kill(holder)
+    wait_until(lambda: "crowded" not in serve.status().applications, "it is deleted")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
-from tests.integration.conftest import deploy, ray_cluster
+from tests.integration.conftest import deploy, ray_cluster, wait_until
 from twinkle_serve.errors import SamplingParamsError
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(100, 116)]
@@ -45,3 +49,24 @@ async def test_engines_own_refusal_fails_its_call_alone() -> None:
     *responses, refused = await asyncio.gather(*good, bad, return_exceptions=True)
     assert all(len(response.sequences) == 16 for response in responses)  # type: ignore[union-attr]
     assert isinstance(refused, SamplingParamsError), refused
+
+
+def test_script_that_ends_without_shutdown_leaves_nothing(tmp_path: Path) -> None:
+    """A vLLMSampler in a script that forgets it: the script ends, with its processes and files, and says nothing."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import psutil\n"
+        "from twinkle_serve import vLLMSampler\n"
+        "if __name__ == '__main__':\n"
+        "    sampler = vLLMSampler('demo', {'max_model_len': 256, 'dtype': 'float32'})\n"
+        "    response = sampler.sample({'input_ids': [20, 21]}, {'max_tokens': 2})\n"
+        "    print(len(response.sequences), sampler._backend._life._host._engine._files._path)\n"
+        "    print(*(child.pid for child in psutil.Process().children(recursive=True)))\n"
+    )
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=180, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    samples, directory, *children = result.stdout.split()
+    assert samples == "1" and len(children) >= 2
+    assert not Path(directory).exists()
+    wait_until(lambda: not any(psutil.pid_exists(int(pid)) for pid in children), "its processes are gone")

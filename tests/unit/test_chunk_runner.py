@@ -59,7 +59,7 @@ async def collect(runner: ChunkRunner, chunk: list[Group]) -> tuple[set[int], di
 async def test_group_that_fails_fails_alone() -> None:
     """A refusal keeps its type; a bug becomes an EngineError; the neighbours come back."""
     engine = ScriptedEngine({1: SamplingParamsError("no"), 2: ZeroDivisionError("oops")})
-    done, failures = await collect(ChunkRunner(engine), groups(5))
+    done, failures = await collect(ChunkRunner(engine.sample_group), groups(5))
     assert done == {0, 3, 4}
     assert isinstance(failures[1], SamplingParamsError)
     assert isinstance(failures[2], EngineError) and "oops" in str(failures[2])
@@ -69,14 +69,14 @@ async def test_dead_engine_ends_the_chunk() -> None:
     """The others are aborted, for they are lost with it."""
     engine = ScriptedEngine({0: EngineDeadError("gone"), 1: None})
     with pytest.raises(EngineDeadError, match="gone"):
-        await collect(ChunkRunner(engine), groups(2))
+        await collect(ChunkRunner(engine.sample_group), groups(2))
     assert not engine.running
 
 
 async def test_aborted_group_comes_back_in_no_item() -> None:
     """And the chunk ends without it."""
     engine = ScriptedEngine({0: None})
-    runner = ChunkRunner(engine)
+    runner = ChunkRunner(engine.sample_group)
     chunk = asyncio.ensure_future(collect(runner, groups(2)))
     await engine.started.wait()
     runner.abort([(0, 0, 0)])
@@ -86,7 +86,7 @@ async def test_aborted_group_comes_back_in_no_item() -> None:
 
 async def test_abort_that_overtakes_its_chunk_holds() -> None:
     """The group is not started; a later attempt at it is."""
-    runner = ChunkRunner(ScriptedEngine({}))
+    runner = ChunkRunner(ScriptedEngine({}).sample_group)
     runner.abort([(0, 0, 0)])
     assert await collect(runner, groups(2)) == ({1}, {})
     assert await collect(runner, [replace(group, engines_lost=1) for group in groups(2)]) == ({0, 1}, {})
@@ -95,7 +95,7 @@ async def test_abort_that_overtakes_its_chunk_holds() -> None:
 async def test_closing_the_iterator_aborts_what_runs() -> None:
     """Nothing goes on behind a consumer that left."""
     engine = ScriptedEngine({1: None})
-    items = ChunkRunner(engine).run(groups(2))
+    items = ChunkRunner(engine.sample_group).run(groups(2))
     await anext(items)
     await items.aclose()  # type: ignore[attr-defined]
     assert not engine.running

@@ -77,7 +77,7 @@ def test_group_counts_its_devices() -> None:
         {"name": "g", "ranks": [0, 0]},
         {"name": "g", "ranks": [-1]},
         {"name": "g", "ranks": True},
-        {"name": "g", "ranks": 1, "device_type": "gpu"},
+        {"name": "g", "ranks": 1, "device_type": "tpu"},
         {"name": "g", "ranks": 3, "gpus_per_worker": 2},
         {"name": "g", "ranks": 3, "gpus_per_worker": 0},
     ],

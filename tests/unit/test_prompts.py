@@ -29,7 +29,7 @@ def test_trajectory_is_rendered_up_to_the_assistants_turn(template: Template) ->
     """By the model's own chat template; the input stays as it was."""
     before = copy.deepcopy(TRAJECTORY)
     (prompt,) = encode_inputs(TRAJECTORY, template)
-    text = template._tokenizer.decode(prompt.ids)
+    text = template.decode(prompt.ids)
     assert text == "<|im_start|>user\n12+34=<|im_end|>\n<|im_start|>assistant\n"
     assert prompt.source == TRAJECTORY == before
 

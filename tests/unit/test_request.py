@@ -9,16 +9,17 @@ import pytest
 
 from tests.unit.test_response import columns
 from twinkle_serve.data_format import SamplingParams
+from twinkle_serve.data_format.messages import MessageParser
 from twinkle_serve.errors import EngineError
 from twinkle_serve.routing.request import Request, ResponseHeader
 from twinkle_serve.routing.seeds import prompt_seed
 from twinkle_serve.template.prompts import Prompt
 
-HEADER = ResponseHeader(logprobs_mode="raw_logprobs", special_tokens=())
+HEADER = ResponseHeader(logprobs_mode="raw_logprobs", parser=MessageParser())
 
 
 def request(prompts: int, samples: int, seed: int | None = None) -> Request:
-    made = [Prompt(np.array([i, i], np.int32), {"input_ids": [i, i]}) for i in range(prompts)]
+    made = [Prompt(np.array([i, i], np.int32), {"input_ids": [i, i]}, index=i) for i in range(prompts)]
     return Request(10, made, SamplingParams(num_samples=samples, seed=seed), HEADER)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinkle_serve.data_format import PromptScores, SampleColumns, SampleResponse
+from twinkle_serve.data_format.messages import MessageParser, Turn
 
 
 def columns(group: int, texts: list[str], *, first: int = 0, width: int = 1, scored: bool = False) -> SampleColumns:
@@ -32,6 +34,7 @@ def columns(group: int, texts: list[str], *, first: int = 0, width: int = 1, sco
         decoded=list(texts),
         seed=np.arange(len(texts)) + 100 * group,
         engine=[f"engine-dp{group}"] * len(texts),
+        adapter=[""] * len(texts),
         scores={group: scores} if scored else {},
     )
 
@@ -42,7 +45,7 @@ def response(parts: list[SampleColumns], inputs: list[dict[str, Any]], prompts: 
         prompts=[np.array(p, np.int32) for p in prompts],
         inputs=inputs,
         logprobs_mode="raw_logprobs",
-        special_tokens=("<|im_end|>",),
+        parser=MessageParser(special_tokens=("<|im_end|>",)),
         prompt_indices=tuple(range(len(prompts))),
     )
 
@@ -115,6 +118,35 @@ def test_new_input_feature_appends_the_assistants_turn() -> None:
     assert feature["messages"] == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "42"}]
     assert feature["user_data"] == {"id": 3}
     assert len(source["messages"]) == 1
+
+
+def test_part_of_a_response_keeps_what_its_prompt_holds() -> None:
+    """A turn's opening, where its first tokens are, and the labels before it: of its own prompt."""
+    parser = MessageParser(reasoning=("<think>", "</think>"))
+    inputs: list[dict[str, Any]] = [{"messages": [{"role": "user", "content": "hi"}]} for _ in range(2)]
+    turns = (Turn(), Turn(opening="<think>", labels=np.array([-100, 9], np.int64)))
+    parts = [columns(0, ["a"]), columns(1, ["b</think>c"])]
+    both = replace(response(parts, inputs, [[1, 2], [8, 9]]), parser=parser, turns=turns)
+    for one in (both[1].sequences[0], both.sequences[1]):
+        feature: Any = one.new_input_feature
+        assert feature["messages"][-1] == {"role": "assistant", "content": "c", "reasoning_content": "b"}
+        assert feature["labels"][:2] == [9, ord("b")]
+        assert feature["encoded"]["assistant_start"] == 2
+    first: Any = both[0].sequences[0].new_input_feature
+    assert first["messages"][-1]["content"] == "a" and first["labels"] == [-100, 97, -100]
+
+
+def test_features_of_two_samples_share_nothing() -> None:
+    """What a caller does to one is not done to the other, nor to the input."""
+    source: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "user_data": {"ids": [3]}}
+    made = response([columns(0, ["a", "b"])], [source], [[1]])
+    one, other = (cast(Any, seq.new_input_feature) for seq in made.sequences)
+    one["user_data"]["ids"].append(4)
+    one["messages"][0]["content"] = "ho"
+    one["messages"].append({})
+    assert other["user_data"] == source["user_data"] == {"ids": [3]}
+    assert other["messages"][0] == source["messages"][0] == {"role": "user", "content": "hi"}
+    assert len(other["messages"]) == 2 and len(source["messages"]) == 1
 
 
 def test_response_survives_pickling(two_prompts: SampleResponse) -> None:

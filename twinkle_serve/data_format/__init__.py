@@ -1,6 +1,6 @@
 """What goes in and what comes out. Numpy only: neither torch nor vllm nor ray is loaded."""
 
-from twinkle_serve.data_format.prompts import Input, InputFeature, Trajectory
+from twinkle_serve.data_format.prompts import Input, InputFeature, Message, Trajectory
 from twinkle_serve.data_format.response import SampledSequence, SampleResponse
 from twinkle_serve.data_format.samples import PromptScores, SampleColumns
 from twinkle_serve.data_format.sampling_params import SamplingParams
@@ -8,6 +8,7 @@ from twinkle_serve.data_format.sampling_params import SamplingParams
 __all__ = [
     "Input",
     "InputFeature",
+    "Message",
     "PromptScores",
     "SampleColumns",
     "SampleResponse",

@@ -8,6 +8,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from twinkle_serve.data_format.adapters import AdapterVersion
+from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.sampling_params import SamplingParams
 
 GroupKey: TypeAlias = tuple[int, int]
@@ -32,6 +34,8 @@ class Group:
     count: int = 1
     seed: int | None = None
     """Seed of the first sample here; sample j has `seed + j`."""
+    adapter: AdapterVersion | None = None
+    """None is the base model."""
     engines_lost: int = 0
     """Engines that died with it."""
 
@@ -45,6 +49,16 @@ class Group:
 
     def seed_of(self, j: int) -> int | None:
         return None if self.seed is None else self.seed + j
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextDelta:
+    """What a streamed sample has gained."""
+
+    text: str
+    """Whole characters, and nothing that may turn out to be the beginning of a stop string."""
+    finish_reason: StopReason | None = None
+    """Of the last delta; None in those before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,5 +84,7 @@ class EngineInfo:
     """cpu or cuda."""
     cpus: tuple[int, ...]
     """Cores that its computing threads are bound to; empty where they are not."""
+    max_lora_rank: int = 0
+    """Largest rank of an adapter; 0 where LoRA is switched off."""
     life: str = ""
     """Differs between an engine's process and the one that replaces it."""

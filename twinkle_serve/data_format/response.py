@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +11,7 @@ from typing import Any, cast, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from twinkle_serve.data_format.messages import Encoded, MessageParser, Turn, checksum
 from twinkle_serve.data_format.prompts import InputFeature
 from twinkle_serve.data_format.samples import (
     NO_SEED,
@@ -20,9 +21,11 @@ from twinkle_serve.data_format.samples import (
     SampleColumns,
     StopReason,
 )
+from twinkle_serve.data_format.tool_calls import Tools
 
 IGNORED_LABEL = -100
 """Label of a position that no loss is taken at, as in torch's cross entropy."""
+_MADE_ANEW = {"input_ids", "labels", "attention_mask", "position_ids", "length", "encoded"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +45,10 @@ class SampleResponse(Sequence["SampleResponse"]):
     logprobs_mode: str
     """What a logprob is of: `raw_logprobs` is the model's own distribution, before temperature, penalties and
     top-k and top-p; `processed_logprobs` is the one that was sampled from."""
-    special_tokens: tuple[str, ...] = ()
-    """Texts that the template leaves out of a message's content."""
+    parser: MessageParser = field(default_factory=MessageParser)
+    """How a sample's text becomes the assistant's message."""
+    turns: tuple[Turn, ...] = ()
+    """What each prompt already holds of the turn that is sampled; empty where no prompt holds any."""
     prompt_indices: tuple[int, ...] = field(default=())
     """Index in the call of each prompt here; differs from 0, 1, … in parts of a response."""
 
@@ -80,7 +85,8 @@ class SampleResponse(Sequence["SampleResponse"]):
             prompts=[self.prompts[index]],
             inputs=[self.inputs[index]],
             logprobs_mode=self.logprobs_mode,
-            special_tokens=self.special_tokens,
+            parser=self.parser,
+            turns=self.turns[index : index + 1],
             prompt_indices=(self.prompt_indices[index],),
         )
 
@@ -192,37 +198,55 @@ class SampledSequence:
         return self.response.columns.engine[self.row]
 
     @property
+    def adapter(self) -> str:
+        """`name@version` of the adapter that sampled it; "" is the base model."""
+        return self.response.columns.adapter[self.row]
+
+    @property
     def prompt_index(self) -> int:
         """Index in the call of the prompt that it continues."""
         return self.response.prompt_indices[int(self.response.columns.group[self.row])]
 
     @cached_property
     def new_input_feature(self) -> InputFeature:
-        """The prompt and this sample as one training input; the prompt's other keys are carried over.
+        """The prompt and this sample as one training input; the prompt's other keys are carried over, as copies.
 
-        `labels` are rolled left by one: position t holds the token to predict there, IGNORED_LABEL outside the sample.
-        A trajectory's `messages` gain the assistant's turn. Source: Twinkle's samplers.
+        `labels` are rolled left by one: position t holds the token to predict there, IGNORED_LABEL outside the samples.
+        Labels that the input had are kept. A trajectory's `messages` gain the assistant's turn, and `encoded` says what
+        of them the tokens hold. Handed in again, it is continued token by token. Source: Twinkle's samplers.
         """
         response = self.response
-        prompt_number = int(response.columns.group[self.row])
-        prompt = response.prompts[prompt_number].tolist()
+        number = int(response.columns.group[self.row])
+        turn = response.turns[number] if response.turns else Turn()
+        prompt = response.prompts[number].tolist()
+        learnt = [IGNORED_LABEL] * len(prompt) if turn.labels is None else turn.labels.tolist()
+        learnt += self.tokens
         length = len(prompt) + len(self.tokens)
-        unrolled = [IGNORED_LABEL] * len(prompt) + self.tokens
-        source = response.inputs[prompt_number]
-        feature: dict[str, Any] = {
-            **source,
+        source = response.inputs[number]
+        feature = copy.deepcopy({key: value for key, value in source.items() if key not in _MADE_ANEW})
+        feature |= {
             "input_ids": prompt + self.tokens,
-            "labels": [*unrolled[1:], IGNORED_LABEL],
+            "labels": [*learnt[1:], IGNORED_LABEL],
             "attention_mask": [1] * length,
             "position_ids": list(range(length)),
             "length": length,
         }
         if "messages" in source:
-            content = self.decoded
-            if response.special_tokens:
-                content = re.sub("|".join(map(re.escape, response.special_tokens)), "", content)
-            feature["messages"] = [*source["messages"], {"role": "assistant", "content": content}]
+            messages, start = self._continued(list(feature["messages"]), feature.get("tools") or (), turn, len(prompt))
+            feature["messages"] = messages
+            feature["encoded"] = Encoded(ids=length, messages=[*map(checksum, messages)], assistant_start=start)
         return cast(InputFeature, feature)
+
+    def _continued(
+        self, messages: list[dict[str, Any]], tools: Tools, turn: Turn, prompt_length: int
+    ) -> tuple[list[dict[str, Any]], int]:
+        """The messages with this sample's in them, and where its tokens begin. Without tokens there is no message."""
+        start = prompt_length if turn.resumed_at is None else turn.resumed_at
+        if not self.tokens:
+            return messages, start
+        before = messages if turn.resumed_at is None else messages[:-1]
+        message = self.response.parser.message(turn.opening + self.decoded, tools, len(before))
+        return [*before, message], start
 
     def __repr__(self) -> str:
         return f"SampledSequence({self.decoded!r}, {len(self.token_array)} tokens, {self.stop_reason})"

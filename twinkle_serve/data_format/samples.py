@@ -58,6 +58,8 @@ class SampleColumns:
     """Seed of the sample's own random stream, NO_SEED where there was none. Shape [S]."""
     engine: list[str]
     """Which engine sampled it. S of them."""
+    adapter: list[str]
+    """Label of the adapter version that sampled it, "" for the base model. S of them."""
     scores: dict[int, PromptScores] = field(default_factory=dict)
     """By group, where prompt logprobs were asked for."""
 
@@ -93,6 +95,7 @@ class SampleColumns:
             **{name: joined(name) for name in arrays},  # type: ignore[arg-type]
             decoded=[text for part in parts for text in part.decoded],
             engine=[engine for part in parts for engine in part.engine],
+            adapter=[adapter for part in parts for adapter in part.adapter],
             scores=scores,
         )
 
@@ -113,6 +116,7 @@ class SampleColumns:
             decoded=[self.decoded[row] for row in rows],
             seed=self.seed[rows],
             engine=[self.engine[row] for row in rows],
+            adapter=[self.adapter[row] for row in rows],
             scores={g: self.scores[g] for g in dict.fromkeys(group.tolist()) if g in self.scores},
         )
 

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from enum import Enum
 from typing import Any
 
 from twinkle_serve.errors import SamplingParamsError, unknown_name
@@ -13,6 +14,15 @@ from twinkle_serve.errors import SamplingParamsError, unknown_name
 MAX_TEMPERATURE = 2.0
 MIN_TEMPERATURE = 0.01
 """Below it logits / temperature overflows: vLLM would raise the value in silence, so it is refused."""
+
+
+class Unset(Enum):
+    """An argument that was not given, where None means something."""
+
+    UNSET = "not given"
+
+
+UNSET = Unset.UNSET
 
 ALIASES = {"max_new_tokens": "max_tokens"}
 
@@ -124,11 +134,16 @@ class SamplingParams:
         object.__setattr__(self, name, value)
 
     @classmethod
-    def of(cls, params: SamplingParams | Mapping[str, Any] | None, num_samples: int | None = None) -> SamplingParams:
-        """`params` as SamplingParams, with the `num_samples` of a call put in.
+    def of(
+        cls,
+        params: SamplingParams | Mapping[str, Any] | None,
+        num_samples: int | None = None,
+        logprobs: int | Unset | None = UNSET,
+    ) -> SamplingParams:
+        """`params` as SamplingParams, with the `num_samples` and `logprobs` of a call put in.
 
         Raises:
-            SamplingParamsError: an unknown key, both spellings of one, or two different `num_samples`.
+            SamplingParamsError: an unknown key, both spellings of one, or two different values for one.
         """
         if params is None:
             params = cls()
@@ -139,14 +154,17 @@ class SamplingParams:
                 f"sampling_params must be SamplingParams or a dict, got {type(params).__name__}. "
                 "Parameters of an engine's own are not accepted."
             )
-        if num_samples is None or num_samples == params.num_samples:
-            return params
-        if params.num_samples != 1:
-            raise SamplingParamsError(
-                f"num_samples={num_samples} in the call contradicts num_samples={params.num_samples} in "
-                "sampling_params. Give it once."
-            )
-        return replace(params, num_samples=num_samples)
+        given = {"num_samples": num_samples} if num_samples is not None else {}
+        if logprobs is not UNSET:
+            given["logprobs"] = logprobs  # type: ignore[assignment]
+        defaults = cls()
+        for name, value in given.items():
+            other = getattr(params, name)
+            if other not in (value, getattr(defaults, name)):
+                raise SamplingParamsError(
+                    f"{name}={value} in the call contradicts {name}={other} in sampling_params. Give it once."
+                )
+        return replace(params, **given) if given else params  # type: ignore[arg-type]
 
     @classmethod
     def _known(cls, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,6 +178,11 @@ class SamplingParams:
                 raise SamplingParamsError(f"{name} is given twice, as {name} and as {key}. Give it once.")
             clean[name] = value
         return clean
+
+    @classmethod
+    def from_dict(cls, params: Mapping[str, Any]) -> SamplingParams:
+        """As upstream's: `SamplingParams.from_dict({"max_tokens": 16})`. Raises as `of`."""
+        return cls.of(params)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
+from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, GroupKey
 from twinkle_serve.data_format.samples import (
     NO_SEED,
@@ -35,12 +36,22 @@ from twinkle_serve.errors import (
 logger = logging.getLogger("ray.serve")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenDelta:
+    """Tokens that a streamed sample has gained."""
+
+    tokens: Sequence[int]
+    stop_reason: StopReason | None = None
+    """Of the last item; None in those before."""
+
+
 class Engine(Protocol):
     """Samples groups of one model.
 
     Guarantees: a group comes back whole, `count` samples in order, or the call raises.
     Guarantees: cancelling the call aborts the group; the engine goes on with the others.
     Guarantees: with a seed, a sample does not depend on what else is in the batch.
+    Guarantees: a group with an adapter is sampled by that version's weights, or the call raises.
     Does not guarantee: the order in which groups finish.
     """
 
@@ -52,6 +63,38 @@ class Engine(Protocol):
 
     async def sample_group(self, group: Group) -> SampleColumns:
         """Samples one group. Raises RequestError for what this engine cannot do, EngineDeadError if it is gone."""
+
+    def stream_tokens(self, group: Group) -> AsyncGenerator[TokenDelta, None]:
+        """Samples a group of one sample, handing out its tokens as they come; the last item has a stop reason.
+
+        Raises as `sample_group`. Closing the iterator aborts the sample.
+        """
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, special tokens kept."""
+
+    async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
+        """Loads an adapter version beside those that are loaded.
+
+        Raises:
+            AdapterError: LoRA is off, its rank is too large, or a module of it is not in the model. Nothing is loaded.
+        """
+
+    async def drop_adapter(self, version: AdapterVersion) -> None:
+        """Frees an adapter version that no group uses."""
+
+    async def reset_prefix_cache(self) -> None:
+        """Forgets the keys and values of earlier prompts, where it keeps any."""
+
+    async def sleep(self, level: int) -> None:
+        """Frees the device's memory: 1 keeps the weights in host memory, 2 drops them. Nothing may be running.
+
+        Raises:
+            UnsupportedError: this engine, on this device, cannot.
+        """
+
+    async def wake_up(self, tags: Sequence[str] | None) -> None:
+        """Ends `sleep`. `tags` of "weights" and "kv_cache" wake these alone; None wakes everything."""
 
     async def check_health(self) -> None:
         """Raises EngineDeadError if it cannot sample any more."""
@@ -84,6 +127,7 @@ def columns_of_group(
         decoded=decoded,
         seed=np.array([NO_SEED if seed is None else seed for seed in seeds], np.int64),
         engine=[engine] * group.count,
+        adapter=["" if group.adapter is None else group.adapter.label] * group.count,
         scores={} if scores is None else {group.id: scores},
     )
 
@@ -167,6 +211,10 @@ class Finished:
     """Groups that failed by themselves; the others of the chunk go on."""
 
 
+SampleGroup: TypeAlias = Callable[[Group], Awaitable[SampleColumns]]
+"""`Engine.sample_group`, or what stands in front of it."""
+
+
 class ChunkRunner:
     """Runs chunks of groups on an engine and hands back what has finished, many groups at a time.
 
@@ -174,13 +222,13 @@ class ChunkRunner:
     of a chunk waits for nothing.
     """
 
-    def __init__(self, engine: Engine, flush_after_s: float = 0.05) -> None:
-        self._engine = engine
+    def __init__(self, sample_group: SampleGroup, flush_after_s: float = 0.05) -> None:
+        self._sample_group = sample_group
         self._flush_after_s = flush_after_s
         self._running: dict[Attempt, asyncio.Task[SampleColumns]] = {}
         self._aborted_early: dict[Attempt, None] = {}
 
-    async def run(self, groups: Sequence[Group]) -> AsyncIterator[Finished]:
+    async def run(self, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
         """Samples a chunk.
 
         Guarantees: every group is in one item, as samples or as a failure, unless it was aborted.
@@ -192,7 +240,7 @@ class ChunkRunner:
         wanted = [group for group in groups if group.attempt not in self._aborted_early]
         for group in groups:
             self._aborted_early.pop(group.attempt, None)
-        tasks = {asyncio.ensure_future(self._engine.sample_group(group)): group for group in wanted}
+        tasks = {asyncio.ensure_future(self._sample_group(group)): group for group in wanted}
         self._running.update({group.attempt: task for task, group in tasks.items()})
         running = set(tasks)
         try:

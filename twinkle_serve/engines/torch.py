@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
+from twinkle_serve.adapters import describe_adapter, not_in_model
+from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import EngineInfo, Group
-from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, StopReason
-from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.engines.base import columns_of_group, most_new_tokens, parse_engine_args, stop_cut
-from twinkle_serve.errors import EngineArgsError, EngineDeadError, EngineError, EngineStartError
-
-LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
+from twinkle_serve.data_format.samples import STOP_REASONS, FloatArray, PromptScores, SampleColumns, StopReason
+from twinkle_serve.engines.base import TokenDelta, columns_of_group, most_new_tokens, parse_engine_args
+from twinkle_serve.engines.torch_rows import LogprobsMode, Row, RowSampler, RowStopper
+from twinkle_serve.errors import (
+    AdapterError,
+    EngineArgsError,
+    EngineDeadError,
+    EngineError,
+    EngineStartError,
+    UnsupportedError,
+)
 
 
 class TorchArgs(BaseModel):
@@ -34,6 +43,9 @@ class TorchArgs(BaseModel):
     max_logprobs: PositiveInt = 20
     logprobs_mode: LogprobsMode = "raw_logprobs"
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    enable_lora: bool = True
+    """It costs nothing until an adapter is loaded."""
+    max_lora_rank: PositiveInt = 512
 
 
 def check_engine_args(engine_args: Mapping[str, Any]) -> TorchArgs:
@@ -41,27 +53,12 @@ def check_engine_args(engine_args: Mapping[str, Any]) -> TorchArgs:
     return parse_engine_args(TorchArgs, "torch", engine_args)
 
 
-@dataclass(slots=True)
-class _Row:
-    """One sample in the running batch."""
-
-    params: SamplingParams
-    most_tokens: int
-    generator: Any
-    """torch.Generator of this sample alone."""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[Any] = field(default_factory=list)
-    """Tensors of shape [1 + k]."""
-    logprob_tokens: list[Any] = field(default_factory=list)
-    stop_reason: StopReason | None = None
-    decoded: str | None = None
-    """Set where a stop string cut it."""
-
-
 @dataclass(slots=True, eq=False)
 class _Job:
     group: Group
     done: asyncio.Future[SampleColumns]
+    stream: asyncio.Queue[TokenDelta] | None = None
+    """Where its tokens go as they come, if somebody reads them."""
 
 
 class TorchEngine:
@@ -91,6 +88,12 @@ class TorchEngine:
         self._waiting: list[_Job] = []
         self._batch: list[_Job] = []
         self._arrived = asyncio.Event()
+        self._peft: Any = None
+        """peft's wrapper, from the first adapter on; it puts its layers into the model in place."""
+        self._active: str | None = None
+        """peft's name of the adapter of the running batch; None is the base model."""
+        self._between_tokens: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        """What is to be done to the model, by its own thread, while no token is being computed."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._loop: asyncio.Task[None] | None = None
 
@@ -117,7 +120,9 @@ class TorchEngine:
             logprobs_mode=self._args.logprobs_mode,
             device=self._device,
             cpus=self._cpus,
+            max_lora_rank=self._args.max_lora_rank if self._args.enable_lora else 0,
         )
+        self._events = asyncio.get_running_loop()
         self._loop = asyncio.create_task(self._run())
 
     def _load(self) -> None:
@@ -144,13 +149,42 @@ class TorchEngine:
         self._model.generation_config = GenerationConfig()
 
     async def sample_group(self, group: Group) -> SampleColumns:
+        # Cancelling this call cancels the future, which the batch sees at its next token.
+        return await self._submit(group).done
+
+    def _submit(self, group: Group, stream: asyncio.Queue[TokenDelta] | None = None) -> _Job:
         if self._loop is None or self._loop.done():
             raise EngineDeadError(f"{self._name}: the torch engine is not running.")
-        job = _Job(group, asyncio.get_running_loop().create_future())
+        job = _Job(group, asyncio.get_running_loop().create_future(), stream)
         self._waiting.append(job)
         self._arrived.set()
-        # Cancelling this call cancels the future, which the batch sees at its next token.
-        return await job.done
+        return job
+
+    async def stream_tokens(self, group: Group) -> AsyncGenerator[TokenDelta, None]:
+        arrived: asyncio.Queue[TokenDelta] = asyncio.Queue()
+        job = self._submit(group, arrived)
+        delta: asyncio.Future[TokenDelta] = asyncio.get_running_loop().create_future()
+        try:
+            while True:
+                delta = asyncio.ensure_future(arrived.get())
+                waited: set[asyncio.Future[Any]] = {delta, job.done}
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+                if not delta.done():
+                    delta.cancel()
+                    # Over without a token, or by an error.
+                    columns = await job.done
+                    yield TokenDelta(tokens=[], stop_reason=STOP_REASONS[int(columns.stop_reason[0])])
+                    return
+                yield delta.result()
+                if delta.result().stop_reason is not None:
+                    return
+        finally:
+            delta.cancel()
+            job.done.cancel()
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
+        return text
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -172,47 +206,64 @@ class TorchEngine:
                     job.done.set_result(result)
 
     def _next_batch(self) -> list[_Job]:
-        """The oldest jobs that fit side by side, at least one.
+        """The oldest jobs of the oldest one's adapter that fit side by side, at least one.
 
         Prompts are padded to the longest, and the batch runs for as many steps as its longest sample: together these
         must stay within the context.
         """
         self._waiting = [job for job in self._waiting if not job.done.done()]
+        batch: list[_Job] = []
         rows = width = steps = 0
-        for taken, job in enumerate(self._waiting):
+        for job in self._waiting:
+            if job.group.adapter != self._waiting[0].group.adapter:
+                continue
             rows += job.group.count
             width = max(width, len(job.group.prompt_ids))
             steps = max(steps, most_new_tokens(self.info, job.group))
-            if taken and (rows > self._args.max_num_seqs or width + steps > self.info.max_model_len):
+            if batch and (rows > self._args.max_num_seqs or width + steps > self.info.max_model_len):
                 break
-        else:
-            taken = len(self._waiting)
-        batch, self._waiting = self._waiting[:taken], self._waiting[taken:]
+            batch.append(job)
+        taken = set(map(id, batch))
+        self._waiting = [job for job in self._waiting if id(job) not in taken]
         return batch
 
     def _sample(self, batch: list[_Job]) -> list[SampleColumns]:
         """Runs in the engine's thread."""
         import torch
 
+        adapter = batch[0].group.adapter
         with torch.inference_mode():
-            rows = [[self._row(job.group, j) for j in range(job.group.count)] for job in batch]
+            self._activate(None if adapter is None else _peft_name(adapter))
+            rows = [[self._row(job, j) for j in range(job.group.count)] for job in batch]
             running = [(job, row) for job, part in zip(batch, rows, strict=True) for row in part if row.most_tokens]
             if running:
                 self._generate(running)
             return [self._columns(job.group, part) for job, part in zip(batch, rows, strict=True)]
 
-    def _row(self, group: Group, j: int) -> _Row:
+    def _row(self, job: _Job, j: int) -> Row:
         import torch
 
         generator = torch.Generator()
-        seed = group.seed_of(j)
+        seed = job.group.seed_of(j)
         if seed is None:
             generator.seed()
         else:
             generator.manual_seed(seed)
-        return _Row(group.params, most_new_tokens(self.info, group), generator)
 
-    def _generate(self, running: list[tuple[_Job, _Row]]) -> None:
+        def tell(token: int, reason: StopReason | None) -> None:
+            assert job.stream is not None
+            delta = TokenDelta(tokens=[token], stop_reason=reason)
+            self._events.call_soon_threadsafe(job.stream.put_nowait, delta)
+
+        return Row(
+            params=job.group.params,
+            most_tokens=most_new_tokens(self.info, job.group),
+            generator=generator,
+            aborted=job.done.done,
+            on_token=None if job.stream is None else tell,
+        )
+
+    def _generate(self, running: list[tuple[_Job, Row]]) -> None:
         import torch
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
@@ -223,7 +274,8 @@ class TorchEngine:
             prompt = torch.from_numpy(job.group.prompt_ids.astype(np.int64))
             ids[i, width - len(prompt) :] = prompt
             mask[i, width - len(prompt) :] = 1
-        sampler = _RowSampler([row for _, row in running], mask, self._args.logprobs_mode)
+        rows = [row for _, row in running]
+        sampler = RowSampler(rows, mask, self._args.logprobs_mode)
         self._model.generate(
             ids.to(self._device),
             attention_mask=mask.to(self._device),
@@ -233,10 +285,12 @@ class TorchEngine:
                 pad_token_id=0,
             ),
             logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([_RowStopper(running, self._eos, self._tokenizer)]),
+            stopping_criteria=StoppingCriteriaList(
+                [RowStopper(rows, self._eos, self._tokenizer, self._run_between_tokens)]
+            ),
         )
 
-    def _columns(self, group: Group, rows: list[_Row]) -> SampleColumns:
+    def _columns(self, group: Group, rows: list[Row]) -> SampleColumns:
         import torch
 
         params = group.params
@@ -274,6 +328,93 @@ class TorchEngine:
         tokens = torch.cat([torch.full((1, k), -1), top.indices.cpu()]).numpy().astype(np.int32)
         return PromptScores(logprobs=values[:, 0], top_tokens=tokens, top_logprobs=values[:, 1:])
 
+    # -- adapters --------------------------------------------------------------------------------
+
+    async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
+        await self._to_model(lambda: self._load_adapter(version, files))
+
+    async def drop_adapter(self, version: AdapterVersion) -> None:
+        await self._to_model(lambda: self._drop_adapter(_peft_name(version)))
+
+    def _drop_adapter(self, name: str) -> None:
+        if self._active == name:
+            self._activate(None)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that another one becomes active
+            self._peft.delete_adapter(name)
+
+    async def _to_model(self, change: Callable[[], None]) -> None:
+        """Has the model's thread make a change: between two tokens of a running batch, or at once where none runs."""
+        done = asyncio.get_running_loop().create_future()
+
+        def settle(error: Exception | None) -> None:
+            if not done.done():
+                done.set_exception(error) if error else done.set_result(None)
+
+        def run() -> None:
+            import torch
+
+            error: Exception | None = None
+            try:
+                with torch.inference_mode(False):  # a tensor made in that mode could not be changed outside of it
+                    change()
+            except Exception as failure:
+                error = failure
+            self._events.call_soon_threadsafe(settle, error)
+
+        self._between_tokens.put(run)
+        self._thread.submit(self._run_between_tokens)
+        await done
+
+    def _run_between_tokens(self) -> None:
+        while not self._between_tokens.empty():
+            self._between_tokens.get()()
+
+    def _load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
+        import safetensors.torch
+        from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+        adapter = describe_adapter(files)
+        # The modules as the tensors name them: the config's own list may mean more or fewer.
+        names = {name.replace(".base_layer", "") for name, _ in self._model.named_modules()}
+        if left_out := adapter.modules - names:
+            raise not_in_model(left_out)
+        known = {key: adapter.config[key] for key in PEFT_KEYS if adapter.config.get(key) is not None}
+        config = LoraConfig(target_modules=sorted(adapter.modules), inference_mode=True, **known)
+        name = _peft_name(version)
+        try:
+            if self._peft is None:
+                self._peft = get_peft_model(self._model, config, adapter_name=name)
+            else:
+                self._peft.add_adapter(name, config)
+            result = set_peft_model_state_dict(self._peft, safetensors.torch.load(files.weights), adapter_name=name)
+        except (ValueError, TypeError, RuntimeError, KeyError) as error:
+            raise AdapterError(f"peft refuses adapter {version.name!r}: {error}") from error
+        finally:
+            self._activate(self._active)  # peft makes a new adapter the active one
+        if result.unexpected_keys:
+            self._peft.delete_adapter(name)
+            raise not_in_model(set(result.unexpected_keys))
+
+    def _activate(self, name: str | None) -> None:
+        """Makes an adapter, or the base model, the one that the model computes with."""
+        self._active = name
+        if self._peft is None:
+            return
+        if name is None:
+            self._peft.base_model.disable_adapter_layers()
+        else:
+            self._peft.base_model.enable_adapter_layers()
+            self._peft.set_adapter(name, inference_mode=True)
+
+    async def reset_prefix_cache(self) -> None:
+        """There is none: every batch computes its prompts anew."""
+
+    async def sleep(self, level: int) -> None:
+        raise UnsupportedError("the torch engine does not sleep. Use engine: vllm on a GPU.")
+
+    async def wake_up(self, tags: Sequence[str] | None) -> None:
+        raise UnsupportedError("the torch engine does not sleep. Use engine: vllm on a GPU.")
+
     async def check_health(self) -> None:
         if self._loop is None or self._loop.done():
             raise EngineDeadError(f"{self._name}: the torch engine is not running.")
@@ -287,97 +428,9 @@ class TorchEngine:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-class _RowSampler:
-    """A logits processor that samples each row by its own parameters and its own random stream.
-
-    It hands generate logits with one finite entry a row. Order of the steps as in vLLM: repetition penalty,
-    temperature, top-k, top-p.
-    """
-
-    def __init__(self, rows: list[_Row], prompt_mask: Any, logprobs_mode: LogprobsMode) -> None:
-        self._rows = rows
-        self._prompt_mask = prompt_mask
-        self._logprobs_mode = logprobs_mode
-
-    def __call__(self, input_ids: Any, logits: Any) -> Any:
-        import torch
-
-        logits = logits.float().cpu()
-        ids = input_ids.cpu()
-        forced = torch.full_like(logits, float("-inf"))
-        for i, row in enumerate(self._rows):
-            if row.stop_reason is not None:
-                forced[i, 0] = 0.0
-                continue
-            token = self._sample(row, ids[i], logits[i], self._prompt_mask[i])
-            forced[i, token] = 0.0
-        return forced.to(input_ids.device)
-
-    def _sample(self, row: _Row, ids: Any, logits: Any, prompt_mask: Any) -> int:
-        import torch
-
-        params = row.params
-        raw = logits
-        if params.repetition_penalty != 1.0:
-            width = len(prompt_mask)
-            seen = torch.cat([ids[:width][prompt_mask.bool()], ids[width:]]).unique()
-            values = logits[seen]
-            penalised = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-            logits = logits.index_copy(0, seen, penalised)
-        if not params.greedy:
-            logits = _truncated(logits / params.temperature, params.top_k, params.top_p)
-        if params.greedy:
-            token = int(logits.argmax())
-        else:
-            # The exponential race: argmax of p / Exp(1) is a draw from p.
-            noise = torch.empty_like(logits).exponential_(generator=row.generator)
-            token = int((logits.softmax(-1) / noise).argmax())
-        row.tokens.append(token)
-        if params.logprobs is not None:
-            source = raw if self._logprobs_mode == "raw_logprobs" else logits
-            logprobs = source.log_softmax(-1)
-            top = logprobs.topk(params.logprobs)
-            row.logprobs.append(torch.cat([logprobs[token : token + 1], top.values]))
-            row.logprob_tokens.append(torch.cat([torch.tensor([token]), top.indices]))
-        return token
+PEFT_KEYS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+"""What of a LoraConfig has a part in computing with it."""
 
 
-def _truncated(logits: Any, top_k: int, top_p: float) -> Any:
-    """Logits outside the k likeliest, and outside the smallest set that reaches top_p, at −inf. Shape [V]."""
-    if 0 < top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.index_fill(0, order[before >= top_p], float("-inf"))
-    return logits
-
-
-class _RowStopper:
-    """A stopping criterion that says for each row whether it is done, and records why."""
-
-    def __init__(self, running: list[tuple[_Job, _Row]], eos: set[int], tokenizer: Any) -> None:
-        self._running = running
-        self._eos = eos
-        self._tokenizer = tokenizer
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        import torch
-
-        for job, row in self._running:
-            if row.stop_reason is None:
-                row.stop_reason = "abort" if job.done.done() else self._reason(row)
-        done = [row.stop_reason is not None for _, row in self._running]
-        return torch.tensor(done, device=input_ids.device)
-
-    def _reason(self, row: _Row) -> StopReason | None:
-        params = row.params
-        last = row.tokens[-1]
-        if last in params.stop_token_ids or (last in self._eos and not params.ignore_eos):
-            return "stop"
-        if params.stop_strings:
-            text = self._tokenizer.decode(row.tokens, skip_special_tokens=False)
-            if (end := stop_cut(text, params.stop_strings)) is not None:
-                row.decoded = text[:end]
-                return "stop"
-        return "length" if len(row.tokens) >= row.most_tokens else None
+def _peft_name(version: AdapterVersion) -> str:
+    return f"v{version.id}"

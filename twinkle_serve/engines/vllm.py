@@ -9,22 +9,28 @@ import functools
 import importlib.util
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from twinkle_serve.adapters import not_in_model
+from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, StopReason
-from twinkle_serve.engines.base import columns_of_group, most_new_tokens, stop_cut
+from twinkle_serve.engines.base import TokenDelta, columns_of_group, most_new_tokens, stop_cut
+from twinkle_serve.engines.tmpfs import AdapterDirectory
 from twinkle_serve.errors import (
+    AdapterError,
     EngineArgsError,
     EngineDeadError,
     EngineError,
     EngineStartError,
     SamplingParamsError,
+    UnsupportedError,
     unknown_name,
 )
 
@@ -37,6 +43,8 @@ OURS = {
     "distributed_executor_backend": "device_mesh",
     "trust_remote_code": "trust_remote_code of args",
     "seed": "the seed of each request's sampling parameters",
+    "worker_extension_cls": "Twinkle Serve, which has one of its own",
+    "lora_modules": "adapters of args",
 }
 """Engine arguments that something else decides."""
 
@@ -90,6 +98,47 @@ def cpu_defaults(engine_args: Mapping[str, Any], devices_on_node: int) -> dict[s
     }
 
 
+class AdapterSlots:
+    """Holds back groups of more adapters than may run at the same time, first come, first served.
+
+    On CPU vLLM has one slot more than it may fill (`WorkerExtension.keep_last_slot_empty`), and its scheduler does not
+    know.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._running: Counter[int] = Counter()
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @contextlib.asynccontextmanager
+    async def holding(self, adapter: AdapterVersion | None) -> AsyncGenerator[None, None]:
+        """Waits for a slot. The base model needs none."""
+        if adapter is None:
+            yield
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((adapter.id, turn))
+        self._admit()
+        try:
+            await turn
+            yield
+        finally:
+            if turn.done() and not turn.cancelled():
+                self._running[adapter.id] -= 1
+                self._running += Counter()  # forgets those that nothing runs of
+            self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting:
+            adapter_id, turn = self._waiting[0]
+            if not turn.cancelled():
+                if adapter_id not in self._running and len(self._running) >= self._slots:
+                    return
+                self._running[adapter_id] += 1
+                turn.set_result(None)
+            self._waiting.popleft()
+
+
 class VLLMEngine:
     """One AsyncLLM. See `Engine` for what is guaranteed."""
 
@@ -127,6 +176,10 @@ class VLLMEngine:
         self._trust_remote_code = trust_remote_code
         self._llm: Any = None
         self._request_ids = itertools.count()
+        self._files: AdapterDirectory | None = None
+        self._lora_requests: dict[int, Any] = {}
+        """vLLM's name of each adapter version, by its id."""
+        self._slots: AdapterSlots | None = None
 
     async def start(self) -> None:
         check_engine_args(self._given_args)
@@ -137,6 +190,13 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         await asyncio.to_thread(self._start)
         config = self._llm.vllm_config
+        lora = config.lora_config
+        if lora is not None:
+            self._files = AdapterDirectory()
+            await self._llm.collective_rpc("take_lora_off_the_head")
+            if self._device == "cpu":
+                await self._llm.collective_rpc("keep_last_slot_empty")
+                self._slots = AdapterSlots(lora.max_loras - 1)
         vocab_size = config.model_config.get_vocab_size()
         self.info = EngineInfo(
             name=self._name,
@@ -149,6 +209,7 @@ class VLLMEngine:
             logprobs_mode=config.model_config.logprobs_mode,
             device=self._device,
             cpus=tuple(sorted({core for cores in self._cpus for core in cores})),
+            max_lora_rank=0 if lora is None else lora.max_lora_rank,
         )
         self._tokenizer = self._llm.get_tokenizer()
 
@@ -159,7 +220,10 @@ class VLLMEngine:
         args = dict(self._given_args)
         if self._device == "cpu":
             args = cpu_defaults(args, self._devices_on_node)
+            if args.get("enable_lora"):
+                args["max_loras"] = args.get("max_loras", 1) + 1  # see AdapterSlots
         args.setdefault("disable_log_stats", True)
+        args["worker_extension_cls"] = "twinkle_serve.engines.vllm_worker.WorkerExtension"
         try:
             vllm_args = AsyncEngineArgs(
                 model=self._model,
@@ -188,27 +252,43 @@ class VLLMEngine:
         except Exception as error:
             raise EngineStartError(f"{self._name}: vLLM did not start on {self._model!r}: {error}") from error
 
-    async def sample_group(self, group: Group) -> SampleColumns:
+    async def _outputs(self, group: Group, *, as_they_come: bool) -> AsyncGenerator[Any, None]:
+        """vLLM's outputs of a group: the last one, whole, or one a step with what is new.
+
+        Raises:
+            AdapterError, SamplingParamsError, EngineDeadError, EngineError
+        """
         from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
 
-        params = group.params
         # The parts of a split group, and its later attempts, share its id; vLLM's request ids must differ.
         request_id = f"{group.id}-{next(self._request_ids)}"
-        output: Any = None
+        lora_request = None if group.adapter is None else self._lora_requests.get(group.adapter.id)
+        if group.adapter is not None and lora_request is None:
+            raise AdapterError(f"{self._name} has no adapter {group.adapter.label}.")
         try:
-            sampling_params = self._sampling_params(group)
-            stream = self._llm.generate(tokens_input(group.prompt_ids.tolist()), sampling_params, request_id)
-            async with contextlib.aclosing(stream):
-                async for latest in stream:
-                    output = latest
+            slot = contextlib.nullcontext() if self._slots is None else self._slots.holding(group.adapter)
+            async with slot:
+                prompt = tokens_input(group.prompt_ids.tolist())
+                params = self._sampling_params(group, as_they_come=as_they_come)
+                stream = self._llm.generate(prompt, params, request_id, lora_request=lora_request)
+                async with contextlib.aclosing(stream):
+                    async for output in stream:
+                        yield output
         except VLLMEngineDeadError as error:
             raise EngineDeadError(f"{self._name}: vLLM's engine process died. It is being restarted.") from error
         except (VLLMClientError, ValueError, TypeError) as error:
             raise SamplingParamsError(f"vLLM refuses the request: {error}") from error
         except Exception as error:
             raise EngineError(f"{self._name}: vLLM failed on a request: {error.__cause__ or error}") from error
+
+    async def sample_group(self, group: Group) -> SampleColumns:
+        params = group.params
+        output: Any = None
+        async with contextlib.aclosing(self._outputs(group, as_they_come=False)) as outputs:
+            async for latest in outputs:
+                output = latest
 
         # vLLM refuses n greedy samples of a prompt; they are n times the same.
         samples = output.outputs * group.count if params.greedy else output.outputs
@@ -240,7 +320,22 @@ class VLLMEngine:
         logprobs, logprob_tokens = _sample_logprobs([sample.logprobs for sample in samples], params.logprobs)
         return columns_of_group(group, self._name, tokens, decoded, reasons, logprobs, logprob_tokens, scores)
 
-    def _sampling_params(self, group: Group) -> Any:
+    async def stream_tokens(self, group: Group) -> AsyncGenerator[TokenDelta, None]:
+        async with contextlib.aclosing(self._outputs(group, as_they_come=True)) as outputs:
+            async for output in outputs:
+                sample = output.outputs[0]
+                if sample.finish_reason not in (None, "stop", "length"):
+                    raise EngineError(f"{self._name}: vLLM ended a sample with {sample.finish_reason!r}.")
+                if group.params.max_tokens != 0:
+                    yield TokenDelta(tokens=list(sample.token_ids), stop_reason=sample.finish_reason)
+                elif sample.finish_reason is not None:  # the token that vLLM samples nevertheless
+                    yield TokenDelta(tokens=[], stop_reason="length")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
+        return text
+
+    def _sampling_params(self, group: Group, *, as_they_come: bool) -> Any:
         from vllm.sampling_params import RequestOutputKind
         from vllm.sampling_params import SamplingParams as VLLMSamplingParams
 
@@ -263,8 +358,61 @@ class VLLMEngine:
             flat_logprobs=True,
             detokenize=bool(params.stop_strings),
             skip_special_tokens=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.DELTA if as_they_come else RequestOutputKind.FINAL_ONLY,
         )
+
+    async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
+        from vllm.lora.request import LoRARequest
+        from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
+
+        assert self._files is not None, "LoRA is off"
+        try:
+            path = await asyncio.to_thread(self._files.put, version, files)
+            # The prefix cache and the worker tell adapters apart by name, path and id: each version has its own.
+            request = LoRARequest(f"{version.label}#{version.id}", version.id, str(path))
+            # One call: between two, another adapter may push this one out of the worker's memory.
+            left_out = await self._llm.collective_rpc(
+                "add_adapter", args=(request.lora_name, request.lora_int_id, request.lora_path)
+            )
+            if missing := set.intersection(*map(set, left_out)):
+                await self._llm.remove_lora(version.id)
+                raise not_in_model(missing)
+        except BaseException as error:
+            self._files.drop(version)
+            if isinstance(error, VLLMEngineDeadError):
+                raise EngineDeadError(f"{self._name}: vLLM's engine process died. It is being restarted.") from error
+            if isinstance(error, OSError):
+                size_bytes = len(files.config) + len(files.weights)
+                raise AdapterError(
+                    f"adapter {version.name!r} of {size_bytes} bytes cannot be written to {self._files.root}: {error}. "
+                    "Make room there: with docker, --shm-size."
+                ) from error
+            if isinstance(error, Exception) and not isinstance(error, AdapterError):
+                raise AdapterError(f"vLLM refuses adapter {version.name!r}: {error}") from error
+            raise
+        self._lora_requests[version.id] = request
+
+    async def drop_adapter(self, version: AdapterVersion) -> None:
+        assert self._files is not None, "LoRA is off"
+        if self._lora_requests.pop(version.id, None) is not None:
+            await self._llm.remove_lora(version.id)
+            self._files.drop(version)
+
+    async def reset_prefix_cache(self) -> None:
+        if not await self._llm.reset_prefix_cache():
+            raise EngineError(f"{self._name}: vLLM did not reset its prefix cache: its blocks are in use. Try again.")
+
+    async def sleep(self, level: int) -> None:
+        if self._device == "cpu":
+            raise UnsupportedError(f"{self._name} runs on cpu, where sleep frees nothing. Leave it out.")
+        if not self._llm.vllm_config.model_config.enable_sleep_mode:
+            raise UnsupportedError("sleep needs engine_args.enable_sleep_mode: true. Start the service with it.")
+        await self._llm.sleep(level)
+
+    async def wake_up(self, tags: Sequence[str] | None) -> None:
+        if self._device == "cpu":
+            raise UnsupportedError(f"{self._name} runs on cpu, where nothing sleeps. Leave wake_up out.")
+        await self._llm.wake_up(None if tags is None else list(tags))
 
     async def check_health(self) -> None:
         if self._llm is None or self._llm.errored:
@@ -273,7 +421,13 @@ class VLLMEngine:
     async def stop(self) -> None:
         llm, self._llm = self._llm, None
         if llm is not None:
-            await asyncio.to_thread(llm.shutdown)
+            try:
+                await asyncio.to_thread(llm.shutdown)
+            except RuntimeError:  # the interpreter is exiting, and starts no threads any more
+                llm.shutdown()
+        if self._files is not None:
+            self._files.close()
+            self._files = None
 
 
 def _sample_logprobs(flat: Sequence[Any], k: int | None) -> tuple[FloatArray | None, NDArray[np.int32] | None]:

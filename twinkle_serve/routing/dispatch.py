@@ -63,6 +63,13 @@ class Dispatcher:
         else:
             self._waiting.extend(groups)
 
+    def place(self, group: Group) -> str:
+        """Puts a group onto the least loaded engine at once, past the queue; there must be one. Returns its name."""
+        name = self._least_loaded()
+        self._engines[name].groups[group.key] = group
+        self._engines[name].sequences += group.count
+        return name
+
     def finish(self, name: str, keys: Iterable[GroupKey]) -> list[Group]:
         """An engine is done with groups, whatever came of them. Returns those that it had, passing over the others."""
         load = self._engines.get(name)
@@ -80,6 +87,11 @@ class Dispatcher:
             for name, load in self._engines.items()
         }
         return {name: groups for name, groups in held.items() if groups}
+
+    def withdraw_waiting(self) -> list[Group]:
+        """Takes all groups that no engine has out of the queue."""
+        waiting, self._waiting = list(self._waiting), deque()
+        return waiting
 
     def assign(self) -> dict[str, list[Group]]:
         """Groups to send now, by engine. They count as the engine's until `finish`."""

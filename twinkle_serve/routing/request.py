@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
+from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Group
+from twinkle_serve.data_format.messages import MessageParser
 from twinkle_serve.data_format.response import SampleResponse
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.sampling_params import SamplingParams
@@ -20,7 +22,7 @@ class ResponseHeader:
     """What all parts of a response share."""
 
     logprobs_mode: str
-    special_tokens: tuple[str, ...]
+    parser: MessageParser
 
 
 class Request:
@@ -30,13 +32,19 @@ class Request:
     """
 
     def __init__(
-        self, first_id: int, prompts: Sequence[Prompt], params: SamplingParams, header: ResponseHeader
+        self,
+        first_id: int,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        header: ResponseHeader,
+        adapter: AdapterVersion | None = None,
     ) -> None:
         self.ids = range(first_id, first_id + len(prompts))
         """Group id of each prompt."""
         self._prompts = prompts
         self._params = params
         self._header = header
+        self._adapter = adapter
         self._missing = dict.fromkeys(self.ids, params.num_samples)
         """Samples still to come, by group id."""
         self._arrived: asyncio.Queue[tuple[SampleColumns, list[int]] | TwinkleServeError] = asyncio.Queue()
@@ -50,9 +58,10 @@ class Request:
                 prompt_ids=prompt.ids,
                 params=self._params,
                 count=self._params.num_samples,
-                seed=None if seed is None else prompt_seed(seed, index),
+                seed=None if seed is None else prompt_seed(seed, prompt.index),
+                adapter=self._adapter,
             )
-            for index, (group_id, prompt) in enumerate(zip(self.ids, self._prompts, strict=True))
+            for group_id, prompt in zip(self.ids, self._prompts, strict=True)
         ]
 
     @property
@@ -77,7 +86,7 @@ class Request:
         """Ends the request with an error."""
         self._arrived.put_nowait(error)
 
-    async def arrivals(self) -> AsyncIterator[tuple[SampleColumns, list[int]]]:
+    async def arrivals(self) -> AsyncGenerator[tuple[SampleColumns, list[int]], None]:
         """Samples as they come, with the ids of the groups that they complete; ends with the last sample."""
         left = self.samples_wanted
         while left:
@@ -92,7 +101,7 @@ class Request:
         parts = [columns async for columns, _ in self.arrivals()]
         return self._respond(parts, self.ids)
 
-    async def prompts_as_they_finish(self) -> AsyncIterator[SampleResponse]:
+    async def prompts_as_they_finish(self) -> AsyncGenerator[SampleResponse, None]:
         """Responses over the prompts that have just become complete, one or more each."""
         pending: list[SampleColumns] = []
         async for columns, complete in self.arrivals():
@@ -111,6 +120,7 @@ class Request:
             prompts=[prompt.ids for prompt in prompts],
             inputs=[prompt.source for prompt in prompts],
             logprobs_mode=self._header.logprobs_mode,
-            special_tokens=self._header.special_tokens,
-            prompt_indices=tuple(group_id - self.ids.start for group_id in order),
+            parser=self._header.parser,
+            turns=tuple(prompt.turn for prompt in prompts),
+            prompt_indices=tuple(prompt.index for prompt in prompts),
         )

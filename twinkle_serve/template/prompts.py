@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from twinkle_serve.data_format.messages import Turn, checksum
+from twinkle_serve.data_format.response import IGNORED_LABEL
 from twinkle_serve.errors import PromptError, unknown_name
 from twinkle_serve.template.template import Template
 
@@ -24,13 +26,24 @@ class Prompt:
     """Shape [P]."""
     source: dict[str, Any]
     """The input that it was made from."""
+    index: int = 0
+    """Index of that input in the call: inputs that `truncation_strategy="delete"` leaves out are not here."""
+    turn: Turn = field(default_factory=Turn)
+    """What it holds of the turn to be sampled, and of those before."""
 
 
-def encode_inputs(inputs: Any, template: Template) -> list[Prompt]:
-    """Each input as a prompt, in order. One dict is one input.
+def encode_inputs(inputs: Any, template: Template, generation_prompt: bool = True) -> list[Prompt]:
+    """Each input as a prompt, in order; those too long are left out if the template says so. One dict is one input.
+
+    An InputFeature's `input_ids` are its prompt. If it came out of `new_input_feature` and has gained messages since,
+    what the chat template makes of those comes after them.
+
+    Args:
+        generation_prompt: messages end where the assistant's turn begins. False: with the last message.
 
     Raises:
-        PromptError: no input, inputs of several kinds, or one that is no Trajectory and no InputFeature.
+        PromptError: no input, inputs of several kinds, one that is no Trajectory and no InputFeature, one that is too
+            long, or none left.
     """
     if isinstance(inputs, Mapping):
         inputs = [inputs]
@@ -49,7 +62,17 @@ def encode_inputs(inputs: Any, template: Template) -> list[Prompt]:
             "Send each kind in a call of its own."
         )
     encode = _from_messages if kinds[0] == "messages" else _from_ids
-    return [encode(item, f"inputs[{i}]", template) for i, item in enumerate(inputs)]
+    made = [
+        _fit(replace(encode(item, f"inputs[{i}]", template, generation_prompt), index=i), template)
+        for i, item in enumerate(inputs)
+    ]
+    prompts = [prompt for prompt in made if prompt is not None]
+    if not prompts:
+        raise PromptError(
+            f"each of the {len(inputs)} inputs is longer than max_length={template.max_length}, and "
+            'truncation_strategy="delete" leaves them out. Raise max_length.'
+        )
+    return prompts
 
 
 def _kind(item: Any, i: int) -> str:
@@ -79,18 +102,20 @@ def _refuse_pixels(item: Mapping[str, Any], where: str) -> None:
             raise PromptError(f"{where}.{key}: this service samples from text alone. Leave it out.")
 
 
-def _from_messages(item: Mapping[str, Any], where: str, template: Template) -> Prompt:
+def _tools(item: Mapping[str, Any], where: str) -> list[Any] | None:
+    tools = item.get("tools")
+    if tools is not None and (isinstance(tools, (str, bytes)) or not isinstance(tools, Sequence)):
+        raise PromptError(f"{where}.tools must be a list, got {tools!r}.")
+    return list(tools) if tools else None
+
+
+def _from_messages(item: Mapping[str, Any], where: str, template: Template, generation_prompt: bool) -> Prompt:
     for key in item:
         if key not in TRAJECTORY_KEYS:
             raise PromptError(f"{where}: {unknown_name('key of a Trajectory', key, TRAJECTORY_KEYS)}.")
     _refuse_pixels(item, where)
-    messages = item["messages"]
-    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
-        raise PromptError(f"{where}.messages must be a list of at least one message, got {messages!r}.")
-    for j, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise PromptError(f"{where}.messages[{j}] must be a dict with a role, got {message!r}.")
-    return Prompt(template.encode(list(messages), item.get("tools") or None, where), dict(item))
+    ids = template.encode(item["messages"], _tools(item, where), where, generation_prompt)
+    return Prompt(ids, dict(item), turn=Turn(opening=template.opening(ids)))
 
 
 def _array(value: Any, where: str) -> NDArray[Any]:
@@ -100,7 +125,7 @@ def _array(value: Any, where: str) -> NDArray[Any]:
         raise PromptError(f"{where} is no array of numbers: {error}") from None
 
 
-def _from_ids(item: Mapping[str, Any], where: str, template: Template) -> Prompt:
+def _from_ids(item: Mapping[str, Any], where: str, template: Template, generation_prompt: bool) -> Prompt:
     _refuse_pixels(item, where)
     ids = _array(item["input_ids"], f"{where}.input_ids")
     if ids.size and ids.dtype.kind not in "iu":
@@ -119,4 +144,88 @@ def _from_ids(item: Mapping[str, Any], where: str, template: Template) -> Prompt
     if ids.size and (ids.max() > np.iinfo(np.int32).max or ids.min() < 0):
         bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
         raise PromptError(f"{where}.input_ids holds {bad}, which is no token id.")
-    return Prompt(ids.astype(np.int32), dict(item))
+    ids = ids.astype(np.int32)
+    labels = _labels(item, ids, where)
+    start, following = _continued(item, ids, where, template, generation_prompt)
+    whole = np.concatenate([ids, following])
+    if labels is not None:
+        labels = np.concatenate([labels, np.full(len(following), IGNORED_LABEL, np.int64)])
+    # The unfinished message's own opening is what came before its first token.
+    opening = template.opening(whole if start is None else ids[:start])
+    said = "" if start is None else template.decode(ids[start:])
+    return Prompt(whole, dict(item), turn=Turn(opening=opening + said, resumed_at=start, labels=labels))
+
+
+def _labels(item: Mapping[str, Any], ids: NDArray[np.int32], where: str) -> NDArray[np.int64] | None:
+    """The input's labels, which are rolled left by one, at the places of their tokens. None if all are ignored."""
+    if item.get("labels") is None:
+        return None
+    rolled = _array(item["labels"], f"{where}.labels")
+    if rolled.shape != ids.shape or (rolled.size and rolled.dtype.kind not in "iu"):
+        raise PromptError(
+            f"{where}.labels has shape {rolled.shape} and type {rolled.dtype}, input_ids {ids.shape}. Give a whole "
+            "number for each token, or leave it out."
+        )
+    # No token comes before the first, so nothing predicts it.
+    labels = np.concatenate([[IGNORED_LABEL], rolled[:-1]]).astype(np.int64)[: len(ids)]
+    return None if (labels == IGNORED_LABEL).all() else labels
+
+
+def _continued(
+    item: Mapping[str, Any], ids: NDArray[np.int32], where: str, template: Template, generation_prompt: bool
+) -> tuple[int | None, NDArray[np.int32]]:
+    """(where the message begins that the sample finishes, or None for a new one; the ids that come after `ids`)."""
+    none = np.empty(0, np.int32)
+    encoded = item.get("encoded")
+    if encoded is None or "messages" not in item:
+        return None, none
+    try:
+        length, sums, start = encoded["ids"], list(encoded["messages"]), int(encoded["assistant_start"])
+    except (TypeError, KeyError, ValueError, OverflowError):
+        raise PromptError(f"{where}.encoded is not what new_input_feature wrote: {encoded!r}. Leave it out.") from None
+    if length != len(ids):
+        return None, none
+    messages = item["messages"]
+    anew = 'Hand in {"messages": …} alone to have them encoded anew.'
+    if not isinstance(messages, Sequence) or len(messages) < len(sums):
+        count = len(messages) if isinstance(messages, Sequence) else messages
+        raise PromptError(f"{where} has {count} messages, its input_ids hold {len(sums)}. {anew}")
+    for j, (message, known) in enumerate(zip(messages, sums, strict=False)):
+        if not isinstance(message, Mapping) or checksum(message) != known:
+            raise PromptError(f"{where}.messages[{j}] is not what its input_ids hold. {anew}")
+    sampled = 0 <= start < len(ids)
+    if len(messages) == len(sums):
+        return (start if sampled else None), none
+    if not sampled or messages[len(sums) - 1].get("role") != "assistant":
+        raise PromptError(f"{where}: its input_ids end with no sampled message for others to follow. {anew}")
+    return None, template.encode_after(ids, messages, len(sums), _tools(item, where), where, generation_prompt)
+
+
+def _fit(prompt: Prompt, template: Template) -> Prompt | None:
+    """The prompt in at most `max_length` tokens; None if it is left out.
+
+    Raises:
+        PromptError: it is longer, and is not to be cut.
+    """
+    most, length = template.max_length, len(prompt.ids)
+    if most is None or length <= most:
+        return prompt
+    if template.truncation_strategy == "delete":
+        return None
+    if template.truncation_strategy == "raise":
+        raise PromptError(
+            f"inputs[{prompt.index}] has {length} tokens, max_length is {most}. Shorten it, raise max_length, or set "
+            "truncation_strategy to left, right or delete."
+        )
+    left = template.truncation_strategy == "left"
+    kept = slice(length - most, length) if left else slice(0, most)
+    turn, start = prompt.turn, prompt.turn.resumed_at
+    return replace(
+        prompt,
+        ids=prompt.ids[kept],
+        turn=replace(
+            turn,
+            labels=None if turn.labels is None else turn.labels[kept],
+            resumed_at=None if start is None else min(max(start - kept.start, 0), most),
+        ),
+    )

@@ -1,0 +1,42 @@
+"""Samplers under test: each engine, in this process and as a service with dp_size 2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.integration.conftest import deploy
+from twinkle_serve.config import ServiceArgs
+from twinkle_serve.engines import EngineKind
+from twinkle_serve.sampler import RunningSampler
+from twinkle_serve.sampler.local import LocalBackend
+
+ENGINE_ARGS: dict[EngineKind, dict[str, Any]] = {
+    "vllm": {
+        "dtype": "float32",
+        "max_model_len": 256,
+        "max_num_seqs": 64,
+        "kv_cache_memory_bytes": 2**27,
+        "enable_lora": True,
+        "max_loras": 2,
+        "max_lora_rank": 16,
+    },
+    "torch": {"dtype": "float32", "max_model_len": 256, "max_lora_rank": 16},
+    "fake": {"max_model_len": 256},
+}
+KINDS: dict[str, EngineKind] = {
+    "fake": "fake",
+    "torch": "torch",
+    "vllm": "vllm",
+    "fake-service": "fake",
+    "torch-service": "torch",
+    "vllm-service": "vllm",
+}
+
+
+def make_sampler(which: str) -> RunningSampler:
+    engine = KINDS[which]
+    args: dict[str, Any] = {"engine": engine, "engine_args": ENGINE_ARGS[engine]}
+    if which.endswith("service"):
+        return deploy(which, device_mesh={"dp_size": 2}, **args)
+    mesh = {"device_type": "cpu"}
+    return RunningSampler(LocalBackend(ServiceArgs.model_validate({"model_id": "demo", "device_mesh": mesh, **args})))

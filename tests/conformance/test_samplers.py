@@ -1,0 +1,376 @@
+"""What every sampler guarantees: vllm, torch and fake, in this process and as a service with dp_size 2."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.lora import random_adapter, save_adapter
+from twinkle_serve import SampleResponse, SamplingParams, Template
+from twinkle_serve.errors import (
+    AdapterError,
+    DeadlineError,
+    PromptError,
+    RequestError,
+    SamplingParamsError,
+    TemplateError,
+    TwinkleServeError,
+    UnsupportedError,
+)
+from twinkle_serve.sampler import RunningSampler
+
+QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{b}="}]} for a, b in ((12, 34), (345, 67), (999, 1))]
+GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two adapters in directories."""
+    directory = tmp_path_factory.mktemp("adapters")
+    return [save_adapter(directory / str(seed), seed=seed, scale=0.6) for seed in (1, 2)]
+
+
+_names = (f"lora{i}" for i in itertools.count())
+
+
+@pytest.fixture
+def name() -> str:
+    """A name that no other test has used."""
+    return next(_names)
+
+
+def tokens(response: SampleResponse) -> list[list[int]]:
+    return [sequence.tokens for sequence in response.sequences]
+
+
+def test_sampler_answers_flat_and_prompt_by_prompt(sampler: RunningSampler) -> None:
+    """Both generations of the API from one response: p0s0, p0s1, p1s0, …, and one response a prompt."""
+    response = sampler.sample(QUESTIONS, SamplingParams(max_tokens=6), num_samples=3)
+    assert [sequence.prompt_index for sequence in response.sequences] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert len(response) == 3
+    for i, part in enumerate(response):
+        assert tokens(part) == tokens(response)[3 * i : 3 * i + 3]
+        assert part.prompt_token_ids == part.sequences[0].new_input_feature["input_ids"][: len(part.prompt_token_ids)]
+    assert all([lp[0][0] for lp in seq.logprobs or []] == seq.tokens for seq in response.sequences)
+
+
+def test_sampler_takes_parameters_in_either_place(sampler: RunningSampler) -> None:
+    """num_samples and logprobs inside sampling_params, as a dict with upstream's aliases, or as arguments."""
+    inside = sampler.sample(QUESTIONS[:1], {"max_new_tokens": 4, "num_samples": 2, "logprobs": 3, "seed": 7})
+    outside = sampler.sample(QUESTIONS[:1], SamplingParams(max_tokens=4, seed=7), num_samples=2, logprobs=3)
+    assert tokens(inside) == tokens(outside)
+    assert [len(seq.logprobs[0]) >= 3 for seq in inside.sequences if seq.logprobs] == [True, True]
+    assert sampler.sample(QUESTIONS[:1], {"max_tokens": 2}, logprobs=None).sequences[0].logprobs is None
+    with pytest.raises(SamplingParamsError, match="num_samples=3 in the call contradicts num_samples=2"):
+        sampler.sample(QUESTIONS, {"num_samples": 2}, num_samples=3)
+
+
+@pytest.mark.parametrize("kind", [list, np.asarray, torch.tensor])
+def test_sampler_takes_ids_of_any_kind(sampler: RunningSampler, kind: Any) -> None:
+    """Lists, numpy and torch; the response is the same, and the input is left as it was."""
+    ids = sampler.sample(QUESTIONS[0], GREEDY).prompt_token_ids
+    feature = {"input_ids": kind(ids), "attention_mask": kind([1] * len(ids)), "user_data": {"id": [1]}}
+    before = copy.deepcopy(feature)
+    response = sampler.sample([feature], GREEDY)
+    assert tokens(response) == tokens(sampler.sample(QUESTIONS[0], GREEDY))
+    assert response.sequences[0].new_input_feature["user_data"] == {"id": [1]}
+    assert feature.keys() == before.keys() and list(feature["input_ids"]) == list(before["input_ids"])
+
+
+def test_sampler_repeats_a_seed_in_any_batch(sampler: RunningSampler) -> None:
+    """The first prompt alone and beside others, on one engine or two: the same samples. Another seed: others."""
+    params = SamplingParams(max_tokens=8, temperature=1.5, seed=11, ignore_eos=True)
+    together = sampler.sample(QUESTIONS, params, num_samples=4)
+    assert tokens(sampler.sample(QUESTIONS, params, num_samples=4)) == tokens(together)
+    assert tokens(sampler.sample(QUESTIONS[:1], params, num_samples=4)) == tokens(together[0])
+    other = SamplingParams(max_tokens=8, temperature=1.5, seed=12, ignore_eos=True)
+    assert tokens(sampler.sample(QUESTIONS, other, num_samples=4)) != tokens(together)
+    assert len({tuple(row) for row in tokens(together)}) > 3
+
+
+def test_sampler_iterates_prompt_by_prompt(sampler: RunningSampler) -> None:
+    """Each prompt once with all its samples; an abandoned iterator leaves nothing behind."""
+    parts = list(sampler.sample_iter(QUESTIONS, {"max_tokens": 4}, num_samples=2))
+    assert sorted(part.prompt_index for part in parts) == [0, 1, 2]
+    assert [len(part.sequences) for part in parts] == [2, 2, 2]
+    abandoned = sampler.sample_iter(QUESTIONS, {"max_tokens": 100, "ignore_eos": True}, num_samples=2)
+    next(abandoned)
+    del abandoned
+    assert tokens(sampler.sample(QUESTIONS[0], GREEDY))
+
+
+def test_sampler_works_in_async_code(sampler: RunningSampler) -> None:
+    """Calls run side by side, and agree with those that wait."""
+
+    async def run() -> tuple[Any, Any, str]:
+        both = await asyncio.gather(*(sampler.sample_async(question, GREEDY) for question in QUESTIONS[:2]))
+        parts = [part async for part in sampler.sample_iter_async(QUESTIONS, GREEDY)]
+        text = "".join([delta async for delta, _ in sampler.sample_stream_async(QUESTIONS[0], GREEDY)])
+        return both, sorted(parts, key=lambda part: part.prompt_index), text
+
+    both, parts, text = asyncio.run(run())
+    expected = sampler.sample(QUESTIONS, GREEDY)
+    assert [tokens(response)[0] for response in both] == tokens(expected)[:2]
+    assert [tokens(part)[0] for part in parts] == tokens(expected)
+    assert text == expected.sequences[0].decoded
+
+
+def test_sampler_streams_text_as_it_comes(sampler: RunningSampler) -> None:
+    """(delta_text, finish_reason): together the sample's text. A reader that leaves does not wedge the sampler."""
+    params = {"max_tokens": 20, "ignore_eos": True, "seed": 4}
+    whole = sampler.sample(QUESTIONS[1], params).sequences[0]
+    deltas = list(sampler.sample_stream(QUESTIONS[1], params))
+    assert "".join(text for text, _ in deltas) == whole.decoded
+    assert [reason for _, reason in deltas] == [None] * (len(deltas) - 1) + [whole.stop_reason]
+    for _ in range(3):
+        leaving = sampler.sample_stream(QUESTIONS[1], {"max_tokens": 200, "ignore_eos": True})
+        next(leaving)
+        del leaving
+    assert tokens(sampler.sample(QUESTIONS[1], params)) == [whole.tokens]
+    with pytest.raises(RequestError, match="one prompt and one sample, got 3 and 1"):
+        next(sampler.sample_stream(QUESTIONS, params))
+
+
+def test_sampler_scores_given_sequences(sampler: RunningSampler) -> None:
+    """A sample's own logprobs come back, for ids and for messages; top_logprobs has the likeliest, best first."""
+    response = sampler.sample(QUESTIONS, {"max_tokens": 8, "seed": 3, "ignore_eos": True})
+    features = [sequence.new_input_feature for sequence in response.sequences]
+    scored = sampler.score([{"input_ids": feature["input_ids"]} for feature in features], top_logprobs=2)
+    assert len(scored) == 3 and tokens(scored) == [[], [], []]
+    for part, sequence in zip(scored, response.sequences, strict=True):
+        assert part.prompt_logprobs is not None and part.topk_prompt_logprobs is not None
+        assert part.prompt_logprobs[0] is None and len(part.prompt_logprobs) == len(part.prompt_token_ids)
+        given = np.array(part.prompt_logprobs[-8:], np.float32)
+        assert np.abs(given - sequence.logprob_array).max() < 1e-3
+        assert all(top[0][1] >= top[1][1] for top in part.topk_prompt_logprobs[1:] if top)
+    said = {"messages": [*QUESTIONS[0]["messages"], {"role": "assistant", "content": "46"}]}
+    assert sampler.score(said).prompt_token_ids[-4:] == [22, 24, 2, 201], "no turn is opened for the assistant"
+
+
+def test_sampler_samples_from_the_adapter_that_a_call_names(
+    sampler: RunningSampler, adapters: list[Path], name: str
+) -> None:
+    """By name, by path and by version; the base model beside it, in one batch or with use_base_model."""
+    base = sampler.sample(QUESTIONS, GREEDY)
+    assert sampler.add_adapter_to_model(name, str(adapters[0])) == f"{name}@1"
+    lora = sampler.sample(QUESTIONS, GREEDY, name)
+    assert {seq.adapter for seq in lora.sequences} == {f"{name}@1"} and {seq.adapter for seq in base.sequences} == {""}
+    assert tokens(lora) != tokens(base)
+    by_path = sampler.sample(QUESTIONS, GREEDY, adapter_path=str(adapters[0]))
+    assert tokens(by_path) == tokens(lora)
+    assert tokens(sampler.sample(QUESTIONS, GREEDY, f"{name}@1")) == tokens(lora)
+    assert tokens(sampler.sample(QUESTIONS, GREEDY, use_base_model=True)) == tokens(base)
+
+    async def beside() -> list[SampleResponse]:
+        return await asyncio.gather(*(sampler.sample_async(QUESTIONS, GREEDY, which) for which in ("", name) * 3))
+
+    for i, response in enumerate(asyncio.run(beside())):
+        assert tokens(response) == tokens(lora if i % 2 else base)
+    assert "".join(text for text, _ in sampler.sample_stream(QUESTIONS[0], GREEDY, name)) == lora.sequences[0].decoded
+    assert sampler.status()["adapters"][name] == f"{name}@1"
+    sampler.remove_adapter(name)
+    with pytest.raises(AdapterError, match=f"unknown adapter '{name}'"):
+        sampler.sample(QUESTIONS, GREEDY, name)
+
+
+def test_sampler_takes_an_adapter_from_memory_as_a_new_version(
+    sampler: RunningSampler, adapters: list[Path], name: str
+) -> None:
+    """LoraConfig and tensors under an old name: the name means the new version, and no cache mixes them."""
+    from peft import get_peft_model_state_dict
+
+    sampler.add_adapter_to_model(name, adapters[0])
+    old = sampler.sample(QUESTIONS, GREEDY, name)
+    model = random_adapter(seed=2, scale=0.6)
+    config = model.peft_config["default"]
+    assert sampler.add_adapter_to_model(name, config, state_dict=get_peft_model_state_dict(model)) == f"{name}@2"
+    new = sampler.sample(QUESTIONS, GREEDY, name)
+    assert tokens(new) == tokens(sampler.sample(QUESTIONS, GREEDY, adapter_path=adapters[1].as_posix()))
+    assert tokens(new) != tokens(old) and {seq.adapter for seq in new.sequences} == {f"{name}@2"}
+    sampler.add_adapter_to_model(name, config, state_dict=model.state_dict())
+    assert tokens(sampler.sample(QUESTIONS, GREEDY, name)) == tokens(new), "names as in the model's own state_dict"
+    sampler.remove_adapter(name)
+
+
+def test_sampler_reads_an_adapter_path_again_when_its_files_change(
+    sampler: RunningSampler, adapters: list[Path], tmp_path: Path
+) -> None:
+    """And only then: the version stays while the files do."""
+    import shutil
+
+    path = tmp_path / "policy"
+    shutil.copytree(adapters[0], path)
+    first = sampler.sample(QUESTIONS, GREEDY, adapter_path=str(path))
+    again = sampler.sample(QUESTIONS, GREEDY, adapter_path=str(path))
+    shutil.copytree(adapters[1], path, dirs_exist_ok=True, copy_function=shutil.copy)
+    changed = sampler.sample(QUESTIONS, GREEDY, adapter_path=str(path))
+    versions = [response.sequences[0].adapter.rpartition("@")[2] for response in (first, again, changed)]
+    assert versions == ["1", "1", "2"]
+    assert tokens(first) == tokens(again) != tokens(changed)
+    assert tokens(changed) == tokens(sampler.sample(QUESTIONS, GREEDY, adapter_path=str(adapters[1])))
+
+
+def test_sampler_never_answers_for_an_adapter_with_the_base_model(
+    sampler: RunningSampler, adapters: list[Path], tmp_path: Path, name: str
+) -> None:
+    """Unknown, misspelt, nowhere, of another model, too large, contradictory: an error each; the next call works."""
+    sampler.add_adapter_to_model(name, adapters[0])
+    big = save_adapter(tmp_path / "big", rank=32)
+    other = save_adapter(tmp_path / "other", rank=8, modules=("q_proj",))
+    text = (other / "adapter_model.safetensors").read_bytes().replace(b"self_attn", b"other_att")
+    (other / "adapter_model.safetensors").write_bytes(text)
+    with pytest.raises(AdapterError, match=f"unknown adapter '{name}x', did you mean '{name}'"):
+        sampler.sample(QUESTIONS, GREEDY, f"{name}x")
+    with pytest.raises(AdapterError, match="no directory"):
+        sampler.sample(QUESTIONS, GREEDY, adapter_path="nowhere/at/all")
+    with pytest.raises(AdapterError, match="no directory"):
+        sampler.add_adapter_to_model(name, "nowhere/at/all")
+    with pytest.raises(AdapterError, match=r"are not in the model, such as model\.layers\.0\.other_att\.q_proj"):
+        sampler.add_adapter_to_model(name, other)
+    with pytest.raises(AdapterError, match="rank 32, the engine takes 16"):
+        sampler.add_adapter_to_model(name, big)
+    with pytest.raises(AdapterError, match="contradict each other"):
+        sampler.sample(QUESTIONS, GREEDY, name, use_base_model=True)
+    with pytest.raises(AdapterError, match="LoraConfig with a state_dict, got dict"):
+        sampler.add_adapter_to_model(name, {"r": 8})
+    with pytest.raises(AdapterError, match="without '@'"):
+        sampler.add_adapter_to_model("a@1", adapters[0])
+    assert {seq.adapter for seq in sampler.sample(QUESTIONS, GREEDY, name).sequences} == {f"{name}@1"}
+    sampler.remove_adapter(name)
+
+
+def test_sampler_has_a_template_of_its_own(sampler: RunningSampler) -> None:
+    """By name, class and instance; by this object's calls alone. What cannot be is refused, and changes nothing."""
+    plain = sampler.sample(QUESTIONS[0], GREEDY).prompt_token_ids
+    sampler.set_template("Template", system="Be exact.")
+    with_system = sampler.sample(QUESTIONS[0], GREEDY).prompt_token_ids
+    assert len(with_system) > len(plain) and with_system[-len(plain) :] == plain
+
+    class Shouting(Template):
+        def render(self, messages: Any, tools: Any, *, generation_prompt: bool = True) -> str:
+            return super().render(messages, tools, generation_prompt=generation_prompt) + "!"
+
+    sampler.set_template(Shouting)
+    assert sampler.sample(QUESTIONS[0], GREEDY).prompt_token_ids[: len(plain)] == plain
+    from twinkle_serve import hub
+
+    sampler.set_template(Template(hub.DEMO, max_length=5, truncation_strategy="left"))
+    assert sampler.sample(QUESTIONS[0], GREEDY).prompt_token_ids == plain[-5:]
+    for bad, kwargs in (("Nonsense", {}), ("Template", {"max_lenght": 3}), ("Template", {"enable_thinking": True})):
+        with pytest.raises(TemplateError):
+            sampler.set_template(bad, **kwargs)
+    assert sampler.sample(QUESTIONS[0], GREEDY).prompt_token_ids == plain[-5:]
+    sampler.set_template("Template", model_id="demo")
+    assert sampler.sample(QUESTIONS[0], GREEDY).prompt_token_ids == plain
+
+
+def test_sampler_deletes_prompts_that_are_too_long_if_told_to(sampler: RunningSampler) -> None:
+    """The others keep their places in the call, and their seeds."""
+    sampler.set_template("Template", max_length=14, truncation_strategy="delete")
+    params = {"max_tokens": 4, "seed": 5, "temperature": 1.0}
+    kept = sampler.sample(QUESTIONS, params)
+    sampler.set_template("Template")
+    everything = sampler.sample(QUESTIONS, params)
+    lengths = [len(part.prompt_token_ids) for part in everything]
+    assert kept.prompt_indices == tuple(i for i, length in enumerate(lengths) if length <= 14) != (0, 1, 2)
+    assert [tokens(part) for part in kept] == [tokens(everything[i]) for i in kept.prompt_indices]
+
+
+def test_sampler_keeps_tokens_over_several_turns(sampler: RunningSampler) -> None:
+    """The ids of a turn are a prefix of the next turn's prompt; labels of all turns are kept."""
+    feature: Any = QUESTIONS[0]
+    ids: list[int] = []
+    for turn in range(3):
+        sequence = sampler.sample(feature, {"max_tokens": 5, "temperature": 1.0, "seed": turn}).sequences[0]
+        assert sequence.response.prompt_token_ids[: len(ids)] == ids
+        before = copy.deepcopy(feature)
+        feature = sequence.new_input_feature
+        ids = feature["input_ids"]
+        assert len(feature["messages"]) == 2 * turn + 2 and before == (before if turn else QUESTIONS[0])
+        labels = [label for label in feature["labels"] if label != -100]
+        assert labels[-len(sequence.tokens) :] == sequence.tokens
+        feature = {**feature, "messages": [*feature["messages"], {"role": "user", "content": f"{turn}+1="}]}
+
+
+def test_sampler_verifies_its_samples_against_itself(sampler: RunningSampler, adapters: list[Path], name: str) -> None:
+    """Base and adapter, several samples a prompt, parts of a response. Other weights are told apart."""
+    sampler.add_adapter_to_model(name, adapters[0])
+    params = SamplingParams(max_tokens=8, seed=1, ignore_eos=True)
+    for which in ("", name):
+        response = sampler.sample(QUESTIONS, params, which, num_samples=2)
+        result = sampler.verify(response, against=sampler)
+        assert result.tokens == 48 and result.max_abs_difference < 1e-3 and 0 <= result.kl < 1e-5
+        assert sampler.verify(response[1], against=sampler).tokens == 16
+    wrong = sampler.verify(response, against=sampler, adapter_name="")
+    assert wrong.max_abs_difference > 0.05 and wrong.kl > 1e-3
+    with pytest.raises(RequestError, match="no logprobs to verify"):
+        sampler.verify(sampler.sample(QUESTIONS, params, logprobs=None), against=sampler)
+    sampler.remove_adapter(name)
+
+
+def test_sampler_answers_control_calls(sampler: RunningSampler) -> None:
+    """Weights' names, prefix cache, and sleep: where the engine has none, it says so, and goes on."""
+    assert "model.layers.0.self_attn.q_proj.weight" in sampler.get_state_keys()
+    before = sampler.sample(QUESTIONS, GREEDY)
+    sampler.reset_prefix_cache()
+    if next(iter(sampler.status()["engines"].values()))["engine"] == "fake":
+        sampler.sleep()
+        with pytest.raises(RequestError, match="asleep"):
+            sampler.sample(QUESTIONS, GREEDY)
+        sampler.wake_up()
+        with pytest.raises(RequestError, match="level must be 1"):
+            sampler.sleep(3)
+    else:
+        for call in (sampler.sleep, sampler.wake_up):
+            with pytest.raises(UnsupportedError):
+                call()
+    assert tokens(sampler.sample(QUESTIONS, GREEDY)) == tokens(before)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "params", "error"),
+    [
+        ([], {}, PromptError),
+        ("12+34=", {}, PromptError),
+        ([{"messages": []}], {}, PromptError),
+        ([{"input_ids": []}], {}, PromptError),
+        ([{"input_ids": [5, 99999]}], {}, PromptError),
+        ([{"input_ids": [5] * 5000}], {}, PromptError),
+        ([{"input_ids": [[5, 6]]}], {}, PromptError),
+        ([QUESTIONS[0], {"input_ids": [5]}], {}, PromptError),
+        (QUESTIONS, {"temperature": float("nan")}, SamplingParamsError),
+        (QUESTIONS, {"temperature": -1}, SamplingParamsError),
+        (QUESTIONS, {"top_p": 0}, SamplingParamsError),
+        (QUESTIONS, {"max_tokns": 3}, SamplingParamsError),
+        (QUESTIONS, {"logprobs": 10_000}, SamplingParamsError),
+        (QUESTIONS, {"stop": [""]}, SamplingParamsError),
+    ],
+)
+def test_sampler_refuses_bad_calls_and_goes_on(
+    sampler: RunningSampler, inputs: Any, params: dict[str, Any], error: type[TwinkleServeError]
+) -> None:
+    """A typed error, at once, in every way of calling; the next call works."""
+    with pytest.raises(error):
+        sampler.sample(inputs, params)
+    with pytest.raises(error):
+        next(sampler.sample_iter(inputs, params))
+    assert len(tokens(sampler.sample(QUESTIONS, {"max_tokens": 1}))) == 3
+
+
+def test_sampler_keeps_a_deadline(sampler: RunningSampler) -> None:
+    """timeout_s ends a call that takes longer, in every way of calling; the next call works."""
+    endless = {"max_tokens": 200, "ignore_eos": True}
+    with pytest.raises(DeadlineError, match=r"timeout_s=0\.001"):
+        sampler.sample(QUESTIONS * 20, endless, num_samples=4, timeout_s=0.001)
+    with pytest.raises(DeadlineError, match=r"timeout_s=0\.001"):
+        list(sampler.sample_iter(QUESTIONS * 20, endless, num_samples=4, timeout_s=0.001))
+    with pytest.raises(DeadlineError, match=r"timeout_s=0\.001"):
+        list(sampler.sample_stream(QUESTIONS[0], endless, timeout_s=0.001))
+    assert len(tokens(sampler.sample(QUESTIONS, {"max_tokens": 1}))) == 3

@@ -1,0 +1,51 @@
+"""What every engine guarantees of streamed samples."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conformance.harness import EngineHarness
+
+Prompts = list[np.ndarray]
+
+
+@pytest.mark.parametrize("stop", [None, "second", "never this"])
+async def test_stream_is_the_sample(engine: EngineHarness, prompts: Prompts, stop: str | None) -> None:
+    """All deltas together are `decoded` of the same call, and the last alone has a reason."""
+    options: dict[str, Any] = {"temperature": 1.0, "max_tokens": 24, "ignore_eos": True, "seed": 5}
+    free = await engine.one(prompts[1], **options)
+    if stop == "second":
+        options["stop"] = [free.decoded[2:4], "never this"]
+    elif stop:
+        options["stop"] = stop
+    whole = await engine.one(prompts[1], **options)
+    deltas = await engine.stream(prompts[1], **options)
+    assert "".join(delta.text for delta in deltas) == whole.decoded
+    assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
+    assert deltas[-1].finish_reason == whole.stop_reason
+    assert stop == "second" or len(deltas) > 3
+
+
+async def test_stream_never_splits_a_character(engine: EngineHarness) -> None:
+    """Random bytes are mostly no characters, some of them several bytes long; the text is that of the whole."""
+    nonsense = np.arange(150, 190)
+    options: dict[str, Any] = {"temperature": 2.0, "max_tokens": 80, "ignore_eos": True, "seed": 3}
+    whole = await engine.one(nonsense, **options)
+    deltas = await engine.stream(nonsense, **options)
+    assert "".join(delta.text for delta in deltas) == whole.decoded
+
+
+async def test_stream_that_is_closed_frees_the_engine(engine: EngineHarness, prompts: Prompts) -> None:
+    """Closing after the first delta ends the sample; the next call is answered."""
+    life = (await engine.host.describe()).life
+    group = engine.group(prompts[0], ignore_eos=True, temperature=0)
+    async with contextlib.aclosing(engine.host.stream(life, group)) as deltas:  # type: ignore[type-var]
+        async for _ in deltas:
+            break
+    async with asyncio.timeout(20):
+        assert len((await engine.one(prompts[1], temperature=0, max_tokens=4, ignore_eos=True)).tokens) == 4

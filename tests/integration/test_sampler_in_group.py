@@ -1,0 +1,77 @@
+"""A sampler and an actor model side by side, each in a device group of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from ray import serve
+
+import twinkle_serve
+from tests.integration.conftest import deploy, ray_cluster
+from twinkle_serve import DeviceGroup, DeviceMesh, TorchSampler, connect, remote_class, remote_function
+from twinkle_serve.errors import MeshError
+from twinkle_serve.remote import group_devices
+
+QUESTION = {"messages": [{"role": "user", "content": "12+34="}]}
+ENGINE_ARGS = {"dtype": "float32", "max_model_len": 128}
+
+
+@remote_class()
+class Actor:
+    """A user's class that says where it runs."""
+
+    @remote_function(dispatch="all", collect="none")
+    def cores(self) -> list[int]:
+        return sorted(os.sched_getaffinity(0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups() -> Iterator[None]:
+    """Four cores as Ray counts them: two for the actor model, two for the sampler."""
+    with ray_cluster(num_cpus=5):
+        actor, sampler = DeviceGroup("actor", 2, device_type="cpu"), DeviceGroup("sampler", [2, 3], device_type="cpu")
+        twinkle_serve.initialize("ray", groups=[actor, sampler])
+        yield
+        assert "sampler" in serve.status().applications, "the last test leaves one"
+        twinkle_serve.shutdown()
+        assert "sampler" not in serve.status().applications, "its engines would go on using devices of nobody"
+
+
+def test_sampler_takes_devices_of_its_group_alone() -> None:
+    """Its engines have the cores of their group, the actor's workers those of theirs: none is shared."""
+    actor = Actor(remote_group="actor")
+    sampler = TorchSampler("demo", ENGINE_ARGS, DeviceMesh.from_sizes(dp_size=2), "sampler")
+    ids = {name: [int(device.id) for device in group_devices(name).devices] for name in ("actor", "sampler")}
+    assert ids == {"actor": [0, 1], "sampler": [2, 3]}
+    cores = sorted(os.sched_getaffinity(0))
+    engines = [engine["cpus"] for engine in sampler.status()["engines"].values()]
+    assert engines == [[cores[i % len(cores)]] for i in ids["sampler"]]
+    assert actor.cores() == [[cores[i % len(cores)]] for i in ids["actor"]]
+    assert len(sampler.sample(QUESTION, {"max_tokens": 4}, num_samples=3).sequences) == 3
+    sampler.shutdown()
+
+
+def test_sampler_of_a_group_leaves_other_applications_alone() -> None:
+    """Deployed next to another, called by handle and by name, and gone by its own shutdown."""
+    other = deploy("other", engine="fake", device_mesh={"dp_size": 1})
+    sampler = TorchSampler("demo", ENGINE_ARGS, remote_group="sampler")
+    assert {"other", "sampler"} <= set(serve.status().applications)
+    expected = sampler.sample(QUESTION, {"temperature": 0}).sequences[0].tokens
+    assert connect("sampler").sample(QUESTION, {"temperature": 0}).sequences[0].tokens == expected
+    sampler.shutdown()
+    assert "sampler" not in serve.status().applications
+    assert len(other.sample(QUESTION, {"max_tokens": 2}).sequences) == 1
+    other.shutdown()
+
+
+def test_sampler_that_does_not_fit_its_group_is_refused_at_once() -> None:
+    """With both numbers; and so is a group that does not exist."""
+    with pytest.raises(MeshError, match=r"needs 3 devices \(dp_size=3 x tp_size=1\), group 'sampler' has 2"):
+        TorchSampler("demo", ENGINE_ARGS, DeviceMesh.from_sizes(dp_size=3), "sampler")
+    with pytest.raises(MeshError, match="'smapler', did you mean 'sampler'"):
+        TorchSampler("demo", ENGINE_ARGS, DeviceMesh.from_sizes(dp_size=1), "smapler")
+    with pytest.raises(MeshError, match=r"dp_size=2: one engine runs in this process"):
+        TorchSampler("demo", ENGINE_ARGS, DeviceMesh.from_sizes(dp_size=2))
+    TorchSampler("demo", ENGINE_ARGS, DeviceMesh.from_sizes(dp_size=1), "sampler")

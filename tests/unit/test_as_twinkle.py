@@ -1,0 +1,75 @@
+"""The name `twinkle`: for the process that asks for it, unless it is taken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run(code: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+
+    env = {**os.environ, **environment}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60, check=False
+    )
+
+
+def installed(path: Path) -> Path:
+    """A package named twinkle that is somebody else's."""
+    (path / "twinkle").mkdir()
+    (path / "twinkle" / "__init__.py").write_text("THEIRS = True\n")
+    return path
+
+
+def test_as_twinkle_makes_every_module_ours() -> None:
+    """The packages and what lies in them are the same modules, with the same classes, by upstream's names too."""
+    code = """
+import sys
+import twinkle_serve.as_twinkle
+import twinkle, twinkle.sampler, twinkle_serve
+from twinkle import DeviceGroup, DeviceMesh, get_logger, initialize, remote_class, remote_function
+from twinkle.sampler import Sampler, TorchSampler, VLLMSampler, vLLMSampler
+from twinkle.sampler.base import Sampler as again
+from twinkle.data_format import InputFeature, Message, SampledSequence, SampleResponse, SamplingParams, Trajectory
+from twinkle.data_format.sampling import SamplingParams as moved
+from twinkle.template import Qwen3_5Template, Template
+from twinkle.errors import PromptError
+import twinkle_serve.errors, twinkle_serve.sampler.base
+assert twinkle is twinkle_serve and twinkle.sampler is twinkle_serve.sampler
+assert again is Sampler is twinkle_serve.sampler.base.Sampler and moved is SamplingParams
+assert PromptError is twinkle_serve.errors.PromptError and Qwen3_5Template is Template
+assert twinkle_serve.errors.__spec__.name == 'twinkle_serve.errors'
+assert 'torch' not in sys.modules and 'vllm' not in sys.modules
+try:
+    import twinkle.trainer
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "No module named 'twinkle.trainer'\n"
+
+
+def test_as_twinkle_is_refused_where_another_is_installed(tmp_path: Path) -> None:
+    """With its place and the remedy; `twinkle` stays what it was."""
+    code = "import twinkle_serve.as_twinkle"
+    result = run(code, installed(tmp_path))
+    assert result.returncode == 1
+    assert "ConfigError: another package named twinkle is installed" in result.stderr
+    assert str(tmp_path) in result.stderr and "TWINKLE_SERVE_AS_TWINKLE=override" in result.stderr
+
+
+def test_as_twinkle_overrides_if_told_to(tmp_path: Path) -> None:
+    """Also where theirs is imported already."""
+    code = "import twinkle; import twinkle_serve.as_twinkle; import twinkle; print(hasattr(twinkle, 'THEIRS'))"
+    result = run(code, installed(tmp_path), TWINKLE_SERVE_AS_TWINKLE="override")
+    assert result.stdout == "False\n", result.stderr
+
+
+def test_twinkle_is_no_name_of_ours_unless_asked_for() -> None:
+    """Importing this package alone takes no name."""
+    assert run("import twinkle_serve, twinkle").returncode == 1

@@ -1,0 +1,239 @@
+"""A sampler in this process, on the fake engine: what happens at its edges."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lora import save_adapter
+from twinkle_serve.config import ServiceArgs
+from twinkle_serve.errors import (
+    AdapterError,
+    DeadlineError,
+    EngineDeadError,
+    EngineError,
+    RequestError,
+    TwinkleServeError,
+)
+from twinkle_serve.sampler import RunningSampler
+from twinkle_serve.sampler.local import ITEMS_AHEAD, LocalBackend
+
+QUESTION = {"messages": [{"role": "user", "content": "12+34="}]}
+ENDLESS = {"max_tokens": 900, "ignore_eos": True}
+TIMEOUT_S = 20.0
+
+
+def make(**engine_args: Any) -> tuple[RunningSampler, LocalBackend]:
+    args = {"model_id": "demo", "engine": "fake", "engine_args": engine_args}
+    backend = LocalBackend(ServiceArgs.model_validate(args))
+    return RunningSampler(backend), backend
+
+
+@pytest.fixture
+def sampler() -> Iterator[RunningSampler]:
+    made, _ = make()
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    directory = tmp_path_factory.mktemp("adapters")
+    return [save_adapter(directory / str(i), seed=i) for i in range(2)]
+
+
+def soon(call: Any) -> Any:
+    """What a call returns or raises; that it does either soon."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result(TIMEOUT_S)
+
+
+def test_iterator_ends_as_often_as_it_is_asked(sampler: RunningSampler) -> None:
+    """Exhausted or failed, `next` ends at once."""
+    stream = sampler.sample_stream(QUESTION, {"max_tokens": 3})
+    list(stream)
+    assert soon(lambda: next(stream, "end")) == "end"
+    failed = sampler.sample_iter([], {})
+    with pytest.raises(TwinkleServeError):
+        next(failed)
+    assert soon(lambda: next(failed, "end")) == "end"
+
+
+def test_slow_reader_gets_what_was_done_and_then_the_deadline(sampler: RunningSampler) -> None:
+    """Nothing is passed over: all that was finished in time, then a DeadlineError. Never an early end."""
+    prompts = [QUESTION] * (3 * ITEMS_AHEAD)
+    parts = sampler.sample_iter(prompts, {"max_tokens": 2}, timeout_s=1.0)
+    read = [next(parts)]
+    time.sleep(1.2)  # a reader that takes its time past the deadline
+    read.extend(parts)
+    assert sorted(part.prompt_index for part in read) == list(range(len(prompts))), "all were done in time"
+    slow, _ = make(token_latency_s=0.01)
+    parts = slow.sample_iter([QUESTION] * 3, {"max_tokens": 500, "ignore_eos": True}, timeout_s=0.3)
+    time.sleep(0.5)
+    with pytest.raises(DeadlineError, match=r"timeout_s=0\.3 passed when 0 of 3 samples were done"):
+        list(parts)
+    slow.shutdown()
+
+
+def test_shutdown_ends_what_runs_with_an_error() -> None:
+    """A call, a stream and a later call raise EngineDeadError; none hangs, and none ends as if it were complete."""
+    sampler, _ = make(token_latency_s=0.02)
+    stream = sampler.sample_stream(QUESTION, ENDLESS)
+    next(stream)
+    with ThreadPoolExecutor(2) as pool:
+        call = pool.submit(sampler.sample, QUESTION, ENDLESS)
+        while sampler.status()["requests"] != 2:
+            time.sleep(0.01)
+        sampler.shutdown()
+        with pytest.raises(EngineDeadError, match="was shut down"):
+            call.result(TIMEOUT_S)
+    with pytest.raises(EngineDeadError, match="was shut down"):
+        list(stream)
+    for method in (sampler.status, lambda: sampler.sample(QUESTION), lambda: next(sampler.sample_iter(QUESTION))):
+        with pytest.raises(EngineDeadError, match="was shut down"):
+            soon(method)
+    sampler.shutdown()
+
+
+def test_dead_engine_fails_calls_at_once() -> None:
+    """Nobody replaces an engine of this process, so nothing waits for it: neither what runs nor what comes."""
+    sampler, backend = make(token_latency_s=0.02)
+
+    async def dead() -> None:
+        raise EngineDeadError("it died")
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(sampler.sample, QUESTION, ENDLESS)
+        while not sampler.status()["requests"]:
+            time.sleep(0.01)
+        backend._life._host._engine.check_health = dead  # type: ignore[union-attr, method-assign]
+        with pytest.raises(EngineError):
+            running.result(TIMEOUT_S)
+    with pytest.raises(EngineDeadError, match="Make a new sampler"):
+        soon(lambda: sampler.sample(QUESTION, ENDLESS))
+    sampler.shutdown()
+
+
+def test_forgotten_sampler_ends_its_thread() -> None:
+    """Without shutdown, when the last reference goes; an iterator that is still read is a reference."""
+    before = threading.active_count()
+    sampler, backend = make()
+    stream = sampler.sample_stream(QUESTION, {"max_tokens": 3})
+    thread = backend._life._thread
+    del sampler, backend
+    gc.collect()
+    assert "".join(text for text, _ in stream)
+    del stream
+    gc.collect()
+    thread.join(TIMEOUT_S)
+    assert not thread.is_alive() and threading.active_count() <= before + 1
+
+
+def test_sampler_does_not_hang_in_a_forked_process(sampler: RunningSampler) -> None:
+    """Its thread is not there: a call says so."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            sampler.sample(QUESTION, {"max_tokens": 2})
+        except EngineDeadError as error:
+            code = 0 if "forked" in str(error) else 2
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + TIMEOUT_S
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert done == (child, 0)
+
+
+def test_adapter_of_one_call_fails_no_neighbour(sampler: RunningSampler, adapters: list[Path]) -> None:
+    """Base model and two adapters in one batch; one of them cannot be loaded when it is needed."""
+    sampler.add_adapter_to_model("good", adapters[0])
+    sampler.add_adapter_to_model("bad", adapters[1])
+    backend: Any = sampler._backend
+    host = backend._life._host
+
+    async def refuse(version: Any, files: Any) -> None:
+        if version.name == "bad":
+            raise AdapterError("no room for it")
+        await type(host).load_adapter(host, version, files)
+
+    host.load_adapter = refuse
+    use = backend._router._pool._uses["local"]
+    for loading in list(use.adapters):  # as if the engine were new
+        del use.adapters[loading]
+
+    async def run() -> list[Any]:
+        names = ["", "bad", "good"] * 3
+        calls = [sampler.sample_async(QUESTION, {"max_tokens": 3}, name) for name in names]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    results = asyncio.run(run())
+    assert [type(result).__name__ for result in results] == ["SampleResponse", "AdapterError", "SampleResponse"] * 3
+
+
+def test_adapter_versions_are_freed(sampler: RunningSampler, adapters: list[Path]) -> None:
+    """By a new version, by removal, by path, and after a call that was using it: the engine keeps what is meant."""
+    backend: Any = sampler._backend
+    host = backend._life._host
+
+    def held() -> set[str]:
+        return {version.label for version in host._adapters.values()}
+
+    def settled(expected: set[str]) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while held() != expected:
+            assert time.monotonic() < deadline, held()
+            time.sleep(0.01)
+
+    sampler.add_adapter_to_model("policy", adapters[0])
+    sampler.add_adapter_to_model("policy", adapters[1])
+    settled({"policy@2"})
+    stream = sampler.sample_stream(QUESTION, {"max_tokens": 3}, "policy")
+    sampler.add_adapter_to_model("policy", adapters[0])
+    assert "".join(text for text, _ in stream)
+    settled({"policy@3"})
+    path = str(adapters[1])
+    sampler.sample(QUESTION, {"max_tokens": 2}, adapter_path=path)
+    sampler.remove_adapter(path)
+    sampler.remove_adapter("policy")
+    settled(set())
+    assert sampler.sample(QUESTION, {"max_tokens": 2}, adapter_path=path).sequences[0].adapter == f"{path}@2"
+    assert not host._engine._adapters.keys() - host._adapters.keys()
+
+
+def test_paths_do_not_pass_for_versions_of_others(
+    sampler: RunningSampler, adapters: list[Path], tmp_path: Path
+) -> None:
+    """A directory named like the label of another one is itself."""
+    import shutil
+
+    plain, tricky = tmp_path / "ck", tmp_path / "ck@1"
+    shutil.copytree(adapters[0], plain)
+    shutil.copytree(adapters[1], tricky)
+    params = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+    by_path = [sampler.sample(QUESTION, params, adapter_path=str(path)) for path in (plain, tricky, plain)]
+    labels = [response.sequences[0].adapter for response in by_path]
+    assert labels == [f"{plain}@1", f"{tricky}@1", f"{plain}@1"]
+    tokens = [response.sequences[0].tokens for response in by_path]
+    assert tokens[0] == tokens[2] != tokens[1]
+
+
+def test_verify_refuses_what_the_other_sampler_cuts(sampler: RunningSampler) -> None:
+    """Figures over tokens that were never scored would be worse than none."""
+    response = sampler.sample(QUESTION, {"max_tokens": 8, "ignore_eos": True})
+    other, _ = make()
+    for strategy in ("left", "right"):
+        other.set_template("Template", max_length=10, truncation_strategy=strategy)
+        with pytest.raises(RequestError, match="cuts what it scores"):
+            sampler.verify(response, against=other)
+    other.shutdown()

@@ -1,0 +1,160 @@
+"""Remote classes without Ray: plain classes, and what is refused when they are decorated."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from twinkle_serve import DeviceGroup, DeviceMesh
+from twinkle_serve.errors import ConfigError, MeshError
+from twinkle_serve.remote import LazyResult, initialize, is_initialized, mode, remote_class, remote_function, shutdown
+
+
+@remote_class(execute="all")
+class Adder:
+    """Adds."""
+
+    def __init__(self, amount: int, device_mesh: DeviceMesh | None = None) -> None:
+        self.amount = amount
+        self.mesh = device_mesh
+
+    @remote_function(dispatch="slice_dp", collect="flatten")
+    def add(self, batch: list[int]) -> list[int]:
+        return [item + self.amount for item in batch]
+
+    @remote_function(lazy_collect=True)
+    def later(self, batch: list[int]) -> list[int]:
+        return self.add(batch)
+
+
+@remote_class()
+class Bare:
+    """Takes neither group nor mesh."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.received = (args, kwargs)
+
+
+@pytest.fixture(autouse=True)
+def session() -> Iterator[None]:
+    yield
+    shutdown()
+
+
+def test_class_is_plain_without_a_group() -> None:
+    """Before any initialize, and with its methods as they were written."""
+    adder = Adder(2)
+    assert type(adder) is Adder and isinstance(adder, Adder)
+    assert adder.add([1, 2, 3]) == [3, 4, 5]
+    assert adder.add([]) == []
+
+
+def test_class_ignores_its_group_in_mode_local(caplog: pytest.LogCaptureFixture) -> None:
+    """The same script runs in one process, and says that groups reserve nothing."""
+    with caplog.at_level(logging.INFO, "twinkle_serve.remote"):
+        initialize("local", groups=[DeviceGroup("sampler", 4)])
+    assert "sampler reserve nothing" in caplog.text
+    assert Adder(2, remote_group="sampler").add([1]) == [3]  # type: ignore[call-arg]
+    assert mode() == "local" and is_initialized()
+
+
+def test_class_refuses_a_group_before_initialize() -> None:
+    """Nobody can have reserved it."""
+    with pytest.raises(ConfigError, match=r"Adder\(remote_group='sampler'\) before initialize"):
+        Adder(2, remote_group="sampler")  # type: ignore[call-arg]
+
+
+def test_class_gets_its_mesh_only_where_it_asks_for_one() -> None:
+    """What only the decorator reads does not reach a constructor that does not name it."""
+    mesh = DeviceMesh.from_sizes(dp_size=2)
+    assert Adder(1, mesh).mesh is mesh
+    assert Adder(1, device_mesh=mesh).mesh is mesh
+    assert Bare(1, device_mesh=mesh, more=2).received == ((1,), {"more": 2})
+    initialize("local", global_device_mesh=mesh)
+    assert Adder(1).mesh is mesh
+
+
+def test_lazy_result_is_the_same_in_mode_local() -> None:
+    """Called for its value, and resolved where it is an argument."""
+    adder = Adder(2)
+    lazy: Any = adder.later([1])
+    assert isinstance(lazy, LazyResult)
+    assert lazy() == [3]
+    assert adder.add(lazy) == [5]
+    assert pickle.loads(pickle.dumps(lazy))() == [3]
+
+
+def test_instances_pickle_when_plain() -> None:
+    """The constructor that the decorator put in does not stand in the way."""
+    assert pickle.loads(pickle.dumps(Adder(3))).amount == 3
+
+
+def test_subclass_of_a_remote_class_is_plain_without_a_group() -> None:
+    """Its own constructor decides what it takes."""
+
+    class Twice(Adder):
+        def __init__(self) -> None:
+            super().__init__(2)
+
+    assert Twice().add([1]) == [3]
+
+
+def test_initialize_seeds_what_has_been_imported() -> None:
+    """The same numbers again."""
+    initialize(seed=7)
+    first = (random.random(), np.random.rand())
+    initialize(seed=7)
+    assert (random.random(), np.random.rand()) == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"mode": "rey"}, ConfigError, "unknown mode 'rey', did you mean 'ray'"),
+        ({"full_determinism": True}, ConfigError, "full_determinism is not supported"),
+        ({"nproc_per_node": 0}, ConfigError, "nproc_per_node must be a whole number of at least 1, got 0"),
+        ({"groups": [{"name": "a"}]}, ConfigError, "groups are DeviceGroup"),
+        ({"groups": [DeviceGroup("a", 1), DeviceGroup("a", 2)]}, MeshError, "two DeviceGroups have the name 'a'"),
+    ],
+)
+def test_initialize_refuses_what_means_nothing(arguments: dict[str, Any], error: type, message: str) -> None:
+    """And leaves the process as it was."""
+    with pytest.raises(error, match=message):
+        initialize(**arguments)
+    assert not is_initialized()
+
+
+def test_decorators_refuse_what_cannot_be_remote() -> None:
+    """When the class is read, not when it is first called."""
+    with pytest.raises(ConfigError, match="unknown execute 'some'"):
+        remote_class(execute="some")
+    with pytest.raises(ConfigError, match=r"write @remote_class\(\) above Adder"):
+        remote_class(Adder)  # type: ignore[arg-type]
+
+    async def asynchronous(self: Any) -> None: ...
+
+    def generator(self: Any) -> Iterator[int]:
+        yield 1
+
+    def __iter__(self: Any) -> Any: ...
+
+    for function, message in ((asynchronous, "async"), (generator, "generator"), (__iter__, "__iter__ cannot")):
+        with pytest.raises(ConfigError, match=message):
+            remote_function()(function)
+    with pytest.raises(ConfigError, match="plain method"):
+        remote_function()(property(generator))  # type: ignore[type-var]
+
+
+def test_import_loads_neither_ray_nor_torch() -> None:
+    """They take seconds, and mode local needs none."""
+    code = "import sys, twinkle_serve.remote as r; r.initialize('local'); print({'ray', 'torch'} & set(sys.modules))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert answer.stdout.strip() == "set()"

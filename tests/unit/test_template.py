@@ -1,0 +1,430 @@
+"""The model's chat template: what reaches it, and what is refused because it would not."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from twinkle_serve import hub
+from twinkle_serve.data_format.messages import MessageParser
+from twinkle_serve.data_format.tool_calls import TOOL_PARSERS
+from twinkle_serve.errors import ModelNotFoundError, PromptError, TemplateError
+from twinkle_serve.template import TEMPLATES, Template, resolve_template
+from twinkle_serve.template.prompts import encode_inputs
+
+QWEN3 = """
+{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- if tools %}{{- '<|im_start|>system\\n' + (tools | tojson) + '<|im_end|>\\n' }}{% endif %}
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- if loop.index0 > ns.last and (loop.last or m.reasoning_content) %}
+            {{- '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- m.content or '' }}
+        {%- for call in m.tool_calls or [] %}
+            {{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- call.function.arguments | tojson }}{{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif m.role == 'tool' %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response><|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}"""
+"""Thoughts of earlier turns are dropped, and an empty block says that there are to be none."""
+
+LLAMA3 = """{{- bos_token }}
+{%- for m in messages %}
+    {{- '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + (m.content | trim) + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+
+OPENED = """{%- for m in messages %}
+    {%- set said = m.content.split('</think>')[-1] if m.role == 'assistant' else m.content %}
+    {{- '<|im_start|>' + m.role + '\\n' + said + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"""
+"""The generation prompt opens the thoughts itself."""
+
+PASTED = """{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' + (m.content or '') }}
+    {%- for call in m.tool_calls or [] %}{{- call.function.name + ' ' + call.function.arguments }}{% endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}"""
+"""Arguments are pasted as text, as DeepSeek's template does."""
+
+SILENT = """{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.content is not none %}{{- m.content }}
+    {%- else %}{{- m.tool_calls[0].function.name + ' ' + m.tool_calls[0].function.arguments }}{% endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}"""
+"""Calls are written only where there is no content, as DeepSeek's template does."""
+
+USER = {"role": "user", "content": "hi"}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
+def model_with(folder: Path, chat_template: str | None, special: tuple[str, ...] = (), **tokens: str) -> Path:
+    """The demo model's tokenizer with another chat template, in a folder of its own."""
+    from transformers import AutoTokenizer
+
+    if chat_template is not None and not special:
+        for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"):
+            shutil.copy(hub.DEMO / name, folder)
+        (folder / "chat_template.jinja").write_text(chat_template)
+        return folder
+    shutil.copy(hub.DEMO / "config.json", folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(hub.DEMO)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*special], **tokens})
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def llama3(folder: Path) -> Path:
+    """With a tokenizer that puts a token in front of what it is not told to leave alone."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    special = ("<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>")
+    model_with(folder, LLAMA3, special, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    begin = tokenizer.token_to_id("<|begin_of_text|>")
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", begin)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def text_of(template: Template, messages: list[dict[str, Any]], tools: Any = None) -> str:
+    return template.decode(template.encode(messages, tools, "inputs[0]"))
+
+
+# -- what is rendered ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("messages", [[USER], [{"role": "system", "content": "Be brief."}, USER]])
+def test_template_encodes_as_transformers_does(messages: list[dict[str, Any]]) -> None:
+    """Token by token, tools and system prompt included."""
+    template = Template(hub.DEMO)
+    expected = template.tokenizer.apply_chat_template(
+        messages, tools=TOOLS, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert template.encode(messages, TOOLS, "inputs[0]").tolist() == expected
+
+
+def test_template_puts_the_system_prompt_in_front_where_there_is_none() -> None:
+    """And leaves the messages' own alone, wherever it stands."""
+    template = Template(hub.DEMO, system="Be brief.")
+    assert text_of(template, [USER]).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
+    own = text_of(template, [{"role": "system", "content": "Be long."}, USER])
+    assert "Be long." in own and "Be brief." not in own
+
+
+@pytest.mark.parametrize(
+    ("thinking", "end"), [(None, "assistant\n"), (True, "assistant\n"), (False, "<think>\n\n</think>\n\n")]
+)
+def test_enable_thinking_reaches_the_chat_template(thinking: bool | None, end: str, tmp_path: Path) -> None:
+    """None leaves the choice to it."""
+    assert text_of(Template(model_with(tmp_path, QWEN3), enable_thinking=thinking), [USER]).endswith(end)
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_enable_thinking_is_refused_where_the_chat_template_does_not_read_it(thinking: bool) -> None:
+    """It would change nothing."""
+    with pytest.raises(TemplateError, match=r"demo does not read it\. Leave it out\. It reads: add_"):
+        Template(hub.DEMO, enable_thinking=thinking)
+
+
+def test_enable_thinking_is_found_where_the_chat_template_sets_a_default_for_it(tmp_path: Path) -> None:
+    """A name that is assigned on one branch alone is still read, also inside transformers' generation tags."""
+    source = (
+        "{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
+        "{%- generation %}{{ enable_thinking }}{% endgeneration -%}"
+    )
+    template = Template(model_with(tmp_path, source), enable_thinking=False)
+    assert text_of(template, [USER]) == "False"
+
+
+def test_tools_are_refused_where_the_chat_template_does_not_read_them(tmp_path: Path) -> None:
+    """The model would never see them."""
+    template = Template(model_with(tmp_path, OPENED))
+    with pytest.raises(PromptError, match=r"inputs\[0\]: the model's chat template does not read tools"):
+        encode_inputs({"messages": [USER], "tools": TOOLS}, template)
+    assert encode_inputs({"messages": [USER], "tools": []}, template)
+
+
+CALLS: list[Any] = [
+    {"id": "x", "type": "function", "function": {"name": "add", "arguments": {"a": [1, "ä"]}}},
+    {"id": "x", "type": "function", "function": {"name": "add", "arguments": '{"a": [1, "ä"]}'}},
+    {"name": "add", "arguments": {"a": [1, "ä"]}},
+    {"function": {"name": "add", "arguments": '{"a":\n[1, "\\u00e4"]}'}},
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize(
+    ("source", "written"),
+    [(QWEN3, '"arguments": {"a": [1, "'), (PASTED, 'add {"a": [1, "ä"]}'), (SILENT, 'add {"a": [1, "ä"]}')],
+)
+def test_tool_calls_reach_the_chat_template_in_the_form_it_takes(
+    call: Any, content: str | None, source: str, written: str, tmp_path: Path
+) -> None:
+    """Arguments as a dict or as JSON, whichever the caller has; never JSON of JSON, never Python."""
+    messages: list[Any] = [USER, {"role": "assistant", "content": content, "tool_calls": [call]}, USER]
+    before = copy.deepcopy(messages)
+    text = text_of(Template(model_with(tmp_path, source)), messages)
+    assert written in text and '\\"' not in text
+    assert messages == before
+
+
+def test_tool_calls_are_refused_where_the_chat_template_does_not_read_them(tmp_path: Path) -> None:
+    """The model would see a turn that says nothing."""
+    template = Template(model_with(tmp_path, OPENED))
+    with pytest.raises(PromptError, match=r"inputs\[0\].messages\[1\].tool_calls: the model's chat template does not"):
+        text_of(template, [USER, {"role": "assistant", "content": "", "tool_calls": CALLS[:1]}])
+    assert text_of(template, [USER, {"role": "assistant", "content": "", "tool_calls": []}])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("add", "messages[0].tool_calls[0] must be {"),
+        ({"function": {"arguments": {}}}, "tool_calls[0] must be {"),
+        ({"name": "add", "arguments": "{"}, "its arguments are no JSON"),
+        ({"name": "add", "arguments": "[1]"}, "its arguments must be a dict or the JSON of one, got [1]"),
+    ],
+)
+def test_tool_call_that_is_none_is_refused(call: Any, message: str) -> None:
+    """With its place."""
+    with pytest.raises(PromptError) as caught:
+        encode_inputs({"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}, Template(hub.DEMO))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ({**USER, "images": ["x.png"]}, "messages[0].images: this service samples from text alone"),
+        ({"role": "user", "content": [{"type": "image"}]}, "messages[0].content[0] is of type 'image'"),
+        ({"role": "assistant", "tool_calls": "add"}, "messages[0].tool_calls must be a list"),
+    ],
+)
+def test_message_that_is_not_text_is_refused(message: Any, error: str) -> None:
+    """A chat template would write it as something else, or drop it."""
+    with pytest.raises(PromptError) as caught:
+        encode_inputs({"messages": [message]}, Template(hub.DEMO))
+    assert error in str(caught.value)
+
+
+def test_template_without_generation_prompt_ends_with_the_last_message() -> None:
+    """For what is only scored."""
+    (prompt,) = encode_inputs({"messages": [USER]}, Template(hub.DEMO), False)
+    assert Template(hub.DEMO).decode(prompt.ids) == "<|im_start|>user\nhi<|im_end|>\n"
+
+
+def test_template_of_a_base_model_takes_the_text_of_one_message(tmp_path: Path) -> None:
+    """Nothing around it but what the tokenizer puts there, as it did when the model was trained."""
+    template = Template(hub.DEMO, use_chat_template=False)
+    assert text_of(template, [USER]) == "hi"
+    assert text_of(Template(llama3(tmp_path), use_chat_template=False), [USER]) == "<|begin_of_text|>hi"
+    for messages in ([USER, USER], [{"role": "system", "content": "hi"}]):
+        with pytest.raises(PromptError, match="must be one user message"):
+            text_of(template, messages)
+
+
+def test_model_without_chat_template_takes_ids_alone(tmp_path: Path) -> None:
+    """And says so."""
+    template = Template(model_with(tmp_path, None, ("<x>",)))
+    with pytest.raises(PromptError, match=r"inputs\[0\]: the model has no chat template. Hand in input_ids"):
+        encode_inputs({"messages": [USER]}, template)
+    assert encode_inputs({"input_ids": [1]}, template)[0].ids.tolist() == [1]
+    with pytest.raises(TemplateError, match="It reads: nothing, since there is none"):
+        Template(tmp_path, enable_thinking=True)
+
+
+def test_special_tokens_are_all_that_the_tokenizer_marks(tmp_path: Path) -> None:
+    """Not only those that it has a role for: Llama's headers have none."""
+    assert {"<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>"} <= set(Template(llama3(tmp_path)).special_tokens)
+    assert set(Template(hub.DEMO).special_tokens) == {"<|im_start|>", "<|im_end|>", "<|endoftext|>"}
+
+
+# -- by name, class or instance ------------------------------------------------------------------
+
+
+class Shouting(Template):
+    def __init__(self, model: Path, *, loud: bool = False, **arguments: Any) -> None:
+        super().__init__(model, **arguments)
+        self.loud = loud
+
+    def render(self, messages: Any, tools: Any, *, generation_prompt: bool = True) -> str:
+        messages[-1]["content"] = messages[-1]["content"].upper() if self.loud else "-"
+        messages[-1].get("notes", []).append("loud")
+        return super().render(messages, tools, generation_prompt=generation_prompt)
+
+    def message_parser(self) -> MessageParser:
+        return MessageParser()
+
+
+class Needy(Template):
+    def __init__(self, model: Path, *, need: int) -> None:
+        super().__init__(model, max_length=need)
+
+
+def test_template_resolves_by_name_class_and_instance() -> None:
+    """A class of the caller's own has its own arguments and those of Template."""
+    for name, made in TEMPLATES.items():
+        template = resolve_template(name, hub.DEMO, default_system="Be brief.", max_length=9)
+        assert (type(template), template.system, template.max_length) == (made, "Be brief.", 9)
+    shouting = resolve_template(Shouting, hub.DEMO, loud=True, system="s")
+    messages: list[Any] = [{**USER, "notes": []}]
+    assert "HI<|im_end|>" in text_of(shouting, messages) and shouting.system == "s"
+    assert messages == [{**USER, "notes": []}], "an override may change what it gets, which are copies"
+    assert shouting.message_parser() == MessageParser()
+    assert resolve_template(shouting, hub.DEMO) is shouting
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments", "message"),
+    [
+        ("Templat", {}, "unknown template 'Templat', did you mean 'Template'?"),
+        ("Qwen3VLTemplate", {}, "Qwen3VLTemplate is for images and videos"),
+        ("DeepseekV4Template", {}, "renders DeepSeek V4's messages by code of its own"),
+        (dict, {}, "must be a name, a subclass of Template or an instance"),
+        (7, {}, "must be a name, a subclass of Template or an instance, got 7"),
+        ("Template", {"max_lenght": 3}, "unknown argument of Template 'max_lenght', did you mean 'max_length'?"),
+        ("Template", {"model_id": "x"}, "unknown argument of Template 'model_id'"),
+        (Needy, {}, "Needy cannot be made: missing a required argument: 'need'"),
+        ("Template", {"tool_parser": 7}, "tool_parser must be a name, a ToolParser or None, got 7"),
+        (Shouting, {"lout": 3}, "unknown argument of Shouting 'lout', did you mean 'loud'?"),
+        ("Template", {"system": "a", "default_system": "b"}, "system is given twice"),
+        ("Template", {"truncation_strategy": "split"}, "unknown truncation_strategy 'split'"),
+        ("Template", {"truncation_strategy": "left"}, "truncation_strategy='left' needs max_length"),
+        ("Template", {"max_length": 0}, "max_length must be at least 1, got 0"),
+        ("Template", {"max_length": True}, "max_length must be int or None, got True"),
+        ("Template", {"enable_thinking": "no"}, "enable_thinking must be bool or None, got 'no'"),
+        ("Template", {"system": ["s"]}, "system must be str or None"),
+        ("Template", {"tool_parser": "herms"}, "unknown tool parser 'herms', did you mean 'hermes'?"),
+    ],
+)
+def test_template_that_cannot_be_is_refused(template: Any, arguments: dict[str, Any], message: str) -> None:
+    """With its name and the choices: nothing is passed over."""
+    with pytest.raises(TemplateError) as caught:
+        resolve_template(template, hub.DEMO, **arguments)
+    assert message in str(caught.value)
+
+
+def test_instance_takes_no_arguments() -> None:
+    """They would have to change it."""
+    with pytest.raises(TemplateError, match="max_length cannot be set on a template that is made already"):
+        resolve_template(Template(hub.DEMO), hub.DEMO, max_length=3)
+
+
+def test_template_needs_a_tokenizer(tmp_path: Path) -> None:
+    """And names the place where there is none."""
+    with pytest.raises(ModelNotFoundError, match="no tokenizer in"):
+        Template(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "parser"),
+    [
+        (QWEN3, "hermes"),
+        ("<function=", "qwen3_coder"),
+        ("[TOOL_CALLS]", "mistral"),
+        ("<｜tool▁call▁begin｜>", "deepseek"),
+        ("<|python_tag|>", "llama3_json"),
+        (OPENED, "hermes"),
+    ],
+)
+def test_tool_parser_is_the_one_whose_markup_the_chat_template_writes(source: str, parser: str, tmp_path: Path) -> None:
+    """Unless it is named."""
+    folder = model_with(tmp_path, source)
+    assert Template(folder).message_parser().tool_parser == parser
+    for named in ("mistral", TOOL_PARSERS["mistral"], None):
+        assert Template(folder, tool_parser=named).message_parser().tool_parser == named
+
+
+def test_template_and_its_parser_survive_pickling() -> None:
+    """An instance is sent to the service, its parser back to the caller."""
+    template = Template(hub.DEMO, system="s")
+    again = pickle.loads(pickle.dumps(template))
+    assert text_of(again, [USER]) == text_of(template, [USER])
+    assert pickle.loads(pickle.dumps(template.message_parser())) == template.message_parser()
+
+
+# -- max_length ----------------------------------------------------------------------------------
+
+
+def cut(length: int, strategy: Any, inputs: Any) -> list[tuple[int, list[int]]]:
+    template = Template(hub.DEMO, max_length=length, truncation_strategy=strategy)
+    return [(prompt.index, prompt.ids.tolist()) for prompt in encode_inputs(inputs, template)]
+
+
+def test_prompt_longer_than_max_length_is_cut_left_out_or_refused() -> None:
+    """As the strategy says; one that just fits is left alone."""
+    inputs = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7]}, {"input_ids": [8]}]
+    whole = [(i, item["input_ids"]) for i, item in enumerate(inputs)]
+    assert cut(4, "raise", inputs) == cut(4, "left", inputs) == cut(4, "delete", inputs) == whole
+    assert cut(3, "left", inputs) == [(0, [1, 2, 3]), (1, [5, 6, 7]), (2, [8])]
+    assert cut(3, "right", inputs) == [(0, [1, 2, 3]), (1, [4, 5, 6]), (2, [8])]
+    assert cut(3, "delete", inputs) == [(0, [1, 2, 3]), (2, [8])]
+    with pytest.raises(PromptError, match=r"inputs\[1\] has 4 tokens, max_length is 3"):
+        cut(3, "raise", inputs)
+
+
+def test_call_of_which_every_prompt_is_left_out_is_refused() -> None:
+    """Nothing would be sampled."""
+    with pytest.raises(PromptError, match="each of the 2 inputs is longer than max_length=1"):
+        cut(1, "delete", [{"input_ids": [1, 2]}, {"input_ids": [1, 2]}])
+
+
+def test_max_length_counts_what_the_chat_template_adds() -> None:
+    """It is the prompt that is measured, not the messages."""
+    length = len(Template(hub.DEMO).encode([USER], None, ""))
+    assert len(cut(length, "raise", {"messages": [USER]})[0][1]) == length
+    with pytest.raises(PromptError, match=f"has {length} tokens, max_length is {length - 1}"):
+        cut(length - 1, "raise", {"messages": [USER]})
+
+
+def test_labels_are_cut_with_their_tokens() -> None:
+    """Either side."""
+    item = {"input_ids": [1, 2, 3, 4], "labels": [2, -100, 4, -100]}
+    for strategy, labels in (("left", [-100, 4]), ("right", [-100, 2])):
+        template = Template(hub.DEMO, max_length=2, truncation_strategy=strategy)  # type: ignore[arg-type]
+        (prompt,) = encode_inputs(item, template)
+        assert prompt.turn.labels is not None
+        assert prompt.turn.labels.tolist() == labels
+
+
+def test_data_format_loads_neither_torch_nor_transformers() -> None:
+    """Nor do the templates, before one is made."""
+    code = (
+        "import sys, twinkle_serve.data_format, twinkle_serve.template.prompts;"
+        "print([m for m in ('torch', 'transformers', 'jinja2') if m in sys.modules])"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert made.stdout.strip() == "[]"
+
+
+def test_prompt_ids_are_int32(tmp_path: Path) -> None:
+    """As the engines take them."""
+    assert Template(model_with(tmp_path, OPENED)).encode([USER], None, "").dtype == np.int32

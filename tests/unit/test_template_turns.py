@@ -1,0 +1,395 @@
+"""Several turns of a conversation: every token that was sampled stays as it was sampled."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.test_response import columns
+from tests.unit.test_template import LLAMA3, OPENED, QWEN3, llama3, model_with
+from twinkle_serve import hub
+from twinkle_serve.data_format import SampleColumns, SampleResponse
+from twinkle_serve.errors import PromptError
+from twinkle_serve.template import Template
+from twinkle_serve.template.prompts import Prompt, encode_inputs
+
+USER = {"role": "user", "content": "1+1="}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+RESULT = {"role": "tool", "content": "2"}
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Template]:
+    """One a kind of chat template."""
+    made = {"demo": Template(hub.DEMO), "llama3": Template(llama3(tmp_path_factory.mktemp("llama3")))}
+    for name, source in (("qwen3", QWEN3), ("opened", OPENED)):
+        made[name] = Template(model_with(tmp_path_factory.mktemp(name), source))
+    folder = model_with(tmp_path_factory.mktemp("quiet"), QWEN3)
+    return {**made, "quiet": Template(folder, enable_thinking=False)}
+
+
+def tokens_of(template: Template, text: str) -> list[int]:
+    """A token a byte, where a tokenizer would take fewer: what was sampled is seldom what its text encodes to."""
+    special = {token: template.tokenizer.convert_tokens_to_ids(token) for token in template.special_tokens}
+    found = next((token for token in special if text.endswith(token)), "")
+    plain = [i for c in text.removesuffix(found) for i in template.tokenizer.encode(c, add_special_tokens=False)]
+    return [*plain, special[found]] if found else plain
+
+
+def feature_of(prompt: Prompt, template: Template, text: str) -> dict[str, Any]:
+    """`new_input_feature` of a sample with that text."""
+    tokens = np.array(tokens_of(template, text), np.int32)
+    sampled = columns(0, [text])
+    made = SampleColumns(
+        **{
+            **{name: getattr(sampled, name) for name in sampled.__dataclass_fields__},
+            "tokens": tokens,
+            "lengths": np.array([len(tokens)], np.int32),
+            "logprobs": None,
+            "logprob_tokens": None,
+        }
+    )
+    response = SampleResponse(
+        columns=made,
+        prompts=[prompt.ids],
+        inputs=[prompt.source],
+        logprobs_mode="raw_logprobs",
+        parser=template.message_parser(),
+        turns=(prompt.turn,),
+        prompt_indices=(0,),
+    )
+    return dict(response.sequences[0].new_input_feature)
+
+
+def prompt_of(item: Any, template: Template) -> Prompt:
+    (prompt,) = encode_inputs(item, template)
+    return prompt
+
+
+def after(feature: dict[str, Any], *messages: dict[str, Any]) -> dict[str, Any]:
+    return {**feature, "messages": [*feature["messages"], *messages]}
+
+
+def suffix_of(template: Template, text: str, *messages: dict[str, Any], tools: Any = None) -> str:
+    """What comes between a sample's tokens and the next turn."""
+    item = {"messages": [USER], **({"tools": tools} if tools else {})}
+    feature = feature_of(prompt_of(item, template), template, text)
+    ids = feature["input_ids"]
+    following = prompt_of(after(feature, *messages), template).ids.tolist()
+    assert following[: len(ids)] == ids
+    return template.decode(np.array(following[len(ids) :], np.int32))
+
+
+# -- what comes between turns --------------------------------------------------------------------
+
+
+NEXT = "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "suffix"),
+    [
+        ("demo", "2<|im_end|>", "\n" + NEXT),
+        ("demo", "2", "<|im_end|>\n" + NEXT),
+        ("demo", "2\n", "<|im_end|>\n" + NEXT),
+        ("demo", "2<|endoftext|>", "<|im_end|>\n" + NEXT),
+        ("qwen3", "<think>\nHm.\n</think>\n\n2<|im_end|>", "\n" + NEXT),
+        ("qwen3", "<think>\nHm", "<|im_end|>\n" + NEXT),
+        ("quiet", "2<|im_end|>", "\n" + NEXT + "<think>\n\n</think>\n\n"),
+        ("opened", "Hm.</think>2<|im_end|>", "\n" + NEXT + "<think>\n"),
+        (
+            "llama3",
+            "2<|eot_id|>",
+            "<|start_header_id|>user<|end_header_id|>\n\n1+1=<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+    ],
+)
+def test_continuation_ends_the_sampled_turn_once(
+    name: str, text: str, suffix: str, templates: dict[str, Template]
+) -> None:
+    """Whether the sample ended itself or was cut; then comes what the chat template puts before the next turn."""
+    assert suffix_of(templates[name], text, USER) == suffix
+
+
+def test_continuation_takes_calls_as_the_caller_wrote_them(templates: dict[str, Template]) -> None:
+    """With their arguments as JSON, say; and leaves them so."""
+    call = {"id": "x", "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}
+    said = {"role": "assistant", "content": "", "tool_calls": [call]}
+    before = copy.deepcopy(said)
+    assert CALL in suffix_of(templates["qwen3"], "2<|im_end|>", USER, said, RESULT)
+    assert said == before
+
+
+def test_continuation_takes_any_end_of_the_model_for_an_end(tmp_path: Path) -> None:
+    """A turn that ended by another of the tokens that generation stops at is not ended again."""
+    folder = model_with(tmp_path, (hub.DEMO / "chat_template.jinja").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    assert suffix_of(Template(folder), "2<|endoftext|>", USER) == "\n" + NEXT
+
+
+def test_continuation_passes_over_space_before_the_end(tmp_path: Path) -> None:
+    """As Llama 2's template writes it."""
+    source = "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' + eos_token }}{% endfor %}"
+    assert suffix_of(Template(model_with(tmp_path, source)), "2<|im_end|>", USER) == "user: 1+1= <|im_end|>"
+
+
+def test_continuation_keeps_tools_and_appends_their_results(templates: dict[str, Template]) -> None:
+    """The call is sampled text, which is not rendered again; the result and what follows are."""
+    for name in ("demo", "qwen3"):
+        suffix = suffix_of(templates[name], CALL + "<|im_end|>", RESULT, tools=TOOLS)
+        response = "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n"
+        assert suffix == "\n" + response + "<|im_start|>assistant\n"
+
+
+def test_continuation_renders_messages_that_the_caller_wrote_as_the_assistant(templates: dict[str, Template]) -> None:
+    """They were not sampled."""
+    said = {"role": "assistant", "content": "3"}
+    expected = "\n<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n" + NEXT
+    assert suffix_of(templates["demo"], "2<|im_end|>", USER, said, USER) == expected
+
+
+def test_continuation_passes_over_calls_that_the_chat_template_does_not_read(templates: dict[str, Template]) -> None:
+    """They are in the tokens."""
+    template = templates["opened"]
+    feature = feature_of(prompt_of({"messages": [USER]}, template), template, f"</think>{CALL}<|im_end|>")
+    assert feature["messages"][1]["tool_calls"]
+    feature = feature_of(prompt_of(after(feature, USER), template), template, "</think>2<|im_end|>")
+    assert prompt_of(after(feature, USER), template).ids.tolist()[: feature["length"]] == feature["input_ids"]
+
+
+# -- the message ---------------------------------------------------------------------------------
+
+
+def test_message_has_reasoning_and_calls_and_the_rest(templates: dict[str, Template]) -> None:
+    """All that was carried over with it is there, as it was."""
+    item = {"messages": [USER], "tools": TOOLS, "user_data": {"id": [1]}}
+    feature = feature_of(
+        prompt_of(item, templates["qwen3"]), templates["qwen3"], f"<think>\nHm.\n</think>\n\nSo:\n{CALL}<|im_end|>"
+    )
+    call = {"id": "call00100", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    assert feature["messages"] == [
+        USER,
+        {"role": "assistant", "content": "So:", "reasoning_content": "Hm.", "tool_calls": [call]},
+    ]
+    assert feature["tools"] == TOOLS and feature["user_data"] == {"id": [1]}
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content"), [("Hm.\n</think>\n\n2<|im_end|>", "Hm.", "2"), ("Hm", "Hm", "")]
+)
+def test_reasoning_that_the_prompt_opens_is_found(
+    text: str, reasoning: str, content: str, templates: dict[str, Template]
+) -> None:
+    """By messages and by ids."""
+    template = templates["opened"]
+    prompt = prompt_of({"messages": [USER]}, template)
+    by_ids = prompt_of({"messages": [USER], "input_ids": prompt.ids}, template)
+    expected = {"role": "assistant", "content": content, "reasoning_content": reasoning}
+    assert feature_of(prompt, template, text)["messages"][-1] == expected
+    assert feature_of(by_ids, template, text)["messages"][-1] == expected
+
+
+def test_empty_thoughts_in_the_prompt_open_none(templates: dict[str, Template]) -> None:
+    """enable_thinking=False closes what it opens."""
+    prompt = prompt_of({"messages": [USER]}, templates["quiet"])
+    assert prompt.turn.opening == ""
+    assert feature_of(prompt, templates["quiet"], "2")["messages"][-1] == {"role": "assistant", "content": "2"}
+
+
+def test_sample_without_tokens_adds_no_message(templates: dict[str, Template]) -> None:
+    """Nothing was said, so what follows cannot follow it."""
+    feature = feature_of(prompt_of({"messages": [USER]}, templates["demo"]), templates["demo"], "")
+    assert feature["messages"] == [USER]
+    assert prompt_of(feature, templates["demo"]).ids.tolist() == feature["input_ids"]
+    with pytest.raises(PromptError, match="end with no sampled message for others to follow"):
+        prompt_of(after(feature, USER), templates["demo"])
+
+
+# -- partial rollouts ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["demo", "qwen3", "opened"])
+def test_sample_that_was_cut_goes_on_from_its_tokens(name: str, templates: dict[str, Template]) -> None:
+    """One message comes of it, as if it had been sampled at once; then the conversation goes on."""
+    template = templates[name]
+    opening = "" if name == "opened" else "<think>"
+    parts = [f"{opening}H", "", "m.</thi", "nk>2", "3<|im_end|>"]
+    feature = whole = feature_of(prompt_of({"messages": [USER]}, template), template, "".join(parts))
+    start = len(prompt_of({"messages": [USER]}, template).ids)
+    item: dict[str, Any] = {"messages": [USER]}
+    for part in parts:
+        prompt = prompt_of(item, template)
+        assert not item.get("input_ids") or prompt.ids.tolist() == item["input_ids"]
+        item = feature = feature_of(prompt, template, part)
+        assert len(feature["messages"]) == 2 and feature["encoded"]["assistant_start"] == start
+    assert feature == whole
+    assert feature["messages"][-1] == {"role": "assistant", "content": "23", "reasoning_content": "Hm."}
+    assert feature["labels"][start - 1 :] == [*feature["input_ids"][start:], -100]
+
+
+# -- what cannot be continued --------------------------------------------------------------------
+
+
+def test_past_that_was_changed_is_refused(templates: dict[str, Template]) -> None:
+    """Its tokens say something else; a message may gain keys."""
+    template = templates["demo"]
+    feature = feature_of(prompt_of({"messages": [USER]}, template), template, "2<|im_end|>")
+    said = feature["messages"][1]
+    for messages, message in (
+        ([USER], r"inputs\[0\] has 1 messages, its input_ids hold 2"),
+        ([{**USER, "content": "1+2="}, said, USER], r"inputs\[0\].messages\[0\] is not what its input_ids hold"),
+        ([USER, {**said, "content": "3"}], r"inputs\[0\].messages\[1\] is not what its input_ids hold"),
+        ([USER, USER, said], r"messages\[1\] is not"),
+        ("hello", r"messages\[0\] is not"),
+        (None, "has None messages"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            prompt_of({**feature, "messages": messages}, template)
+    assert prompt_of({**feature, "messages": [USER, {**said, "reward": 1.0}, USER]}, template)
+
+
+@pytest.mark.parametrize("encoded", [3, {}, {"ids": 1}, {"ids": 1, "messages": 4, "assistant_start": 1}])
+def test_encoded_that_is_none_is_refused(encoded: Any, templates: dict[str, Template]) -> None:
+    """It is not for writing by hand."""
+    with pytest.raises(PromptError, match="encoded is not what new_input_feature wrote"):
+        prompt_of({"messages": [USER], "input_ids": [5], "encoded": encoded}, templates["demo"])
+
+
+def test_tokens_that_the_caller_put_in_are_taken_as_they_are(templates: dict[str, Template]) -> None:
+    """Twinkle's rollouts append the tokens of a tool's result themselves, and its message."""
+    template = templates["demo"]
+    feature = feature_of(prompt_of({"messages": [USER]}, template), template, "2<|im_end|>")
+    extended = {**after(feature, RESULT), "input_ids": [*feature["input_ids"], 5, 6]}
+    extended.pop("attention_mask")
+    extended["labels"] = [*feature["labels"], -100, -100]
+    prompt = prompt_of(extended, template)
+    assert prompt.ids.tolist() == extended["input_ids"]
+    assert [m["role"] for m in feature_of(prompt, template, "3")["messages"]] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+
+
+def test_feature_without_encoded_is_used_by_its_ids(templates: dict[str, Template]) -> None:
+    """Whatever its messages are."""
+    item = {"input_ids": [5, 6], "messages": [USER, USER]}
+    assert prompt_of(item, templates["demo"]).ids.tolist() == [5, 6]
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ messages[0].content }}", "{% for m in messages %}{{ m.content * 2 }}{% endfor %}"]
+)
+def test_chat_template_that_does_not_write_the_sampled_turn_once_is_refused(source: str, tmp_path: Path) -> None:
+    """There is no telling what follows it."""
+    template = Template(model_with(tmp_path, source))
+    feature = feature_of(prompt_of({"messages": [USER]}, template), template, "2")
+    with pytest.raises(PromptError, match=r"writes inputs\[0\].messages\[1\] . times"):
+        prompt_of(after(feature, USER), template)
+
+
+def test_template_of_a_base_model_has_one_turn() -> None:
+    """Without chat template nothing says how another begins."""
+    template = Template(hub.DEMO, use_chat_template=False)
+    feature = feature_of(prompt_of({"messages": [USER]}, template), template, "2")
+    assert prompt_of(feature, template).ids.tolist() == feature["input_ids"]
+    with pytest.raises(PromptError, match="must be one user message"):
+        prompt_of(after(feature, USER), template)
+
+
+# -- labels --------------------------------------------------------------------------------------
+
+
+def test_labels_of_earlier_turns_are_kept(templates: dict[str, Template]) -> None:
+    """Sampled tokens are labels, those of prompts are not, in every turn; rolled left by one."""
+    template = templates["demo"]
+    feature = feature_of(prompt_of({"messages": [USER]}, template), template, "2<|im_end|>")
+    first = (len(feature["input_ids"]) - 2, len(feature["input_ids"]))
+    feature = feature_of(prompt_of(after(feature, USER), template), template, "34<|im_end|>")
+    ids = feature["input_ids"]
+    learnt = {*range(*first), *range(len(ids) - 3, len(ids))}
+    unrolled = [token if i in learnt else -100 for i, token in enumerate(ids)]
+    assert feature["labels"] == [*unrolled[1:], -100]
+    assert feature["attention_mask"] == [1] * len(ids) and feature["position_ids"] == [*range(len(ids))]
+    assert feature["length"] == len(ids)
+
+
+@pytest.mark.parametrize("labels", [[1], [1.0, 2.0], [[1, 2]], "ab"])
+def test_labels_that_do_not_fit_are_refused(labels: Any, templates: dict[str, Template]) -> None:
+    """One whole number a token."""
+    with pytest.raises(PromptError, match=r"inputs\[0\].labels has shape"):
+        prompt_of({"input_ids": [5, 6], "labels": labels}, templates["demo"])
+
+
+def test_max_length_counts_the_turns_before() -> None:
+    """A conversation grows; cutting its beginning cuts the labels with it."""
+    template = Template(hub.DEMO)
+    feature = feature_of(prompt_of({"messages": [USER]}, template), template, "2<|im_end|>")
+    whole = prompt_of(after(feature, USER), template)
+    length = len(whole.ids)
+    with pytest.raises(PromptError, match=f"has {length} tokens, max_length is {length - 1}"):
+        prompt_of(after(feature, USER), Template(hub.DEMO, max_length=length - 1))
+    left = prompt_of(after(feature, USER), Template(hub.DEMO, max_length=length - 1, truncation_strategy="left"))
+    assert left.ids.tolist() == whole.ids.tolist()[1:]
+    assert left.turn.labels is not None and whole.turn.labels is not None
+    assert left.turn.labels.tolist() == whole.turn.labels.tolist()[1:]
+
+
+# -- all of it, at random ------------------------------------------------------------------------
+
+words = st.lists(st.sampled_from(["1", "2", " ", "\n", "+", "user", "é", "<"]), max_size=4).map("".join)
+replies = st.tuples(words, st.sampled_from(["", "end"]))
+following = st.one_of(
+    words.map(lambda text: [{"role": "user", "content": text}]),
+    words.map(lambda text: [{"role": "tool", "content": text}]),
+    words.map(lambda text: [{"role": "assistant", "content": text}, {"role": "user", "content": text}]),
+)
+
+
+def ends(name: str) -> str:
+    return "<|eot_id|>" if name == "llama3" else "<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["demo", "qwen3", "quiet", "opened", "llama3"])
+@given(script=st.lists(st.tuples(replies, following), min_size=1, max_size=4), system=st.booleans())
+def test_turns_are_prefixes_of_those_after_them(
+    name: str, templates: dict[str, Template], script: list[Any], system: bool
+) -> None:
+    """And no input is ever changed, nor does a feature share a list with the one that it came from."""
+    template = templates[name]
+    item: dict[str, Any] = {"messages": [{"role": "system", "content": "s"}] * system + [USER], "user_data": {"n": [1]}}
+    so_far: list[int] = []
+    for (text, end), messages in script:
+        before = copy.deepcopy(item)
+        prompt = prompt_of(item, template)
+        assert prompt.ids.tolist()[: len(so_far)] == so_far
+        if name == "demo":
+            rendered = template.render(item["messages"], None)
+            assert template.decode(prompt.ids) == rendered
+        feature = feature_of(prompt, template, text + (ends(name) if end else ""))
+        assert feature["input_ids"][: len(prompt.ids)] == prompt.ids.tolist()
+        so_far = feature["input_ids"]
+        assert item == before
+        spoiled = copy.deepcopy(feature)
+        feature["user_data"]["n"].append(2)
+        feature["messages"][0]["content"] += "!"
+        feature["messages"].append(USER)
+        assert item == before
+        if not text and not end:
+            return
+        item = after(spoiled, *messages)
+
+
+def test_llama3_template_of_these_tests_begins_with_its_token(templates: dict[str, Template]) -> None:
+    """Once: the tokenizer does not put another before what the chat template writes."""
+    text = templates["llama3"].decode(prompt_of({"messages": [USER]}, templates["llama3"]).ids)
+    assert LLAMA3.startswith("{{- bos_token") and text.startswith("<|begin_of_text|><|start_header_id|>user")

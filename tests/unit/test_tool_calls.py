@@ -1,0 +1,253 @@
+"""From a sample's text to the assistant's message."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twinkle_serve.data_format.messages import MessageParser
+from twinkle_serve.data_format.tool_calls import TOOL_PARSERS, ToolCall, ToolParser, register_tool_parser
+from twinkle_serve.errors import TemplateError
+
+THINK = ("<think>", "</think>")
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "f",
+            "parameters": {"properties": {"s": {"type": "string"}, "n": {"type": ["string", "null"]}, "i": {}}},
+        },
+    }
+]
+
+
+def read(name: str | None, text: str, tools: Any = (), special: tuple[str, ...] = ()) -> tuple[str, list[Any]]:
+    """(content, [(name, arguments)]) of a text."""
+    message = MessageParser(tool_parser=name, special_tokens=special).message(text, tools)
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls", [])]
+    return message["content"], calls
+
+
+ONE = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+V3 = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{}\n```<｜tool▁call▁end｜>"
+V31 = '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": {"b": "}"}}<｜tool▁call▁end｜>'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "content", "calls"),
+    [
+        ("hermes", "no call", "no call", []),
+        ("hermes", f"Look:\n{ONE}", "Look:", [("f", {"a": 1})]),
+        ("hermes", f"{ONE}\n{ONE}", "", [("f", {"a": 1}), ("f", {"a": 1})]),
+        ("hermes", ONE.removesuffix("</tool_call>"), "", [("f", {"a": 1})]),
+        ("hermes", '<tool_call>{"name": "f"}</tool_call>', "", [("f", {})]),
+        ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [("f", {"a": 1})]),
+        (
+            "hermes",
+            '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>\nb"}}</tool_call>',
+            "",
+            [("f", {"a": "</tool_call>\nb"})],
+        ),
+        ("hermes", f"a <tool_call>{{bad</tool_call> b {ONE}", "a <tool_call>{bad</tool_call> b", [("f", {"a": 1})]),
+        (
+            "qwen3_coder",
+            "Go.\n<tool_call>\n<function=f>\n<parameter=a>\n[1,\n 2]\n</parameter>\n"
+            "<parameter=b>\n<b>\n\n</parameter>\n</function>\n</tool_call>",
+            "Go.",
+            [("f", {"a": [1, 2], "b": "<b>\n"})],
+        ),
+        ("qwen3_coder", "<function=f></function><function=g>\n</function>", "", [("f", {}), ("g", {})]),
+        ("llama3_json", '<|python_tag|>{"name": "f", "parameters": {"a": 1}}', "", [("f", {"a": 1})]),
+        (
+            "llama3_json",
+            'So <|python_tag|>{"name": "f", "parameters": {}}; {"name": "g", "arguments": {}}',
+            "So",
+            [("f", {}), ("g", {})],
+        ),
+        ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}, "id": "x"}]', "", [("f", {"a": 1})]),
+        (
+            "mistral",
+            'Hm.[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[CALL_ID]x[ARGS]{}',
+            "Hm.",
+            [("f", {"a": 1}), ("g", {})],
+        ),
+        (
+            "deepseek",
+            f"Hm.<｜tool▁calls▁begin｜>{V3}\n{V31}<｜tool▁calls▁end｜>",
+            "Hm.",
+            [("f", {}), ("f", {"a": {"b": "}"}})],
+        ),
+        (None, ONE, ONE, []),
+    ],
+)
+def test_tool_calls_are_taken_out_of_the_text(name: str | None, text: str, content: str, calls: list[Any]) -> None:
+    """In order, with what was said around them."""
+    assert read(name, text) == (content, calls)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": </tool_call>'),
+        ("hermes", '<tool_call>{"name": "", "arguments": {}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "f"} and more</tool_call>'),
+        ("hermes", "<tool_call>" + "[" * 100_000),
+        ("hermes", "<tool_call>"),
+        ("qwen3_coder", "<tool_call>\n<function=f>\nwords\n</function>\n</tool_call>"),
+        ("qwen3_coder", "<tool_call>\n<function=f>\n<parameter=a>\n1"),
+        ("llama3_json", '<|python_tag|>{"name": "f", "parameters": {}} and more'),
+        ("llama3_json", '<|python_tag|>{"name": "f"}'),
+        ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {}}, 1]'),
+        ("mistral", "[TOOL_CALLS][]"),
+        ("mistral", "[TOOL_CALLS]f[ARGS]1"),
+        ("deepseek", f"<｜tool▁calls▁begin｜>{V3.replace('{}', '{')}<｜tool▁calls▁end｜>"),
+    ],
+)
+def test_malformed_tool_call_stays_in_the_text(name: str, text: str) -> None:
+    """Nothing of it is lost, so that a reward can see it; its markup stays even where it is made of special tokens."""
+    special = ("<|im_end|>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
+    special += TOOL_PARSERS["deepseek"].markers
+    assert read(name, text + "<|im_end|>", special=special) == (text, [])
+
+
+def test_answer_in_json_is_no_call_unless_tools_were_offered() -> None:
+    """Llama marks its calls by nothing but their form."""
+    text = '{"name": "f", "parameters": {"a": 1}}'
+    assert read("llama3_json", text) == (text, [])
+    assert read("llama3_json", text, TOOLS) == ("", [("f", {"a": 1})])
+
+
+def test_arguments_in_xml_have_the_declared_types() -> None:
+    """A string of digits stays one where the tool wants a string."""
+    text = "<function=f>" + "".join(f"<parameter={k}>\n{v}\n</parameter>" for k, v in ARGUMENTS.items()) + "</function>"
+    assert read("qwen3_coder", text, TOOLS) == ("", [("f", {"s": "12", "n": None, "i": 12, "x": "a b"})])
+    assert read("qwen3_coder", text, [TOOLS[0]["function"]])[1] == read("qwen3_coder", text, TOOLS)[1]
+    assert read("qwen3_coder", text, [None, {"function": 3}]) == (
+        "",
+        [("f", {"s": 12, "n": None, "i": 12, "x": "a b"})],
+    )
+
+
+ARGUMENTS = {"s": "12", "n": "null", "i": "12", "x": "a b"}
+
+
+def test_tool_calls_have_ids_that_differ_within_a_conversation() -> None:
+    """Nine letters and digits, which Mistral's templates insist on; the model's own where it writes one."""
+    parser = MessageParser(tool_parser="hermes")
+    ids = [call["id"] for number in (1, 3) for call in parser.message(ONE + ONE, number=number)["tool_calls"]]
+    assert len(set(ids)) == 4 and all(len(made) == 9 and made.isalnum() for made in ids)
+    (call,) = MessageParser(tool_parser="mistral").message('[TOOL_CALLS][{"name": "f", "id": "own"}]')["tool_calls"]
+    assert call == {"id": "own", "type": "function", "function": {"name": "f", "arguments": {}}}
+
+
+names = st.from_regex(r"[a-z_]{1,8}", fullmatch=True)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)
+)
+
+
+@given(
+    st.lists(st.tuples(names, st.dictionaries(st.text(), values)), min_size=1, max_size=3), st.text("ab\n", max_size=5)
+)
+def test_hermes_calls_are_read_back_whatever_their_arguments(calls: list[Any], said: str) -> None:
+    """Markup inside a string included."""
+    blocks = [json.dumps({"name": name, "arguments": arguments}) for name, arguments in calls]
+    text = said + "\n".join(f"<tool_call>\n{block}\n</tool_call>" for block in blocks)
+    assert read("hermes", text) == (said.strip(), calls)
+
+
+@given(
+    st.sampled_from(sorted(TOOL_PARSERS)),
+    st.lists(
+        st.sampled_from(
+            [
+                "<tool_call>",
+                "</tool_call>",
+                '{"name": "f", "arguments": {}}',
+                "{",
+                "}",
+                "[",
+                "]",
+                "<function=f>",
+                "</function>",
+                "<parameter=a>",
+                "</parameter>",
+                "[TOOL_CALLS]",
+                "[ARGS]",
+                "f",
+                " ",
+                "\n",
+                ";",
+                "<|python_tag|>",
+                "```",
+                *TOOL_PARSERS["deepseek"].markers,
+            ]
+        )
+    ),
+)
+def test_text_without_a_call_is_left_as_it_is(name: str, parts: list[str]) -> None:
+    """And with one, no parser fails, whatever a model writes."""
+    text = "".join(parts)
+    content, calls = read(name, text, TOOLS)
+    assert calls or content == text
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content"),
+    [
+        ("<think>\nHm.\n</think>\n\n4", "Hm.", "4"),
+        ("\n<think>Hm.", "Hm.", ""),
+        ("<think>\n\n</think>\n\n4", None, "4"),
+        ("4", None, "4"),
+        ("I say <think>x</think>", None, "I say <think>x</think>"),
+        ("Hm.</think>4", None, "Hm.</think>4"),
+    ],
+)
+def test_reasoning_is_what_stands_in_tags_at_the_start(text: str, reasoning: str | None, content: str) -> None:
+    """Cut by length or not; tags that are special tokens are read before those are dropped."""
+    for special in ((), ("<think>", "</think>", "<|im_end|>")):
+        message = MessageParser(reasoning=THINK, special_tokens=special).message(text)
+        assert (message.get("reasoning_content"), message["content"]) == (reasoning, content)
+    assert MessageParser().message(text) == {"role": "assistant", "content": text}
+
+
+def test_call_that_is_only_thought_of_is_none() -> None:
+    """Only what follows the reasoning is parsed."""
+    parser = MessageParser(reasoning=THINK, tool_parser="hermes")
+    assert "tool_calls" not in parser.message(f"<think>{ONE}")
+    message = parser.message(f"<think>{ONE}</think>{ONE}")
+    assert len(message["tool_calls"]) == 1 and message["reasoning_content"] == ONE and message["content"] == ""
+
+
+def test_special_tokens_are_left_out_longest_first() -> None:
+    """One may be the beginning of another."""
+    assert read(None, "a<|e|>b<|e|><|e|>x>", special=("<|e|>", "<|e|>x>")) == ("ab", [])
+
+
+def _bang(text: str, tools: Any) -> tuple[str, list[ToolCall]]:
+    return text.replace("!", ""), [ToolCall("bang", {})] * text.count("!")
+
+
+BANG = ToolParser(parse=_bang, markers=("!",))
+
+
+def test_tool_parser_can_be_registered_or_carried_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name it must be known where messages are read; a name is never taken over."""
+    monkeypatch.setattr("twinkle_serve.data_format.tool_calls.TOOL_PARSERS", table := dict(TOOL_PARSERS))
+    register_tool_parser("bang", BANG)
+    register_tool_parser("bang", BANG)
+    assert read("bang", "a!!") == ("a", [("bang", {})] * 2)
+    with pytest.raises(TemplateError, match="'hermes' is registered already"):
+        register_tool_parser("hermes", BANG)
+    carried = pickle.loads(pickle.dumps(MessageParser(tool_parser=BANG)))
+    del table["bang"]
+    assert carried.message("!")["tool_calls"]
+    with pytest.raises(TemplateError, match="unknown tool parser 'bang'"):
+        read("bang", "!")

@@ -1,0 +1,89 @@
+"""`import twinkle_serve.as_twinkle` makes `twinkle` mean this package, for the process that imports it.
+
+Code written for Twinkle's sampler then runs as it stands: `from twinkle.sampler import vLLMSampler`. Where Twinkle
+itself is installed this is refused, unless TWINKLE_SERVE_AS_TWINKLE=override is set: half of one package and half of
+the other would be worse than an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import twinkle_serve
+from twinkle_serve.errors import ConfigError
+
+OVERRIDE = "TWINKLE_SERVE_AS_TWINKLE"
+
+MOVED = {
+    "data_format.input_feature": "data_format",
+    "data_format.message": "data_format",
+    "data_format.sampling": "data_format",
+    "data_format.trajectory": "data_format",
+    "sampler.torch_sampler": "sampler",
+    "sampler.vllm_sampler": "sampler",
+    "template.base": "template",
+}
+"""Twinkle's modules that have other names here."""
+
+
+class _AsTwinkle(MetaPathFinder, Loader):
+    """Has `twinkle.x` be the very module `twinkle_serve.x`: a second copy would have classes that are not ours."""
+
+    def __init__(self) -> None:
+        self._specs: dict[str, ModuleSpec | None] = {}
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not name.startswith("twinkle."):
+            return None
+        ours = _ours(name)
+        try:
+            found = importlib.util.find_spec(ours)
+        except ModuleNotFoundError:
+            return None
+        return (
+            None if found is None else ModuleSpec(name, self, is_package=found.submodule_search_locations is not None)
+        )
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(_ours(spec.name))
+        self._specs[spec.name] = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        spec = module.__spec__
+        if spec is not None and spec.name in self._specs:  # the import system has just put its own there
+            module.__spec__ = self._specs.pop(spec.name)
+
+
+def _ours(name: str) -> str:
+    part = name.removeprefix("twinkle.")
+    return f"twinkle_serve.{MOVED.get(part, part)}"
+
+
+def _install() -> None:
+    if sys.modules.get("twinkle") is twinkle_serve:
+        return
+    if os.environ.get(OVERRIDE) != "override":
+        installed = sys.modules.get("twinkle") or importlib.util.find_spec("twinkle")
+        if installed is not None:
+            where = getattr(installed, "__file__", None) or getattr(installed, "origin", None)
+            raise ConfigError(
+                f"another package named twinkle is installed, at {where}. Uninstall it, or set {OVERRIDE}=override to "
+                "have `import twinkle` mean Twinkle Serve in this process."
+            )
+    for loaded in [name for name in sys.modules if name == "twinkle" or name.startswith("twinkle.")]:
+        del sys.modules[loaded]
+    sys.modules["twinkle"] = twinkle_serve
+    sys.meta_path.insert(0, _AsTwinkle())
+
+
+_install()

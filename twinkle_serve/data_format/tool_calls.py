@@ -1,0 +1,291 @@
+"""Tool calls out of a sample's text, in the ways that models write them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeAlias
+
+from twinkle_serve.errors import TemplateError, unknown_name
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call of a function."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str | None = None
+    """None where the model writes none."""
+
+
+Tools: TypeAlias = Sequence[Any]
+"""Tools of the conversation, as the caller gave them."""
+Parsed: TypeAlias = tuple[str, list[ToolCall]]
+Found: TypeAlias = tuple[list[ToolCall], int]
+"""Calls, and where in the text they end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolParser:
+    """One way of writing tool calls."""
+
+    parse: Callable[[str, Tools], Parsed]
+    """(text, tools) to (text that is no call, calls in order). What is malformed stays in the text."""
+    markers: tuple[str, ...]
+    """Texts of the markup: `parse` gets them even where they are special tokens."""
+    sign: str = ""
+    """Text in a chat template that tells that the model writes its calls this way; "" is never recognised."""
+
+
+def register_tool_parser(name: str, parser: ToolParser) -> None:
+    """Makes a way of writing tool calls known, in this process.
+
+    The service looks the name up when a template is made, and the caller's process when a message is read.
+
+    Raises:
+        TemplateError: the name is another parser's.
+    """
+    if TOOL_PARSERS.get(name, parser) != parser:
+        raise TemplateError(f"tool parser {name!r} is registered already. Give yours another name.")
+    TOOL_PARSERS[name] = parser
+
+
+def tool_parser(name: str) -> ToolParser:
+    """The parser registered as `name`.
+
+    Raises:
+        TemplateError: there is none.
+    """
+    if name not in TOOL_PARSERS:
+        raise TemplateError(f"{unknown_name('tool parser', name, TOOL_PARSERS)}. See register_tool_parser.")
+    return TOOL_PARSERS[name]
+
+
+def recognise_tool_parser(chat_template: str) -> str:
+    """Name of the parser for the calls that a chat template writes; hermes where it writes none that is known."""
+    return next((name for name, known in TOOL_PARSERS.items() if known.sign and known.sign in chat_template), "hermes")
+
+
+# -- JSON ----------------------------------------------------------------------------------------
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+# Not strict: models write raw line ends into strings.
+_JSON = json.JSONDecoder(strict=False, parse_constant=_no_number)
+_SPACE = re.compile(r"\s*")
+
+
+def _skip_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    assert match is not None
+    return match.end()
+
+
+def _json_at(text: str, at: int) -> tuple[Any, int] | None:
+    """The JSON value that begins at `at`, and where it ends. What follows it, and what its strings hold, is free."""
+    try:
+        return _JSON.raw_decode(text, _skip_space(text, at))
+    except (ValueError, RecursionError):  # samples can nest deeper than Python
+        return None
+
+
+def _call_of(value: Any, keys: Sequence[str] = ("arguments",)) -> ToolCall | None:
+    """A call out of `{"name": …, "arguments": …}`, whose arguments may be JSON in a string."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
+        return None
+    arguments: Any = next((value[key] for key in keys if key in value), {})
+    if isinstance(arguments, str):
+        found = _json_at(arguments, 0)
+        arguments = found[0] if found and not arguments[found[1] :].strip() else None
+    if not isinstance(arguments, dict):
+        return None
+    made = value.get("id")
+    return ToolCall(value["name"], arguments, made if isinstance(made, str) and made else None)
+
+
+def _scan(text: str, opening: re.Pattern[str], read: Callable[[re.Match[str]], Found | None]) -> Parsed:
+    """What `read` finds at each place where `opening` matches, and the text around it."""
+    kept: list[str] = []
+    calls: list[ToolCall] = []
+    at = 0
+    while match := opening.search(text, at):
+        found = read(match)
+        if found is None:
+            kept.append(text[at : match.end()])
+            at = match.end()
+        else:
+            kept.append(text[at : match.start()])
+            calls += found[0]
+            at = found[1]
+    kept.append(text[at:])
+    return "".join(kept), calls
+
+
+def _closed(text: str, at: int, tag: str) -> int | None:
+    """Where `tag` ends, space before it allowed; the end of the text closes too, since a stop string may have cut."""
+    at = _skip_space(text, at)
+    if text.startswith(tag, at):
+        return at + len(tag)
+    return at if at == len(text) else None
+
+
+# -- hermes: <tool_call>{"name": …, "arguments": …}</tool_call> ----------------------------------
+
+_HERMES = re.compile("<tool_call>")
+
+
+def _read_hermes(match: re.Match[str]) -> Found | None:
+    found = _json_at(match.string, match.end())
+    if found is None or (call := _call_of(found[0])) is None:
+        return None
+    end = _closed(match.string, found[1], "</tool_call>")
+    return None if end is None else ([call], end)
+
+
+def _parse_hermes(text: str, tools: Tools) -> Parsed:
+    return _scan(text, _HERMES, _read_hermes)
+
+
+# -- qwen3_coder: <tool_call><function=name><parameter=key>value</parameter></function></tool_call>
+
+_FUNCTION = re.compile(r"(?:<tool_call>\s*)?<function=([^<>\n]+)>(.*?)</function>", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^<>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+
+
+def _properties(tools: Tools, function: str) -> Mapping[str, Any]:
+    """The declared parameters of a function, `{}` where the tools do not say."""
+    for tool in tools:
+        described = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if isinstance(described, Mapping) and described.get("name") == function:
+            parameters = described.get("parameters")
+            properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+            return properties if isinstance(properties, Mapping) else {}
+    return {}
+
+
+def _value(text: str, declared: Any) -> Any:
+    """A parameter's value: text where it is declared as a string, otherwise JSON if it is JSON."""
+    kind = declared.get("type") if isinstance(declared, Mapping) else None
+    kinds = kind if isinstance(kind, list) else [kind]
+    if "string" in kinds and not (text == "null" and "null" in kinds):
+        return text
+    found = _json_at(text, 0)
+    return found[0] if found and not text[found[1] :].strip() else text
+
+
+def _parse_qwen3_coder(text: str, tools: Tools) -> Parsed:
+    def read(match: re.Match[str]) -> Found | None:
+        name, body = match[1].strip(), match[2]
+        if _PARAMETER.sub("", body).strip():
+            return None
+        declared = _properties(tools, name)
+        arguments = {key: _value(value, declared.get(key)) for key, value in _PARAMETER.findall(body)}
+        end = _closed(text, match.end(), "</tool_call>")
+        return [ToolCall(name, arguments)], match.end() if end is None else end
+
+    return _scan(text, _FUNCTION, read)
+
+
+# -- llama3_json: {"name": …, "parameters": …}, alone or after <|python_tag|> --------------------
+
+_PYTHON_TAG = "<|python_tag|>"
+
+
+def _llama_calls(text: str) -> Iterator[ToolCall | None]:
+    at = _skip_space(text, 0)
+    while at < len(text):
+        found = _json_at(text, at)
+        if found is None or not isinstance(found[0], dict) or not {"parameters", "arguments"} & set(found[0]):
+            yield None
+            return
+        yield _call_of(found[0], ("parameters", "arguments"))
+        at = _skip_space(text, found[1])
+        if text.startswith(";", at):
+            at = _skip_space(text, at + 1)
+
+
+def _parse_llama3_json(text: str, tools: Tools) -> Parsed:
+    before, tag, after = text.partition(_PYTHON_TAG)
+    if not tag:
+        if not tools:  # JSON that nothing marks as a call is an answer, unless tools were offered
+            return text, []
+        before, after = "", text
+    calls = list(_llama_calls(after))
+    whole = [call for call in calls if call is not None]
+    return (before, whole) if whole and len(whole) == len(calls) else (text, [])
+
+
+# -- mistral: [TOOL_CALLS][{"name": …, "arguments": …}], later [TOOL_CALLS]name[ARGS]{…} ---------
+
+_MISTRAL = re.compile(r"\[TOOL_CALLS\]")
+_MISTRAL_NAME = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\](\w+))?(?:\[ARGS\])?")
+
+
+def _read_mistral(match: re.Match[str]) -> Found | None:
+    text = match.string
+    found = _json_at(text, match.end())
+    if found and isinstance(found[0], list):
+        calls = [_call_of(value) for value in found[0]]
+        whole = [call for call in calls if call is not None]
+        return (whole, found[1]) if whole and len(whole) == len(calls) else None
+    name = _MISTRAL_NAME.match(text, match.end())
+    found = _json_at(text, name.end()) if name else None
+    if name is None or found is None or not isinstance(found[0], dict):
+        return None
+    return [ToolCall(name[1], found[0], name[2])], found[1]
+
+
+def _parse_mistral(text: str, tools: Tools) -> Parsed:
+    return _scan(text, _MISTRAL, _read_mistral)
+
+
+# -- deepseek: V3 and R1 put the JSON in a fence, V3.1 does not ----------------------------------
+
+_DEEPSEEK = re.compile(r"<｜tool▁call▁begin｜>([^<\n]*)<｜tool▁sep｜>(?:([^\n{`]+)\n```json\n)?")
+_DEEPSEEK_FRAME = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
+
+
+def _read_deepseek(match: re.Match[str]) -> Found | None:
+    found = _json_at(match.string, match.end())
+    name = (match[2] or match[1]).strip()
+    if found is None or not isinstance(found[0], dict) or not name:
+        return None
+    at = found[1]
+    if match[2]:
+        fence = _skip_space(match.string, at)
+        at = fence + 3 if match.string.startswith("```", fence) else at
+    end = _closed(match.string, at, "<｜tool▁call▁end｜>")
+    return None if end is None else ([ToolCall(name, found[0])], end)
+
+
+def _parse_deepseek(text: str, tools: Tools) -> Parsed:
+    rest, calls = _scan(text, _DEEPSEEK, _read_deepseek)
+    if calls and "<｜tool▁call▁begin｜>" not in rest:
+        for frame in _DEEPSEEK_FRAME:
+            rest = rest.replace(frame, "")
+    return rest, calls
+
+
+TOOL_PARSERS: dict[str, ToolParser] = {
+    # Before hermes: both write <tool_call>.
+    "qwen3_coder": ToolParser(
+        parse=_parse_qwen3_coder,
+        markers=("<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>"),
+        sign="<function=",
+    ),
+    "hermes": ToolParser(parse=_parse_hermes, markers=("<tool_call>", "</tool_call>"), sign="<tool_call>"),
+    "mistral": ToolParser(parse=_parse_mistral, markers=("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"), sign="[TOOL_CALLS]"),
+    "deepseek": ToolParser(
+        parse=_parse_deepseek,
+        markers=(*_DEEPSEEK_FRAME, "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"),
+        sign="<｜tool▁call▁begin｜>",
+    ),
+    "llama3_json": ToolParser(parse=_parse_llama3_json, markers=(_PYTHON_TAG,), sign=_PYTHON_TAG),
+}
+"""Ways of writing tool calls, by name."""

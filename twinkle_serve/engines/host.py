@@ -1,0 +1,180 @@
+"""One engine and what goes with it, whatever its kind: chunks, streams, adapter versions, warm-up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twinkle_serve.adapters import check_shapes, describe_adapter
+from twinkle_serve.checkpoint import weight_shapes
+from twinkle_serve.data_format import SamplingParams
+from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, TextDelta
+from twinkle_serve.data_format.samples import SampleColumns
+from twinkle_serve.engines.base import ChunkRunner, Engine, Finished
+from twinkle_serve.engines.text import TextStream
+from twinkle_serve.errors import AdapterError, EngineDeadError, EngineStartError
+
+WARM_UP = Group(id=-1, prompt_ids=np.zeros(1, np.int32), params=SamplingParams(max_tokens=2))
+
+CONTROLS = frozenset(
+    {"load_adapter", "drop_adapter", "keep_adapters", "state_keys", "reset_prefix_cache", "sleep", "wake_up"}
+)
+"""Methods of EngineHost that a router calls through `control`."""
+
+
+class EngineHost:
+    """What a router talks to, in this process or through a deployment. See `EngineLink` for what is guaranteed."""
+
+    def __init__(self, engine: Engine, model: Path) -> None:
+        """
+        Args:
+            model: directory of the engine's model.
+        """
+        self._engine = engine
+        self._model = model
+        self._chunks = ChunkRunner(self._sample_group)
+        self._adapters: dict[int, AdapterVersion] = {}
+        """Loaded versions, by id."""
+        self._uses: Counter[int] = Counter()
+        """Groups and streams that run, by id of their version."""
+        self._unused = asyncio.Condition()
+        """Notified when a version has lost its last use."""
+        self._dropping: set[asyncio.Task[None]] = set()
+        self._info: EngineInfo
+
+    async def start(self, name: str, timeout_s: float) -> None:
+        """Loads the model, and samples once: an engine that cannot sample must not be ready.
+
+        Raises:
+            EngineArgsError, ModelNotFoundError, EngineStartError
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._engine.start()
+                await self._engine.sample_group(WARM_UP)  # takes vLLM seconds on CPU
+        except TimeoutError:
+            raise EngineStartError(
+                f"{name}: {self._model} did not load within startup_timeout_s={timeout_s:g}. Raise it."
+            ) from None
+        self._info = replace(self._engine.info, life=uuid.uuid4().hex)
+
+    async def describe(self) -> EngineInfo:
+        await self._engine.check_health()
+        return self._info
+
+    async def check_health(self) -> None:
+        await self._engine.check_health()
+
+    # -- sampling --------------------------------------------------------------------------------
+
+    async def _sample_group(self, group: Group) -> SampleColumns:
+        async with self._using(group.adapter):
+            return await self._engine.sample_group(group)
+
+    async def sample(self, life: str, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
+        self._require_life(life)
+        async with contextlib.aclosing(self._chunks.run(groups)) as chunk:
+            async for finished in chunk:
+                yield finished
+
+    async def stream(self, life: str, group: Group) -> AsyncGenerator[TextDelta, None]:
+        self._require_life(life)
+        text = TextStream(self._engine.decode, group.params.stop_strings)
+        async with self._using(group.adapter), contextlib.aclosing(self._engine.stream_tokens(group)) as tokens:
+            async for delta in tokens:
+                new = text.push(delta.tokens, last=delta.stop_reason is not None)
+                if new or delta.stop_reason is not None:
+                    yield TextDelta(text=new, finish_reason=delta.stop_reason)
+
+    async def abort(self, attempts: Iterable[Attempt]) -> None:
+        self._chunks.abort(attempts)
+
+    def _require_life(self, life: str) -> None:
+        """Serve keeps what it could not hand to a process that died; the router has placed it anew long since."""
+        if life != self._info.life:
+            raise EngineDeadError(f"{self._info.name} was restarted.")
+
+    @contextlib.asynccontextmanager
+    async def _using(self, adapter: AdapterVersion | None) -> AsyncGenerator[None, None]:
+        """Keeps a version from being dropped."""
+        if adapter is None:
+            yield
+            return
+        if adapter.id not in self._adapters:
+            raise AdapterError(f"{self._info.name} has no adapter {adapter.label}. Add it again.")
+        self._uses[adapter.id] += 1
+        try:
+            yield
+        finally:
+            self._uses[adapter.id] -= 1
+            if not self._uses[adapter.id]:
+                del self._uses[adapter.id]
+                async with self._unused:
+                    self._unused.notify_all()
+
+    # -- control ---------------------------------------------------------------------------------
+
+    async def control(self, method: str, *args: Any) -> Any:
+        assert method in CONTROLS, method
+        return await getattr(self, method)(*args)
+
+    async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
+        """Loads an adapter version, checked against the model; one that is loaded already is left as it is."""
+        if version.id in self._adapters:
+            return
+        if not self._info.max_lora_rank:
+            raise AdapterError(
+                f"adapter {version.name!r}: LoRA is switched off. Start the service with engine_args.enable_lora: true."
+            )
+        if version.rank > self._info.max_lora_rank:
+            raise AdapterError(
+                f"adapter {version.name!r} has rank {version.rank}, the engine takes {self._info.max_lora_rank}. "
+                "Raise engine_args.max_lora_rank."
+            )
+        description = await asyncio.to_thread(describe_adapter, files)
+        check_shapes(description, await asyncio.to_thread(weight_shapes, self._model))
+        await self._engine.load_adapter(version, files)
+        self._adapters[version.id] = version
+
+    async def drop_adapter(self, version: AdapterVersion) -> None:
+        """Gives a version up: at once for new groups, in the engine when the last that uses it has ended."""
+        if self._adapters.pop(version.id, None) is not None:
+            task = asyncio.create_task(self._drop_when_unused(version))
+            self._dropping.add(task)
+            task.add_done_callback(self._dropping.discard)
+
+    async def _drop_when_unused(self, version: AdapterVersion) -> None:
+        async with self._unused:
+            await self._unused.wait_for(lambda: not self._uses[version.id])
+        await self._engine.drop_adapter(version)
+
+    async def keep_adapters(self, ids: Iterable[int]) -> None:
+        """Drops all versions but these: what a router that is gone has loaded."""
+        for version in [self._adapters[known] for known in self._adapters.keys() - set(ids)]:
+            await self.drop_adapter(version)
+
+    async def state_keys(self) -> list[str]:
+        return sorted(await asyncio.to_thread(weight_shapes, self._model))
+
+    async def reset_prefix_cache(self) -> None:
+        await self._engine.reset_prefix_cache()
+
+    async def sleep(self, level: int) -> None:
+        await self._engine.sleep(level)
+
+    async def wake_up(self, tags: Sequence[str] | None) -> None:
+        await self._engine.wake_up(tags)
+
+    async def stop(self) -> None:
+        for task in self._dropping:
+            task.cancel()
+        await self._engine.stop()

@@ -1,0 +1,86 @@
+"""One result of the answers of several workers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from twinkle_serve.errors import RequestError
+from twinkle_serve.mesh import DeviceMesh
+from twinkle_serve.remote.dispatch import Collect
+
+
+def collect(method: Collect, answers: Sequence[Any], *, single: bool, mesh: DeviceMesh) -> Any:
+    """What the caller gets.
+
+    `flatten`, `mean` and `sum` return what one worker with the whole batch would: they go into dicts and tuples, and
+    the answer of a single worker is returned as it is. `mean` weighs workers alike, however many items each had.
+
+    Args:
+        answers: in the order of the data, each once.
+        single: no more than one worker ever answers.
+
+    Raises:
+        RequestError: answers of a kind that the method cannot join.
+    """
+    if callable(method):
+        return method(list(answers), mesh)
+    if method in ("none", "last_pp"):
+        return answers[0] if single and answers else list(answers)
+    if not answers:
+        return []
+    if method == "first" or len(answers) == 1:
+        return answers[0]
+    return _joined(method, answers)
+
+
+def _joined(method: str, answers: Sequence[Any]) -> Any:
+    first = answers[0]
+    kinds = {type(answer) for answer in answers}
+    if first is None and kinds == {type(None)}:
+        return None
+    if all(isinstance(answer, dict) for answer in answers):
+        if any(answer.keys() != first.keys() for answer in answers):
+            keys = [sorted(map(str, answer)) for answer in answers]
+            raise RequestError(f"collect={method!r} joins dicts that have the same keys, workers returned {keys}.")
+        return {key: _joined(method, [answer[key] for answer in answers]) for key in first}
+    if all(isinstance(answer, tuple) and len(answer) == len(first) for answer in answers) and len(kinds) == 1:
+        items = [_joined(method, item) for item in zip(*answers, strict=True)]
+        return type(first)(*items) if hasattr(first, "_fields") else tuple(items)
+    join = _concatenated if method == "flatten" else _summed
+    joined = join(answers)
+    if joined is None:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        takes = "lists and arrays" if method == "flatten" else "numbers and arrays"
+        raise RequestError(
+            f"collect={method!r} joins {takes}, and dicts and tuples of them, workers returned {names}. "
+            "Use collect='none' or a function."
+        )
+    return joined / len(answers) if method == "mean" else joined
+
+
+def _concatenated(answers: Sequence[Any]) -> Any:
+    if all(isinstance(answer, list) for answer in answers):
+        return [item for answer in answers for item in answer]
+    if all(isinstance(answer, np.ndarray) and answer.ndim for answer in answers):
+        return np.concatenate(answers)
+    torch = sys.modules.get("torch")
+    if torch is not None and all(isinstance(answer, torch.Tensor) and answer.ndim for answer in answers):
+        return torch.cat(list(answers))
+    return None
+
+
+def _summed(answers: Sequence[Any]) -> Any:
+    torch = sys.modules.get("torch")
+    numeric: tuple[type, ...] = (int, float, complex, np.ndarray, np.number)
+    if torch is not None:
+        numeric += (torch.Tensor,)
+    if not all(isinstance(answer, numeric) for answer in answers):
+        return None
+    shapes = {getattr(answer, "shape", ()) for answer in answers}
+    if len(shapes) > 1:
+        raise RequestError(f"sum and mean are elementwise, workers returned the shapes {sorted(map(tuple, shapes))}.")
+    return sum(answers[1:], start=answers[0])

@@ -1,0 +1,58 @@
+"""What the constructor of a user's class takes, and what only the decorator reads."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from twinkle_serve.errors import MeshError
+from twinkle_serve.mesh import DeviceMesh
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def signature_of(kind: type) -> inspect.Signature:
+    """Of `__init__`, without self. inspect.signature(kind) would read the `__new__` that the decorator put in."""
+    signature = inspect.signature(kind.__init__)  # type: ignore[misc]
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def mesh_parameter(kind: type) -> str | None:
+    """The parameter for the mesh: named device_mesh, or annotated with DeviceMesh."""
+    for parameter in signature_of(kind).parameters.values():
+        if parameter.name == "device_mesh" or "DeviceMesh" in str(parameter.annotation):
+            return parameter.name
+    return None
+
+
+def without_group(kind: type, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords without remote_group, unless the constructor names it."""
+    takes = "remote_group" in signature_of(kind).parameters
+    return {name: value for name, value in kwargs.items() if takes or name != "remote_group"}
+
+
+def take_mesh(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[DeviceMesh | None, Arguments]:
+    """The mesh among the arguments, and the arguments without it; those after it go on by name.
+
+    Raises:
+        MeshError: it is no DeviceMesh.
+    """
+    parameter = mesh_parameter(kind)
+    mesh = kwargs.get(parameter or "device_mesh")
+    kwargs = {name: value for name, value in kwargs.items() if name != (parameter or "device_mesh")}
+    names = list(signature_of(kind).parameters)
+    if parameter is not None and names.index(parameter) < len(args):
+        place = names.index(parameter)
+        mesh = args[place]
+        kwargs |= dict(zip(names[place + 1 :], args[place + 1 :], strict=False))
+        args = args[:place]
+    if mesh is not None and not isinstance(mesh, DeviceMesh):
+        raise MeshError(f"device_mesh must be a DeviceMesh, got {mesh!r}.")
+    return mesh, (args, kwargs)
+
+
+def give_mesh(kind: type, arguments: Arguments, mesh: DeviceMesh | None) -> Arguments:
+    """The arguments with the mesh, where the constructor has a parameter for it."""
+    parameter = mesh_parameter(kind)
+    args, kwargs = arguments
+    return (args, kwargs) if parameter is None or mesh is None else (args, {**kwargs, parameter: mesh})

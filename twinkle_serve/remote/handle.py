@@ -1,0 +1,243 @@
+"""The caller's side of a remote class: starts its workers, calls them, and collects."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from twinkle_serve.errors import MeshError, WorkerError
+from twinkle_serve.mesh import DeviceMesh
+from twinkle_serve.placement import Device, GroupDevices
+from twinkle_serve.remote.collect import collect
+from twinkle_serve.remote.constructor import give_mesh, signature_of, take_mesh, without_group
+from twinkle_serve.remote.dispatch import Call, Collect, Layout, Plan, executing, peers, plan
+from twinkle_serve.remote.lazy import LazyResult, is_lazy
+from twinkle_serve.remote.reservation import group_devices
+from twinkle_serve.remote.session import session
+from twinkle_serve.remote.worker import Reply, Worker
+
+DUNDERS = ("__call__", "__contains__", "__getitem__", "__len__")
+"""Python looks these up on the type, so that a handle's type needs them."""
+
+
+class Handle:
+    """Stands for an object that lives in the workers of a group; only its remote functions can be called.
+
+    Guarantees: a call returns when every worker that it called has answered, and raises at the first that failed; a
+        dead worker fails it.
+    Guarantees: calls from several threads reach all workers in one order.
+    Does not guarantee: that the other workers have stopped when a call raises. What they do comes before the next call.
+    """
+
+    def __init__(self, kind: type, group: str, layout: Layout, workers: Sequence[Any]) -> None:
+        self._kind = kind
+        self._layout = layout
+        self._workers = tuple(workers)
+        self._names = [f"worker {rank} of {kind.__name__} in group {group!r}" for rank in range(len(workers))]
+        self._lock = threading.Lock()
+        self.remote_group = group
+        self.device_mesh = layout.mesh
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") and name not in DUNDERS:
+            raise AttributeError(name)
+        remote = getattr(getattr(self._kind, name, None), "remote", None)
+        if remote is None:
+            raise AttributeError(
+                f"{self._kind.__name__}.{name} is no remote function, and the object lives in the workers of group "
+                f"{self.remote_group!r}. Decorate what is called from here with @remote_function."
+            )
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self._call(name, remote, args, kwargs)
+
+        return call
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (self._kind, self.remote_group, self._layout, self._workers)
+
+    def __repr__(self) -> str:
+        return f"<{self._kind.__name__} on {len(self._workers)} workers of group {self.remote_group!r}>"
+
+    def _call(self, name: str, remote: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        caller = _caller()
+        if is_lazy(args, kwargs):
+            workers = executing(remote.modes.execute, len(self._workers), caller)
+            planned = Plan(tuple(Call(worker, args, kwargs, None) for worker in workers), single=False)
+        else:
+            planned = plan(remote.modes, self._layout, args, kwargs, caller)
+        with self._lock:
+            refs = [
+                self._workers[call.worker].call.remote(name, call.args, call.kwargs, call.order, planned.single, caller)
+                for call in planned.calls
+            ]
+        names = [self._names[call.worker] for call in planned.calls]
+        answers = _Answers(refs, names, remote.modes.collect, self._layout.mesh, planned.single)
+        lazy = remote.lazy_collect if remote.lazy_collect is not None else session.lazy_collect
+        if remote.modes.sync:
+            value = answers()
+            return LazyResult.of(value) if lazy else value
+        return LazyResult(answers) if lazy and name not in DUNDERS else answers()
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            ray.kill(worker)
+
+
+class _Answers:
+    """Answers on their way, to be collected by whoever needs them."""
+
+    def __init__(
+        self, refs: Sequence[Any], names: Sequence[str], method: Collect, mesh: DeviceMesh, single: bool
+    ) -> None:
+        self._refs = list(refs)
+        self._names = list(names)
+        self._method = method
+        self._mesh = mesh
+        self._single = single
+
+    def __call__(self) -> Any:
+        replies = _gather(self._refs, self._names)
+        single = replies[0].single if replies else self._single
+        answers = {reply.order: reply.value for reply in replies if reply.order is not None}
+        return collect(self._method, [answers[i] for i in sorted(answers)], single=single, mesh=self._mesh)
+
+
+def _gather(refs: Sequence[Any], names: Sequence[str], deadline: float | None = None) -> list[Any]:
+    """The replies, in the order of `refs`.
+
+    Args:
+        deadline: on the monotonic clock, in seconds.
+
+    Raises:
+        Exception: what a worker raised, of the first that failed.
+        WorkerError: a worker died, or did not answer in time.
+    """
+    place = {ref: index for index, ref in enumerate(refs)}
+    replies: dict[int, Any] = {}
+    waiting = list(refs)
+    while waiting:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        done, waiting = ray.wait(waiting, timeout=left)
+        if not done:
+            late = ", ".join(names[place[ref]] for ref in waiting)
+            raise WorkerError(f"{late} not ready in time. Raise startup_timeout_s of its remote_class.")
+        for ref in done:
+            name = names[place[ref]]
+            try:
+                reply = ray.get(ref)
+            except RayTaskError as error:
+                raise WorkerError(f"{name} failed: {type(error.cause).__name__}: {error.cause}") from error
+            except RayError as error:
+                raise WorkerError(f"{name} died: {error}") from error
+            if isinstance(reply, Reply) and reply.failure is not None:
+                raise reply.failure.error(name)
+            replies[place[ref]] = reply
+    return [replies[index] for index in range(len(refs))]
+
+
+def spawn(kind: type, execute: str, startup_timeout_s: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Handle:
+    """Starts the workers of an instance in its group, and constructs it in each.
+
+    Raises:
+        MeshError: no such group, or a mesh that does not fit it.
+        TypeError: arguments that the constructor does not take.
+        WorkerError: a worker died or was not ready within `startup_timeout_s`. None is left then.
+        Exception: what the constructor raised.
+    """
+    name = str(kwargs["remote_group"])
+    group = group_devices(name)
+    mesh, arguments = take_mesh(kind, args, without_group(kind, kwargs))
+    devices, layout = _shared_out(group, execute, mesh or session.mesh)
+    args, kwargs = give_mesh(kind, arguments, layout.mesh)
+    signature_of(kind).bind(*args, **kwargs)
+    workers = [_started(kind.__name__, group, mine, layout, rank, len(devices)) for rank, mine in enumerate(devices)]
+    handle = _rebuilt(kind, name, layout, workers)
+    try:
+        deadline = time.monotonic() + startup_timeout_s
+        master = _gather([workers[0].rendezvous.remote()], handle._names, deadline)[0]
+        refs = [worker.construct.remote(master, kind, args, kwargs) for worker in workers]
+        _gather(refs, handle._names, deadline)
+    except BaseException:
+        handle._kill()
+        raise
+    session.instances.add(handle)
+    return handle
+
+
+def _rebuilt(kind: type, group: str, layout: Layout, workers: Sequence[Any]) -> Handle:
+    """A handle whose type has the dunder methods that are remote functions of the class."""
+
+    def method(name: str) -> Callable[..., Any]:
+        def call(self: Handle, *args: Any, **kwargs: Any) -> Any:
+            return self.__getattr__(name)(*args, **kwargs)
+
+        return call
+
+    dunders = {name: method(name) for name in DUNDERS if getattr(getattr(kind, name, None), "remote", None) is not None}
+    handle_type = type(kind.__name__, (Handle,), dunders) if dunders else Handle
+    handle: Handle = handle_type(kind, group, layout, workers)
+    return handle
+
+
+def _caller() -> tuple[int, int]:
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _shared_out(group: GroupDevices, execute: str, mesh: DeviceMesh | None) -> tuple[list[tuple[Device, ...]], Layout]:
+    """The devices of each worker, and where it stands in the mesh."""
+    size = group.gpus_per_worker
+    shares = [group.devices[start : start + size] for start in range(0, len(group.devices), size)]
+    if execute == "first":
+        return shares[:1], Layout.data_parallel(1, size)
+    if execute == "peer":
+        shares = [shares[worker] for worker in peers(len(shares), *_caller())]
+    if mesh is None:
+        return shares, Layout.data_parallel(len(shares), size)
+    if mesh.device_type not in ("auto", group.device_type):
+        raise MeshError(
+            f"device_mesh.device_type is {mesh.device_type}, group {group.name!r} has {group.device_type} devices. "
+            "Leave device_mesh.device_type out, or name another group."
+        )
+    if mesh.world_size > len(shares) * size:
+        dims = " x ".join(f"{name}_size={length}" for name, length in mesh.sizes)
+        raise MeshError(
+            f"device_mesh needs {mesh.world_size} devices ({dims}), group {group.name!r} has {len(shares) * size}. "
+            "Lower a size of device_mesh, or give the group more ranks."
+        )
+    layout = Layout.of(mesh, size)
+    return shares[: layout.workers], layout
+
+
+def _started(
+    kind: str, group: GroupDevices, devices: tuple[Device, ...], layout: Layout, rank: int, world_size: int
+) -> Any:
+    """A worker's process; the group's holders have its devices in Ray's books, so it asks for none."""
+    cuda = group.device_type == "cuda"
+    environment: Mapping[str, str] = {
+        "CUDA_VISIBLE_DEVICES": ",".join(device.id for device in devices) if cuda else "",
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        # A worker sees its own devices only: it is the first, and the only one, among those that see them.
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "CLUSTER_NAME": group.name,
+        "WORKER_NAME": f"{group.name}-{kind}-{rank}",
+        "TWINKLE_MODE": "ray",
+        **({} if session.seed is None else {"TWINKLE_SEED": str(session.seed)}),
+        **({} if cuda else {"OMP_NUM_THREADS": str(len(devices))}),
+    }
+    state = {"mode": "ray", "seed": session.seed, "lazy_collect": session.lazy_collect, "mesh": session.mesh}
+    affinity = NodeAffinitySchedulingStrategy(devices[0].node_id, soft=False)
+    return (
+        ray.remote(Worker)
+        .options(num_cpus=0, num_gpus=0, max_restarts=0, scheduling_strategy=affinity)
+        .remote(environment, devices, layout, state)
+    )

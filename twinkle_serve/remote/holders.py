@@ -1,0 +1,125 @@
+"""Actors that have a device, or cores, in Ray's books, and the nodes that they are on."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.state import available_resources_per_node
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from twinkle_serve.errors import MeshError
+from twinkle_serve.placement import Device, cpus_held
+
+GRACE_S = 3.0
+"""Ray counts the devices of a process as free some time after its death; a reservation waits this long for them."""
+
+HOLDERS_START_S = 60.0
+"""A holder that has not started by then did not get its device."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node with devices of one type."""
+
+    id: str
+    ip: str
+    devices: int
+    """How many of them count."""
+
+
+class Holder:
+    """Has a GPU, or cores, in Ray's books."""
+
+    def ready(self) -> None:
+        """Answers as soon as it runs."""
+
+    def gpus(self) -> tuple[str, list[str] | None]:
+        """The id of its GPU, and those of all GPUs of the node where its Ray was told which to use."""
+        # What the node gave to the process; Ray has overwritten it in os.environ.
+        first = dict(line.partition("=")[::2] for line in Path("/proc/self/environ").read_text().split("\0") if line)
+        visible = first.get("CUDA_VISIBLE_DEVICES")
+        return str(ray.get_gpu_ids()[0]), visible.split(",") if visible else None
+
+
+def nodes_with(device_type: str, per_node: int | None) -> list[Node]:
+    """Living nodes with such devices, the head first, then by address."""
+    resource = "GPU" if device_type == "cuda" else "CPU"
+    found = []
+    for node in ray.nodes():
+        devices = int(node["Resources"].get(resource, 0)) if node["Alive"] else 0
+        if devices >= (per_node or 1):
+            head = "node:__internal_head__" in node["Resources"]
+            found.append((not head, node["NodeManagerAddress"], node["NodeID"], per_node or devices))
+    return [Node(id_, ip, devices) for _, ip, id_, devices in sorted(found)]
+
+
+def wait_for(resource: str, needed: float, node_ids: Sequence[str]) -> None:
+    """Gives devices that are just becoming free the time for it; what is missing then shows in the choice."""
+    deadline = time.monotonic() + GRACE_S
+    while time.monotonic() < deadline:
+        available = available_resources_per_node()
+        if sum(available.get(node, {}).get(resource, 0.0) for node in node_ids) >= needed:
+            return
+        time.sleep(0.05)
+
+
+def take_gpus(nodes: Sequence[Node]) -> list[list[tuple[str, list[str] | None, Any]]]:
+    """For each node, every free GPU: its id, the ids of all GPUs of the node where they are known, and its holder."""
+    available = available_resources_per_node()
+    started = [
+        (index, _start_holder(node.id, num_gpus=1))
+        for index, node in enumerate(nodes)
+        for _ in range(int(available.get(node.id, {}).get("GPU", 0.0)))
+    ]
+    asked = {holder.gpus.remote(): (index, holder) for index, holder in started}
+    answered, late = ray.wait(list(asked), num_returns=len(asked), timeout=HOLDERS_START_S) if asked else ([], [])
+    kill([asked[ref][1] for ref in late])
+    found: list[list[tuple[str, list[str] | None, Any]]] = [[] for _ in nodes]
+    for ref in answered:
+        index, holder = asked[ref]
+        with contextlib.suppress(RayError):  # the node died; its GPUs are not to be had
+            gpu, visible = ray.get(ref)
+            found[index].append((gpu, visible, holder))
+    return found
+
+
+def hold_cores(groups: dict[str, tuple[Device, ...]]) -> dict[str, list[Any]]:
+    """Holders of each group, one on each node of its devices.
+
+    Raises:
+        MeshError: somebody else was faster.
+    """
+    holders: dict[str, list[Any]] = {}
+    for name, devices in groups.items():
+        by_node = Counter(device.node_id for device in devices)
+        holders[name] = [_start_holder(node, num_cpus=cpus_held(cores)) for node, cores in by_node.items()]
+    started = [holder for mine in holders.values() for holder in mine]
+    try:
+        ray.get([holder.ready.remote() for holder in started], timeout=HOLDERS_START_S)
+    except RayError as error:
+        kill(started)
+        raise MeshError(
+            f"{sum(map(len, groups.values()))} cores were free and could not be held within {HOLDERS_START_S:g} s. "
+            "Something else took them, or a node is too busy to start a process."
+        ) from error
+    return holders
+
+
+def _start_holder(node_id: str, **resources: float) -> Any:
+    affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    options = {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": affinity, **resources}
+    return ray.remote(Holder).options(**options).remote()
+
+
+def kill(holders: Sequence[Any]) -> None:
+    """Gives back what they hold; Ray counts it as free a moment later."""
+    for holder in holders:
+        ray.kill(holder)

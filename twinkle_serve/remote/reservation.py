@@ -1,0 +1,203 @@
+"""`initialize` and `shutdown`: the mode of this process, and the device groups of its run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from twinkle_serve.errors import ConfigError, MeshError, TwinkleServeError, unknown_name
+from twinkle_serve.mesh import DeviceGroup, DeviceMesh
+from twinkle_serve.placement import GroupDevices
+from twinkle_serve.remote.session import Mode, reset, seed_everything, session
+
+logger = logging.getLogger(__name__)
+
+MODES = ("local", "ray")
+
+
+def initialize(
+    mode: Mode = "local",
+    *,
+    nproc_per_node: int | None = None,
+    ncpu_proc_per_node: int | None = None,
+    seed: int | None = 42,
+    full_determinism: bool = False,
+    groups: Sequence[DeviceGroup] | None = None,
+    global_device_mesh: DeviceMesh | None = None,
+    lazy_collect: bool = False,
+) -> None:
+    """Says how remote classes run in this process, and reserves the device groups of the run.
+
+    `local`: everything in this process. Remote classes are plain classes wherever `remote_group` points, and groups
+    reserve nothing.
+
+    `ray`: joins the Ray cluster of this process, of RAY_ADDRESS or of this machine, else starts one here. Then the
+    devices of every group are taken, all or none. They stay taken until `shutdown`, also when this process dies: a
+    group of the same name and shape is taken over as it stands, one of another shape is replaced when its run is over.
+    While it chooses among GPUs, all that are free are taken for a moment.
+
+    Args:
+        nproc_per_node: GPUs of a node that count: its first ones; nodes with fewer are left out. None: all.
+        ncpu_proc_per_node: cores of a node that count for groups of device_type cpu, alike.
+        seed: seeds random, numpy and torch, here and in the workers; torch where it has been imported. None: none.
+        full_determinism: must be False: kernels are the business of the class that calls them.
+        groups: None reserves nothing; groups that others reserved can be used.
+        global_device_mesh: the mesh of remote classes that are given none.
+        lazy_collect: whether remote functions that do not say return a LazyResult.
+
+    Raises:
+        MeshError: a group that cannot be reserved, with both numbers; or this process left groups reserved and now asks
+            for `local`.
+        ConfigError: an unknown mode, or an argument that means nothing here.
+    """
+    _check_arguments(mode, nproc_per_node, ncpu_proc_per_node, full_determinism, groups)
+    if mode == "local":
+        if session.owned_groups:
+            raise MeshError(
+                f"this process holds the groups {', '.join(sorted(session.owned_groups))}. Call shutdown() before "
+                "initialize('local')."
+            )
+        if groups:
+            logger.info("mode local: the groups %s reserve nothing", ", ".join(group.name for group in groups))
+    else:
+        per_node = {"cuda": nproc_per_node, "cpu": ncpu_proc_per_node}
+        _join_or_start()
+        if groups:
+            _reserve(list(groups), per_node)
+    session.mode, session.mesh, session.lazy_collect, session.seed = mode, global_device_mesh, lazy_collect, seed
+    if seed is not None:
+        seed_everything(seed)
+
+
+def shutdown() -> None:
+    """Ends what this process runs in groups, remote instances and samplers, and frees the groups that it reserved.
+
+    A cluster that `initialize` started ends too. A group that was taken over from a run that still lives is left to it.
+    """
+    started, owned = session.started_cluster, sorted(session.owned_groups)
+    try:
+        for sampler in list(session.samplers):
+            sampler.shutdown()
+        for instance in list(session.instances):
+            instance._kill()
+        if owned and _in_cluster():
+            _ask("release", owned, session.token)
+    finally:
+        reset()
+        if started:
+            import ray
+
+            ray.shutdown()
+
+
+def is_initialized() -> bool:
+    """Whether `initialize` was called, and no `shutdown` since."""
+    return session.mode is not None
+
+
+def mode() -> Mode | None:
+    """`local` or `ray`; None before `initialize`."""
+    return session.mode
+
+
+def known_groups() -> list[str]:
+    """The groups that are reserved in the cluster of this process, whoever did."""
+    return sorted(_ask("names") or [])
+
+
+def group_devices(name: str) -> GroupDevices:
+    """The devices of a group, from any process of the cluster.
+
+    Raises:
+        MeshError: no such group.
+    """
+    found = _ask("group", name)
+    if found is None:
+        unknown = unknown_name("device group", name, known_groups())
+        raise MeshError(f"{unknown}. Reserve it with initialize('ray', groups=…).")
+    devices: GroupDevices = found
+    return devices
+
+
+def _check_arguments(
+    mode: object,
+    nproc_per_node: object,
+    ncpu_proc_per_node: object,
+    full_determinism: object,
+    groups: Sequence[DeviceGroup] | None,
+) -> None:
+    if mode not in MODES:
+        raise ConfigError(f"initialize: {unknown_name('mode', mode, MODES)}.")
+    for name, value in (("nproc_per_node", nproc_per_node), ("ncpu_proc_per_node", ncpu_proc_per_node)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(f"initialize: {name} must be a whole number of at least 1, got {value!r}.")
+    if full_determinism:
+        raise ConfigError(
+            "initialize: full_determinism is not supported. Call torch.use_deterministic_algorithms(True) in the class "
+            "that needs it."
+        )
+    wrong = [group for group in groups or [] if not isinstance(group, DeviceGroup)]
+    if wrong:
+        raise ConfigError(f"initialize: groups are DeviceGroup(name, ranks, …), got {wrong[0]!r}.")
+    names = [group.name for group in groups or []]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise MeshError(f"two DeviceGroups have the name {twice!r}. Give each one of its own.")
+
+
+def _join_or_start() -> None:
+    import ray
+
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"namespace": "serve", "log_to_driver": True}
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(**options)
+        session.started_cluster = address == "local"
+        return
+    try:
+        ray.init(address="auto", **options)
+    except ConnectionError:
+        ray.init(address="local", **options)
+        session.started_cluster = True
+
+
+def _in_cluster() -> bool:
+    import ray
+
+    if not ray.is_initialized():
+        logger.warning("this process left the Ray cluster; what it reserved there stays until a run replaces it")
+        return False
+    return True
+
+
+def _reserve(groups: list[DeviceGroup], per_node: dict[str, int | None]) -> None:
+    import ray
+
+    job = ray.get_runtime_context().get_job_id()
+    session.owned_groups |= set(_ask("reserve", groups, job, session.token, per_node))
+
+
+def _ask(method: str, *args: Any) -> Any:
+    """Calls the ledger, within a deadline. None where the cluster has none and only `reserve` would start one."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+    from twinkle_serve.remote.ledger import LEDGER_ANSWERS_S, ledger
+
+    if not ray.is_initialized():
+        raise ConfigError("this process is in no Ray cluster. Call initialize('ray', …) first.")
+    actor = ledger(create=method == "reserve")
+    if actor is None:
+        return None
+    try:
+        return ray.get(getattr(actor, method).remote(*args), timeout=LEDGER_ANSWERS_S)
+    except RayTaskError as error:
+        if isinstance(error.cause, TwinkleServeError):
+            raise error.cause from None
+        raise
+    except (GetTimeoutError, RayActorError) as error:
+        raise MeshError(
+            f"the cluster's ledger of device groups did not answer within {LEDGER_ANSWERS_S:g} s: {error}"
+        ) from error

@@ -1,0 +1,125 @@
+"""What runs in the process of a worker: one object of the user's class, on devices of its own."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import cloudpickle
+
+from twinkle_serve.errors import WorkerError
+from twinkle_serve.placement import Device, cores_of_devices
+from twinkle_serve.remote.dispatch import Layout, plan
+from twinkle_serve.remote.lazy import is_lazy, resolved
+from twinkle_serve.remote.session import seed_everything, session
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An exception on its way to the caller."""
+
+    pickled: bytes | None
+    """None where it does not survive pickling."""
+    text: str
+    trace: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        text = f"{type(error).__name__}: {error}"
+        try:
+            pickled = cloudpickle.dumps(error)
+            cloudpickle.loads(pickled)
+        except Exception:
+            pickled = None
+        return cls(pickled, text, traceback.format_exc())
+
+    def error(self, worker: str) -> Exception:
+        """The exception itself where this process can rebuild it, else a WorkerError with its text."""
+        error: Exception = WorkerError(f"{worker} raised {self.text}")
+        if self.pickled is not None:
+            try:
+                loaded = cloudpickle.loads(self.pickled)
+            except Exception as reason:
+                error.add_note(f"It could not be rebuilt here: {reason!r}")
+            else:
+                error = loaded
+        error.add_note(f"Raised in {worker}:\n{self.trace}")
+        return error
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a worker answers."""
+
+    order: int | None
+    """Place among the answers that are collected; None where it is not."""
+    single: bool
+    value: Any = None
+    failure: Failure | None = None
+
+
+class Worker:
+    """The body of the actor.
+
+    Guarantees: the environment is complete before the user's class and its arguments are unpickled here, and with them
+    whatever they import.
+    """
+
+    def __init__(
+        self, environment: Mapping[str, str], devices: Sequence[Device], layout: Layout, state: Mapping[str, Any]
+    ) -> None:
+        os.environ.update(environment)
+        if not environment["CUDA_VISIBLE_DEVICES"]:
+            cores = cores_of_devices(devices, sorted(os.sched_getaffinity(0)))
+            os.sched_setaffinity(0, {core for device in cores for core in device})
+        self._rank = int(environment["RANK"])
+        self._layout = layout
+        session.__dict__.update(state)
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Address and a free port of this node, where the workers of the instance can meet."""
+        # Below the range from which the kernel hands out ports, so that nobody is given this one meanwhile.
+        for port in random.SystemRandom().sample(range(20000, 32000), 100):
+            with socket.socket() as probe:
+                try:
+                    probe.bind(("", port))
+                except OSError:
+                    continue
+                return ray.util.get_node_ip_address(), port
+        raise WorkerError("no free port between 20000 and 32000 on this node for MASTER_PORT.")
+
+    def construct(self, master: tuple[str, int], kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reply:
+        """Makes the object."""
+        os.environ.update({"MASTER_ADDR": master[0], "MASTER_PORT": str(master[1])})
+        try:
+            if session.seed is not None:
+                seed_everything(session.seed)
+            args, made = resolved(args, kwargs)
+            self._object = kind(*args, **made)
+        except Exception as error:
+            return Reply(None, True, failure=Failure.of(error))
+        return Reply(None, True)
+
+    def call(
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], order: int | None, single: bool, caller: Any
+    ) -> Reply:
+        """Calls a remote function. Where an argument was lazy, slices here: the caller did not know what it is."""
+        try:
+            remote = getattr(type(self._object), method).remote
+            if is_lazy(args, kwargs):
+                args, kwargs = resolved(args, kwargs)
+                planned = plan(remote.modes, self._layout, args, kwargs, caller)
+                mine = next((call for call in planned.calls if call.worker == self._rank), None)
+                if mine is None:
+                    return Reply(None, planned.single)
+                args, kwargs, order, single = mine.args, mine.kwargs, mine.order, planned.single
+            value = remote.function(self._object, *args, **kwargs)
+        except Exception as error:
+            return Reply(order, single, failure=Failure.of(error))
+        return Reply(order, single, value if order is not None else None)

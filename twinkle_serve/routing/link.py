@@ -1,0 +1,35 @@
+"""How a router reaches an engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from typing import Any, Protocol
+
+from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, TextDelta
+from twinkle_serve.engines.base import Finished
+
+
+class EngineLink(Protocol):
+    """One engine, in this process (`EngineHost`) or in another.
+
+    Every call raises EngineDeadError where the engine's process, or what samples in it, is gone, and other
+    TwinkleServeErrors as the engine does.
+    """
+
+    async def describe(self) -> EngineInfo:
+        """What must be known to use it. `life` differs between a process and the one that replaces it."""
+
+    def sample(self, life: str, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
+        """Samples a chunk: every group is in one item, unless it was aborted. Closing it aborts what still runs.
+
+        `life` is of the process that the chunk is meant for; another one raises EngineDeadError.
+        """
+
+    def stream(self, life: str, group: Group) -> AsyncGenerator[TextDelta, None]:
+        """Samples a group of one sample, handing out its text as it comes. Closing it aborts the sample."""
+
+    async def abort(self, attempts: Iterable[Attempt]) -> None:
+        """Aborts groups, if they still run. They come back in no item; others of their chunk go on."""
+
+    async def control(self, method: str, *args: Any) -> Any:
+        """Calls one of `EngineHost`'s CONTROLS."""

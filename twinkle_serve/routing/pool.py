@@ -1,0 +1,438 @@
+"""The engines of a router: which are in use, what each has, and what waits for them. Free of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.groups import EngineInfo, Group, TextDelta
+from twinkle_serve.data_format.samples import SampleColumns
+from twinkle_serve.engines.base import Finished
+from twinkle_serve.errors import EngineDeadError, EngineError, TwinkleServeError
+from twinkle_serve.routing.adapters import Adapters
+from twinkle_serve.routing.dispatch import Dispatcher
+from twinkle_serve.routing.link import EngineLink
+
+logger = logging.getLogger("ray.serve")
+
+T = TypeVar("T")
+
+MOST_ENGINES_LOST = 2
+"""Engines after which a group fails: it may be what kills them."""
+
+PROBE_PERIOD_S = 2.0
+PROBE_TIMEOUT_S = 15.0
+"""An engine that does not answer for so long is lost. Serve itself keeps a call to a dead one until it is replaced."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Use:
+    """An engine from when it answered until it is lost."""
+
+    info: EngineInfo
+    adapters: dict[int, asyncio.Task[Any]] = field(default_factory=dict)
+    """Versions that it has loaded, or is loading, by id."""
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set at its end."""
+
+    def has(self, version: AdapterVersion | None) -> bool:
+        if version is None:
+            return True
+        loading = self.adapters.get(version.id)
+        return loading is not None and loading.done() and not loading.cancelled() and loading.exception() is None
+
+
+class EnginePool:
+    """Has engines sample groups, whatever becomes of the engines.
+
+    Guarantees: every group that is enqueued is handed back as samples or as a failure, unless it is withdrawn.
+    Guarantees: a group whose engine dies is sampled elsewhere, with its seed; one that loses MOST_ENGINES_LOST fails.
+    Guarantees: an engine has a group's adapter version before it is sent the group.
+    Does not guarantee: the order in which groups finish.
+    """
+
+    def __init__(
+        self,
+        links: Mapping[str, EngineLink],
+        adapters: Adapters,
+        *,
+        wanted: Callable[[int], bool],
+        deliver: Callable[[SampleColumns], None],
+        fail: Callable[[int, TwinkleServeError], None],
+        engines_return: bool = True,
+    ) -> None:
+        """Must be called on the event loop that it is to live on.
+
+        Args:
+            adapters: whose versions new engines load.
+            wanted: whether anybody waits for a group, by its id.
+            deliver: takes samples, of any number of groups.
+            fail: takes what a group failed by, by its id.
+            engines_return: whether somebody replaces an engine that dies; else groups are not kept for it.
+        """
+        self._links = dict(links)
+        self._adapters = adapters
+        self._wanted, self._deliver_columns, self._fail = wanted, deliver, fail
+        self.info: EngineInfo | None = None
+        """Of the first engine that answered; they are alike."""
+        self._has_info = asyncio.Event()
+        self._dispatcher = Dispatcher()
+        self._uses: dict[str, _Use] = {}
+        """Engines in use, the same as the dispatcher's."""
+        self._used = asyncio.Condition()
+        """Notified when an engine comes into use."""
+        self._engines_return = engines_return
+        self._pump_due = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+        for name in self._links:
+            self._spawn(self._follow_engine(name))
+
+    def close(self) -> None:
+        """Stops following engines."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def known(self) -> EngineInfo:
+        """What the engines are like; waits for the first one.
+
+        Raises:
+            EngineDeadError: they died, and do not return.
+        """
+        await self._has_info.wait()
+        self._require_hope()
+        assert self.info is not None
+        return self.info
+
+    def _require_hope(self) -> None:
+        if not self._engines_return and not self._uses:
+            raise EngineDeadError("the engine died. Make a new sampler.")
+
+    @property
+    def size(self) -> int:
+        return len(self._links)
+
+    @property
+    def ready(self) -> int:
+        """Engines in use."""
+        return len(self._uses)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that engines have been sent and have not finished."""
+        return sum(self._dispatcher.sequences(name) for name in self._uses)
+
+    def status(self) -> dict[str, Any]:
+        """Engines and queue, as plain values."""
+        engines: dict[str, Any] = {}
+        for name in self._links:
+            if (use := self._uses.get(name)) is None:
+                engines[name] = {"state": "starting", "sequences": 0}
+                continue
+            engines[name] = {
+                "state": "ready",
+                "sequences": self._dispatcher.sequences(name),
+                "engine": use.info.kind,
+                "device": use.info.device,
+                "cpus": list(use.info.cpus),
+                "max_model_len": use.info.max_model_len,
+                "logprobs_mode": use.info.logprobs_mode,
+            }
+        return {"engines": engines, "groups_waiting": self._dispatcher.waiting}
+
+    # -- groups ----------------------------------------------------------------------------------
+
+    def enqueue(self, groups: Iterable[Group]) -> None:
+        """Has groups sampled, as soon as an engine can."""
+        self._dispatcher.enqueue(groups)
+        if not self._engines_return and not self._uses:
+            self._sample_again("the engine", self._dispatcher.withdraw_waiting())
+        self._pump_soon()
+
+    def withdraw(self, group_ids: range) -> None:
+        """Drops groups: from the queue, and from the engines that have them."""
+        for name, groups in self._dispatcher.withdraw(group_ids).items():
+            self._spawn(self._abort(name, self._uses[name], groups))
+        self._pump_soon()  # they may have stood in the way of others
+
+    async def stream(self, group: Group) -> AsyncGenerator[TextDelta, None]:
+        """Text of a group of one sample as it comes, past the queue. Closing it aborts the sample.
+
+        Raises:
+            EngineDeadError: its engine died when there was some text already, or a second one did.
+        """
+        started = False
+        while True:
+            await self._some_engine()
+            name = self._dispatcher.place(group)
+            use = self._uses[name]
+            try:
+                if group.adapter is not None:
+                    await self._load(name, use, group.adapter)
+                async with contextlib.aclosing(self._links[name].stream(use.info.life, group)) as deltas:
+                    while (delta := await self._unless_lost(name, use, anext(deltas, None))) is not None:
+                        started = True
+                        yield delta
+                return
+            except EngineDeadError as error:
+                self._lose(name, use, error)
+                group = replace(group, engines_lost=group.engines_lost + 1)
+                if started or group.engines_lost >= MOST_ENGINES_LOST:
+                    raise EngineDeadError(f"{name} died in the middle of a stream. Send the call again.") from None
+            finally:
+                if self._uses.get(name) is use:
+                    self._dispatcher.finish(name, [group.key])
+                    self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        """Sends what can be sent at the next turn of the loop: calls that arrive together share a chunk."""
+        if not self._pump_due:
+            self._pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pump_due = False
+        for name, groups in self._dispatcher.assign().items():
+            use = self._uses[name]
+            by_adapter: dict[AdapterVersion | None, list[Group]] = defaultdict(list)
+            for group in groups:
+                # What an engine has yet to load keeps nobody else waiting, and fails alone.
+                by_adapter[None if use.has(group.adapter) else group.adapter].append(group)
+            for missing, part in by_adapter.items():
+                self._spawn(self._run_chunk(name, use, part, missing))
+
+    async def _run_chunk(self, name: str, use: _Use, groups: list[Group], missing: AdapterVersion | None) -> None:
+        """Has an engine sample a chunk, after it has loaded the adapter that it lacks for it.
+
+        Every group of it is delivered, failed, or put back into the queue. Once the engine is out of that use, all its
+        groups are placed elsewhere, and what still comes is dropped.
+        """
+        try:
+            if missing is not None:
+                if not any(self._wanted(group.id) for group in groups):
+                    return  # and with them nobody may hold the version
+                await self._load(name, use, missing)
+            async with contextlib.aclosing(self._links[name].sample(use.info.life, groups)) as chunk:
+                async for finished in chunk:
+                    if self._uses.get(name) is not use:
+                        return
+                    self._deliver(name, finished)
+        except EngineDeadError as error:
+            self._lose(name, use, error)
+        except Exception as error:
+            if self._uses.get(name) is not use:
+                return
+            if not isinstance(error, TwinkleServeError):
+                # A bug, here or there: these groups fail, the engine stays.
+                logger.exception(f"{name} failed on a chunk of {len(groups)} groups")
+                error = EngineError(f"{name} failed on a chunk of {len(groups)} groups: {error!r}")
+            for group in self._dispatcher.finish(name, [group.key for group in groups]):
+                self._fail(group.id, error)
+        finally:
+            if self._uses.get(name) is use:
+                self._sample_again(name, self._dispatcher.finish(name, [group.key for group in groups]))
+            self._pump_soon()
+
+    def _deliver(self, name: str, finished: Finished) -> None:
+        for group in self._dispatcher.finish(name, finished.failures):
+            self._fail(group.id, finished.failures[group.key])
+        if (columns := finished.columns) is None:
+            return
+        group_ids = columns.group.tolist()
+        self._dispatcher.finish(name, zip(group_ids, columns.sample.tolist(), strict=True))
+        self._deliver_columns(columns)
+        self._pump_soon()
+
+    def _sample_again(self, name: str, lost: list[Group]) -> None:
+        """Puts groups that an engine did not finish back into the queue, once each."""
+        again = []
+        for group in lost:
+            if not self._wanted(group.id):
+                continue
+            if not self._engines_return and not self._uses:
+                self._fail(group.id, EngineDeadError(f"{name} died. Make a new sampler."))
+            elif group.engines_lost + 1 >= MOST_ENGINES_LOST:
+                self._fail(
+                    group.id,
+                    EngineDeadError(f"a prompt lost {MOST_ENGINES_LOST} engines in turn, the last one {name}."),
+                )
+            else:
+                again.append(replace(group, engines_lost=group.engines_lost + 1))
+        self._dispatcher.enqueue(again, first=True)
+
+    # -- adapters --------------------------------------------------------------------------------
+
+    async def load(self, version: AdapterVersion, files: AdapterFiles) -> None:
+        """Has every engine in use load a version. One that dies loads it when it is back and a group needs it.
+
+        Guarantees: at least one engine has loaded it, and so checked it; if it raises or is cancelled, none keeps it.
+
+        Raises:
+            AdapterError: an engine refuses it.
+        """
+        try:
+            loaded = 0
+            while not loaded:
+                await self._some_engine()
+                loading = [self._load(name, use, version, files) for name, use in self._uses.items()]
+                results = await asyncio.gather(*loading, return_exceptions=True)
+                for error in results:
+                    if isinstance(error, BaseException) and not isinstance(error, EngineDeadError):
+                        raise error
+                loaded = sum(error is None for error in results)
+        except BaseException:
+            self.drop([version])
+            raise
+
+    async def _some_engine(self) -> None:
+        """Waits until an engine is in use.
+
+        Raises:
+            EngineDeadError: they died, and do not return.
+        """
+        await self._has_info.wait()
+        self._require_hope()
+        async with self._used:
+            await self._used.wait_for(lambda: self._uses)
+
+    def drop(self, versions: Iterable[AdapterVersion]) -> None:
+        """Has every engine give up versions that no group uses any more."""
+        for version in versions:
+            for name, use in self._uses.items():
+                self._spawn(self._drop(name, use.adapters.pop(version.id, None), version))
+
+    async def _drop(self, name: str, loading: asyncio.Task[Any] | None, version: AdapterVersion) -> None:
+        if loading is not None:
+            await asyncio.wait({loading})  # a drop that came first would leave it there for good
+        await self._quietly(name, "drop_adapter", version)
+
+    async def _load(self, name: str, use: _Use, version: AdapterVersion, files: AdapterFiles | None = None) -> None:
+        """Has an engine load a version, once, whoever asks; whoever stops waiting does not stop it."""
+        loading = use.adapters.get(version.id)
+        if loading is None:
+            files = self._adapters.files(version) if files is None else files
+            loading = self._spawn(self._links[name].control("load_adapter", version, files))
+            use.adapters[version.id] = loading
+        try:
+            await self._unless_lost(name, use, asyncio.shield(loading))
+        except Exception:
+            if use.adapters.get(version.id) is loading:
+                del use.adapters[version.id]
+            raise
+
+    async def _unless_lost(self, name: str, use: _Use, call: Awaitable[T]) -> T:
+        """Waits for a call to an engine, but not after the engine was given up: a hung one answers never."""
+        answer, lost = asyncio.ensure_future(call), asyncio.ensure_future(use.lost.wait())
+        try:
+            await asyncio.wait({answer, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return answer.result()
+            raise EngineDeadError(f"{name} stopped answering.")
+        finally:
+            lost.cancel()
+            if not answer.done():
+                answer.cancel()
+                await asyncio.wait({answer}, timeout=1.0)
+
+    # -- control ---------------------------------------------------------------------------------
+
+    async def ask(self, method: str, *args: Any) -> Any:
+        """A control call to any one engine."""
+        await self._has_info.wait()
+        if not self._uses:
+            raise EngineDeadError("no engine is ready. They are being restarted; send the call again.")
+        return await self._links[next(iter(self._uses))].control(method, *args)
+
+    async def tell_all(self, method: str, *args: Any) -> None:
+        """A control call to every engine in use."""
+        await self._has_info.wait()
+        await asyncio.gather(*(self._links[name].control(method, *args) for name in self._uses))
+
+    async def _quietly(self, name: str, method: str, *args: Any) -> None:
+        """A control call whose failure changes nothing: the engine is gone, or keeps something for longer."""
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                await self._links[name].control(method, *args)
+        except Exception as error:
+            logger.info(f"{name} did not take {method}: {type(error).__name__}: {error}")
+
+    # -- engines ---------------------------------------------------------------------------------
+
+    async def _follow_engine(self, name: str) -> None:
+        """Keeps an engine in use for as long as it answers; sees restarts, and deaths while it has no work."""
+        while True:
+            try:
+                async with asyncio.timeout(PROBE_TIMEOUT_S):
+                    info = await self._links[name].describe()
+                    if name not in self._uses or self._uses[name].info.life != info.life:
+                        # Before it is used: a router that this one replaced may have left adapters there.
+                        await self._links[name].control("keep_adapters", [v.id for v in self._adapters.held])
+            except Exception as error:  # whatever it is, an engine that does not answer is not used
+                self._lose(name, self._uses.get(name), error)
+            else:
+                if (use := self._uses.get(name)) is not None and use.info.life != info.life:
+                    self._lose(name, use, EngineDeadError("it was restarted"))
+                if name not in self._uses:
+                    await self._begin_use(name, info)
+            await asyncio.sleep(PROBE_PERIOD_S)
+
+    async def _begin_use(self, name: str, info: EngineInfo) -> None:
+        self._uses[name] = use = _Use(info)
+        self.info = self.info or info
+        self._has_info.set()
+        self._dispatcher.add_engine(name, info.max_num_seqs)
+        self._pump_soon()
+        async with self._used:
+            self._used.notify_all()
+        for version in self._adapters.newest.values():  # ahead of the first request that needs it
+            self._spawn(self._prefetch(name, use, version))
+
+    async def _prefetch(self, name: str, use: _Use, version: AdapterVersion) -> None:
+        try:
+            await self._load(name, use, version)
+        except TwinkleServeError as error:  # requests for it get the error themselves
+            logger.warning(f"{name} did not load {version.label}: {error}")
+
+    def _lose(self, name: str, use: _Use | None, error: BaseException) -> None:
+        """Ends a use of an engine: its groups go elsewhere. It is used again once it answers."""
+        if use is None or self._uses.get(name) is not use:
+            return
+        del self._uses[name]
+        use.lost.set()
+        lost = self._dispatcher.remove_engine(name)
+        logger.warning(f"{name} is lost with {len(lost)} groups, to be sampled elsewhere: {type(error).__name__}")
+        # It may be slow and not dead.
+        self._spawn(self._abort(name, use, lost))
+        self._sample_again(name, lost)
+        if not self._engines_return and not self._uses:
+            self._sample_again(name, self._dispatcher.withdraw_waiting())
+        self._pump_soon()
+
+    async def _abort(self, name: str, use: _Use, groups: list[Group]) -> None:
+        """Has an engine drop groups, and releases the load that they were, if it is still the same use of it."""
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                await self._links[name].abort([group.attempt for group in groups])
+        except Exception as error:  # a lost engine has nothing to abort
+            logger.info(f"{name} did not take an abort of {len(groups)} groups: {type(error).__name__}")
+        if self._uses.get(name) is use:
+            self._dispatcher.finish(name, [group.key for group in groups])
+            self._pump_soon()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Runs a coroutine that is of no request.
+
+        In an empty context: a task that inherited a request's would pass for its child at Serve, and be cancelled with
+        it.
+        """
+        task = asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
+        # The loop holds tasks weakly; the set keeps them from being collected halfway.
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

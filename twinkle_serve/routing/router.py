@@ -1,0 +1,448 @@
+"""Admits requests, sends groups to engines, gathers samples. Free of Ray: it sees engines through `EngineLink`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import random
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twinkle_serve.adapters import describe_adapter, read_adapter
+from twinkle_serve.config import ServiceArgs
+from twinkle_serve.data_format import SampleResponse, SamplingParams
+from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.groups import Group
+from twinkle_serve.data_format.samples import SampleColumns, StopReason
+from twinkle_serve.data_format.sampling_params import UNSET, Unset
+from twinkle_serve.engines.base import check_fits
+from twinkle_serve.errors import (
+    AdapterError,
+    DeadlineError,
+    EngineError,
+    RequestError,
+    SamplingParamsError,
+    TwinkleServeError,
+)
+from twinkle_serve.routing.adapters import Adapters, fingerprint
+from twinkle_serve.routing.link import EngineLink
+from twinkle_serve.routing.pool import EnginePool
+from twinkle_serve.routing.request import Request, ResponseHeader
+from twinkle_serve.routing.seeds import SPACING, prompt_seed
+from twinkle_serve.routing.templates import TemplateCache, TemplateChoice
+from twinkle_serve.template.prompts import Prompt, encode_inputs
+
+logger = logging.getLogger("ray.serve")
+
+MOST_PATHS = 16
+"""Adapters that are known by their path alone; the one that was used least recently is forgotten."""
+
+
+class Router:
+    """Sends prompts to engines and gathers what they sampled.
+
+    Guarantees: every accepted prompt yields exactly `num_samples` sequences, or the call raises.
+    Guarantees: cancelling the call, or its deadline, aborts its sequences in the engines.
+    Guarantees: an engine's death loses no sample; see `EnginePool`.
+    Guarantees: a request is sampled by the adapter version that its name meant when it was admitted.
+    Does not guarantee: the order in which prompts finish.
+    Does not guarantee: that a request, or an adapter, survives this process.
+    """
+
+    def __init__(
+        self, args: ServiceArgs, model: Path, links: Mapping[str, EngineLink], *, engines_return: bool = True
+    ) -> None:
+        """Must be called on the event loop that it is to live on.
+
+        Args:
+            model: directory of the model; its weights need not be there.
+            engines_return: whether somebody replaces an engine that dies; else requests are not kept for it.
+
+        Raises:
+            ModelNotFoundError: it has no tokenizer.
+            AdapterError: an adapter of `args` cannot be read.
+        """
+        self._args = args
+        self._templates = TemplateCache(model, args)
+        self._adapters = Adapters()
+        self._paths: OrderedDict[str, tuple[tuple[int, int], ...]] = OrderedDict()
+        """Adapters by path, the last used last: what their files looked like when they were read."""
+        self._adding = asyncio.Lock()
+        """Adapters are added one after the other, so that versions of a name are published in their order."""
+        # At random, so that it meets no group of a router that this one replaces.
+        self._group_ids = itertools.count(random.getrandbits(40) << 20)
+        # One thread: tokenizers are not safe in several, and the event loop must not wait for them.
+        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._requests: dict[int, Request] = {}
+        """Live requests, by group id."""
+        self._streams: set[int] = set()
+        """Group ids of the streams that run; they are in no queue."""
+        self._asleep = False
+        for name, path in args.adapters.items():
+            files = read_adapter(path)
+            self._adapters.publish(self._adapters.new_version(name, describe_adapter(files).rank), files)
+        self._pool = EnginePool(
+            links,
+            self._adapters,
+            wanted=self._requests.__contains__,
+            deliver=self._deliver,
+            fail=self._fail,
+            engines_return=engines_return,
+        )
+
+    def close(self) -> None:
+        """Stops following engines; running calls are cancelled by whoever made them."""
+        self._pool.close()
+        self._encoding.shutdown(wait=False, cancel_futures=True)
+
+    # -- sampling --------------------------------------------------------------------------------
+
+    async def sample(self, *args: Any, **options: Any) -> SampleResponse:
+        """Samples each input; the arguments are the fields of `Call`."""
+        async with self._admitted(Call(*args, **options)) as request:
+            return await request.response()
+
+    async def sample_iter(self, *args: Any, **options: Any) -> AsyncGenerator[SampleResponse, None]:
+        """As `sample`, but yields responses over prompts as they finish: each prompt once, in any order."""
+        async with self._admitted(Call(*args, **options)) as request:
+            async for response in request.prompts_as_they_finish():
+                yield response
+
+    async def sample_stream(self, *args: Any, **options: Any) -> AsyncGenerator[tuple[str, StopReason | None], None]:
+        """One sample of one prompt as (text, finish_reason), as it comes; finish_reason is None until the last.
+
+        Closing the iterator aborts the sample. An engine that dies before the first text is replaced by another;
+        afterwards its death is an EngineDeadError.
+        """
+        call = Call(*args, **options)
+        limit_s = self._limit_s(call)
+        deadline = asyncio.get_running_loop().time() + limit_s
+        try:
+            async with asyncio.timeout_at(deadline):
+                understood = await self._understood(call)
+            with self._holding(understood.adapter):
+                group = self._streamed(understood)
+                self._streams.add(group.id)
+                try:
+                    async with contextlib.aclosing(self._pool.stream(group)) as deltas:
+                        while True:
+                            # Around each step alone: a timeout must not be held across a yield.
+                            async with asyncio.timeout_at(deadline):
+                                delta = await anext(deltas, None)
+                            if delta is None:
+                                return
+                            yield delta.text, delta.finish_reason
+                finally:
+                    self._streams.discard(group.id)
+        except TimeoutError:
+            raise DeadlineError(f"timeout_s={limit_s:g} passed in a stream. Raise it or ask for less.") from None
+
+    def _streamed(self, understood: _Understood) -> Group:
+        """The only group of a stream."""
+        prompts, params = understood.prompts, understood.params
+        if len(prompts) != 1 or params.num_samples != 1:
+            raise RequestError(
+                f"sample_stream takes one prompt and one sample, got {len(prompts)} and {params.num_samples}. "
+                "Use sample_iter for more."
+            )
+        self._require_awake()
+        return Group(
+            id=next(self._group_ids),
+            prompt_ids=prompts[0].ids,
+            params=params,
+            seed=None if params.seed is None else prompt_seed(params.seed, prompts[0].index),
+            adapter=understood.adapter,
+        )
+
+    # -- adapters --------------------------------------------------------------------------------
+
+    async def add_adapter(self, name: str, source: AdapterFiles | str) -> str:
+        """Loads an adapter on every engine, then has its name mean it. Returns `name@version`.
+
+        Guarantees: all engines in use or none; until it returns, and if it raises, the name means what it meant.
+
+        Args:
+            source: a directory on this node, or the files themselves.
+
+        Raises:
+            AdapterError: it cannot be read, is not of this model, is too large, or LoRA is off.
+        """
+        try:
+            async with asyncio.timeout(self._args.startup_timeout_s), self._adding:
+                return await self._add(name, source)
+        except TimeoutError:
+            raise DeadlineError(
+                f"adapter {name!r} was not loaded within startup_timeout_s={self._args.startup_timeout_s:g}; "
+                f"{self._pool.ready} of {self._pool.size} engines are up. Its name means what it meant."
+            ) from None
+
+    async def _add(self, name: str, source: AdapterFiles | str, *, is_path: bool = False) -> str:
+        await self._pool.known()
+        files = source if isinstance(source, AdapterFiles) else await asyncio.to_thread(read_adapter, source)
+        description = await asyncio.to_thread(describe_adapter, files)
+        version = self._adapters.new_version(name, description.rank, is_path=is_path)
+        await self._pool.load(version, files)
+        self._pool.drop(self._adapters.publish(version, files))
+        return version.label
+
+    async def remove_adapter(self, name: str) -> None:
+        """Takes an adapter's name away. Requests that were admitted with it finish on it.
+
+        Raises:
+            AdapterError: no such adapter.
+        """
+        self._pool.drop(self._adapters.remove(name))
+        self._paths.pop(name, None)
+
+    async def _adapter_at(self, path: str) -> AdapterVersion:
+        """The adapter in a directory; read again only where its files have changed."""
+        path, now = await asyncio.to_thread(fingerprint, path)
+        if self._paths.get(path) != now or not now:
+            async with self._adding:
+                if self._paths.get(path) != now or not now:  # nobody else has just read it
+                    await self._add(path, path, is_path=True)
+                    self._paths[path] = now
+        self._paths.move_to_end(path)
+        version = self._adapters.resolve(path)
+        while len(self._paths) > MOST_PATHS:
+            await self.remove_adapter(next(iter(self._paths)))
+        return version
+
+    @contextlib.contextmanager
+    def _holding(self, adapter: AdapterVersion | None) -> Any:
+        """Keeps a version while a request uses it."""
+        if adapter is None:
+            yield
+            return
+        self._adapters.acquire(adapter)
+        try:
+            yield
+        finally:
+            self._pool.drop(self._adapters.release(adapter))
+
+    # -- control ---------------------------------------------------------------------------------
+
+    async def state_keys(self) -> list[str]:
+        """Names of the model's weights, as its checkpoint has them."""
+        keys: list[str] = await self._pool.ask("state_keys")
+        return keys
+
+    async def check_template(self, template: TemplateChoice) -> None:
+        """Builds a template, so that what is wrong with it is said before it is used.
+
+        Raises:
+            TemplateError
+        """
+        # A download must not keep the one encoding thread.
+        await asyncio.to_thread(self._templates.fetch, template)
+        await self._encode_in_thread(self._templates.get, template)
+
+    async def reset_prefix_cache(self) -> None:
+        """On every engine."""
+        await self._pool.tell_all("reset_prefix_cache")
+
+    async def sleep(self, level: int = 1) -> None:
+        """Frees the engines' device memory until `wake_up`; calls are refused meanwhile.
+
+        Raises:
+            RequestError: requests are running.
+            UnsupportedError: the engines cannot.
+        """
+        if level != 1:  # 2 drops the weights, and nothing here brings them back
+            raise RequestError(f"level must be 1, which keeps the weights in host memory, got {level!r}.")
+        if running := self._running + self._pool.sequences:
+            raise RequestError(f"{running} requests are running: sleep would lose them. Wait for them, or cancel them.")
+        self._asleep = True
+        try:
+            await self._pool.tell_all("sleep", level)
+        except BaseException:
+            self._asleep = False
+            with contextlib.suppress(TwinkleServeError):  # those that could not sleep are awake
+                await self._pool.tell_all("wake_up", None)
+            raise
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Ends `sleep`; with `tags`, of "weights" and "kv_cache", wakes these alone."""
+        if tags is not None and set(tags) - {"weights", "kv_cache"}:
+            raise RequestError(f"tags may hold weights and kv_cache, got {list(tags)!r}.")
+        await self._pool.tell_all("wake_up", tags)
+        if tags is None or "kv_cache" in tags:
+            self._asleep = False
+
+    @property
+    def _running(self) -> int:
+        """Requests and streams."""
+        return len(set(self._requests.values())) + len(self._streams)
+
+    async def status(self) -> dict[str, Any]:
+        """Engines, adapters and queues, as plain values."""
+        return {
+            "model_id": self._args.model_id,
+            **self._pool.status(),
+            "asleep": self._asleep,
+            "adapters": {name: version.label for name, version in self._adapters.newest.items()},
+            "requests": self._running,
+        }
+
+    # -- admission -------------------------------------------------------------------------------
+
+    def _limit_s(self, call: Call) -> float:
+        return self._args.request_timeout_s if call.timeout_s is None else _deadline(call.timeout_s)
+
+    @asynccontextmanager
+    async def _admitted(self, call: Call) -> AsyncGenerator[Request, None]:
+        """A request whose groups are on their way; whatever is left of it at the end is aborted."""
+        limit_s = self._limit_s(call)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + limit_s
+        # No timeout is held across the yield: it would cancel whatever the caller's task is doing there.
+        try:
+            async with asyncio.timeout_at(deadline):
+                understood = await self._understood(call)
+        except TimeoutError:
+            raise DeadlineError(self._late(limit_s, None)) from None
+        with self._holding(understood.adapter):
+            request = self._admit(understood)
+            expiry = loop.call_at(deadline, self._expire, request, limit_s)
+            try:
+                yield request
+            finally:
+                expiry.cancel()
+                self._dismiss(request)
+
+    def _expire(self, request: Request, limit_s: float) -> None:
+        """Ends a request at its deadline: what has arrived can still be read, then comes the error."""
+        if request.samples_missing:
+            request.fail(DeadlineError(self._late(limit_s, request)))
+            self._pool.withdraw(request.ids)
+
+    async def _understood(self, call: Call) -> _Understood:
+        """What a call asks for, checked against what the engines can do."""
+        params = SamplingParams.of(call.sampling_params, call.num_samples, call.logprobs)
+        if params.num_samples > SPACING:
+            raise SamplingParamsError(f"num_samples must be at most {SPACING}, got {params.num_samples}.")
+        self._require_awake()
+        name, path = call.adapter()
+        if name:
+            self._adapters.resolve(name)  # what is unknown is said before engines are waited for
+        template = await self._encode_in_thread(self._templates.get, call.template)
+        # What is only scored is a conversation as it stands, not one that waits for an answer.
+        prompts: list[Prompt] = await self._encode_in_thread(
+            encode_inputs, call.inputs, template, params.max_tokens != 0
+        )
+        info = await self._pool.known()
+        for prompt in prompts:
+            check_fits(info, prompt.ids, params, f"inputs[{prompt.index}]")
+        adapter = await self._adapter_at(path) if path else self._adapters.resolve(name) if name else None
+        header = ResponseHeader(logprobs_mode=info.logprobs_mode, parser=template.message_parser())
+        return _Understood(prompts, params, adapter, header)
+
+    async def _encode_in_thread(self, function: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._encoding, function, *args)
+
+    def _require_awake(self) -> None:
+        if self._asleep:
+            raise RequestError("the sampler is asleep. Call wake_up() first.")
+
+    def _admit(self, understood: _Understood) -> Request:
+        self._require_awake()
+        first_id = next(self._group_ids)
+        for _ in understood.prompts[1:]:
+            next(self._group_ids)
+        request = Request(first_id, understood.prompts, understood.params, understood.header, understood.adapter)
+        self._requests.update(dict.fromkeys(request.ids, request))
+        self._pool.enqueue(request.groups())
+        return request
+
+    def _dismiss(self, request: Request) -> None:
+        for group_id in request.ids:
+            self._requests.pop(group_id, None)
+        if request.samples_missing:
+            self._pool.withdraw(request.ids)
+
+    def _late(self, limit_s: float, request: Request | None) -> str:
+        if request is None:
+            state = "no engine was ready"
+        else:
+            done = request.samples_wanted - request.samples_missing
+            state = f"{done} of {request.samples_wanted} samples were done"
+        return (
+            f"timeout_s={limit_s:g} passed when {state}; {self._pool.ready} of {self._pool.size} engines are up. "
+            "Raise timeout_s, or send less in a call."
+        )
+
+    # -- what engines hand back ------------------------------------------------------------------
+
+    def _deliver(self, columns: SampleColumns) -> None:
+        present = set(columns.group.tolist())
+        by_request: dict[Request, set[int]] = {}
+        for group_id in present & self._requests.keys():
+            by_request.setdefault(self._requests[group_id], set()).add(group_id)
+        for request, ids in by_request.items():
+            try:
+                request.add(columns if ids == present else columns.without(present - ids))
+            except Exception as error:  # a bug of ours; the others' samples must still reach them
+                logger.exception("samples could not be handed to their request")
+                request.fail(EngineError(f"a bug in the router: {error!r}"))
+
+    def _fail(self, group_id: int, error: TwinkleServeError) -> None:
+        if (request := self._requests.get(group_id)) is not None:
+            request.fail(error)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a caller asks for; see `Sampler.sample` for the fields."""
+
+    inputs: Any
+    sampling_params: SamplingParams | Mapping[str, Any] | None = None
+    adapter_name: str = ""
+    adapter_path: str | None = None
+    num_samples: int | None = None
+    logprobs: int | Unset | None = UNSET
+    use_base_model: bool = False
+    template: TemplateChoice = None
+    timeout_s: float | None = None
+
+    def adapter(self) -> tuple[str, str]:
+        """(name, path) of the adapter, of which at most one is not empty.
+
+        Raises:
+            AdapterError: more than one of adapter_name, adapter_path and use_base_model is given.
+        """
+        given = {
+            "adapter_name": self.adapter_name,
+            "adapter_path": self.adapter_path,
+            "use_base_model": self.use_base_model,
+        }
+        given = {key: value for key, value in given.items() if value}
+        if len(given) > 1:
+            both = " and ".join(f"{key}={value!r}" for key, value in given.items())
+            raise AdapterError(f"{both} contradict each other. Give one of them.")
+        for key, value in (("adapter_name", self.adapter_name), ("adapter_path", self.adapter_path or "")):
+            if not isinstance(value, str):
+                raise AdapterError(f"{key} must be a string, got {value!r}.")
+        return self.adapter_name, self.adapter_path or ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Understood:
+    """A call, checked."""
+
+    prompts: list[Prompt]
+    params: SamplingParams
+    adapter: AdapterVersion | None
+    header: ResponseHeader
+
+
+def _deadline(timeout_s: float) -> float:
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < float("inf"):
+        raise RequestError(f"timeout_s must be a number of seconds above 0, got {timeout_s!r}.")
+    return float(timeout_s)

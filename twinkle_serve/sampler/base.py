@@ -1,0 +1,420 @@
+"""The Sampler interface, and what every running sampler has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from twinkle_serve.adapters import pack_adapter
+from twinkle_serve.data_format import SampleResponse, SamplingParams
+from twinkle_serve.data_format.samples import StopReason
+from twinkle_serve.data_format.sampling_params import UNSET, Unset
+from twinkle_serve.errors import AdapterError, UnsupportedError
+from twinkle_serve.routing.templates import TemplateChoice, pack_template
+from twinkle_serve.sampler.verification import Verification, verify
+from twinkle_serve.template import Template
+
+
+class Sampler(ABC):
+    """Generates a model's output. Source of the interface: Twinkle's Sampler."""
+
+    @abstractmethod
+    def sample(
+        self,
+        inputs: Any,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        adapter_name: str = "",
+        *,
+        num_samples: int | None = None,
+    ) -> SampleResponse:
+        """Samples each input `num_samples` times."""
+
+    def add_adapter_to_model(
+        self, adapter_name: str, config_or_dir: Any, *, state_dict: Mapping[str, Any] | None = None
+    ) -> str:
+        """Adds a LoRA adapter. Returns its version."""
+        raise UnsupportedError(f"{type(self).__name__} has no adapters.")
+
+    def set_template(self, template_cls: Template | type[Template] | str, **kwargs: Any) -> None:
+        """Sets how messages become tokens."""
+        raise UnsupportedError(f"{type(self).__name__} has no templates.")
+
+
+class Backend(Protocol):
+    """Where a sampler's router is: in this process, or behind a Serve handle. Methods are those of `routing.Router`.
+
+    Every call raises a TwinkleServeError; one that is abandoned is cancelled there.
+    """
+
+    def call(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
+        """Calls a method and waits. `timeout_s` bounds what the method itself does not."""
+
+    async def call_async(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
+        """As `call`, on the caller's event loop."""
+
+    def iterate(self, method: str, *args: Any, **options: Any) -> Iterator[Any]:
+        """Items of a method that yields. Sent at once; what is wrong with it is raised by the first `next`."""
+
+    def iterate_async(self, method: str, *args: Any, **options: Any) -> AsyncIterator[Any]:
+        """As `iterate`, on the caller's event loop."""
+
+    def shutdown(self) -> None:
+        """Ends the sampler and frees its devices. Again: nothing."""
+
+
+CONTROL_TIMEOUT_S = 600.0
+"""Calls that sample nothing: loading an adapter on every engine is the longest of them."""
+
+
+class RunningSampler(Sampler):
+    """A sampler with its engines, wherever they run.
+
+    Guarantees: a call returns every sample that it asked for, or raises a TwinkleServeError; the next call works.
+    Guarantees: inputs are never changed.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._template: TemplateChoice = None
+
+    # -- sampling --------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        inputs: Any,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        adapter_name: str = "",
+        adapter_path: str | None = None,
+        *,
+        num_samples: int | None = None,
+        logprobs: int | Unset | None = UNSET,
+        use_base_model: bool = False,
+        return_encoded: bool = False,
+        timeout_s: float | None = None,
+    ) -> SampleResponse:
+        """Samples each input `num_samples` times. Not for async code: there, `sample_async`.
+
+        Args:
+            inputs: a Trajectory or InputFeature, or a list of either kind. Values may be lists, numpy or torch.
+            sampling_params: SamplingParams or a dict of the same keys.
+            adapter_name: LoRA adapter to sample with, `name` for its newest version or `name@version`; "" is the base
+                model.
+            adapter_path: directory of a LoRA adapter instead, on the router's node; read again when its files change.
+            num_samples: samples of each prompt; None takes it from sampling_params, where it is 1.
+            logprobs: as in sampling_params, which has 0: of each sampled token.
+            use_base_model: the base model, said explicitly; with an adapter it is refused.
+            return_encoded: Twinkle's; `new_input_feature` has the encoded prompt either way.
+            timeout_s: deadline of the call in seconds, queueing included; None is the config's request_timeout_s.
+
+        Returns:
+            A response whose `sequences` are flat and prompt-major; iterated over, one response a prompt.
+
+        Raises:
+            RequestError: the call cannot be served as it is: SamplingParamsError, PromptError, AdapterError.
+            DeadlineError: it took longer than `timeout_s`.
+            EngineError: engines, or the router, failed.
+        """
+        response: SampleResponse = self._backend.call(
+            "sample",
+            inputs,
+            timeout_s=timeout_s,
+            **self._options(sampling_params, adapter_name, adapter_path, num_samples, logprobs, use_base_model),
+        )
+        return response
+
+    async def sample_async(
+        self,
+        inputs: Any,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        adapter_name: str = "",
+        adapter_path: str | None = None,
+        *,
+        num_samples: int | None = None,
+        logprobs: int | Unset | None = UNSET,
+        use_base_model: bool = False,
+        return_encoded: bool = False,
+        timeout_s: float | None = None,
+    ) -> SampleResponse:
+        """As `sample`, for async code: an async actor, or `asyncio.run`."""
+        response: SampleResponse = await self._backend.call_async(
+            "sample",
+            inputs,
+            timeout_s=timeout_s,
+            **self._options(sampling_params, adapter_name, adapter_path, num_samples, logprobs, use_base_model),
+        )
+        return response
+
+    def sample_iter(
+        self,
+        inputs: Any,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        adapter_name: str = "",
+        adapter_path: str | None = None,
+        *,
+        num_samples: int | None = None,
+        logprobs: int | Unset | None = UNSET,
+        use_base_model: bool = False,
+        timeout_s: float | None = None,
+        progress: bool = False,
+    ) -> Iterator[SampleResponse]:
+        """Yields the response to each prompt as it finishes, in any order; `prompt_index` says which it is.
+
+        The call is sent at once; what is wrong with it is raised by the first `next`.
+
+        Args:
+            progress: show a progress bar on the terminal.
+        """
+        parts = self._backend.iterate(
+            "sample_iter",
+            inputs,
+            timeout_s=timeout_s,
+            **self._options(sampling_params, adapter_name, adapter_path, num_samples, logprobs, use_base_model),
+        )
+        total = len(inputs) if isinstance(inputs, Sequence) else 1
+        return _each_prompt(parts, total, progress=progress)
+
+    async def sample_iter_async(
+        self,
+        inputs: Any,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        adapter_name: str = "",
+        adapter_path: str | None = None,
+        *,
+        num_samples: int | None = None,
+        logprobs: int | Unset | None = UNSET,
+        use_base_model: bool = False,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[SampleResponse]:
+        """As `sample_iter`, for async code."""
+        parts = self._backend.iterate_async(
+            "sample_iter",
+            inputs,
+            timeout_s=timeout_s,
+            **self._options(sampling_params, adapter_name, adapter_path, num_samples, logprobs, use_base_model),
+        )
+        async for part in parts:
+            for response in part:
+                yield response
+
+    def sample_stream(
+        self,
+        inputs: Any,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        adapter_name: str = "",
+        adapter_path: str | None = None,
+        *,
+        use_base_model: bool = False,
+        timeout_s: float | None = None,
+    ) -> Iterator[tuple[str, StopReason | None]]:
+        """One sample of one prompt, as (delta_text, finish_reason) while it is being sampled.
+
+        No delta splits a character; together they are the sample's `decoded`. finish_reason is None until the last.
+        Closing the iterator aborts the sample.
+
+        Raises:
+            RequestError: as `sample`; or more than one prompt or sample.
+        """
+        deltas: Iterator[tuple[str, StopReason | None]] = self._backend.iterate(
+            "sample_stream",
+            inputs,
+            timeout_s=timeout_s,
+            **self._options(sampling_params, adapter_name, adapter_path, None, UNSET, use_base_model),
+        )
+        return deltas
+
+    def sample_stream_async(
+        self,
+        inputs: Any,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        adapter_name: str = "",
+        adapter_path: str | None = None,
+        *,
+        use_base_model: bool = False,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[tuple[str, StopReason | None]]:
+        """As `sample_stream`, for async code."""
+        deltas: AsyncIterator[tuple[str, StopReason | None]] = self._backend.iterate_async(
+            "sample_stream",
+            inputs,
+            timeout_s=timeout_s,
+            **self._options(sampling_params, adapter_name, adapter_path, None, UNSET, use_base_model),
+        )
+        return deltas
+
+    def _options(
+        self,
+        sampling_params: Any,
+        adapter_name: str,
+        adapter_path: str | None,
+        num_samples: int | None,
+        logprobs: int | Unset | None,
+        use_base_model: bool,
+    ) -> dict[str, Any]:
+        return {
+            "sampling_params": sampling_params,
+            "adapter_name": adapter_name,
+            "adapter_path": None if adapter_path is None else str(_absolute(adapter_path)),
+            "num_samples": num_samples,
+            "logprobs": logprobs,
+            "use_base_model": use_base_model,
+            "template": self._template,
+        }
+
+    # -- scoring ---------------------------------------------------------------------------------
+
+    def score(
+        self,
+        inputs: Any,
+        adapter_name: str = "",
+        adapter_path: str | None = None,
+        *,
+        top_logprobs: int = 0,
+        use_base_model: bool = False,
+        timeout_s: float | None = None,
+    ) -> SampleResponse:
+        """Logprob of every token of given sequences; nothing is sampled.
+
+        Args:
+            inputs: as of `sample`. Messages are scored as they stand, without a turn opened for the assistant.
+            top_logprobs: how many of the likeliest tokens to return at each position too.
+
+        Returns:
+            One response an input: `prompt_token_ids`, `prompt_logprobs` (nats, None at position 0) and
+            `topk_prompt_logprobs`.
+
+        Raises:
+            PromptError: a sequence that is longer than the engine can score: its context, less one for vllm.
+        """
+        params = SamplingParams(max_tokens=0, logprobs=None, prompt_logprobs=top_logprobs)
+        return self.sample(
+            inputs, params, adapter_name, adapter_path, use_base_model=use_base_model, timeout_s=timeout_s
+        )
+
+    def verify(
+        self, response: SampleResponse, *, against: RunningSampler, adapter_name: str | None = None
+    ) -> Verification:
+        """Scores a response's samples on a second sampler, and compares logprobs token by token.
+
+        Args:
+            against: the second sampler, of the same model. A torch engine in float32 is a good one.
+            adapter_name: adapter to score with there; None is the name of the one that each sample names.
+
+        Raises:
+            RequestError: the response has no logprobs, or not of the model's own distribution.
+        """
+        return verify(response, against, adapter_name)
+
+    # -- adapters and templates ------------------------------------------------------------------
+
+    def add_adapter_to_model(
+        self, adapter_name: str, config_or_dir: Any, *, state_dict: Mapping[str, Any] | None = None
+    ) -> str:
+        """Loads a LoRA adapter on every engine; from then on its name means it. Returns `name@version`.
+
+        Calls that run meanwhile, or were admitted with the name before, are sampled by what it meant then.
+
+        Args:
+            config_or_dir: a directory as peft's save_pretrained writes it, on the service's nodes; or peft's
+                LoraConfig, with its tensors in `state_dict`.
+
+        Raises:
+            AdapterError: unreadable, not of this model, a rank above the limit, or LoRA is switched off. The name means
+                what it meant before.
+        """
+        if isinstance(config_or_dir, str) or hasattr(config_or_dir, "__fspath__"):
+            if state_dict is not None:
+                raise AdapterError("state_dict comes with a LoraConfig; the directory has weights of its own.")
+            source: Any = str(_absolute(config_or_dir))
+        else:
+            source = pack_adapter(config_or_dir, state_dict)
+        label: str = self._backend.call("add_adapter", adapter_name, source, timeout_s=CONTROL_TIMEOUT_S)
+        return label
+
+    def remove_adapter(self, adapter_name: str) -> None:
+        """Takes an adapter's name away; calls that were admitted with it finish on it.
+
+        Raises:
+            AdapterError: no such adapter.
+        """
+        self._backend.call("remove_adapter", adapter_name, timeout_s=CONTROL_TIMEOUT_S)
+
+    def set_template(self, template_cls: Template | type[Template] | str, **kwargs: Any) -> None:
+        """Sets how this sampler object's calls turn messages into tokens; other callers are not affected.
+
+        Args:
+            template_cls: a registered name, a Template class or a Template.
+            kwargs: arguments of the class; `model_id` names another model's tokenizer.
+
+        Raises:
+            TemplateError: no such template, or arguments that it does not take.
+        """
+        choice = pack_template(template_cls, kwargs)
+        self._backend.call("check_template", choice, timeout_s=CONTROL_TIMEOUT_S)
+        self._template = choice
+
+    # -- control ---------------------------------------------------------------------------------
+
+    def get_state_keys(self) -> list[str]:
+        """Names of the model's weights, as its checkpoint has them."""
+        keys: list[str] = self._backend.call("state_keys", timeout_s=CONTROL_TIMEOUT_S)
+        return keys
+
+    def reset_prefix_cache(self) -> None:
+        """Has every engine forget the keys and values of earlier prompts."""
+        self._backend.call("reset_prefix_cache", timeout_s=CONTROL_TIMEOUT_S)
+
+    def sleep(self, level: int = 1) -> None:
+        """Frees the engines' device memory until `wake_up`; calls are refused meanwhile.
+
+        Args:
+            level: 1, which keeps the weights in host memory.
+
+        Raises:
+            UnsupportedError: an engine on CPU, torch, or vllm without engine_args.enable_sleep_mode.
+            RequestError: calls are running.
+        """
+        self._backend.call("sleep", level, timeout_s=CONTROL_TIMEOUT_S)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Ends `sleep`.
+
+        Args:
+            tags: "weights" or "kv_cache" wake these alone; None wakes everything.
+        """
+        self._backend.call("wake_up", tags, timeout_s=CONTROL_TIMEOUT_S)
+
+    def status(self) -> dict[str, Any]:
+        """Engines, adapters and queues, as plain values."""
+        status: dict[str, Any] = self._backend.call("status", timeout_s=CONTROL_TIMEOUT_S)
+        return status
+
+    def shutdown(self) -> None:
+        """Ends the sampler and frees its devices, for every caller of it. Again: nothing."""
+        self._backend.shutdown()
+
+
+def _absolute(path: Any) -> Any:
+    from pathlib import Path
+
+    return Path(path).expanduser().absolute()
+
+
+def _each_prompt(parts: Iterator[SampleResponse], total: int, *, progress: bool) -> Iterator[SampleResponse]:
+    """Responses to single prompts, out of responses to several, with a progress bar or without."""
+    if progress:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        bar = Progress(
+            TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"), TimeElapsedColumn()
+        )
+        with bar:
+            task = bar.add_task("", total=total)
+            for part in parts:
+                for response in part:
+                    bar.advance(task)
+                    yield response
+            bar.update(task, total=bar.tasks[0].completed)  # a template may have left prompts out
+        return
+    for part in parts:
+        yield from part

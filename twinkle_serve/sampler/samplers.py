@@ -1,0 +1,94 @@
+"""vLLMSampler and TorchSampler: a sampler described in Python, in this process or as a service on Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+from twinkle_serve.config import MeshArgs, ServiceArgs, mesh_args
+from twinkle_serve.engines import EngineKind
+from twinkle_serve.mesh import DeviceMesh
+from twinkle_serve.sampler.base import Backend, RunningSampler
+
+BUILDER = "graphs.sampler:build"
+"""What wires the service: the `import_path` of its YAML."""
+
+
+class _EngineSampler(RunningSampler):
+    engine: ClassVar[EngineKind]
+    default_engine_args: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(
+        self,
+        model_id: str | Path,
+        engine_args: Mapping[str, Any] | None = None,
+        device_mesh: DeviceMesh | None = None,
+        remote_group: str | None = None,
+        **service_args: Any,
+    ) -> None:
+        """Starts the sampler; returns when it can sample.
+
+        Args:
+            model_id: demo, a path, ms://org/name, hf://org/name, or org/name of ModelScope.
+            engine_args: arguments of the engine.
+            device_mesh: dp_size engines of tp_size x pp_size devices each; None is one device.
+            remote_group: deploys the sampler as a Ray Serve application of this name, next to others, one engine a
+                data-parallel replica, and calls it by handle. After `initialize` it names a DeviceGroup, whose devices
+                alone it takes. None, or `initialize("local")`: the engine runs in this process.
+            service_args: other keys of the config: template, adapters, revision, trust_remote_code,
+                request_timeout_s, startup_timeout_s.
+
+        Raises:
+            ConfigError: an argument that does not exist or cannot be; MeshError, ModelNotFoundError, EngineArgsError.
+            EngineStartError: the engine did not start.
+        """
+        mesh = MeshArgs() if device_mesh is None else mesh_args(device_mesh)
+        args = ServiceArgs.model_validate(
+            {
+                "model_id": str(model_id),
+                "engine": self.engine,
+                "engine_args": {**self.default_engine_args, **(engine_args or {})},
+                "device_mesh": mesh,
+                **service_args,
+            }
+        )
+        super().__init__(_backend(args, remote_group))
+
+
+class vLLMSampler(_EngineSampler):  # upstream's name
+    """Samples on vLLM. LoRA is on unless `engine_args` has `enable_lora: False`."""
+
+    engine = "vllm"
+    default_engine_args: ClassVar[Mapping[str, Any]] = {"enable_lora": True}
+
+
+VLLMSampler = vLLMSampler
+
+
+class TorchSampler(_EngineSampler):
+    """Samples on plain PyTorch, by transformers: slow, easy to step through, and what to check vLLM against."""
+
+    engine = "torch"
+
+
+def _backend(args: ServiceArgs, remote_group: str | None) -> Backend:
+    """Where the sampler runs; engines, Ray and Serve are loaded here, when one is made."""
+    from twinkle_serve import remote
+
+    if remote_group is None or remote.mode() == "local":
+        from twinkle_serve.sampler.local import LocalBackend
+
+        return LocalBackend(args)
+    from twinkle_serve.remote.session import session
+    from twinkle_serve.sampler.service import deploy
+
+    if remote.mode() == "ray" and remote.known_groups():
+        remote.group_devices(remote_group)  # an unknown group is named before anything starts
+        args = args.model_copy(update={"device_group": remote_group})
+    module, _, function = BUILDER.partition(":")
+    backend = deploy(remote_group, args, getattr(import_module(module), function))
+    if args.device_group is not None:
+        session.samplers.add(backend)  # its engines must end before their devices are anybody's
+    return backend

@@ -1,0 +1,105 @@
+"""The messages of an input: checked, and copied into the form that chat templates read."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from twinkle_serve.errors import PromptError
+
+MEDIA = ("images", "videos", "audios")
+
+
+def conversation(messages: Any, where: str) -> list[dict[str, Any]]:
+    """Deep copies of the messages, their tool calls in OpenAI's form with the arguments parsed.
+
+    Raises:
+        PromptError: no message, one without a role, one that is not text, or a tool call that is none.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
+        raise PromptError(f"{where}.messages must be a list of at least one message, got {messages!r}.")
+    return [_message(message, f"{where}.messages[{j}]") for j, message in enumerate(messages)]
+
+
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """How a chat template takes a message with tool calls."""
+
+    content: str | None = ""
+    """Of a message that says nothing besides: some templates write calls only where there is no content at all."""
+    as_json: bool = False
+    """Whether the arguments are JSON text, which is pasted in (DeepSeek's), and not a dict (Qwen's)."""
+
+    def of(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message in this form."""
+        if not message.get("tool_calls"):
+            return message
+        calls = [self._call(call) for call in message["tool_calls"]]
+        return {**message, "content": message.get("content") or self.content, "tool_calls": calls}
+
+    def _call(self, call: dict[str, Any]) -> dict[str, Any]:
+        if not self.as_json:
+            return call
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+CALL_FORMS = (CallForm(), CallForm(as_json=True), CallForm(content=None), CallForm(content=None, as_json=True))
+PROBE = "probe_key"
+
+
+def find_call_form(render: Callable[[list[dict[str, Any]]], str]) -> CallForm:
+    """The first form in which `render` writes a call's arguments, as JSON or in tags; the first of all if none does."""
+    call = {"id": "call00000", "type": "function", "function": {"name": "probe", "arguments": {PROBE: "-"}}}
+    for form in CALL_FORMS:
+        said = form.of({"role": "assistant", "content": "", "tool_calls": [call]})
+        try:
+            text = render([{"role": "user", "content": "-"}, said])
+        except Exception:  # out of a template that is the model's: it is only asked which form it takes
+            continue
+        # Neither a dict as Python writes it, nor JSON within JSON.
+        if PROBE in text and f"'{PROBE}'" not in text and f'{PROBE}\\"' not in text:
+            return form
+    return CALL_FORMS[0]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise PromptError(f"{where} must be a dict with a role, got {message!r}.")
+    for key in MEDIA:
+        if message.get(key):
+            raise PromptError(f"{where}.{key}: this service samples from text alone. Leave it out.")
+    content = message.get("content")
+    for k, part in enumerate(content if isinstance(content, list) else []):
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if kind != "text":
+            raise PromptError(f"{where}.content[{k}] is of type {kind!r}: this service samples from text alone.")
+    clean = copy.deepcopy(dict(message))
+    calls = clean.get("tool_calls")
+    if calls is None:
+        clean.pop("tool_calls", None)
+        return clean
+    if not isinstance(calls, Sequence) or isinstance(calls, (str, bytes)):
+        raise PromptError(f"{where}.tool_calls must be a list, got {calls!r}.")
+    clean["tool_calls"] = [_call(call, f"{where}.tool_calls[{k}]") for k, call in enumerate(calls)]
+    return clean
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """`{"type": "function", "function": {"name", "arguments"}}`, whether or not the caller wrote the `function`."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise PromptError(f'{where} must be {{"function": {{"name": …, "arguments": …}}}}, got {call!r}.')
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except ValueError as error:
+            raise PromptError(f"{where}: its arguments are no JSON ({error}): {arguments!r}.") from None
+    if not isinstance(arguments, Mapping):
+        raise PromptError(f"{where}: its arguments must be a dict or the JSON of one, got {arguments!r}.")
+    besides = {key: value for key, value in call.items() if key not in ("name", "arguments", "function")}
+    return {"type": "function", **besides, "function": {"name": function["name"], "arguments": dict(arguments)}}

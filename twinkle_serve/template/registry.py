@@ -1,0 +1,87 @@
+"""Templates by name."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from twinkle_serve.errors import TemplateError, unknown_name
+from twinkle_serve.template.template import Template
+
+TEMPLATES: dict[str, type[Template]] = {
+    "Template": Template,
+    # Twinkle's names for text of models whose own chat template says all that there is to say.
+    "QwenTemplate": Template,
+    "Qwen3Template": Template,
+    "Qwen3_5Template": Template,
+    "Gemma4Template": Template,
+}
+"""Templates that a call or a config can name. Others are handed in as a class or an instance."""
+
+NOT_SUPPORTED = {
+    "DeepseekV4Template": "renders DeepSeek V4's messages by code of its own. Hand in input_ids, or a subclass of "
+    "Template with a render of yours",
+    "Qwen3VLTemplate": "is for images and videos: this service samples from text alone",
+}
+"""Twinkle's templates that are not here, and why."""
+
+ALIASES = {"default_system": "system"}
+"""Twinkle's names of arguments, and ours."""
+
+
+def resolve_template(
+    template: str | type[Template] | Template, model: str | Path, *, trust_remote_code: bool = False, **arguments: Any
+) -> Template:
+    """A template by its name, its class or itself.
+
+    Args:
+        model: directory of the model, for a name or a class.
+        trust_remote_code: run code that comes with the tokenizer, where the class does not decide that itself.
+        arguments: of the template's class. An instance has its own.
+
+    Raises:
+        TemplateError: no such template, or an argument that it does not take.
+        ModelNotFoundError: the model has no tokenizer.
+    """
+    if isinstance(template, Template):
+        if arguments:
+            raise TemplateError(
+                f"{', '.join(sorted(arguments))} cannot be set on a template that is made already. Give "
+                f"{type(template).__name__} itself, or make the instance with them."
+            )
+        return template
+    made = TEMPLATES.get(template) if isinstance(template, str) else template
+    if made is None:
+        if template in NOT_SUPPORTED:
+            raise TemplateError(f"{template} {NOT_SUPPORTED[str(template)]}.")
+        raise TemplateError(f"{unknown_name('template', template, TEMPLATES)}. Or give a class or an instance.")
+    if not (isinstance(made, type) and issubclass(made, Template)):
+        raise TemplateError(f"template must be a name, a subclass of Template or an instance, got {template!r}.")
+    checked = _checked(made, arguments)
+    if trust_remote_code and "trust_remote_code" in inspect.signature(made).parameters:
+        checked["trust_remote_code"] = True
+    try:
+        inspect.signature(made).bind(model, **checked)
+    except TypeError as error:
+        raise TemplateError(f"{made.__name__} cannot be made: {error}. Give its arguments with its name.") from None
+    return made(model, **checked)
+
+
+def _checked(made: type[Template], arguments: dict[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(made).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        known = parameters | inspect.signature(Template).parameters
+    else:
+        known = dict(parameters)
+    known = {name: p for name, p in known.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    known.pop("model", None)
+    clean: dict[str, Any] = {}
+    for key, value in arguments.items():
+        name = ALIASES.get(key, key)
+        if name not in known:
+            raise TemplateError(f"{unknown_name(f'argument of {made.__name__}', key, {*known, *ALIASES})}.")
+        if name in clean:
+            raise TemplateError(f"{name} is given twice, as {name} and under another name. Give it once.")
+        clean[name] = value
+    return clean
