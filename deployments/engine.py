@@ -17,6 +17,7 @@ from twinkle_serve.engines import build_engine
 from twinkle_serve.engines.base import Finished
 from twinkle_serve.engines.host import EngineHost
 from twinkle_serve.placement import Placement, cores_of_devices, cores_of_engine
+from twinkle_serve.remote.reservation import enter_group
 
 
 def engine_name(dp_rank: int) -> str:
@@ -50,6 +51,9 @@ class Engine:
         mesh = args.device_mesh.mesh()
         cores = _take_devices(dp_rank, mesh.devices_per_replica, placement)
         name = engine_name(dp_rank)
+        if placement.group is not None:
+            application = serve.get_replica_context().app_name
+            await asyncio.to_thread(enter_group, placement.group, placement.engines[dp_rank], application)
         model = await asyncio.to_thread(hub.resolve, args.model_id, revision=args.revision)
         engine = build_engine(
             args.engine,

@@ -60,7 +60,15 @@ def pack_adapter(config: Any, state_dict: Mapping[str, Any] | None) -> AdapterFi
         )
     if not state_dict:
         raise AdapterError("a LoraConfig alone has no weights. Give state_dict=get_peft_model_state_dict(model).")
-    tensors = {_saved_name(name): tensor for name, tensor in state_dict.items() if "lora_" in name}
+    tensors: dict[str, Any] = {}
+    for name, tensor in state_dict.items():
+        if "lora_" in name:
+            if (saved := _saved_name(name)) in tensors:
+                raise AdapterError(
+                    f"state_dict holds {saved} of several adapters, one of them as {name!r}. Give that of one: "
+                    "state_dict=get_peft_model_state_dict(model, adapter_name=…)."
+                )
+            tensors[saved] = tensor
     if not tensors:
         raise AdapterError(
             f"state_dict holds no LoRA weights, its names are such as {next(iter(state_dict))!r}. "
@@ -112,6 +120,14 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
+    "trainable_token_indices": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
 }
 """Values that a LoraConfig may have: with others, one engine or the other would leave a part of the adapter out."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -248,8 +248,13 @@ def _modelscope(wanted: _Wanted) -> Path:
         if not files:
             # The hub answers an unknown revision with an empty list, and modelscope makes an empty directory of it.
             raise _no_revision(wanted, endpoint)
-        _record_listing(wanted, {file.path: file.size for file in files if file.type != "tree"})
-        return Path(snapshot_download(wanted.name, revision=revision, ignore_patterns=ignored, endpoint=endpoint))
+        listing = _Listing({file.path: file.size for file in files if file.type != "tree"})
+        if (before := _recorded(wanted)) is not None and before.sizes_bytes == listing.sizes_bytes:
+            listing = before
+        _record(wanted, listing)
+        folder = Path(snapshot_download(wanted.name, revision=revision, ignore_patterns=ignored, endpoint=endpoint))
+        _record(wanted, replace(listing, ended=(*listing.ended, "weights" if wanted.weights else "rest")))
+        return folder
     except (HubError, requests.RequestException) as error:
         raise _modelscope_error(error, wanted) from error
 
@@ -264,8 +269,19 @@ def _modelscope_cached(wanted: _Wanted, why: str) -> Path:
         folder = Path(snapshot_download(wanted.name, revision=revision, local_files_only=True))
     except CacheNotFound as error:
         raise _not_cached(wanted, why, get_default_config().cache_dir, "MODELSCOPE_CACHE") from error
-    files = {path: size for path, size in _recorded_listing(wanted, folder).items() if wanted.includes(path)}
+    if folder.parent.name != "snapshots" and wanted.revision not in (None, MODELSCOPE_DEFAULT):
+        why += f", and what {folder} has is from before modelscope 1.38, which did not say of which revision"
+        raise _not_cached(wanted, why, get_default_config().cache_dir, "MODELSCOPE_CACHE")
+    listing = _recorded(wanted)
+    if listing is None:
+        # Another tool's download: a file that it has not finished carries this ending.
+        files = {str(path.relative_to(folder).with_suffix("")): -1 for path in folder.rglob("*.incomplete")}
+    else:
+        files = {path: size for path, size in listing.sizes_bytes.items() if wanted.includes(path)}
     missing = [p for p, size in files.items() if not (folder / p).is_file() or (folder / p).stat().st_size != size]
+    if listing is not None and not missing and not listing.has(wanted):
+        # Of the right size, and perhaps of an earlier commit: modelscope checks old files at the end of a download.
+        missing = sorted(files)
     if missing:
         raise _incomplete(wanted, why, folder, missing, len(files))
     return folder
@@ -302,25 +318,38 @@ def _listing_path(wanted: _Wanted) -> Path:
     return cache / ".twinkle_serve" / f"{wanted.name.replace('/', '--')}@{revision}.json"
 
 
-def _record_listing(wanted: _Wanted, sizes_bytes: dict[str, int]) -> None:
-    """Keeps what the hub has of a model, for modelscope's cache does not say whether a download was finished."""
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """What the hub has of a model, and what of it was downloaded to the end."""
+
+    sizes_bytes: dict[str, int]
+    """By path."""
+    ended: tuple[str, ...] = ()
+    """Downloads of these files that ended: "weights" is of all, "rest" of all but the weights."""
+
+    def has(self, wanted: _Wanted) -> bool:
+        return "weights" in self.ended or (not wanted.weights and "rest" in self.ended)
+
+
+def _record(wanted: _Wanted, listing: _Listing) -> None:
+    """Keeps a listing, for modelscope's cache does not say whether a download was finished."""
     path = _listing_path(wanted)
     part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(sizes_bytes))
+        part.write_text(json.dumps({"files": listing.sizes_bytes, "ended": listing.ended}))
         part.replace(path)
     except OSError as error:
         logger.warning("%s: the list of its files could not be kept (%s)", wanted, error)
 
 
-def _recorded_listing(wanted: _Wanted, folder: Path) -> dict[str, int]:
+def _recorded(wanted: _Wanted) -> _Listing | None:
+    """The listing that was kept; None if there is none that can be read."""
     try:
-        listing: dict[str, int] = json.loads(_listing_path(wanted).read_text())
-        return listing
-    except FileNotFoundError:
-        # Another tool's download: a file that it has not finished carries this ending.
-        return {str(path.relative_to(folder).with_suffix("")): -1 for path in folder.rglob("*.incomplete")}
+        kept = json.loads(_listing_path(wanted).read_text())
+        return _Listing(dict(kept["files"]), tuple(kept["ended"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _no_model(wanted: _Wanted, endpoint: str, variable: str) -> ModelNotFoundError:

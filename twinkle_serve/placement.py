@@ -78,7 +78,7 @@ class Placement:
     bundles: tuple[dict[str, float], ...] = ()
     """Placement group of each engine, the actor's own bundle first; empty where it needs none."""
     devices_per_node: int = 1
-    """On CPU, devices of the mesh that share the cores of a node."""
+    """On CPU, devices of the mesh, or of its group, that share the cores and the memory of a node."""
     group: str | None = None
     """The DeviceGroup whose holders have the devices in Ray's books, so that engines ask for none."""
     engines: tuple[tuple[Device, ...], ...] = ()
@@ -161,6 +161,7 @@ def place_in_group(mesh: DeviceMesh, group: GroupDevices) -> Placement:
         executor="mp",
         num_cpus=0.0,
         num_gpus=0,
+        devices_per_node=max(map(len, group.nodes.values())),
         group=group.name,
         engines=tuple(engines[: mesh.dp_size]),
     )

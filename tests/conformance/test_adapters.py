@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from tests.conformance.harness import EngineHarness
-from tests.lora import save_adapter
+from tests.lora import random_adapter, save_adapter
 from twinkle_serve.adapters import CONFIG, read_adapter
 from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.errors import AdapterError
@@ -135,12 +135,36 @@ async def test_vllm_and_torch_agree_with_an_adapter(
     await torch_engine.host.keep_adapters([])
 
 
+def test_state_dict_of_several_adapters_is_refused() -> None:
+    """One of them would pass for the other."""
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    from twinkle_serve.adapters import describe_adapter, pack_adapter
+
+    model = random_adapter(seed=1)
+    model.add_adapter("reference", LoraConfig(r=8, target_modules=["q_proj"]))
+    config = model.peft_config["default"]
+    with pytest.raises(AdapterError, match=r"of several adapters, one of them as .* adapter_name="):
+        pack_adapter(config, model.state_dict())
+    alone = pack_adapter(config, get_peft_model_state_dict(model, adapter_name="default"))
+    assert describe_adapter(alone).rank == 8
+
+
 def test_adapter_config_that_is_no_lora_is_refused(adapters: list[AdapterFiles], tmp_path: Path) -> None:
     """A directory without its files, other kinds, and parts of an adapter that an engine would leave out."""
     from twinkle_serve.adapters import describe_adapter
 
     config = json.loads(adapters[0].config)
-    for key, value in (("peft_type", "IA3"), ("use_dora", True), ("bias", "all"), ("init_lora_weights", "pissa")):
+    for key, value in (
+        ("peft_type", "IA3"),
+        ("use_dora", True),
+        ("bias", "all"),
+        ("init_lora_weights", "pissa"),
+        ("alora_invocation_tokens", [1, 2]),
+        ("use_qalora", True),
+        ("use_bdlora", {"target_modules_bd_a": []}),
+        ("trainable_token_indices", [3]),
+    ):
         with pytest.raises(AdapterError, match=key):
             files = AdapterFiles(config=json.dumps({**config, key: value}).encode(), weights=adapters[0].weights)
             describe_adapter(files)

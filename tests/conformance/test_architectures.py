@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 
 from tests.conformance.conftest import started
 from tests.lora import ATTENTION, LINEAR, save_adapter
-from twinkle_serve import hub
+from twinkle_serve import SampleResponse, hub
 from twinkle_serve.adapters import read_adapter
 
 TOLERANCE = 1e-3
+PROMPTS = [np.random.default_rng(length).integers(3, 260, length) for length in (5, 17, 40)]
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 128,
@@ -62,25 +64,41 @@ def random_model(path: Path, config_class: str, sizes: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-async def test_vllm_and_torch_agree(architecture: str, tmp_path: Path) -> None:
-    """The same greedy tokens, and logprobs and prompt logprobs that differ by less than 1e-3."""
+async def answers_of(architecture: str, path: Path) -> list[list[SampleResponse]]:
+    """Base model and adapter on vllm, and on torch."""
     config_class, sizes, modules = ARCHITECTURES[architecture]
-    model = random_model(tmp_path / "model", config_class, sizes)
-    files = read_adapter(save_adapter(tmp_path / "lora", model=model, rank=8, modules=modules))
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, 260, length) for length in (5, 17, 40)]
+    model = random_model(path / "model", config_class, sizes)
+    files = read_adapter(save_adapter(path / "lora", model=model, rank=8, modules=modules))
     options: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "ignore_eos": True, "prompt_logprobs": 0}
-    results = []
+    answers = []
     for kind in ("vllm", "torch"):
         async for engine in started(kind, model):
             adapter = await engine.add("lora", files)
-            results.append([await engine.sample(prompts, adapter=which, **options) for which in (None, adapter)])
-    for one, other in zip(*results, strict=True):
+            answers.append([await engine.sample(PROMPTS, adapter=which, **options) for which in (None, adapter)])
+    return answers
+
+
+@pytest.fixture(scope="module")
+async def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[SampleResponse]]]:
+    """By architecture. Two at a time: what a vLLM engine does to start, it does on one core."""
+    at_a_time = asyncio.Semaphore(2)
+
+    async def one(architecture: str) -> list[list[SampleResponse]]:
+        async with at_a_time:
+            return await answers_of(architecture, tmp_path_factory.mktemp(architecture))
+
+    return dict(zip(ARCHITECTURES, await asyncio.gather(*map(one, ARCHITECTURES)), strict=True))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+async def test_vllm_and_torch_agree(architecture: str, answers: dict[str, list[list[SampleResponse]]]) -> None:
+    """The same greedy tokens, and logprobs and prompt logprobs that differ by less than 1e-3; base and adapter."""
+    vllm, torch = answers[architecture]
+    for one, other in zip(vllm, torch, strict=True):
         assert one.columns.tokens.tolist() == other.columns.tokens.tolist()
         assert np.abs(one.columns.logprobs - other.columns.logprobs).max() < TOLERANCE  # type: ignore[operator]
-        for i in range(len(prompts)):
+        for i in range(len(PROMPTS)):
             scores = [response.columns.scores[i].logprobs[1:] for response in (one, other)]
             assert np.abs(scores[0] - scores[1]).max() < TOLERANCE
-    base, lora = results[0]
+    base, lora = vllm
     assert base.columns.tokens.tolist() != lora.columns.tokens.tolist(), "the adapter changed nothing"

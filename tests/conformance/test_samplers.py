@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conformance.samplers import make_sampler
 from tests.lora import random_adapter, save_adapter
 from twinkle_serve import SampleResponse, SamplingParams, Template
 from twinkle_serve.errors import (
@@ -44,6 +46,21 @@ _names = (f"lora{i}" for i in itertools.count())
 def name() -> str:
     """A name that no other test has used."""
     return next(_names)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[RunningSampler]:
+    """The torch engine in this process."""
+    made = make_sampler("torch")
+    yield made
+    made.shutdown()
+
+
+async def until_running(sampler: RunningSampler) -> None:
+    """Until a call has been admitted."""
+    async with asyncio.timeout(30):
+        while not (await asyncio.to_thread(sampler.status))["requests"]:
+            pass
 
 
 def tokens(response: SampleResponse) -> list[list[int]]:
@@ -288,12 +305,13 @@ def test_sampler_keeps_tokens_over_several_turns(sampler: RunningSampler) -> Non
     feature: Any = QUESTIONS[0]
     ids: list[int] = []
     for turn in range(3):
+        before = copy.deepcopy(feature)
         sequence = sampler.sample(feature, {"max_tokens": 5, "temperature": 1.0, "seed": turn}).sequences[0]
         assert sequence.response.prompt_token_ids[: len(ids)] == ids
-        before = copy.deepcopy(feature)
-        feature = sequence.new_input_feature
-        ids = feature["input_ids"]
-        assert len(feature["messages"]) == 2 * turn + 2 and before == (before if turn else QUESTIONS[0])
+        following: Any = sequence.new_input_feature
+        assert feature == before, "an input was changed"
+        feature, ids = following, following["input_ids"]
+        assert len(feature["messages"]) == 2 * turn + 2
         labels = [label for label in feature["labels"] if label != -100]
         assert labels[-len(sequence.tokens) :] == sequence.tokens
         feature = {**feature, "messages": [*feature["messages"], {"role": "user", "content": f"{turn}+1="}]}
@@ -310,9 +328,66 @@ def test_sampler_verifies_its_samples_against_itself(sampler: RunningSampler, ad
         assert sampler.verify(response[1], against=sampler).tokens == 16
     wrong = sampler.verify(response, against=sampler, adapter_name="")
     assert wrong.max_abs_difference > 0.05 and wrong.kl > 1e-3
+    scored = sampler.score([{"input_ids": seq.new_input_feature["input_ids"]} for seq in response.sequences])
+    base = np.concatenate([part.prompt_logprobs[-8:] for part in scored])  # type: ignore[index]
+    difference = base - response.columns.logprobs[:, 0]  # type: ignore[index]
+    assert wrong.max_abs_difference == pytest.approx(np.abs(difference).max(), abs=1e-3)
+    assert wrong.mean_abs_difference == pytest.approx(np.abs(difference).mean(), abs=1e-3)
+    assert wrong.kl == pytest.approx((np.exp(difference) - 1 - difference).mean(), rel=1e-2)
+    prompt, sample, token = wrong.worst
+    assert np.abs(difference).reshape(3, 2, 8)[prompt, sample, token] == pytest.approx(
+        wrong.max_abs_difference, abs=1e-3
+    )
+    sampler.add_adapter_to_model(name, adapters[1])
+    with pytest.raises(AdapterError, match=f"{name}@1"):  # given up: the newer one is not what has sampled them
+        sampler.verify(response, against=sampler)
     with pytest.raises(RequestError, match="no logprobs to verify"):
         sampler.verify(sampler.sample(QUESTIONS, params, logprobs=None), against=sampler)
     sampler.remove_adapter(name)
+
+
+def test_sampler_verifies_against_a_second_engine(
+    sampler: RunningSampler, reference: RunningSampler, adapters: list[Path], name: str
+) -> None:
+    """The torch engine in float32 says the same of what was sampled, base and adapter; versions are never mixed up."""
+    params = SamplingParams(max_tokens=12, seed=1, ignore_eos=True)
+    if next(iter(sampler.status()["engines"].values()))["engine"] == "fake":
+        assert sampler.verify(sampler.sample(QUESTIONS, params), against=reference).max_abs_difference > 0.05
+        return
+    sampler.add_adapter_to_model(name, adapters[0])
+    reference.add_adapter_to_model(name, adapters[0])
+    responses = [sampler.sample(QUESTIONS, params, which, num_samples=2) for which in ("", name)]
+    for response in responses:
+        result = sampler.verify(response, against=reference)
+        assert result.tokens == 72
+        assert result.mean_abs_difference <= result.max_abs_difference < 1e-3 and 0 <= result.kl < 1e-5
+    assert sampler.verify(responses[1], against=reference, adapter_name="").max_abs_difference > 0.05
+    for used in (sampler, reference):
+        used.remove_adapter(name)
+
+
+def test_sampler_keeps_the_version_that_a_call_was_admitted_with(
+    sampler: RunningSampler, adapters: list[Path], name: str
+) -> None:
+    """A version is replaced, and its name taken away, in the middle of a call: that ends on it, token for token."""
+    params = {"max_tokens": 150, "ignore_eos": True, "seed": 9, "temperature": 1.0}
+    sampler.add_adapter_to_model(name, adapters[0])
+    expected = sampler.sample(QUESTIONS, params, name, num_samples=4)
+
+    async def run() -> tuple[SampleResponse, bool]:
+        running = asyncio.create_task(sampler.sample_async(QUESTIONS, params, name, num_samples=4))
+        await until_running(sampler)
+        assert await asyncio.to_thread(sampler.add_adapter_to_model, name, adapters[1]) == f"{name}@2"
+        in_time = not running.done()
+        await asyncio.to_thread(sampler.remove_adapter, name)
+        return await running, in_time
+
+    response, in_time = asyncio.run(run())
+    assert in_time or "vllm" not in str(sampler.status()["engines"]), "the call was over too early to show anything"
+    assert {sequence.adapter for sequence in response.sequences} == {f"{name}@1"}
+    assert tokens(response) == tokens(expected)
+    with pytest.raises(AdapterError, match="unknown adapter"):
+        sampler.sample(QUESTIONS, params, name)
 
 
 def test_sampler_answers_control_calls(sampler: RunningSampler) -> None:

@@ -31,6 +31,15 @@ async def test_stream_is_the_sample(engine: EngineHarness, prompts: Prompts, sto
     assert stop == "second" or len(deltas) > 3
 
 
+async def test_stream_ends_with_the_end_of_sequence_whatever_stops(engine: EngineHarness, prompts: Prompts) -> None:
+    """Where the text of that token is a stop string too, the token has ended the sample, and its text is kept."""
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "stop": ["<|im_end|>"]}
+    whole = await engine.one(prompts[0], **options)
+    deltas = await engine.stream(prompts[0], **options)
+    assert "".join(delta.text for delta in deltas) == whole.decoded
+    assert engine.info.kind == "fake" or whole.decoded.endswith("<|im_end|>")
+
+
 async def test_stream_never_splits_a_character(engine: EngineHarness) -> None:
     """Random bytes are mostly no characters, some of them several bytes long; the text is that of the whole."""
     nonsense = np.arange(150, 190)

@@ -39,9 +39,10 @@ def test_an_unknown_adapter_is_no_base_model(sampler: RunningSampler) -> None:
         sampler.sample(QUESTIONS, GREEDY, adapter_path="/nowhere")
 
 
-def test_an_adapter_is_refused_where_lora_is_off(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["fake", "torch"])
+def test_an_adapter_is_refused_where_lora_is_off(engine: str, tmp_path: Path) -> None:
     """When it is added, by name or per call; and in a config that names it."""
-    args = {"model_id": "demo", "engine": "fake", "engine_args": {"enable_lora": False}}
+    args = {"model_id": "demo", "engine": engine, "engine_args": {"enable_lora": False}}
     sampler = RunningSampler(LocalBackend(ServiceArgs.model_validate(args)))
     path = save_adapter(tmp_path / "lora")
     for call in (
@@ -112,7 +113,7 @@ def test_a_seed_is_honoured_and_no_layout_changes_it(sampler: RunningSampler) ->
 
 
 def test_requests_do_not_queue_behind_one_another(sampler: RunningSampler) -> None:
-    """A short call is answered while a long one runs; on torch, calls that come together share a batch."""
+    """On vllm a short call is answered while a long one runs; on every engine all that come together are answered."""
 
     async def run() -> tuple[bool, int]:
         long = asyncio.create_task(
@@ -171,7 +172,11 @@ def test_the_callers_dicts_stay_as_they_are(sampler: RunningSampler) -> None:
         }
     ]
     before = copy.deepcopy(inputs)
-    feature: Any = sampler.sample(inputs, GREEDY).sequences[0].new_input_feature
+    sequence = sampler.sample(inputs, GREEDY).sequences[0]
+    inputs[0]["messages"].append({"role": "assistant", "content": "46"})  # of no concern to what was answered before
+    feature: Any = sequence.new_input_feature
+    assert [message["role"] for message in feature["messages"]] == ["user", "assistant"]
+    inputs[0]["messages"].pop()
     feature["messages"].append({"role": "user", "content": "more"})
     feature["user_data"]["id"].append(3)
     feature["tools"][0]["function"]["name"] = "other"

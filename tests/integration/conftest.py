@@ -62,6 +62,14 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0
 def replica_process(app: str, deployment: str) -> psutil.Process:
     """The process of a deployment's only replica."""
     title = f"ServeReplica:{app}:{deployment}"
-    found = [p for p in psutil.Process().children(recursive=True) if title in " ".join(p.cmdline())]
+    found = [p for p in psutil.Process().children(recursive=True) if title in _command(p)]
     assert len(found) == 1, found
     return found[0]
+
+
+def _command(process: psutil.Process) -> str:
+    """How a process was started; nothing if it has ended, or is about to be reaped."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""

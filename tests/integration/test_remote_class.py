@@ -255,6 +255,16 @@ def test_initialize_replaces_a_group_of_another_shape_and_keeps_one_of_the_same(
     assert {*ids("actor"), *ids("sampler")} == set(VISIBLE.split(","))
 
 
+def test_group_with_remote_objects_of_this_run_is_not_replaced() -> None:
+    """Their workers would go on using what is another group's by then; as it is, the group can be asked for again."""
+    initialize("ray", groups=[gpu("actor", 2), gpu("sampler", 2)])
+    counter = Counter(remote_group="sampler")
+    with pytest.raises(MeshError, match=r"'sampler' has ranks=2 .* asks for ranks=1 .* remote objects of this run are"):
+        initialize("ray", groups=[gpu("actor", 3), gpu("sampler", 1)])
+    initialize("ray", groups=[gpu("actor", 2), gpu("sampler", 2)])
+    assert counter.add([1]) == [2]
+
+
 def run_script(tmp_path: Path, address: str, body: str, **more: str) -> subprocess.CompletedProcess[str]:
     """A driver of its own, as a user's script."""
     script = tmp_path / "train.py"
@@ -296,6 +306,10 @@ def test_group_of_a_crashed_run_is_taken_over(cluster: str, tmp_path: Path) -> N
     assert free()[1] == 2
     shutdown()
     assert known_groups() == []
+    run_script(tmp_path, cluster, SCRIPT)
+    initialize("ray", groups=[gpu("other", GPUS)])  # the run is over, and nothing goes on in its group
+    assert known_groups() == ["other"]
+    shutdown()
     run_script(tmp_path, cluster, SCRIPT)
     initialize("ray", groups=[gpu("sampler", [3])])
     assert ids("sampler") == ["7"]

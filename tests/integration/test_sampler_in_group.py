@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import ray
 from ray import serve
 
 import twinkle_serve
 from tests.integration.conftest import deploy, ray_cluster
 from twinkle_serve import DeviceGroup, DeviceMesh, TorchSampler, connect, remote_class, remote_function
 from twinkle_serve.errors import MeshError
-from twinkle_serve.remote import group_devices
+from twinkle_serve.remote import group_devices, known_groups
+from twinkle_serve.remote.reservation import enter_group
 
 QUESTION = {"messages": [{"role": "user", "content": "12+34="}]}
 ENGINE_ARGS = {"dtype": "float32", "max_model_len": 128}
@@ -64,6 +69,53 @@ def test_sampler_of_a_group_leaves_other_applications_alone() -> None:
     assert "sampler" not in serve.status().applications
     assert len(other.sample(QUESTION, {"max_tokens": 2}).sequences) == 1
     other.shutdown()
+
+
+SCRIPT = """
+import os
+import twinkle_serve
+from twinkle_serve import DeviceGroup, TorchSampler
+
+twinkle_serve.initialize("ray", groups=[DeviceGroup("crashing", 1, device_type="cpu")])
+sampler = TorchSampler("demo", {"dtype": "float32", "max_model_len": 128}, remote_group="crashing")
+print(len(sampler.sample({"input_ids": [5]}, {"max_tokens": 2}).sequences), flush=True)
+os._exit(3)  # a crash: nothing is given back
+"""
+
+
+def test_sampler_outlives_its_run_and_ends_when_its_group_is_replaced(tmp_path: Path) -> None:
+    """A run that crashed leaves its service up, with its devices; the next one takes the group over, or has it anew."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    answer = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
+    assert (answer.returncode, answer.stdout) == (3, "1\n"), answer.stderr
+    groups = [DeviceGroup("actor", 2, device_type="cpu"), DeviceGroup("sampler", [2, 3], device_type="cpu")]
+    twinkle_serve.initialize("ray", groups=groups)
+    assert "crashing" in known_groups(), "a sampler runs in it"
+    orphan = connect("crashing")
+    assert len(orphan.sample(QUESTION, {"max_tokens": 2}).sequences) == 1
+    twinkle_serve.initialize("ray", groups=[*groups, DeviceGroup("crashing", [4], device_type="cpu")])
+    assert "crashing" not in serve.status().applications
+
+
+def test_engine_does_not_start_on_devices_that_its_group_has_lost() -> None:
+    """An application that was built before the group was replaced gets an error, not somebody else's devices."""
+    group = group_devices("sampler")
+    with pytest.raises(MeshError, match="was freed or replaced since application 'late' was given its devices"):
+        enter_group("sampler", group_devices("actor").devices, "late")
+    enter_group("sampler", group.devices[:1], "early")  # not of Serve, so it keeps nobody from anything
+
+
+def test_group_with_a_sampler_of_this_run_is_not_replaced() -> None:
+    """Its engines would go on using what is another group's by then. It goes on as it was."""
+    sampler = TorchSampler("demo", ENGINE_ARGS, remote_group="sampler")
+    actor, smaller = DeviceGroup("actor", 2, device_type="cpu"), DeviceGroup("sampler", [2], device_type="cpu")
+    with pytest.raises(MeshError, match="application 'sampler' of this run are in it"):
+        twinkle_serve.initialize("ray", groups=[actor, smaller])
+    assert len(sampler.sample(QUESTION, {"max_tokens": 2}).sequences) == 1
+    sampler.shutdown()
 
 
 def test_sampler_that_does_not_fit_its_group_is_refused_at_once() -> None:

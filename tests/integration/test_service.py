@@ -22,6 +22,7 @@ from twinkle_serve.errors import (
     AdapterError,
     DeadlineError,
     EngineArgsError,
+    EngineError,
     MeshError,
     ModelNotFoundError,
     PromptError,
@@ -361,3 +362,37 @@ def test_deploy_that_finds_no_room_ends_with_its_reason() -> None:
         deploy_service("crowded", ServiceArgs.model_validate({**args, "startup_timeout_s": 2.0}), build)
     ray.kill(holder)
     wait_until(lambda: "crowded" not in serve.status().applications, "it is deleted")
+
+
+def test_deploy_that_fails_leaves_nothing() -> None:
+    """Nobody has an object to shut it down with; an engine that did start would keep its devices."""
+    args = {
+        "model_id": "demo",
+        "engine": "vllm",
+        "device_mesh": {"device_type": "cpu"},
+        "engine_args": {"dtype": "fp7"},
+    }
+    with pytest.raises(ServiceNotReadyError, match="'failing' is DEPLOY_FAILED: EngineArgsError"):
+        deploy_service("failing", ServiceArgs.model_validate(args), build)
+    wait_until(lambda: "failing" not in serve.status().applications, "it is deleted")
+
+
+def test_caller_does_not_wait_for_ever_when_the_router_does_not_answer(
+    sampler: ServiceSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the call's deadline and some grace it raises, in every way of calling; the next call works."""
+    monkeypatch.setattr("twinkle_serve.sampler.service.GRACE_S", 0.5)
+    (router,) = [replica_process(next(iter(serve.status().applications)), "router")]
+    router.suspend()
+    try:
+        for call in (
+            lambda: sampler.sample(QUESTIONS, timeout_s=0.5),
+            lambda: list(sampler.sample_iter(QUESTIONS, timeout_s=0.5)),
+            lambda: list(sampler.sample_stream(QUESTIONS[0], timeout_s=0.5)),
+            lambda: asyncio.run(sampler.sample_async(QUESTIONS, timeout_s=0.5)),
+        ):
+            with pytest.raises(EngineError, match="did not answer in time"):
+                call()
+    finally:
+        router.resume()
+    assert len(sampler.sample(QUESTIONS).sequences) == len(QUESTIONS)

@@ -13,7 +13,8 @@ import pytest
 import ray
 
 from tests.integration.conftest import deploy, ray_cluster, wait_until
-from twinkle_serve.errors import SamplingParamsError
+from tests.lora import save_adapter
+from twinkle_serve.errors import AdapterError, SamplingParamsError
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(100, 116)]
 GREEDY = {"max_tokens": 8, "temperature": 0}
@@ -22,19 +23,23 @@ VLLM_ARGS = {"max_model_len": 256, "dtype": "float32", "kv_cache_memory_bytes": 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    with ray_cluster(num_cpus=4):
+    with ray_cluster(num_cpus=8):
         yield
 
 
 @pytest.mark.timeout(400)
-def test_tensor_parallel_replica_samples_what_torch_does() -> None:
-    """tp_size 2 on CPU: a core each, the same greedy tokens as torch and the same logprobs within 1e-3."""
-    two = deploy("tp2", engine="vllm", device_mesh={"tp_size": 2}, engine_args=VLLM_ARGS)
+def test_tensor_parallel_replicas_sample_what_torch_does(tmp_path: Path) -> None:
+    """dp_size 2 x tp_size 2 on CPU: each sample once, the tokens of torch, and its logprobs within 1e-3."""
+    four = deploy("tp2", engine="vllm", device_mesh={"dp_size": 2, "tp_size": 2}, engine_args=VLLM_ARGS)
     torch = deploy("torch", engine="torch", engine_args={"dtype": "float32"})
-    one, other = (sampler.sample(QUESTIONS, GREEDY, num_samples=2) for sampler in (two, torch))
+    one, other = (sampler.sample(QUESTIONS, GREEDY, num_samples=2) for sampler in (four, torch))
+    assert [seq.prompt_index for seq in one.sequences] == [i for i in range(len(QUESTIONS)) for _ in range(2)]
+    assert {seq.engine for seq in one.sequences} == {"engine-dp0", "engine-dp1"}
     assert [seq.tokens for seq in one.sequences] == [seq.tokens for seq in other.sequences]
     assert abs(one.columns.logprobs - other.columns.logprobs).max() < 1e-3  # type: ignore[operator]
     assert one.logprobs_mode == other.logprobs_mode == "raw_logprobs"
+    with pytest.raises(AdapterError, match="LoRA is switched off"):  # it was not asked for
+        four.add_adapter_to_model("lora", save_adapter(tmp_path / "lora"))
 
 
 @pytest.mark.timeout(400)

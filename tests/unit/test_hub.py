@@ -395,6 +395,22 @@ def test_model_is_incomplete_until_continued_when_its_download_was_killed(
     assert content(online.whole(world.id("killed"))) == FILES
 
 
+def test_download_of_which_only_the_end_is_missing_is_incomplete(world: World, cut_off: Client, online: Client) -> None:
+    """Every file is there and of its size, and may be of an earlier commit: nobody has checked it."""
+    if world.scheme == "hf":
+        pytest.skip("huggingface_hub keeps each commit in a folder of its own")
+    world.serve("unchecked")
+    online.whole(world.id("unchecked"))
+    (kept,) = [path for path in world.cache.rglob(".twinkle_serve/*.json") if "unchecked" in path.name]
+    listing = json.loads(kept.read_text())
+    kept.write_text(json.dumps({**listing, "ended": []}))
+    assert cut_off.resolve(world.id("unchecked")).error == IncompleteModelError.__name__
+    online.whole(world.id("unchecked"))
+    assert cut_off.resolve(world.id("unchecked")).path
+    kept.write_text("{")  # what cannot be read counts for nothing
+    assert cut_off.resolve(world.id("unchecked")).path
+
+
 def test_modelscope_continues_within_a_file_when_called_again(world: World, online: Client) -> None:
     """The call whose download broke names the file and the cause; the next asks only for the rest."""
     if world.scheme == "hf":

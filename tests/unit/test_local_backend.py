@@ -181,10 +181,10 @@ def test_adapter_of_one_call_fails_no_neighbour(sampler: RunningSampler, adapter
     assert [type(result).__name__ for result in results] == ["SampleResponse", "AdapterError", "SampleResponse"] * 3
 
 
-def test_adapter_versions_are_freed(sampler: RunningSampler, adapters: list[Path]) -> None:
+def test_adapter_versions_are_freed(adapters: list[Path]) -> None:
     """By a new version, by removal, by path, and after a call that was using it: the engine keeps what is meant."""
-    backend: Any = sampler._backend
-    host = backend._life._host
+    sampler, backend = make(token_latency_s=0.02)
+    host: Any = backend._life._host
 
     def held() -> set[str]:
         return {version.label for version in host._adapters.values()}
@@ -198,9 +198,12 @@ def test_adapter_versions_are_freed(sampler: RunningSampler, adapters: list[Path
     sampler.add_adapter_to_model("policy", adapters[0])
     sampler.add_adapter_to_model("policy", adapters[1])
     settled({"policy@2"})
-    stream = sampler.sample_stream(QUESTION, {"max_tokens": 3}, "policy")
+    stream = sampler.sample_stream(QUESTION, {"max_tokens": 60, "ignore_eos": True}, "policy")
+    read = [next(stream)]
     sampler.add_adapter_to_model("policy", adapters[0])
-    assert "".join(text for text, _ in stream)
+    assert held() == {"policy@2", "policy@3"} and host._uses, "the stream is on the version that it began with"
+    read.extend(stream)
+    assert read[-1] == (read[-1][0], "length")
     settled({"policy@3"})
     path = str(adapters[1])
     sampler.sample(QUESTION, {"max_tokens": 2}, adapter_path=path)
@@ -209,6 +212,7 @@ def test_adapter_versions_are_freed(sampler: RunningSampler, adapters: list[Path
     settled(set())
     assert sampler.sample(QUESTION, {"max_tokens": 2}, adapter_path=path).sequences[0].adapter == f"{path}@2"
     assert not host._engine._adapters.keys() - host._adapters.keys()
+    sampler.shutdown()
 
 
 def test_paths_do_not_pass_for_versions_of_others(

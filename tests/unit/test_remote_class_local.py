@@ -105,6 +105,32 @@ def test_subclass_of_a_remote_class_is_plain_without_a_group() -> None:
             super().__init__(2)
 
     assert Twice().add([1]) == [3]
+    initialize("local")
+    assert Twice(remote_group="anywhere").add([1]) == [3]  # type: ignore[call-arg]
+
+
+def test_subclass_keeps_the_hook_of_its_class() -> None:
+    """`__init_subclass__` of the class, or of its bases, sees every subclass."""
+    seen: list[tuple[str, int]] = []
+
+    class Base:
+        def __init_subclass__(cls, *, rank: int = 0, **kwargs: Any) -> None:
+            seen.append((cls.__name__, rank))
+            super().__init_subclass__(**kwargs)
+
+    @remote_class()
+    class Inherits(Base): ...
+
+    @remote_class()
+    class Own:
+        def __init_subclass__(cls, *, rank: int = 0) -> None:
+            seen.append((cls.__name__, rank))
+
+    class A(Inherits, rank=1): ...
+
+    class B(Own, rank=2): ...
+
+    assert seen == [("Inherits", 0), ("A", 1), ("B", 2)]
 
 
 def test_initialize_seeds_what_has_been_imported() -> None:

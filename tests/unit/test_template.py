@@ -235,6 +235,25 @@ def test_message_that_is_not_text_is_refused(message: Any, error: str) -> None:
     assert error in str(caught.value)
 
 
+def test_parts_of_a_message_are_joined(tmp_path: Path) -> None:
+    """Many a chat template takes content that is no string for none; half a surrogate pair is no text."""
+    strings_alone = (
+        "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    template = Template(model_with(tmp_path, strings_alone))
+    parts = [{"type": "text", "text": "1+"}, "1="]
+    messages = [{"role": "user", "content": parts}]
+    assert text_of(template, messages) == "user:1+1="
+    assert messages == [{"role": "user", "content": [{"type": "text", "text": "1+"}, "1="]}]
+    for part, error in ((3, "got the text 3"), ({"type": "text"}, "got the text None"), ({"type": "audio"}, "'audio'")):
+        with pytest.raises(PromptError, match=error):
+            text_of(template, [{"role": "user", "content": [part]}])
+    with pytest.raises(PromptError, match=r"inputs\[0\] is no text that can be tokenised"):
+        text_of(template, [{"role": "user", "content": "\ud83d"}])
+    with pytest.raises(PromptError, match="the message's content must be text, got None"):
+        text_of(Template(tmp_path, use_chat_template=False), [{"role": "user", "content": None}])
+
+
 def test_template_without_generation_prompt_ends_with_the_last_message() -> None:
     """For what is only scored."""
     (prompt,) = encode_inputs({"messages": [USER]}, Template(hub.DEMO), False)
@@ -339,8 +358,13 @@ def test_instance_takes_no_arguments() -> None:
 
 
 def test_template_needs_a_tokenizer(tmp_path: Path) -> None:
-    """And names the place where there is none."""
-    with pytest.raises(ModelNotFoundError, match="no tokenizer in"):
+    """And names the place where there is none, or half of one."""
+    with pytest.raises(ModelNotFoundError, match="no tokenizer can be loaded from"):
+        Template(tmp_path)
+    model_with(tmp_path, QWEN3)
+    whole = (tmp_path / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelNotFoundError, match=r"no tokenizer can be loaded from .* download its files again"):
         Template(tmp_path)
 
 

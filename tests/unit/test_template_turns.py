@@ -249,11 +249,48 @@ def test_past_that_was_changed_is_refused(templates: dict[str, Template]) -> Non
         ([USER, {**said, "content": "3"}], r"inputs\[0\].messages\[1\] is not what its input_ids hold"),
         ([USER, USER, said], r"messages\[1\] is not"),
         ("hello", r"messages\[0\] is not"),
-        (None, "has None messages"),
     ):
         with pytest.raises(PromptError, match=message):
             prompt_of({**feature, "messages": messages}, template)
     assert prompt_of({**feature, "messages": [USER, {**said, "reward": 1.0}, USER]}, template)
+
+
+def test_calls_and_thoughts_that_were_changed_are_refused(templates: dict[str, Template]) -> None:
+    """The tokens hold them as they were."""
+    template = templates["qwen3"]
+    first = prompt_of({"messages": [USER], "tools": TOOLS}, template)
+    feature = feature_of(first, template, f"<think>\nHm.\n</think>\n\n{CALL}<|im_end|>")
+    said = feature["messages"][1]
+    assert said["reasoning_content"] == "Hm." and said["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    other = copy.deepcopy(said)
+    other["tool_calls"][0]["function"]["arguments"] = {"a": 2}
+    for changed in (other, {**said, "reasoning_content": "Ha."}):
+        with pytest.raises(PromptError, match=r"messages\[1\] is not what its input_ids hold"):
+            prompt_of({**feature, "messages": [USER, changed, RESULT]}, template)
+    assert prompt_of(after(feature, RESULT), template)
+
+
+def test_messages_that_are_none_are_none(templates: dict[str, Template]) -> None:
+    """A feature whose messages are None goes by its ids."""
+    template = templates["demo"]
+    prompt = prompt_of({"input_ids": [5, 6], "messages": None}, template)
+    assert "messages" not in {k for k, v in feature_of(prompt, template, "2").items() if v is not None}
+
+
+def test_prompt_that_is_cut_on_the_right_opens_what_it_still_holds(templates: dict[str, Template]) -> None:
+    """A tag that is cut off opens no thoughts; of an unfinished message, what is left is gone on from."""
+    whole = Template(templates["opened"].model)
+    length = len(prompt_of({"messages": [USER]}, whole).ids)
+    cut = Template(whole.model, max_length=length - 2, truncation_strategy="right")
+    feature = feature_of(prompt_of({"messages": [USER]}, cut), cut, "ab")
+    assert feature["messages"][-1] == {"role": "assistant", "content": "ab"}
+    demo = templates["demo"]
+    begun = feature_of(prompt_of({"messages": [USER]}, demo), demo, "1234")
+    most = len(begun["input_ids"]) - 2
+    shorter = Template(hub.DEMO, max_length=most, truncation_strategy="right")
+    resumed = feature_of(prompt_of(begun, shorter), shorter, "9")
+    assert demo.decode(np.array(resumed["input_ids"][-3:])) == "129"
+    assert resumed["messages"][-1]["content"] == "129"
 
 
 @pytest.mark.parametrize("encoded", [3, {}, {"ids": 1}, {"ids": 1, "messages": 4, "assistant_start": 1}])

@@ -30,10 +30,14 @@ class Encoded(TypedDict):
     """Index in `input_ids` of the first token sampled for the last message; `ids` where none was sampled."""
 
 
+SAID = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+"""What chat templates read of a message."""
+
+
 def checksum(message: Mapping[str, Any]) -> int:
-    """Of a message's role and content: what a caller adds to a message besides does not change it."""
-    content = json.dumps([message.get("role"), message.get("content")], sort_keys=True, default=repr)
-    return zlib.crc32(content.encode())
+    """Of what a message says: what a caller adds to it besides, such as a reward, does not change it."""
+    said = json.dumps([message.get(key) or None for key in SAID], sort_keys=True, default=repr)
+    return zlib.crc32(said.encode())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -231,7 +231,7 @@ class SampledSequence:
             "position_ids": list(range(length)),
             "length": length,
         }
-        if "messages" in source:
+        if source.get("messages") is not None:
             messages, start = self._continued(list(feature["messages"]), feature.get("tools") or (), turn, len(prompt))
             feature["messages"] = messages
             feature["encoded"] = Encoded(ids=length, messages=[*map(checksum, messages)], assistant_start=start)

@@ -43,6 +43,9 @@ class TokenDelta:
     tokens: Sequence[int]
     stop_reason: StopReason | None = None
     """Of the last item; None in those before."""
+    by_stop_string: bool = False
+    """Of the last item: whether a stop string ended the sample, and so cuts its text. An end-of-sequence token whose
+    text is a stop string does not."""
 
 
 class Engine(Protocol):

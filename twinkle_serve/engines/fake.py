@@ -122,12 +122,13 @@ class FakeEngine:
 
     async def stream_tokens(self, group: Group) -> AsyncGenerator[TokenDelta, None]:
         async with self._slots:
-            tokens, _, _, reason, _ = self._sample(group, group.seed_of(0), self._logits_of(group.adapter))
+            tokens, _, _, reason, text = self._sample(group, group.seed_of(0), self._logits_of(group.adapter))
             for token in tokens[:-1].tolist():
                 await asyncio.sleep(self._args.token_latency_s)
                 yield TokenDelta(tokens=[token])
             await asyncio.sleep(self._args.token_latency_s)
-            yield TokenDelta(tokens=tokens[-1:].tolist(), stop_reason=reason)
+            cut = text != self.decode(tokens.tolist())
+            yield TokenDelta(tokens=tokens[-1:].tolist(), stop_reason=reason, by_stop_string=cut)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=False)

@@ -91,8 +91,9 @@ class EngineHost:
         text = TextStream(self._engine.decode, group.params.stop_strings)
         async with self._using(group.adapter), contextlib.aclosing(self._engine.stream_tokens(group)) as tokens:
             async for delta in tokens:
-                new = text.push(delta.tokens, last=delta.stop_reason is not None)
-                if new or delta.stop_reason is not None:
+                last = delta.stop_reason is not None
+                new = text.push(delta.tokens, last=last, by_stop_string=delta.by_stop_string)
+                if new or last:
                     yield TextDelta(text=new, finish_reason=delta.stop_reason)
 
     async def abort(self, attempts: Iterable[Attempt]) -> None:

@@ -26,8 +26,13 @@ class TextStream:
         self._text = ""
         self._sent = 0
 
-    def push(self, tokens: Sequence[int], *, last: bool = False) -> str:
-        """The text that is certain now and was not before. `last` releases what was held back."""
+    def push(self, tokens: Sequence[int], *, last: bool = False, by_stop_string: bool = False) -> str:
+        """The text that is certain now and was not before.
+
+        Args:
+            last: releases what was held back.
+            by_stop_string: the sample ended at a stop string, which is cut off with what follows it.
+        """
         self._tokens.extend(tokens)
         known = self._decode(self._tokens[self._before : self._settled])
         new = self._decode(self._tokens[self._before :])[len(known) :]
@@ -35,12 +40,10 @@ class TextStream:
             self._text += new
             self._before, self._settled = self._settled, len(self._tokens)
         end = len(self._text)
-        if self._stops:
-            cut = stop_cut(self._text, self._stops)
-            if cut is not None:
-                end = cut
-            elif not last:
-                end -= self._may_become_a_stop()
+        if by_stop_string and (cut := stop_cut(self._text, self._stops)) is not None:
+            end = cut
+        elif not last:
+            end -= self._may_become_a_stop()
         delta, self._sent = self._text[self._sent : end], max(self._sent, end)
         return delta
 

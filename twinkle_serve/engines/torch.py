@@ -250,9 +250,9 @@ class TorchEngine:
         else:
             generator.manual_seed(seed)
 
-        def tell(token: int, reason: StopReason | None) -> None:
+        def tell(token: int, reason: StopReason | None, by_stop_string: bool) -> None:
             assert job.stream is not None
-            delta = TokenDelta(tokens=[token], stop_reason=reason)
+            delta = TokenDelta(tokens=[token], stop_reason=reason, by_stop_string=by_stop_string)
             self._events.call_soon_threadsafe(job.stream.put_nowait, delta)
 
         return Row(
@@ -381,19 +381,22 @@ class TorchEngine:
         known = {key: adapter.config[key] for key in PEFT_KEYS if adapter.config.get(key) is not None}
         config = LoraConfig(target_modules=sorted(adapter.modules), inference_mode=True, **known)
         name = _peft_name(version)
+        loaded = False
         try:
             if self._peft is None:
                 self._peft = get_peft_model(self._model, config, adapter_name=name)
             else:
                 self._peft.add_adapter(name, config)
             result = set_peft_model_state_dict(self._peft, safetensors.torch.load(files.weights), adapter_name=name)
+            if result.unexpected_keys:
+                raise not_in_model(set(result.unexpected_keys))
+            loaded = True
         except (ValueError, TypeError, RuntimeError, KeyError) as error:
             raise AdapterError(f"peft refuses adapter {version.name!r}: {error}") from error
         finally:
+            if not loaded and self._peft is not None and name in self._peft.peft_config:
+                self._peft.delete_adapter(name)
             self._activate(self._active)  # peft makes a new adapter the active one
-        if result.unexpected_keys:
-            self._peft.delete_adapter(name)
-            raise not_in_model(set(result.unexpected_keys))
 
     def _activate(self, name: str | None) -> None:
         """Makes an adapter, or the base model, the one that the model computes with."""

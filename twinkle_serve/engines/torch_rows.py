@@ -23,8 +23,8 @@ class Row:
     """torch.Generator of this sample alone."""
     aborted: Callable[[], bool]
     """Whether nobody waits for it any more."""
-    on_token: Callable[[int, StopReason | None], None] | None = None
-    """Told each token, and with the last one why it is the last."""
+    on_token: Callable[[int, StopReason | None, bool], None] | None = None
+    """Told each token, and with the last one why it is the last, and whether a stop string cut it."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
     """Tensors of shape [1 + k]."""
@@ -126,7 +126,7 @@ class RowStopper:
             if row.stop_reason is None:
                 row.stop_reason = "abort" if row.aborted() else self._reason(row)
                 if row.on_token is not None:
-                    row.on_token(row.tokens[-1], row.stop_reason)
+                    row.on_token(row.tokens[-1], row.stop_reason, row.decoded is not None)
         self._between_tokens()
         done = [row.stop_reason is not None for row in self._rows]
         return torch.tensor(done, device=input_ids.device)

@@ -222,6 +222,8 @@ class VLLMEngine:
             args = cpu_defaults(args, self._devices_on_node)
             if args.get("enable_lora"):
                 args["max_loras"] = args.get("max_loras", 1) + 1  # see AdapterSlots
+                if args.get("max_cpu_loras") is not None:
+                    args["max_cpu_loras"] = max(args["max_cpu_loras"], args["max_loras"])
         args.setdefault("disable_log_stats", True)
         args["worker_extension_cls"] = "twinkle_serve.engines.vllm_worker.WorkerExtension"
         try:
@@ -327,7 +329,11 @@ class VLLMEngine:
                 if sample.finish_reason not in (None, "stop", "length"):
                     raise EngineError(f"{self._name}: vLLM ended a sample with {sample.finish_reason!r}.")
                 if group.params.max_tokens != 0:
-                    yield TokenDelta(tokens=list(sample.token_ids), stop_reason=sample.finish_reason)
+                    yield TokenDelta(
+                        tokens=list(sample.token_ids),
+                        stop_reason=sample.finish_reason,
+                        by_stop_string=isinstance(sample.stop_reason, str),
+                    )
                 elif sample.finish_reason is not None:  # the token that vLLM samples nevertheless
                     yield TokenDelta(tokens=[], stop_reason="length")
 

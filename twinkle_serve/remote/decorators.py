@@ -17,7 +17,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from twinkle_serve.errors import ConfigError, unknown_name
 from twinkle_serve.remote.constructor import Arguments, give_mesh, take_mesh, without_group
@@ -126,18 +126,34 @@ def remote_class(execute: str = "peer", *, startup_timeout_s: float = 600.0) -> 
             args, kwargs = _plain_arguments(made, args, kwargs)
             return make(made, *args, **kwargs)
 
-        @functools.wraps(construct)
-        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            if construct is object.__init__ and make is not object.__new__:
-                return  # the class takes its arguments in __new__
-            args, kwargs = _plain_arguments(kind, args, kwargs)
-            construct(self, *args, **kwargs)
+        def __init_subclass__(made: Any, /, **kwargs: Any) -> None:
+            if own_hook is None:
+                super(cast("type[Any]", kind), made).__init_subclass__(**kwargs)
+            else:
+                own_hook.__func__(made, **kwargs)
+            if "__init__" in vars(made):
+                made.__init__ = _plain_constructor(made, made.__init__)
 
+        own_hook: Any = vars(kind).get("__init_subclass__")
         kind.__new__ = __new__  # type: ignore[method-assign, assignment]
-        kind.__init__ = __init__  # type: ignore[misc]
+        takes_its_arguments_in_new = construct is object.__init__ and make is not object.__new__
+        kind.__init__ = _plain_constructor(kind, None if takes_its_arguments_in_new else construct)  # type: ignore[misc]
+        kind.__init_subclass__ = classmethod(__init_subclass__)  # type: ignore[assignment]
         return kind
 
     return decorate
+
+
+def _plain_constructor(kind: type, construct: Any) -> Any:
+    """A constructor that leaves out what only the decorator reads. None: one that takes everything and does nothing."""
+
+    @functools.wraps(object.__init__ if construct is None else construct)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if construct is not None:
+            args, kwargs = _plain_arguments(kind, args, kwargs)
+            construct(self, *args, **kwargs)
+
+    return __init__
 
 
 def _runs_here(kind: type, group: str | None) -> bool:

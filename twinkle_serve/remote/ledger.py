@@ -7,11 +7,13 @@ one actor that asks for as many CPUs. So nothing else that asks Ray for devices 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import ray
+from ray import serve
 from ray._private.state import available_resources_per_node, jobs
 from ray.exceptions import RayError
 
@@ -19,13 +21,27 @@ from twinkle_serve.errors import MeshError
 from twinkle_serve.mesh import DeviceGroup
 from twinkle_serve.placement import SIDE_CPUS, Device, GroupDevices, cpus_held
 from twinkle_serve.remote.allocation import SOMEBODY, Slot, allocate, check_requests, unit_of
-from twinkle_serve.remote.holders import HOLDERS_START_S, Node, hold_cores, kill, nodes_with, take_gpus, wait_for
+from twinkle_serve.remote.holders import (
+    GRACE_S,
+    HOLDERS_START_S,
+    Node,
+    hold_cores,
+    kill,
+    nodes_with,
+    take_gpus,
+    wait_for,
+)
+
+logger = logging.getLogger(__name__)
 
 LEDGER = "twinkle-ledger"
 NAMESPACE = "serve"
 
-LEDGER_ANSWERS_S = 120.0
-"""Longer than everything that the ledger waits for."""
+APPLICATION_ENDS_S = 60.0
+"""Serve's own limit for a deletion."""
+
+LEDGER_ANSWERS_S = 2 * (3 * HOLDERS_START_S + 2 * GRACE_S + APPLICATION_ENDS_S)
+"""Twice what one call of the ledger waits for: another may be in front of it."""
 
 
 @dataclass
@@ -36,6 +52,8 @@ class _Group:
     job: str
     owner: str
     """The process that frees it."""
+    applications: set[str] = field(default_factory=set)
+    """Of Serve, whose engines are or were here: they outlive the run that deployed them."""
 
 
 class Ledger:
@@ -43,6 +61,7 @@ class Ledger:
 
     Guarantees: calls run one after another, so two runs never reserve the same device.
     Guarantees: a reservation gives every group its devices, or none; groups that it would replace stay until then.
+    Guarantees: no engine of a sampler goes on using devices that its group no longer has.
     Does not guarantee: that a group of cores stays when it is being replaced and something else takes its cores
         meanwhile: Ray cannot swap, so they are given back first.
     Does not guarantee: that a group outlives a node that it has devices of. It is gone then, until a run asks for it.
@@ -54,17 +73,26 @@ class Ledger:
         """By node, the GPUs that it was told to use."""
 
     def reserve(
-        self, groups: Sequence[DeviceGroup], job: str, owner: str, per_node: dict[str, int | None]
+        self,
+        groups: Sequence[DeviceGroup],
+        job: str,
+        owner: str,
+        per_node: dict[str, int | None],
+        occupied: Collection[str] = (),
     ) -> list[str]:
         """Reserves the groups; those that stand as asked are kept as they are.
 
+        Groups of other names, whose run is over and in which no application runs, are freed first.
+
         Args:
             per_node: by device type, how many devices of a node count; nodes with fewer do not. None: all.
+            occupied: groups in which the caller has remote objects.
 
         Returns:
             The groups that `owner` frees: all but those of a run that still lives.
         """
         self._drop_broken()
+        self._drop_abandoned({group.name for group in groups})
         nodes = {device_type: nodes_with(device_type, per_node[device_type]) for device_type in ("cpu", "cuda")}
         has_gpus = bool(nodes["cuda"])
         groups = [_resolved(group, has_gpus) for group in groups]
@@ -74,7 +102,7 @@ class Ledger:
         kept = [group for group in groups if group.name in self._groups and self._groups[group.name].request == group]
         new = [group for group in groups if group not in kept]
         for group in new:
-            self._require_replaceable(group, job)
+            self._require_replaceable(group, job, occupied)
         self._reserve_new(new, nodes, job, owner)
         owned = [group.name for group in new]
         for group in kept:
@@ -86,10 +114,26 @@ class Ledger:
         return owned
 
     def release(self, names: Sequence[str], owner: str) -> None:
-        """Frees those of the groups that are the owner's."""
+        """Frees those of the groups that are the owner's. Applications that run in them end."""
         for name in names:
             if name in self._groups and self._groups[name].owner == owner:
+                self._end_applications(self._groups[name])
                 kill(self._groups.pop(name).holders)
+
+    def enter(self, name: str, devices: Sequence[Device], application: str) -> bool:
+        """An engine of an application is about to use devices of a group.
+
+        Raises:
+            MeshError: the group has not got them, or not any more.
+        """
+        standing = self._groups.get(name)
+        if standing is None or not set(devices) <= set(standing.devices.devices):
+            raise MeshError(
+                f"DeviceGroup {name!r} was freed or replaced since application {application!r} was given its devices. "
+                "Reserve the group with initialize('ray', groups=…) and deploy the application anew."
+            )
+        standing.applications.add(application)
+        return True
 
     def group(self, name: str) -> GroupDevices | None:
         """The devices of a group, if it stands."""
@@ -113,9 +157,41 @@ class Ledger:
                 if asked[ref] in self._groups:
                     kill(self._groups.pop(asked[ref]).holders)
 
-    def _require_replaceable(self, group: DeviceGroup, job: str) -> None:
+    def _drop_abandoned(self, asked: Collection[str]) -> None:
+        for name, group in list(self._groups.items()):
+            if name not in asked and not _lives(group.job) and not _running(group):
+                logger.warning(f"DeviceGroup {name!r} is freed: its run is over, and no application runs in it")
+                kill(self._groups.pop(name).holders)
+
+    def _end_applications(self, group: _Group) -> None:
+        """Before others have the devices.
+
+        Raises:
+            MeshError: one did not end.
+        """
+        for application in _running(group):
+            logger.warning(f"application {application!r} is deleted: it runs in DeviceGroup {group.request.name!r}")
+            try:
+                serve.delete(application)
+            except TimeoutError as error:
+                raise MeshError(
+                    f"application {application!r} in DeviceGroup {group.request.name!r} did not end within "
+                    f"{APPLICATION_ENDS_S:g} s. See `serve status`."
+                ) from error
+
+    def _require_replaceable(self, group: DeviceGroup, job: str, occupied: Collection[str]) -> None:
         standing = self._groups.get(group.name)
-        if standing and standing.job != job and _lives(standing.job):
+        if standing is None:
+            return
+        if standing.job == job:
+            runs = [f"application {name!r}" for name in _running(standing)]
+            if runs := [*runs, *["remote objects"] * (group.name in occupied)]:
+                raise MeshError(
+                    f"DeviceGroup {group.name!r} has ranks={standing.request.ranks} of {standing.devices.device_type}, "
+                    f"this asks for ranks={group.ranks} of {group.device_type}, and {' and '.join(runs)} of this run "
+                    "are in it. End them first, a sampler with its shutdown(), or keep the group as it is."
+                )
+        elif _lives(standing.job):
             raise MeshError(
                 f"DeviceGroup {group.name!r} is reserved by a run that still lives, with "
                 f"ranks={standing.request.ranks} of {standing.devices.device_type}; this run asks for "
@@ -130,6 +206,8 @@ class Ledger:
         try:
             gpus = self._gpus(cuda, nodes["cuda"], replaced, pool) if cuda else {}
             cores = self._cores(cpu, nodes["cpu"], replaced) if cpu else {}
+            for old in replaced:  # of runs that are over, or nothing runs in them
+                self._end_applications(old)
             if cores:
                 # Ray cannot swap: what replaced groups hold is given back first.
                 for old in replaced:
@@ -248,6 +326,11 @@ def _require_nodes(groups: Sequence[DeviceGroup], totals: dict[str, int], per_no
                 f"{argument}={wanted}, and no node of the cluster has more than {most} {unit_of(device_type)}. "
                 f"Lower {argument} or leave it out."
             )
+
+
+def _running(group: _Group) -> list[str]:
+    """Applications of a group that there still are."""
+    return sorted(group.applications & serve.status().applications.keys())
 
 
 def _lives(job: str) -> bool:

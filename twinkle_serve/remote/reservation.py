@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 from twinkle_serve.errors import ConfigError, MeshError, TwinkleServeError, unknown_name
 from twinkle_serve.mesh import DeviceGroup, DeviceMesh
-from twinkle_serve.placement import GroupDevices
+from twinkle_serve.placement import Device, GroupDevices
 from twinkle_serve.remote.session import Mode, reset, seed_everything, session
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,9 @@ def initialize(
     reserve nothing.
 
     `ray`: joins the Ray cluster of this process, of RAY_ADDRESS or of this machine, else starts one here. Then the
-    devices of every group are taken, all or none. They stay taken until `shutdown`, also when this process dies: a
-    group of the same name and shape is taken over as it stands, one of another shape is replaced when its run is over.
+    devices of every group are taken, all or none, until `shutdown`. When this process dies, the next run takes a group
+    of the same name over: as it stands, with the samplers in it, if it has the same shape; else it is replaced, and
+    they end. Groups of other names are freed then, but for those in which a sampler runs.
     While it chooses among GPUs, all that are free are taken for a moment.
 
     Args:
@@ -63,7 +65,7 @@ def initialize(
             logger.info("mode local: the groups %s reserve nothing", ", ".join(group.name for group in groups))
     else:
         per_node = {"cuda": nproc_per_node, "cpu": ncpu_proc_per_node}
-        _join_or_start()
+        join_or_start(log_to_driver=True)
         if groups:
             _reserve(list(groups), per_node)
     session.mode, session.mesh, session.lazy_collect, session.seed = mode, global_device_mesh, lazy_collect, seed
@@ -75,21 +77,29 @@ def shutdown() -> None:
     """Ends what this process runs in groups, remote instances and samplers, and frees the groups that it reserved.
 
     A cluster that `initialize` started ends too. A group that was taken over from a run that still lives is left to it.
+    A step that fails keeps none of the others from being taken.
     """
-    started, owned = session.started_cluster, sorted(session.owned_groups)
-    try:
-        for sampler in list(session.samplers):
-            sampler.shutdown()
+    with contextlib.ExitStack() as last_first:
+        if session.started_cluster:
+            last_first.callback(_end_cluster)
+        last_first.callback(reset)
+        if owned := sorted(session.owned_groups):
+            last_first.callback(_release, owned, session.token)
         for instance in list(session.instances):
-            instance._kill()
-        if owned and _in_cluster():
-            _ask("release", owned, session.token)
-    finally:
-        reset()
-        if started:
-            import ray
+            last_first.callback(instance._kill)
+        for sampler in list(session.samplers):
+            last_first.callback(sampler.shutdown)
 
-            ray.shutdown()
+
+def _end_cluster() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+def _release(groups: list[str], token: str) -> None:
+    if _in_cluster():
+        _ask("release", groups, token)
 
 
 def is_initialized() -> bool:
@@ -121,6 +131,16 @@ def group_devices(name: str) -> GroupDevices:
     return devices
 
 
+def enter_group(name: str, devices: Sequence[Device], application: str) -> None:
+    """Says that an engine of a Serve application is about to use devices of a group; see `Ledger.enter`.
+
+    Raises:
+        MeshError: the group has not got them, or not any more.
+    """
+    if _ask("enter", name, devices, application) is None:
+        raise MeshError(f"DeviceGroup {name!r} is gone. Reserve it with initialize('ray', groups=…).")
+
+
 def _check_arguments(
     mode: object,
     nproc_per_node: object,
@@ -146,12 +166,17 @@ def _check_arguments(
         raise MeshError(f"two DeviceGroups have the name {twice!r}. Give each one of its own.")
 
 
-def _join_or_start() -> None:
+def join_or_start(*, log_to_driver: bool) -> None:
+    """Has this process in a Ray cluster: the one that it is in, that of RAY_ADDRESS, of this machine, or a new one.
+
+    Args:
+        log_to_driver: whether what workers print is printed here.
+    """
     import ray
 
     if ray.is_initialized():
         return
-    options: dict[str, Any] = {"namespace": "serve", "log_to_driver": True}
+    options: dict[str, Any] = {"namespace": "serve", "log_to_driver": log_to_driver, "logging_level": "warning"}
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(**options)
         session.started_cluster = address == "local"
@@ -176,7 +201,12 @@ def _reserve(groups: list[DeviceGroup], per_node: dict[str, int | None]) -> None
     import ray
 
     job = ray.get_runtime_context().get_job_id()
-    session.owned_groups |= set(_ask("reserve", groups, job, session.token, per_node))
+    occupied = {instance.remote_group for instance in session.instances}
+    try:
+        session.owned_groups |= set(_ask("reserve", groups, job, session.token, per_node, occupied))
+    except _LedgerSilentError:  # it may reserve them yet: `shutdown` frees what is this process's
+        session.owned_groups |= {group.name for group in groups}
+        raise
 
 
 def _ask(method: str, *args: Any) -> Any:
@@ -198,6 +228,10 @@ def _ask(method: str, *args: Any) -> Any:
             raise error.cause from None
         raise
     except (GetTimeoutError, RayActorError) as error:
-        raise MeshError(
+        raise _LedgerSilentError(
             f"the cluster's ledger of device groups did not answer within {LEDGER_ANSWERS_S:g} s: {error}"
         ) from error
+
+
+class _LedgerSilentError(MeshError):
+    """Nobody knows what became of the call."""

@@ -37,6 +37,7 @@ from twinkle_serve.routing.pool import EnginePool
 from twinkle_serve.routing.request import Request, ResponseHeader
 from twinkle_serve.routing.seeds import SPACING, prompt_seed
 from twinkle_serve.routing.templates import TemplateCache, TemplateChoice
+from twinkle_serve.template import Template
 from twinkle_serve.template.prompts import Prompt, encode_inputs
 
 logger = logging.getLogger("ray.serve")
@@ -240,9 +241,7 @@ class Router:
         Raises:
             TemplateError
         """
-        # A download must not keep the one encoding thread.
-        await asyncio.to_thread(self._templates.fetch, template)
-        await self._encode_in_thread(self._templates.get, template)
+        await self._template(template)
 
     async def reset_prefix_cache(self) -> None:
         """On every engine."""
@@ -285,6 +284,7 @@ class Router:
         """Engines, adapters and queues, as plain values."""
         return {
             "model_id": self._args.model_id,
+            "request_timeout_s": self._args.request_timeout_s,
             **self._pool.status(),
             "asleep": self._asleep,
             "adapters": {name: version.label for name, version in self._adapters.newest.items()},
@@ -332,7 +332,7 @@ class Router:
         name, path = call.adapter()
         if name:
             self._adapters.resolve(name)  # what is unknown is said before engines are waited for
-        template = await self._encode_in_thread(self._templates.get, call.template)
+        template = await self._template(call.template)
         # What is only scored is a conversation as it stands, not one that waits for an answer.
         prompts: list[Prompt] = await self._encode_in_thread(
             encode_inputs, call.inputs, template, params.max_tokens != 0
@@ -343,6 +343,13 @@ class Router:
         adapter = await self._adapter_at(path) if path else self._adapters.resolve(name) if name else None
         header = ResponseHeader(logprobs_mode=info.logprobs_mode, parser=template.message_parser())
         return _Understood(prompts, params, adapter, header)
+
+    async def _template(self, choice: TemplateChoice) -> Template:
+        if choice is not None and not self._templates.has(choice):
+            # A download must not keep the one encoding thread.
+            await asyncio.to_thread(self._templates.fetch, choice)
+        template: Template = await self._encode_in_thread(self._templates.get, choice)
+        return template
 
     async def _encode_in_thread(self, function: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._encoding, function, *args)

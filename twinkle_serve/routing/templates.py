@@ -57,16 +57,19 @@ class TemplateCache:
         self._default = resolve_template(args.template.name, model, trust_remote_code=args.trust_remote_code, **own)
         self._built: OrderedDict[str | bytes, Template] = OrderedDict()
 
-    def fetch(self, choice: TemplateChoice) -> None:
+    def has(self, choice: TemplateChoice) -> bool:
+        """Whether `get` has nothing to do."""
+        return choice is None or choice in self._built
+
+    def fetch(self, choice: str | bytes) -> None:
         """Downloads what a template needs, if it is on a hub. May be called from any thread.
 
         Raises:
             ModelNotFoundError: `model_id` of its arguments is nowhere.
         """
-        if choice is not None and choice not in self._built:
-            _, arguments = _unpacked(choice)
-            if "model_id" in arguments:
-                hub.resolve(arguments["model_id"], weights=False)
+        _, arguments = _unpacked(choice)
+        if "model_id" in arguments:
+            hub.resolve(arguments["model_id"], weights=False)
 
     def get(self, choice: TemplateChoice) -> Template:
         """The template of a call.
@@ -80,7 +83,7 @@ class TemplateCache:
         if (known := self._built.get(choice)) is None:
             template, arguments = _unpacked(choice)
             model = self._model
-            if "model_id" in arguments:
+            if "model_id" in arguments and not isinstance(template, Template):
                 model = hub.resolve(arguments.pop("model_id"), weights=False)
             if arguments.pop("trust_remote_code", False) and not self._trust_remote_code:
                 raise TemplateError("trust_remote_code is off in the config of this sampler. Set it there.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from twinkle_serve.adapters import pack_adapter
@@ -254,7 +255,7 @@ class RunningSampler(Sampler):
         return {
             "sampling_params": sampling_params,
             "adapter_name": adapter_name,
-            "adapter_path": None if adapter_path is None else str(_absolute(adapter_path)),
+            "adapter_path": _absolute(adapter_path) if adapter_path else None,
             "num_samples": num_samples,
             "logprobs": logprobs,
             "use_base_model": use_base_model,
@@ -298,12 +299,15 @@ class RunningSampler(Sampler):
 
         Args:
             against: the second sampler, of the same model. A torch engine in float32 is a good one.
-            adapter_name: adapter to score with there; None is the name of the one that each sample names.
+            adapter_name: adapter to score with there. None: against this sampler itself, the version that each sample
+                names; against another, whatever has its name there.
 
         Raises:
-            RequestError: the response has no logprobs, or not of the model's own distribution.
+            RequestError: the response has no logprobs, or not of the model's own distribution; or its samples are of
+                two versions of an adapter, and the other sampler has one.
+            AdapterError: the other sampler has no such adapter, or has given that version up.
         """
-        return verify(response, against, adapter_name)
+        return verify(response, against, adapter_name, same_service=against._backend is self._backend)
 
     # -- adapters and templates ------------------------------------------------------------------
 
@@ -325,7 +329,7 @@ class RunningSampler(Sampler):
         if isinstance(config_or_dir, str) or hasattr(config_or_dir, "__fspath__"):
             if state_dict is not None:
                 raise AdapterError("state_dict comes with a LoraConfig; the directory has weights of its own.")
-            source: Any = str(_absolute(config_or_dir))
+            source: Any = _absolute(config_or_dir)
         else:
             source = pack_adapter(config_or_dir, state_dict)
         label: str = self._backend.call("add_adapter", adapter_name, source, timeout_s=CONTROL_TIMEOUT_S)
@@ -394,10 +398,11 @@ class RunningSampler(Sampler):
         self._backend.shutdown()
 
 
-def _absolute(path: Any) -> Any:
-    from pathlib import Path
-
-    return Path(path).expanduser().absolute()
+def _absolute(path: Any) -> str:
+    """A directory as the router can find it: its process has another working directory."""
+    if "://" in str(path):
+        raise AdapterError(f"an adapter is loaded from a directory, got {str(path)!r}. Download it first.")
+    return str(Path(path).expanduser().absolute())
 
 
 def _each_prompt(parts: Iterator[SampleResponse], total: int, *, progress: bool) -> Iterator[SampleResponse]:

@@ -6,6 +6,8 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
+import copy
+import functools
 import os
 import queue
 import threading
@@ -60,12 +62,13 @@ class LocalBackend:
         # Registered now, so that it runs before multiprocessing's own exit, which waits for vLLM's processes for ever.
         atexit.register(self._end)
 
-    def _method(self, name: str) -> Any:
+    def _method(self, name: str, args: Any) -> Any:
+        """A method of the router with its arguments, copied: a service's are pickled, and no caller's change later."""
         self._life.require()
-        return getattr(self._router, name)
+        return functools.partial(getattr(self._router, name), *copy.deepcopy(args))
 
     def call(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
-        future = self._life.run(self._bounded(self._method(method), args, timeout_s, options))
+        future = self._life.run(self._bounded(method, self._method(method, args), timeout_s, options))
         try:
             return future.result()
         except concurrent.futures.CancelledError:
@@ -75,7 +78,7 @@ class LocalBackend:
             raise
 
     async def call_async(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
-        future = self._life.run(self._bounded(self._method(method), args, timeout_s, options))
+        future = self._life.run(self._bounded(method, self._method(method, args), timeout_s, options))
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -83,20 +86,20 @@ class LocalBackend:
                 raise
             raise EngineDeadError(SHUT_DOWN) from None
 
-    async def _bounded(self, method: Any, args: Any, timeout_s: float | None, options: dict[str, Any]) -> Any:
-        if method == self._router.sample:  # keeps its own deadline, in its own words
-            return await method(*args, timeout_s=timeout_s, **options)
+    async def _bounded(self, name: str, method: Any, timeout_s: float | None, options: dict[str, Any]) -> Any:
+        if name == "sample":  # keeps its own deadline, in its own words
+            return await method(timeout_s=timeout_s, **options)
         try:
             async with asyncio.timeout(timeout_s):
-                return await method(*args, **options)
+                return await method(**options)
         except TimeoutError:
-            raise EngineError(f"{method.__name__} did not end within {timeout_s:g} s.") from None
+            raise EngineError(f"{name} did not end within {timeout_s:g} s.") from None
 
     def iterate(self, method: str, *args: Any, **options: Any) -> Iterator[Any]:
-        return _Items(self, self._life, self._method(method)(*args, **options))
+        return _Items(self, self._life, self._method(method, args)(**options))
 
     async def iterate_async(self, method: str, *args: Any, **options: Any) -> AsyncIterator[Any]:
-        items = _Items(self, self._life, self._method(method)(*args, **options))
+        items = _Items(self, self._life, self._method(method, args)(**options))
         try:
             while (item := await asyncio.to_thread(items.next_or_end)) is not END:
                 yield item

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import re
+import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -19,7 +19,8 @@ from ray.serve.exceptions import RayServeException
 
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.errors import EngineError, ServiceNotReadyError, TwinkleServeError, unknown_name
-from twinkle_serve.sampler.base import RunningSampler
+from twinkle_serve.remote.reservation import join_or_start
+from twinkle_serve.sampler.base import CONTROL_TIMEOUT_S, RunningSampler
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 GRACE_S = 10.0
-"""The router keeps deadlines; where a call names one, `sample` waits this much longer before it takes the router for
-gone. A router that dies ends every call; one that cannot be replaced is seen only by this."""
+"""The router keeps deadlines; a caller waits this much longer before it takes the router for gone. A router that dies
+ends every call; one that cannot be replaced is seen only by this."""
 
 
 def connect(name: str = "sampler", *, timeout_s: float = 180.0) -> ServiceSampler:
@@ -70,19 +71,20 @@ def deploy(name: str, args: ServiceArgs, build: Callable[[ServiceArgs], Applicat
         ConfigError: the arguments cannot be; as `build`.
         ServiceNotReadyError: it did not start; the message has the reason.
     """
-    if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS") or "local"
-        ray.init(address=address, namespace="serve", log_to_driver=False, logging_level="warning")
+    join_or_start(log_to_driver=False)
     if name in serve.status().applications:
         logger.warning(f"application {name!r} is there already: it is replaced; engines go on where nothing changed")
     target = serve.RunTarget(build(args), name=name, route_prefix=None)
     (handle,) = serve.run_many([target], wait_for_applications_running=False)
-    if _state_when_running(name, args.startup_timeout_s + GRACE_S) != "RUNNING":
+    try:
+        if _state_when_running(name, args.startup_timeout_s + GRACE_S) != "RUNNING":
+            raise ServiceNotReadyError(
+                f"application {name!r} was not up within startup_timeout_s={args.startup_timeout_s:g}, and is deleted. "
+                "Either its model takes longer, or Ray has no room for its engines: see `ray status`."
+            )
+    except BaseException:  # nobody has an object to shut it down with, and some of its engines may be up
         serve.delete(name, _blocking=False)
-        raise ServiceNotReadyError(
-            f"application {name!r} was not up within startup_timeout_s={args.startup_timeout_s:g}, and is deleted. "
-            "Either its model takes longer, or Ray has no room for its engines: see `ray status`."
-        )
+        raise
     return ServiceBackend(handle, name)
 
 
@@ -136,6 +138,9 @@ class ServiceSampler(RunningSampler):
         super().__init__(ServiceBackend(handle, name))
 
 
+SAMPLING = ("sample", "sample_iter", "sample_stream")
+
+
 class ServiceBackend:
     """A router behind a Serve handle."""
 
@@ -143,42 +148,74 @@ class ServiceBackend:
         self._handle = handle
         self._streams = handle.options(stream=True)
         self._name = name
+        self._request_timeout_s: float | None = None
+        """The config's, once the router was asked."""
 
     def call(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
-        response = self._send(method, args, timeout_s, options)
+        self._learn_limit(timeout_s)
+        response = self._send(self._handle, method, args, timeout_s, options)
         try:
-            return response.result(timeout_s=_patience_s(timeout_s))
+            return response.result(timeout_s=self._patience_s(timeout_s))
         except BaseException as error:
             _cancel(response)
             raise self._translated(error) from None
 
     async def call_async(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
-        response = self._send(method, args, timeout_s, options)
+        await self._learn_limit_async(timeout_s)
+        response = self._send(self._handle, method, args, timeout_s, options)
         try:
-            async with asyncio.timeout(_patience_s(timeout_s)):
+            async with asyncio.timeout(self._patience_s(timeout_s)):
                 return await response
         except BaseException as error:
             _cancel(response)
             raise self._translated(error) from None
 
-    def iterate(self, method: str, *args: Any, **options: Any) -> Iterator[Any]:
-        stream = getattr(self._streams, method).remote(*args, **options)
-        items = self._each(stream)
+    def iterate(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Iterator[Any]:
+        stream = self._send(self._streams, method, args, timeout_s, options)
+        items = self._each(stream, timeout_s)
         weakref.finalize(items, _cancel, stream)  # a generator that was never started runs no `finally`
         return items
 
-    def _each(self, stream: DeploymentResponseGenerator) -> Iterator[Any]:
+    def _each(self, stream: DeploymentResponseGenerator, timeout_s: float | None) -> Iterator[Any]:
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            _cancel(stream)
+
         try:
-            yield from stream
+            self._learn_limit(timeout_s)
+            deadline = time.monotonic() + self._patience_s(timeout_s)
+            while True:
+                # A slow reader may come late for what has arrived long since: only the wait for the router is bounded.
+                watch = threading.Timer(max(GRACE_S, deadline - time.monotonic()), give_up)
+                watch.daemon = True
+                watch.start()
+                try:
+                    item = next(stream)
+                except StopIteration:
+                    return
+                finally:
+                    watch.cancel()
+                yield item
         except Exception as error:
-            raise self._translated(error) from None
+            raise self._translated(TimeoutError() if late.is_set() else error) from None
         finally:
             _cancel(stream)
 
-    async def iterate_async(self, method: str, *args: Any, **options: Any) -> AsyncIterator[Any]:
-        stream = getattr(self._streams, method).remote(*args, **options)
+    async def iterate_async(
+        self, method: str, *args: Any, timeout_s: float | None = None, **options: Any
+    ) -> AsyncIterator[Any]:
+        stream = self._send(self._streams, method, args, timeout_s, options)
         try:
-            async for item in stream:
+            await self._learn_limit_async(timeout_s)
+            deadline = time.monotonic() + self._patience_s(timeout_s)
+            while True:
+                async with asyncio.timeout(max(GRACE_S, deadline - time.monotonic())):
+                    try:
+                        item = await anext(stream)
+                    except StopAsyncIteration:
+                        return
                 yield item
         except Exception as error:
             raise self._translated(error) from None
@@ -189,10 +226,32 @@ class ServiceBackend:
         if ray.is_initialized() and self._name in serve.status().applications:
             serve.delete(self._name)
 
-    def _send(self, method: str, args: Any, timeout_s: float | None, options: dict[str, Any]) -> DeploymentResponse:
-        if method == "sample":
+    def _send(
+        self, handle: DeploymentHandle, method: str, args: Any, timeout_s: float | None, options: dict[str, Any]
+    ) -> Any:
+        """Calls a method; those that sample keep the deadline themselves."""
+        if method in SAMPLING:
             options = {**options, "timeout_s": timeout_s}
-        return getattr(self._handle, method).remote(*args, **options)
+        try:
+            return getattr(handle, method).remote(*args, **options)
+        except Exception as error:
+            raise self._translated(error) from error
+
+    def _learn_limit(self, timeout_s: float | None) -> None:
+        """Asks the router, once, for the deadline of calls that name none."""
+        if timeout_s is None and self._request_timeout_s is None:
+            self._request_timeout_s = self.call("status", timeout_s=CONTROL_TIMEOUT_S)["request_timeout_s"]
+
+    async def _learn_limit_async(self, timeout_s: float | None) -> None:
+        if timeout_s is None and self._request_timeout_s is None:
+            status = await self.call_async("status", timeout_s=CONTROL_TIMEOUT_S)
+            self._request_timeout_s = status["request_timeout_s"]
+
+    def _patience_s(self, timeout_s: float | None) -> float:
+        """How long a caller waits for the router, which ends a call at its deadline or refuses one that is none."""
+        limit_s = self._request_timeout_s if timeout_s is None else timeout_s
+        known = isinstance(limit_s, (int, float)) and 0 < limit_s < float("inf")
+        return (limit_s if known else CONTROL_TIMEOUT_S) + GRACE_S  # type: ignore[operator]
 
     def _translated(self, error: BaseException) -> BaseException:
         """Our own error out of what Ray wrapped it in."""
@@ -211,11 +270,6 @@ class ServiceBackend:
                 "itself; send the call again."
             )
         return error
-
-
-def _patience_s(timeout_s: float | None) -> float | None:
-    """How long a caller waits for the router; None where it names no deadline, or none that the router accepts."""
-    return timeout_s + GRACE_S if isinstance(timeout_s, (int, float)) and timeout_s > 0 else None
 
 
 def _cancel(call: DeploymentResponse | DeploymentResponseGenerator) -> None:

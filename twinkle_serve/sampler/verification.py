@@ -33,8 +33,33 @@ class Verification:
     """Where the largest difference is: (prompt index, sample index, token index)."""
 
 
-def verify(response: SampleResponse, against: RunningSampler, adapter_name: str | None) -> Verification:
-    """See `RunningSampler.verify`."""
+def _by_name(by_version: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Rows by the name of their adapter: another service numbers its versions by itself.
+
+    Raises:
+        RequestError: rows of two versions of one name, which the other service cannot both mean by it.
+    """
+    by_name: dict[str, list[int]] = {}
+    for label, rows in by_version.items():
+        name = label.rpartition("@")[0]
+        if name in by_name:
+            versions = ", ".join(other for other in by_version if other.rpartition("@")[0] == name)
+            raise RequestError(
+                f"the samples are of {versions}, and the other sampler has one {name!r}. Verify each apart, with "
+                "adapter_name=…."
+            )
+        by_name[name] = rows
+    return by_name
+
+
+def verify(
+    response: SampleResponse, against: RunningSampler, adapter_name: str | None, *, same_service: bool = False
+) -> Verification:
+    """See `RunningSampler.verify`.
+
+    Args:
+        same_service: whether `against` has the versions that the samples name.
+    """
     columns = response.columns
     if columns.logprobs is None:
         raise RequestError("the response has no logprobs to verify. Sample with logprobs=0 or more.")
@@ -47,14 +72,17 @@ def verify(response: SampleResponse, against: RunningSampler, adapter_name: str 
         raise RequestError("the response has no tokens to verify.")
     by_adapter: dict[str, list[int]] = defaultdict(list)
     for row, label in enumerate(columns.adapter):
-        by_adapter[label.rpartition("@")[0] if adapter_name is None else adapter_name].append(row)
+        by_adapter[label if adapter_name is None else adapter_name].append(row)
+    by_version = adapter_name is None and same_service
+    if adapter_name is None and not same_service:
+        by_adapter = _by_name(by_adapter)
     other = np.empty(len(columns.tokens), np.float64)
     for name, rows in by_adapter.items():
         sequences = [response.sequences[row] for row in rows]
         prompts = [response.prompts[int(columns.group[row])] for row in rows]
         whole = [np.concatenate([p, s.token_array]) for p, s in zip(prompts, sequences, strict=True)]
         # An adapter without a name has its path for one.
-        path = name if name.startswith("/") else None
+        path = name if name.startswith("/") and not by_version else None
         scored = against.score([{"input_ids": ids} for ids in whole], "" if path else name, path)
         if len(scored) != len(whole):
             raise RequestError("the other sampler's template leaves out what it should score. Raise its max_length.")

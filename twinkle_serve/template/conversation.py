@@ -72,12 +72,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     for key in MEDIA:
         if message.get(key):
             raise PromptError(f"{where}.{key}: this service samples from text alone. Leave it out.")
-    content = message.get("content")
-    for k, part in enumerate(content if isinstance(content, list) else []):
-        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
-        if kind != "text":
-            raise PromptError(f"{where}.content[{k}] is of type {kind!r}: this service samples from text alone.")
     clean = copy.deepcopy(dict(message))
+    if isinstance(clean.get("content"), list):
+        clean["content"] = "".join(_text(part, f"{where}.content[{k}]") for k, part in enumerate(clean["content"]))
     calls = clean.get("tool_calls")
     if calls is None:
         clean.pop("tool_calls", None)
@@ -86,6 +83,18 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise PromptError(f"{where}.tool_calls must be a list, got {calls!r}.")
     clean["tool_calls"] = [_call(call, f"{where}.tool_calls[{k}]") for k, call in enumerate(calls)]
     return clean
+
+
+def _text(part: Any, where: str) -> str:
+    """Of a part of a message. Parts are joined here: many a chat template takes content that is no string for none."""
+    if isinstance(part, Mapping):
+        kind = part.get("type", "text")
+        if kind != "text":
+            raise PromptError(f"{where} is of type {kind!r}: this service samples from text alone.")
+        part = part.get("text")
+    if not isinstance(part, str):
+        raise PromptError(f'{where} must be {{"type": "text", "text": …}}, got the text {part!r}.')
+    return part
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:

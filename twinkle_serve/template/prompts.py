@@ -81,7 +81,7 @@ def _kind(item: Any, i: int) -> str:
             f"inputs[{i}] is {type(item).__name__}, not a Trajectory (a dict with messages) or an InputFeature "
             "(a dict with input_ids)."
         )
-    kinds = [kind for kind in ("messages", "input_ids") if kind in item]
+    kinds = [kind for kind in ("messages", "input_ids") if item.get(kind) is not None]
     # A sample's new_input_feature has both: it goes on from its tokens.
     if not kinds:
         close = unknown_name("input", next(iter(item), ""), ("messages", "input_ids")).split(" Known:")[0]
@@ -150,10 +150,18 @@ def _from_ids(item: Mapping[str, Any], where: str, template: Template, generatio
     whole = np.concatenate([ids, following])
     if labels is not None:
         labels = np.concatenate([labels, np.full(len(following), IGNORED_LABEL, np.int64)])
-    # The unfinished message's own opening is what came before its first token.
-    opening = template.opening(whole if start is None else ids[:start])
-    said = "" if start is None else template.decode(ids[start:])
-    return Prompt(whole, dict(item), turn=Turn(opening=opening + said, resumed_at=start, labels=labels))
+    turn = Turn(opening=_opening(template, whole, start), resumed_at=start, labels=labels)
+    return Prompt(whole, dict(item), turn=turn)
+
+
+def _opening(template: Template, ids: NDArray[np.int32], start: int | None) -> str:
+    """Text of a prompt that belongs to the message to be sampled, which begins at `start` if it is one to go on with.
+
+    The unfinished message's own opening is what came before its first token.
+    """
+    if start is None:
+        return template.opening(ids)
+    return template.opening(ids[:start]) + template.decode(ids[start:])
 
 
 def _labels(item: Mapping[str, Any], ids: NDArray[np.int32], where: str) -> NDArray[np.int64] | None:
@@ -177,7 +185,7 @@ def _continued(
     """(where the message begins that the sample finishes, or None for a new one; the ids that come after `ids`)."""
     none = np.empty(0, np.int32)
     encoded = item.get("encoded")
-    if encoded is None or "messages" not in item:
+    if encoded is None or item.get("messages") is None:
         return None, none
     try:
         length, sums, start = encoded["ids"], list(encoded["messages"]), int(encoded["assistant_start"])
@@ -220,12 +228,15 @@ def _fit(prompt: Prompt, template: Template) -> Prompt | None:
     left = template.truncation_strategy == "left"
     kept = slice(length - most, length) if left else slice(0, most)
     turn, start = prompt.turn, prompt.turn.resumed_at
+    ids, start = prompt.ids[kept], None if start is None else min(max(start - kept.start, 0), most)
     return replace(
         prompt,
-        ids=prompt.ids[kept],
+        ids=ids,
         turn=replace(
             turn,
+            # What is cut on the left was said all the same; the sample goes on behind what is left on the right.
+            opening=turn.opening if left else _opening(template, ids, start),
             labels=None if turn.labels is None else turn.labels[kept],
-            resumed_at=None if start is None else min(max(start - kept.start, 0), most),
+            resumed_at=start,
         ),
     )

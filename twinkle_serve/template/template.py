@@ -159,7 +159,10 @@ class Template:
         if not self.use_chat_template:
             if len(messages) != 1 or messages[0]["role"] != "user" or tools or not generation_prompt:
                 raise PromptError("without chat template, the messages must be one user message, and no tools.")
-            return str(messages[0]["content"])
+            content = messages[0].get("content")
+            if not isinstance(content, str):
+                raise PromptError(f"without chat template, the message's content must be text, got {content!r}.")
+            return content
         if self._source is None:
             raise PromptError("the model has no chat template. Hand in input_ids instead of messages.")
         if tools and "tools" not in self._variables:
@@ -192,13 +195,8 @@ class Template:
             PromptError: the messages are none, or the chat template refuses them, or does not read their tool calls.
         """
         copied = conversation(messages, where)
-        calling = next((j for j, message in enumerate(copied) if message.get("tool_calls")), None)
-        if calling is not None and self._source and not self._renders_itself and "tool_calls" not in self._source:
-            raise PromptError(
-                f"{where}.messages[{calling}].tool_calls: the model's chat template does not read them. "
-                "Write them into the message's content."
-            )
-        return self._tokenize(self._rendered(copied, tools, where, generation_prompt))
+        self._refuse_unread_calls(copied, where)
+        return self._tokenize(self._rendered(copied, tools, where, generation_prompt), where)
 
     def encode_after(
         self,
@@ -218,6 +216,7 @@ class Template:
             PromptError: the chat template refuses the messages, or does not write the sampled one once, as it is.
         """
         marked = conversation(messages, where)
+        self._refuse_unread_calls(marked, where, covered)
         marked[covered - 1] = {"role": "assistant", "content": SAMPLED_TURN}
         parts = self._rendered(marked, tools, where, generation_prompt).split(SAMPLED_TURN)
         if len(parts) != 2:
@@ -225,7 +224,18 @@ class Template:
                 f"{where}: the chat template writes {where}.messages[{covered - 1}] {len(parts) - 1} times, so that "
                 'no text follows its tokens. Hand in {"messages": …} alone to have them encoded anew.'
             )
-        return self._without_end(int(ids[-1]), self._tokenize(parts[1]))
+        return self._without_end(int(ids[-1]), self._tokenize(parts[1], where))
+
+    def _refuse_unread_calls(self, messages: list[dict[str, Any]], where: str, first: int = 0) -> None:
+        """Refuses tool calls of messages from `first` on that the chat template would leave out."""
+        if not self._source or self._renders_itself or "tool_calls" in self._source:
+            return
+        for j, message in enumerate(messages[first:], first):
+            if message.get("tool_calls"):
+                raise PromptError(
+                    f"{where}.messages[{j}].tool_calls: the model's chat template does not read them. "
+                    "Write them into the message's content."
+                )
 
     def _without_end(self, last: int, suffix: NDArray[np.int32]) -> NDArray[np.int32]:
         """`suffix` without the end of turn that it begins with, if the token `last` has ended the turn already."""
@@ -250,9 +260,13 @@ class Template:
                 f"{where}: the chat template refuses the messages: {type(error).__name__}: {error}"
             ) from error
 
-    def _tokenize(self, text: str) -> NDArray[np.int32]:
-        # A chat template writes its special tokens itself.
-        return np.asarray(self.tokenizer.encode(text, add_special_tokens=not self.use_chat_template), np.int32)
+    def _tokenize(self, text: str, where: str) -> NDArray[np.int32]:
+        try:
+            # A chat template writes its special tokens itself.
+            ids = self.tokenizer.encode(text, add_special_tokens=not self.use_chat_template)
+        except Exception as error:  # half a surrogate pair, for one, in the tokenizer's own types of error
+            raise PromptError(f"{where} is no text that can be tokenised: {type(error).__name__}: {error}") from None
+        return np.asarray(ids, np.int32)
 
     def opening(self, ids: NDArray[np.int32]) -> str:
         """The tag, and the space after it, by which a prompt's end opens the reasoning of its sample. Or nothing."""
@@ -275,8 +289,10 @@ def _tokenizer(model: Path, trust_remote_code: bool) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"no tokenizer in {model}: {error}") from error
+    except Exception as error:  # of a damaged file, tokenizers raises Exception itself
+        raise ModelNotFoundError(
+            f"no tokenizer can be loaded from {model}: {error}. Copy or download its files again."
+        ) from error
 
 
 def _rebuilt(kind: type[Template], state: dict[str, Any]) -> Template:
