@@ -8,6 +8,9 @@ import dataclasses
 import functools
 import inspect
 import re
+import subprocess
+import sys
+import textwrap
 import types
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -75,6 +78,8 @@ class Section:
     title: str
     about: list[str]
     """Code in the heading."""
+    text: str = ""
+    """All of it."""
     stubs: list[ast.FunctionDef | ast.AsyncFunctionDef] = dataclasses.field(default_factory=list)
     rows: list[tuple[str, list[str]]] = dataclasses.field(default_factory=list)
     """(head of the first column, cells) of every row of a table."""
@@ -114,7 +119,7 @@ def parse_sections(text: str) -> list[Section]:
     found: list[Section] = []
     for part in re.split(r"^(?=##? )", text, flags=re.MULTILINE)[1:]:
         title, _, body = part.partition("\n")
-        section = Section(title.lstrip("# "), re.findall(r"`([^`]+)`", title))
+        section = Section(title.lstrip("# "), re.findall(r"`([^`]+)`", title), body)
         found.append(section)
         for piece in re.split(r"(^```python\n.*?^```$)", body, flags=re.MULTILINE | re.DOTALL):
             if piece.startswith("```python"):
@@ -186,7 +191,24 @@ def problems(name: str, place: str) -> list[str]:
             found.append(f"{stub.name} has the arguments {parameters_of(stub)}, its table {names}")
     if dataclasses.is_dataclass(thing):
         found += default_problems(thing, section)
+    found += error_problems(name, thing)
     return found
+
+
+def error_problems(name: str, thing: Any) -> list[str]:
+    """Errors that the docstrings of a section's members name under `Raises`, and the section does not."""
+    members = [getattr(thing, stub.name, thing) for stub in sections()[name].stubs]
+    if inspect.isclass(thing):
+        members += [thing, thing.__init__]
+    raised = {error for member in members for error in errors_raised(member)}
+    # "as `sample`" stands for those of another call.
+    return [f"{name} does not name {error}" for error in sorted(raised) if error not in sections()[name].text]
+
+
+def errors_raised(member: Any) -> set[str]:
+    _, _, section = (inspect.getdoc(member) or "").partition("Raises:\n")
+    own = section.partition("\n\n")[0]
+    return set(re.findall(r"\b[A-Z]\w+Error\b", own))
 
 
 def stub_names(name: str) -> set[str]:
@@ -292,6 +314,14 @@ def test_check_fails_when_a_member_is_added_without_an_entry(kind: str, monkeypa
     assert "RunningSampler.brand_new has no entry" in problems("RunningSampler", SECTIONS["RunningSampler"])
 
 
+def test_check_fails_when_an_error_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a docstring says is raised stands on the page, in the section of the call."""
+    sampler = load(SECTIONS["RunningSampler"])
+    assert {"PromptError", "DeadlineError"} <= errors_raised(sampler.sample)
+    monkeypatch.setattr(sampler.reset_prefix_cache, "__doc__", "Resets.\n\nRaises:\n    WorkerError: now and then.\n")
+    assert "RunningSampler does not name WorkerError" in problems("RunningSampler", SECTIONS["RunningSampler"])
+
+
 def test_check_fails_when_a_default_or_a_parameter_differs() -> None:
     """1 is not 1.0, and an argument by name is not one by place."""
 
@@ -334,6 +364,27 @@ def test_page_links_lead_somewhere(name: str) -> None:
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+SUBSTITUTES = {
+    'model_id="ms://Qwen/Qwen2.5-7B-Instruct"': 'model_id="demo"',
+    "device_mesh=DeviceMesh.from_sizes(dp_size=4)": "device_mesh=DeviceMesh.from_sizes()",
+    'initialize("ray", ': 'initialize("local", ',
+    "vLLMSampler": "TorchSampler",
+    "max_tokens=512": "max_tokens=4",
+}
+"""Literal on a page, literal here, where an example names what this test has not."""
+
+
+@pytest.mark.parametrize(("name", "which"), [("api.md", "12+34="), ("migrating.md", "import twinkle_serve.as_twinkle")])
+def test_example_of_a_page_runs(name: str, which: str) -> None:
+    """In a process of its own, with nothing but the literals of the table replaced."""
+    (code,) = [code for language, code in blocks(page(name)) if language == "python" and which in code]
+    for literal, substitute in SUBSTITUTES.items():
+        code = code.replace(literal, substitute)
+    script = "if True:\n" + textwrap.indent(code, "    ")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def anchors(text: str) -> set[str]:
