@@ -8,8 +8,10 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from deployments.logging import QUIET
+from deployments.store import StoreHandle
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, TextDelta
@@ -46,7 +48,7 @@ class Engine:
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, args: ServiceArgs, dp_rank: int, placement: Placement
+        self, args: ServiceArgs, dp_rank: int, placement: Placement, store: DeploymentHandle
     ) -> None:
         mesh = args.device_mesh.mesh()
         cores = _take_devices(dp_rank, mesh.devices_per_replica, placement)
@@ -68,7 +70,7 @@ class Engine:
             devices_on_node=placement.devices_per_node,
             trust_remote_code=args.trust_remote_code,
         )
-        self._host = EngineHost(engine, model)
+        self._host = EngineHost(engine, model, StoreHandle(store))
         await self._host.start(name, args.startup_timeout_s)
 
     async def describe(self) -> EngineInfo:

@@ -15,6 +15,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse
 
 from deployments.logging import QUIET
+from deployments.store import StoreHandle
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse, SamplingParams
@@ -43,10 +44,12 @@ class Router:
     """A `routing.Router` over handles to the engines' deployments; what it guarantees is said there."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, args: ServiceArgs, engines: Mapping[str, DeploymentHandle]
+        self, args: ServiceArgs, engines: Mapping[str, DeploymentHandle], store: DeploymentHandle
     ) -> None:
         model = await asyncio.to_thread(hub.resolve, args.model_id, revision=args.revision, weights=False)
-        self._router = routing.Router(args, model, {name: HandleLink(handle) for name, handle in engines.items()})
+        links = {name: HandleLink(handle) for name, handle in engines.items()}
+        self._router = routing.Router(args, model, links, StoreHandle(store))
+        await self._router.start()
 
     async def sample(
         self,
@@ -109,6 +112,9 @@ class Router:
 
     async def status(self) -> dict[str, Any]:
         return await self._router.status()
+
+    async def forget(self) -> None:
+        await self._router.forget()
 
     async def __call__(self, request: HTTPRequest) -> JSONResponse:
         """HTTP has no API yet; says where there is one."""

@@ -10,6 +10,7 @@ from ray.serve import Application
 
 from deployments.engine import Engine, engine_name
 from deployments.router import Router
+from deployments.store import Store
 from twinkle_serve import hub
 from twinkle_serve.adapters import describe_adapter, read_adapter
 from twinkle_serve.config import ServiceArgs
@@ -22,7 +23,7 @@ NODE_SHARE = 0.001
 
 
 def build(args: ServiceArgs) -> Application:
-    """engine x dp_size -> router.
+    """store -> engine x dp_size -> router; store -> router.
 
     Raises:
         MeshError: the mesh is larger than the cluster, or than its group.
@@ -32,6 +33,7 @@ def build(args: ServiceArgs) -> Application:
     """
     engine: Any = Engine  # the decorator made deployments of them, which its types do not say
     router: Any = Router
+    store: Any = Store
     mesh = args.device_mesh.mesh()
     if args.device_group is None:
         placement = place(mesh, cluster())
@@ -47,13 +49,14 @@ def build(args: ServiceArgs) -> Application:
         describe_adapter(read_adapter(path))
     adapters = {name: str(Path(path).expanduser().absolute()) for name, path in args.adapters.items()}
     args = args.model_copy(update={"adapters": adapters})
+    weights = store.bind(args)
     engines = {
         engine_name(rank): engine.options(name=engine_name(rank), **engine_options(placement, rank)).bind(
-            args, rank, placement
+            args, rank, placement, weights
         )
         for rank in range(mesh.dp_size)
     }
-    application: Application = router.bind(args, engines)
+    application: Application = router.bind(args, engines, weights)
     return application
 
 

@@ -132,6 +132,10 @@ class ServiceArgs(Strict):
     """A DeviceGroup of twinkle_serve.initialize whose devices, and no others, the engines take."""
     adapters: dict[str, str] = {}
     """LoRA adapters to load at start, name to directory."""
+    adapter_versions: int = Field(default=1, ge=1)
+    """Newest versions of each adapter that a call can name; older ones live only as long as a request uses them."""
+    state_dir: str | None = Field(default=None, min_length=1)
+    """Directory or fsspec URL where the store keeps every version. None: of this Ray cluster, gone with it."""
     engine_args: dict[str, Any] = {}
     """Handed to the engine as they are."""
     trust_remote_code: bool = False

@@ -17,7 +17,8 @@ TwinkleServeError
 │   └── DeadlineError           timeout_s passed
 ├── EngineError                 an engine failed
 │   ├── EngineStartError        it could not start
-│   └── EngineDeadError         it died, and its work could not be moved elsewhere
+│   ├── EngineDeadError         it died, and its work could not be moved elsewhere
+│   └── StoreError              the store of weights cannot be reached, written or trusted
 └── WorkerError                 a worker of a remote_class failed
 
 A message says what, both numbers and the remedy. Exceptions take positional arguments only: Ray
@@ -100,6 +101,10 @@ class EngineStartError(EngineError):
 
 class EngineDeadError(EngineError):
     """An engine died, and its work could not be moved elsewhere."""
+
+
+class StoreError(EngineError):
+    """The store of weights cannot be reached, written or trusted."""
 
 
 class WorkerError(TwinkleServeError):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.conformance.harness import EngineHarness
+from tests.conformance.harness import EngineHarness, Files
 from tests.conformance.samplers import ENGINE_ARGS, KINDS, make_sampler
 from tests.integration.conftest import ray_cluster
 from twinkle_serve import hub
@@ -21,9 +22,10 @@ async def started(kind: EngineKind, model: Path = hub.DEMO) -> AsyncIterator[Eng
     engine = build_engine(
         kind, f"{kind}-under-test", str(model), ENGINE_ARGS[kind], cpus=[(0,)] if kind == "vllm" else []
     )
-    host = EngineHost(engine, model)
+    store: Any = Files()
+    host = EngineHost(engine, model, store)
     await host.start(kind, 300)
-    harness = EngineHarness(engine, host)
+    harness = EngineHarness(engine, host, store.by_id)
     yield harness
     assert not harness.unfinished, "a test left groups running"
     await host.stop()

@@ -22,10 +22,22 @@ from twinkle_serve.engines.host import EngineHost
 ADAPTER_IDS = itertools.count(1)
 
 
+class Files:
+    """A store's part for engines."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[int, AdapterFiles] = {}
+
+    async def files(self, version: AdapterVersion) -> AdapterFiles:
+        return self.by_id[version.id]
+
+
 @dataclass
 class EngineHarness:
     engine: Engine
     host: EngineHost
+    files: dict[int, AdapterFiles]
+    """By id of the version: what the host's store has."""
 
     def __post_init__(self) -> None:
         self._ids = itertools.count()
@@ -38,7 +50,8 @@ class EngineHarness:
     async def add(self, name: str, files: AdapterFiles) -> AdapterVersion:
         """Loads an adapter as a router would, through the host."""
         version = AdapterVersion(name=name, version=1, id=next(ADAPTER_IDS), rank=describe_adapter(files).rank)
-        await self.host.load_adapter(version, files)
+        self.files[version.id] = files
+        await self.host.load_adapter(version)
         return version
 
     def start(self, group: Group) -> asyncio.Task[SampleColumns]:

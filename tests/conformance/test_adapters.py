@@ -113,7 +113,7 @@ async def test_engine_refuses_an_adapter_that_is_not_of_its_model(
             await engine.add("stranger", files)
     version = await engine.add("welcome", adapters[0])
     with pytest.raises(AdapterError, match="rank 17, the engine takes 16"):
-        await engine.host.load_adapter(type(version)(name="big", version=1, id=999_999, rank=17), adapters[0])
+        await engine.host.load_adapter(type(version)(name="big", version=1, id=999_999, rank=17))
     after = await engine.sample(prompts, **GREEDY)
     assert after.columns.tokens.tolist() == before.columns.tokens.tolist()
     assert (await engine.one(prompts[0], adapter=version, **GREEDY)).adapter == "welcome@1"

@@ -162,10 +162,10 @@ def test_adapter_of_one_call_fails_no_neighbour(sampler: RunningSampler, adapter
     backend: Any = sampler._backend
     host = backend._life._host
 
-    async def refuse(version: Any, files: Any) -> None:
+    async def refuse(version: Any) -> None:
         if version.name == "bad":
             raise AdapterError("no room for it")
-        await type(host).load_adapter(host, version, files)
+        await type(host).load_adapter(host, version)
 
     host.load_adapter = refuse
     use = backend._router._pool._uses["local"]

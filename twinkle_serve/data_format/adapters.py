@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 
@@ -17,6 +18,8 @@ class AdapterVersion:
     """Number that no other version has, of this name or another, in [1, 2**31)."""
     rank: int
     """Largest rank of its modules."""
+    checksum: str = ""
+    """Of its files."""
 
     @property
     def label(self) -> str:
@@ -32,3 +35,8 @@ class AdapterFiles:
     """adapter_config.json."""
     weights: bytes
     """adapter_model.safetensors."""
+
+    def checksum(self) -> str:
+        digest = hashlib.blake2b(self.config, digest_size=16)
+        digest.update(self.weights)
+        return digest.hexdigest()

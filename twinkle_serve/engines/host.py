@@ -16,12 +16,13 @@ import numpy as np
 from twinkle_serve.adapters import check_shapes, describe_adapter
 from twinkle_serve.checkpoint import weight_shapes
 from twinkle_serve.data_format import SamplingParams
-from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, TextDelta
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.engines.base import ChunkRunner, Engine, Finished
 from twinkle_serve.engines.text import TextStream
 from twinkle_serve.errors import AdapterError, EngineDeadError, EngineStartError
+from twinkle_serve.weights import StoreLink
 
 WARM_UP = Group(id=-1, prompt_ids=np.zeros(1, np.int32), params=SamplingParams(max_tokens=2))
 
@@ -34,12 +35,14 @@ CONTROLS = frozenset(
 class EngineHost:
     """What a router talks to, in this process or through a deployment. See `EngineLink` for what is guaranteed."""
 
-    def __init__(self, engine: Engine, model: Path) -> None:
+    def __init__(self, engine: Engine, model: Path, store: StoreLink) -> None:
         """
         Args:
             model: directory of the engine's model.
+            store: has the adapters.
         """
         self._engine = engine
+        self._store = store
         self._model = model
         self._chunks = ChunkRunner(self._sample_group)
         self._adapters: dict[int, AdapterVersion] = {}
@@ -128,8 +131,8 @@ class EngineHost:
         assert method in CONTROLS, method
         return await getattr(self, method)(*args)
 
-    async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
-        """Loads an adapter version, checked against the model; one that is loaded already is left as it is."""
+    async def load_adapter(self, version: AdapterVersion) -> None:
+        """Fetches an adapter version, checks it against the model, loads it; one that is loaded is left as it is."""
         if version.id in self._adapters:
             return
         if not self._info.max_lora_rank:
@@ -141,6 +144,7 @@ class EngineHost:
                 f"adapter {version.name!r} has rank {version.rank}, the engine takes {self._info.max_lora_rank}. "
                 "Raise engine_args.max_lora_rank."
             )
+        files = await self._store.files(version)
         description = await asyncio.to_thread(describe_adapter, files)
         check_shapes(description, await asyncio.to_thread(weight_shapes, self._model))
         await self._engine.load_adapter(version, files)

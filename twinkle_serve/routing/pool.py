@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iter
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import EngineInfo, Group, TextDelta
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.engines.base import Finished
@@ -92,7 +92,7 @@ class EnginePool:
         self._pump_due = False
         self._tasks: set[asyncio.Task[Any]] = set()
         for name in self._links:
-            self._spawn(self._follow_engine(name))
+            self.spawn(self._follow_engine(name))
 
     def close(self) -> None:
         """Stops following engines."""
@@ -158,7 +158,7 @@ class EnginePool:
     def withdraw(self, group_ids: range) -> None:
         """Drops groups: from the queue, and from the engines that have them."""
         for name, groups in self._dispatcher.withdraw(group_ids).items():
-            self._spawn(self._abort(name, self._uses[name], groups))
+            self.spawn(self._abort(name, self._uses[name], groups))
         self._pump_soon()  # they may have stood in the way of others
 
     async def stream(self, group: Group) -> AsyncGenerator[TextDelta, None]:
@@ -205,7 +205,7 @@ class EnginePool:
                 # What an engine has yet to load keeps nobody else waiting, and fails alone.
                 by_adapter[None if use.has(group.adapter) else group.adapter].append(group)
             for missing, part in by_adapter.items():
-                self._spawn(self._run_chunk(name, use, part, missing))
+                self.spawn(self._run_chunk(name, use, part, missing))
 
     async def _run_chunk(self, name: str, use: _Use, groups: list[Group], missing: AdapterVersion | None) -> None:
         """Has an engine sample a chunk, after it has loaded the adapter that it lacks for it.
@@ -268,7 +268,7 @@ class EnginePool:
 
     # -- adapters --------------------------------------------------------------------------------
 
-    async def load(self, version: AdapterVersion, files: AdapterFiles) -> None:
+    async def load(self, version: AdapterVersion) -> None:
         """Has every engine in use load a version. One that dies loads it when it is back and a group needs it.
 
         Guarantees: at least one engine has loaded it, and so checked it; if it raises or is cancelled, none keeps it.
@@ -280,7 +280,7 @@ class EnginePool:
             loaded = 0
             while not loaded:
                 await self._some_engine()
-                loading = [self._load(name, use, version, files) for name, use in self._uses.items()]
+                loading = [self._load(name, use, version) for name, use in self._uses.items()]
                 results = await asyncio.gather(*loading, return_exceptions=True)
                 for error in results:
                     if isinstance(error, BaseException) and not isinstance(error, EngineDeadError):
@@ -305,19 +305,18 @@ class EnginePool:
         """Has every engine give up versions that no group uses any more."""
         for version in versions:
             for name, use in self._uses.items():
-                self._spawn(self._drop(name, use.adapters.pop(version.id, None), version))
+                self.spawn(self._drop(name, use.adapters.pop(version.id, None), version))
 
     async def _drop(self, name: str, loading: asyncio.Task[Any] | None, version: AdapterVersion) -> None:
         if loading is not None:
             await asyncio.wait({loading})  # a drop that came first would leave it there for good
         await self._quietly(name, "drop_adapter", version)
 
-    async def _load(self, name: str, use: _Use, version: AdapterVersion, files: AdapterFiles | None = None) -> None:
+    async def _load(self, name: str, use: _Use, version: AdapterVersion) -> None:
         """Has an engine load a version, once, whoever asks; whoever stops waiting does not stop it."""
         loading = use.adapters.get(version.id)
         if loading is None:
-            files = self._adapters.files(version) if files is None else files
-            loading = self._spawn(self._links[name].control("load_adapter", version, files))
+            loading = self.spawn(self._links[name].control("load_adapter", version))
             use.adapters[version.id] = loading
         try:
             await self._unless_lost(name, use, asyncio.shield(loading))
@@ -391,7 +390,7 @@ class EnginePool:
         async with self._used:
             self._used.notify_all()
         for version in self._adapters.newest.values():  # ahead of the first request that needs it
-            self._spawn(self._prefetch(name, use, version))
+            self.spawn(self._prefetch(name, use, version))
 
     async def _prefetch(self, name: str, use: _Use, version: AdapterVersion) -> None:
         try:
@@ -408,7 +407,7 @@ class EnginePool:
         lost = self._dispatcher.remove_engine(name)
         logger.warning(f"{name} is lost with {len(lost)} groups, to be sampled elsewhere: {type(error).__name__}")
         # It may be slow and not dead.
-        self._spawn(self._abort(name, use, lost))
+        self.spawn(self._abort(name, use, lost))
         self._sample_again(name, lost)
         if not self._engines_return and not self._uses:
             self._sample_again(name, self._dispatcher.withdraw_waiting())
@@ -425,7 +424,7 @@ class EnginePool:
             self._dispatcher.finish(name, [group.key for group in groups])
             self._pump_soon()
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Runs a coroutine that is of no request.
 
         In an empty context: a task that inherited a request's would pass for its child at Serve, and be cancelled with

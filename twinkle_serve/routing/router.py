@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twinkle_serve.adapters import describe_adapter, read_adapter
+from twinkle_serve.adapters import read_adapter
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse, SamplingParams
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
@@ -29,6 +29,7 @@ from twinkle_serve.errors import (
     EngineError,
     RequestError,
     SamplingParamsError,
+    StoreError,
     TwinkleServeError,
 )
 from twinkle_serve.routing.adapters import Adapters, fingerprint
@@ -39,6 +40,7 @@ from twinkle_serve.routing.seeds import SPACING, prompt_seed
 from twinkle_serve.routing.templates import TemplateCache, TemplateChoice
 from twinkle_serve.template import Template
 from twinkle_serve.template.prompts import Prompt, encode_inputs
+from twinkle_serve.weights import StoreLink
 
 logger = logging.getLogger("ray.serve")
 
@@ -53,26 +55,36 @@ class Router:
     Guarantees: cancelling the call, or its deadline, aborts its sequences in the engines.
     Guarantees: an engine's death loses no sample; see `EnginePool`.
     Guarantees: a request is sampled by the adapter version that its name meant when it was admitted.
+    Guarantees: what a name means, it means again to the router that replaces this one; the store has it.
     Does not guarantee: the order in which prompts finish.
-    Does not guarantee: that a request, or an adapter, survives this process.
+    Does not guarantee: that a request survives this process.
     """
 
     def __init__(
-        self, args: ServiceArgs, model: Path, links: Mapping[str, EngineLink], *, engines_return: bool = True
+        self,
+        args: ServiceArgs,
+        model: Path,
+        links: Mapping[str, EngineLink],
+        store: StoreLink,
+        *,
+        engines_return: bool = True,
     ) -> None:
-        """Must be called on the event loop that it is to live on.
+        """Must be called on the event loop that it is to live on, and `start` before anything else.
 
         Args:
             model: directory of the model; its weights need not be there.
+            store: has the adapters; the engines fetch them there.
             engines_return: whether somebody replaces an engine that dies; else requests are not kept for it.
 
         Raises:
             ModelNotFoundError: it has no tokenizer.
-            AdapterError: an adapter of `args` cannot be read.
         """
         self._args = args
+        self._links, self._engines_return = links, engines_return
+        self._store = store
         self._templates = TemplateCache(model, args)
-        self._adapters = Adapters()
+        self._adapters: Adapters
+        self._pool: EnginePool
         self._paths: OrderedDict[str, tuple[tuple[int, int], ...]] = OrderedDict()
         """Adapters by path, the last used last: what their files looked like when they were read."""
         self._adding = asyncio.Lock()
@@ -86,16 +98,32 @@ class Router:
         self._streams: set[int] = set()
         """Group ids of the streams that run; they are in no queue."""
         self._asleep = False
-        for name, path in args.adapters.items():
-            files = read_adapter(path)
-            self._adapters.publish(self._adapters.new_version(name, describe_adapter(files).rank), files)
+
+    async def start(self) -> None:
+        """Takes over what the store has, and adds the adapters of the config that it lacks.
+
+        Raises:
+            AdapterError: an adapter of the config cannot be read.
+            StoreError: the store cannot be reached or written.
+        """
+        kept = self._args.adapter_versions
+        published = await self._store.published()
+        self._adapters = Adapters({name: versions[-kept:] for name, versions in published.items()}, kept)
+        await self._store.drop([version for versions in published.values() for version in versions[:-kept]])
+        for name, path in self._args.adapters.items():
+            files = await asyncio.to_thread(read_adapter, path)
+            if name in published and published[name][-1].checksum == files.checksum():
+                continue
+            version = await self._store.put(name, files)
+            await self._store.publish(version)
+            await self._store.drop(self._adapters.publish(version))
         self._pool = EnginePool(
-            links,
+            self._links,
             self._adapters,
             wanted=self._requests.__contains__,
             deliver=self._deliver,
             fail=self._fail,
-            engines_return=engines_return,
+            engines_return=self._engines_return,
         )
 
     def close(self) -> None:
@@ -187,11 +215,27 @@ class Router:
     async def _add(self, name: str, source: AdapterFiles | str, *, is_path: bool = False) -> str:
         await self._pool.known()
         files = source if isinstance(source, AdapterFiles) else await asyncio.to_thread(read_adapter, source)
-        description = await asyncio.to_thread(describe_adapter, files)
-        version = self._adapters.new_version(name, description.rank, is_path=is_path)
-        await self._pool.load(version, files)
-        self._pool.drop(self._adapters.publish(version, files))
+        version = await self._store.put(name, files, is_path=is_path)
+        try:
+            await self._pool.load(version)
+            await self._store.publish(version)
+        except BaseException:
+            self._give_up([version])
+            raise
+        self._give_up(self._adapters.publish(version))
         return version.label
+
+    def _give_up(self, versions: Sequence[AdapterVersion]) -> None:
+        """Has engines and store drop versions that no name means and no request uses."""
+        if versions:
+            self._pool.drop(versions)
+            self._pool.spawn(self._forgotten(versions))
+
+    async def _forgotten(self, versions: Sequence[AdapterVersion]) -> None:
+        try:
+            await self._store.drop(versions)
+        except StoreError as error:  # the next router drops them
+            logger.warning(f"the store keeps {', '.join(version.label for version in versions)}: {error}")
 
     async def remove_adapter(self, name: str) -> None:
         """Takes an adapter's name away. Requests that were admitted with it finish on it.
@@ -199,7 +243,7 @@ class Router:
         Raises:
             AdapterError: no such adapter.
         """
-        self._pool.drop(self._adapters.remove(name))
+        self._give_up(self._adapters.remove(name))
         self._paths.pop(name, None)
 
     async def _adapter_at(self, path: str) -> AdapterVersion:
@@ -226,7 +270,7 @@ class Router:
         try:
             yield
         finally:
-            self._pool.drop(self._adapters.release(adapter))
+            self._give_up(self._adapters.release(adapter))
 
     # -- control ---------------------------------------------------------------------------------
 
@@ -279,6 +323,12 @@ class Router:
     def _running(self) -> int:
         """Requests and streams."""
         return len(set(self._requests.values())) + len(self._streams)
+
+    async def forget(self) -> None:
+        """Before the service is deleted: without a state_dir of its own, nobody is to find its adapters again."""
+        if self._args.state_dir is None:
+            published = await self._store.published()
+            await self._store.drop([version for versions in published.values() for version in versions])
 
     async def status(self) -> dict[str, Any]:
         """Engines, adapters and queues, as plain values."""

@@ -23,6 +23,7 @@ from twinkle_serve.engines.host import EngineHost
 from twinkle_serve.errors import ConfigError, EngineDeadError, EngineError, MeshError
 from twinkle_serve.placement import NodeResources, place
 from twinkle_serve.routing.router import Router
+from twinkle_serve.weights import LocalStore, WeightStore
 
 ENGINE = "local"
 """Name of the engine, in `SampledSequence.engine`."""
@@ -159,9 +160,11 @@ class _Life:
             devices_on_node=mesh.devices_per_replica,
             trust_remote_code=args.trust_remote_code,
         )
-        self._host = EngineHost(engine, model)
+        store = LocalStore(WeightStore(args.model_id, args.state_dir))
+        self._host = EngineHost(engine, model, store)
         await self._host.start(ENGINE, args.startup_timeout_s)
-        self._router = Router(args, model, {ENGINE: self._host}, engines_return=False)
+        self._router = Router(args, model, {ENGINE: self._host}, store, engines_return=False)
+        await self._router.start()
         return self._router
 
     def end(self) -> None:

@@ -224,6 +224,8 @@ class ServiceBackend:
 
     def shutdown(self) -> None:
         if ray.is_initialized() and self._name in serve.status().applications:
+            with contextlib.suppress(TwinkleServeError):  # one that cannot be reached is deleted all the same
+                self.call("forget", timeout_s=GRACE_S)
             serve.delete(self._name)
 
     def _send(

@@ -1,0 +1,61 @@
+"""How routers and engines reach the store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.weights.store import WeightStore
+
+
+class StoreLink(Protocol):
+    """The store of a service, in this process (`LocalStore`) or in another. Methods are those of `WeightStore`.
+
+    Every call raises StoreError where the store is gone; what it was about holds after all, or not at all.
+    """
+
+    async def published(self) -> dict[str, list[AdapterVersion]]:
+        """See `WeightStore.published`."""
+
+    async def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
+        """See `WeightStore.put`."""
+
+    async def publish(self, version: AdapterVersion) -> None:
+        """See `WeightStore.publish`."""
+
+    async def drop(self, versions: Sequence[AdapterVersion]) -> None:
+        """See `WeightStore.drop`."""
+
+    async def files(self, version: AdapterVersion) -> AdapterFiles:
+        """See `WeightStore.files`."""
+
+
+class LocalStore:
+    """A store in this process, off the event loop: it reads, writes and sums up whole files."""
+
+    def __init__(self, store: WeightStore) -> None:
+        self._store = store
+        self._turn = asyncio.Lock()
+        """A store is not for several threads."""
+
+    async def published(self) -> dict[str, list[AdapterVersion]]:
+        async with self._turn:
+            return await asyncio.to_thread(self._store.published)
+
+    async def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
+        async with self._turn:
+            return await asyncio.to_thread(self._store.put, name, files, is_path=is_path)
+
+    async def publish(self, version: AdapterVersion) -> None:
+        async with self._turn:
+            await asyncio.to_thread(self._store.publish, version)
+
+    async def drop(self, versions: Sequence[AdapterVersion]) -> None:
+        async with self._turn:
+            await asyncio.to_thread(self._store.drop, versions)
+
+    async def files(self, version: AdapterVersion) -> AdapterFiles:
+        async with self._turn:
+            return await asyncio.to_thread(self._store.files, version)

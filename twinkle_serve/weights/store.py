@@ -1,0 +1,268 @@
+"""The versions of every adapter, each whole or not there at all, in memory and in a state directory. No Ray here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from twinkle_serve.adapters import CONFIG, WEIGHTS, describe_adapter
+from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.errors import AdapterError, ConfigError, StoreError
+
+logger = logging.getLogger("ray.serve")
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""Of the manifest. Another number is another layout, which is not read."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    version: AdapterVersion
+    is_path: bool
+    published: bool = False
+
+
+class WeightStore:
+    """Keeps what engines load.
+
+    Guarantees: a version is there when `put` has returned, every byte of it; before, nothing of it is.
+    Guarantees: a store that is made anew on the same state directory has what the last one had.
+    Guarantees: files that are not those that were put are an error, and are handed to nobody.
+    Guarantees: no two versions share an id, whatever has died in between.
+    Does not guarantee: anything beyond this process without a state directory.
+    Does not guarantee: anything when two stores live on one state directory.
+    """
+
+    def __init__(self, model_id: str, state_dir: str | None = None) -> None:
+        """
+        Args:
+            model_id: of the service; a state directory belongs to one.
+            state_dir: directory, or any URL that fsspec knows. None keeps everything in this process alone.
+
+        Raises:
+            ConfigError: the state directory is another model's, cannot be used, or its manifest cannot be read.
+        """
+        self._model_id = model_id
+        self._entries: dict[int, _Entry] = {}
+        """By id."""
+        self._loads: dict[str, int] = {}
+        """Versions that each name has had."""
+        self._memory: dict[int, AdapterFiles] = {}
+        """Files by id, where there is no state directory."""
+        # At random, where nothing is known of those before: engines may still hold theirs.
+        self._next_id = random.randrange(1, 2**30)
+        self._disk = None if state_dir is None else _Disk(state_dir)
+        if self._disk is not None:
+            self._recover(self._disk)
+
+    def published(self) -> dict[str, list[AdapterVersion]]:
+        """Versions that names mean or have meant, by name, the newest last.
+
+        Called by a router that begins: what one before it had put and not published is dropped, and so is what it knew
+        by a path, since nobody can tell whether that path still holds it.
+        """
+        orphans = [entry.version for entry in self._entries.values() if entry.is_path or not entry.published]
+        self.drop(orphans)
+        found: dict[str, list[AdapterVersion]] = {}
+        for entry in sorted(self._entries.values(), key=lambda entry: entry.version.version):
+            found.setdefault(entry.version.name, []).append(entry.version)
+        return found
+
+    def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
+        """Keeps an adapter as the next version of a name, which does not mean it yet.
+
+        Args:
+            is_path: the name is a path, by which a call asked for it.
+
+        Raises:
+            AdapterError: the name cannot be one, or the files are no adapter.
+            StoreError: the state directory cannot be written.
+        """
+        if not isinstance(name, str) or not name or ("@" in name and not is_path):
+            raise AdapterError(f"adapter_name must be a non-empty string without '@', got {name!r}.")
+        description = describe_adapter(files)
+        version = AdapterVersion(
+            name=name,
+            version=self._loads.get(name, 0) + 1,
+            id=self._next_id,
+            rank=description.rank,
+            checksum=files.checksum(),
+        )
+        if self._disk is not None:
+            self._disk.write_files(version, files)
+        else:
+            self._memory[version.id] = files
+        self._loads[name] = version.version
+        self._next_id += 1
+        self._entries[version.id] = _Entry(version, is_path)
+        try:
+            self._save()
+        except BaseException:
+            del self._entries[version.id]
+            raise
+        return version
+
+    def publish(self, version: AdapterVersion) -> None:
+        """Records that its name has meant a version: `published` has it from now on.
+
+        Raises:
+            StoreError: it was dropped, or the state directory cannot be written.
+        """
+        entry = self._entry(version)
+        before, entry.published = entry.published, True
+        try:
+            self._save()
+        except BaseException:
+            entry.published = before
+            raise
+
+    def drop(self, versions: Sequence[AdapterVersion]) -> None:
+        """Gives versions up; those that are not there are passed over.
+
+        Raises:
+            StoreError: the state directory cannot be written.
+        """
+        mine = [version for version in versions if self._entries.pop(version.id, None) is not None]
+        if not mine:
+            return
+        self._save()  # first: files that no manifest names harm nobody
+        for version in mine:
+            self._memory.pop(version.id, None)
+            if self._disk is not None:
+                self._disk.remove_files(version)
+
+    def files(self, version: AdapterVersion) -> AdapterFiles:
+        """The files of a version.
+
+        Raises:
+            StoreError: it was dropped, or its files are not those that were put.
+        """
+        self._entry(version)
+        if self._disk is None:
+            return self._memory[version.id]
+        files = self._disk.read_files(version)
+        if (found := files.checksum()) != version.checksum:
+            raise StoreError(
+                f"adapter {version.label} in {self._disk.root} has the checksum {found}, and had {version.checksum} "
+                "when it was put: its files were changed or cut off. Add it again."
+            )
+        return files
+
+    def _entry(self, version: AdapterVersion) -> _Entry:
+        if version.id not in self._entries:
+            raise StoreError(f"the store has no adapter {version.label} any more. Add it again.")
+        return self._entries[version.id]
+
+    def _save(self) -> None:
+        if self._disk is None:
+            return
+        self._disk.write_manifest(
+            {
+                "format": FORMAT,
+                "model_id": self._model_id,
+                "next_id": self._next_id,
+                "loads": self._loads,
+                "versions": [
+                    {**asdict(entry.version), "is_path": entry.is_path, "published": entry.published}
+                    for entry in self._entries.values()
+                ],
+            }
+        )
+
+    def _recover(self, disk: _Disk) -> None:
+        manifest = disk.read_manifest()
+        if manifest is None:
+            self._save()
+            return
+        try:
+            if manifest["format"] != FORMAT:
+                raise ConfigError(
+                    f"state_dir {disk.root} has a manifest of format {manifest['format']}, this is format {FORMAT}. "
+                    "Name another state_dir."
+                )
+            if manifest["model_id"] != self._model_id:
+                raise ConfigError(
+                    f"state_dir {disk.root} belongs to model_id {manifest['model_id']!r}, this service has "
+                    f"{self._model_id!r}. Name another state_dir."
+                )
+            self._next_id, self._loads = int(manifest["next_id"]), dict(manifest["loads"])
+            for item in manifest["versions"]:
+                is_path, published = item.pop("is_path"), item.pop("published")
+                version = AdapterVersion(**item)
+                self._entries[version.id] = _Entry(version, is_path, published)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"{disk.root}/{MANIFEST} cannot be read: {type(error).__name__}: {error}. Move it away to begin anew."
+            ) from error
+        logger.info(f"{len(self._entries)} versions of adapters found in {disk.root}")
+
+
+class _Disk:
+    """A state directory: a manifest, and beside it the files of each version."""
+
+    def __init__(self, state_dir: str) -> None:
+        import fsspec
+
+        try:
+            self._system, self.root = fsspec.core.url_to_fs(state_dir)
+            self._system.makedirs(self.root, exist_ok=True)
+        except Exception as error:  # of whatever stands behind the URL
+            raise ConfigError(f"state_dir {state_dir!r} cannot be used: {type(error).__name__}: {error}") from error
+        self._is_local = self._system.protocol in ("file", ("file", "local"))
+
+    def read_manifest(self) -> Any:
+        path = f"{self.root}/{MANIFEST}"
+        try:
+            return json.loads(self._system.cat_file(path)) if self._system.exists(path) else None
+        except Exception as error:
+            raise ConfigError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        self._write(f"{self.root}/{MANIFEST}", json.dumps(manifest).encode())
+
+    def write_files(self, version: AdapterVersion, files: AdapterFiles) -> None:
+        directory = self._directory(version)
+        try:
+            self._system.makedirs(directory, exist_ok=True)
+        except Exception as error:
+            raise StoreError(f"{directory} cannot be made: {type(error).__name__}: {error}") from error
+        self._write(f"{directory}/{CONFIG}", files.config)
+        self._write(f"{directory}/{WEIGHTS}", files.weights)
+
+    def read_files(self, version: AdapterVersion) -> AdapterFiles:
+        directory = self._directory(version)
+        try:
+            return AdapterFiles(
+                config=self._system.cat_file(f"{directory}/{CONFIG}"),
+                weights=self._system.cat_file(f"{directory}/{WEIGHTS}"),
+            )
+        except Exception as error:
+            raise StoreError(f"{directory} cannot be read: {type(error).__name__}: {error}") from error
+
+    def remove_files(self, version: AdapterVersion) -> None:
+        try:
+            self._system.rm(self._directory(version), recursive=True)
+        except Exception as error:
+            logger.warning(f"{self._directory(version)} was not removed: {type(error).__name__}: {error}")
+
+    def _directory(self, version: AdapterVersion) -> str:
+        return f"{self.root}/adapters/{version.id}"
+
+    def _write(self, path: str, data: bytes) -> None:
+        """Whole or not at all: an object store does so by itself, a file system by renaming."""
+        try:
+            if self._is_local:
+                self._system.pipe_file(f"{path}.part", data)
+                self._system.mv(f"{path}.part", path)
+            else:
+                self._system.pipe_file(path, data)
+        except Exception as error:
+            raise StoreError(
+                f"{path} of {len(data)} bytes cannot be written: {type(error).__name__}: {error}. Make room there, or "
+                "name another state_dir."
+            ) from error
