@@ -188,7 +188,6 @@ def report(options: argparse.Namespace, bare: list[Round], service: list[Round])
     ratios = [s.tokens_per_s / b.tokens_per_s for b, s in zip(bare, service, strict=True)]
     samples = options.prompts * options.samples
     quartiles = statistics.quantiles(ratios, n=4)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
     def per_1000(rounds: list[Round], part: str | None) -> float:
         spent = [r.outside_s if part is None else r.cpu_s.get(part, 0.0) for r in rounds]
@@ -198,7 +197,7 @@ def report(options: argparse.Namespace, bare: list[Round], service: list[Round])
     result = {
         "command": f"scripts/bench overhead --rounds {options.rounds} --prompts {options.prompts} "
         f"--samples {options.samples} --tokens {options.tokens}",
-        "commit": commit,
+        "commit": commit(),
         "machine": f"{os.cpu_count()} x {cpu_model()}, no GPU",
         "tokens_per_s": {
             "bare": round(statistics.median(r.tokens_per_s for r in bare)),
@@ -219,6 +218,10 @@ def report(options: argparse.Namespace, bare: list[Round], service: list[Round])
     print(json.dumps(result, indent=2))
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 def cpu_model() -> str:

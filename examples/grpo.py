@@ -1,0 +1,257 @@
+"""GRPO against the running service: a trainer takes LoRA steps and publishes each one to the sampler from its memory.
+
+    scripts/serve                                    # in one terminal
+    .venv/bin/python examples/grpo.py --out /tmp/grpo   # in another
+
+Each step samples groups of answers to new problems from the newest version of the adapter, rewards the right ones,
+takes their advantages within the group, and makes an optimizer step on them. Prints and records, by step, the reward,
+which versions sampled it and how far the trainer's logprobs are from the sampler's: were that far from 0, samples would
+come from other weights than the trainer believes. Ends with the greedy accuracy on problems that it never saw, before
+and after, and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from train_demo_model import problems
+
+from twinkle_serve import SampledSequence, SamplingParams, connect, hub
+
+ADAPTER = "policy"
+ANSWER_TOKENS = 8
+CLIP = 0.2
+"""PPO's: a token whose probability has changed by more takes no further part in the step."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step was; one line of metrics.jsonl."""
+
+    step: int
+    reward: float
+    """Share of right answers among the samples."""
+    staleness: float
+    """Versions of the adapter that have been published since the one that sampled, on average."""
+    logprob_difference: float
+    """Mean |Δlogprob| of the sampled tokens between trainer and sampler, before the optimizer step, nats."""
+    groups_used: int
+    """Groups in which some answers were right and some wrong; the others say nothing."""
+    sample_s: float
+    train_s: float
+    publish_s: float
+
+
+@ray.remote(num_cpus=0)  # the service has asked for all; the two take turns
+class Trainer:
+    """Has the model, its LoRA adapter and the optimizer."""
+
+    def __init__(self, service: str, *, rank: int, learning_rate: float, inner_steps: int, seed: int) -> None:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(seed)
+        self._sampler = connect(service)
+        model = hub.resolve(self._sampler.status()["model_id"])
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self._config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        self._policy = get_peft_model(base, self._config)
+        weights = [weight for weight in self._policy.parameters() if weight.requires_grad]
+        self._optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
+        self._inner_steps = inner_steps
+        self._version = 0
+        self._publish()
+
+    def _publish(self) -> float:
+        """Has the sampler sample from the adapter as it is now. Returns how long that took, seconds."""
+        from peft import get_peft_model_state_dict
+
+        started = time.perf_counter()
+        weights = get_peft_model_state_dict(self._policy)
+        label = self._sampler.add_adapter_to_model(ADAPTER, self._config, state_dict=weights)
+        self._version = int(label.rpartition("@")[2])
+        return time.perf_counter() - started
+
+    def accuracy(self, drawn: Sequence[tuple[str, str]]) -> float:
+        """Share of problems whose greedy answer is right."""
+        response = self._sampler.sample(_prompts(drawn), {"max_tokens": ANSWER_TOKENS, "temperature": 0}, ADAPTER)
+        return sum(map(_is_right, response.sequences, [truth for _, truth in drawn])) / len(drawn)
+
+    def step(self, number: int, drawn: Sequence[tuple[str, str]], samples: int) -> Step:
+        """Samples, rewards, optimizes and publishes once."""
+        started = time.perf_counter()
+        params = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=1.0, seed=number)
+        response = self._sampler.sample(_prompts(drawn), params, ADAPTER, num_samples=samples)
+        sampled = time.perf_counter()
+        sequences, advantages, rewards = [], [], []
+        for group, (_, truth) in zip(response, drawn, strict=True):
+            right = [float(_is_right(sequence, truth)) for sequence in group.sequences]
+            rewards += right
+            mean = sum(right) / samples
+            deviation = (sum((reward - mean) ** 2 for reward in right) / samples) ** 0.5
+            if deviation:
+                sequences += group.sequences
+                advantages += [(reward - mean) / deviation for reward in right]
+        difference = self._optimize(sequences, advantages) if sequences else 0.0
+        trained = time.perf_counter()
+        versions = [int(sequence.adapter.rpartition("@")[2]) for sequence in response.sequences]
+        staleness = self._version - sum(versions) / len(versions)
+        return Step(
+            step=number,
+            reward=sum(rewards) / len(rewards),
+            staleness=staleness,
+            logprob_difference=difference,
+            groups_used=len(sequences) // samples,
+            sample_s=sampled - started,
+            train_s=trained - sampled,
+            publish_s=self._publish(),
+        )
+
+    def _optimize(self, sequences: Sequence[SampledSequence], advantages: Sequence[float]) -> float:
+        """Optimizer steps on the sampled tokens. Returns the mean |Δlogprob| to the sampler's before the first."""
+        import torch
+
+        features = [sequence.new_input_feature for sequence in sequences]
+        width = max(feature["length"] for feature in features)
+
+        def padded(rows: Sequence[Sequence[float]], value: float, dtype: Any) -> Any:
+            return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=dtype)
+
+        ids = padded([feature["input_ids"] for feature in features], 0, torch.long)
+        labels = padded([feature["labels"] for feature in features], -100, torch.long)
+        mask = labels != -100
+        attended = (torch.arange(width) < torch.tensor([[feature["length"]] for feature in features])).long()
+        # At the places of their labels: the sampled tokens are the last of each row, and labels stand one before.
+        before = [
+            [0.0] * (feature["length"] - len(s.tokens) - 1) for feature, s in zip(features, sequences, strict=True)
+        ]
+        old = padded(
+            [[*gap, *s.logprob_array.tolist(), 0.0] for gap, s in zip(before, sequences, strict=True)], 0.0, None
+        )
+        advantage = torch.tensor(advantages)[:, None]
+        difference = 0.0
+        for inner in range(self._inner_steps):
+            logits = self._policy(input_ids=ids, attention_mask=attended).logits
+            new = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+            if inner == 0:
+                difference = float((new - old)[mask].abs().mean())
+            ratio = (new - old).exp()
+            gain = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
+            loss = -gain[mask].mean()
+            self._optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self._policy.parameters(), 1.0)
+            self._optimizer.step()
+        return difference
+
+
+def _prompts(drawn: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    return [{"messages": [{"role": "user", "content": question}]} for question, _ in drawn]
+
+
+def _is_right(sequence: SampledSequence, truth: str) -> bool:
+    message: Any = sequence.new_input_feature["messages"][-1]
+    return bool(message["content"] == truth)
+
+
+def train(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The run; writes metrics.jsonl, summary.json and reward.png to `--out`. Returns the summary."""
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    connect(arguments.service)  # joins its cluster
+    trainer = Trainer.remote(
+        arguments.service,
+        rank=arguments.rank,
+        learning_rate=arguments.learning_rate,
+        inner_steps=arguments.inner_steps,
+        seed=arguments.seed,
+    )
+    held_out = problems(random.Random(1), arguments.held_out, held_out=True)
+    rng = random.Random(arguments.seed)
+    started = time.perf_counter()
+    before = ray.get(trainer.accuracy.remote(held_out))
+    print(f"held-out accuracy before: {before:.1%} of {len(held_out)}")
+    steps: list[Step] = []
+    with (arguments.out / "metrics.jsonl").open("w") as metrics:
+        for number in range(1, arguments.steps + 1):
+            drawn = problems(rng, arguments.prompts, held_out=False)
+            step: Step = ray.get(trainer.step.remote(number, drawn, arguments.samples))
+            steps.append(step)
+            metrics.write(json.dumps(asdict(step)) + "\n")
+            if number % arguments.print_every == 0:
+                print(
+                    f"step {number:4d}  reward {_mean(steps[-arguments.print_every :], 'reward'):.3f}  "
+                    f"staleness {step.staleness:.2f}  |Δlogprob| {step.logprob_difference:.1e}  sample "
+                    f"{step.sample_s:.2f} s  train {step.train_s:.2f} s  publish {step.publish_s:.2f} s",
+                    flush=True,
+                )
+            if time.perf_counter() - started > arguments.time_limit_s:
+                print(f"stopped after step {number}: --time-limit-s {arguments.time_limit_s:g} is over")
+                break
+    after = ray.get(trainer.accuracy.remote(held_out))
+    summary = {
+        "accuracy_before": before,
+        "accuracy_after": after,
+        "held_out_problems": len(held_out),
+        "steps": len(steps),
+        "seconds": round(time.perf_counter() - started, 1),
+        "largest_logprob_difference": max(step.logprob_difference for step in steps),
+        **{f"{phase}_mean": round(_mean(steps, phase), 4) for phase in ("sample_s", "train_s", "publish_s")},
+    }
+    (arguments.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    plot(steps, summary, arguments.out / "reward.png")
+    print(f"held-out accuracy after {len(steps)} steps, {summary['seconds']:.0f} s: {after:.1%}, was {before:.1%}")
+    return summary
+
+
+def _mean(steps: Sequence[Step], field: str) -> float:
+    return float(sum(getattr(step, field) for step in steps) / len(steps))
+
+
+def plot(steps: Sequence[Step], summary: dict[str, Any], path: Path) -> None:
+    """Reward by step, and its mean over the last 20."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    numbers, rewards = [step.step for step in steps], [step.reward for step in steps]
+    smooth = [_mean(steps[max(0, i - 19) : i + 1], "reward") for i in range(len(steps))]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(numbers, rewards, color="tab:blue", alpha=0.3, label="of the step")
+    axes.plot(numbers, smooth, color="tab:blue", label="mean of 20 steps")
+    axes.set(xlabel="step", ylabel="reward: share of right answers", ylim=(0, 1))
+    axes.set_title(f"held-out greedy accuracy {summary['accuracy_before']:.1%} → {summary['accuracy_after']:.1%}")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--service", default="sampler", help="name of the application")
+    parser.add_argument("--out", type=Path, required=True, help="directory for metrics and plot")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--prompts", type=int, default=64, help="problems a step")
+    parser.add_argument("--samples", type=int, default=8, help="answers a problem")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--inner-steps", type=int, default=2, help="optimizer steps on the samples of a step")
+    parser.add_argument("--held-out", type=int, default=500)
+    parser.add_argument("--print-every", type=int, default=10)
+    parser.add_argument("--time-limit-s", type=float, default=540.0)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    train(parse())
