@@ -9,6 +9,7 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve import metrics
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request as HTTPRequest
@@ -29,6 +30,9 @@ from twinkle_serve.placement import SIDE_CPUS
 from twinkle_serve.routing import router as routing
 from twinkle_serve.routing.templates import TemplateChoice
 
+STALENESS = [0.5, 1.5, 2.5, 4.5, 8.5, 16.5]
+"""Between whole numbers: Prometheus counts what is at a boundary as below it."""
+
 
 @serve.deployment(
     name="router",
@@ -48,7 +52,19 @@ class Router:
     ) -> None:
         model = await asyncio.to_thread(hub.resolve, args.model_id, revision=args.revision, weights=False)
         links = {name: HandleLink(handle) for name, handle in engines.items()}
-        self._router = routing.Router(args, model, links, StoreHandle(store))
+        staleness = metrics.Histogram(
+            "twinkle_sampler_staleness",
+            description="Adapter versions published between the one that sampled a request and its end.",
+            boundaries=STALENESS,
+            tag_keys=("adapter",),
+        )
+        self._router = routing.Router(
+            args,
+            model,
+            links,
+            StoreHandle(store),
+            observe_staleness=lambda name, versions: staleness.observe(versions, tags={"adapter": name}),
+        )
         await self._router.start()
 
     async def sample(

@@ -59,6 +59,9 @@ class Store:
     async def publish(self, version: AdapterVersion) -> None:
         await self._store.publish(version)
 
+    async def withdraw(self, name: str) -> None:
+        await self._store.withdraw(name)
+
     async def drop(self, versions: Sequence[AdapterVersion]) -> None:
         await self._store.drop(versions)
         for version in versions:
@@ -87,6 +90,9 @@ class StoreHandle:
 
     async def publish(self, version: AdapterVersion) -> None:
         await self._call("publish", version)
+
+    async def withdraw(self, name: str) -> None:
+        await self._call("withdraw", name)
 
     async def drop(self, versions: Sequence[AdapterVersion]) -> None:
         if versions:

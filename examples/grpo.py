@@ -3,7 +3,7 @@
     scripts/serve                                    # in one terminal
     .venv/bin/python examples/grpo.py --out /tmp/grpo   # in another
 
-Each step samples groups of answers to new problems from the newest version of the adapter, rewards the right ones,
+Each step samples groups of answers to new problems from the newest version of the adapter, rewards them,
 takes their advantages within the group, and makes an optimizer step on them. Prints and records, by step, the reward,
 which versions sampled it and how far the trainer's logprobs are from the sampler's: were that far from 0, samples would
 come from other weights than the trainer believes. Ends with the greedy accuracy on problems that it never saw, before
@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from train_demo_model import problems
+from train_demo_model import is_held_out, problem
 
 from twinkle_serve import SampledSequence, SamplingParams, connect, hub
 
 ADAPTER = "policy"
 ANSWER_TOKENS = 8
-CLIP = 0.2
-"""PPO's: a token whose probability has changed by more takes no further part in the step."""
+CLIP = (0.2, 0.28)
+"""PPO's: a token whose probability has fallen, or risen, by more takes no further part in the step. What rises may rise
+further: rare right answers are what there is to learn from. Source: DAPO, arXiv 2503.14476."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,18 @@ class Step:
 
     step: int
     reward: float
+    """Mean over the samples."""
+    right: float
     """Share of right answers among the samples."""
     staleness: float
     """Versions of the adapter that have been published since the one that sampled, on average."""
     logprob_difference: float
     """Mean |Δlogprob| of the sampled tokens between trainer and sampler, before the optimizer step, nats."""
+    policy_change: float
+    """Mean |Δlogprob| of the same tokens between the first and the last of the inner steps: were the adapter not to
+    reach the engines, the next step's `logprob_difference` would be of this size."""
     groups_used: int
-    """Groups in which some answers were right and some wrong; the others say nothing."""
+    """Groups whose answers had different rewards; the others say nothing."""
     sample_s: float
     train_s: float
     publish_s: float
@@ -54,7 +60,9 @@ class Step:
 class Trainer:
     """Has the model, its LoRA adapter and the optimizer."""
 
-    def __init__(self, service: str, *, rank: int, learning_rate: float, inner_steps: int, seed: int) -> None:
+    def __init__(
+        self, service: str, *, rank: int, learning_rate: float, steps: int, inner_steps: int, seed: int
+    ) -> None:
         import torch
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
@@ -66,7 +74,8 @@ class Trainer:
         self._config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         self._policy = get_peft_model(base, self._config)
         weights = [weight for weight in self._policy.parameters() if weight.requires_grad]
-        self._optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        self._rate = torch.optim.lr_scheduler.LinearLR(self._optimizer, 1.0, 0.1, total_iters=steps)
         self._inner_steps = inner_steps
         self._version = 0
         self._publish()
@@ -84,7 +93,7 @@ class Trainer:
     def accuracy(self, drawn: Sequence[tuple[str, str]]) -> float:
         """Share of problems whose greedy answer is right."""
         response = self._sampler.sample(_prompts(drawn), {"max_tokens": ANSWER_TOKENS, "temperature": 0}, ADAPTER)
-        return sum(map(_is_right, response.sequences, [truth for _, truth in drawn])) / len(drawn)
+        return sum(_answer(s) == truth for s, (_, truth) in zip(response.sequences, drawn, strict=True)) / len(drawn)
 
     def step(self, number: int, drawn: Sequence[tuple[str, str]], samples: int) -> Step:
         """Samples, rewards, optimizes and publishes once."""
@@ -92,32 +101,35 @@ class Trainer:
         params = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=1.0, seed=number)
         response = self._sampler.sample(_prompts(drawn), params, ADAPTER, num_samples=samples)
         sampled = time.perf_counter()
-        sequences, advantages, rewards = [], [], []
+        sequences, advantages, rewards, right = [], [], [], 0
         for group, (_, truth) in zip(response, drawn, strict=True):
-            right = [float(_is_right(sequence, truth)) for sequence in group.sequences]
-            rewards += right
-            mean = sum(right) / samples
-            deviation = (sum((reward - mean) ** 2 for reward in right) / samples) ** 0.5
+            gained = [reward(_answer(sequence), truth) for sequence in group.sequences]
+            right += sum(_answer(sequence) == truth for sequence in group.sequences)
+            rewards += gained
+            mean = sum(gained) / samples
+            deviation = (sum((value - mean) ** 2 for value in gained) / samples) ** 0.5
             if deviation:
                 sequences += group.sequences
-                advantages += [(reward - mean) / deviation for reward in right]
-        difference = self._optimize(sequences, advantages) if sequences else 0.0
+                advantages += [(value - mean) / deviation for value in gained]
+        difference, change = self._optimize(sequences, advantages) if sequences else (0.0, 0.0)
         trained = time.perf_counter()
         versions = [int(sequence.adapter.rpartition("@")[2]) for sequence in response.sequences]
         staleness = self._version - sum(versions) / len(versions)
         return Step(
             step=number,
             reward=sum(rewards) / len(rewards),
+            right=right / len(rewards),
             staleness=staleness,
             logprob_difference=difference,
+            policy_change=change,
             groups_used=len(sequences) // samples,
             sample_s=sampled - started,
             train_s=trained - sampled,
             publish_s=self._publish(),
         )
 
-    def _optimize(self, sequences: Sequence[SampledSequence], advantages: Sequence[float]) -> float:
-        """Optimizer steps on the sampled tokens. Returns the mean |Δlogprob| to the sampler's before the first."""
+    def _optimize(self, sequences: Sequence[SampledSequence], advantages: Sequence[float]) -> tuple[float, float]:
+        """Optimizer steps on the sampled tokens. Returns `logprob_difference` and `policy_change` of the step."""
         import torch
 
         features = [sequence.new_input_feature for sequence in sequences]
@@ -138,29 +150,46 @@ class Trainer:
             [[*gap, *s.logprob_array.tolist(), 0.0] for gap, s in zip(before, sequences, strict=True)], 0.0, None
         )
         advantage = torch.tensor(advantages)[:, None]
-        difference = 0.0
-        for inner in range(self._inner_steps):
+        first = None
+        for _ in range(self._inner_steps):
             logits = self._policy(input_ids=ids, attention_mask=attended).logits
             new = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-            if inner == 0:
-                difference = float((new - old)[mask].abs().mean())
+            first = new.detach() if first is None else first
             ratio = (new - old).exp()
-            gain = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
+            gain = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP[0], 1 + CLIP[1]) * advantage)
             loss = -gain[mask].mean()
             self._optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self._policy.parameters(), 1.0)
             self._optimizer.step()
-        return difference
+        self._rate.step()
+        return float((first - old)[mask].abs().mean()), float((new - first)[mask].abs().mean())
+
+
+def problems(rng: random.Random, count: int, *, held_out: bool) -> list[tuple[str, str]]:
+    """Questions with their answers, of those that are trained on or of those that never are."""
+    drawn: list[tuple[str, str]] = []
+    while len(drawn) < count:
+        if is_held_out((candidate := problem(rng))[0]) == held_out:
+            drawn.append(candidate)
+    return drawn
 
 
 def _prompts(drawn: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
     return [{"messages": [{"role": "user", "content": question}]} for question, _ in drawn]
 
 
-def _is_right(sequence: SampledSequence, truth: str) -> bool:
+def _answer(sequence: SampledSequence) -> str:
     message: Any = sequence.new_input_feature["messages"][-1]
-    return bool(message["content"] == truth)
+    return str(message["content"])
+
+
+def reward(answer: str, truth: str) -> float:
+    """1 for the right answer; up to a half for digits at their place, since most wrong answers have one digit wrong."""
+    if answer == truth:
+        return 1.0
+    same = sum(a == b for a, b in zip(reversed(answer), reversed(truth), strict=False))
+    return 0.5 * same / max(len(answer), len(truth), 1)
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -171,6 +200,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.service,
         rank=arguments.rank,
         learning_rate=arguments.learning_rate,
+        steps=arguments.steps,
         inner_steps=arguments.inner_steps,
         seed=arguments.seed,
     )
@@ -189,6 +219,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
             if number % arguments.print_every == 0:
                 print(
                     f"step {number:4d}  reward {_mean(steps[-arguments.print_every :], 'reward'):.3f}  "
+                    f"right {_mean(steps[-arguments.print_every :], 'right'):.3f}  "
                     f"staleness {step.staleness:.2f}  |Δlogprob| {step.logprob_difference:.1e}  sample "
                     f"{step.sample_s:.2f} s  train {step.train_s:.2f} s  publish {step.publish_s:.2f} s",
                     flush=True,
@@ -223,12 +254,16 @@ def plot(steps: Sequence[Step], summary: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    numbers, rewards = [step.step for step in steps], [step.reward for step in steps]
-    smooth = [_mean(steps[max(0, i - 19) : i + 1], "reward") for i in range(len(steps))]
+    numbers = [step.step for step in steps]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(numbers, rewards, color="tab:blue", alpha=0.3, label="of the step")
-    axes.plot(numbers, smooth, color="tab:blue", label="mean of 20 steps")
-    axes.set(xlabel="step", ylabel="reward: share of right answers", ylim=(0, 1))
+    for field, label, color in (
+        ("reward", "mean reward", "tab:blue"),
+        ("right", "share of right answers", "tab:green"),
+    ):
+        smooth = [_mean(steps[max(0, i - 19) : i + 1], field) for i in range(len(steps))]
+        axes.plot(numbers, [getattr(step, field) for step in steps], color=color, alpha=0.25)
+        axes.plot(numbers, smooth, color=color, label=f"{label}, mean of 20 steps")
+    axes.set(xlabel="step", ylim=(0, 1))
     axes.set_title(f"held-out greedy accuracy {summary['accuracy_before']:.1%} → {summary['accuracy_after']:.1%}")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
@@ -240,11 +275,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--service", default="sampler", help="name of the application")
     parser.add_argument("--out", type=Path, required=True, help="directory for metrics and plot")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--prompts", type=int, default=64, help="problems a step")
     parser.add_argument("--samples", type=int, default=8, help="answers a problem")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=8e-4, help="of the first step; falls to a tenth")
     parser.add_argument("--inner-steps", type=int, default=2, help="optimizer steps on the samples of a step")
     parser.add_argument("--held-out", type=int, default=500)
     parser.add_argument("--print-every", type=int, default=10)

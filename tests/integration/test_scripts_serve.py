@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -176,6 +177,44 @@ async def test_service_samples_what_the_torch_engine_does(service: Service, tmp_
 
 
 @pytest.mark.timeout(400)
+def test_grpo_trains_on_what_it_published(service: Service, tmp_path: Path) -> None:
+    """Each step's samples come from the adapter of the step before: the trainer's logprobs are the sampler's.
+
+    Each step changes the policy by far more than the two may differ, so an adapter that does not reach an engine shows.
+    """
+    options = ("--steps", "5", "--prompts", "16", "--samples", "4", "--held-out", "40", "--learning-rate", "2e-3")
+    answer = service.run(sys.executable, "examples/grpo.py", "--out", str(tmp_path), *options)
+    assert answer.returncode == 0, answer.stderr
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
+    for step in steps:
+        assert step["staleness"] == 0 and step["groups_used"]
+        assert step["logprob_difference"] < 1e-4 < 1e-3 < step["policy_change"], step
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert 0 < summary["accuracy_before"] <= 1 and summary["held_out_problems"] == 40
+    assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
+
+
+STALENESS = """
+import ray, time, twinkle_serve, urllib.request
+twinkle_serve.connect("sampler")
+(node,) = ray.nodes()
+url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+deadline = time.monotonic() + 90
+while not (lines := [line for line in urllib.request.urlopen(url).read().decode().splitlines()
+                     if line.startswith("ray_twinkle_sampler_staleness_count") and 'adapter="policy"' in line]):
+    assert time.monotonic() < deadline, "no such metric"
+print(lines[0].rpartition(" ")[2])
+"""
+
+
+def test_staleness_is_a_metric(service: Service) -> None:
+    """One observation for each request of the training run, where Prometheus finds Ray's own metrics."""
+    answer = service.run("-c", STALENESS)
+    assert answer.returncode == 0, answer.stderr
+    assert float(answer.stdout) >= 5
+
+
 def test_dashboard_shows_router_and_engines(service: Service) -> None:
     """What the Serve page of the Ray dashboard reads."""
     code = (

@@ -68,6 +68,17 @@ def test_store_that_is_made_anew_has_what_was_published(tmp_path: Path, files: l
     )
 
 
+def test_name_that_was_withdrawn_does_not_come_back(tmp_path: Path, files: list[AdapterFiles]) -> None:
+    """A request may still use its version; whoever begins after a death does not find it."""
+    store = WeightStore("demo", str(tmp_path))
+    removed, kept = store.put("a", files[0]), store.put("b", files[1])
+    for version in (removed, kept):
+        store.publish(version)
+    store.withdraw("a")
+    assert store.files(removed) == files[0]
+    assert WeightStore("demo", str(tmp_path)).published() == {"b": [kept]}
+
+
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_files_that_were_changed_are_handed_to_nobody(tmp_path: Path, files: list[AdapterFiles], name: str) -> None:
     """Cut off, changed in a byte, or gone: a StoreError; others are not affected."""

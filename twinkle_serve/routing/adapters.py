@@ -45,7 +45,8 @@ class Adapters:
         Raises:
             AdapterError: no such adapter.
         """
-        return self._forget(self._versions.pop(self._known(name)))
+        self.require(name)
+        return self._forget(self._versions.pop(name))
 
     def resolve(self, name: str) -> AdapterVersion:
         """The version that a name, or `name@version`, means.
@@ -56,13 +57,14 @@ class Adapters:
         # Names first: a path may look like the label of another one.
         if name not in self._versions and name in self._held:
             return self._held[name]
-        return self._versions[self._known(name)][-1]
+        self.require(name)
+        return self._versions[name][-1]
 
-    def _known(self, name: str) -> str:
+    def require(self, name: str) -> None:
+        """Raises AdapterError if the name means nothing."""
         if name not in self._versions:
             known = unknown_name("adapter", name, self._versions)
             raise AdapterError(f"{known}. Add it with add_adapter_to_model, or leave it out for the base model.")
-        return name
 
     def acquire(self, version: AdapterVersion) -> None:
         """A request uses a version from now on."""
@@ -72,6 +74,11 @@ class Adapters:
         """A request that used it is over. Returns the versions that may be dropped now."""
         self._uses[version.label] -= 1
         return self._forget([version])
+
+    def staleness(self, version: AdapterVersion) -> int:
+        """Versions that its name has come to mean since."""
+        newest = self._versions.get(version.name)
+        return newest[-1].version - version.version if newest else 0
 
     def _forget(self, versions: Iterable[AdapterVersion]) -> list[AdapterVersion]:
         """Gives up those that nothing uses and nobody can ask for."""

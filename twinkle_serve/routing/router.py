@@ -8,7 +8,7 @@ import itertools
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -68,6 +68,7 @@ class Router:
         store: StoreLink,
         *,
         engines_return: bool = True,
+        observe_staleness: Callable[[str, int], None] = lambda name, versions: None,
     ) -> None:
         """Must be called on the event loop that it is to live on, and `start` before anything else.
 
@@ -75,11 +76,14 @@ class Router:
             model: directory of the model; its weights need not be there.
             store: has the adapters; the engines fetch them there.
             engines_return: whether somebody replaces an engine that dies; else requests are not kept for it.
+            observe_staleness: told of each finished request with a named adapter how many versions newer than the one
+                that sampled it there are by then.
 
         Raises:
             ModelNotFoundError: it has no tokenizer.
         """
         self._args = args
+        self._observe_staleness = observe_staleness
         self._links, self._engines_return = links, engines_return
         self._store = store
         self._templates = TemplateCache(model, args)
@@ -242,7 +246,10 @@ class Router:
 
         Raises:
             AdapterError: no such adapter.
+            StoreError: the store cannot be reached or written; the name still means what it meant.
         """
+        self._adapters.require(name)
+        await self._store.withdraw(name)
         self._give_up(self._adapters.remove(name))
         self._paths.pop(name, None)
 
@@ -366,6 +373,9 @@ class Router:
             finally:
                 expiry.cancel()
                 self._dismiss(request)
+                adapter = understood.adapter
+                if adapter is not None and adapter.name not in self._paths and not request.samples_missing:
+                    self._observe_staleness(adapter.name, self._adapters.staleness(adapter))
 
     def _expire(self, request: Request, limit_s: float) -> None:
         """Ends a request at its deadline: what has arrived can still be read, then comes the error."""

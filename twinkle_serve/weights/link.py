@@ -25,6 +25,9 @@ class StoreLink(Protocol):
     async def publish(self, version: AdapterVersion) -> None:
         """See `WeightStore.publish`."""
 
+    async def withdraw(self, name: str) -> None:
+        """See `WeightStore.withdraw`."""
+
     async def drop(self, versions: Sequence[AdapterVersion]) -> None:
         """See `WeightStore.drop`."""
 
@@ -51,6 +54,10 @@ class LocalStore:
     async def publish(self, version: AdapterVersion) -> None:
         async with self._turn:
             await asyncio.to_thread(self._store.publish, version)
+
+    async def withdraw(self, name: str) -> None:
+        async with self._turn:
+            await asyncio.to_thread(self._store.withdraw, name)
 
     async def drop(self, versions: Sequence[AdapterVersion]) -> None:
         async with self._turn:

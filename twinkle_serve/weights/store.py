@@ -121,6 +121,22 @@ class WeightStore:
             entry.published = before
             raise
 
+    def withdraw(self, name: str) -> None:
+        """Records that a name means nothing any more; its versions stay until they are dropped.
+
+        Raises:
+            StoreError: the state directory cannot be written.
+        """
+        withdrawn = [e for e in self._entries.values() if e.version.name == name and e.published]
+        for entry in withdrawn:
+            entry.published = False
+        try:
+            self._save()
+        except BaseException:
+            for entry in withdrawn:
+                entry.published = True
+            raise
+
     def drop(self, versions: Sequence[AdapterVersion]) -> None:
         """Gives versions up; those that are not there are passed over.
 
