@@ -90,9 +90,10 @@ class Trainer:
         self._version = int(label.rpartition("@")[2])
         return time.perf_counter() - started
 
-    def accuracy(self, drawn: Sequence[tuple[str, str]]) -> float:
-        """Share of problems whose greedy answer is right."""
-        response = self._sampler.sample(_prompts(drawn), {"max_tokens": ANSWER_TOKENS, "temperature": 0}, ADAPTER)
+    def accuracy(self, drawn: Sequence[tuple[str, str]], *, temperature: float) -> float:
+        """Share of problems whose answer is right: the greedy one, or one that is drawn as the training draws them."""
+        params = {"max_tokens": ANSWER_TOKENS, "temperature": temperature, "seed": 0}
+        response = self._sampler.sample(_prompts(drawn), params, ADAPTER)
         return sum(_answer(s) == truth for s, (_, truth) in zip(response.sequences, drawn, strict=True)) / len(drawn)
 
     def step(self, number: int, drawn: Sequence[tuple[str, str]], samples: int) -> Step:
@@ -207,8 +208,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     held_out = problems(random.Random(1), arguments.held_out, held_out=True)
     rng = random.Random(arguments.seed)
     started = time.perf_counter()
-    before = ray.get(trainer.accuracy.remote(held_out))
-    print(f"held-out accuracy before: {before:.1%} of {len(held_out)}")
+    before, drawn_before = accuracies(trainer, held_out)
+    print(f"held-out accuracy before: {before:.1%} of {len(held_out)} greedy, {drawn_before:.1%} at temperature 1")
     steps: list[Step] = []
     with (arguments.out / "metrics.jsonl").open("w") as metrics:
         for number in range(1, arguments.steps + 1):
@@ -227,10 +228,12 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
             if time.perf_counter() - started > arguments.time_limit_s:
                 print(f"stopped after step {number}: --time-limit-s {arguments.time_limit_s:g} is over")
                 break
-    after = ray.get(trainer.accuracy.remote(held_out))
+    after, drawn_after = accuracies(trainer, held_out)
     summary = {
         "accuracy_before": before,
         "accuracy_after": after,
+        "accuracy_at_temperature_1_before": drawn_before,
+        "accuracy_at_temperature_1_after": drawn_after,
         "held_out_problems": len(held_out),
         "steps": len(steps),
         "seconds": round(time.perf_counter() - started, 1),
@@ -239,8 +242,17 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     (arguments.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot(steps, summary, arguments.out / "reward.png")
-    print(f"held-out accuracy after {len(steps)} steps, {summary['seconds']:.0f} s: {after:.1%}, was {before:.1%}")
+    print(
+        f"held-out accuracy after {len(steps)} steps, {summary['seconds']:.0f} s: "
+        f"{after:.1%} greedy, was {before:.1%}; {drawn_after:.1%} at temperature 1, was {drawn_before:.1%}"
+    )
     return summary
+
+
+def accuracies(trainer: Any, drawn: Sequence[tuple[str, str]]) -> tuple[float, float]:
+    """Greedy, and at temperature 1."""
+    greedy, sampled = ray.get([trainer.accuracy.remote(drawn, temperature=temperature) for temperature in (0.0, 1.0)])
+    return greedy, sampled
 
 
 def _mean(steps: Sequence[Step], field: str) -> float:
@@ -275,11 +287,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--service", default="sampler", help="name of the application")
     parser.add_argument("--out", type=Path, required=True, help="directory for metrics and plot")
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=170)
     parser.add_argument("--prompts", type=int, default=64, help="problems a step")
     parser.add_argument("--samples", type=int, default=8, help="answers a problem")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=8e-4, help="of the first step; falls to a tenth")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the first step; falls to a tenth")
     parser.add_argument("--inner-steps", type=int, default=2, help="optimizer steps on the samples of a step")
     parser.add_argument("--held-out", type=int, default=500)
     parser.add_argument("--print-every", type=int, default=10)
