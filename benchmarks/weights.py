@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 import ray
 from ray import serve
+from ray._private.internal_api import memory_summary
 
 import twinkle_serve
 from benchmarks.overhead import commit, cpu_model
@@ -121,7 +122,7 @@ def memory_mib(service: list[psutil.Process]) -> dict[str, float]:
         full = process.memory_full_info()
         found[part_of(process) or "other"] += full.uss / 2**20
     files = sum(path.stat().st_size for path in MEMORY.glob("twinkle-serve-*/**/*") if path.is_file())
-    objects = ray._private.internal_api.memory_summary(stats_only=True)
+    objects = memory_summary(stats_only=True)
     used = next(line for line in objects.splitlines() if "Plasma memory usage" in line)
     return {**found, "files": files / 2**20, "object store": float(used.split()[3])}
 
