@@ -183,7 +183,7 @@ def test_grpo_trains_on_what_it_published(service: Service, tmp_path: Path) -> N
     Each step changes the policy by far more than the two may differ, so an adapter that does not reach an engine shows.
     """
     options = ("--steps", "5", "--prompts", "16", "--samples", "4", "--held-out", "40", "--learning-rate", "2e-3")
-    answer = service.run(sys.executable, "examples/grpo.py", "--out", str(tmp_path), *options)
+    answer = service.run("examples/grpo.py", "--out", str(tmp_path), *options, timeout_s=240)
     assert answer.returncode == 0, answer.stderr
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
