@@ -160,6 +160,12 @@ def test_specification_of_the_interface_is_met() -> None:
         assert issubclass(ours, Sampler)
         for method in ("sample", "add_adapter_to_model", "set_template"):
             have = inspect.signature(getattr(ours, method)).parameters
+            by_place = [
+                p.name
+                for p in inspect.signature(getattr(specified, method)).parameters.values()
+                if p.kind is p.POSITIONAL_OR_KEYWORD
+            ]
+            assert list(have)[: len(by_place)] == by_place, "calls by place mean the same"
             for name, parameter in inspect.signature(getattr(specified, method)).parameters.items():
                 if parameter.kind is not parameter.VAR_KEYWORD:
                     assert have[name].kind is parameter.kind, (ours, method, name)

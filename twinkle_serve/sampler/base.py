@@ -323,8 +323,9 @@ class RunningSampler(Sampler):
                 LoraConfig, with its tensors in `state_dict`.
 
         Raises:
-            AdapterError: unreadable, not of this model, a rank above the limit, or LoRA is switched off. The name means
-                what it meant before.
+            AdapterError: unreadable, not of this model, a rank above the limit, or LoRA is switched off.
+            StoreError: the service's store cannot be reached or written.
+                After either, the name means what it meant before.
         """
         if isinstance(config_or_dir, str) or hasattr(config_or_dir, "__fspath__"):
             if state_dict is not None:
