@@ -16,7 +16,7 @@ from ray import serve
 from graphs.sampler import build
 from twinkle_serve import connect
 from twinkle_serve.config import ServiceArgs
-from twinkle_serve.sampler.service import ServiceSampler
+from twinkle_serve.sampler.service import ServiceSampler, wait_for_engines
 
 
 @contextlib.contextmanager
@@ -49,7 +49,9 @@ def deploy(name: str, **args: Any) -> ServiceSampler:
     args.setdefault("model_id", "demo")
     args["device_mesh"] = {"device_type": "cpu", **args.get("device_mesh", {})}
     serve.run(build(ServiceArgs.model_validate(args)), name=name, route_prefix=None)
-    return connect(name)
+    sampler = connect(name)
+    wait_for_engines(sampler._backend, 120.0)  # type: ignore[arg-type]  # a service's
+    return sampler
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:

@@ -63,7 +63,8 @@ def connect(name: str = "sampler", *, timeout_s: float = 180.0) -> ServiceSample
 
 
 def deploy(name: str, args: ServiceArgs, build: Callable[[ServiceArgs], Application]) -> ServiceBackend:
-    """Serves an application under a name, next to others; one of that name is replaced.
+    """Serves an application under a name, next to others; one of that name is replaced. Returns when all its engines
+    can be sampled from.
 
     Joins the Ray cluster as `connect` does, or starts one on this machine.
 
@@ -82,10 +83,29 @@ def deploy(name: str, args: ServiceArgs, build: Callable[[ServiceArgs], Applicat
                 f"application {name!r} was not up within startup_timeout_s={args.startup_timeout_s:g}, and is deleted. "
                 "Either its model takes longer, or Ray has no room for its engines: see `ray status`."
             )
+        backend = ServiceBackend(handle, name)
+        wait_for_engines(backend, args.startup_timeout_s)
     except BaseException:  # nobody has an object to shut it down with, and some of its engines may be up
         serve.delete(name, _blocking=False)
         raise
-    return ServiceBackend(handle, name)
+    return backend
+
+
+def wait_for_engines(backend: ServiceBackend, timeout_s: float) -> None:
+    """Waits until the router of a running application uses all its engines; it finds them one by one.
+
+    Raises:
+        ServiceNotReadyError: it did not in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        engines = backend.call("status", timeout_s=CONTROL_TIMEOUT_S)["engines"]
+        if not (missing := [name for name, engine in engines.items() if engine["state"] != "ready"]):
+            return
+        if time.monotonic() > deadline:
+            names = ", ".join(missing)
+            raise ServiceNotReadyError(f"{names} did not answer within {timeout_s:g} s. See `serve status`.")
+        time.sleep(0.05)
 
 
 def _state_when_running(name: str, timeout_s: float) -> str:
