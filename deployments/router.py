@@ -54,7 +54,8 @@ class Router:
         links = {name: HandleLink(handle) for name, handle in engines.items()}
         staleness = metrics.Histogram(
             "twinkle_sampler_staleness",
-            description="Adapter versions published between the one that sampled a request and its end.",
+            description="Versions, of its adapter or else of the model, published between the one that sampled a "
+            "request and its end.",
             boundaries=STALENESS,
             tag_keys=("adapter",),
         )
@@ -113,6 +114,27 @@ class Router:
 
     async def check_template(self, template: TemplateChoice) -> None:
         await self._router.check_template(template)
+
+    async def begin_weights(self, label: str, mode: str) -> int:
+        return await self._router.begin_weights(label, mode)
+
+    async def append_weights(self, upload: int, index: int, parcel: Any) -> None:
+        await self._router.append_weights(upload, index, parcel)
+
+    async def publish_weights(self, upload: int, mode: str, timeout_s: float) -> str:
+        return await self._router.publish_weights(upload, mode, timeout_s)
+
+    async def abandon_weights(self, upload: int) -> None:
+        await self._router.abandon_weights(upload)
+
+    async def pause(self, mode: str, lease_s: float) -> int:
+        return await self._router.pause(mode, lease_s)
+
+    async def renew_pause(self, lease: int, lease_s: float) -> None:
+        await self._router.renew_pause(lease, lease_s)
+
+    async def resume(self, lease: int) -> None:
+        await self._router.resume(lease)
 
     async def state_keys(self) -> list[str]:
         return await self._router.state_keys()

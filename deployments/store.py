@@ -15,8 +15,10 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.logging import QUIET
+from twinkle_serve.checkpoint import Bucket
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.weights import BaseVersion
 from twinkle_serve.errors import StoreError, TwinkleServeError
 from twinkle_serve.placement import SIDE_CPUS
 from twinkle_serve.weights import LocalStore, WeightStore
@@ -26,6 +28,9 @@ T = TypeVar("T")
 STORE_ANSWERS_S = 120.0
 """Long enough for Serve to replace a store that died."""
 PAUSE_S = 0.2
+
+BUCKETS_AHEAD = 3
+"""Buckets of the model's own weights that are kept in Ray's object store."""
 
 
 @serve.deployment(
@@ -47,6 +52,8 @@ class Store:
         self._store = LocalStore(await asyncio.to_thread(WeightStore, args.model_id, state_dir))
         self._objects: dict[int, Any] = {}
         """References by id of the version: whoever asks for it has the same object."""
+        self._buckets: dict[tuple[BaseVersion, int], Any] = {}
+        """The same of the model's own weights, the newest last."""
 
     async def published(self) -> dict[str, list[AdapterVersion]]:
         return await self._store.published()
@@ -72,6 +79,20 @@ class Store:
         if version.id not in self._objects:
             self._objects[version.id] = ray.put(await self._store.files(version))
         return [self._objects[version.id]]
+
+    async def base(self, method: str, *args: Any) -> Any:
+        """Args may hold parcels of `ServiceBackend`: references in lists, which Ray does not fetch on their way."""
+        values = [await arg[0] if isinstance(arg, list) else arg for arg in args]
+        return await self._store.base(method, *values)
+
+    async def bucket(self, version: BaseVersion, index: int) -> list[Any]:
+        """As `files`. Engines ask for one after the other at about the same time, so few are kept."""
+        key = (version, index)
+        if key not in self._buckets:
+            self._buckets[key] = ray.put(await self._store.bucket(version, index))
+            while len(self._buckets) > BUCKETS_AHEAD:
+                del self._buckets[next(iter(self._buckets))]
+        return [self._buckets[key]]
 
 
 class StoreHandle:
@@ -103,6 +124,17 @@ class StoreHandle:
             (reference,) = await self._handle.files.remote(version)
             files: AdapterFiles = await reference
             return files
+
+        return await _until_answered(fetched)
+
+    async def base(self, method: str, *args: Any) -> Any:
+        return await self._call("base", method, *args)
+
+    async def bucket(self, version: BaseVersion, index: int) -> Bucket:
+        async def fetched() -> Bucket:
+            (reference,) = await self._handle.bucket.remote(version, index)
+            bucket: Bucket = await reference
+            return bucket
 
         return await _until_answered(fetched)
 

@@ -1,8 +1,25 @@
-"""What a model's directory says of its weights, without loading them."""
+"""A model's weights, as its checkpoint names them: what its directory says of them, and parts of them as bytes."""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinkle_serve.errors import WeightsError
+
+Bucket: TypeAlias = NDArray[np.uint8]
+"""Some weights as a safetensors file. Shape [bytes]."""
+
+BUCKET_BYTES = 256 * 2**20
+
+DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "U8": 1, "I8": 1}
+"""Bytes of a value, by safetensors' name of its type."""
 
 
 def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
@@ -13,4 +30,113 @@ def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
     for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, framework="np") as file:
             shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+    return shapes
+
+
+def tied_weights(model: Path) -> set[str]:
+    """Names of weights that are others of the checkpoint by another name: given or not, they change nothing."""
+    config = json.loads((model / "config.json").read_text())
+    return {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+
+
+def named_tensors(source: Any) -> Iterator[tuple[str, Any]]:
+    """Weights by name, one after the other.
+
+    Args:
+        source: a directory with safetensors files or one such file; a mapping of names to tensors, such as a
+            `state_dict`; or pairs of them, made as they are taken.
+
+    Raises:
+        WeightsError: no such directory, or files that cannot be read.
+    """
+    if isinstance(source, str) or hasattr(source, "__fspath__"):
+        yield from _tensors_in_files(Path(source).expanduser())
+    else:
+        yield from source.items() if isinstance(source, Mapping) else source
+
+
+def _tensors_in_files(path: Path) -> Iterator[tuple[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise WeightsError(f"no safetensors files at {path.absolute()}. Save the model with save_pretrained.")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    yield name, tensors.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{file} cannot be read, it is cut off or damaged: {error}") from None
+
+
+def buckets(
+    tensors: Iterable[tuple[str, Any]], bucket_bytes: int = BUCKET_BYTES, *, allow_nonfinite: bool = False
+) -> Iterator[Bucket]:
+    """Weights as buckets of about `bucket_bytes`, and never less than one tensor; no more than one is in memory.
+
+    A sharded tensor (DTensor) is gathered when its turn comes, so every rank of its mesh has to take part.
+
+    Raises:
+        WeightsError: what is not a tensor, a name that comes twice, or values that are not finite.
+    """
+    import torch
+
+    pending: dict[str, Any] = {}
+    size, names = 0, set[str]()
+    for name, tensor in tensors:
+        if not isinstance(name, str) or not hasattr(tensor, "shape"):
+            raise WeightsError(f"weights are pairs of a name and a tensor, got {name!r} and {type(tensor).__name__}.")
+        if name in names:
+            raise WeightsError(f"weight {name!r} comes twice.")
+        names.add(name)
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        whole = torch.as_tensor(whole).detach()
+        if not allow_nonfinite and whole.is_floating_point() and not bool(torch.isfinite(whole).all()):
+            bad = int((~torch.isfinite(whole)).sum())
+            raise WeightsError(
+                f"weight {name!r} holds {bad} values of {whole.numel()} that are not finite. "
+                "Give allow_nonfinite=True if that is meant."
+            )
+        nbytes = whole.numel() * whole.element_size()
+        if pending and size + nbytes > bucket_bytes:
+            yield _packed(pending)
+            pending, size = {}, 0
+        pending[name] = whole.cpu().contiguous()
+        size += nbytes
+    if pending:
+        yield _packed(pending)
+
+
+def _packed(tensors: dict[str, Any]) -> Bucket:
+    from safetensors.torch import save
+
+    # Tensors that share memory with each other cannot be saved side by side.
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensors[name] = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+    return np.frombuffer(save(tensors), np.uint8)
+
+
+def bucket_shapes(bucket: Bucket) -> dict[str, tuple[int, ...]]:
+    """Shape of each weight in a bucket, from its header.
+
+    Raises:
+        WeightsError: it is no safetensors file, or not the whole of one.
+    """
+    try:
+        start = 8 + int.from_bytes(bucket[:8].tobytes(), "little")
+        header = json.loads(bucket[8:start].tobytes())
+        header.pop("__metadata__", None)
+        shapes = {name: tuple(map(int, entry["shape"])) for name, entry in header.items()}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if end - begin != math.prod(shapes[name]) * DTYPES[entry["dtype"]]:
+                raise ValueError(f"{name} of shape {shapes[name]} has {end - begin} bytes")
+        if (size := max(entry["data_offsets"][1] for entry in header.values())) != len(bucket) - start:
+            raise ValueError(f"it holds {len(bucket) - start} bytes of {size}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"a bucket of weights is cut off or damaged: {type(error).__name__}: {error}") from None
     return shapes

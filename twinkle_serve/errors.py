@@ -13,6 +13,7 @@ TwinkleServeError
 │   ├── SamplingParamsError     a sampling parameter is wrong, unknown or not supported
 │   ├── PromptError             an input is empty, mixed, too long or not of this model
 │   ├── AdapterError            an adapter is unknown, not of this model, or adapters are switched off
+│   ├── WeightsError            weights are not of this model, not finite, or of a version that exists
 │   ├── UnsupportedError        this engine, on this device, has no such thing
 │   └── DeadlineError           timeout_s passed
 ├── EngineError                 an engine failed
@@ -81,6 +82,10 @@ class PromptError(RequestError):
 
 class AdapterError(RequestError):
     """An adapter is unknown, not of this model, or adapters are switched off."""
+
+
+class WeightsError(RequestError):
+    """Weights are not of this model, not finite, not whole, or of a version that exists."""
 
 
 class UnsupportedError(RequestError):

@@ -25,7 +25,7 @@ async def started(kind: EngineKind, model: Path = hub.DEMO) -> AsyncIterator[Eng
     store: Any = Files()
     host = EngineHost(engine, model, store)
     await host.start(kind, 300)
-    harness = EngineHarness(engine, host, store.by_id)
+    harness = EngineHarness(engine, host, store)
     yield harness
     assert not harness.unfinished, "a test left groups running"
     await host.stop()

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from twinkle_serve.adapters import describe_adapter
+from twinkle_serve.checkpoint import Bucket, buckets, named_tensors
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Group, TextDelta
 from twinkle_serve.data_format.response import SampledSequence, SampleResponse
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.weights import FILES, BaseVersion
 from twinkle_serve.engines.base import Engine
 from twinkle_serve.engines.host import EngineHost
 
@@ -28,16 +30,26 @@ class Files:
     def __init__(self) -> None:
         self.by_id: dict[int, AdapterFiles] = {}
 
+        self.buckets: dict[str, list[Bucket]] = {}
+        """Of each version of the model's own weights, by its label."""
+
     async def files(self, version: AdapterVersion) -> AdapterFiles:
         return self.by_id[version.id]
+
+    async def base(self, method: str) -> BaseVersion:
+        assert method == "current"
+        return FILES
+
+    async def bucket(self, version: BaseVersion, index: int) -> Bucket:
+        return self.buckets[version.label][index]
 
 
 @dataclass
 class EngineHarness:
     engine: Engine
     host: EngineHost
-    files: dict[int, AdapterFiles]
-    """By id of the version: what the host's store has."""
+    files: Files
+    """What the host's store has."""
 
     def __post_init__(self) -> None:
         self._ids = itertools.count()
@@ -50,9 +62,15 @@ class EngineHarness:
     async def add(self, name: str, files: AdapterFiles) -> AdapterVersion:
         """Loads an adapter as a router would, through the host."""
         version = AdapterVersion(name=name, version=1, id=next(ADAPTER_IDS), rank=describe_adapter(files).rank)
-        self.files[version.id] = files
+        self.files.by_id[version.id] = files
         await self.host.load_adapter(version)
         return version
+
+    async def load(self, label: str, weights: Any, bucket_bytes: int = 2**20) -> str:
+        """Loads weights as a router would, through the host, which must be paused. Returns the checksum."""
+        self.files.buckets[label] = list(buckets(named_tensors(weights), bucket_bytes))
+        checksums = tuple(str(number) for number in range(len(self.files.buckets[label])))
+        return await self.host.load_weights(BaseVersion(label=label, number=1, buckets=checksums))
 
     def start(self, group: Group) -> asyncio.Task[SampleColumns]:
         task = asyncio.ensure_future(self.engine.sample_group(group))
@@ -76,15 +94,19 @@ class EngineHarness:
     async def sample(self, prompts: Sequence[np.ndarray], **options: Any) -> SampleResponse:
         """All prompts in one batch, with the options of `group`."""
         groups = [self.group(prompt, **options) for prompt in prompts]
-        parts = await asyncio.gather(*map(self.start, groups))
+        return self.response_of(prompts, await asyncio.gather(*map(self.start, groups)))
+
+    def response_of(self, prompts: Sequence[np.ndarray], parts: Sequence[SampleColumns]) -> SampleResponse:
+        """The response to prompts, out of the samples of a group for each."""
         widths = {part.logprobs_width for part in parts}
         assert len(widths) == 1
+        indices = {int(part.group[0]): i for i, part in enumerate(parts)}
         return SampleResponse(
-            columns=SampleColumns.concat(parts).regrouped({group.id: i for i, group in enumerate(groups)}),
-            prompts=[group.prompt_ids for group in groups],
-            inputs=[{"input_ids": group.prompt_ids} for group in groups],
+            columns=SampleColumns.concat(parts).regrouped(indices),
+            prompts=[np.asarray(prompt, np.int32) for prompt in prompts],
+            inputs=[{"input_ids": prompt} for prompt in prompts],
             logprobs_mode=self.info.logprobs_mode,
-            prompt_indices=tuple(range(len(groups))),
+            prompt_indices=tuple(range(len(prompts))),
         )
 
     async def one(self, prompt: np.ndarray, **options: Any) -> SampledSequence:

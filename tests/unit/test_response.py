@@ -35,6 +35,7 @@ def columns(group: int, texts: list[str], *, first: int = 0, width: int = 1, sco
         seed=np.arange(len(texts)) + 100 * group,
         engine=[f"engine-dp{group}"] * len(texts),
         adapter=[""] * len(texts),
+        weight_versions=[(("initial", 0),)] * len(texts),
         scores={group: scores} if scored else {},
     )
 

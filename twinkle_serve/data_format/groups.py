@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.weights import BaseVersion
 
 GroupKey: TypeAlias = tuple[int, int]
 """(id, first sample) of a group: what tells the parts of a split prompt apart."""
@@ -88,3 +89,5 @@ class EngineInfo:
     """Largest rank of an adapter; 0 where LoRA is switched off."""
     life: str = ""
     """Differs between an engine's process and the one that replaces it."""
+    base: BaseVersion | None = None
+    """Version of the model's own weights that it holds; None while it holds none whole."""

@@ -22,6 +22,7 @@ from twinkle_serve.data_format.samples import (
     StopReason,
 )
 from twinkle_serve.data_format.tool_calls import Tools
+from twinkle_serve.data_format.weights import VersionSpan
 
 IGNORED_LABEL = -100
 """Label of a position that no loss is taken at, as in torch's cross entropy."""
@@ -183,7 +184,8 @@ class SampledSequence:
 
     @property
     def stop_reason(self) -> StopReason:
-        """length: max_tokens or the context is used up. stop: end of sequence, a stop string or a stop token id."""
+        """length: max_tokens or the context is used up. stop: end of sequence, a stop string or a stop token id.
+        abort: an update of weights, or a pause, ended it where it was."""
         return STOP_REASONS[int(self.response.columns.stop_reason[self.row])]
 
     @property
@@ -201,6 +203,16 @@ class SampledSequence:
     def adapter(self) -> str:
         """`name@version` of the adapter that sampled it; "" is the base model."""
         return self.response.columns.adapter[self.row]
+
+    @property
+    def weight_versions(self) -> list[VersionSpan]:
+        """Versions of the model's own weights that sampled it, each with its span of tokens; together they are all.
+
+        More than one where an update came while it ran. A sample of an adapter has these beside `adapter`.
+        """
+        spans = self.response.columns.weight_versions[self.row]
+        ends = [start for _, start in spans[1:]] + [int(self.response.columns.lengths[self.row])]
+        return [VersionSpan(label, start, end) for (label, start), end in zip(spans, ends, strict=True)]
 
     @property
     def prompt_index(self) -> int:

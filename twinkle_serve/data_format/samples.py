@@ -12,6 +12,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from twinkle_serve.data_format.weights import Spans
+
 IntArray: TypeAlias = NDArray[np.int32] | NDArray[np.int64]
 FloatArray: TypeAlias = NDArray[np.float32]
 StopReason: TypeAlias = Literal["length", "stop", "abort", "error"]
@@ -60,6 +62,8 @@ class SampleColumns:
     """Which engine sampled it. S of them."""
     adapter: list[str]
     """Label of the adapter version that sampled it, "" for the base model. S of them."""
+    weight_versions: list[Spans]
+    """Versions of the model's own weights that sampled it. S of them."""
     scores: dict[int, PromptScores] = field(default_factory=dict)
     """By group, where prompt logprobs were asked for."""
 
@@ -96,6 +100,7 @@ class SampleColumns:
             decoded=[text for part in parts for text in part.decoded],
             engine=[engine for part in parts for engine in part.engine],
             adapter=[adapter for part in parts for adapter in part.adapter],
+            weight_versions=[spans for part in parts for spans in part.weight_versions],
             scores=scores,
         )
 
@@ -117,6 +122,7 @@ class SampleColumns:
             seed=self.seed[rows],
             engine=[self.engine[row] for row in rows],
             adapter=[self.adapter[row] for row in rows],
+            weight_versions=[self.weight_versions[row] for row in rows],
             scores={g: self.scores[g] for g in dict.fromkeys(group.tolist()) if g in self.scores},
         )
 

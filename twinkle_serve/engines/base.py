@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
+from twinkle_serve.checkpoint import Bucket
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, GroupKey
 from twinkle_serve.data_format.samples import (
@@ -23,6 +24,7 @@ from twinkle_serve.data_format.samples import (
     StopReason,
 )
 from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.weights import PauseMode, Spans
 from twinkle_serve.errors import (
     EngineArgsError,
     EngineDeadError,
@@ -86,6 +88,32 @@ class Engine(Protocol):
     async def drop_adapter(self, version: AdapterVersion) -> None:
         """Frees an adapter version that no group uses."""
 
+    async def pause(self, mode: PauseMode) -> None:
+        """Has nothing sampled until `resume`, and returns when nothing is being. Again: changes the mode.
+
+        What is asked for meanwhile waits. With `abort`, samples that have no token yet are not aborted, and wait too.
+        """
+
+    async def resume(self) -> None:
+        """Ends a pause."""
+
+    async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
+        """Loads other weights of its own, all that its checkpoint names. It must be paused.
+
+        What it has kept of the old ones goes: the prefix cache, and what running samples have computed. Adapters stay
+        loaded. If it raises, the engine holds weights of no version until another load succeeds.
+
+        Args:
+            label: what samples are stamped with from now on.
+
+        Returns:
+            A checksum of the weights as they are now, the same on every engine of the same kind and arguments.
+
+        Raises:
+            WeightsError: the engine does not take them.
+            EngineDeadError: it is gone.
+        """
+
     async def reset_prefix_cache(self) -> None:
         """Forgets the keys and values of earlier prompts, where it keeps any."""
 
@@ -115,6 +143,7 @@ def columns_of_group(
     logprobs: FloatArray | None,
     logprob_tokens: NDArray[np.int32] | None,
     scores: PromptScores | None,
+    weight_versions: Sequence[Spans],
 ) -> SampleColumns:
     """One finished group as columns. `tokens` holds `group.count` sequences; the rest as in SampleColumns."""
     assert len(tokens) == len(decoded) == group.count, (len(tokens), len(decoded), group.count)
@@ -131,6 +160,7 @@ def columns_of_group(
         seed=np.array([NO_SEED if seed is None else seed for seed in seeds], np.int64),
         engine=[engine] * group.count,
         adapter=["" if group.adapter is None else group.adapter.label] * group.count,
+        weight_versions=list(weight_versions),
         scores={} if scores is None else {group.id: scores},
     )
 

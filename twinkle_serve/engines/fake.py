@@ -7,25 +7,29 @@ whole prefix, logprobs re-score exactly, and nothing has to be loaded. An adapte
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import zlib
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
 
 from twinkle_serve.adapters import describe_adapter, not_in_model
-from twinkle_serve.checkpoint import weight_shapes
+from twinkle_serve.checkpoint import Bucket, weight_shapes
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.weights import INITIAL, PauseMode
 from twinkle_serve.engines.base import TokenDelta, columns_of_group, most_new_tokens, parse_engine_args, stop_cut
-from twinkle_serve.errors import EngineError
+from twinkle_serve.errors import EngineError, WeightsError
 
 ROWS = 257
 """Distinct next-token distributions of the toy model."""
@@ -63,6 +67,14 @@ class FakeEngine:
         self._adapters: dict[int, FloatArray] = {}
         """What each adapter version adds to the logits, by its id."""
         self._asleep = False
+        self._label = INITIAL
+        self._sampling = 0
+        """Groups that run."""
+        self._idle, self._resumed, self._unheld = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        """Set while nothing runs; while new groups may begin; while running ones may go on."""
+        for event in (self._idle, self._resumed, self._unheld):
+            event.set()
+        self._aborting = False
 
     async def start(self) -> None:
         from tokenizers import Tokenizer
@@ -74,7 +86,7 @@ class FakeEngine:
         vocab_size = config["vocab_size"]
         table = np.random.default_rng(0).normal(0.0, 2.0, (ROWS, vocab_size))
         table[:, self._tokenizer.get_vocab_size() :] = -30.0
-        self._logits = table.astype(np.float32)
+        self._logits = self._initial = table.astype(np.float32)
         self.info = EngineInfo(
             name=self._name,
             kind="fake",
@@ -99,75 +111,75 @@ class FakeEngine:
 
     async def sample_group(self, group: Group) -> SampleColumns:
         params = group.params
-        table = self._logits_of(group.adapter)
-        samples = []
-        async with self._slots:
-            for j in range(group.count):
-                samples.append(self._sample(group, group.seed_of(j), table))
-                await asyncio.sleep(0)
-            if self._args.token_latency_s:
-                await asyncio.sleep(self._args.token_latency_s * max(len(tokens) for tokens, *_ in samples))
-        tokens, logprobs, top_tokens, reasons, texts = map(list, zip(*samples, strict=True))
+        samples = [self._draft(group, j) for j in range(group.count)]
+        async with self._running():
+            scores = None
+            if params.prompt_logprobs is not None:
+                scores = _score(group.prompt_ids, params.prompt_logprobs, self._logits_of(group.adapter))
+            async for _ in self._steps(group, samples):
+                pass
         k = params.logprobs
         return columns_of_group(
             group,
             self._name,
-            tokens,
-            texts,
-            reasons,
-            None if k is None else np.concatenate(logprobs),
-            None if not k else np.concatenate(top_tokens),
-            None if params.prompt_logprobs is None else _score(group.prompt_ids, params.prompt_logprobs, table),
+            [sample.tokens for sample in samples],
+            [sample.text for sample in samples],
+            [sample.reason or "length" for sample in samples],
+            None if k is None else np.concatenate([sample.logprob_array for sample in samples]),
+            None if not k else np.concatenate([sample.top_token_array for sample in samples]),
+            scores,
+            [tuple(sample.weight_versions) or ((self._label, 0),) for sample in samples],
         )
 
     async def stream_tokens(self, group: Group) -> AsyncGenerator[TokenDelta, None]:
+        sample = self._draft(group, 0)
+        async with self._running():
+            async for _ in self._steps(group, [sample]):
+                yield TokenDelta(
+                    tokens=sample.tokens[-1:],
+                    stop_reason=sample.reason,
+                    by_stop_string=sample.reason == "stop" and sample.cut is not None,
+                )
+            if not sample.tokens:
+                yield TokenDelta(tokens=[], stop_reason="length")
+
+    @contextlib.asynccontextmanager
+    async def _running(self) -> AsyncGenerator[None, None]:
+        """A place among the sequences that run, when there is one and nothing is paused."""
         async with self._slots:
-            tokens, _, _, reason, text = self._sample(group, group.seed_of(0), self._logits_of(group.adapter))
-            for token in tokens[:-1].tolist():
-                await asyncio.sleep(self._args.token_latency_s)
-                yield TokenDelta(tokens=[token])
+            await self._resumed.wait()
+            self._sampling += 1
+            self._idle.clear()
+            try:
+                yield
+            finally:
+                self._sampling -= 1
+                if not self._sampling:
+                    self._idle.set()
+
+    async def _steps(self, group: Group, samples: Sequence[_Sample]) -> AsyncGenerator[None, None]:
+        """Gives each sample its tokens, one a step, side by side."""
+        while unfinished := [sample for sample in samples if sample.reason is None and sample.most_tokens]:
             await asyncio.sleep(self._args.token_latency_s)
-            cut = text != self.decode(tokens.tolist())
-            yield TokenDelta(tokens=tokens[-1:].tolist(), stop_reason=reason, by_stop_string=cut)
+            await self._unheld.wait()
+            table = self._logits_of(group.adapter)
+            for sample in unfinished:
+                sample.step(table, self._label, aborted=self._aborting)
+            yield
+
+    def _draft(self, group: Group, j: int) -> _Sample:
+        return _Sample(
+            prompt_ids=group.prompt_ids,
+            params=group.params,
+            most_tokens=most_new_tokens(self.info, group),
+            rng=np.random.default_rng(group.seed_of(j)),
+            state=zlib.crc32(group.prompt_ids.astype(np.int32).tobytes()),
+            eos=self._eos,
+            decode=self.decode,
+        )
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=False)
-
-    def _sample(
-        self, group: Group, seed: int | None, table: FloatArray
-    ) -> tuple[NDArray[np.int32], FloatArray, NDArray[np.int32], StopReason, str]:
-        params = group.params
-        rng = np.random.default_rng(seed)
-        state = zlib.crc32(group.prompt_ids.astype(np.int32).tobytes())
-        k = params.logprobs or 0
-        tokens: list[int] = []
-        logprobs, top_tokens = [], []
-        reason: StopReason = "length"
-        cut: str | None = None
-        for _ in range(most_new_tokens(self.info, group)):
-            raw = table[state % ROWS]
-            token = _draw(raw, params, group.prompt_ids, tokens, rng)
-            state = zlib.crc32(np.int32(token).tobytes(), state)
-            tokens.append(token)
-            likely = _log_softmax(raw)
-            top = np.argsort(-likely, kind="stable")[:k]
-            logprobs.append(np.concatenate([likely[token : token + 1], likely[top]]))
-            top_tokens.append(np.concatenate([[token], top]))
-            if token in params.stop_token_ids or (token == self._eos and not params.ignore_eos):
-                reason = "stop"
-                break
-            if params.stop_strings:
-                text = self._tokenizer.decode(tokens, skip_special_tokens=False)
-                if (end := stop_cut(text, params.stop_strings)) is not None:
-                    reason, cut = "stop", text[:end]
-                    break
-        return (
-            np.array(tokens, np.int32),
-            np.array(logprobs, np.float32).reshape(-1, 1 + k),
-            np.array(top_tokens, np.int32).reshape(-1, 1 + k),
-            reason,
-            self._tokenizer.decode(tokens, skip_special_tokens=False) if cut is None else cut,
-        )
 
     async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
         adapter = describe_adapter(files)
@@ -179,11 +191,44 @@ class FakeEngine:
     async def drop_adapter(self, version: AdapterVersion) -> None:
         self._adapters.pop(version.id, None)
 
+    async def pause(self, mode: PauseMode) -> None:
+        self._resumed.clear()
+        if mode == "keep":
+            self._unheld.clear()
+            return
+        self._unheld.set()
+        self._aborting = mode == "abort"
+        try:
+            await self._idle.wait()
+        finally:
+            self._aborting = False
+
+    async def resume(self) -> None:
+        self._unheld.set()
+        self._resumed.set()
+
+    async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
+        tensors: dict[str, int] = {}
+        async for bucket in buckets:
+            for name, tensor in safetensors.deserialize(bucket.tobytes()):  # type: ignore[no-untyped-call]
+                if tuple(tensor["shape"]) != self._weights.get(name, tuple(tensor["shape"])):
+                    raise WeightsError(f"weight {name!r} has the shape {tensor['shape']}, not {self._weights[name]}.")
+                tensors[name] = zlib.crc32(tensor["data"])
+        checksum = zlib.crc32(json.dumps(tensors, sort_keys=True).encode())
+        self._logits = self._initial
+        if label != INITIAL:
+            noise = np.random.default_rng(checksum).normal(0.0, 1.0, self._initial.shape)
+            self._logits = self._initial + noise.astype(np.float32)
+        self._label = label
+        return f"{checksum:08x}"
+
     async def reset_prefix_cache(self) -> None:
         pass
 
     async def sleep(self, level: int) -> None:
         self._asleep = True
+        if level == 2:
+            self._logits = np.zeros_like(self._initial)
 
     async def wake_up(self, tags: Sequence[str] | None) -> None:
         self._asleep = False
@@ -193,6 +238,63 @@ class FakeEngine:
 
     async def stop(self) -> None:
         pass
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sample:
+    """One sample while it is drawn."""
+
+    prompt_ids: NDArray[np.int32]
+    params: SamplingParams
+    most_tokens: int
+    rng: np.random.Generator
+    state: int
+    """Hash of the prompt and all tokens so far."""
+    eos: int
+    decode: Callable[[Sequence[int]], str]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[FloatArray] = field(default_factory=list)
+    top_tokens: list[NDArray[np.int64]] = field(default_factory=list)
+    weight_versions: list[tuple[str, int]] = field(default_factory=list)
+    reason: StopReason | None = None
+    cut: str | None = None
+    """Its text, where a stop string cut it."""
+
+    def step(self, table: FloatArray, label: str, *, aborted: bool) -> None:
+        """Draws the next token."""
+        params, k = self.params, self.params.logprobs or 0
+        if not self.weight_versions or self.weight_versions[-1][0] != label:
+            self.weight_versions.append((label, len(self.tokens)))
+        raw = table[self.state % ROWS]
+        token = _draw(raw, params, self.prompt_ids, self.tokens, self.rng)
+        self.state = zlib.crc32(np.int32(token).tobytes(), self.state)
+        self.tokens.append(token)
+        likely = _log_softmax(raw)
+        top = np.argsort(-likely, kind="stable")[:k]
+        self.logprobs.append(np.concatenate([likely[token : token + 1], likely[top]]))
+        self.top_tokens.append(np.concatenate([[token], top]))
+        if token in params.stop_token_ids or (token == self.eos and not params.ignore_eos):
+            self.reason = "stop"
+        elif params.stop_strings and (end := stop_cut(self.decode(self.tokens), params.stop_strings)) is not None:
+            self.reason, self.cut = "stop", self.decode(self.tokens)[:end]
+        elif len(self.tokens) >= self.most_tokens:
+            self.reason = "length"
+        elif aborted:
+            self.reason = "abort"
+
+    @property
+    def text(self) -> str:
+        return self.decode(self.tokens) if self.cut is None else self.cut
+
+    @property
+    def logprob_array(self) -> FloatArray:
+        """Shape [T, 1 + k]."""
+        return np.array(self.logprobs, np.float32).reshape(-1, 1 + (self.params.logprobs or 0))
+
+    @property
+    def top_token_array(self) -> NDArray[np.int32]:
+        """Shape [T, 1 + k]."""
+        return np.array(self.top_tokens, np.int32).reshape(-1, 1 + (self.params.logprobs or 0))
 
 
 def _score(prompt_ids: NDArray[np.int32], k: int, table: FloatArray) -> PromptScores:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,40 @@ from typing import Any
 import numpy as np
 
 from twinkle_serve.adapters import check_shapes, describe_adapter
-from twinkle_serve.checkpoint import weight_shapes
+from twinkle_serve.checkpoint import Bucket, buckets, named_tensors, tied_weights, weight_shapes
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, TextDelta
 from twinkle_serve.data_format.samples import SampleColumns
+from twinkle_serve.data_format.weights import FILES, BaseVersion, PauseMode
 from twinkle_serve.engines.base import ChunkRunner, Engine, Finished
 from twinkle_serve.engines.text import TextStream
 from twinkle_serve.errors import AdapterError, EngineDeadError, EngineStartError
 from twinkle_serve.weights import StoreLink
 
+logger = logging.getLogger("ray.serve")
+
 WARM_UP = Group(id=-1, prompt_ids=np.zeros(1, np.int32), params=SamplingParams(max_tokens=2))
 
 CONTROLS = frozenset(
-    {"load_adapter", "drop_adapter", "keep_adapters", "state_keys", "reset_prefix_cache", "sleep", "wake_up"}
+    {
+        "load_adapter",
+        "drop_adapter",
+        "keep_adapters",
+        "load_weights",
+        "weight_shapes",
+        "pause",
+        "resume",
+        "retire",
+        "reset_prefix_cache",
+        "sleep",
+        "wake_up",
+    }
 )
 """Methods of EngineHost that a router calls through `control`."""
+
+PAUSE_LEASE_S = 30.0
+"""A pause ends by itself when no router has asked for so long whether the engine is there: they ask every 2 s."""
 
 
 class EngineHost:
@@ -51,11 +70,21 @@ class EngineHost:
         """Groups and streams that run, by id of their version."""
         self._unused = asyncio.Condition()
         """Notified when a version has lost its last use."""
-        self._dropping: set[asyncio.Task[None]] = set()
+        self._base: BaseVersion | None = FILES
+        """The weights that it holds; None while it holds none whole."""
+        self._dropped_base: BaseVersion | None = None
+        """What it held when it fell into a sleep that drops them."""
+        self._loading = asyncio.Lock()
+        self._pause_end: asyncio.TimerHandle | None = None
+        """When a pause that nobody asks about ends."""
+        self._retired = ""
+        """Why it is not to be used any more."""
+        self._tasks: set[asyncio.Task[None]] = set()
         self._info: EngineInfo
 
     async def start(self, name: str, timeout_s: float) -> None:
-        """Loads the model, and samples once: an engine that cannot sample must not be ready.
+        """Loads the model, with the weights that are current, and samples once: an engine that cannot sample must not
+        be ready.
 
         Raises:
             EngineArgsError, ModelNotFoundError, EngineStartError
@@ -63,6 +92,10 @@ class EngineHost:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._engine.start()
+                if (current := await self._store.base("current")) != FILES:
+                    await self._engine.pause("keep")
+                    await self.load_weights(current)
+                    await self._engine.resume()
                 await self._engine.sample_group(WARM_UP)  # takes vLLM seconds on CPU
         except TimeoutError:
             raise EngineStartError(
@@ -71,10 +104,14 @@ class EngineHost:
         self._info = replace(self._engine.info, life=uuid.uuid4().hex)
 
     async def describe(self) -> EngineInfo:
-        await self._engine.check_health()
-        return self._info
+        await self.check_health()
+        if self._pause_end is not None:
+            self._lease()
+        return replace(self._info, base=self._base)
 
     async def check_health(self) -> None:
+        if self._retired:
+            raise EngineDeadError(f"{self._info.name} is being replaced: {self._retired}")
         await self._engine.check_health()
 
     # -- sampling --------------------------------------------------------------------------------
@@ -153,9 +190,7 @@ class EngineHost:
     async def drop_adapter(self, version: AdapterVersion) -> None:
         """Gives a version up: at once for new groups, in the engine when the last that uses it has ended."""
         if self._adapters.pop(version.id, None) is not None:
-            task = asyncio.create_task(self._drop_when_unused(version))
-            self._dropping.add(task)
-            task.add_done_callback(self._dropping.discard)
+            self._spawn(self._drop_when_unused(version))
 
     async def _drop_when_unused(self, version: AdapterVersion) -> None:
         async with self._unused:
@@ -167,19 +202,96 @@ class EngineHost:
         for version in [self._adapters[known] for known in self._adapters.keys() - set(ids)]:
             await self.drop_adapter(version)
 
-    async def state_keys(self) -> list[str]:
-        return sorted(await asyncio.to_thread(weight_shapes, self._model))
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    async def weight_shapes(self) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+        """Shape of each weight of the model by name, and names that are others of them."""
+        return await asyncio.to_thread(weight_shapes, self._model), await asyncio.to_thread(tied_weights, self._model)
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Has nothing sampled until `resume`, or until no router has asked after the engine for PAUSE_LEASE_S."""
+        self._lease()
+        await self._engine.pause(mode)
+
+    def _lease(self) -> None:
+        if self._pause_end is not None:
+            self._pause_end.cancel()
+        loop = asyncio.get_running_loop()
+        self._pause_end = loop.call_later(PAUSE_LEASE_S, lambda: self._spawn(self._resume_unless_broken()))
+
+    async def _resume_unless_broken(self) -> None:
+        async with self._loading:
+            logger.warning(f"{self._info.name} was paused, and no router has asked for it: it goes on")
+            if self._base is not None:
+                await self.resume()
+
+    async def resume(self) -> None:
+        """Ends a pause."""
+        if self._pause_end is not None:
+            self._pause_end.cancel()
+            self._pause_end = None
+        await self._engine.resume()
+
+    async def load_weights(self, version: BaseVersion) -> str:
+        """Fetches a version of the model's own weights and loads it, bucket by bucket; it must be paused.
+
+        Returns a checksum of what the engine has then. If it raises, the engine holds no version until the next load.
+        """
+        async with self._loading:
+            self._base = None
+            async with contextlib.aclosing(_one_ahead(self._buckets(version))) as parts:
+                checksum = await self._engine.load_weights(version.label, parts)
+            self._base = version
+        return checksum
+
+    async def _buckets(self, version: BaseVersion) -> AsyncGenerator[Bucket, None]:
+        if version == FILES:
+            own = buckets(named_tensors(self._model), allow_nonfinite=True)
+            while (bucket := await asyncio.to_thread(next, own, None)) is not None:
+                yield bucket
+        else:
+            for index in range(len(version.buckets)):
+                yield await self._store.bucket(version, index)
+
+    async def retire(self, reason: str) -> None:
+        """Has the engine fail its health checks, so that its process is replaced."""
+        self._retired = reason
 
     async def reset_prefix_cache(self) -> None:
         await self._engine.reset_prefix_cache()
 
     async def sleep(self, level: int) -> None:
         await self._engine.sleep(level)
+        if level == 2:
+            self._dropped_base = self._base
 
     async def wake_up(self, tags: Sequence[str] | None) -> None:
         await self._engine.wake_up(tags)
+        if self._dropped_base is not None and (tags is None or "weights" in tags):
+            await self.load_weights(self._dropped_base)
+            self._dropped_base = None
 
     async def stop(self) -> None:
-        for task in self._dropping:
+        if self._pause_end is not None:
+            self._pause_end.cancel()
+        for task in self._tasks:
             task.cancel()
         await self._engine.stop()
+
+
+async def _one_ahead(items: AsyncGenerator[Bucket, None]) -> AsyncGenerator[Bucket, None]:
+    """The same items; the next one is fetched while the last one is in use."""
+    async with contextlib.aclosing(items):
+        following = asyncio.ensure_future(anext(items, None))
+        try:
+            while (item := await following) is not None:
+                following = asyncio.ensure_future(anext(items, None))
+                yield item
+        finally:
+            following.cancel()
+            await asyncio.wait({following})

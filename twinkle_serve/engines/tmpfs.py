@@ -1,4 +1,4 @@
-"""Files of this process in memory: vLLM loads an adapter from a path only."""
+"""Files of this process in memory: vLLM's workers are handed paths."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from twinkle_serve.adapters import CONFIG, WEIGHTS
+from twinkle_serve.checkpoint import Bucket
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 
 MEMORY = Path("/dev/shm")
 PREFIX = "twinkle-serve-"
 
 
-class AdapterDirectory:
-    """A directory, in memory where the system has that, with one subdirectory a version.
+class MemoryDirectory:
+    """A directory, in memory where the system has that, with one subdirectory an adapter version.
 
     Holds a lock for as long as the process lives, so that the next one can tell what a killed one left.
     """
@@ -42,6 +44,16 @@ class AdapterDirectory:
 
     def drop(self, version: AdapterVersion) -> None:
         shutil.rmtree(self._path / str(version.id), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def holding(self, bucket: Bucket) -> Iterator[Path]:
+        """A file with some of the model's own weights, for as long as it is needed."""
+        path = self._path / "weights.safetensors"
+        try:
+            path.write_bytes(bucket.data)
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         shutil.rmtree(self._path, ignore_errors=True)

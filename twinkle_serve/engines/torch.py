@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import hashlib
 import warnings
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -15,9 +17,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from twinkle_serve.adapters import describe_adapter, not_in_model
+from twinkle_serve.checkpoint import Bucket
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.samples import STOP_REASONS, FloatArray, PromptScores, SampleColumns, StopReason
+from twinkle_serve.data_format.weights import INITIAL, PauseMode
 from twinkle_serve.engines.base import TokenDelta, columns_of_group, most_new_tokens, parse_engine_args
 from twinkle_serve.engines.torch_rows import LogprobsMode, Row, RowSampler, RowStopper
 from twinkle_serve.errors import (
@@ -27,6 +31,7 @@ from twinkle_serve.errors import (
     EngineError,
     EngineStartError,
     UnsupportedError,
+    WeightsError,
 )
 
 
@@ -94,6 +99,20 @@ class TorchEngine:
         """peft's name of the adapter of the running batch; None is the base model."""
         self._between_tokens: SimpleQueue[Callable[[], None]] = SimpleQueue()
         """What is to be done to the model, by its own thread, while no token is being computed."""
+        self._label = INITIAL
+        """Of the weights that the model has."""
+        self._computed_is_stale = False
+        """Whether the model's weights have changed under the running batch."""
+        self._held = False
+        """Whether the model's thread stands still between two tokens."""
+        self._aborting = False
+        """Whether running samples are to end where they are."""
+        self._may_begin = asyncio.Event()
+        """Whether a new batch may begin."""
+        self._may_begin.set()
+        self._idle = asyncio.Event()
+        """Whether no batch runs."""
+        self._idle.set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._loop: asyncio.Task[None] | None = None
 
@@ -190,10 +209,12 @@ class TorchEngine:
         loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
+            await self._may_begin.wait()
             batch = self._batch = self._next_batch()
             if not batch:
                 self._arrived.clear()
                 continue
+            self._idle.clear()
             try:
                 columns: Sequence[SampleColumns] = await loop.run_in_executor(self._thread, self._sample, batch)
             except Exception as error:
@@ -201,6 +222,8 @@ class TorchEngine:
                     if not job.done.done():
                         job.done.set_exception(EngineError(f"{self._name}: torch failed on a batch: {error}"))
                 continue
+            finally:
+                self._idle.set()
             for job, result in zip(batch, columns, strict=True):
                 if not job.done.done():
                     job.done.set_result(result)
@@ -235,10 +258,14 @@ class TorchEngine:
         with torch.inference_mode():
             self._activate(None if adapter is None else _peft_name(adapter))
             rows = [[self._row(job, j) for j in range(job.group.count)] for job in batch]
+            scores = [self._score(job.group) for job in batch]
             running = [(job, row) for job, part in zip(batch, rows, strict=True) for row in part if row.most_tokens]
-            if running:
+            while running:
+                self._computed_is_stale = False
                 self._generate(running)
-            return [self._columns(job.group, part) for job, part in zip(batch, rows, strict=True)]
+                # Those that are left were sampled from weights that are no more: they go on from what they have.
+                running = [(job, row) for job, row in running if row.stop_reason is None]
+            return [self._columns(*of_job) for of_job in zip([job.group for job in batch], rows, scores, strict=True)]
 
     def _row(self, job: _Job, j: int) -> Row:
         import torch
@@ -259,21 +286,23 @@ class TorchEngine:
             params=job.group.params,
             most_tokens=most_new_tokens(self.info, job.group),
             generator=generator,
-            aborted=job.done.done,
+            aborted=lambda: self._aborting or job.done.done(),
             on_token=None if job.stream is None else tell,
+            weight_versions=[(self._label, 0)],
         )
 
     def _generate(self, running: list[tuple[_Job, Row]]) -> None:
         import torch
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-        width = max(len(job.group.prompt_ids) for job, _ in running)
+        width = max(len(job.group.prompt_ids) + len(row.tokens) for job, row in running)
         ids = torch.zeros((len(running), width), dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for i, (job, _) in enumerate(running):
-            prompt = torch.from_numpy(job.group.prompt_ids.astype(np.int64))
-            ids[i, width - len(prompt) :] = prompt
-            mask[i, width - len(prompt) :] = 1
+        for i, (job, row) in enumerate(running):
+            so_far = torch.tensor([*job.group.prompt_ids.tolist(), *row.tokens])
+            ids[i, width - len(so_far) :] = so_far
+            mask[i, width - len(so_far) :] = 1
+            row.sampled_by(self._label)
         rows = [row for _, row in running]
         sampler = RowSampler(rows, mask, self._args.logprobs_mode)
         self._model.generate(
@@ -281,7 +310,7 @@ class TorchEngine:
             attention_mask=mask.to(self._device),
             generation_config=GenerationConfig(
                 do_sample=False,  # the sampler below leaves one token to choose from
-                max_new_tokens=max(row.most_tokens for _, row in running),
+                max_new_tokens=max(row.most_tokens - len(row.tokens) for row in rows),
                 pad_token_id=0,
             ),
             logits_processor=LogitsProcessorList([sampler]),
@@ -290,7 +319,7 @@ class TorchEngine:
             ),
         )
 
-    def _columns(self, group: Group, rows: list[Row]) -> SampleColumns:
+    def _columns(self, group: Group, rows: list[Row], scores: PromptScores | None) -> SampleColumns:
         import torch
 
         params = group.params
@@ -303,7 +332,6 @@ class TorchEngine:
             if width > 1:
                 ids = [part for row in rows for part in row.logprob_tokens]
                 logprob_tokens = torch.stack(ids).numpy().astype(np.int32) if ids else np.empty((0, width), np.int32)
-        scores = None if params.prompt_logprobs is None else self._score(group.prompt_ids, params.prompt_logprobs)
         texts = self._tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=False)
         return columns_of_group(
             group,
@@ -314,11 +342,15 @@ class TorchEngine:
             logprobs,
             logprob_tokens,
             scores,
+            [tuple(row.weight_versions) for row in rows],
         )
 
-    def _score(self, prompt_ids: NDArray[np.int32], k: int) -> PromptScores:
+    def _score(self, group: Group) -> PromptScores | None:
         import torch
 
+        prompt_ids, k = group.prompt_ids, group.params.prompt_logprobs
+        if k is None:
+            return None
         ids = torch.from_numpy(prompt_ids.astype(np.int64)).to(self._device)
         logprobs = torch.log_softmax(self._model(ids[None]).logits[0, :-1].float(), -1)
         own = logprobs.gather(1, ids[1:, None])
@@ -365,9 +397,11 @@ class TorchEngine:
         self._thread.submit(self._run_between_tokens)
         await done
 
-    def _run_between_tokens(self) -> None:
-        while not self._between_tokens.empty():
+    def _run_between_tokens(self) -> bool:
+        """Returns whether what has been computed of the running batch is stale."""
+        while self._held or not self._between_tokens.empty():
             self._between_tokens.get()()
+        return self._computed_is_stale
 
     def _load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
         import safetensors.torch
@@ -409,6 +443,86 @@ class TorchEngine:
             self._peft.base_model.enable_adapter_layers()
             self._peft.set_adapter(name, inference_mode=True)
 
+    # -- weights ---------------------------------------------------------------------------------
+
+    async def pause(self, mode: PauseMode) -> None:
+        self._may_begin.clear()
+        if mode == "keep":
+            await self._to_model(functools.partial(setattr, self, "_held", True))
+            return
+        await self._release()
+        self._aborting = mode == "abort"
+        try:
+            await self._idle.wait()
+        finally:
+            self._aborting = False
+
+    async def resume(self) -> None:
+        await self._release()
+        self._may_begin.set()
+
+    async def _release(self) -> None:
+        if self._held:
+            await self._to_model(functools.partial(setattr, self, "_held", False))
+
+    async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
+        import safetensors.torch
+
+        renamed: dict[str, Any] = {}
+        async for bucket in buckets:
+            tensors = safetensors.torch.load(bucket.tobytes())
+            await self._to_model(functools.partial(self._load_weights, tensors, renamed))
+        checksum: list[str] = []
+
+        def finish() -> None:
+            self._load_renamed(renamed)
+            self._label, self._computed_is_stale = label, True
+            checksum.append(self._checksum())
+
+        await self._to_model(finish)
+        return checksum[0]
+
+    def _own_weights(self) -> dict[str, Any]:
+        """The model's parameters without adapters, by the names that they have without adapters."""
+        parameters = self._model.named_parameters()
+        return {name.replace(".base_layer.", "."): value for name, value in parameters if ".lora_" not in name}
+
+    def _load_weights(self, tensors: dict[str, Any], renamed: dict[str, Any]) -> None:
+        """Copies weights into the model; those that it has by other names than the checkpoint are put aside."""
+        own = self._own_weights()
+        for name, tensor in tensors.items():
+            if name not in own:
+                renamed[name] = tensor
+            elif own[name].shape != tensor.shape:
+                raise WeightsError(
+                    f"weight {name!r} has the shape {tuple(tensor.shape)}, the model's {own[name].shape}."
+                )
+            else:
+                own[name].data.copy_(tensor)
+
+    def _load_renamed(self, renamed: dict[str, Any]) -> None:
+        """Has transformers make its own weights of a checkpoint's, such as the stacked experts of a mixture."""
+        if not renamed or (set(renamed) <= {"lm_head.weight"} and self._model.config.tie_word_embeddings):
+            return
+        fresh, info = type(self._model).from_pretrained(
+            None, config=self._model.config, state_dict=renamed, dtype=self._model.dtype, output_loading_info=True
+        )
+        if info["unexpected_keys"] or info["mismatched_keys"]:
+            raise WeightsError(f"transformers has no place for {sorted(info['unexpected_keys'])[:3]} of the weights.")
+        own, missing = self._own_weights(), set(info["missing_keys"])
+        for name, value in fresh.named_parameters():
+            if name not in missing:
+                own[name].data.copy_(value)
+
+    def _checksum(self) -> str:
+        import torch
+
+        digest = hashlib.blake2b(digest_size=16)
+        for name, value in sorted(self._own_weights().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     async def reset_prefix_cache(self) -> None:
         """There is none: every batch computes its prompts anew."""
 
@@ -425,6 +539,8 @@ class TorchEngine:
     async def stop(self) -> None:
         if self._loop is not None:
             self._loop.cancel()
+        self._held = False
+        self._between_tokens.put(lambda: None)  # a thread that is held looks again
         for job in [*self._batch, *self._waiting]:
             if not job.done.done():
                 job.done.set_exception(EngineDeadError(f"{self._name}: the torch engine was stopped."))

@@ -26,12 +26,21 @@ class Row:
     on_token: Callable[[int, StopReason | None, bool], None] | None = None
     """Told each token, and with the last one why it is the last, and whether a stop string cut it."""
     tokens: list[int] = field(default_factory=list)
+    weight_versions: list[tuple[str, int]] = field(default_factory=list)
+    """Versions that have sampled its tokens, each with the first of them."""
     logprobs: list[Any] = field(default_factory=list)
     """Tensors of shape [1 + k]."""
     logprob_tokens: list[Any] = field(default_factory=list)
     stop_reason: StopReason | None = None
     decoded: str | None = None
     """Set where a stop string cut it."""
+
+    def sampled_by(self, label: str) -> None:
+        """The next token is of this version."""
+        if self.weight_versions and self.weight_versions[-1][1] == len(self.tokens):
+            self.weight_versions.pop()
+        if not self.weight_versions or self.weight_versions[-1][0] != label:
+            self.weight_versions.append((label, len(self.tokens)))
 
 
 class RowSampler:
@@ -108,11 +117,12 @@ class RowStopper:
         rows: Sequence[Row],
         eos: set[int],
         tokenizer: Any,
-        between_tokens: Callable[[], None],
+        between_tokens: Callable[[], bool],
     ) -> None:
         """
         Args:
-            between_tokens: called once a step, while the model computes nothing.
+            between_tokens: called once a step, while the model computes nothing; returns whether what has been computed
+                of unfinished rows is to be computed anew, and so the batch must end here.
         """
         self._rows = rows
         self._eos = eos
@@ -127,8 +137,8 @@ class RowStopper:
                 row.stop_reason = "abort" if row.aborted() else self._reason(row)
                 if row.on_token is not None:
                     row.on_token(row.tokens[-1], row.stop_reason, row.decoded is not None)
-        self._between_tokens()
-        done = [row.stop_reason is not None for row in self._rows]
+        anew = self._between_tokens()
+        done = [anew or row.stop_reason is not None for row in self._rows]
         return torch.tensor(done, device=input_ids.device)
 
     def _reason(self, row: Row) -> StopReason | None:

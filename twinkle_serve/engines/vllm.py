@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 import os
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.adapters import not_in_model
+from twinkle_serve.checkpoint import Bucket
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, StopReason
+from twinkle_serve.data_format.weights import INITIAL, PauseMode, Spans
 from twinkle_serve.engines.base import TokenDelta, columns_of_group, most_new_tokens, stop_cut
-from twinkle_serve.engines.tmpfs import AdapterDirectory
+from twinkle_serve.engines.tmpfs import MemoryDirectory
 from twinkle_serve.errors import (
     AdapterError,
     EngineArgsError,
@@ -30,7 +32,9 @@ from twinkle_serve.errors import (
     EngineError,
     EngineStartError,
     SamplingParamsError,
+    TwinkleServeError,
     UnsupportedError,
+    WeightsError,
     unknown_name,
 )
 
@@ -176,9 +180,11 @@ class VLLMEngine:
         self._trust_remote_code = trust_remote_code
         self._llm: Any = None
         self._request_ids = itertools.count()
-        self._files: AdapterDirectory | None = None
+        self._files: MemoryDirectory | None = None
         self._lora_requests: dict[int, Any] = {}
         """vLLM's name of each adapter version, by its id."""
+        self._label = INITIAL
+        """Of the weights that it holds."""
         self._slots: AdapterSlots | None = None
 
     async def start(self) -> None:
@@ -191,8 +197,9 @@ class VLLMEngine:
         await asyncio.to_thread(self._start)
         config = self._llm.vllm_config
         lora = config.lora_config
+        self._files = MemoryDirectory()
+        await self._llm.update_weight_version(INITIAL)
         if lora is not None:
-            self._files = AdapterDirectory()
             await self._llm.collective_rpc("take_lora_off_the_head")
             if self._device == "cpu":
                 await self._llm.collective_rpc("keep_last_slot_empty")
@@ -287,16 +294,15 @@ class VLLMEngine:
 
     async def sample_group(self, group: Group) -> SampleColumns:
         params = group.params
-        output: Any = None
-        async with contextlib.aclosing(self._outputs(group, as_they_come=False)) as outputs:
-            async for latest in outputs:
-                output = latest
-
+        output = await self._last_output(group)
+        while _was_not_begun(output, group):  # a pause ended it
+            output = await self._last_output(group)
         # vLLM refuses n greedy samples of a prompt; they are n times the same.
         samples = output.outputs * group.count if params.greedy else output.outputs
         reasons: list[StopReason] = [sample.finish_reason for sample in samples]
-        if unfinished := set(reasons) - {"stop", "length"}:
+        if unfinished := set(reasons) - {"stop", "length", "abort"}:
             raise EngineError(f"{self._name}: vLLM ended a sample with {unfinished.pop()!r}.")
+        weight_versions = [self._spans(sample) for sample in samples]
         scores = None
         if params.prompt_logprobs is not None:
             scores = _prompt_scores(output.prompt_logprobs, group.prompt_ids, params.prompt_logprobs)
@@ -312,6 +318,7 @@ class VLLMEngine:
                 None if width is None else np.empty((0, width), np.float32),
                 None if width in (None, 1) else np.empty((0, width), np.int32),
                 scores,
+                weight_versions,
             )
         tokens = [np.asarray(sample.token_ids, np.int32) for sample in samples]
         # vLLM's own text lacks the end-of-sequence token, so the text is made here, and cut as vLLM cuts its own.
@@ -320,22 +327,43 @@ class VLLMEngine:
             if isinstance(sample.stop_reason, str):  # the stop string; a stop token is an int
                 decoded[j] = decoded[j][: stop_cut(decoded[j], params.stop_strings)]
         logprobs, logprob_tokens = _sample_logprobs([sample.logprobs for sample in samples], params.logprobs)
-        return columns_of_group(group, self._name, tokens, decoded, reasons, logprobs, logprob_tokens, scores)
+        return columns_of_group(
+            group, self._name, tokens, decoded, reasons, logprobs, logprob_tokens, scores, weight_versions
+        )
+
+    async def _last_output(self, group: Group) -> Any:
+        """vLLM's output of a group, whole."""
+        output: Any = None
+        async with contextlib.aclosing(self._outputs(group, as_they_come=False)) as outputs:
+            async for latest in outputs:
+                output = latest
+        return output
+
+    def _spans(self, sample: Any) -> Spans:
+        """Which weights sampled what; a sample without tokens has those that are there."""
+        spans = tuple((span.version, span.start) for span in sample.weight_versions or ())
+        return spans or ((self._label, 0),)
 
     async def stream_tokens(self, group: Group) -> AsyncGenerator[TokenDelta, None]:
-        async with contextlib.aclosing(self._outputs(group, as_they_come=True)) as outputs:
-            async for output in outputs:
-                sample = output.outputs[0]
-                if sample.finish_reason not in (None, "stop", "length"):
-                    raise EngineError(f"{self._name}: vLLM ended a sample with {sample.finish_reason!r}.")
-                if group.params.max_tokens != 0:
-                    yield TokenDelta(
-                        tokens=list(sample.token_ids),
-                        stop_reason=sample.finish_reason,
-                        by_stop_string=isinstance(sample.stop_reason, str),
-                    )
-                elif sample.finish_reason is not None:  # the token that vLLM samples nevertheless
-                    yield TokenDelta(tokens=[], stop_reason="length")
+        started = over = False
+        while not over:  # a pause may have ended it before it began
+            async with contextlib.aclosing(self._outputs(group, as_they_come=True)) as outputs:
+                async for output in outputs:
+                    sample = output.outputs[0]
+                    if sample.finish_reason == "abort" and not started and not sample.token_ids:
+                        continue
+                    over = sample.finish_reason is not None
+                    if sample.finish_reason not in (None, "stop", "length", "abort"):
+                        raise EngineError(f"{self._name}: vLLM ended a sample with {sample.finish_reason!r}.")
+                    if group.params.max_tokens != 0:
+                        started = True
+                        yield TokenDelta(
+                            tokens=list(sample.token_ids),
+                            stop_reason=sample.finish_reason,
+                            by_stop_string=isinstance(sample.stop_reason, str),
+                        )
+                    elif over:  # the token that vLLM samples nevertheless
+                        yield TokenDelta(tokens=[], stop_reason="length")
 
     def decode(self, tokens: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
@@ -371,7 +399,7 @@ class VLLMEngine:
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
 
-        assert self._files is not None, "LoRA is off"
+        assert self._files is not None
         try:
             path = await asyncio.to_thread(self._files.put, version, files)
             # The prefix cache and the worker tell adapters apart by name, path and id: each version has its own.
@@ -399,10 +427,54 @@ class VLLMEngine:
         self._lora_requests[version.id] = request
 
     async def drop_adapter(self, version: AdapterVersion) -> None:
-        assert self._files is not None, "LoRA is off"
+        assert self._files is not None
         if self._lora_requests.pop(version.id, None) is not None:
             await self._llm.remove_lora(version.id)
             self._files.drop(version)
+
+    async def pause(self, mode: PauseMode) -> None:
+        with self._dead_engines():
+            # The caches are as good as before, unless other weights come.
+            await self._llm.pause_generation(mode=mode, clear_cache=False)
+
+    async def resume(self) -> None:
+        with self._dead_engines():
+            await self._llm.resume_generation()
+
+    async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
+        assert self._files is not None
+        try:
+            await self._llm.collective_rpc("begin_weights")
+            async for bucket in buckets:
+                with self._files.holding(bucket) as path:
+                    await self._llm.collective_rpc("load_weights", args=(str(path),))
+            checksums = await self._llm.collective_rpc("finish_weights")
+            # Running samples compute anew what they had computed with the old weights.
+            await self._llm.reset_prefix_cache(reset_running_requests=True)
+            await self._llm.update_weight_version(label)
+        except TwinkleServeError:
+            raise
+        except OSError as error:
+            raise EngineError(
+                f"{self._name}: weights cannot be written to {self._files.root}: {error}. Make room there: with "
+                "docker, --shm-size."
+            ) from error
+        except Exception as error:
+            if self._llm.errored:
+                raise EngineDeadError(f"{self._name}: vLLM's engine process died. It is being restarted.") from error
+            raise WeightsError(f"vLLM refuses weights {label!r}: {error}") from error
+        self._label = label
+        return " ".join(checksums)
+
+    @contextlib.contextmanager
+    def _dead_engines(self) -> Iterator[None]:
+        """vLLM's error of a dead engine as ours."""
+        from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
+
+        try:
+            yield
+        except VLLMEngineDeadError as error:
+            raise EngineDeadError(f"{self._name}: vLLM's engine process died. It is being restarted.") from error
 
     async def reset_prefix_cache(self) -> None:
         if not await self._llm.reset_prefix_cache():
@@ -434,6 +506,15 @@ class VLLMEngine:
         if self._files is not None:
             self._files.close()
             self._files = None
+
+
+def _was_not_begun(output: Any, group: Group) -> bool:
+    """Whether an abort ended a group before anything of it was there."""
+    if all(sample.finish_reason != "abort" for sample in output.outputs):
+        return False
+    if group.params.prompt_logprobs is not None and output.prompt_logprobs is None:
+        return True
+    return not any(sample.token_ids for sample in output.outputs)
 
 
 def _sample_logprobs(flat: Sequence[Any], k: int | None) -> tuple[FloatArray | None, NDArray[np.int32] | None]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
+from safetensors.torch import load_file
+from vllm.config import set_current_vllm_config
 from vllm.lora.layers import fused_moe
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
 
@@ -30,8 +36,51 @@ class WorkerExtension:
     """Mixed into vLLM's worker by `worker_extension_cls`."""
 
     model_runner: Any
-
+    vllm_config: Any
     add_lora: Any
+    compute_weight_checksums: Any
+
+    _receiving = False
+    """Whether the model is being given weights, and holds some of the old and some of the new."""
+
+    def begin_weights(self) -> None:
+        """Prepares the model for new weights of its own, layer by layer, as its checkpoint names them."""
+        with set_current_vllm_config(self.vllm_config):
+            model = self.model_runner.get_model()
+            if self._receiving:  # what came last was cut off, or refused: layers that are half loaded go back
+                for layer in model.modules():
+                    info = get_layerwise_info(layer)
+                    info.loaded_weights.clear()
+                    info.load_numel = 0
+                finalize_layerwise_reload(model, self.vllm_config.model_config)
+            initialize_layerwise_reload(model)
+        self._receiving = True
+
+    def load_weights(self, path: str) -> None:
+        """Loads a part of the weights, a safetensors file. A layer is in place once all its weights have come."""
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.get_model().load_weights(load_file(path).items())
+
+    def finish_weights(self) -> str:
+        """Ends what `begin_weights` began. Returns a checksum of what the model computes with.
+
+        Adapters leave the worker's memory; vLLM loads each again when a request needs it.
+        """
+        model = self.model_runner.get_model()
+        with set_current_vllm_config(self.vllm_config):
+            finalize_layerwise_reload(model, self.vllm_config.model_config)
+        self._receiving = False
+        if current_platform.is_cpu():
+            # An output layer that shares the embedding's weights gets none of its own, and goes on with its packed
+            # copy of the old ones (vLLM 0.32). To be removed when a reload packs it again.
+            for module in model.modules():
+                if isinstance(module, ParallelLMHead):
+                    module.quant_method.process_weights_after_loading(module)
+        self.model_runner.reset_lora_state()
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(self.compute_weight_checksums().items()):
+            digest.update(f"{name} {tensor}\n".encode())
+        return digest.hexdigest()
 
     def add_adapter(self, name: str, adapter_id: int, path: str) -> list[str]:
         """Loads an adapter. Returns its modules that this worker's part of the model has no place for.

@@ -6,16 +6,17 @@ import asyncio
 import contextlib
 import contextvars
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import EngineInfo, Group, TextDelta
 from twinkle_serve.data_format.samples import SampleColumns
+from twinkle_serve.data_format.weights import BaseVersion, PauseMode
 from twinkle_serve.engines.base import Finished
-from twinkle_serve.errors import EngineDeadError, EngineError, TwinkleServeError
+from twinkle_serve.errors import DeadlineError, EngineDeadError, EngineError, TwinkleServeError
 from twinkle_serve.routing.adapters import Adapters
 from twinkle_serve.routing.dispatch import Dispatcher
 from twinkle_serve.routing.link import EngineLink
@@ -32,9 +33,17 @@ PROBE_TIMEOUT_S = 15.0
 """An engine that does not answer for so long is lost. Serve itself keeps a call to a dead one until it is replaced."""
 
 
+MOST_FAILED_LOADS = 3
+"""Times in a row that an engine may fail to load the current weights; then its process is replaced."""
+
+EngineState: TypeAlias = Literal["starting", "catching up", "ready", "draining", "dead"]
+"""starting: it has not answered yet. catching up: it answers, and is loading the current weights. ready: it is used.
+draining: it is used, and a pause waits for what it samples. dead: it was used, and does not answer any more."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class _Use:
-    """An engine from when it answered until it is lost."""
+    """An engine from when it was found ready until it is lost. It holds the current weights, or is paused."""
 
     info: EngineInfo
     adapters: dict[int, asyncio.Task[Any]] = field(default_factory=dict)
@@ -43,9 +52,10 @@ class _Use:
     """Set at its end."""
 
     def has(self, version: AdapterVersion | None) -> bool:
-        if version is None:
-            return True
-        loading = self.adapters.get(version.id)
+        return version is None or self.has_loaded(version.id)
+
+    def has_loaded(self, version_id: int) -> bool:
+        loading = self.adapters.get(version_id)
         return loading is not None and loading.done() and not loading.cancelled() and loading.exception() is None
 
 
@@ -55,6 +65,7 @@ class EnginePool:
     Guarantees: every group that is enqueued is handed back as samples or as a failure, unless it is withdrawn.
     Guarantees: a group whose engine dies is sampled elsewhere, with its seed; one that loses MOST_ENGINES_LOST fails.
     Guarantees: an engine has a group's adapter version before it is sent the group.
+    Guarantees: an engine that samples holds the current version of the model's own weights.
     Does not guarantee: the order in which groups finish.
     """
 
@@ -62,26 +73,40 @@ class EnginePool:
         self,
         links: Mapping[str, EngineLink],
         adapters: Adapters,
+        base: BaseVersion,
         *,
         wanted: Callable[[int], bool],
         deliver: Callable[[SampleColumns], None],
         fail: Callable[[int, TwinkleServeError], None],
+        load_timeout_s: float,
         engines_return: bool = True,
     ) -> None:
         """Must be called on the event loop that it is to live on.
 
         Args:
             adapters: whose versions new engines load.
+            base: version of the model's own weights that is current.
             wanted: whether anybody waits for a group, by its id.
             deliver: takes samples, of any number of groups.
             fail: takes what a group failed by, by its id.
+            load_timeout_s: deadline for an engine to load the current weights.
             engines_return: whether somebody replaces an engine that dies; else groups are not kept for it.
         """
         self._links = dict(links)
         self._adapters = adapters
+        self.base = base
+        """The current version of the model's own weights."""
+        self._states: dict[str, EngineState] = dict.fromkeys(links, "starting")
+        self._failed_loads: Counter[str] = Counter()
+        """In a row, by engine."""
+        self._changing = asyncio.Lock()
+        """Held while weights change, a pause begins or ends, or an engine is brought into use."""
+        self._holds: set[object] = set()
+        """What keeps the engines paused."""
         self._wanted, self._deliver_columns, self._fail = wanted, deliver, fail
         self.info: EngineInfo | None = None
         """Of the first engine that answered; they are alike."""
+        self._load_timeout_s = load_timeout_s
         self._has_info = asyncio.Event()
         self._dispatcher = Dispatcher()
         self._uses: dict[str, _Use] = {}
@@ -131,20 +156,21 @@ class EnginePool:
     def status(self) -> dict[str, Any]:
         """Engines and queue, as plain values."""
         engines: dict[str, Any] = {}
-        for name in self._links:
-            if (use := self._uses.get(name)) is None:
-                engines[name] = {"state": "starting", "sequences": 0}
-                continue
-            engines[name] = {
-                "state": "ready",
-                "sequences": self._dispatcher.sequences(name),
-                "engine": use.info.kind,
-                "device": use.info.device,
-                "cpus": list(use.info.cpus),
-                "max_model_len": use.info.max_model_len,
-                "logprobs_mode": use.info.logprobs_mode,
-            }
-        return {"engines": engines, "groups_waiting": self._dispatcher.waiting}
+        for name, state in self._states.items():
+            engines[name] = {"state": state, "sequences": 0}
+            if (use := self._uses.get(name)) is not None:
+                held = {version.id: version.label for version in self._adapters.held}
+                engines[name] |= {
+                    "sequences": self._dispatcher.sequences(name),
+                    "weights": self.base.label,
+                    "adapters": sorted(held[id] for id in use.adapters if id in held and use.has_loaded(id)),
+                    "engine": use.info.kind,
+                    "device": use.info.device,
+                    "cpus": list(use.info.cpus),
+                    "max_model_len": use.info.max_model_len,
+                    "logprobs_mode": use.info.logprobs_mode,
+                }
+        return {"engines": engines, "groups_waiting": self._dispatcher.waiting, "paused": bool(self._holds)}
 
     # -- groups ----------------------------------------------------------------------------------
 
@@ -339,6 +365,123 @@ class EnginePool:
                 answer.cancel()
                 await asyncio.wait({answer}, timeout=1.0)
 
+    # -- weights ---------------------------------------------------------------------------------
+
+    async def hold(self, key: object, mode: PauseMode) -> None:
+        """Pauses every engine, until `release` of the same key. A failure leaves it unpaused.
+
+        Raises:
+            EngineDeadError: they died, and do not return.
+        """
+        async with self._changing:
+            self._holds.add(key)
+            try:
+                await self._pause(mode)
+            except BaseException:
+                await self._let_go(key)
+                raise
+
+    async def release(self, key: object) -> None:
+        """Ends a pause; the engines go on when no other one holds them. Again: nothing."""
+        async with self._changing:
+            await self._let_go(key)
+
+    async def _let_go(self, key: object) -> None:
+        self._holds.discard(key)
+        if not self._holds:
+            await self._tell_each_or_lose_it("resume")
+        for name in self._uses:
+            self._states[name] = "ready"
+
+    async def _pause(self, mode: PauseMode) -> None:
+        if mode == "wait":
+            self._states |= dict.fromkeys(self._uses, "draining")
+        await self._tell_each("pause", mode)
+
+    async def update(
+        self, version: BaseVersion, mode: PauseMode, commit: Callable[[], Awaitable[None]], timeout_s: float
+    ) -> None:
+        """Has every engine load a version of the model's own weights, while nothing is sampled.
+
+        Guarantees: if it raises, the engines have the version before, and nobody stays paused by it.
+        Guarantees: engines that die on the way do not fail it, as long as one is left; they come back with what is
+            current.
+
+        Args:
+            mode: what becomes of running samples.
+            commit: records that the version is current; called when the engines have it.
+
+        Raises:
+            WeightsError: an engine does not take it.
+            EngineError: an engine failed on it, or engines ended with different weights.
+            EngineDeadError: all died.
+            DeadlineError: it took longer than `timeout_s`.
+        """
+        await self._some_engine()
+        async with self._changing:
+            key, loading = object(), False
+            self._holds.add(key)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._pause(mode)
+                    loading = True
+                    checksums = await self._tell_each("load_weights", version)
+                if not checksums:
+                    raise EngineDeadError(f"every engine died while it loaded {version.label!r}.")
+                if len(set(checksums.values())) > 1:
+                    found = ", ".join(f"{name} {checksum}" for name, checksum in checksums.items())
+                    raise EngineError(f"engines have different weights after they loaded {version.label!r}: {found}.")
+                await commit()
+                self.base = version
+            except BaseException as error:
+                if loading:
+                    await self._tell_each_or_lose_it("load_weights", self.base)
+                where = f"{self.base.label!r} is current"
+                if isinstance(error, TimeoutError):
+                    step = "loaded" if loading else "paused"
+                    raise DeadlineError(
+                        f"the engines were not {step} within {timeout_s:g} s for {version.label!r}; {where}."
+                    ) from None
+                if isinstance(error, TwinkleServeError):
+                    raise type(error)(f"{error} {where}.") from None
+                raise
+            finally:
+                await self._let_go(key)
+
+    async def _tell_each_or_lose_it(self, method: str, *args: Any) -> None:
+        """A control call to every engine in use. One that does not take it is not used until it has caught up."""
+
+        async def tell(name: str, use: _Use) -> None:
+            try:
+                await self._unless_lost(name, use, self._links[name].control(method, *args))
+            except Exception as error:
+                self._lose(name, use, error)
+
+        await asyncio.gather(*(tell(name, use) for name, use in list(self._uses.items())))
+
+    async def _tell_each(self, method: str, *args: Any) -> dict[str, Any]:
+        """A control call to every engine in use; returns when all have answered, with the answers of the living.
+
+        Raises:
+            TwinkleServeError: an engine refused, with its name.
+        """
+        uses = dict(self._uses)
+        calls = (self._unless_lost(name, use, self._links[name].control(method, *args)) for name, use in uses.items())
+        answers: dict[str, Any] = {}
+        failure: BaseException | None = None
+        for (name, use), answer in zip(uses.items(), await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if isinstance(answer, EngineDeadError):
+                self._lose(name, use, answer)
+            elif isinstance(answer, TwinkleServeError):
+                failure = type(answer)(f"{name}: {answer}")
+            elif isinstance(answer, BaseException):
+                failure = EngineError(f"{name} failed at {method}: {answer!r}")
+            else:
+                answers[name] = answer
+        if failure is not None:
+            raise failure
+        return answers
+
     # -- control ---------------------------------------------------------------------------------
 
     async def ask(self, method: str, *args: Any) -> Any:
@@ -369,20 +512,48 @@ class EnginePool:
             try:
                 async with asyncio.timeout(PROBE_TIMEOUT_S):
                     info = await self._links[name].describe()
-                    if name not in self._uses or self._uses[name].info.life != info.life:
-                        # Before it is used: a router that this one replaced may have left adapters there.
-                        await self._links[name].control("keep_adapters", [v.id for v in self._adapters.held])
             except Exception as error:  # whatever it is, an engine that does not answer is not used
                 self._lose(name, self._uses.get(name), error)
+                if self._states[name] != "starting":
+                    self._states[name] = "dead"
             else:
                 if (use := self._uses.get(name)) is not None and use.info.life != info.life:
                     self._lose(name, use, EngineDeadError("it was restarted"))
                 if name not in self._uses:
-                    await self._begin_use(name, info)
+                    await self._catch_up(name, info)
             await asyncio.sleep(PROBE_PERIOD_S)
+
+    async def _catch_up(self, name: str, info: EngineInfo) -> None:
+        """Brings an engine into use: without what another router left there, with the current weights, and paused where
+        the others are."""
+        self._states[name] = "catching up"
+        try:
+            async with asyncio.timeout(self._load_timeout_s):
+                await self._links[name].control("keep_adapters", [version.id for version in self._adapters.held])
+                held = await self._load_current(name, info.base)
+                async with self._changing:
+                    await self._load_current(name, held)  # others may have gone on to a newer one meanwhile
+                    await self._links[name].control(*(("pause", "keep") if self._holds else ("resume",)))
+                    await self._begin_use(name, info)
+        except Exception as error:
+            logger.warning(f"{name} did not get ready with {self.base.label!r}: {type(error).__name__}: {error}")
+            self._failed_loads[name] += 1
+            if self._failed_loads[name] >= MOST_FAILED_LOADS:
+                self._failed_loads[name] = 0
+                await self._quietly(name, "retire", f"it does not load {self.base.label!r}: {error}")
+        else:
+            self._failed_loads[name] = 0
+
+    async def _load_current(self, name: str, held: BaseVersion | None) -> BaseVersion:
+        """Has an engine that is not in use load the current weights, if it has others. Returns what it has then."""
+        if held != (base := self.base):
+            await self._links[name].control("pause", "keep")
+            await self._links[name].control("load_weights", base)
+        return base
 
     async def _begin_use(self, name: str, info: EngineInfo) -> None:
         self._uses[name] = use = _Use(info)
+        self._states[name] = "ready"
         self.info = self.info or info
         self._has_info.set()
         self._dispatcher.add_engine(name, info.max_num_seqs)
@@ -403,6 +574,7 @@ class EnginePool:
         if use is None or self._uses.get(name) is not use:
             return
         del self._uses[name]
+        self._states[name] = "dead"
         use.lost.set()
         lost = self._dispatcher.remove_engine(name)
         logger.warning(f"{name} is lost with {len(lost)} groups, to be sampled elsewhere: {type(error).__name__}")

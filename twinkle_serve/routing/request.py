@@ -47,6 +47,8 @@ class Request:
         self._adapter = adapter
         self._missing = dict.fromkeys(self.ids, params.num_samples)
         """Samples still to come, by group id."""
+        self.weight_versions: set[str] = set()
+        """Labels of the model's own weights that have sampled for it."""
         self._arrived: asyncio.Queue[tuple[SampleColumns, list[int]] | TwinkleServeError] = asyncio.Queue()
 
     def groups(self) -> list[Group]:
@@ -74,6 +76,7 @@ class Request:
 
     def add(self, columns: SampleColumns) -> None:
         """Takes samples of this request's groups, each sample once."""
+        self.weight_versions.update(label for spans in set(columns.weight_versions) for label, _ in spans)
         complete = []
         for group_id in columns.group.tolist():
             self._missing[group_id] -= 1

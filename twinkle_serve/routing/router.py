@@ -38,6 +38,7 @@ from twinkle_serve.routing.pool import EnginePool
 from twinkle_serve.routing.request import Request, ResponseHeader
 from twinkle_serve.routing.seeds import SPACING, prompt_seed
 from twinkle_serve.routing.templates import TemplateCache, TemplateChoice
+from twinkle_serve.routing.updates import Pauses, WeightUpdates, require_mode
 from twinkle_serve.template import Template
 from twinkle_serve.template.prompts import Prompt, encode_inputs
 from twinkle_serve.weights import StoreLink
@@ -55,6 +56,7 @@ class Router:
     Guarantees: cancelling the call, or its deadline, aborts its sequences in the engines.
     Guarantees: an engine's death loses no sample; see `EnginePool`.
     Guarantees: a request is sampled by the adapter version that its name meant when it was admitted.
+    Guarantees: every sample names the versions of the model's own weights that sampled it, and their tokens.
     Guarantees: what a name means, it means again to the router that replaces this one; the store has it.
     Does not guarantee: the order in which prompts finish.
     Does not guarantee: that a request survives this process.
@@ -76,8 +78,8 @@ class Router:
             model: directory of the model; its weights need not be there.
             store: has the adapters; the engines fetch them there.
             engines_return: whether somebody replaces an engine that dies; else requests are not kept for it.
-            observe_staleness: told of each finished request with a named adapter how many versions newer than the one
-                that sampled it there are by then.
+            observe_staleness: told of each finished request its adapter's name, "" for none, and how many versions
+                newer than the one that sampled it there are by then: of the adapter, or of the model's own weights.
 
         Raises:
             ModelNotFoundError: it has no tokenizer.
@@ -89,6 +91,8 @@ class Router:
         self._templates = TemplateCache(model, args)
         self._adapters: Adapters
         self._pool: EnginePool
+        self._updates: WeightUpdates
+        self._pauses: Pauses
         self._paths: OrderedDict[str, tuple[tuple[int, int], ...]] = OrderedDict()
         """Adapters by path, the last used last: what their files looked like when they were read."""
         self._adding = asyncio.Lock()
@@ -121,14 +125,19 @@ class Router:
             version = await self._store.put(name, files)
             await self._store.publish(version)
             await self._store.drop(self._adapters.publish(version))
+        base, labels = await self._store.base("take_over")
         self._pool = EnginePool(
             self._links,
             self._adapters,
+            base,
             wanted=self._requests.__contains__,
             deliver=self._deliver,
             fail=self._fail,
+            load_timeout_s=self._args.startup_timeout_s,
             engines_return=self._engines_return,
         )
+        self._updates = WeightUpdates(self._store, self._pool, labels)
+        self._pauses = Pauses(self._pool)
 
     def close(self) -> None:
         """Stops following engines; running calls are cancelled by whoever made them."""
@@ -279,12 +288,43 @@ class Router:
         finally:
             self._give_up(self._adapters.release(adapter))
 
+    # -- weights ---------------------------------------------------------------------------------
+
+    async def begin_weights(self, label: str, mode: str) -> int:
+        """See `WeightUpdates.begin`; a wrong mode is said before anything is sent."""
+        require_mode(mode)
+        return await self._updates.begin(label)
+
+    async def append_weights(self, upload: int, index: int, parcel: Any) -> None:
+        """See `WeightUpdates.append`."""
+        await self._updates.append(upload, index, parcel)
+
+    async def publish_weights(self, upload: int, mode: str, timeout_s: float) -> str:
+        """See `WeightUpdates.publish`."""
+        return await self._updates.publish(upload, mode, timeout_s)
+
+    async def abandon_weights(self, upload: int) -> None:
+        """See `WeightUpdates.abandon`."""
+        await self._updates.abandon(upload)
+
+    async def pause(self, mode: str, lease_s: float) -> int:
+        """See `Pauses.pause`."""
+        return await self._pauses.pause(mode, lease_s)
+
+    async def renew_pause(self, lease: int, lease_s: float) -> None:
+        """See `Pauses.renew`."""
+        await self._pauses.renew(lease, lease_s)
+
+    async def resume(self, lease: int) -> None:
+        """See `Pauses.resume`."""
+        await self._pauses.resume(lease)
+
     # -- control ---------------------------------------------------------------------------------
 
     async def state_keys(self) -> list[str]:
         """Names of the model's weights, as its checkpoint has them."""
-        keys: list[str] = await self._pool.ask("state_keys")
-        return keys
+        shapes, _ = await self._pool.ask("weight_shapes")
+        return sorted(shapes)
 
     async def check_template(self, template: TemplateChoice) -> None:
         """Builds a template, so that what is wrong with it is said before it is used.
@@ -305,8 +345,8 @@ class Router:
             RequestError: requests are running.
             UnsupportedError: the engines cannot.
         """
-        if level != 1:  # 2 drops the weights, and nothing here brings them back
-            raise RequestError(f"level must be 1, which keeps the weights in host memory, got {level!r}.")
+        if level not in (1, 2):
+            raise RequestError(f"level must be 1 or 2, got {level!r}.")
         if running := self._running + self._pool.sequences:
             raise RequestError(f"{running} requests are running: sleep would lose them. Wait for them, or cancel them.")
         self._asleep = True
@@ -344,6 +384,7 @@ class Router:
             "request_timeout_s": self._args.request_timeout_s,
             **self._pool.status(),
             "asleep": self._asleep,
+            "weights": self._pool.base.label,
             "adapters": {name: version.label for name, version in self._adapters.newest.items()},
             "requests": self._running,
         }
@@ -373,9 +414,15 @@ class Router:
             finally:
                 expiry.cancel()
                 self._dismiss(request)
-                adapter = understood.adapter
-                if adapter is not None and adapter.name not in self._paths and not request.samples_missing:
-                    self._observe_staleness(adapter.name, self._adapters.staleness(adapter))
+                if not request.samples_missing:
+                    self._observe(understood.adapter, request.weight_versions)
+
+    def _observe(self, adapter: AdapterVersion | None, weight_versions: set[str]) -> None:
+        """Reports how stale a finished request is: its adapter where it has one, else the model's own weights."""
+        if adapter is None:
+            self._observe_staleness("", self._updates.staleness(weight_versions))
+        elif adapter.name not in self._paths:
+            self._observe_staleness(adapter.name, self._adapters.staleness(adapter))
 
     def _expire(self, request: Request, limit_s: float) -> None:
         """Ends a request at its deadline: what has arrived can still be read, then comes the error."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from twinkle_serve.adapters import pack_adapter
+from twinkle_serve.checkpoint import BUCKET_BYTES, buckets, named_tensors
 from twinkle_serve.data_format import SampleResponse, SamplingParams
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.sampling_params import UNSET, Unset
-from twinkle_serve.errors import AdapterError, UnsupportedError
+from twinkle_serve.data_format.weights import PauseMode
+from twinkle_serve.errors import AdapterError, TwinkleServeError, UnsupportedError
 from twinkle_serve.routing.templates import TemplateChoice, pack_template
 from twinkle_serve.sampler.verification import Verification, verify
 from twinkle_serve.template import Template
@@ -60,12 +65,62 @@ class Backend(Protocol):
     def iterate_async(self, method: str, *args: Any, **options: Any) -> AsyncIterator[Any]:
         """As `iterate`, on the caller's event loop."""
 
+    def parcel(self, data: Any) -> Any:
+        """What stands for much data in the arguments of a call."""
+
     def shutdown(self) -> None:
         """Ends the sampler and frees its devices. Again: nothing."""
 
 
+Transport: TypeAlias = Literal["store"]
+"""How weights reach the engines."""
+
+ANSWER_TIMEOUT_S = 60.0
+"""Calls that do next to nothing."""
+
 CONTROL_TIMEOUT_S = 600.0
 """Calls that sample nothing: loading an adapter on every engine is the longest of them."""
+
+
+class Pause:
+    """A pause of every engine, until `resume` or the end of a `with` block.
+
+    Guarantees: it ends within its lease when this process is gone.
+    """
+
+    def __init__(self, backend: Backend, mode: PauseMode, lease_s: float) -> None:
+        self._backend = backend
+        self._lease_s = lease_s
+        # Draining may take as long as samples do.
+        self._lease: int = backend.call("pause", mode, lease_s, timeout_s=CONTROL_TIMEOUT_S)
+        self._ended = threading.Event()
+        threading.Thread(target=self._renew, name="pause", daemon=True).start()
+
+    def _renew(self) -> None:
+        while not self._ended.wait(self._lease_s / 3):
+            # One that is lost is said by `resume`.
+            with contextlib.suppress(TwinkleServeError):
+                self._backend.call("renew_pause", self._lease, self._lease_s, timeout_s=self._lease_s)
+
+    def resume(self) -> None:
+        """Has the engines go on. Again: nothing.
+
+        Raises:
+            EngineError: the pause had ended before, because the router was restarted or could not be reached.
+        """
+        if not self._ended.is_set():
+            self._ended.set()
+            self._backend.call("resume", self._lease, timeout_s=ANSWER_TIMEOUT_S)
+
+    def __enter__(self) -> Pause:
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if error is None:
+            self.resume()
+        else:
+            with contextlib.suppress(TwinkleServeError):  # what ended the block says more
+                self.resume()
 
 
 class RunningSampler(Sampler):
@@ -358,6 +413,93 @@ class RunningSampler(Sampler):
         self._backend.call("check_template", choice, timeout_s=CONTROL_TIMEOUT_S)
         self._template = choice
 
+    # -- weights ---------------------------------------------------------------------------------
+
+    def update_weights(
+        self,
+        weights: Any,
+        version: str,
+        mode: PauseMode = "keep",
+        *,
+        transport: Transport = "store",
+        allow_nonfinite: bool = False,
+        bucket_bytes: int = BUCKET_BYTES,
+        timeout_s: float = CONTROL_TIMEOUT_S,
+    ) -> str:
+        """Replaces the model's own weights on every engine. Returns `version`, which later samples are stamped with.
+
+        The weights are sent first, while the engines go on sampling; then the engines pause, load them and go on.
+        Adapters stay loaded. Engines that start later, or anew, start with them.
+
+        Args:
+            weights: every weight of the model by the name that its checkpoint has: a `state_dict`, pairs of name and
+                tensor that are made as they are taken, or a directory with safetensors files, on this machine.
+            version: label of these weights; each update has one of its own.
+            mode: what becomes of running samples. keep: they go on, and `weight_versions` of each says which tokens are
+                of which weights; what they had computed is computed anew. wait: they end first. abort: they end where
+                they are, with stop_reason abort; those without a token begin anew.
+            transport: store, through Ray's object store and files in memory.
+            allow_nonfinite: take NaN and infinite values.
+            bucket_bytes: about how much is in memory at a time, here and at each engine: twice that at most, or twice
+                the largest weight.
+            timeout_s: limit of each step: sending a bucket, and the engines' part of it all.
+
+        Raises:
+            WeightsError: names, shapes or values that cannot be, weights that are missing, a version that exists
+                already, or another update that is under way.
+            EngineError: an engine failed on it.
+            StoreError: the store failed.
+            DeadlineError: the engines were not done within `timeout_s`.
+                After each, the weights before are current on all engines, and nobody is paused.
+            UnsupportedError: no such transport, or a model without safetensors files.
+        """
+        if transport != "store":
+            raise UnsupportedError(f"transport must be store, got {transport!r}.")
+        parts = buckets(named_tensors(weights), bucket_bytes, allow_nonfinite=allow_nonfinite)
+        upload: int = self._backend.call("begin_weights", version, mode, timeout_s=timeout_s)
+        try:
+            # The next bucket is made while the last one is on its way.
+            with ThreadPoolExecutor(1, thread_name_prefix="weights") as sender:
+                sent: Future[Any] | None = None
+                for index, bucket in enumerate(parts):
+                    if sent is not None:
+                        sent.result()
+                    sent = sender.submit(
+                        self._backend.call,
+                        "append_weights",
+                        upload,
+                        index,
+                        self._backend.parcel(bucket),
+                        timeout_s=timeout_s,
+                    )
+                if sent is not None:
+                    sent.result()
+            label: str = self._backend.call(
+                "publish_weights", upload, mode, timeout_s, timeout_s=timeout_s + ANSWER_TIMEOUT_S
+            )
+        except BaseException:
+            with contextlib.suppress(TwinkleServeError):  # what is given up by itself when nothing comes of it
+                self._backend.call("abandon_weights", upload, timeout_s=ANSWER_TIMEOUT_S)
+            raise
+        return label
+
+    def pause(self, mode: PauseMode = "keep", *, lease_s: float = 30.0) -> Pause:
+        """Has no engine sample anything until the pause is ended. Calls wait meanwhile, within their deadline.
+
+        The pause is renewed from a thread of this process for as long as it lives; if it dies, the engines go on within
+        `lease_s`.
+
+        Args:
+            mode: what becomes of running samples, as of `update_weights`.
+
+        Returns:
+            The pause: `resume()` ends it, or a `with` block around it.
+
+        Raises:
+            RequestError: no such mode, or a lease that is none.
+        """
+        return Pause(self._backend, mode, lease_s)
+
     # -- control ---------------------------------------------------------------------------------
 
     def get_state_keys(self) -> list[str]:
@@ -373,7 +515,7 @@ class RunningSampler(Sampler):
         """Frees the engines' device memory until `wake_up`; calls are refused meanwhile.
 
         Args:
-            level: 1, which keeps the weights in host memory.
+            level: 1 keeps the weights in host memory; 2 drops them, and `wake_up` loads the current ones.
 
         Raises:
             UnsupportedError: an engine on CPU, torch, or vllm without engine_args.enable_sleep_mode.

@@ -242,6 +242,9 @@ class ServiceBackend:
         finally:
             _cancel(stream)
 
+    def parcel(self, data: Any) -> Any:
+        return [ray.put(data)]  # in a list: Ray does not fetch it for the router's process
+
     def shutdown(self) -> None:
         if ray.is_initialized() and self._name in serve.status().applications:
             with contextlib.suppress(TwinkleServeError):  # one that cannot be reached is deleted all the same

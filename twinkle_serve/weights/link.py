@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
+
+from twinkle_serve.checkpoint import Bucket
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.weights import BaseVersion
+from twinkle_serve.weights.base import CALLS
 from twinkle_serve.weights.store import WeightStore
 
 
@@ -33,6 +38,12 @@ class StoreLink(Protocol):
 
     async def files(self, version: AdapterVersion) -> AdapterFiles:
         """See `WeightStore.files`."""
+
+    async def base(self, method: str, *args: Any) -> Any:
+        """Calls one of the CALLS of `BaseWeights`. A bucket comes as the sampler's backend made a parcel of it."""
+
+    async def bucket(self, version: BaseVersion, index: int) -> Bucket:
+        """See `BaseWeights.bucket`."""
 
 
 class LocalStore:
@@ -66,3 +77,12 @@ class LocalStore:
     async def files(self, version: AdapterVersion) -> AdapterFiles:
         async with self._turn:
             return await asyncio.to_thread(self._store.files, version)
+
+    async def base(self, method: str, *args: Any) -> Any:
+        assert method in CALLS, method
+        async with self._turn:
+            return await asyncio.to_thread(getattr(self._store.base, method), *args)
+
+    async def bucket(self, version: BaseVersion, index: int) -> Bucket:
+        async with self._turn:
+            return np.frombuffer(await asyncio.to_thread(self._store.base.bucket, version, index), np.uint8)

@@ -1,17 +1,17 @@
-"""The versions of every adapter, each whole or not there at all, in memory and in a state directory. No Ray here."""
+"""The versions of every adapter, each whole or not there at all, in memory or in a state directory. No Ray here."""
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from twinkle_serve.adapters import CONFIG, WEIGHTS, describe_adapter
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.errors import AdapterError, ConfigError, StoreError
+from twinkle_serve.weights.base import BaseWeights
+from twinkle_serve.weights.disk import Disk
 
 logger = logging.getLogger("ray.serve")
 
@@ -56,9 +56,11 @@ class WeightStore:
         """Files by id, where there is no state directory."""
         # At random, where nothing is known of those before: engines may still hold theirs.
         self._next_id = random.randrange(1, 2**30)
-        self._disk = None if state_dir is None else _Disk(state_dir)
+        self._disk = None if state_dir is None else Disk(state_dir)
         if self._disk is not None:
             self._recover(self._disk)
+        self.base = BaseWeights(self._disk)
+        """The model's own weights."""
 
     def published(self) -> dict[str, list[AdapterVersion]]:
         """Versions that names mean or have meant, by name, the newest last.
@@ -94,7 +96,8 @@ class WeightStore:
             checksum=files.checksum(),
         )
         if self._disk is not None:
-            self._disk.write_files(version, files)
+            self._disk.write(f"{_directory(version)}/{CONFIG}", files.config)
+            self._disk.write(f"{_directory(version)}/{WEIGHTS}", files.weights)
         else:
             self._memory[version.id] = files
         self._loads[name] = version.version
@@ -150,7 +153,7 @@ class WeightStore:
         for version in mine:
             self._memory.pop(version.id, None)
             if self._disk is not None:
-                self._disk.remove_files(version)
+                self._disk.remove(_directory(version))
 
     def files(self, version: AdapterVersion) -> AdapterFiles:
         """The files of a version.
@@ -161,7 +164,10 @@ class WeightStore:
         self._entry(version)
         if self._disk is None:
             return self._memory[version.id]
-        files = self._disk.read_files(version)
+        files = AdapterFiles(
+            config=self._disk.read(f"{_directory(version)}/{CONFIG}"),
+            weights=self._disk.read(f"{_directory(version)}/{WEIGHTS}"),
+        )
         if (found := files.checksum()) != version.checksum:
             raise StoreError(
                 f"adapter {version.label} in {self._disk.root} has the checksum {found}, and had {version.checksum} "
@@ -178,6 +184,7 @@ class WeightStore:
         if self._disk is None:
             return
         self._disk.write_manifest(
+            MANIFEST,
             {
                 "format": FORMAT,
                 "model_id": self._model_id,
@@ -187,11 +194,11 @@ class WeightStore:
                     {**asdict(entry.version), "is_path": entry.is_path, "published": entry.published}
                     for entry in self._entries.values()
                 ],
-            }
+            },
         )
 
-    def _recover(self, disk: _Disk) -> None:
-        manifest = disk.read_manifest()
+    def _recover(self, disk: Disk) -> None:
+        manifest = disk.read_manifest(MANIFEST)
         if manifest is None:
             self._save()
             return
@@ -218,67 +225,5 @@ class WeightStore:
         logger.info(f"{len(self._entries)} versions of adapters found in {disk.root}")
 
 
-class _Disk:
-    """A state directory: a manifest, and beside it the files of each version."""
-
-    def __init__(self, state_dir: str) -> None:
-        import fsspec
-
-        try:
-            self._system, self.root = fsspec.core.url_to_fs(state_dir)
-            self._system.makedirs(self.root, exist_ok=True)
-        except Exception as error:  # of whatever stands behind the URL
-            raise ConfigError(f"state_dir {state_dir!r} cannot be used: {type(error).__name__}: {error}") from error
-        self._is_local = self._system.protocol in ("file", ("file", "local"))
-
-    def read_manifest(self) -> Any:
-        path = f"{self.root}/{MANIFEST}"
-        try:
-            return json.loads(self._system.cat_file(path)) if self._system.exists(path) else None
-        except Exception as error:
-            raise ConfigError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-
-    def write_manifest(self, manifest: dict[str, Any]) -> None:
-        self._write(f"{self.root}/{MANIFEST}", json.dumps(manifest).encode())
-
-    def write_files(self, version: AdapterVersion, files: AdapterFiles) -> None:
-        directory = self._directory(version)
-        try:
-            self._system.makedirs(directory, exist_ok=True)
-        except Exception as error:
-            raise StoreError(f"{directory} cannot be made: {type(error).__name__}: {error}") from error
-        self._write(f"{directory}/{CONFIG}", files.config)
-        self._write(f"{directory}/{WEIGHTS}", files.weights)
-
-    def read_files(self, version: AdapterVersion) -> AdapterFiles:
-        directory = self._directory(version)
-        try:
-            return AdapterFiles(
-                config=self._system.cat_file(f"{directory}/{CONFIG}"),
-                weights=self._system.cat_file(f"{directory}/{WEIGHTS}"),
-            )
-        except Exception as error:
-            raise StoreError(f"{directory} cannot be read: {type(error).__name__}: {error}") from error
-
-    def remove_files(self, version: AdapterVersion) -> None:
-        try:
-            self._system.rm(self._directory(version), recursive=True)
-        except Exception as error:
-            logger.warning(f"{self._directory(version)} was not removed: {type(error).__name__}: {error}")
-
-    def _directory(self, version: AdapterVersion) -> str:
-        return f"{self.root}/adapters/{version.id}"
-
-    def _write(self, path: str, data: bytes) -> None:
-        """Whole or not at all: an object store does so by itself, a file system by renaming."""
-        try:
-            if self._is_local:
-                self._system.pipe_file(f"{path}.part", data)
-                self._system.mv(f"{path}.part", path)
-            else:
-                self._system.pipe_file(path, data)
-        except Exception as error:
-            raise StoreError(
-                f"{path} of {len(data)} bytes cannot be written: {type(error).__name__}: {error}. Make room there, or "
-                "name another state_dir."
-            ) from error
+def _directory(version: AdapterVersion) -> str:
+    return f"adapters/{version.id}"

@@ -1,0 +1,219 @@
+"""New weights of the model's own, in every engine: spans are exact, adapters stay, what is refused leaves no trace."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conformance.harness import EngineHarness
+from tests.lora import save_adapter
+from tests.weights import Reference, changed_weights
+from twinkle_serve import hub
+from twinkle_serve.adapters import read_adapter
+from twinkle_serve.data_format.response import SampledSequence
+from twinkle_serve.data_format.weights import FILES, INITIAL, PauseMode
+from twinkle_serve.errors import TwinkleServeError
+
+LONG = {"max_tokens": 240, "ignore_eos": True, "logprobs": 0}
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return Reference()
+
+
+@pytest.fixture(scope="module")
+def versions() -> dict[str, Any]:
+    return {INITIAL: None, "one": changed_weights(1), "two": changed_weights(2)}
+
+
+@pytest.fixture(autouse=True)
+async def as_it_was(engine: EngineHarness) -> AsyncIterator[None]:
+    yield
+    await engine.host.pause("keep")
+    await engine.host.load_weights(FILES)
+    await engine.host.resume()
+
+
+async def logprobs_under(
+    engine: EngineHarness, reference: Reference, weights: Any, label: str, ids: list[int], adapter: Path | None = None
+) -> np.ndarray[Any, Any]:
+    """What a version says of a sequence: transformers, or for the toy model the engine itself, which then has it."""
+    if engine.info.kind != "fake":
+        return reference.logprobs(weights, ids, adapter)
+    assert adapter is None
+    await engine.host.pause("keep")
+    await (engine.host.load_weights(FILES) if weights is None else engine.load(label, weights))
+    await engine.host.resume()
+    scored = await engine.sample([np.array(ids)], max_tokens=0, prompt_logprobs=0, logprobs=None)
+    return np.array(scored.prompt_logprobs[1:])  # type: ignore[index]
+
+
+async def check_spans(
+    engine: EngineHarness, reference: Reference, versions: dict[str, Any], sequence: SampledSequence
+) -> None:
+    """Each token has the logprob of the version that its span names, and its span has not that of any other."""
+    prompt = sequence.response.prompts[sequence.prompt_index].tolist()
+    spans = sequence.weight_versions
+    assert [span.start for span in spans] == [0, *(span.end for span in spans[:-1])]
+    assert spans[-1].end == len(sequence.tokens)
+    for label, weights in versions.items():
+        scored = await logprobs_under(engine, reference, weights, label, prompt + sequence.tokens)
+        difference = np.abs(scored[len(prompt) - 1 :] - np.array([row[0][1] for row in sequence.logprobs or []]))
+        for span in spans:
+            part = difference[span.start : span.end]
+            if span.version == label:
+                assert part.max() < 1e-3, f"{span} is not of {label}"
+            else:
+                assert part.max() > 1e-2, f"{span} is of {label} too"
+
+
+async def running(engine: EngineHarness, prompt: np.ndarray[Any, Any]) -> asyncio.Task[Any]:
+    """A group of long samples, once it has tokens: so has a stream that was sent with it."""
+    task = engine.start(engine.group(prompt, count=4, seed=5, **LONG))
+    stream = engine.engine.stream_tokens(engine.group(prompt, max_tokens=8, ignore_eos=True))
+    async with contextlib.aclosing(stream):
+        tokens = 0
+        async for delta in stream:
+            tokens += len(delta.tokens)
+            if tokens > 2:
+                break
+    return task
+
+
+@pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
+async def test_every_token_has_the_logprob_of_the_weights_that_it_names(
+    engine: EngineHarness,
+    prompts: list[np.ndarray[Any, Any]],
+    reference: Reference,
+    versions: dict[str, Any],
+    mode: PauseMode,
+) -> None:
+    """An update under running samples, another right behind it, and a group that was asked for in the pause."""
+    task = await running(engine, prompts[0])
+    await engine.host.pause(mode)
+    later = engine.start(engine.group(prompts[1], count=1, max_tokens=4, ignore_eos=True, logprobs=0))
+    await engine.load("one", versions["one"])
+    await engine.host.resume()
+    response = engine.response_of([prompts[0]], [await task])
+    (after,) = engine.response_of([prompts[1]], [await later]).sequences
+    for sequence in response.sequences:
+        labels = [span.version for span in sequence.weight_versions]
+        if mode == "keep":
+            assert labels == [INITIAL, "one"] and len(sequence.tokens) == 240
+        elif mode == "wait":
+            assert labels == [INITIAL] and len(sequence.tokens) == 240
+        else:
+            assert labels == [INITIAL] and sequence.stop_reason == "abort" and 0 < len(sequence.tokens) < 240
+    await check_spans(engine, reference, versions, response.sequences[-1])
+    assert [span.version for span in after.weight_versions] == ["one"]
+    await check_spans(engine, reference, versions, after)
+
+
+async def test_prompt_that_is_known_is_computed_anew(
+    engine: EngineHarness, prompts: list[np.ndarray[Any, Any]], reference: Reference, versions: dict[str, Any]
+) -> None:
+    """No key or value of the old weights is left in a prefix cache."""
+    long = np.concatenate([*prompts, *prompts])
+    await engine.one(long, max_tokens=8, ignore_eos=True)
+    await engine.host.pause("keep")
+    await engine.load("one", versions["one"])
+    await engine.load("two", versions["two"])
+    await engine.host.resume()
+    await check_spans(engine, reference, versions, await engine.one(long, max_tokens=8, ignore_eos=True))
+
+
+async def test_adapters_stay_loaded(
+    engine: EngineHarness,
+    prompts: list[np.ndarray[Any, Any]],
+    reference: Reference,
+    versions: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    """An adapter answers with its own weights on the new ones of the model, beside the model itself."""
+    paths = {name: save_adapter(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2))}
+    added = {name: await engine.add(f"stays-{name}", read_adapter(path)) for name, path in paths.items()}
+    await engine.host.pause("keep")
+    await engine.load("one", versions["one"])
+    await engine.host.resume()
+    prompt = prompts[0]
+    options = {"max_tokens": 12, "ignore_eos": True, "logprobs": 0}
+    samples = await asyncio.gather(*(engine.one(prompt, adapter=adapter, **options) for adapter in added.values()))
+    base = await engine.one(prompt, **options)
+    for sequence, path in zip([*samples, base], [*paths.values(), None], strict=True):
+        assert [span.version for span in sequence.weight_versions] == ["one"]
+        if engine.info.kind != "fake":
+            scored = reference.logprobs(versions["one"], prompt.tolist() + sequence.tokens, path)
+            assert np.abs(scored[len(prompt) - 1 :] - [row[0][1] for row in sequence.logprobs or []]).max() < 1e-3
+    if engine.info.kind == "fake":
+        assert len({tuple(sequence.tokens) for sequence in [*samples, base]}) == 3
+    for version in added.values():
+        await engine.host.drop_adapter(version)
+
+
+async def test_checksum_is_that_of_the_weights(engine: EngineHarness, versions: dict[str, Any]) -> None:
+    """However they were cut into buckets, and whatever was loaded before."""
+    await engine.host.pause("keep")
+    one = await engine.load("one", versions["one"])
+    two = await engine.load("two", versions["two"])
+    again = await engine.load("one again", dict(reversed(versions["one"].items())), bucket_bytes=2**18)
+    assert one == again != two
+    await engine.host.resume()
+
+
+async def test_weights_that_do_not_fit_are_refused_and_others_taken_afterwards(
+    engine: EngineHarness, prompts: list[np.ndarray[Any, Any]], reference: Reference, versions: dict[str, Any]
+) -> None:
+    """Halfway through, when some layers are new already: until it has a whole version, it says that it has none."""
+    bad = dict(versions["two"])
+    name = list(bad)[-2]
+    bad[name] = bad[name][:1]
+    await engine.host.pause("keep")
+    with pytest.raises(TwinkleServeError):
+        await engine.load("bad", bad, bucket_bytes=2**18)
+    assert (await engine.host.describe()).base is None
+    await engine.load("one", versions["one"])
+    assert (await engine.host.describe()).base is not None
+    await engine.host.resume()
+    await check_spans(engine, reference, versions, await engine.one(prompts[0], max_tokens=8, ignore_eos=True))
+
+
+async def test_samples_that_had_not_begun_are_sampled_after_an_abort(
+    engine: EngineHarness, prompts: list[np.ndarray[Any, Any]], versions: dict[str, Any]
+) -> None:
+    """Of more groups than run side by side none is without tokens, and those that waited have the new weights alone."""
+    groups = [engine.group(prompts[i % 6], **LONG) for i in range(engine.info.max_num_seqs + 8)]
+    first = await running(engine, prompts[0])
+    tasks = [engine.start(group) for group in groups]
+    await asyncio.sleep(0)
+    await engine.host.pause("abort")
+    await engine.load("one", versions["one"])
+    await engine.host.resume()
+    columns = await asyncio.gather(first, *tasks)
+    labels = [{label for spans in part.weight_versions for label, _ in spans} for part in columns]
+    assert labels[0] == {INITIAL}
+    assert {"one"} in labels, "every group had begun: the test shows nothing"
+    assert all(part.lengths.min() > 0 for part, found in zip(columns, labels, strict=True) if found == {"one"})
+    assert all(part.lengths.max() > 0 for part in columns)
+
+
+async def test_pause_ends_without_a_router(
+    engine: EngineHarness, prompts: list[np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lease: nobody asks after the engine any more, and it goes on."""
+    monkeypatch.setattr("twinkle_serve.engines.host.PAUSE_LEASE_S", 0.2)
+    await engine.host.pause("keep")
+    assert len((await engine.one(prompts[0], max_tokens=2)).tokens) > 0
+
+
+def test_demo_model_has_all_its_weights() -> None:
+    """The changed weights of these tests are all of the model's."""
+    from twinkle_serve.checkpoint import weight_shapes
+
+    assert set(changed_weights(1)) == set(weight_shapes(hub.DEMO))

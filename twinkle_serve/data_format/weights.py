@@ -1,0 +1,44 @@
+"""Versions of the model's own weights, and which of them sampled which tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+INITIAL = "initial"
+"""Label of the weights in the model's own files."""
+
+PauseMode: TypeAlias = Literal["keep", "wait", "abort"]
+"""What becomes of running samples in a pause. keep: they stand still, and go on afterwards. wait: they end first.
+abort: they end where they are, with the tokens that they have."""
+
+PAUSE_MODES: tuple[PauseMode, ...] = ("keep", "wait", "abort")
+
+Spans: TypeAlias = tuple[tuple[str, int], ...]
+"""Versions that sampled one sequence, in order: each one's label, and the first token that it sampled."""
+
+
+class VersionSpan(NamedTuple):
+    """Tokens of a sample that one version of the model's weights has sampled."""
+
+    version: str
+    start: int
+    """Index of the first token."""
+    end: int
+    """Index behind the last token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseVersion:
+    """One immutable version of the model's own weights."""
+
+    label: str
+    number: int
+    """0 is the model's own files; each later version has a larger one."""
+    buckets: tuple[str, ...] = ()
+    """Checksum of each bucket that the store has of it; none of the model's own files."""
+    size_bytes: int = 0
+
+
+FILES = BaseVersion(label=INITIAL, number=0)
+"""The model's own files."""

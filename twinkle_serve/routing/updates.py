@@ -1,0 +1,231 @@
+"""New weights of the model's own, one update at a time, and pauses that end with whoever asked for them. No Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from typing import Any
+
+from twinkle_serve.data_format.weights import PAUSE_MODES, BaseVersion
+from twinkle_serve.errors import EngineError, RequestError, StoreError, UnsupportedError, WeightsError
+from twinkle_serve.routing.pool import EnginePool
+from twinkle_serve.weights import StoreLink
+
+logger = logging.getLogger("ray.serve")
+
+UPLOAD_LEASE_S = 120.0
+"""An update is given up when no bucket of it has come for so long: its trainer is gone."""
+
+LONGEST_LEASE_S = 3600.0
+
+
+class WeightUpdates:
+    """Takes new versions of the model's own weights from trainers, and has the engines load them.
+
+    Guarantees: nobody samples from a version before every byte of it is in the store and every engine in use has it.
+    Guarantees: an update that fails, or whose trainer dies, leaves the version before current, and nothing behind.
+    """
+
+    def __init__(self, store: StoreLink, pool: EnginePool, labels: list[str]) -> None:
+        """
+        Args:
+            labels: of all versions so far, by their number.
+        """
+        self._store, self._pool = store, pool
+        self._numbers = {label: number for number, label in enumerate(labels)}
+        self._upload: int | None = None
+        self._label = ""
+        self._expiry: asyncio.TimerHandle | None = None
+        self._last_heard = 0.0
+        self._publishing: asyncio.Task[None] | None = None
+
+    async def begin(self, label: str) -> int:
+        """Begins an update. Returns what its buckets are sent under.
+
+        Raises:
+            WeightsError: the version exists, or another update is under way.
+            UnsupportedError: the model's files do not say what weights it has.
+        """
+        if not isinstance(label, str) or not label:
+            raise WeightsError(f"version must be a non-empty string, got {label!r}.")
+        if self._upload is not None:
+            silent_s = asyncio.get_running_loop().time() - self._last_heard
+            raise WeightsError(
+                f"an update to {self._label!r} is under way, heard of {silent_s:.1f} s ago. Wait for it; one whose "
+                f"trainer is gone is given up after {UPLOAD_LEASE_S:g} s."
+            )
+        self._upload, self._label = -1, label  # from here on, others are refused
+        try:
+            self._hear()
+            shapes, tied = await self._pool.ask("weight_shapes")
+            if not shapes:
+                raise UnsupportedError("the model has no safetensors files, which say what weights it has.")
+            self._upload = upload = int(await self._store.base("begin", label, shapes, tied))
+        except BaseException:
+            self._end()
+            raise
+        return upload
+
+    async def append(self, upload: int, index: int, parcel: Any) -> None:
+        """Takes the next bucket.
+
+        Raises:
+            WeightsError: it is damaged, or holds names or shapes that the model has not. The update is over.
+            StoreError: the update was given up, or the store cannot be written. The update is over.
+        """
+        self._require(upload)
+        self._hear()
+        try:
+            await self._store.base("append", upload, index, parcel)
+        except BaseException:
+            if self._upload == upload:
+                self._end()
+            raise
+        if self._upload == upload:
+            self._hear()
+
+    async def publish(self, upload: int, mode: str, timeout_s: float) -> str:
+        """Makes the version current, on all engines or on none. Returns its label.
+
+        Once it has begun, it goes on though nobody waits for it any more.
+
+        Raises:
+            WeightsError: weights are missing, or an engine does not take them.
+            EngineError: an engine failed on it.
+            DeadlineError: it took longer than `timeout_s`.
+                After each, the version before is current and nobody is paused.
+        """
+        require_mode(mode)
+        self._require(upload)
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        label = self._label
+        task = self._publishing = self._pool.spawn(self._publish(upload, mode, timeout_s))
+        await asyncio.shield(task)
+        return label
+
+    async def _publish(self, upload: int, mode: Any, timeout_s: float) -> None:
+        try:
+            version: BaseVersion = await self._store.base("seal", upload)
+
+            async def commit() -> None:
+                await self._store.base("commit", version)
+                self._numbers[version.label] = version.number
+
+            await self._pool.update(version, mode, commit, timeout_s)
+        except BaseException:
+            await self._discard()
+            raise
+        finally:
+            self._end()
+
+    async def abandon(self, upload: int) -> None:
+        """Gives an update up that has not been published. Again: nothing."""
+        if self._upload == upload and (self._publishing is None or self._publishing.done()):
+            await self._discard()
+            self._end()
+
+    async def _discard(self) -> None:
+        try:
+            await self._store.base("discard")
+        except StoreError as error:  # the next update replaces it
+            logger.warning(f"the store keeps a part of {self._label!r}: {error}")
+
+    def _require(self, upload: int) -> None:
+        if upload != self._upload:
+            raise StoreError("the update of weights was given up: its trainer was silent, or the router was restarted.")
+
+    def _hear(self) -> None:
+        """The trainer lives."""
+        loop = asyncio.get_running_loop()
+        self._last_heard = loop.time()
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._expiry = loop.call_later(UPLOAD_LEASE_S, self._expire)
+
+    def _expire(self) -> None:
+        logger.warning(f"the update to {self._label!r} is given up: no bucket came for {UPLOAD_LEASE_S:g} s")
+        self._end()
+        self._pool.spawn(self._discard())
+
+    def _end(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._upload, self._expiry, self._publishing = None, None, None
+
+    def staleness(self, labels: set[str]) -> int:
+        """Versions that have become current since the oldest of these."""
+        current = self._pool.base.number
+        return current - min((self._numbers.get(label, current) for label in labels), default=current)
+
+
+class Pauses:
+    """Pauses that callers ask for: each lasts while its caller renews it.
+
+    Guarantees: a caller that is gone leaves nobody paused for longer than its lease.
+    """
+
+    def __init__(self, pool: EnginePool) -> None:
+        self._pool = pool
+        self._ids = itertools.count(1)
+        self._ends: dict[int, asyncio.TimerHandle] = {}
+
+    async def pause(self, mode: str, lease_s: float) -> int:
+        """Pauses every engine; returns the lease's number.
+
+        Raises:
+            RequestError: no such mode, or a lease that is none.
+        """
+        require_mode(mode)
+        if isinstance(lease_s, bool) or not isinstance(lease_s, (int, float)) or not 0 < lease_s <= LONGEST_LEASE_S:
+            raise RequestError(
+                f"lease_s must be a number of seconds above 0, at most {LONGEST_LEASE_S:g}, got {lease_s!r}."
+            )
+        lease = next(self._ids)
+        await self._pool.hold(self._key(lease), mode)  # type: ignore[arg-type]  # it was checked
+        self._schedule(lease, lease_s)
+        return lease
+
+    async def renew(self, lease: int, lease_s: float) -> None:
+        """The caller lives.
+
+        Raises:
+            EngineError: the pause is over.
+        """
+        self._require(lease)
+        self._schedule(lease, lease_s)
+
+    async def resume(self, lease: int) -> None:
+        """Ends a pause.
+
+        Raises:
+            EngineError: it was over before: what ran meanwhile was not paused.
+        """
+        self._require(lease)
+        self._ends.pop(lease).cancel()
+        await self._pool.release(self._key(lease))
+
+    def _key(self, lease: int) -> tuple[str, int]:
+        return ("pause", lease)
+
+    def _require(self, lease: int) -> None:
+        if lease not in self._ends:
+            raise EngineError("the pause is over: it was not renewed in time, or the router was restarted.")
+
+    def _schedule(self, lease: int, lease_s: float) -> None:
+        if (end := self._ends.get(lease)) is not None:
+            end.cancel()
+        self._ends[lease] = asyncio.get_running_loop().call_later(lease_s, self._expire, lease)
+
+    def _expire(self, lease: int) -> None:
+        logger.warning(f"pause {lease} was not renewed: the engines go on")
+        del self._ends[lease]
+        self._pool.spawn(self._pool.release(self._key(lease)))
+
+
+def require_mode(mode: object) -> None:
+    """Raises RequestError for what is no PauseMode."""
+    if mode not in PAUSE_MODES:
+        raise RequestError(f"mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r}.")
