@@ -29,6 +29,7 @@ PAGES = ("api.md", "migrating.md")
 SECTIONS = {
     "Sampler": "twinkle_serve:Sampler",
     "RunningSampler": "twinkle_serve.sampler:RunningSampler",
+    "Pause": "twinkle_serve.sampler:Pause",
     "vLLMSampler": "twinkle_serve:vLLMSampler",
     "TorchSampler": "twinkle_serve:TorchSampler",
     "Verification": "twinkle_serve.sampler:Verification",

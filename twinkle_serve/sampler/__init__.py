@@ -1,7 +1,7 @@
 """Samplers: the interface that trainers call."""
 
-from twinkle_serve.sampler.base import RunningSampler, Sampler
+from twinkle_serve.sampler.base import Pause, RunningSampler, Sampler
 from twinkle_serve.sampler.samplers import TorchSampler, VLLMSampler, vLLMSampler
 from twinkle_serve.sampler.verification import Verification
 
-__all__ = ["RunningSampler", "Sampler", "TorchSampler", "VLLMSampler", "Verification", "vLLMSampler"]
+__all__ = ["Pause", "RunningSampler", "Sampler", "TorchSampler", "VLLMSampler", "Verification", "vLLMSampler"]

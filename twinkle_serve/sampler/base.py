@@ -359,7 +359,7 @@ class RunningSampler(Sampler):
 
         Raises:
             RequestError: the response has no logprobs, or not of the model's own distribution; or its samples are of
-                two versions of an adapter, and the other sampler has one.
+                two versions of an adapter, or of the model's own weights, and the other sampler has one.
             AdapterError: the other sampler has no such adapter, or has given that version up.
         """
         return verify(response, against, adapter_name, same_service=against._backend is self._backend)

@@ -70,6 +70,12 @@ def verify(
         )
     if not len(columns.tokens):
         raise RequestError("the response has no tokens to verify.")
+    weights = {label for spans in columns.weight_versions for label, _ in spans}
+    if len(weights) > 1:
+        raise RequestError(
+            f"the samples are of several versions of the model's weights, {', '.join(sorted(weights))}, and a sampler "
+            "has one at a time. Score each on its own with score()."
+        )
     by_adapter: dict[str, list[int]] = defaultdict(list)
     for row, label in enumerate(columns.adapter):
         by_adapter[label if adapter_name is None else adapter_name].append(row)
@@ -84,6 +90,11 @@ def verify(
         # An adapter without a name has its path for one.
         path = name if name.startswith("/") and not by_version else None
         scored = against.score([{"input_ids": ids} for ids in whole], "" if path else name, path)
+        has = {label for spans in scored.columns.weight_versions for label, _ in spans}
+        if same_service and has != weights:
+            raise RequestError(
+                f"the samples are of weights {weights.pop()!r}, and the sampler has {', '.join(sorted(has))} by now."
+            )
         if len(scored) != len(whole):
             raise RequestError("the other sampler's template leaves out what it should score. Raise its max_length.")
         if scored.logprobs_mode != response.logprobs_mode:

@@ -1,0 +1,286 @@
+"""update_weights and pause through every sampler: in this process, and as a service with two engines."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.weights import Reference, changed_weights
+from twinkle_serve import SampleResponse
+from twinkle_serve.errors import (
+    DeadlineError,
+    EngineError,
+    RequestError,
+    TwinkleServeError,
+    UnsupportedError,
+    WeightsError,
+)
+from twinkle_serve.sampler import RunningSampler
+
+QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a + 3}="}]} for a in range(30, 38)]
+LONG = {"max_tokens": 200, "ignore_eos": True, "seed": 1}
+LABELS = (f"step-{number}" for number in itertools.count(1))
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Any]:
+    return changed_weights(1)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return Reference()
+
+
+def kind(sampler: RunningSampler) -> str:
+    return str(next(iter(sampler.status()["engines"].values()))["engine"])
+
+
+def labels_of(response: SampleResponse) -> set[str]:
+    return {span.version for sequence in response.sequences for span in sequence.weight_versions}
+
+
+def check_logprobs(sampler: RunningSampler, reference: Reference, weights: Any, response: SampleResponse) -> None:
+    """The samples are of these weights, by transformers; for the toy model, by the sampler itself."""
+    assert labels_of(response) == {sampler.status()["weights"]}
+    assert sampler.verify(response, against=sampler).max_abs_difference < 1e-3
+    if kind(sampler) != "fake":
+        for sequence in response.sequences:
+            prompt = response.prompts[sequence.prompt_index].tolist()
+            scored = reference.logprobs(weights, prompt + sequence.tokens)[len(prompt) - 1 :]
+            assert np.abs(scored - sequence.logprob_array).max() < 1e-3
+
+
+def as_pairs(weights: dict[str, Any], path: Path) -> Any:
+    return ((name, tensor) for name, tensor in weights.items())
+
+
+def as_directory(weights: dict[str, Any], path: Path) -> Any:
+    """Two files, as large models have."""
+    from safetensors.torch import save_file
+
+    names = list(weights)
+    for number in range(2):
+        save_file({name: weights[name].clone() for name in names[number::2]}, path / f"model-{number}.safetensors")
+    return str(path)
+
+
+def as_state_dict(weights: dict[str, Any], path: Path) -> Any:
+    """As a model with a tied output layer has it: one tensor under two names."""
+    return {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
+
+
+@pytest.mark.parametrize("form", [as_pairs, as_directory, as_state_dict])
+def test_update_replaces_the_weights_of_every_engine(
+    sampler: RunningSampler, weights: dict[str, Any], reference: Reference, tmp_path: Path, form: Any
+) -> None:
+    """From whatever a trainer has, in many buckets; both engines of a service sample from them."""
+    label = next(LABELS)
+    before = sampler.sample(QUESTIONS, {"temperature": 0, "max_tokens": 4})
+    assert sampler.update_weights(form(weights, tmp_path), label, bucket_bytes=2**19) == label
+    status = sampler.status()
+    assert status["weights"] == label and not status["paused"]
+    assert {engine["weights"] for engine in status["engines"].values()} == {label}
+    after = sampler.sample(QUESTIONS, {"temperature": 0, "max_tokens": 4, "ignore_eos": True})
+    assert set(after.columns.engine) == set(status["engines"])
+    check_logprobs(sampler, reference, weights, after)
+    if len(before.columns.weight_versions) and labels_of(before) != {label}:
+        with pytest.raises(RequestError, match="by now"):
+            sampler.verify(before, against=sampler)
+
+
+@pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
+def test_update_under_running_samples(sampler: RunningSampler, weights: dict[str, Any], mode: Any) -> None:
+    """None is lost; what each holds is what its mode says."""
+    before, label = sampler.status()["weights"], next(LABELS)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(sampler.sample, QUESTIONS, LONG, num_samples=4)
+        stream = sampler.sample_stream(QUESTIONS[0], {"max_tokens": 3, "ignore_eos": True})
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        sampler.update_weights(weights, label, mode=mode)
+        response = call.result()
+    assert len(response.sequences) == 32
+    lengths, reasons = response.columns.lengths, {sequence.stop_reason for sequence in response.sequences}
+    if mode == "abort":
+        assert reasons <= {"abort", "length"} and (lengths > 0).all()
+    else:
+        assert reasons == {"length"} and set(lengths.tolist()) == {200}
+    assert labels_of(response) <= {before, label}
+    for sequence in response.sequences:
+        assert sequence.weight_versions[-1].end == len(sequence.tokens)
+        if mode != "keep":
+            assert len(sequence.weight_versions) == 1
+
+
+def nan(weights: dict[str, Any]) -> Any:
+    bad = weights["model.norm.weight"].clone()
+    bad[3] = float("nan")
+    return {**weights, "model.norm.weight": bad}
+
+
+def unknown(weights: dict[str, Any]) -> Any:
+    return {**weights, "model.layers.99.mlp.up_proj.weight": weights["model.norm.weight"]}
+
+
+def shape(weights: dict[str, Any]) -> Any:
+    return {**weights, "model.norm.weight": weights["model.norm.weight"][:5]}
+
+
+def missing(weights: dict[str, Any]) -> Any:
+    return {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"}
+
+
+def twice(weights: dict[str, Any]) -> Any:
+    return [*weights.items(), ("model.norm.weight", weights["model.norm.weight"])]
+
+
+def no_tensor(weights: dict[str, Any]) -> Any:
+    return {**weights, "model.norm.weight": "all of them"}
+
+
+def breaks_off(weights: dict[str, Any]) -> Any:
+    """A trainer whose own code fails halfway."""
+    yield from itertools.islice(weights.items(), 20)
+    raise RuntimeError("the trainer failed")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (nan, WeightsError, "model.norm.weight' holds 1 values of 128 that are not finite"),
+        (unknown, WeightsError, "the model has no weight 'model.layers.99.mlp.up_proj.weight'"),
+        (shape, WeightsError, r"has the shape \(5,\), the model's has \(128,\)"),
+        (missing, WeightsError, "lacks 1 of the model's 46 weights, such as model.norm.weight"),
+        (twice, WeightsError, "'model.norm.weight' comes twice"),
+        (no_tensor, WeightsError, "pairs of a name and a tensor"),
+        (breaks_off, RuntimeError, "the trainer failed"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(
+    sampler: RunningSampler, weights: dict[str, Any], make: Any, error: type[Exception], message: str
+) -> None:
+    """Nothing of them is visible, and the next update, of the same label, is taken."""
+    before, label = sampler.status()["weights"], next(LABELS)
+    with pytest.raises(error, match=message):
+        sampler.update_weights(make(weights), label, bucket_bytes=2**19)
+    assert sampler.status()["weights"] == before and not sampler.status()["paused"]
+    assert labels_of(sampler.sample(QUESTIONS, {"max_tokens": 2})) == {before}
+    assert sampler.update_weights(weights, label) == label
+
+
+def test_files_that_are_cut_off_are_refused(sampler: RunningSampler, weights: dict[str, Any], tmp_path: Path) -> None:
+    """And a directory without any."""
+    path = Path(as_directory(weights, tmp_path)) / "model-1.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(WeightsError, match="cut off or damaged"):
+        sampler.update_weights(tmp_path, next(LABELS))
+    with pytest.raises(WeightsError, match="no safetensors files"):
+        sampler.update_weights(str(tmp_path / "nothing"), next(LABELS))
+
+
+def test_bad_arguments_are_refused(sampler: RunningSampler, weights: dict[str, Any]) -> None:
+    """Before anything is sent."""
+    current = sampler.status()["weights"]
+    for version in ("initial", current):
+        with pytest.raises(WeightsError, match="exists already"):
+            sampler.update_weights(weights, version)
+    with pytest.raises(RequestError, match="mode must be one of keep, wait, abort, got 'now'"):
+        sampler.update_weights(weights, next(LABELS), mode="now")  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="transport must be store"):
+        sampler.update_weights(weights, next(LABELS), transport="nccl")  # type: ignore[arg-type]
+    with pytest.raises(WeightsError, match="non-empty string"):
+        sampler.update_weights(weights, "")
+    for lease_s in (0, -1, float("nan"), True, 1e9):
+        with pytest.raises(RequestError, match="lease_s"):
+            sampler.pause(lease_s=lease_s)
+    with pytest.raises(RequestError, match="mode must be"):
+        sampler.pause("stop")  # type: ignore[arg-type]
+    assert not sampler.status()["paused"]
+
+
+def test_nan_is_taken_where_that_is_meant(sampler: RunningSampler, weights: dict[str, Any]) -> None:
+    """Whoever looks for a bug may want it."""
+    label = next(LABELS)
+    if kind(sampler) == "fake":
+        assert sampler.update_weights(nan(weights), label, allow_nonfinite=True) == label
+    sampler.update_weights(weights, next(LABELS))
+
+
+def test_two_updates_at_a_time_are_refused(sampler: RunningSampler, weights: dict[str, Any]) -> None:
+    """The second one, while the first one's trainer is still sending."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slow() -> Iterator[tuple[str, Any]]:
+        entered.set()
+        go_on.wait(30)
+        yield from weights.items()
+
+    label = next(LABELS)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(sampler.update_weights, slow(), label)
+        # A generator is entered by the first bucket, which comes after the update has begun.
+        assert entered.wait(30)
+        with pytest.raises(WeightsError, match=f"an update to '{label}' is under way"):
+            sampler.update_weights(weights, next(LABELS))
+        go_on.set()
+        assert first.result() == label
+
+
+def test_pause_holds_samples_until_it_ends(sampler: RunningSampler) -> None:
+    """A call that comes meanwhile waits, within its own deadline; the block's end resumes."""
+    with ThreadPoolExecutor(1) as pool:
+        with sampler.pause():
+            assert sampler.status()["paused"]
+            with pytest.raises(DeadlineError):
+                sampler.sample(QUESTIONS, {"max_tokens": 2}, timeout_s=0.5)
+            call = pool.submit(sampler.sample, QUESTIONS, {"max_tokens": 2})
+            with sampler.pause("wait"):  # one inside another: both have to end
+                pass
+            assert sampler.status()["paused"] and not call.done()
+        assert not sampler.status()["paused"]
+        assert len(call.result().sequences) == len(QUESTIONS)
+
+
+def test_update_in_a_pause_leaves_it_paused(sampler: RunningSampler, weights: dict[str, Any]) -> None:
+    """Whoever paused has the say over when samples go on."""
+    label = next(LABELS)
+    with sampler.pause():
+        sampler.update_weights(weights, label)
+        assert sampler.status()["paused"]
+    assert labels_of(sampler.sample(QUESTIONS, {"max_tokens": 2})) == {label}
+
+
+def test_pause_of_a_caller_that_is_gone_ends(sampler: RunningSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not renewed any more: samples go on, and the caller, if it lives after all, is told."""
+    monkeypatch.setattr("twinkle_serve.sampler.base.Pause._renew", lambda self: None)
+    pause = sampler.pause(lease_s=0.3)
+    assert len(sampler.sample(QUESTIONS, {"max_tokens": 2}, timeout_s=30).sequences) == len(QUESTIONS)
+    with pytest.raises(EngineError, match="the pause is over"):
+        pause.resume()
+    pause.resume()  # again: nothing
+
+
+def test_cancelled_update_leaves_nothing_behind(
+    sampler: RunningSampler, weights: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the trainer between two buckets."""
+
+    def interrupted() -> Iterator[tuple[str, Any]]:
+        yield from itertools.islice(weights.items(), 20)
+        raise KeyboardInterrupt
+
+    before = sampler.status()["weights"]
+    with pytest.raises(KeyboardInterrupt):
+        sampler.update_weights(interrupted(), next(LABELS), bucket_bytes=2**18)
+    assert sampler.status()["weights"] == before
+    with pytest.raises(TwinkleServeError, match="given up"):
+        sampler._backend.call("append_weights", 1, 0, sampler._backend.parcel(np.zeros(8, np.uint8)))
+    sampler.update_weights(weights, next(LABELS))
