@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +142,7 @@ def test_trainer_that_dies_while_it_sends_leaves_nothing(service: ServiceSampler
     killed_trainer("update")
     assert service.status()["weights"] == before
     assert labels_of(service.sample(QUESTIONS, GREEDY)) == {before}
-    with pytest.raises(WeightsError, match="an update to 'never' is under way, heard of .* given up after 120 s"):
+    with pytest.raises(WeightsError, match=r"an update to 'never' is under way, heard of .* given up after 60 s"):
         service.update_weights(weights, next(LABELS))
     replica_process("based", "router").kill()  # a router that begins drops it at once
 

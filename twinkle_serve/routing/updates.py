@@ -14,7 +14,7 @@ from twinkle_serve.weights import StoreLink
 
 logger = logging.getLogger("ray.serve")
 
-UPLOAD_LEASE_S = 120.0
+UPLOAD_LEASE_S = 60.0
 """An update is given up when no bucket of it has come for so long: its trainer is gone."""
 
 LONGEST_LEASE_S = 3600.0

@@ -1,0 +1,170 @@
+"""The store's part of the model's own weights: whole versions, found again, and nothing of any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from twinkle_serve import hub
+from twinkle_serve.checkpoint import Bucket, bucket_shapes, buckets, named_tensors, weight_shapes
+from twinkle_serve.data_format.weights import FILES, BaseVersion
+from twinkle_serve.errors import ConfigError, StoreError, WeightsError
+from twinkle_serve.weights.base import BaseWeights
+from twinkle_serve.weights.disk import Disk
+
+EXPECTED = weight_shapes(hub.DEMO)
+PARTS = list(buckets(named_tensors(hub.DEMO), 2**20))
+
+
+@pytest.fixture(params=["memory", "directory", "url"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Disk | None:
+    """Where a store keeps its versions."""
+    place = {"memory": None, "directory": str(tmp_path / "state"), "url": f"memory://{tmp_path}"}[request.param]
+    return None if place is None else Disk(place)
+
+
+def put(store: BaseWeights, label: str, parts: list[Bucket] = PARTS) -> BaseVersion:
+    upload = store.begin(label, EXPECTED, set())
+    for index, part in enumerate(parts):
+        store.append(upload, index, part)
+    return store.seal(upload)
+
+
+def files_in(path: Path) -> set[str]:
+    return {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+
+
+def test_buckets_are_bounded_and_hold_everything() -> None:
+    """Their headers say so, and no bucket is larger than asked for by more than its header, where no tensor is."""
+    largest = max(4 * int(np.prod(shape)) for shape in EXPECTED.values())
+    for limit in (largest, 2**20, 2**40):
+        parts = list(buckets(named_tensors(hub.DEMO), limit))
+        assert {name: shape for part in parts for name, shape in bucket_shapes(part).items()} == EXPECTED
+        assert max(map(len, parts)) < limit + 10_000
+    assert len(list(buckets(named_tensors(hub.DEMO), 1))) == len(EXPECTED)
+
+
+def test_version_is_current_once_it_is_committed(disk: Disk | None) -> None:
+    """And the one before it is gone; its buckets come back as they were sent."""
+    store = BaseWeights(disk)
+    assert store.take_over() == (FILES, ["initial"])
+    one = put(store, "one")
+    assert store.current() == FILES and len(PARTS) > 2
+    store.commit(one)
+    assert store.current() == one and (one.number, one.size_bytes) == (1, sum(map(len, PARTS)))
+    assert [bytes(store.bucket(one, index)) for index in range(len(PARTS))] == [part.tobytes() for part in PARTS]
+    two = put(store, "two")
+    assert bytes(store.bucket(two, 0)) == PARTS[0].tobytes(), "engines load it before it is current"
+    store.commit(two)
+    with pytest.raises(StoreError, match="no version 'one' any more; 'two' is current"):
+        store.bucket(one, 0)
+    for label in ("initial", "one", "two"):
+        with pytest.raises(WeightsError, match="exists already"):
+            store.begin(label, EXPECTED, set())
+
+
+def test_store_that_is_made_anew_has_the_current_version_alone(tmp_path: Path) -> None:
+    """Whatever was on its way when the last one died leaves nothing, not even files."""
+    store = BaseWeights(Disk(str(tmp_path)))
+    one = put(store, "one")
+    store.commit(one)
+    upload = store.begin("two", EXPECTED, set())
+    store.append(upload, 0, PARTS[0])
+    again = BaseWeights(Disk(str(tmp_path)))
+    assert again.take_over() == (one, ["initial", "one"])
+    assert files_in(tmp_path) == {"base.json", *(f"base/1/{index}.safetensors" for index in range(len(PARTS)))}
+    assert bytes(again.bucket(one, 1)) == PARTS[1].tobytes()
+    with pytest.raises(StoreError, match="given up"):
+        again.append(upload, 1, PARTS[1])
+    sealed = put(again, "two")
+    third = BaseWeights(Disk(str(tmp_path)))
+    assert third.current() == one
+    with pytest.raises(StoreError, match="no version 'two' any more"):
+        third.commit(sealed)
+
+
+def test_what_is_sent_again_is_taken_once(disk: Disk | None) -> None:
+    """A caller who had no answer sends a call again."""
+    store = BaseWeights(disk)
+    upload = store.begin("one", EXPECTED, set())
+    for index, part in enumerate(PARTS):
+        store.append(upload, index, part)
+        store.append(upload, index, part)
+    version = store.seal(upload)
+    assert store.seal(upload) == version
+    store.commit(version)
+    store.commit(version)
+    assert store.take_over() == (version, ["initial", "one"])
+
+
+def test_bucket_that_does_not_follow_is_refused(disk: Disk | None) -> None:
+    """One that was lost on its way is missed."""
+    store = BaseWeights(disk)
+    upload = store.begin("one", EXPECTED, set())
+    with pytest.raises(StoreError, match="bucket 1 of 'one' came after 0 buckets"):
+        store.append(upload, 1, PARTS[1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda part: part[:-1], "it holds .* bytes of"),
+        (lambda part: part[:100], "cut off or damaged"),
+        (lambda part: part[:4], "cut off or damaged"),
+        (lambda part: np.concatenate([part, part[:8]]), "it holds .* bytes of"),
+        (lambda part: np.zeros(64, np.uint8), "cut off or damaged"),
+        (lambda part: np.full(64, 255, np.uint8), "cut off or damaged"),
+    ],
+)
+def test_bucket_that_is_damaged_ends_the_update(disk: Disk | None, damage: Any, message: str) -> None:
+    """No part of it is kept."""
+    store = BaseWeights(disk)
+    upload = store.begin("one", EXPECTED, set())
+    store.append(upload, 0, PARTS[0])
+    with pytest.raises(WeightsError, match=message):
+        store.append(upload, 1, damage(PARTS[1]))
+    with pytest.raises(StoreError, match="given up"):
+        store.append(upload, 1, PARTS[1])
+    assert store.take_over() == (FILES, ["initial"])
+    assert not store._memory
+
+
+def test_file_that_was_changed_is_handed_to_nobody(tmp_path: Path) -> None:
+    """By hand, or by a disk that lies."""
+    store = BaseWeights(Disk(str(tmp_path)))
+    one = put(store, "one")
+    store.commit(one)
+    path = tmp_path / "base" / "1" / "0.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=r"has the checksum .*, and had .* when it was sent"):
+        store.bucket(one, 0)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}', '{"format": 1, "labels": [], "current": {"label": "a"}}'])
+def test_manifest_that_cannot_be_read_is_an_error(tmp_path: Path, text: str) -> None:
+    """Never a silent beginning anew."""
+    (tmp_path / "base.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"base\.json|format 2"):
+        BaseWeights(Disk(str(tmp_path)))
+
+
+def test_disk_that_is_full_keeps_the_version_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The label is free again."""
+    store = BaseWeights(Disk(str(tmp_path)))
+    version = put(store, "one")
+
+    def full(*args: Any) -> None:
+        raise StoreError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Disk, "write", full)
+        with pytest.raises(StoreError, match="no space"):
+            store.commit(version)
+    assert store.current() == FILES
+    store.commit(version)
+    assert store.current() == version

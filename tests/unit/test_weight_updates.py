@@ -1,0 +1,227 @@
+"""Updates of the model's own weights over two engines in this process: all of them, or none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import pytest
+
+from twinkle_serve import hub
+from twinkle_serve.checkpoint import Bucket, buckets, named_tensors
+from twinkle_serve.config import ServiceArgs
+from twinkle_serve.data_format.groups import Group
+from twinkle_serve.data_format.weights import INITIAL
+from twinkle_serve.engines.fake import FakeEngine
+from twinkle_serve.engines.host import EngineHost
+from twinkle_serve.errors import DeadlineError, EngineError, StoreError, WeightsError
+from twinkle_serve.routing.router import Router
+from twinkle_serve.weights import LocalStore, WeightStore
+
+QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+1="}]} for a in range(10, 26)]
+PARTS = list(buckets(named_tensors(hub.DEMO), 2**20))
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Waits for what the router does by itself: it asks its engines every now and then."""
+    async with asyncio.timeout(30):
+        while not await condition():  # noqa: ASYNC110  # a call, not an event
+            await asyncio.sleep(0.01)
+
+
+class Engine(FakeEngine):
+    """A fake engine that does to weights of some label what a test wants."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, str(hub.DEMO), {"max_model_len": 128})
+        self.refuses: set[str] = set()
+        self.hangs: set[str] = set()
+        self.garbles: set[str] = set()
+        self.loads: list[str] = []
+        self.steps = 0
+
+    async def _steps(self, group: Group, samples: Sequence[Any]) -> AsyncGenerator[None, None]:
+        async for _ in super()._steps(group, samples):
+            self.steps += 1
+            yield
+
+    async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
+        self.loads.append(label)
+        if label in self.refuses:
+            raise WeightsError(f"{label} is not to my taste.")
+        if label in self.hangs:
+            await asyncio.Event().wait()
+        checksum = await super().load_weights(label, buckets)
+        return "other" if label in self.garbles else checksum
+
+
+class Service:
+    """A router over two engines."""
+
+    def __init__(self) -> None:
+        self.engines = {name: Engine(name) for name in ("a", "b")}
+        self.store = LocalStore(WeightStore("demo"))
+        self.hosts = {name: EngineHost(engine, hub.DEMO, self.store) for name, engine in self.engines.items()}
+        args = ServiceArgs.model_validate({"model_id": "demo", "engine": "fake", "device_mesh": {"dp_size": 2}})
+        self.router = Router(args, hub.DEMO, self.hosts, self.store)
+
+    async def start(self) -> None:
+        for name, host in self.hosts.items():
+            await host.start(name, 30)
+        await self.router.start()
+        await self.ready()
+
+    async def ready(self) -> None:
+        async def all_ready() -> bool:
+            return {engine["state"] for engine in (await self.router.status())["engines"].values()} == {"ready"}
+
+        await eventually(all_ready)
+
+    async def update(self, label: str, timeout_s: float = 30.0) -> str:
+        upload = await self.router.begin_weights(label, "keep")
+        for index, part in enumerate(PARTS):
+            await self.router.append_weights(upload, index, part)
+        return await self.router.publish_weights(upload, "keep", timeout_s)
+
+    async def labels(self) -> set[tuple[str, str]]:
+        """Engine and version of each of some samples."""
+        response = await self.router.sample(QUESTIONS, {"max_tokens": 2}, num_samples=2)
+        return {(s.engine, span.version) for s in response.sequences for span in s.weight_versions}
+
+
+@pytest.fixture
+async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
+    monkeypatch.setattr("twinkle_serve.routing.pool.PROBE_PERIOD_S", 0.05)
+    made = Service()
+    await made.start()
+    yield made
+    made.router.close()
+    for host in made.hosts.values():
+        await host.stop()
+
+
+async def test_engine_that_refuses_keeps_all_on_the_version_before(service: Service) -> None:
+    """The error names it; the other one, which had loaded the weights, is brought back; nobody stays paused."""
+    await service.update("one")
+    service.engines["b"].refuses.add("two")
+    with pytest.raises(WeightsError, match=r"b: two is not to my taste\. 'one' is current"):
+        await service.update("two")
+    assert service.engines["a"].loads == ["one", "two", "one"]
+    assert await service.labels() == {("a", "one"), ("b", "one")}
+    assert not (await service.router.status())["paused"]
+    service.engines["b"].refuses.clear()
+    assert await service.update("two") == "two", "a label that never was current is free"
+    assert await service.labels() == {("a", "two"), ("b", "two")}
+
+
+async def test_engines_with_different_weights_are_an_error(service: Service) -> None:
+    """By their checksums, both of which are named."""
+    service.engines["b"].garbles.add("one")
+    with pytest.raises(EngineError, match=r"different weights after they loaded 'one': a [0-9a-f]{8}, b other"):
+        await service.update("one")
+    assert await service.labels() == {("a", INITIAL), ("b", INITIAL)}
+
+
+async def test_engine_that_hangs_ends_the_update_at_its_deadline(service: Service) -> None:
+    """And both go on as before."""
+    service.engines["a"].hangs.add("one")
+    with pytest.raises(DeadlineError, match=r"not loaded within 0\.2 s for 'one'; 'initial' is current"):
+        await service.update("one", timeout_s=0.2)
+    assert await service.labels() == {("a", INITIAL), ("b", INITIAL)}
+
+
+async def test_engine_that_cannot_go_back_is_not_used_until_it_can(service: Service) -> None:
+    """Its state says that it is behind; the other one samples everything meanwhile."""
+    await service.update("one")
+    service.engines["b"].refuses |= {"one", "two"}
+    with pytest.raises(WeightsError):
+        await service.update("two")
+    assert await service.labels() == {("a", "one")}
+    assert (await service.router.status())["engines"]["b"]["state"] in ("dead", "catching up")
+    service.engines["b"].refuses.clear()
+    await service.ready()
+    assert await service.labels() == {("a", "one"), ("b", "one")}
+
+
+async def test_engine_that_never_catches_up_has_its_process_replaced(service: Service) -> None:
+    """It fails its health checks, which is what Serve replaces it for."""
+    await service.update("one")
+    service.engines["b"].refuses |= {"one", "two"}
+    with pytest.raises(WeightsError):
+        await service.update("two")
+
+    async def retired() -> bool:
+        try:
+            await service.hosts["b"].check_health()
+        except EngineError as error:
+            return "does not load 'one'" in str(error)
+        return False
+
+    await eventually(retired)
+
+
+async def test_update_whose_trainer_is_silent_is_given_up(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buckets are gone from the store, and the next trainer is taken."""
+    monkeypatch.setattr("twinkle_serve.routing.updates.UPLOAD_LEASE_S", 0.1)
+    upload = await service.router.begin_weights("one", "keep")
+    await service.router.append_weights(upload, 0, PARTS[0])
+    memory: dict[Any, bytes] = service.store._store.base._memory
+    assert memory
+
+    async def forgotten() -> bool:
+        return not memory
+
+    await eventually(forgotten)
+    with pytest.raises(StoreError, match="given up"):
+        await service.router.append_weights(upload, 1, PARTS[1])
+    assert await service.update("one") == "one"
+
+
+async def test_caller_that_gives_up_leaves_an_update_whole(service: Service) -> None:
+    """Cancelled once the engines are at it, the update ends as if it had not been."""
+    upload = await service.router.begin_weights("one", "keep")
+    for index, part in enumerate(PARTS):
+        await service.router.append_weights(upload, index, part)
+    call = asyncio.ensure_future(service.router.publish_weights(upload, "keep", 30.0))
+    await asyncio.sleep(0)
+    call.cancel()
+
+    async def updated() -> bool:
+        status = await service.router.status()
+        return status["weights"] == "one" and not status["paused"]
+
+    await eventually(updated)
+    assert await service.labels() == {("a", "one"), ("b", "one")}
+
+
+async def test_sleep_that_drops_the_weights_wakes_up_with_the_current_ones(service: Service) -> None:
+    """Level 2."""
+    await service.update("one")
+    before = await service.router.sample(QUESTIONS, {"temperature": 0, "max_tokens": 4})
+    await service.router.sleep(2)
+    await service.router.wake_up(["weights"])
+    await service.router.wake_up(["kv_cache"])
+    after = await service.router.sample(QUESTIONS, {"temperature": 0, "max_tokens": 4})
+    assert after.columns.tokens.tolist() == before.columns.tokens.tolist()
+    assert {loads.count("one") for loads in (engine.loads for engine in service.engines.values())} == {2}
+
+
+async def test_staleness_counts_versions_since_the_oldest_span(service: Service) -> None:
+    """Of the model's own weights, where a request has no adapter."""
+    seen: list[tuple[str, int]] = []
+    service.router._observe_staleness = lambda name, versions: seen.append((name, versions))
+    for host in service.engines.values():
+        host._args = host._args.model_copy(update={"token_latency_s": 0.02})
+    call = asyncio.ensure_future(service.router.sample(QUESTIONS, {"max_tokens": 60, "ignore_eos": True}))
+    for engine in service.engines.values():
+        engine.steps = 0
+
+    async def begun() -> bool:
+        return all(engine.steps for engine in service.engines.values())
+
+    await eventually(begun)
+    await service.update("one")
+    await service.update("two")
+    await call
+    assert seen == [("", 2)]
