@@ -1,6 +1,6 @@
-"""How soon samples come from new weights, and whether many versions in a row cost memory.
+"""How soon samples come from new weights, what running samples see of it, and what it costs in memory.
 
-    scripts/bench weights [--rounds 10] [--ranks 8 16 32 64] [--versions 200] [--json FILE]
+    scripts/bench weights [--rounds 10] [--ranks 8 16 32 64] [--versions 200] [--only adapters | base] [--json FILE]
 
 An adapter goes from tensors in this process to the first token that it samples: through the service, which stores,
 checks and publishes it, and beside it, in turn, through the bare engine, which loads the same files from memory.
@@ -26,12 +26,10 @@ import ray
 from ray import serve
 from ray._private.internal_api import memory_summary
 
-import twinkle_serve
+from benchmarks import base_weights
 from benchmarks.overhead import commit, cpu_model
-from graphs.sampler import build
 from twinkle_serve import hub
 from twinkle_serve.adapters import CONFIG, WEIGHTS, pack_adapter
-from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.engines.vllm import cpu_defaults
 
@@ -132,6 +130,7 @@ async def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--versions", type=int, default=200)
+    parser.add_argument("--only", choices=["adapters", "base"], help="leave the other half out")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     options = parser.parse_args()
     with (
@@ -139,16 +138,17 @@ async def main() -> None:
         tempfile.TemporaryDirectory(prefix="bench-weights-", dir=MEMORY) as memory,
     ):
         ray.init(address="local", namespace="serve", _temp_dir=temporary, include_dashboard=False, log_to_driver=False)
-        args = {"model_id": "demo", "device_mesh": {"dp_size": 1, "device_type": "cpu"}, "engine_args": ENGINE_ARGS}
         serve.start(http_options={"location": "NoServer"})
-        serve.run(build(ServiceArgs.model_validate(args)), name="sampler", route_prefix=None)
         result = {
             "command": f"scripts/bench weights --rounds {options.rounds} --ranks {' '.join(map(str, options.ranks))} "
-            f"--versions {options.versions}",
+            f"--versions {options.versions}" + (f" --only {options.only}" if options.only else ""),
             "commit": commit(),
             "machine": f"{os.cpu_count()} x {cpu_model()}, no GPU",
-            **await measure(options, Path(memory)),
         }
+        if options.only != "base":
+            result["adapters"] = await measure(options, Path(memory))
+        if options.only != "adapters":
+            result["base"] = await base_weights.first_sample(options, Path(memory), part_of)
         serve.shutdown()
         ray.shutdown()
     print(json.dumps(result, indent=2))
@@ -157,8 +157,8 @@ async def main() -> None:
 
 
 async def measure(options: argparse.Namespace, memory: Path) -> dict[str, Any]:
-    sampler = await asyncio.to_thread(twinkle_serve.connect, "sampler")
-    service = [process for process in psutil.Process().children(recursive=True) if part_of(process)]
+    sampler = await asyncio.to_thread(base_weights.service_of, "demo", ENGINE_ARGS)
+    service = base_weights.processes(part_of)
     adapters, bare = Adapters(), Bare(memory)
     ranks = {}
     for rank in options.ranks:
@@ -167,7 +167,9 @@ async def measure(options: argparse.Namespace, memory: Path) -> dict[str, Any]:
     bare.llm.shutdown()
     del bare
     gc.collect()  # vLLM's own finalizer fails when it runs at interpreter exit
-    return {"first_sample_ms": ranks, "memory_mib": await many(options.versions, adapters, sampler, service)}
+    memory_mib = await many(options.versions, adapters, sampler, service)
+    await asyncio.to_thread(sampler.shutdown)
+    return {"first_sample_ms": ranks, "memory_mib": memory_mib}
 
 
 async def publish(rounds: int, rank: int, adapters: Adapters, bare: Bare, sampler: Any) -> dict[str, Any]:

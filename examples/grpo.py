@@ -1,9 +1,10 @@
-"""GRPO against the running service: a trainer takes LoRA steps and publishes each one to the sampler from its memory.
+"""GRPO against the running service: a trainer takes steps and publishes each one to the sampler from its memory.
 
     scripts/serve                                    # in one terminal
-    .venv/bin/python examples/grpo.py --out /tmp/grpo   # in another
+    .venv/bin/python examples/grpo.py --out /tmp/grpo          # in another: trains a LoRA adapter
+    .venv/bin/python examples/grpo.py --out /tmp/grpo --full   # trains the model itself
 
-Each step samples groups of answers to new problems from the newest version of the adapter, rewards them,
+Each step samples groups of answers to new problems from the newest version of the weights, rewards them,
 takes their advantages within the group, and makes an optimizer step on them. Prints and records, by step, the reward,
 which versions sampled it and how far the trainer's logprobs are from the sampler's: were that far from 0, samples would
 come from other weights than the trainer believes. Ends with the greedy accuracy on problems that it never saw, before
@@ -43,11 +44,11 @@ class Step:
     right: float
     """Share of right answers among the samples."""
     staleness: float
-    """Versions of the adapter that have been published since the one that sampled, on average."""
+    """Versions that have been published since the one that sampled, on average."""
     logprob_difference: float
     """Mean |Δlogprob| of the sampled tokens between trainer and sampler, before the optimizer step, nats."""
     policy_change: float
-    """Mean |Δlogprob| of the same tokens between the first and the last of the inner steps: were the adapter not to
+    """Mean |Δlogprob| of the same tokens between the first and the last of the inner steps: were the weights not to
     reach the engines, the next step's `logprob_difference` would be of this size."""
     groups_used: int
     """Groups whose answers had different rewards; the others say nothing."""
@@ -58,10 +59,10 @@ class Step:
 
 @ray.remote(num_cpus=0)  # the service has asked for all; the two take turns
 class Trainer:
-    """Has the model, its LoRA adapter and the optimizer."""
+    """Has the model, its LoRA adapter if that is what it trains, and the optimizer."""
 
     def __init__(
-        self, service: str, *, rank: int, learning_rate: float, steps: int, inner_steps: int, seed: int
+        self, service: str, *, full: bool, rank: int, learning_rate: float, steps: int, inner_steps: int, seed: int
     ) -> None:
         import torch
         from peft import LoraConfig, get_peft_model
@@ -70,9 +71,14 @@ class Trainer:
         torch.manual_seed(seed)
         self._sampler = connect(service)
         model = hub.resolve(self._sampler.status()["model_id"])
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        self._config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        self._policy = get_peft_model(base, self._config)
+        self._policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self._config = None
+        self._adapter = ""
+        if not full:
+            self._config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            self._policy = get_peft_model(self._policy, self._config)
+            self._adapter = ADAPTER
+        self._run = f"grpo-{time.time_ns():x}"
         weights = [weight for weight in self._policy.parameters() if weight.requires_grad]
         self._optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         self._rate = torch.optim.lr_scheduler.LinearLR(self._optimizer, 1.0, 0.1, total_iters=steps)
@@ -81,26 +87,29 @@ class Trainer:
         self._publish()
 
     def _publish(self) -> float:
-        """Has the sampler sample from the adapter as it is now. Returns how long that took, seconds."""
+        """Has the sampler sample from the weights as they are now. Returns how long that took, seconds."""
         from peft import get_peft_model_state_dict
 
         started = time.perf_counter()
-        weights = get_peft_model_state_dict(self._policy)
-        label = self._sampler.add_adapter_to_model(ADAPTER, self._config, state_dict=weights)
-        self._version = int(label.rpartition("@")[2])
+        if self._config is None:
+            label = self._sampler.update_weights(self._policy.state_dict(), f"{self._run}@{self._version + 1}")
+        else:
+            weights = get_peft_model_state_dict(self._policy)
+            label = self._sampler.add_adapter_to_model(ADAPTER, self._config, state_dict=weights)
+        self._version = _number(label)
         return time.perf_counter() - started
 
     def accuracy(self, drawn: Sequence[tuple[str, str]], *, temperature: float) -> float:
         """Share of problems whose answer is right: the greedy one, or one that is drawn as the training draws them."""
         params = {"max_tokens": ANSWER_TOKENS, "temperature": temperature, "seed": 0}
-        response = self._sampler.sample(_prompts(drawn), params, ADAPTER)
+        response = self._sampler.sample(_prompts(drawn), params, self._adapter)
         return sum(_answer(s) == truth for s, (_, truth) in zip(response.sequences, drawn, strict=True)) / len(drawn)
 
     def step(self, number: int, drawn: Sequence[tuple[str, str]], samples: int) -> Step:
         """Samples, rewards, optimizes and publishes once."""
         started = time.perf_counter()
         params = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=1.0, seed=number)
-        response = self._sampler.sample(_prompts(drawn), params, ADAPTER, num_samples=samples)
+        response = self._sampler.sample(_prompts(drawn), params, self._adapter, num_samples=samples)
         sampled = time.perf_counter()
         sequences, advantages, rewards, right = [], [], [], 0
         for group, (_, truth) in zip(response, drawn, strict=True):
@@ -114,7 +123,8 @@ class Trainer:
                 advantages += [(value - mean) / deviation for value in gained]
         difference, change = self._optimize(sequences, advantages) if sequences else (0.0, 0.0)
         trained = time.perf_counter()
-        versions = [int(sequence.adapter.rpartition("@")[2]) for sequence in response.sequences]
+        # Each names what sampled it: an adapter's version, or those of the model's own weights.
+        versions = [_number(s.adapter or s.weight_versions[0].version) for s in response.sequences]
         staleness = self._version - sum(versions) / len(versions)
         return Step(
             step=number,
@@ -176,6 +186,10 @@ def problems(rng: random.Random, count: int, *, held_out: bool) -> list[tuple[st
     return drawn
 
 
+def _number(label: str) -> int:
+    return int(label.rpartition("@")[2])
+
+
 def _prompts(drawn: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
     return [{"messages": [{"role": "user", "content": question}]} for question, _ in drawn]
 
@@ -199,8 +213,9 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     connect(arguments.service)  # joins its cluster
     trainer = Trainer.remote(
         arguments.service,
+        full=arguments.full,
         rank=arguments.rank,
-        learning_rate=arguments.learning_rate,
+        learning_rate=arguments.learning_rate or (3e-4 if arguments.full else 1e-3),
         steps=arguments.steps,
         inner_steps=arguments.inner_steps,
         seed=arguments.seed,
@@ -287,11 +302,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--service", default="sampler", help="name of the application")
     parser.add_argument("--out", type=Path, required=True, help="directory for metrics and plot")
+    parser.add_argument("--full", action="store_true", help="train the model itself, not an adapter")
     parser.add_argument("--steps", type=int, default=170)
     parser.add_argument("--prompts", type=int, default=64, help="problems a step")
     parser.add_argument("--samples", type=int, default=8, help="answers a problem")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the first step; falls to a tenth")
+    parser.add_argument("--learning-rate", type=float, help="of the first step; falls to a tenth")
     parser.add_argument("--inner-steps", type=int, default=2, help="optimizer steps on the samples of a step")
     parser.add_argument("--held-out", type=int, default=500)
     parser.add_argument("--print-every", type=int, default=10)

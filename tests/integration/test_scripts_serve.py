@@ -177,12 +177,13 @@ async def test_service_samples_what_the_torch_engine_does(service: Service, tmp_
 
 
 @pytest.mark.timeout(400)
-def test_grpo_trains_on_what_it_published(service: Service, tmp_path: Path) -> None:
-    """Each step's samples come from the adapter of the step before: the trainer's logprobs are the sampler's.
+@pytest.mark.parametrize("what", [("--learning-rate", "2e-3"), ("--full",)], ids=["adapter", "full"])
+def test_grpo_trains_on_what_it_published(service: Service, tmp_path: Path, what: tuple[str, ...]) -> None:
+    """Each step's samples come from the weights of the step before: the trainer's logprobs are the sampler's.
 
-    Each step changes the policy by far more than the two may differ, so an adapter that does not reach an engine shows.
+    Each step changes the policy by far more than the two may differ, so weights that do not reach an engine show.
     """
-    options = ("--steps", "5", "--prompts", "16", "--samples", "4", "--held-out", "40", "--learning-rate", "2e-3")
+    options = ("--steps", "5", "--prompts", "16", "--samples", "4", "--held-out", "40", *what)
     answer = service.run("examples/grpo.py", "--out", str(tmp_path), *options, timeout_s=240)
     assert answer.returncode == 0, answer.stderr
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -11,6 +11,7 @@ from ray import serve
 
 from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
 from tests.lora import save_adapter
+from tests.weights import changed_weights
 from twinkle_serve import SampleResponse
 from twinkle_serve.errors import AdapterError, TwinkleServeError
 from twinkle_serve.sampler.service import ServiceSampler
@@ -87,12 +88,14 @@ def test_service_that_is_deployed_anew_finds_its_state_dir(paths: list[Path], tm
     for state in ({"state_dir": str(tmp_path)}, {}):
         before = deploy("again", **args, **state)
         assert before.add_adapter_to_model("grown", paths[1]) == "grown@1"
+        before.update_weights(changed_weights(1), "one")
         expected = before.sample(QUESTIONS, PARAMS, "grown")
         before.shutdown()
         assert "again" not in serve.status().applications
         after = deploy("again", **args, **state)
         found = after.status()["adapters"]
         assert set(found) == ({"fixed", "grown"} if state else {"fixed"})
+        assert after.status()["weights"] == ("one" if state else "initial")
         if state:
             assert found == {"fixed": "fixed@1", "grown": "grown@1"}
             assert same(after.sample(QUESTIONS, PARAMS, "grown"), expected)

@@ -34,7 +34,7 @@ ENGINE_ARGS = {
     "max_loras": 4,
     "max_lora_rank": 8,
 }
-AGREES, DIFFERS = 1e-3, 1e-2
+AGREES, DIFFERS = 1e-3, 5e-3
 """Largest |Δlogprob|, nats, of a span under the versions that it names; least of the largest under others."""
 
 
@@ -66,7 +66,7 @@ class Published:
 
         generator = torch.Generator().manual_seed(seed)
         return {
-            name: torch.randn(value.shape, generator=generator) * 0.3 / value.shape[1] ** 0.5
+            name: torch.randn(value.shape, generator=generator) / value.shape[1] ** 0.5
             for name, value in self.template.items()
         }
 
@@ -195,7 +195,7 @@ def check(sequences: list[SampledSequence], published: Published) -> tuple[int, 
         ):
             part = difference[span.start : span.end]
             assert part.max(initial=0.0) < AGREES, f"{span} with {adapter or 'no adapter'}: {part}"
-        long = [(sequence, span) for sequence, span in found if span.end - span.start >= 4][:4]
+        long = [(sequence, span) for sequence, span in found if span.end - span.start >= 8][:4]
         if not long or rng.random() > 0.3:
             continue
         # The versions next to the one that is named are those that it could be mistaken for.

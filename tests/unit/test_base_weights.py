@@ -168,3 +168,13 @@ def test_disk_that_is_full_keeps_the_version_before(tmp_path: Path, monkeypatch:
     assert store.current() == FILES
     store.commit(version)
     assert store.current() == version
+
+
+def test_store_that_forgets_begins_anew(tmp_path: Path) -> None:
+    """With the model's own files, and labels that are free."""
+    store = BaseWeights(Disk(str(tmp_path)))
+    store.commit(put(store, "one"))
+    store.forget()
+    assert files_in(tmp_path) == {"base.json"}
+    assert BaseWeights(Disk(str(tmp_path))).take_over() == (FILES, ["initial"])
+    assert put(store, "one").number == 1

@@ -372,10 +372,11 @@ class Router:
         return len(set(self._requests.values())) + len(self._streams)
 
     async def forget(self) -> None:
-        """Before the service is deleted: without a state_dir of its own, nobody is to find its adapters again."""
+        """Before the service is deleted: without a state_dir of its own, nobody is to find its weights again."""
         if self._args.state_dir is None:
             published = await self._store.published()
             await self._store.drop([version for versions in published.values() for version in versions])
+            await self._store.base("forget")
 
     async def status(self) -> dict[str, Any]:
         """Engines, adapters and queues, as plain values."""

@@ -18,7 +18,7 @@ logger = logging.getLogger("ray.serve")
 MANIFEST = "base.json"
 FORMAT = 1
 
-CALLS = frozenset({"take_over", "begin", "append", "seal", "commit", "discard", "current"})
+CALLS = frozenset({"take_over", "begin", "append", "seal", "commit", "discard", "current", "forget"})
 """Methods of BaseWeights that a router or an engine calls through `StoreLink.base`."""
 
 
@@ -166,6 +166,22 @@ class BaseWeights:
 
     def discard(self) -> None:
         """Drops what was begun and not committed, if anything was."""
+        self._drop_pending()
+
+    def forget(self) -> None:
+        """Makes the model's own files current, and every label free, as if nothing had been.
+
+        Raises:
+            StoreError: the state directory cannot be written; nothing has changed.
+        """
+        before, labels = self._current, self._labels
+        self._current, self._labels = FILES, [FILES.label]
+        try:
+            self._save()
+        except BaseException:
+            self._current, self._labels = before, labels
+            raise
+        self._remove(before)
         self._drop_pending()
 
     def bucket(self, version: BaseVersion, index: int) -> bytes:
