@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -11,7 +11,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve import metrics
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse
 
@@ -24,6 +24,7 @@ from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, TextDelta
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.sampling_params import UNSET, Unset
+from twinkle_serve.data_format.weights import PauseMode
 from twinkle_serve.engines.base import Finished
 from twinkle_serve.errors import EngineDeadError, TwinkleServeError
 from twinkle_serve.placement import SIDE_CPUS
@@ -115,19 +116,19 @@ class Router:
     async def check_template(self, template: TemplateChoice) -> None:
         await self._router.check_template(template)
 
-    async def begin_weights(self, label: str, mode: str) -> int:
+    async def begin_weights(self, label: str, mode: PauseMode) -> int:
         return await self._router.begin_weights(label, mode)
 
     async def append_weights(self, upload: int, index: int, parcel: Any) -> None:
         await self._router.append_weights(upload, index, parcel)
 
-    async def publish_weights(self, upload: int, mode: str, timeout_s: float) -> str:
+    async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
         return await self._router.publish_weights(upload, mode, timeout_s)
 
     async def abandon_weights(self, upload: int) -> None:
         await self._router.abandon_weights(upload)
 
-    async def pause(self, mode: str, lease_s: float) -> int:
+    async def pause(self, mode: PauseMode, lease_s: float) -> int:
         return await self._router.pause(mode, lease_s)
 
     async def renew_pause(self, lease: int, lease_s: float) -> None:
@@ -183,9 +184,14 @@ class HandleLink:
     async def control(self, method: str, *args: Any) -> Any:
         return await self._answer(self._handle.control.remote(method, *args))
 
-    async def _answer(self, call: Awaitable[Any]) -> Any:
-        with _our_errors():
-            return await call
+    async def _answer(self, call: DeploymentResponse) -> Any:
+        try:
+            with _our_errors():
+                return await call
+        except asyncio.CancelledError:  # Serve lets a call go on that nobody waits for any more
+            with suppress(Exception):
+                call.cancel()
+            raise
 
     async def _each(self, method: Any, *args: Any) -> AsyncGenerator[Any, None]:
         with _our_errors():

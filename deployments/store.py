@@ -83,7 +83,10 @@ class Store:
     async def base(self, method: str, *args: Any) -> Any:
         """Args may hold parcels of `ServiceBackend`: references in lists, which Ray does not fetch on their way."""
         values = [await arg[0] if isinstance(arg, list) else arg for arg in args]
-        return await self._store.base(method, *values)
+        answer = await self._store.base(method, *values)
+        if method in ("commit", "discard", "forget"):  # no engine asks for these buckets any more
+            self._buckets.clear()
+        return answer
 
     async def bucket(self, version: BaseVersion, index: int) -> list[Any]:
         """As `files`. Engines ask for one after the other at about the same time, so few are kept."""

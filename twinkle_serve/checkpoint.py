@@ -33,12 +33,6 @@ def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def tied_weights(model: Path) -> set[str]:
-    """Names of weights that are others of the checkpoint by another name: given or not, they change nothing."""
-    config = json.loads((model / "config.json").read_text())
-    return {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
-
-
 def named_tensors(source: Any) -> Iterator[tuple[str, Any]]:
     """Weights by name, one after the other.
 
@@ -51,8 +45,15 @@ def named_tensors(source: Any) -> Iterator[tuple[str, Any]]:
     """
     if isinstance(source, str) or hasattr(source, "__fspath__"):
         yield from _tensors_in_files(Path(source).expanduser())
+    elif isinstance(source, Mapping):
+        yield from source.items()
+    elif isinstance(source, Iterable):
+        for item in source:
+            if not isinstance(item, (tuple, list)) or len(item) != 2:
+                raise WeightsError(f"weights are pairs of a name and a tensor, got {type(item).__name__}.")
+            yield item[0], item[1]
     else:
-        yield from source.items() if isinstance(source, Mapping) else source
+        raise WeightsError(f"weights are a state_dict, pairs of name and tensor, or a path, got {source!r}.")
 
 
 def _tensors_in_files(path: Path) -> Iterator[tuple[str, Any]]:
@@ -92,8 +93,7 @@ def buckets(
         names.add(name)
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         whole = torch.as_tensor(whole).detach()
-        if not allow_nonfinite and whole.is_floating_point() and not bool(torch.isfinite(whole).all()):
-            bad = int((~torch.isfinite(whole)).sum())
+        if not allow_nonfinite and (bad := _nonfinite(whole)):
             raise WeightsError(
                 f"weight {name!r} holds {bad} values of {whole.numel()} that are not finite. "
                 "Give allow_nonfinite=True if that is meant."
@@ -106,6 +106,17 @@ def buckets(
         size += nbytes
     if pending:
         yield _packed(pending)
+
+
+def _nonfinite(tensor: Any) -> int:
+    """How many values are NaN or infinite."""
+    import torch
+
+    if not tensor.is_floating_point():
+        return 0
+    if tensor.element_size() == 1:  # torch asks this of no 8-bit float
+        tensor = tensor.half()
+    return 0 if bool(torch.isfinite(tensor).all()) else int((~torch.isfinite(tensor)).sum())
 
 
 def _packed(tensors: dict[str, Any]) -> Bucket:

@@ -142,6 +142,14 @@ def twice(weights: dict[str, Any]) -> Any:
     return [*weights.items(), ("model.norm.weight", weights["model.norm.weight"])]
 
 
+def no_pairs(weights: dict[str, Any]) -> Any:
+    return list(weights)
+
+
+def nothing(weights: dict[str, Any]) -> Any:
+    return None
+
+
 def no_tensor(weights: dict[str, Any]) -> Any:
     return {**weights, "model.norm.weight": "all of them"}
 
@@ -160,6 +168,8 @@ def breaks_off(weights: dict[str, Any]) -> Any:
         (shape, WeightsError, r"has the shape \(5,\), the model's has \(128,\)"),
         (missing, WeightsError, "lacks 1 of the model's 46 weights, such as model.norm.weight"),
         (twice, WeightsError, "'model.norm.weight' comes twice"),
+        (no_pairs, WeightsError, "pairs of a name and a tensor, got str"),
+        (nothing, WeightsError, "a state_dict, pairs of name and tensor, or a path, got None"),
         (no_tensor, WeightsError, "pairs of a name and a tensor"),
         (breaks_off, RuntimeError, "the trainer failed"),
     ],
@@ -198,6 +208,9 @@ def test_bad_arguments_are_refused(sampler: RunningSampler, weights: dict[str, A
         sampler.update_weights(weights, next(LABELS), transport="nccl")  # type: ignore[arg-type]
     with pytest.raises(WeightsError, match="non-empty string"):
         sampler.update_weights(weights, "")
+    for option in ({"timeout_s": None}, {"timeout_s": 0}, {"bucket_bytes": -1}):
+        with pytest.raises(RequestError, match="must be a number above 0"):
+            sampler.update_weights(weights, next(LABELS), **option)
     for lease_s in (0, -1, float("nan"), True, 1e9):
         with pytest.raises(RequestError, match="lease_s"):
             sampler.pause(lease_s=lease_s)

@@ -188,7 +188,9 @@ async def test_samples_that_had_not_begun_are_sampled_after_an_abort(
     engine: EngineHarness, prompts: list[np.ndarray[Any, Any]], versions: dict[str, Any]
 ) -> None:
     """Of more groups than run side by side none is without tokens, and those that waited have the new weights alone."""
-    groups = [engine.group(prompts[i % 6], **LONG) for i in range(engine.info.max_num_seqs + 8)]
+    groups = [
+        engine.group(prompts[i % 6], count=3, **{**LONG, "max_tokens": 40}) for i in range(engine.info.max_num_seqs + 8)
+    ]
     first = await running(engine, prompts[0])
     tasks = [engine.start(group) for group in groups]
     await asyncio.sleep(0)
@@ -199,8 +201,24 @@ async def test_samples_that_had_not_begun_are_sampled_after_an_abort(
     labels = [{label for spans in part.weight_versions for label, _ in spans} for part in columns]
     assert labels[0] == {INITIAL}
     assert {"one"} in labels, "every group had begun: the test shows nothing"
-    assert all(part.lengths.min() > 0 for part, found in zip(columns, labels, strict=True) if found == {"one"})
-    assert all(part.lengths.max() > 0 for part in columns)
+    assert all(part.lengths.min() > 0 for part in columns)
+    assert all((part.lengths == 40).all() for part, found in zip(columns, labels, strict=True) if found == {"one"})
+
+
+async def test_pause_that_is_given_up_leaves_nothing(
+    engine: EngineHarness, prompts: list[np.ndarray[Any, Any]]
+) -> None:
+    """At any moment of it, with samples running or none."""
+    for delay_s in (0.0, 0.001, 0.01):
+        for running_too in (True, False):
+            task = await running(engine, prompts[0]) if running_too else None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await engine.host.pause("keep")
+            await engine.host.resume()
+            assert len((await engine.one(prompts[1], max_tokens=2, ignore_eos=True)).tokens) == 2
+            if task is not None:
+                assert (await task).lengths.tolist() == [240] * 4
 
 
 async def test_pause_ends_without_a_router(

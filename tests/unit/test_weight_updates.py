@@ -15,7 +15,7 @@ from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.weights import INITIAL
 from twinkle_serve.engines.fake import FakeEngine
 from twinkle_serve.engines.host import EngineHost
-from twinkle_serve.errors import DeadlineError, EngineError, StoreError, WeightsError
+from twinkle_serve.errors import DeadlineError, EngineError, RequestError, StoreError, WeightsError
 from twinkle_serve.routing.router import Router
 from twinkle_serve.weights import LocalStore, WeightStore
 
@@ -73,8 +73,15 @@ class Service:
         await self.ready()
 
     async def ready(self) -> None:
+        await self.ready_with(None)
+
+    async def ready_with(self, label: str | None) -> None:
+        """Until all engines are in use; with weights of this label, if one is given."""
+
         async def all_ready() -> bool:
-            return {engine["state"] for engine in (await self.router.status())["engines"].values()} == {"ready"}
+            status = await self.router.status()
+            ready = all(engine["state"] == "ready" for engine in status["engines"].values())
+            return ready and label in (None, status["weights"])
 
         await eventually(all_ready)
 
@@ -193,6 +200,84 @@ async def test_caller_that_gives_up_leaves_an_update_whole(service: Service) -> 
 
     await eventually(updated)
     assert await service.labels() == {("a", "one"), ("b", "one")}
+
+
+async def test_engine_that_hangs_for_good_is_given_up(service: Service) -> None:
+    """It neither takes the new weights nor goes back: the update ends, and the other engine samples on."""
+    service.engines["b"].hangs |= {"one", INITIAL}
+    with pytest.raises(DeadlineError):
+        await service.update("one", timeout_s=0.2)
+    assert await service.labels() == {("a", INITIAL)}
+    service.engines["b"].hangs.clear()
+    await service.ready()
+    assert await service.update("two") == "two"
+    assert await service.labels() == {("a", "two"), ("b", "two")}
+
+
+async def test_commit_whose_answer_is_lost_counts(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store died behind it: what it has is asked for, and is what the engines have."""
+    base = service.store.base
+
+    async def answer_lost(method: str, *args: Any) -> Any:
+        answer = await base(method, *args)
+        if method == "commit":
+            raise StoreError("the store did not answer.")
+        return answer
+
+    monkeypatch.setattr(service.store, "base", answer_lost)
+    assert await service.update("one") == "one"
+    assert await service.labels() == {("a", "one"), ("b", "one")}
+
+
+async def test_router_that_was_wrong_about_the_current_version_learns(service: Service) -> None:
+    """The store has gone on to another one than it knows: engines that fetch the old one fail, and it asks."""
+    await service.update("one")
+    old = service.router._pool.base
+    await service.update("two")
+    service.router._pool.base = old
+    await service.ready_with("two")
+    assert await service.labels() == {("a", "two"), ("b", "two")}
+
+
+async def test_resume_whose_caller_gives_up_resumes(service: Service) -> None:
+    """While something else has its turn with the engines."""
+    pool = service.router._pool
+    lease = await service.router.pause("keep", 30.0)
+    await pool._changing.acquire()
+    call = asyncio.ensure_future(service.router.resume(lease))
+    await asyncio.sleep(0)
+    call.cancel()
+    await asyncio.wait({call})
+    pool._changing.release()
+
+    async def resumed() -> bool:
+        return not (await service.router.status())["paused"]
+
+    await eventually(resumed)
+    assert await service.labels() == {("a", INITIAL), ("b", INITIAL)}
+
+
+async def test_update_that_finds_no_turn_ends_at_its_deadline(service: Service) -> None:
+    """It does not become current later, behind the caller's back."""
+    async with service.router._pool._changing:
+        with pytest.raises(DeadlineError, match="another pause begins or ends"):
+            await service.update("one", timeout_s=0.1)
+    assert await service.labels() == {("a", INITIAL), ("b", INITIAL)}
+
+
+async def test_asleep_sampler_takes_no_weights_and_a_paused_one_does_not_sleep(service: Service) -> None:
+    """Each would undo the other."""
+    await service.router.sleep(1)
+    with pytest.raises(RequestError, match="asleep"):
+        await service.update("one")
+    with pytest.raises(RequestError, match="asleep"):
+        await service.router.pause("keep", 1.0)
+    await service.router.wake_up()
+    lease = await service.router.pause("keep", 30.0)
+    with pytest.raises(RequestError, match="paused"):
+        await service.router.sleep(1)
+    await service.router.resume(lease)
+    await service.update("one")
 
 
 async def test_sleep_that_drops_the_weights_wakes_up_with_the_current_ones(service: Service) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from twinkle_serve.adapters import check_shapes, describe_adapter
-from twinkle_serve.checkpoint import Bucket, buckets, named_tensors, tied_weights, weight_shapes
+from twinkle_serve.checkpoint import Bucket, buckets, named_tensors, weight_shapes
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, TextDelta
@@ -23,7 +23,7 @@ from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.weights import FILES, BaseVersion, PauseMode
 from twinkle_serve.engines.base import ChunkRunner, Engine, Finished
 from twinkle_serve.engines.text import TextStream
-from twinkle_serve.errors import AdapterError, EngineDeadError, EngineStartError
+from twinkle_serve.errors import AdapterError, EngineDeadError, EngineStartError, StoreError
 from twinkle_serve.weights import StoreLink
 
 logger = logging.getLogger("ray.serve")
@@ -72,8 +72,6 @@ class EngineHost:
         """Notified when a version has lost its last use."""
         self._base: BaseVersion | None = FILES
         """The weights that it holds; None while it holds none whole."""
-        self._dropped_base: BaseVersion | None = None
-        """What it held when it fell into a sleep that drops them."""
         self._loading = asyncio.Lock()
         self._pause_end: asyncio.TimerHandle | None = None
         """When a pause that nobody asks about ends."""
@@ -92,16 +90,25 @@ class EngineHost:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._engine.start()
-                if (current := await self._store.base("current")) != FILES:
-                    await self._engine.pause("keep")
-                    await self.load_weights(current)
-                    await self._engine.resume()
+                await self._load_current()
                 await self._engine.sample_group(WARM_UP)  # takes vLLM seconds on CPU
         except TimeoutError:
             raise EngineStartError(
                 f"{name}: {self._model} did not load within startup_timeout_s={timeout_s:g}. Raise it."
             ) from None
         self._info = replace(self._engine.info, life=uuid.uuid4().hex)
+
+    async def _load_current(self) -> None:
+        """Loads what the store says is current, and again where another version becomes current meanwhile."""
+        while (current := await self._store.base("current")) != self._base:
+            await self._engine.pause("keep")
+            try:
+                await self.load_weights(current)
+            except StoreError:
+                if await self._store.base("current") == current:
+                    raise
+            else:
+                await self._engine.resume()
 
     async def describe(self) -> EngineInfo:
         await self.check_health()
@@ -211,7 +218,9 @@ class EngineHost:
 
     async def weight_shapes(self) -> tuple[dict[str, tuple[int, ...]], set[str]]:
         """Shape of each weight of the model by name, and names that are others of them."""
-        return await asyncio.to_thread(weight_shapes, self._model), await asyncio.to_thread(tied_weights, self._model)
+        shapes = await asyncio.to_thread(weight_shapes, self._model)
+        # An output layer that is the embedding by another name: given or not, it changes nothing.
+        return shapes, {"lm_head.weight"} - shapes.keys()
 
     async def pause(self, mode: PauseMode) -> None:
         """Has nothing sampled until `resume`, or until no router has asked after the engine for PAUSE_LEASE_S."""
@@ -222,12 +231,13 @@ class EngineHost:
         if self._pause_end is not None:
             self._pause_end.cancel()
         loop = asyncio.get_running_loop()
-        self._pause_end = loop.call_later(PAUSE_LEASE_S, lambda: self._spawn(self._resume_unless_broken()))
+        self._pause_end = loop.call_later(PAUSE_LEASE_S, lambda: self._spawn(self._go_on(self._pause_end)))
 
-    async def _resume_unless_broken(self) -> None:
+    async def _go_on(self, lease: asyncio.TimerHandle | None) -> None:
+        """Ends a pause that nobody has asked about, unless the engine holds no whole version."""
         async with self._loading:
-            logger.warning(f"{self._info.name} was paused, and no router has asked for it: it goes on")
-            if self._base is not None:
+            if self._pause_end is lease and self._base is not None:
+                logger.warning(f"{self._info.name} was paused, and no router has asked for it: it goes on")
                 await self.resume()
 
     async def resume(self) -> None:
@@ -247,6 +257,8 @@ class EngineHost:
             async with contextlib.aclosing(_one_ahead(self._buckets(version))) as parts:
                 checksum = await self._engine.load_weights(version.label, parts)
             self._base = version
+            if self._pause_end is not None:
+                self._lease()
         return checksum
 
     async def _buckets(self, version: BaseVersion) -> AsyncGenerator[Bucket, None]:
@@ -268,13 +280,12 @@ class EngineHost:
     async def sleep(self, level: int) -> None:
         await self._engine.sleep(level)
         if level == 2:
-            self._dropped_base = self._base
+            self._base = None
 
     async def wake_up(self, tags: Sequence[str] | None) -> None:
         await self._engine.wake_up(tags)
-        if self._dropped_base is not None and (tags is None or "weights" in tags):
-            await self.load_weights(self._dropped_base)
-            self._dropped_base = None
+        if self._base is None and (tags is None or "weights" in tags):
+            await self.load_weights(await self._store.base("current"))
 
     async def stop(self) -> None:
         if self._pause_end is not None:

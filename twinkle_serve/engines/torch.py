@@ -462,8 +462,8 @@ class TorchEngine:
         self._may_begin.set()
 
     async def _release(self) -> None:
-        if self._held:
-            await self._to_model(functools.partial(setattr, self, "_held", False))
+        # Also where it is not held: a pause that was abandoned may be about to hold it.
+        await self._to_model(functools.partial(setattr, self, "_held", False))
 
     async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
         import safetensors.torch

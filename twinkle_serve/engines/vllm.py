@@ -11,6 +11,7 @@ import itertools
 import os
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -297,8 +298,9 @@ class VLLMEngine:
         output = await self._last_output(group)
         while _was_not_begun(output, group):  # a pause ended it
             output = await self._last_output(group)
-        # vLLM refuses n greedy samples of a prompt; they are n times the same.
-        samples = output.outputs * group.count if params.greedy else output.outputs
+        samples = await asyncio.gather(*(self._begun(group, j, sample) for j, sample in enumerate(output.outputs)))
+        if params.greedy:  # vLLM refuses n greedy samples of a prompt; they are n times the same
+            samples = samples * group.count
         reasons: list[StopReason] = [sample.finish_reason for sample in samples]
         if unfinished := set(reasons) - {"stop", "length", "abort"}:
             raise EngineError(f"{self._name}: vLLM ended a sample with {unfinished.pop()!r}.")
@@ -338,6 +340,13 @@ class VLLMEngine:
             async for latest in outputs:
                 output = latest
         return output
+
+    async def _begun(self, group: Group, j: int, sample: Any) -> Any:
+        """The j-th sample of a group; sampled anew where a pause ended it before its first token."""
+        while sample.finish_reason == "abort" and not sample.token_ids:
+            alone = replace(group, first_sample=group.first_sample + j, count=1, seed=group.seed_of(j))
+            sample = (await self._last_output(alone)).outputs[0]
+        return sample
 
     def _spans(self, sample: Any) -> Spans:
         """Which weights sampled what; a sample without tokens has those that are there."""
@@ -444,9 +453,12 @@ class VLLMEngine:
     async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
         assert self._files is not None
         try:
-            await self._llm.collective_rpc("begin_weights")
+            begun = False
             async for bucket in buckets:
                 with self._files.holding(bucket) as path:
+                    if not begun:  # the model is whole until the first bucket is there
+                        await self._llm.collective_rpc("begin_weights")
+                        begun = True
                     await self._llm.collective_rpc("load_weights", args=(str(path),))
             checksums = await self._llm.collective_rpc("finish_weights")
             # Running samples compute anew what they had computed with the old weights.

@@ -16,7 +16,7 @@ from twinkle_serve.data_format.groups import EngineInfo, Group, TextDelta
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.weights import BaseVersion, PauseMode
 from twinkle_serve.engines.base import Finished
-from twinkle_serve.errors import DeadlineError, EngineDeadError, EngineError, TwinkleServeError
+from twinkle_serve.errors import DeadlineError, EngineDeadError, EngineError, StoreError, TwinkleServeError
 from twinkle_serve.routing.adapters import Adapters
 from twinkle_serve.routing.dispatch import Dispatcher
 from twinkle_serve.routing.link import EngineLink
@@ -75,6 +75,7 @@ class EnginePool:
         adapters: Adapters,
         base: BaseVersion,
         *,
+        current: Callable[[], Awaitable[BaseVersion]],
         wanted: Callable[[int], bool],
         deliver: Callable[[SampleColumns], None],
         fail: Callable[[int, TwinkleServeError], None],
@@ -86,6 +87,7 @@ class EnginePool:
         Args:
             adapters: whose versions new engines load.
             base: version of the model's own weights that is current.
+            current: asks the store for it, where there is doubt.
             wanted: whether anybody waits for a group, by its id.
             deliver: takes samples, of any number of groups.
             fail: takes what a group failed by, by its id.
@@ -103,6 +105,7 @@ class EnginePool:
         """Held while weights change, a pause begins or ends, or an engine is brought into use."""
         self._holds: set[object] = set()
         """What keeps the engines paused."""
+        self._current = current
         self._wanted, self._deliver_columns, self._fail = wanted, deliver, fail
         self.info: EngineInfo | None = None
         """Of the first engine that answered; they are alike."""
@@ -149,6 +152,11 @@ class EnginePool:
         return len(self._uses)
 
     @property
+    def paused(self) -> bool:
+        """Whether engines stand still, for weights or for whoever asked."""
+        return bool(self._holds)
+
+    @property
     def sequences(self) -> int:
         """Sequences that engines have been sent and have not finished."""
         return sum(self._dispatcher.sequences(name) for name in self._uses)
@@ -170,7 +178,7 @@ class EnginePool:
                     "max_model_len": use.info.max_model_len,
                     "logprobs_mode": use.info.logprobs_mode,
                 }
-        return {"engines": engines, "groups_waiting": self._dispatcher.waiting, "paused": bool(self._holds)}
+        return {"engines": engines, "groups_waiting": self._dispatcher.waiting, "paused": self.paused}
 
     # -- groups ----------------------------------------------------------------------------------
 
@@ -388,8 +396,8 @@ class EnginePool:
 
     async def _let_go(self, key: object) -> None:
         self._holds.discard(key)
-        if not self._holds:
-            await self._tell_each_or_lose_it("resume")
+        # What another one holds may have run meanwhile: to drain it, or in a pause that was given up.
+        await self._tell_each_or_lose_it(PROBE_TIMEOUT_S, *(("pause", "keep") if self._holds else ("resume",)))
         for name in self._uses:
             self._states[name] = "ready"
 
@@ -415,45 +423,67 @@ class EnginePool:
             WeightsError: an engine does not take it.
             EngineError: an engine failed on it, or engines ended with different weights.
             EngineDeadError: all died.
-            DeadlineError: it took longer than `timeout_s`.
+            DeadlineError: it took longer than `timeout_s`, waiting for another pause or update included.
         """
-        await self._some_engine()
-        async with self._changing:
-            key, loading = object(), False
-            self._holds.add(key)
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._pause(mode)
-                    loading = True
-                    checksums = await self._tell_each("load_weights", version)
-                if not checksums:
-                    raise EngineDeadError(f"every engine died while it loaded {version.label!r}.")
-                if len(set(checksums.values())) > 1:
-                    found = ", ".join(f"{name} {checksum}" for name, checksum in checksums.items())
-                    raise EngineError(f"engines have different weights after they loaded {version.label!r}: {found}.")
-                await commit()
-                self.base = version
-            except BaseException as error:
-                if loading:
-                    await self._tell_each_or_lose_it("load_weights", self.base)
-                where = f"{self.base.label!r} is current"
-                if isinstance(error, TimeoutError):
-                    step = "loaded" if loading else "paused"
-                    raise DeadlineError(
-                        f"the engines were not {step} within {timeout_s:g} s for {version.label!r}; {where}."
-                    ) from None
-                if isinstance(error, TwinkleServeError):
-                    raise type(error)(f"{error} {where}.") from None
-                raise
-            finally:
-                await self._let_go(key)
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._some_engine()
+                await self._changing.acquire()
+        except TimeoutError:
+            raise DeadlineError(
+                f"no engine could be paused within {timeout_s:g} s for {version.label!r}: none is up, or another pause "
+                f"begins or ends. {self.base.label!r} is current."
+            ) from None
+        try:
+            await self._update(version, mode, commit, timeout_s, deadline)
+        finally:
+            self._changing.release()
 
-    async def _tell_each_or_lose_it(self, method: str, *args: Any) -> None:
+    async def _update(
+        self,
+        version: BaseVersion,
+        mode: PauseMode,
+        commit: Callable[[], Awaitable[None]],
+        timeout_s: float,
+        deadline: float,
+    ) -> None:
+        key, loading = object(), False
+        self._holds.add(key)
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._pause(mode)
+                loading = True
+                checksums = await self._tell_each("load_weights", version)
+            if not checksums:
+                raise EngineDeadError(f"every engine died while it loaded {version.label!r}.")
+            if len(set(checksums.values())) > 1:
+                found = ", ".join(f"{name} {checksum}" for name, checksum in checksums.items())
+                raise EngineError(f"engines have different weights after they loaded {version.label!r}: {found}.")
+            await commit()
+            self.base = version
+        except BaseException as error:
+            if loading:
+                await self._tell_each_or_lose_it(timeout_s, "load_weights", self.base)
+            where = f"{self.base.label!r} is current"
+            if isinstance(error, TimeoutError):
+                step = "loaded" if loading else "paused"
+                raise DeadlineError(
+                    f"the engines were not {step} within {timeout_s:g} s for {version.label!r}; {where}."
+                ) from None
+            if isinstance(error, TwinkleServeError):
+                raise type(error)(f"{error} {where}.") from None
+            raise
+        finally:
+            await self._let_go(key)
+
+    async def _tell_each_or_lose_it(self, timeout_s: float, method: str, *args: Any) -> None:
         """A control call to every engine in use. One that does not take it is not used until it has caught up."""
 
         async def tell(name: str, use: _Use) -> None:
             try:
-                await self._unless_lost(name, use, self._links[name].control(method, *args))
+                async with asyncio.timeout(timeout_s):
+                    await self._unless_lost(name, use, self._links[name].control(method, *args))
             except Exception as error:
                 self._lose(name, use, error)
 
@@ -489,7 +519,8 @@ class EnginePool:
         await self._has_info.wait()
         if not self._uses:
             raise EngineDeadError("no engine is ready. They are being restarted; send the call again.")
-        return await self._links[next(iter(self._uses))].control(method, *args)
+        name, use = next(iter(self._uses.items()))
+        return await self._unless_lost(name, use, self._links[name].control(method, *args))
 
     async def tell_all(self, method: str, *args: Any) -> None:
         """A control call to every engine in use."""
@@ -509,6 +540,7 @@ class EnginePool:
     async def _follow_engine(self, name: str) -> None:
         """Keeps an engine in use for as long as it answers; sees restarts, and deaths while it has no work."""
         while True:
+            base, changing = self.base, self._changing.locked()
             try:
                 async with asyncio.timeout(PROBE_TIMEOUT_S):
                     info = await self._links[name].describe()
@@ -517,39 +549,54 @@ class EnginePool:
                 if self._states[name] != "starting":
                     self._states[name] = "dead"
             else:
-                if (use := self._uses.get(name)) is not None and use.info.life != info.life:
+                use = self._uses.get(name)
+                if use is not None and use.info.life != info.life:
                     self._lose(name, use, EngineDeadError("it was restarted"))
+                elif info.base != base and base == self.base and not (changing or self._changing.locked()):
+                    self._lose(name, use, EngineDeadError("it has other weights than the current ones"))
                 if name not in self._uses:
                     await self._catch_up(name, info)
             await asyncio.sleep(PROBE_PERIOD_S)
 
     async def _catch_up(self, name: str, info: EngineInfo) -> None:
         """Brings an engine into use: without what another router left there, with the current weights, and paused where
-        the others are."""
+        the others are. An engine that cannot, several times in a row, has its process replaced."""
         self._states[name] = "catching up"
+        base = self.base
         try:
             async with asyncio.timeout(self._load_timeout_s):
                 await self._links[name].control("keep_adapters", [version.id for version in self._adapters.held])
-                held = await self._load_current(name, info.base)
+                await self._load_current(name, info)
                 async with self._changing:
-                    await self._load_current(name, held)  # others may have gone on to a newer one meanwhile
+                    # Others may have gone on to a newer version meanwhile, and the engine may be another one.
+                    info = await self._links[name].describe()
+                    await self._load_current(name, info)
                     await self._links[name].control(*(("pause", "keep") if self._holds else ("resume",)))
                     await self._begin_use(name, info)
         except Exception as error:
-            logger.warning(f"{name} did not get ready with {self.base.label!r}: {type(error).__name__}: {error}")
+            logger.warning(f"{name} did not get ready with {base.label!r}: {type(error).__name__}: {error}")
+            if isinstance(error, StoreError):
+                await self._ask_what_is_current()
+            if self.base != base:
+                return  # it was overtaken
             self._failed_loads[name] += 1
-            if self._failed_loads[name] >= MOST_FAILED_LOADS:
+            if self._failed_loads[name] >= MOST_FAILED_LOADS or isinstance(error, TimeoutError):
                 self._failed_loads[name] = 0
-                await self._quietly(name, "retire", f"it does not load {self.base.label!r}: {error}")
+                await self._quietly(name, "retire", f"it does not load {base.label!r}: {error}")
         else:
             self._failed_loads[name] = 0
 
-    async def _load_current(self, name: str, held: BaseVersion | None) -> BaseVersion:
-        """Has an engine that is not in use load the current weights, if it has others. Returns what it has then."""
-        if held != (base := self.base):
+    async def _load_current(self, name: str, info: EngineInfo) -> None:
+        """Has an engine that is not in use load the current weights, if it has others."""
+        if info.base != self.base:
             await self._links[name].control("pause", "keep")
-            await self._links[name].control("load_weights", base)
-        return base
+            await self._links[name].control("load_weights", self.base)
+
+    async def _ask_what_is_current(self) -> None:
+        """The store may have taken a commit whose answer never came."""
+        async with self._changing:
+            with contextlib.suppress(StoreError):
+                self.base = await self._current()
 
     async def _begin_use(self, name: str, info: EngineInfo) -> None:
         self._uses[name] = use = _Use(info)

@@ -22,6 +22,7 @@ from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.samples import SampleColumns, StopReason
 from twinkle_serve.data_format.sampling_params import UNSET, Unset
+from twinkle_serve.data_format.weights import PauseMode
 from twinkle_serve.engines.base import check_fits
 from twinkle_serve.errors import (
     AdapterError,
@@ -130,6 +131,7 @@ class Router:
             self._links,
             self._adapters,
             base,
+            current=lambda: self._store.base("current"),
             wanted=self._requests.__contains__,
             deliver=self._deliver,
             fail=self._fail,
@@ -290,25 +292,28 @@ class Router:
 
     # -- weights ---------------------------------------------------------------------------------
 
-    async def begin_weights(self, label: str, mode: str) -> int:
+    async def begin_weights(self, label: str, mode: PauseMode) -> int:
         """See `WeightUpdates.begin`; a wrong mode is said before anything is sent."""
         require_mode(mode)
+        self._require_awake()
         return await self._updates.begin(label)
 
     async def append_weights(self, upload: int, index: int, parcel: Any) -> None:
         """See `WeightUpdates.append`."""
         await self._updates.append(upload, index, parcel)
 
-    async def publish_weights(self, upload: int, mode: str, timeout_s: float) -> str:
+    async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
         """See `WeightUpdates.publish`."""
+        self._require_awake()
         return await self._updates.publish(upload, mode, timeout_s)
 
     async def abandon_weights(self, upload: int) -> None:
         """See `WeightUpdates.abandon`."""
         await self._updates.abandon(upload)
 
-    async def pause(self, mode: str, lease_s: float) -> int:
+    async def pause(self, mode: PauseMode, lease_s: float) -> int:
         """See `Pauses.pause`."""
+        self._require_awake()
         return await self._pauses.pause(mode, lease_s)
 
     async def renew_pause(self, lease: int, lease_s: float) -> None:
@@ -349,6 +354,8 @@ class Router:
             raise RequestError(f"level must be 1 or 2, got {level!r}.")
         if running := self._running + self._pool.sequences:
             raise RequestError(f"{running} requests are running: sleep would lose them. Wait for them, or cancel them.")
+        if self._pool.paused:
+            raise RequestError("the engines are paused, or are loading weights. Wait for the end of that.")
         self._asleep = True
         try:
             await self._pool.tell_all("sleep", level)

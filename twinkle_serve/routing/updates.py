@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from dataclasses import dataclass
 from typing import Any
 
-from twinkle_serve.data_format.weights import PAUSE_MODES, BaseVersion
+from twinkle_serve.data_format.weights import PAUSE_MODES, BaseVersion, PauseMode
 from twinkle_serve.errors import EngineError, RequestError, StoreError, UnsupportedError, WeightsError
 from twinkle_serve.routing.pool import EnginePool
 from twinkle_serve.weights import StoreLink
@@ -18,6 +19,19 @@ UPLOAD_LEASE_S = 60.0
 """An update is given up when no bucket of it has come for so long: its trainer is gone."""
 
 LONGEST_LEASE_S = 3600.0
+
+
+@dataclass(slots=True, eq=False)
+class _Update:
+    """One that has begun."""
+
+    label: str
+    heard_at: float
+    upload: int | None = None
+    """What its buckets are sent under, once the store has said so."""
+    expiry: asyncio.TimerHandle | None = None
+    """When it is given up; None while it is not the trainer that is waited for."""
+    publishing: bool = False
 
 
 class WeightUpdates:
@@ -34,11 +48,7 @@ class WeightUpdates:
         """
         self._store, self._pool = store, pool
         self._numbers = {label: number for number, label in enumerate(labels)}
-        self._upload: int | None = None
-        self._label = ""
-        self._expiry: asyncio.TimerHandle | None = None
-        self._last_heard = 0.0
-        self._publishing: asyncio.Task[None] | None = None
+        self._update: _Update | None = None
 
     async def begin(self, label: str) -> int:
         """Begins an update. Returns what its buckets are sent under.
@@ -49,23 +59,23 @@ class WeightUpdates:
         """
         if not isinstance(label, str) or not label:
             raise WeightsError(f"version must be a non-empty string, got {label!r}.")
-        if self._upload is not None:
-            silent_s = asyncio.get_running_loop().time() - self._last_heard
+        now = asyncio.get_running_loop().time()
+        if (other := self._update) is not None:
             raise WeightsError(
-                f"an update to {self._label!r} is under way, heard of {silent_s:.1f} s ago. Wait for it; one whose "
-                f"trainer is gone is given up after {UPLOAD_LEASE_S:g} s."
+                f"an update to {other.label!r} is under way, heard of {now - other.heard_at:.1f} s ago. Wait for it; "
+                f"one whose trainer is gone is given up after {UPLOAD_LEASE_S:g} s."
             )
-        self._upload, self._label = -1, label  # from here on, others are refused
+        update = self._update = _Update(label, now)
         try:
-            self._hear()
             shapes, tied = await self._pool.ask("weight_shapes")
             if not shapes:
                 raise UnsupportedError("the model has no safetensors files, which say what weights it has.")
-            self._upload = upload = int(await self._store.base("begin", label, shapes, tied))
+            update.upload = int(await self._store.base("begin", label, shapes, tied))
         except BaseException:
-            self._end()
+            self._end(update)
             raise
-        return upload
+        self._wait_for_trainer(update)
+        return update.upload
 
     async def append(self, upload: int, index: int, parcel: Any) -> None:
         """Takes the next bucket.
@@ -74,18 +84,16 @@ class WeightUpdates:
             WeightsError: it is damaged, or holds names or shapes that the model has not. The update is over.
             StoreError: the update was given up, or the store cannot be written. The update is over.
         """
-        self._require(upload)
-        self._hear()
+        update = self._require(upload)
+        self._stop_waiting(update)
         try:
             await self._store.base("append", upload, index, parcel)
         except BaseException:
-            if self._upload == upload:
-                self._end()
+            self._give_up(update)
             raise
-        if self._upload == upload:
-            self._hear()
+        self._wait_for_trainer(update)
 
-    async def publish(self, upload: int, mode: str, timeout_s: float) -> str:
+    async def publish(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
         """Makes the version current, on all engines or on none. Returns its label.
 
         Once it has begun, it goes on though nobody waits for it any more.
@@ -97,63 +105,73 @@ class WeightUpdates:
                 After each, the version before is current and nobody is paused.
         """
         require_mode(mode)
-        self._require(upload)
-        if self._expiry is not None:
-            self._expiry.cancel()
-            self._expiry = None
-        label = self._label
-        task = self._publishing = self._pool.spawn(self._publish(upload, mode, timeout_s))
-        await asyncio.shield(task)
-        return label
+        update = self._require(upload)
+        self._stop_waiting(update)
+        update.publishing = True
+        await asyncio.shield(self._pool.spawn(self._publish(update, mode, timeout_s)))
+        return update.label
 
-    async def _publish(self, upload: int, mode: Any, timeout_s: float) -> None:
+    async def _publish(self, update: _Update, mode: PauseMode, timeout_s: float) -> None:
         try:
-            version: BaseVersion = await self._store.base("seal", upload)
+            version: BaseVersion = await self._store.base("seal", update.upload)
 
             async def commit() -> None:
-                await self._store.base("commit", version)
+                try:
+                    await self._store.base("commit", version)
+                except StoreError:  # it may have been taken all the same
+                    if await self._store.base("current") != version:
+                        raise
                 self._numbers[version.label] = version.number
 
             await self._pool.update(version, mode, commit, timeout_s)
         except BaseException:
-            await self._discard()
+            self._give_up(update)
             raise
-        finally:
-            self._end()
+        self._end(update)
 
     async def abandon(self, upload: int) -> None:
-        """Gives an update up that has not been published. Again: nothing."""
-        if self._upload == upload and (self._publishing is None or self._publishing.done()):
-            await self._discard()
-            self._end()
+        """Gives an update up that is not being published. Again: nothing."""
+        update = self._update
+        if update is not None and update.upload == upload and not update.publishing:
+            self._give_up(update)
 
-    async def _discard(self) -> None:
+    def _give_up(self, update: _Update) -> None:
+        self._end(update)
+        self._pool.spawn(self._discard(update))
+
+    async def _discard(self, update: _Update) -> None:
         try:
-            await self._store.base("discard")
+            await self._store.base("discard", update.upload)
         except StoreError as error:  # the next update replaces it
-            logger.warning(f"the store keeps a part of {self._label!r}: {error}")
+            logger.warning(f"the store keeps a part of {update.label!r}: {error}")
 
-    def _require(self, upload: int) -> None:
-        if upload != self._upload:
+    def _require(self, upload: int) -> _Update:
+        if self._update is None or self._update.upload != upload:
             raise StoreError("the update of weights was given up: its trainer was silent, or the router was restarted.")
+        return self._update
 
-    def _hear(self) -> None:
-        """The trainer lives."""
+    def _wait_for_trainer(self, update: _Update) -> None:
+        """The trainer has the next word, and UPLOAD_LEASE_S for it."""
+        if self._update is not update:
+            return
+        self._stop_waiting(update)
         loop = asyncio.get_running_loop()
-        self._last_heard = loop.time()
-        if self._expiry is not None:
-            self._expiry.cancel()
-        self._expiry = loop.call_later(UPLOAD_LEASE_S, self._expire)
+        update.heard_at = loop.time()
+        update.expiry = loop.call_later(UPLOAD_LEASE_S, self._expire, update)
 
-    def _expire(self) -> None:
-        logger.warning(f"the update to {self._label!r} is given up: no bucket came for {UPLOAD_LEASE_S:g} s")
-        self._end()
-        self._pool.spawn(self._discard())
+    def _stop_waiting(self, update: _Update) -> None:
+        if update.expiry is not None:
+            update.expiry.cancel()
+            update.expiry = None
 
-    def _end(self) -> None:
-        if self._expiry is not None:
-            self._expiry.cancel()
-        self._upload, self._expiry, self._publishing = None, None, None
+    def _expire(self, update: _Update) -> None:
+        logger.warning(f"the update to {update.label!r} is given up: no bucket came for {UPLOAD_LEASE_S:g} s")
+        self._give_up(update)
+
+    def _end(self, update: _Update) -> None:
+        self._stop_waiting(update)
+        if self._update is update:
+            self._update = None
 
     def staleness(self, labels: set[str]) -> int:
         """Versions that have become current since the oldest of these."""
@@ -165,6 +183,7 @@ class Pauses:
     """Pauses that callers ask for: each lasts while its caller renews it.
 
     Guarantees: a caller that is gone leaves nobody paused for longer than its lease.
+    Does not guarantee: that samples which one pause holds stay where they are when a later one says `wait` or `abort`.
     """
 
     def __init__(self, pool: EnginePool) -> None:
@@ -172,7 +191,7 @@ class Pauses:
         self._ids = itertools.count(1)
         self._ends: dict[int, asyncio.TimerHandle] = {}
 
-    async def pause(self, mode: str, lease_s: float) -> int:
+    async def pause(self, mode: PauseMode, lease_s: float) -> int:
         """Pauses every engine; returns the lease's number.
 
         Raises:
@@ -184,7 +203,7 @@ class Pauses:
                 f"lease_s must be a number of seconds above 0, at most {LONGEST_LEASE_S:g}, got {lease_s!r}."
             )
         lease = next(self._ids)
-        await self._pool.hold(self._key(lease), mode)  # type: ignore[arg-type]  # it was checked
+        await self._pool.hold(self._key(lease), mode)
         self._schedule(lease, lease_s)
         return lease
 
@@ -205,7 +224,8 @@ class Pauses:
         """
         self._require(lease)
         self._ends.pop(lease).cancel()
-        await self._pool.release(self._key(lease))
+        # A caller who stops waiting has ended the pause all the same.
+        await asyncio.shield(self._pool.spawn(self._pool.release(self._key(lease))))
 
     def _key(self, lease: int) -> tuple[str, int]:
         return ("pause", lease)

@@ -16,7 +16,7 @@ from twinkle_serve.data_format import SampleResponse, SamplingParams
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.sampling_params import UNSET, Unset
 from twinkle_serve.data_format.weights import PauseMode
-from twinkle_serve.errors import AdapterError, TwinkleServeError, UnsupportedError
+from twinkle_serve.errors import AdapterError, RequestError, TwinkleServeError, UnsupportedError
 from twinkle_serve.routing.templates import TemplateChoice, pack_template
 from twinkle_serve.sampler.verification import Verification, verify
 from twinkle_serve.template import Template
@@ -440,8 +440,8 @@ class RunningSampler(Sampler):
                 they are, with stop_reason abort; those without a token begin anew.
             transport: store, through Ray's object store and files in memory.
             allow_nonfinite: take NaN and infinite values.
-            bucket_bytes: about how much is in memory at a time, here and at each engine: twice that at most, or twice
-                the largest weight.
+            bucket_bytes: about how much is sent at a time, and never less than one weight. A few buckets are in memory
+                here, two at each engine.
             timeout_s: limit of each step: sending a bucket, and the engines' part of it all.
 
         Raises:
@@ -452,9 +452,13 @@ class RunningSampler(Sampler):
             DeadlineError: the engines were not done within `timeout_s`.
                 After each, the weights before are current on all engines, and nobody is paused.
             UnsupportedError: no such transport, or a model without safetensors files.
+            RequestError: another argument that cannot be, or a sampler that is asleep.
         """
         if transport != "store":
             raise UnsupportedError(f"transport must be store, got {transport!r}.")
+        for what, value in (("timeout_s", timeout_s), ("bucket_bytes", bucket_bytes)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise RequestError(f"{what} must be a number above 0, got {value!r}.")
         parts = buckets(named_tensors(weights), bucket_bytes, allow_nonfinite=allow_nonfinite)
         upload: int = self._backend.call("begin_weights", version, mode, timeout_s=timeout_s)
         try:
@@ -474,8 +478,9 @@ class RunningSampler(Sampler):
                     )
                 if sent is not None:
                     sent.result()
+            # Where it fails at the last moment, the engines go back within the same time, and the store may be slow.
             label: str = self._backend.call(
-                "publish_weights", upload, mode, timeout_s, timeout_s=timeout_s + ANSWER_TIMEOUT_S
+                "publish_weights", upload, mode, timeout_s, timeout_s=2 * timeout_s + CONTROL_TIMEOUT_S
             )
         except BaseException:
             with contextlib.suppress(TwinkleServeError):  # what is given up by itself when nothing comes of it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -57,7 +58,8 @@ class BaseWeights:
         """Of all versions that have been current, by their number."""
         self._current = FILES
         self._upload: _Upload | None = None
-        self._uploads = 0
+        # At random: a call that was meant for a store before this one must not meet an upload of this one.
+        self._uploads = random.getrandbits(40)
         self._sealed: BaseVersion | None = None
         if disk is not None:
             self._recover(disk)
@@ -158,15 +160,17 @@ class BaseWeights:
         try:
             self._save()
         except BaseException:
-            self._current = before
-            self._labels.pop()
-            raise
+            if not self._is_written(version):  # a write may fail after it has taken effect
+                self._current = before
+                self._labels.pop()
+                raise
         self._sealed = None
         self._remove(before)
 
-    def discard(self) -> None:
-        """Drops what was begun and not committed, if anything was."""
-        self._drop_pending()
+    def discard(self, upload: int) -> None:
+        """Drops what was begun and not committed, if it is this upload."""
+        if upload == self._uploads:
+            self._drop_pending()
 
     def forget(self) -> None:
         """Makes the model's own files current, and every label free, as if nothing had been.
@@ -226,6 +230,14 @@ class BaseWeights:
         if self._disk is not None:
             manifest = {"format": FORMAT, "labels": self._labels, "current": asdict(self._current)}
             self._disk.write_manifest(MANIFEST, manifest)
+
+    def _is_written(self, version: BaseVersion) -> bool:
+        """Whether the next store would find this version as the current one."""
+        try:
+            manifest = None if self._disk is None else self._disk.read_manifest(MANIFEST)
+        except ConfigError:
+            return False
+        return manifest is not None and manifest["current"]["label"] == version.label
 
     def _recover(self, disk: Disk) -> None:
         if (manifest := disk.read_manifest(MANIFEST)) is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any, Protocol
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -13,6 +15,8 @@ from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.weights import BaseVersion
 from twinkle_serve.weights.base import CALLS
 from twinkle_serve.weights.store import WeightStore
+
+T = TypeVar("T")
 
 
 class StoreLink(Protocol):
@@ -47,42 +51,40 @@ class StoreLink(Protocol):
 
 
 class LocalStore:
-    """A store in this process, off the event loop: it reads, writes and sums up whole files."""
+    """A store in this process, off the event loop: it reads, writes and sums up whole files.
+
+    In a thread of its own, since a store is not for several: a call that is abandoned still ends before the next one.
+    """
 
     def __init__(self, store: WeightStore) -> None:
         self._store = store
-        self._turn = asyncio.Lock()
-        """A store is not for several threads."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+
+    async def _run(self, call: Callable[..., T], *args: Any, **options: Any) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, functools.partial(call, *args, **options))
 
     async def published(self) -> dict[str, list[AdapterVersion]]:
-        async with self._turn:
-            return await asyncio.to_thread(self._store.published)
+        return await self._run(self._store.published)
 
     async def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
-        async with self._turn:
-            return await asyncio.to_thread(self._store.put, name, files, is_path=is_path)
+        return await self._run(self._store.put, name, files, is_path=is_path)
 
     async def publish(self, version: AdapterVersion) -> None:
-        async with self._turn:
-            await asyncio.to_thread(self._store.publish, version)
+        await self._run(self._store.publish, version)
 
     async def withdraw(self, name: str) -> None:
-        async with self._turn:
-            await asyncio.to_thread(self._store.withdraw, name)
+        await self._run(self._store.withdraw, name)
 
     async def drop(self, versions: Sequence[AdapterVersion]) -> None:
-        async with self._turn:
-            await asyncio.to_thread(self._store.drop, versions)
+        await self._run(self._store.drop, versions)
 
     async def files(self, version: AdapterVersion) -> AdapterFiles:
-        async with self._turn:
-            return await asyncio.to_thread(self._store.files, version)
+        return await self._run(self._store.files, version)
 
     async def base(self, method: str, *args: Any) -> Any:
         assert method in CALLS, method
-        async with self._turn:
-            return await asyncio.to_thread(getattr(self._store.base, method), *args)
+        return await self._run(getattr(self._store.base, method), *args)
 
     async def bucket(self, version: BaseVersion, index: int) -> Bucket:
-        async with self._turn:
-            return np.frombuffer(await asyncio.to_thread(self._store.base.bucket, version, index), np.uint8)
+        return np.frombuffer(await self._run(self._store.base.bucket, version, index), np.uint8)
