@@ -24,8 +24,8 @@ from twinkle_serve.config import ServiceArgs
 from twinkle_serve.engines.vllm import cpu_defaults
 
 PROMPT = [20, 21, 22, 23]
-LONG = {"max_tokens": 200, "ignore_eos": True}
-STREAMS = 4
+STREAM_TOKENS = (80, 120, 160, 200)
+"""Of each caller's samples: they end at different times."""
 MIB = 2**20
 
 
@@ -226,14 +226,14 @@ def gaps(sampler: Any, weights: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def streaming(sampler: Any) -> Iterator[list[float]]:
-    """STREAMS callers; the list fills with the seconds between pieces of text, those between two samples too."""
+    """As many callers as STREAM_TOKENS; the list fills with the seconds between pieces of text, across samples too."""
     waits: list[float] = []
     end = threading.Event()
 
-    def run() -> None:
+    def run(tokens: int) -> None:
         last = None
         while not end.is_set():
-            for _ in sampler.sample_stream({"input_ids": PROMPT}, LONG):
+            for _ in sampler.sample_stream({"input_ids": PROMPT}, {"max_tokens": tokens, "ignore_eos": True}):
                 now = time.perf_counter()
                 if last is not None:
                     waits.append(now - last)
@@ -241,7 +241,7 @@ def streaming(sampler: Any) -> Iterator[list[float]]:
                 if end.is_set():
                     break
 
-    threads = [threading.Thread(target=run) for _ in range(STREAMS)]
+    threads = [threading.Thread(target=run, args=(tokens,)) for tokens in STREAM_TOKENS]
     for thread in threads:
         thread.start()
     try:

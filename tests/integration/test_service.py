@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,23 @@ def test_cancelling_one_call_leaves_those_that_it_set_off(slow: ServiceSampler) 
     wait_until(lambda: slow.status()["groups_waiting"] == 0, "B is sent")
     a.cancel()
     assert len(b.result(timeout_s=30).sequences[0].tokens) == 200
+
+
+def test_streams_that_are_closed_cost_no_other_its_engine(slow: ServiceSampler) -> None:
+    """Many, in the middle, at the same time: the engines stay in use, and those that are left end as they should."""
+
+    def stream(leave_after: int) -> str | None:
+        deltas = slow.sample_stream(QUESTIONS[0], {"max_tokens": 40, "ignore_eos": True})
+        for number, (_, reason) in enumerate(deltas):
+            if number == leave_after or reason is not None:
+                return reason
+        raise AssertionError("a stream ended without a reason")
+
+    with ThreadPoolExecutor(16) as pool:
+        for _ in range(4):
+            ended = set(pool.map(stream, [*range(8), *[1000] * 8]))
+            assert ended == {None, "length"}
+            assert {engine["state"] for engine in slow.status()["engines"].values()} == {"ready"}
 
 
 def test_engine_that_died_without_work_is_not_waited_for(slow: ServiceSampler) -> None:

@@ -360,8 +360,17 @@ class EnginePool:
             raise
 
     async def _unless_lost(self, name: str, use: _Use, call: Awaitable[T]) -> T:
-        """Waits for a call to an engine, but not after the engine was given up: a hung one answers never."""
-        answer, lost = asyncio.ensure_future(call), asyncio.ensure_future(use.lost.wait())
+        """Waits for a call to an engine, but not after the engine was given up: a hung one answers never.
+
+        In an empty context, as `spawn` says: Serve would cancel the call with the request, and what comes of that looks
+        like the engine's death.
+        """
+
+        async def answered() -> T:
+            return await call
+
+        answer = asyncio.get_running_loop().create_task(answered(), context=contextvars.Context())
+        lost = asyncio.ensure_future(use.lost.wait())
         try:
             await asyncio.wait({answer, lost}, return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
