@@ -215,7 +215,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.service,
         full=arguments.full,
         rank=arguments.rank,
-        learning_rate=arguments.learning_rate or (3e-4 if arguments.full else 1e-3),
+        learning_rate=arguments.learning_rate,
         steps=arguments.steps,
         inner_steps=arguments.inner_steps,
         seed=arguments.seed,
@@ -303,7 +303,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--service", default="sampler", help="name of the application")
     parser.add_argument("--out", type=Path, required=True, help="directory for metrics and plot")
     parser.add_argument("--full", action="store_true", help="train the model itself, not an adapter")
-    parser.add_argument("--steps", type=int, default=170)
+    parser.add_argument("--steps", type=int, help="170, or 260 with --full, which samples faster")
     parser.add_argument("--prompts", type=int, default=64, help="problems a step")
     parser.add_argument("--samples", type=int, default=8, help="answers a problem")
     parser.add_argument("--rank", type=int, default=16)
@@ -313,7 +313,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--print-every", type=int, default=10)
     parser.add_argument("--time-limit-s", type=float, default=540.0)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    parsed.steps = parsed.steps or (260 if parsed.full else 170)
+    parsed.learning_rate = parsed.learning_rate or (6e-4 if parsed.full else 1e-3)
+    return parsed
 
 
 if __name__ == "__main__":

@@ -232,20 +232,27 @@ def test_every_sample_is_of_the_versions_that_it_names() -> None:
     def state(engine: str) -> str:
         return str(sampler.status()["engines"][engine]["state"])
 
+    def more_samples() -> None:
+        before = len(load.sequences)
+        wait_until(lambda: len(load.sequences) > before + 200, "samples come", 60)
+
     try:
-        wait_until(lambda: len(load.sequences) > 200, "samples come", 60)
-        for engine, kill in (
-            ("engine-dp0", lambda: kill_core_of("fire", "engine-dp0")),
-            ("engine-dp1", lambda: replica_process("fire", "engine-dp1").kill()),
-        ):
-            before = len(load.sequences)
-            kill()
-            wait_until(lambda engine=engine: state(engine) != "ready", f"{engine} is seen to be gone", 60)
-            wait_until(lambda engine=engine: state(engine) == "ready", f"{engine} is back", 180)
-            wait_until(lambda before=before: len(load.sequences) > before + 200, "samples come", 60)
+        more_samples()
+        kill_core_of("fire", "engine-dp0")
+        wait_until(lambda: state("engine-dp0") != "ready", "engine-dp0 is seen to be gone", 60)
+        wait_until(lambda: state("engine-dp0") == "ready", "engine-dp0 is back", 180)
+        more_samples()
+        replica_process("fire", "engine-dp1").kill()
+        wait_until(lambda: state("engine-dp1") != "ready", "engine-dp1 is seen to be gone", 60)
+        more_samples()
     finally:
         trainer.stop()
         load.stop()
+    wait_until(lambda: state("engine-dp1") == "ready", "engine-dp1 is back", 120)
+    last = sampler.sample([{"input_ids": [20, 21, 22]}] * 16, {"max_tokens": 16, "ignore_eos": True}, num_samples=4)
+    assert set(last.columns.engine) == {"engine-dp0", "engine-dp1"}
+    assert {span.version for s in last.sequences for span in s.weight_versions} == {sampler.status()["weights"]}
+    load.sequences += last.sequences
     engines = {sequence.engine for sequence in load.sequences}
     started = time.monotonic()
     others, mixed = check(load.sequences, published)
