@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import statistics
 import threading
 import time
@@ -158,32 +159,23 @@ async def first_sample(
         service, bare = processes(part_of), Bare(str(path), engine_args)
         size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
         times: dict[str, list[float]] = defaultdict(list)
-        peaks: dict[str, dict[str, float]] = {}
-        rounds = options.rounds if which == "demo" else 3
+        rounds = options.rounds if which == "demo" else 4
+
         for number in range(rounds + 1):
             fresh = noisy(weights)
             for who in ("bare", "service") if number % 2 else ("service", "bare"):
-                if who == "bare":
-                    there = directory / f"bare-{which[0]}"
-                    there.mkdir(exist_ok=True)
-                    save_file(fresh, there / "model.safetensors")
-                    (there / "config.json").write_text((path / "config.json").read_text())
-                    started = time.perf_counter()
-                    await bare.load_and_sample(there)
-                else:
-                    bucket_mib = 64 if number % 2 else 256
-                    peak = Peak(service, part_of)
-                    peak.start()
-                    started = time.perf_counter()
-                    await asyncio.to_thread(
-                        sampler.update_weights, fresh, f"{which}-{number}", bucket_bytes=bucket_mib * MIB
-                    )
-                    times["update"].append(time.perf_counter() - started)
-                    response = await sampler.sample_async({"input_ids": PROMPT}, {"max_tokens": 1})
-                    assert response.sequences[0].weight_versions[0].version == f"{which}-{number}"
-                times[who].append(time.perf_counter() - started)
                 if who == "service":
-                    peaks[f"buckets of {bucket_mib} MiB"] = peak.stop()
+                    updated_s, sampled_s = await update_and_sample(sampler, f"{which}-{number}", fresh)
+                    times["update"].append(updated_s)
+                    times["service"].append(sampled_s)
+                    continue
+                there = directory / f"bare-{which[0]}"
+                there.mkdir(exist_ok=True)
+                save_file(fresh, there / "model.safetensors")
+                (there / "config.json").write_text((path / "config.json").read_text())
+                started = time.perf_counter()
+                await bare.load_and_sample(there)
+                times["bare"].append(time.perf_counter() - started)
         steady = {who: values[1:] for who, values in times.items()}
         ratios = [a / b for a, b in zip(steady["service"], steady["bare"], strict=True)]
         found[which] = {
@@ -192,15 +184,37 @@ async def first_sample(
             "ratio": {"median": round(statistics.median(ratios), 2), "least": round(min(ratios), 2)},
             "update_gb_s": round(size_bytes / statistics.median(steady["update"]) / 1e9, 3),
             "memcpy_gb_s": round(memcpy_gb_s(min(size_bytes, 2**28)), 2),
-            "peak_memory_mib": peaks if which != "demo" else {},
         }
         print(f"{which}: {found[which]}", flush=True)
         bare.llm.shutdown()
+        del bare
+        gc.collect()  # vLLM's own finalizer fails when it runs at interpreter exit
+        if which != "demo":
+            # By itself: looking at memory so often takes a good part of a core.
+            found["peak_memory_mib"] = {}
+            for bucket_mib in (64, 256):
+                peak = Peak(service, part_of)
+                peak.start()
+                await update_and_sample(sampler, f"peak-{bucket_mib}", noisy(weights), bucket_mib)
+                found["peak_memory_mib"][f"buckets of {bucket_mib} MiB"] = peak.stop()
+            print(f"peak memory: {found['peak_memory_mib']}", flush=True)
         if which == "demo":
             found["longest_gap_ms"] = await asyncio.to_thread(gaps, sampler, weights, options.rounds)
             found["memory_mib"] = await many(options.versions, sampler, weights, service)
         await asyncio.to_thread(sampler.shutdown)
     return found
+
+
+async def update_and_sample(
+    sampler: Any, label: str, weights: dict[str, Any], bucket_mib: int = 256
+) -> tuple[float, float]:
+    """Seconds until the version was current, and until a token of it was there."""
+    started = time.perf_counter()
+    await asyncio.to_thread(sampler.update_weights, weights, label, bucket_bytes=bucket_mib * MIB)
+    updated_s = time.perf_counter() - started
+    response = await sampler.sample_async({"input_ids": PROMPT}, {"max_tokens": 1})
+    assert response.sequences[0].weight_versions[0].version == label
+    return updated_s, time.perf_counter() - started
 
 
 def gaps(sampler: Any, weights: dict[str, Any], rounds: int) -> dict[str, Any]:

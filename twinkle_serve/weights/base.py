@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import blake3
 
 from twinkle_serve.checkpoint import Bucket, bucket_shapes
 from twinkle_serve.data_format.weights import FILES, BaseVersion
@@ -266,7 +267,7 @@ def _path(version: BaseVersion, index: int) -> str:
 
 
 def _checksum(data: Any) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    return str(blake3.blake3(data).hexdigest(length=16))
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], upload: _Upload) -> None:
