@@ -140,6 +140,8 @@ class ServiceArgs(Strict):
     """Handed to the engine as they are."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+    policy: Literal["balanced", "round_robin", "static"] = "balanced"
+    """Which engine a prompt goes to."""
     request_timeout_s: float = Field(default=3600.0, gt=0, allow_inf_nan=False)
     """Deadline of a call that names none, queueing included."""
     startup_timeout_s: float = Field(default=1800.0, gt=0, allow_inf_nan=False)

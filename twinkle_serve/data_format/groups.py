@@ -39,6 +39,10 @@ class Group:
     """None is the base model."""
     engines_lost: int = 0
     """Engines that died with it."""
+    index: int = 0
+    """Which of its request's prompts it is of."""
+    prompts: int = 1
+    """Prompts of its request."""
 
     @property
     def key(self) -> GroupKey:

@@ -5,43 +5,45 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from twinkle_serve.data_format.groups import Group, GroupKey
+from twinkle_serve.routing.policies import POLICIES, EngineLoad, Lengths, PolicyName, occupancy
 
 HEADROOM = 1.25
 """Sequences sent to an engine per sequence that it runs at once. What is over 1 waits inside the engine, so that a
 finished sequence is followed at the next step; what the engine cannot start soon waits here, for whoever is free."""
 
 
-@dataclass(slots=True)
-class _EngineLoad:
-    limit: int
-    """Most sequences that it is sent at a time."""
-    groups: dict[GroupKey, Group] = field(default_factory=dict)
-    sequences: int = 0
-
-
 class Dispatcher:
-    """Keeps groups until an engine can start them soon, and hands each to the least loaded one.
+    """Keeps groups until the policy has an engine for them, and knows what each engine has.
 
     Guarantees: a group, or each part of a split one, is with at most one engine at a time.
-    Guarantees: groups start in the order in which they came, parts of one prompt together unless engines idle.
+    Guarantees: groups start in the order in which they came.
     """
 
-    def __init__(self, rng: random.Random | None = None) -> None:
-        self._engines: dict[str, _EngineLoad] = {}
+    def __init__(self, policy: PolicyName = "balanced", rng: random.Random | None = None) -> None:
+        self._engines: dict[str, EngineLoad] = {}
         self._waiting: deque[Group] = deque()
-        self._rng = rng or random.Random()
+        self._policy = POLICIES[policy](rng or random.Random())
+        self._lengths = Lengths()
 
     def add_engine(self, name: str, max_num_seqs: int) -> None:
         """Puts an engine into use; one that is in use already is left as it is."""
-        self._engines.setdefault(name, _EngineLoad(limit=max(1, int(max_num_seqs * HEADROOM))))
+        if name not in self._engines:
+            self._engines[name] = EngineLoad(name, limit=max(1, int(max_num_seqs * HEADROOM)))
+            self._policy.add(self._engines[name])
 
     def remove_engine(self, name: str) -> list[Group]:
         """Takes an engine out of use. Returns the groups that it had, which go nowhere by themselves."""
-        load = self._engines.pop(name, None)
-        return [] if load is None else list(load.groups.values())
+        engine = self._engines.pop(name, None)
+        if engine is None:
+            return []
+        self._policy.remove(engine)
+        return list(engine.groups.values())
 
     @property
     def engines(self) -> list[str]:
@@ -64,27 +66,36 @@ class Dispatcher:
             self._waiting.extend(groups)
 
     def place(self, group: Group) -> str:
-        """Puts a group onto the least loaded engine at once, past the queue; there must be one. Returns its name."""
-        name = self._least_loaded()
-        self._engines[name].groups[group.key] = group
-        self._engines[name].sequences += group.count
-        return name
+        """Puts a group onto an engine at once, past the queue; there must be one. Returns its name."""
+        engine = self._policy.choose_now(group)
+        self._give(engine, group)
+        return engine.name
 
     def finish(self, name: str, keys: Iterable[GroupKey]) -> list[Group]:
         """An engine is done with groups, whatever came of them. Returns those that it had, passing over the others."""
-        load = self._engines.get(name)
-        if load is None:
+        engine = self._engines.get(name)
+        if engine is None:
             return []
-        done = [group for key in keys if (group := load.groups.pop(key, None)) is not None]
-        load.sequences -= sum(group.count for group in done)
+        done = [group for key in keys if (group := engine.groups.pop(key, None)) is not None]
+        if done:
+            engine.sequences -= sum(group.count for group in done)
+            engine.occupied -= sum(occupancy(group.count) for group in done)
+            engine.tokens -= sum(engine.costs.pop(group.key) for group in done)
+            if not engine.groups:  # or rounding would tell idle engines apart
+                engine.occupied = engine.tokens = 0.0
+            self._policy.changed(engine)
         return done
+
+    def learn(self, lengths: NDArray[np.int32]) -> None:
+        """Samples of these many tokens have ended; what others will cost is guessed by them."""
+        self._lengths.learn(lengths)
 
     def withdraw(self, group_ids: range) -> dict[str, list[Group]]:
         """Drops groups that no engine has yet; returns those that engines have, by engine."""
         self._waiting = deque(group for group in self._waiting if group.id not in group_ids)
         held = {
-            name: [group for group in load.groups.values() if group.id in group_ids]
-            for name, load in self._engines.items()
+            name: [group for group in engine.groups.values() if group.id in group_ids]
+            for name, engine in self._engines.items()
         }
         return {name: groups for name, groups in held.items() if groups}
 
@@ -97,24 +108,11 @@ class Dispatcher:
         """Groups to send now, by engine. They count as the engine's until `finish`."""
         chunks: dict[str, list[Group]] = {}
         while self._waiting and self._engines:
-            name = self._least_loaded()
-            load = self._engines[name]
-            group = self._waiting[0]
-            spare = load.limit - load.sequences
-            if spare <= 0:
+            chosen = self._policy.choose(self._waiting[0], len(self._waiting))
+            if chosen is None:
                 break
-            # Few prompts of many samples: share each out, or engines stand idle.
-            idle = sum(not other.sequences for other in self._engines.values())
-            share = group.count
-            if idle > len(self._waiting):
-                share = -(-group.count * len(self._waiting) // idle)
-            # A part of a group that fits would compute its prefix twice, so a group waits for room for all of it,
-            # unless no engine could ever have that.
-            if share > spare:
-                if load.sequences and group.count <= load.limit:
-                    break
-                share = spare
-            self._waiting.popleft()
+            engine, share = chosen
+            group = self._waiting.popleft()
             if share < group.count:
                 rest = replace(
                     group,
@@ -124,13 +122,14 @@ class Dispatcher:
                 )
                 self._waiting.appendleft(rest)
                 group = replace(group, count=share)
-            load.groups[group.key] = group
-            load.sequences += group.count
-            chunks.setdefault(name, []).append(group)
+            self._give(engine, group)
+            chunks.setdefault(engine.name, []).append(group)
         return chunks
 
-    def _least_loaded(self) -> str:
-        """Relative to what each can hold; at random among ties, or the first engine would get every lone prompt."""
-        load = {name: engine.sequences / engine.limit for name, engine in self._engines.items()}
-        least = min(load.values())
-        return self._rng.choice([name for name, value in load.items() if value == least])
+    def _give(self, engine: EngineLoad, group: Group) -> None:
+        engine.groups[group.key] = group
+        engine.costs[group.key] = cost = self._lengths.cost(group, group.count)
+        engine.sequences += group.count
+        engine.occupied += occupancy(group.count)
+        engine.tokens += cost
+        self._policy.changed(engine)

@@ -20,6 +20,7 @@ from twinkle_serve.errors import DeadlineError, EngineDeadError, EngineError, St
 from twinkle_serve.routing.adapters import Adapters
 from twinkle_serve.routing.dispatch import Dispatcher
 from twinkle_serve.routing.link import EngineLink
+from twinkle_serve.routing.policies import PolicyName
 
 logger = logging.getLogger("ray.serve")
 
@@ -80,6 +81,7 @@ class EnginePool:
         deliver: Callable[[SampleColumns], None],
         fail: Callable[[int, TwinkleServeError], None],
         load_timeout_s: float,
+        policy: PolicyName = "balanced",
         engines_return: bool = True,
     ) -> None:
         """Must be called on the event loop that it is to live on.
@@ -92,6 +94,7 @@ class EnginePool:
             deliver: takes samples, of any number of groups.
             fail: takes what a group failed by, by its id.
             load_timeout_s: deadline for an engine to load the current weights.
+            policy: which engine a group goes to.
             engines_return: whether somebody replaces an engine that dies; else groups are not kept for it.
         """
         self._links = dict(links)
@@ -111,7 +114,7 @@ class EnginePool:
         """Of the first engine that answered; they are alike."""
         self._load_timeout_s = load_timeout_s
         self._has_info = asyncio.Event()
-        self._dispatcher = Dispatcher()
+        self._dispatcher = Dispatcher(policy)
         self._uses: dict[str, _Use] = {}
         """Engines in use, the same as the dispatcher's."""
         self._used = asyncio.Condition()
@@ -280,6 +283,7 @@ class EnginePool:
             return
         group_ids = columns.group.tolist()
         self._dispatcher.finish(name, zip(group_ids, columns.sample.tolist(), strict=True))
+        self._dispatcher.learn(columns.lengths)
         self._deliver_columns(columns)
         self._pump_soon()
 

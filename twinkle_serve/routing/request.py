@@ -62,8 +62,10 @@ class Request:
                 count=self._params.num_samples,
                 seed=None if seed is None else prompt_seed(seed, prompt.index),
                 adapter=self._adapter,
+                index=index,
+                prompts=len(self._prompts),
             )
-            for group_id, prompt in zip(self.ids, self._prompts, strict=True)
+            for index, (group_id, prompt) in enumerate(zip(self.ids, self._prompts, strict=True))
         ]
 
     @property

@@ -136,6 +136,7 @@ class Router:
             deliver=self._deliver,
             fail=self._fail,
             load_timeout_s=self._args.startup_timeout_s,
+            policy=self._args.policy,
             engines_return=self._engines_return,
         )
         self._updates = WeightUpdates(self._store, self._pool, labels)
