@@ -15,7 +15,7 @@ from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.weights import INITIAL
 from twinkle_serve.engines.fake import FakeEngine
 from twinkle_serve.engines.host import EngineHost
-from twinkle_serve.errors import DeadlineError, EngineError, RequestError, StoreError, WeightsError
+from twinkle_serve.errors import DeadlineError, EngineDeadError, EngineError, RequestError, StoreError, WeightsError
 from twinkle_serve.routing.router import Router
 from twinkle_serve.weights import LocalStore, WeightStore
 
@@ -278,6 +278,24 @@ async def test_asleep_sampler_takes_no_weights_and_a_paused_one_does_not_sleep(s
         await service.router.sleep(1)
     await service.router.resume(lease)
     await service.update("one")
+
+
+async def test_engine_that_dies_as_an_update_begins_does_not_fail_it(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one tells which weights the model has."""
+    asked = []
+
+    async def dying(self: EngineHost) -> Any:
+        asked.append(self)
+        raise EngineDeadError("it died.")
+
+    first = next(iter(service.router._pool._uses))
+    monkeypatch.setattr(service.hosts[first], "weight_shapes", dying.__get__(service.hosts[first]))
+    assert await service.update("one") == "one"
+    assert asked
+    await service.ready()
+    assert await service.labels() == {("a", "one"), ("b", "one")}
 
 
 async def test_sleep_that_drops_the_weights_wakes_up_with_the_current_ones(service: Service) -> None:

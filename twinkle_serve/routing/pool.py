@@ -528,12 +528,14 @@ class EnginePool:
     # -- control ---------------------------------------------------------------------------------
 
     async def ask(self, method: str, *args: Any) -> Any:
-        """A control call to any one engine."""
-        await self._has_info.wait()
-        if not self._uses:
-            raise EngineDeadError("no engine is ready. They are being restarted; send the call again.")
-        name, use = next(iter(self._uses.items()))
-        return await self._unless_lost(name, use, self._links[name].control(method, *args))
+        """A control call to any one engine: the next one, where one dies of it; waits until there is one."""
+        while True:
+            await self._some_engine()
+            name, use = next(iter(self._uses.items()))
+            try:
+                return await self._unless_lost(name, use, self._links[name].control(method, *args))
+            except EngineDeadError as error:
+                self._lose(name, use, error)
 
     async def tell_all(self, method: str, *args: Any) -> None:
         """A control call to every engine in use."""
