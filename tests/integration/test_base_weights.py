@@ -97,7 +97,7 @@ def test_engine_that_dies_in_an_update_comes_back_current(service: ServiceSample
 
 
 TRAINER = """
-import sys, time
+import signal, sys
 import ray
 from tests.weights import changed_weights
 from twinkle_serve import connect
@@ -110,12 +110,12 @@ if sys.argv[2] == "update":
             yield pair
             if number == 30:
                 print("halfway", flush=True)
-                time.sleep(600)
+                signal.pause()
     sampler.update_weights(weights(), "never", bucket_bytes=2**18)
 else:
     with sampler.pause(lease_s=2.0):
         print("paused", flush=True)
-        time.sleep(600)
+        signal.pause()
 """
 
 

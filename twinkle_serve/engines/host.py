@@ -58,7 +58,7 @@ class EngineHost:
         """
         Args:
             model: directory of the engine's model.
-            store: has the adapters.
+            store: has the adapters, and the weights that are current.
         """
         self._engine = engine
         self._store = store

@@ -77,7 +77,7 @@ class Router:
 
         Args:
             model: directory of the model; its weights need not be there.
-            store: has the adapters; the engines fetch them there.
+            store: has adapters and weights; the engines fetch them there.
             engines_return: whether somebody replaces an engine that dies; else requests are not kept for it.
             observe_staleness: told of each finished request its adapter's name, "" for none, and how many versions
                 newer than the one that sampled it there are by then: of the adapter, or of the model's own weights.
