@@ -3,8 +3,8 @@
     scripts/bench simulate [--engines 8 64 512 4096] [--slots 64] [--waves 16] [--json FILE] [--plot FILE]
 
 An engine runs up to `--slots` sequences side by side; a step gives each one token and takes BASE_S + b * SEQUENCE_S
-with b sequences (`--step-s`, by default as measured on the demo model; `--measure` does that again). It hands groups
-back whole, DELIVERY_S after their last sample. Work is `--waves` times what all engines run at once, in groups of
+with b sequences (`--step-s`, by default as measured on the demo model; `--measure` does that again). It hands samples
+back DELIVERY_S after they end. Work is `--waves` times what all engines run at once, in groups of
 `--samples`.
 
 The lower bound is the larger of two: all tokens at the rate of full engines, and the longest sample alone on one.
@@ -23,14 +23,14 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.overhead import commit, cpu_model
 from twinkle_serve.data_format import SamplingParams
-from twinkle_serve.data_format.groups import Group, GroupKey
+from twinkle_serve.data_format.groups import Group
 from twinkle_serve.routing.dispatch import Dispatcher
 from twinkle_serve.routing.policies import POLICIES, PolicyName
 
@@ -38,6 +38,9 @@ DELIVERY_S = 0.05
 """`ChunkRunner` waits so long for company."""
 PROMPT_TOKENS = 64
 LONGEST = 8192
+
+Sample: TypeAlias = tuple[int, int]
+"""Its group's id, and its index."""
 
 SHAPES = ("log-normal", "reasoning")
 
@@ -63,12 +66,10 @@ class Engine:
     step_s: tuple[float, float]
     now: float = 0.0
     progress: float = 0.0
-    running: list[tuple[float, int, GroupKey]] = field(default_factory=list)
-    """Heap: progress at which a sequence ends, a tie-breaker, its group."""
-    waiting: deque[tuple[int, GroupKey, float]] = field(default_factory=deque)
-    """Tokens, group, and when it came."""
-    left: dict[GroupKey, int] = field(default_factory=dict)
-    """Sequences of each group that have not ended."""
+    running: list[tuple[float, int, Sample]] = field(default_factory=list)
+    """Heap: progress at which a sequence ends, a tie-breaker, its sample."""
+    waiting: deque[tuple[int, Sample]] = field(default_factory=deque)
+    """Tokens, and which sample it is."""
     version: int = 0
     numbers: Any = field(default_factory=itertools.count)
 
@@ -82,12 +83,12 @@ class Engine:
         base, each = self.step_s
         return self.now + max(0.0, self.running[0][0] - self.progress) * (base + each * len(self.running))
 
-    def start(self, delays: list[float], arrived: dict[GroupKey, float]) -> None:
+    def start(self, delays: list[float]) -> None:
         """Fills free slots."""
         while self.waiting and len(self.running) < self.slots:
-            tokens, key, _ = self.waiting.popleft()
-            heapq.heappush(self.running, (self.progress + tokens, next(self.numbers), key))
-            delays.append(self.now - arrived[key])
+            tokens, sample = self.waiting.popleft()
+            heapq.heappush(self.running, (self.progress + tokens, next(self.numbers), sample))
+            delays.append(self.now)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,25 +132,21 @@ def simulate(
     ]
     cpu = 0.0
     delays: list[float] = []
-    arrived: dict[GroupKey, float] = {}
-    events: list[tuple[float, int, str, int, list[GroupKey] | None]] = []
+    events: list[tuple[float, int, str, int, list[Sample] | None]] = []
     order = itertools.count()
     last = 0.0
 
     def send(now: float) -> None:
         nonlocal cpu
-        started = time.perf_counter()
+        started = time.process_time()
         chunks = dispatcher.assign()
-        cpu += time.perf_counter() - started
+        cpu += time.process_time() - started
         for name, chunk in chunks.items():
             engine = made[name]
             engine.advance(now)
             for group in chunk:
-                engine.left[group.key] = group.count
-                arrived[group.key] = 0.0
-                part = lengths[group.id, group.first_sample : group.first_sample + group.count]
-                engine.waiting.extend((int(tokens), group.key, now) for tokens in part)
-            engine.start(delays, arrived)
+                engine.waiting.extend((int(lengths[group.id, j]), (group.id, j)) for j in group.samples)
+            engine.start(delays)
             schedule(engine)
 
     def schedule(engine: Engine) -> None:
@@ -157,19 +154,18 @@ def simulate(
         if engine.running:
             heapq.heappush(events, (engine.next_end(), next(order), engine.name, engine.version, None))
 
-    started = time.perf_counter()
+    started = time.process_time()
     dispatcher.enqueue(groups)
-    cpu += time.perf_counter() - started
+    cpu += time.process_time() - started
     send(0.0)
     while events:
         now, _, name, version, delivered = heapq.heappop(events)
         engine = made[name]
         if delivered is not None:
-            started = time.perf_counter()
-            finished = dispatcher.finish(name, delivered)
-            for group in finished:
-                dispatcher.learn(lengths[group.id, group.first_sample : group.first_sample + group.count])
-            cpu += time.perf_counter() - started
+            started = time.process_time()
+            dispatcher.ended(name, delivered)
+            dispatcher.learn(lengths[tuple(zip(*delivered, strict=True))])
+            cpu += time.process_time() - started
             send(now)
             continue
         if version != engine.version:
@@ -177,13 +173,10 @@ def simulate(
         engine.advance(now)
         ended = []
         while engine.running and engine.running[0][0] <= engine.progress + 1e-6:
-            _, _, key = heapq.heappop(engine.running)
-            engine.left[key] -= 1
-            if not engine.left[key]:
-                del engine.left[key]
-                ended.append(key)
+            _, _, sample = heapq.heappop(engine.running)
+            ended.append(sample)
         last = now
-        engine.start(delays, arrived)
+        engine.start(delays)
         schedule(engine)
         if ended:
             heapq.heappush(events, (now + DELIVERY_S, next(order), name, 0, ended))
@@ -211,9 +204,9 @@ async def measured_step_s() -> tuple[float, float]:
     params = SamplingParams(max_tokens=200, ignore_eos=True, logprobs=None)
     steps = {}
     for count in (1, 64, 1, 64):  # the first of each warms up
-        started = time.perf_counter()
+        started = time.process_time()
         await engine.sample_group(Group(id=count, prompt_ids=np.full(4, 20, np.int32), params=params, count=count))
-        steps[count] = (time.perf_counter() - started) / 200
+        steps[count] = (time.process_time() - started) / 200
     await engine.stop()
     each = max(0.0, (steps[64] - steps[1]) / 63)
     return steps[1] - each, each

@@ -14,7 +14,7 @@ from deployments.logging import QUIET
 from deployments.store import StoreHandle
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
-from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, TextDelta
+from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.engines import build_engine
 from twinkle_serve.engines.base import Finished
 from twinkle_serve.engines.host import EngineHost
@@ -42,9 +42,8 @@ class Engine:
     """An `EngineHost` behind handles: the router's `EngineLink`.
 
     Guarantees: `sample` yields every group of its chunk once unless it was aborted, or raises, and then all are over.
-    Guarantees: when the router cancels a chunk, its groups are aborted.
+    Guarantees: when the router cancels a chunk, its groups are aborted; and soon after the router has died.
     Does not guarantee: that a group survives this process. The router keeps it.
-    Does not guarantee: that groups end when the router dies. They run to their end, for nobody.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -73,15 +72,15 @@ class Engine:
         self._host = EngineHost(engine, model, StoreHandle(store))
         await self._host.start(name, args.startup_timeout_s)
 
-    async def describe(self) -> EngineInfo:
-        return await self._host.describe()
+    async def describe(self, router: str) -> EngineInfo:
+        return await self._host.describe(router)
 
-    async def sample(self, life: str, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
-        async for finished in self._host.sample(life, groups):
+    async def sample(self, session: Session, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
+        async for finished in self._host.sample(session, groups):
             yield finished
 
-    async def stream(self, life: str, group: Group) -> AsyncGenerator[TextDelta, None]:
-        async for delta in self._host.stream(life, group):
+    async def stream(self, session: Session, group: Group) -> AsyncGenerator[TextDelta, None]:
+        async for delta in self._host.stream(session, group):
             yield delta
 
     async def abort(self, attempts: Sequence[Attempt]) -> None:

@@ -21,7 +21,7 @@ from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse, SamplingParams
 from twinkle_serve.data_format.adapters import AdapterFiles
-from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, TextDelta
+from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.sampling_params import UNSET, Unset
 from twinkle_serve.data_format.weights import PauseMode
@@ -168,15 +168,15 @@ class HandleLink:
         self._handle = handle
         self._streams = handle.options(stream=True)
 
-    async def describe(self) -> EngineInfo:
-        info: EngineInfo = await self._answer(self._handle.describe.remote())
+    async def describe(self, router: str) -> EngineInfo:
+        info: EngineInfo = await self._answer(self._handle.describe.remote(router))
         return info
 
-    def sample(self, life: str, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
-        return self._each(self._streams.sample, life, groups)
+    def sample(self, session: Session, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
+        return self._each(self._streams.sample, session, groups)
 
-    def stream(self, life: str, group: Group) -> AsyncGenerator[TextDelta, None]:
-        return self._each(self._streams.stream, life, group)
+    def stream(self, session: Session, group: Group) -> AsyncGenerator[TextDelta, None]:
+        return self._each(self._streams.stream, session, group)
 
     async def abort(self, attempts: Iterable[Attempt]) -> None:
         await self._answer(self._handle.abort.remote(list(attempts)))

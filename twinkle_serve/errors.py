@@ -15,10 +15,13 @@ TwinkleServeError
 │   ├── AdapterError            an adapter is unknown, not of this model, or adapters are switched off
 │   ├── WeightsError            weights are not of this model, not finite, or of a version that exists
 │   ├── UnsupportedError        this engine, on this device, has no such thing
+│   ├── PoisonPromptError       a prompt ended several engines in turn
+│   ├── QueueFullError          more waits already than the service takes; it says when to send it again
 │   └── DeadlineError           timeout_s passed
 ├── EngineError                 an engine failed
 │   ├── EngineStartError        it could not start
 │   ├── EngineDeadError         it died, and its work could not be moved elsewhere
+│   │   └── EngineCrashedError    it ended by itself: an error, or a signal of its own
 │   └── StoreError              the store of weights cannot be reached, written or trusted
 └── WorkerError                 a worker of a remote_class failed
 
@@ -92,6 +95,25 @@ class UnsupportedError(RequestError):
     """This engine, on this device, has no such thing."""
 
 
+class PoisonPromptError(RequestError):
+    """A prompt ended several engines in turn, each time as the only suspect."""
+
+
+class QueueFullError(RequestError):
+    """More waits already than the service takes."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s)
+
+    @property
+    def retry_after_s(self) -> float:
+        """Seconds after which there is likely to be room."""
+        return float(self.args[1])
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class DeadlineError(RequestError):
     """timeout_s passed."""
 
@@ -106,6 +128,10 @@ class EngineStartError(EngineError):
 
 class EngineDeadError(EngineError):
     """An engine died, and its work could not be moved elsewhere."""
+
+
+class EngineCrashedError(EngineDeadError):
+    """An engine ended by itself: by an error, or a signal of its own, not by one from outside."""
 
 
 class StoreError(EngineError):

@@ -114,4 +114,4 @@ class EngineHarness:
 
     async def stream(self, prompt: np.ndarray, **options: Any) -> list[TextDelta]:
         group = self.group(prompt, **options)
-        return [delta async for delta in self.host.stream((await self.host.describe()).life, group)]
+        return [delta async for delta in self.host.stream((await self.host.describe("test")).life, group)]

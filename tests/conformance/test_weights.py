@@ -177,9 +177,9 @@ async def test_weights_that_do_not_fit_are_refused_and_others_taken_afterwards(
     await engine.host.pause("keep")
     with pytest.raises(TwinkleServeError):
         await engine.load("bad", bad, bucket_bytes=2**18)
-    assert (await engine.host.describe()).base is None
+    assert (await engine.host.describe("test")).base is None
     await engine.load("one", versions["one"])
-    assert (await engine.host.describe()).base is not None
+    assert (await engine.host.describe("test")).base is not None
     await engine.host.resume()
     await check_spans(engine, reference, versions, await engine.one(prompts[0], max_tokens=8, ignore_eos=True))
 

@@ -89,7 +89,7 @@ async def test_abort_that_overtakes_its_chunk_holds() -> None:
     runner = ChunkRunner(ScriptedEngine({}).sample_group)
     runner.abort([(0, 0, 0)])
     assert await collect(runner, groups(2)) == ({1}, {})
-    assert await collect(runner, [replace(group, engines_lost=1) for group in groups(2)]) == ({0, 1}, {})
+    assert await collect(runner, [replace(group, attempts=1) for group in groups(2)]) == ({0, 1}, {})
 
 
 async def test_closing_the_iterator_aborts_what_runs() -> None:

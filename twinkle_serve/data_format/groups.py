@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -17,7 +17,7 @@ GroupKey: TypeAlias = tuple[int, int]
 """(id, first sample) of a group: what tells the parts of a split prompt apart."""
 
 Attempt: TypeAlias = tuple[int, int, int]
-"""A group's key and the engines that it has lost: an abort that comes late must not meet the next attempt."""
+"""A group's key and how often it was placed before: an abort that comes late must not meet the next attempt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +37,24 @@ class Group:
     """Seed of the first sample here; sample j has `seed + j`."""
     adapter: AdapterVersion | None = None
     """None is the base model."""
-    engines_lost: int = 0
-    """Engines that died with it."""
+    sample_timeout_s: float | None = None
+    """Seconds that each sample may run for on its engine; then it ends where it is."""
+    attempts: int = 0
+    """How often it was placed before."""
+    lost: tuple[str, ...] = ()
+    """Engines that ended with it on them, and that it may have ended."""
+    crashes: int = 0
+    """How many of these ended by themselves, by an error or a signal of their own, rather than from outside."""
+    ran_s: float = 0.0
+    """For how long it had run on the last of these."""
+    caller: str = ""
+    """Whose it is; callers take turns."""
     index: int = 0
     """Which of its request's prompts it is of."""
     prompts: int = 1
     """Prompts of its request."""
+    input: int = 0
+    """Which of its call's inputs it is."""
 
     @property
     def key(self) -> GroupKey:
@@ -50,10 +62,30 @@ class Group:
 
     @property
     def attempt(self) -> Attempt:
-        return (self.id, self.first_sample, self.engines_lost)
+        return (self.id, self.first_sample, self.attempts)
+
+    @property
+    def samples(self) -> range:
+        """Indices of its samples among the prompt's."""
+        return range(self.first_sample, self.first_sample + self.count)
 
     def seed_of(self, j: int) -> int | None:
         return None if self.seed is None else self.seed + j
+
+    def part(self, first_sample: int, count: int) -> Group:
+        """Some of its samples, with the seeds that they have here."""
+        seed = self.seed_of(first_sample - self.first_sample)
+        return replace(self, first_sample=first_sample, count=count, seed=seed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """One router's use of one engine's process."""
+
+    life: str
+    """`EngineInfo.life` of the process."""
+    router: str
+    """Id of the router."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,3 +127,5 @@ class EngineInfo:
     """Differs between an engine's process and the one that replaces it."""
     base: BaseVersion | None = None
     """Version of the model's own weights that it holds; None while it holds none whole."""
+    progress: int = 0
+    """Another number whenever it has sampled something."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class Engine(Protocol):
     Guarantees: cancelling the call aborts the group; the engine goes on with the others.
     Guarantees: with a seed, a sample does not depend on what else is in the batch.
     Guarantees: a group with an adapter is sampled by that version's weights, or the call raises.
+    Guarantees: a sample that has run for `sample_timeout_s` ends where it is, with stop_reason abort.
     Does not guarantee: the order in which groups finish.
     """
 
@@ -126,6 +128,9 @@ class Engine(Protocol):
 
     async def wake_up(self, tags: Sequence[str] | None) -> None:
         """Ends `sleep`. `tags` of "weights" and "kv_cache" wake these alone; None wakes everything."""
+
+    def progress(self) -> int:
+        """Another number whenever it has sampled something."""
 
     async def check_health(self) -> None:
         """Raises EngineDeadError if it cannot sample any more."""
@@ -248,8 +253,18 @@ SampleGroup: TypeAlias = Callable[[Group], Awaitable[SampleColumns]]
 """`Engine.sample_group`, or what stands in front of it."""
 
 
+def apart(group: Group) -> list[Group]:
+    """A group as the parts that are handed to an engine: its samples one by one, so that each comes back when it ends.
+
+    A greedy group stays whole, for its samples are all the same; and one whose prompt is scored: that is done once.
+    """
+    if group.params.greedy or group.params.prompt_logprobs is not None:
+        return [group]
+    return [group.part(sample, 1) for sample in group.samples]
+
+
 class ChunkRunner:
-    """Runs chunks of groups on an engine and hands back what has finished, many groups at a time.
+    """Runs chunks of groups on an engine and hands back samples as they end, many at a time.
 
     Each item costs its receiver about a millisecond, so an item waits up to `flush_after_s` for company; the last one
     of a chunk waits for nothing.
@@ -258,44 +273,52 @@ class ChunkRunner:
     def __init__(self, sample_group: SampleGroup, flush_after_s: float = 0.05) -> None:
         self._sample_group = sample_group
         self._flush_after_s = flush_after_s
-        self._running: dict[Attempt, asyncio.Task[SampleColumns]] = {}
+        self._running: dict[Attempt, list[asyncio.Task[SampleColumns]]] = {}
         self._aborted_early: dict[Attempt, None] = {}
 
     async def run(self, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
         """Samples a chunk.
 
-        Guarantees: every group is in one item, as samples or as a failure, unless it was aborted.
+        Guarantees: every sample is in one item, unless its group failed or was aborted; a failure is in one item.
         Guarantees: closing the iterator, or cancelling its consumer, aborts the groups that are still running.
 
         Raises:
-            EngineDeadError: the engine is gone; groups not yet handed back are lost.
+            EngineDeadError: the engine is gone; samples not yet handed back are lost.
         """
         wanted = [group for group in groups if group.attempt not in self._aborted_early]
         for group in groups:
             self._aborted_early.pop(group.attempt, None)
-        tasks = {asyncio.ensure_future(self._sample_group(group)): group for group in wanted}
-        self._running.update({group.attempt: task for task, group in tasks.items()})
-        running = set(tasks)
+        keys: dict[asyncio.Task[SampleColumns], GroupKey] = {}
+        ended: asyncio.Queue[asyncio.Task[SampleColumns]] = asyncio.Queue()
+        for group in wanted:
+            self._running[group.attempt] = [asyncio.ensure_future(self._sample_group(part)) for part in apart(group)]
+            for task in self._running[group.attempt]:
+                keys[task] = group.key
+                task.add_done_callback(ended.put_nowait)
         try:
-            while running:
-                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                if running and self._flush_after_s:
-                    more, running = await asyncio.wait(running, timeout=self._flush_after_s)
-                    done |= more
-                for item in _collect({tasks[task].key: task for task in done}):
+            while keys:
+                done = [await ended.get()]
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._flush_after_s):
+                        while len(done) < len(keys):
+                            done.append(await ended.get())
+                for item in _collect([(keys.pop(task), task) for task in done]):
+                    for key in item.failures:
+                        self.abort(group.attempt for group in wanted if group.key == key)
                     yield item
         finally:
-            for task in running:
+            for task in keys:
                 task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
-            for group in tasks.values():
+            await asyncio.gather(*keys, return_exceptions=True)
+            for group in wanted:
                 self._running.pop(group.attempt, None)
 
     def abort(self, attempts: Iterable[Attempt]) -> None:
         """Aborts groups, if they still run. They come back in no item."""
         for attempt in attempts:
-            if (task := self._running.get(attempt)) is not None:
-                task.cancel()
+            if attempt in self._running:
+                for task in self._running[attempt]:
+                    task.cancel()
             else:
                 # Done already, or not here yet: an abort may overtake the chunk.
                 self._aborted_early[attempt] = None
@@ -303,11 +326,11 @@ class ChunkRunner:
             del self._aborted_early[next(iter(self._aborted_early))]
 
 
-def _collect(done: dict[GroupKey, asyncio.Task[SampleColumns]]) -> list[Finished]:
+def _collect(done: Iterable[tuple[GroupKey, asyncio.Task[SampleColumns]]]) -> list[Finished]:
     """One item for each width of logprobs, and one for the failures."""
     failures: dict[GroupKey, TwinkleServeError] = {}
     by_width: dict[int, list[SampleColumns]] = {}
-    for key, task in done.items():
+    for key, task in done:
         if task.cancelled():
             continue
         match task.exception():

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,7 @@ class FakeEngine:
         for event in (self._idle, self._resumed, self._unheld):
             event.set()
         self._aborting = False
+        self._progress = 0
 
     async def start(self) -> None:
         from tokenizers import Tokenizer
@@ -159,12 +161,15 @@ class FakeEngine:
 
     async def _steps(self, group: Group, samples: Sequence[_Sample]) -> AsyncGenerator[None, None]:
         """Gives each sample its tokens, one a step, side by side."""
+        clock = asyncio.get_running_loop().time
+        end = math.inf if group.sample_timeout_s is None else clock() + group.sample_timeout_s
         while unfinished := [sample for sample in samples if sample.reason is None and sample.most_tokens]:
             await asyncio.sleep(self._args.token_latency_s)
             await self._unheld.wait()
             table = self._logits_of(group.adapter)
             for sample in unfinished:
-                sample.step(table, self._label, aborted=self._aborting)
+                sample.step(table, self._label, aborted=self._aborting or clock() >= end)
+            self._progress += len(unfinished)
             yield
 
     def _draft(self, group: Group, j: int) -> _Sample:
@@ -232,6 +237,9 @@ class FakeEngine:
 
     async def wake_up(self, tags: Sequence[str] | None) -> None:
         self._asleep = False
+
+    def progress(self) -> int:
+        return self._progress
 
     async def check_health(self) -> None:
         pass

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from twinkle_serve.adapters import check_shapes, describe_adapter
 from twinkle_serve.checkpoint import Bucket, buckets, named_tensors, weight_shapes
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.adapters import AdapterVersion
-from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, TextDelta
+from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.weights import FILES, BaseVersion, PauseMode
 from twinkle_serve.engines.base import ChunkRunner, Engine, Finished
@@ -51,6 +51,34 @@ PAUSE_LEASE_S = 30.0
 """A pause ends by itself when no router has asked for so long whether the engine is there: they ask every 2 s."""
 
 
+CLAIM_S = 10.0
+"""What a router has sent is aborted when it has not asked for so long whether the engine is there."""
+
+
+class _Claim:
+    """A router's to what it has sent: it ends by itself when the router is silent."""
+
+    def __init__(self, router: str) -> None:
+        self._router = router
+        self.abandon: list[Callable[[], None]] = []
+        """What to do at its end."""
+        self._end: asyncio.TimerHandle | None = None
+        self.renew()
+
+    def renew(self) -> None:
+        self.release()
+        self._end = asyncio.get_running_loop().call_later(CLAIM_S, self._lapse)
+
+    def release(self) -> None:
+        if self._end is not None:
+            self._end.cancel()
+
+    def _lapse(self) -> None:
+        logger.warning(f"router {self._router} is silent: what it has sent is aborted, {len(self.abandon)} chunks")
+        for abandon in self.abandon:
+            abandon()
+
+
 class EngineHost:
     """What a router talks to, in this process or through a deployment. See `EngineLink` for what is guaranteed."""
 
@@ -78,6 +106,8 @@ class EngineHost:
         self._retired = ""
         """Why it is not to be used any more."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._claims: dict[str, _Claim] = {}
+        """By router, of those that have something here."""
         self._info: EngineInfo
 
     async def start(self, name: str, timeout_s: float) -> None:
@@ -110,11 +140,13 @@ class EngineHost:
             else:
                 await self._engine.resume()
 
-    async def describe(self) -> EngineInfo:
+    async def describe(self, router: str) -> EngineInfo:
         await self.check_health()
         if self._pause_end is not None:
             self._lease()
-        return replace(self._info, base=self._base)
+        if router in self._claims:
+            self._claims[router].renew()
+        return replace(self._info, base=self._base, progress=self._engine.progress())
 
     async def check_health(self) -> None:
         if self._retired:
@@ -127,17 +159,24 @@ class EngineHost:
         async with self._using(group.adapter):
             return await self._engine.sample_group(group)
 
-    async def sample(self, life: str, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
-        self._require_life(life)
-        async with contextlib.aclosing(self._chunks.run(groups)) as chunk:
-            async for finished in chunk:
-                yield finished
+    async def sample(self, session: Session, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
+        self._require_life(session.life)
+        with self._claimed(session.router, lambda: self._chunks.abort(group.attempt for group in groups)):
+            async with contextlib.aclosing(self._chunks.run(groups)) as chunk:
+                async for finished in chunk:
+                    yield finished
 
-    async def stream(self, life: str, group: Group) -> AsyncGenerator[TextDelta, None]:
-        self._require_life(life)
+    async def stream(self, session: Session, group: Group) -> AsyncGenerator[TextDelta, None]:
+        self._require_life(session.life)
         text = TextStream(self._engine.decode, group.params.stop_strings)
-        async with self._using(group.adapter), contextlib.aclosing(self._engine.stream_tokens(group)) as tokens:
+        abandoned = asyncio.Event()
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(self._claimed(session.router, abandoned.set))
+            await stack.enter_async_context(self._using(group.adapter))
+            tokens = await stack.enter_async_context(contextlib.aclosing(self._engine.stream_tokens(group)))
             async for delta in tokens:
+                if abandoned.is_set():
+                    return
                 last = delta.stop_reason is not None
                 new = text.push(delta.tokens, last=last, by_stop_string=delta.by_stop_string)
                 if new or last:
@@ -145,6 +184,22 @@ class EngineHost:
 
     async def abort(self, attempts: Iterable[Attempt]) -> None:
         self._chunks.abort(attempts)
+
+    @contextlib.contextmanager
+    def _claimed(self, router: str, abandon: Callable[[], None]) -> Iterator[None]:
+        """Keeps what a router has sent for as long as the router says that it is there; then `abandon` is called."""
+        claim = self._claims.get(router)
+        if claim is None:
+            claim = self._claims[router] = _Claim(router)
+        claim.abandon.append(abandon)
+        try:
+            yield
+        finally:
+            claim.abandon.remove(abandon)
+            if not claim.abandon:
+                claim.release()
+                if self._claims.get(router) is claim:
+                    del self._claims[router]
 
     def _require_life(self, life: str) -> None:
         """Serve keeps what it could not hand to a process that died; the router has placed it anew long since."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import math
+import time
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -105,6 +107,8 @@ class TorchEngine:
         """Whether the model's weights have changed under the running batch."""
         self._held = False
         """Whether the model's thread stands still between two tokens."""
+        self._steps = 0
+        """That the model's thread has done."""
         self._aborting = False
         """Whether running samples are to end where they are."""
         self._may_begin = asyncio.Event()
@@ -282,11 +286,13 @@ class TorchEngine:
             delta = TokenDelta(tokens=[token], stop_reason=reason, by_stop_string=by_stop_string)
             self._events.call_soon_threadsafe(job.stream.put_nowait, delta)
 
+        limit_s = job.group.sample_timeout_s
+        end = math.inf if limit_s is None else time.monotonic() + limit_s
         return Row(
             params=job.group.params,
             most_tokens=most_new_tokens(self.info, job.group),
             generator=generator,
-            aborted=lambda: self._aborting or job.done.done(),
+            aborted=lambda: self._aborting or job.done.done() or time.monotonic() >= end,
             on_token=None if job.stream is None else tell,
             weight_versions=[(self._label, 0)],
         )
@@ -399,6 +405,7 @@ class TorchEngine:
 
     def _run_between_tokens(self) -> bool:
         """Returns whether what has been computed of the running batch is stale."""
+        self._steps += 1
         while self._held or not self._between_tokens.empty():
             self._between_tokens.get()()
         return self._computed_is_stale
@@ -531,6 +538,9 @@ class TorchEngine:
 
     async def wake_up(self, tags: Sequence[str] | None) -> None:
         raise UnsupportedError("the torch engine does not sleep. Use engine: vllm on a GPU.")
+
+    def progress(self) -> int:
+        return self._steps
 
     async def check_health(self) -> None:
         if self._loop is None or self._loop.done():

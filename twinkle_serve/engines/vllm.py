@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import itertools
 import os
+import signal
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from twinkle_serve.engines.tmpfs import MemoryDirectory
 from twinkle_serve.errors import (
     AdapterError,
     EngineArgsError,
+    EngineCrashedError,
     EngineDeadError,
     EngineError,
     EngineStartError,
@@ -187,6 +189,8 @@ class VLLMEngine:
         self._label = INITIAL
         """Of the weights that it holds."""
         self._slots: AdapterSlots | None = None
+        self._ended_tokens = 0
+        """Tokens of the samples that have ended."""
 
     async def start(self) -> None:
         check_engine_args(self._given_args)
@@ -283,15 +287,46 @@ class VLLMEngine:
                 prompt = tokens_input(group.prompt_ids.tolist())
                 params = self._sampling_params(group, as_they_come=as_they_come)
                 stream = self._llm.generate(prompt, params, request_id, lora_request=lora_request)
-                async with contextlib.aclosing(stream):
+                async with contextlib.aclosing(stream), self._limited(request_id, group.sample_timeout_s):
                     async for output in stream:
                         yield output
         except VLLMEngineDeadError as error:
-            raise EngineDeadError(f"{self._name}: vLLM's engine process died. It is being restarted.") from error
+            raise self._death() from error
         except (VLLMClientError, ValueError, TypeError) as error:
             raise SamplingParamsError(f"vLLM refuses the request: {error}") from error
         except Exception as error:
             raise EngineError(f"{self._name}: vLLM failed on a request: {error.__cause__ or error}") from error
+
+    @contextlib.asynccontextmanager
+    async def _limited(self, request_id: str, limit_s: float | None) -> AsyncGenerator[None, None]:
+        """Has a request end where it is, as if vLLM had aborted it, if it runs for longer."""
+        if limit_s is None:
+            yield
+            return
+        timer = asyncio.create_task(self._abort_after(request_id, limit_s))
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    async def _abort_after(self, request_id: str, limit_s: float) -> None:
+        await asyncio.sleep(limit_s)
+        await self._llm.abort(request_id)
+
+    def _death(self) -> EngineDeadError:
+        """What ended vLLM's process: itself, or somebody else."""
+        manager = self._llm.engine_core.resources.engine_manager
+        codes = [process.exitcode for process in getattr(manager, "processes", [])]
+        # None: it has said that it failed, and is still on its way out.
+        by_itself = any(code not in (0, -signal.SIGKILL, -signal.SIGTERM) for code in codes)
+        kind = EngineCrashedError if by_itself else EngineDeadError
+        how = f", exit code {', '.join(map(str, codes))}" if by_itself else ""
+        return kind(f"{self._name}: vLLM's engine process died{how}. It is being restarted.")
+
+    def progress(self) -> int:
+        live = self._llm.output_processor.request_states.values()
+        running: int = sum(state.detokenizer.num_output_tokens() for state in live)
+        return self._ended_tokens + running
 
     async def sample_group(self, group: Group) -> SampleColumns:
         params = group.params
@@ -323,6 +358,7 @@ class VLLMEngine:
                 weight_versions,
             )
         tokens = [np.asarray(sample.token_ids, np.int32) for sample in samples]
+        self._ended_tokens += sum(map(len, tokens))
         # vLLM's own text lacks the end-of-sequence token, so the text is made here, and cut as vLLM cuts its own.
         decoded = self._tokenizer.batch_decode(tokens, skip_special_tokens=False)
         for j, sample in enumerate(samples):
@@ -423,7 +459,7 @@ class VLLMEngine:
         except BaseException as error:
             self._files.drop(version)
             if isinstance(error, VLLMEngineDeadError):
-                raise EngineDeadError(f"{self._name}: vLLM's engine process died. It is being restarted.") from error
+                raise self._death() from error
             if isinstance(error, OSError):
                 size_bytes = len(files.config) + len(files.weights)
                 raise AdapterError(
@@ -473,7 +509,7 @@ class VLLMEngine:
             ) from error
         except Exception as error:
             if self._llm.errored:
-                raise EngineDeadError(f"{self._name}: vLLM's engine process died. It is being restarted.") from error
+                raise self._death() from error
             raise WeightsError(f"vLLM refuses weights {label!r}: {error}") from error
         self._label = label
         return " ".join(checksums)
@@ -486,7 +522,7 @@ class VLLMEngine:
         try:
             yield
         except VLLMEngineDeadError as error:
-            raise EngineDeadError(f"{self._name}: vLLM's engine process died. It is being restarted.") from error
+            raise self._death() from error
 
     async def reset_prefix_cache(self) -> None:
         if not await self._llm.reset_prefix_cache():
@@ -506,7 +542,7 @@ class VLLMEngine:
 
     async def check_health(self) -> None:
         if self._llm is None or self._llm.errored:
-            raise EngineDeadError(f"{self._name}: vLLM's engine process died.")
+            raise self._death() if self._llm else EngineDeadError(f"{self._name} is stopped.")
 
     async def stop(self) -> None:
         llm, self._llm = self._llm, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.groups import Group, GroupKey
-from twinkle_serve.routing.policies import POLICIES, EngineLoad, Lengths, PolicyName, occupancy
+from twinkle_serve.routing.policies import POLICIES, EngineLoad, Lengths, PolicyName
+from twinkle_serve.routing.queue import FairQueue
 
 HEADROOM = 1.25
 """Sequences sent to an engine per sequence that it runs at once. What is over 1 waits inside the engine, so that a
@@ -22,28 +23,37 @@ class Dispatcher:
     """Keeps groups until the policy has an engine for them, and knows what each engine has.
 
     Guarantees: a group, or each part of a split one, is with at most one engine at a time.
-    Guarantees: groups start in the order in which they came.
+    Guarantees: a caller's groups start in the order in which they came, and callers take turns.
+    Guarantees: an engine has one suspect at a time.
     """
 
     def __init__(self, policy: PolicyName = "balanced", rng: random.Random | None = None) -> None:
         self._engines: dict[str, EngineLoad] = {}
-        self._waiting: deque[Group] = deque()
-        self._policy = POLICIES[policy](rng or random.Random())
         self._lengths = Lengths()
+        self._waiting = FairQueue(lambda group: self._lengths.cost(group, group.count))
+        self._suspects: deque[Group] = deque()
+        """Groups that may end the engine that they are on, and wait for one without another suspect."""
+        self._placed: defaultdict[int, dict[GroupKey, EngineLoad]] = defaultdict(dict)
+        """Where the parts of each group are, by its id."""
+        self._policy = POLICIES[policy](rng or random.Random())
+        self._too_large = 0
+        """Samples of the next group, when no engine has room for them; 0: not known. Each sample that ends would have the
+        policy look for room again, in vain."""
 
     def add_engine(self, name: str, max_num_seqs: int) -> None:
         """Puts an engine into use; one that is in use already is left as it is."""
         if name not in self._engines:
             self._engines[name] = EngineLoad(name, limit=max(1, int(max_num_seqs * HEADROOM)))
             self._policy.add(self._engines[name])
+            self._too_large = 0
 
     def remove_engine(self, name: str) -> list[Group]:
-        """Takes an engine out of use. Returns the groups that it had, which go nowhere by themselves."""
+        """Takes an engine out of use. Returns what it had not finished, which goes nowhere by itself."""
         engine = self._engines.pop(name, None)
         if engine is None:
             return []
         self._policy.remove(engine)
-        return list(engine.groups.values())
+        return [part for key in list(engine.groups) for part in self._take(engine, key)]
 
     @property
     def engines(self) -> list[str]:
@@ -52,7 +62,12 @@ class Dispatcher:
     @property
     def waiting(self) -> int:
         """Groups that no engine has."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._suspects)
+
+    @property
+    def waiting_tokens(self) -> float:
+        """Tokens that these will take, about."""
+        return self._waiting.tokens
 
     def sequences(self, name: str) -> int:
         """Sequences that an engine has been sent and has not finished."""
@@ -60,8 +75,9 @@ class Dispatcher:
 
     def enqueue(self, groups: Iterable[Group], *, first: bool = False) -> None:
         """Adds groups at the end, or, where an engine has lost them, at the front."""
+        self._too_large = 0
         if first:
-            self._waiting.extendleft(reversed(list(groups)))
+            self._waiting.extend_front(groups)
         else:
             self._waiting.extend(groups)
 
@@ -71,65 +87,154 @@ class Dispatcher:
         self._give(engine, group)
         return engine.name
 
+    def ended(self, name: str, samples: Iterable[tuple[int, int]]) -> None:
+        """An engine has finished samples, each by its group's id and its index; those it does not have are passed
+        over."""
+        engine = self._engines.get(name)
+        if engine is None:
+            return
+        changed = False
+        for sample in samples:
+            if (key := engine.parts.pop(sample, None)) is None:
+                continue
+            changed = True
+            left = engine.left[key]
+            left.discard(sample[1])
+            engine.sequences -= 1
+            engine.tokens -= engine.costs[key]
+            if not left:
+                self._take(engine, key)
+        if changed:
+            self._settle(engine)
+
     def finish(self, name: str, keys: Iterable[GroupKey]) -> list[Group]:
-        """An engine is done with groups, whatever came of them. Returns those that it had, passing over the others."""
+        """An engine is done with groups, whatever came of them. Returns what it had left of them, as groups."""
         engine = self._engines.get(name)
         if engine is None:
             return []
-        done = [group for key in keys if (group := engine.groups.pop(key, None)) is not None]
-        if done:
-            engine.sequences -= sum(group.count for group in done)
-            engine.occupied -= sum(occupancy(group.count) for group in done)
-            engine.tokens -= sum(engine.costs.pop(group.key) for group in done)
-            if not engine.groups:  # or rounding would tell idle engines apart
-                engine.occupied = engine.tokens = 0.0
-            self._policy.changed(engine)
-        return done
+        rest = [part for key in keys if key in engine.groups for part in self._take(engine, key)]
+        if rest:
+            self._settle(engine)
+        return rest
+
+    def _take(self, engine: EngineLoad, key: GroupKey) -> list[Group]:
+        """Takes a group from an engine. Returns the samples of it that are not finished, neighbours together."""
+        group, left, cost = engine.groups.pop(key), engine.left.pop(key), engine.costs.pop(key)
+        placed = self._placed[key[0]]
+        del placed[key]
+        if not placed:
+            del self._placed[key[0]]
+        if engine.suspect == key:
+            engine.suspect = None
+        for sample in left:
+            del engine.parts[key[0], sample]
+        engine.sequences -= len(left)
+        engine.tokens -= cost * len(left)
+        return _runs(group, left)
+
+    def _settle(self, engine: EngineLoad) -> None:
+        if not engine.groups:  # or rounding would tell idle engines apart
+            engine.tokens = 0.0
+        if engine.has_room(self._too_large) or not engine.groups:
+            self._too_large = 0
+        self._policy.changed(engine)
 
     def learn(self, lengths: NDArray[np.int32]) -> None:
         """Samples of these many tokens have ended; what others will cost is guessed by them."""
         self._lengths.learn(lengths)
 
-    def withdraw(self, group_ids: range) -> dict[str, list[Group]]:
+    def withdraw(self, caller: str, group_ids: range) -> dict[str, list[Group]]:
         """Drops groups that no engine has yet; returns those that engines have, by engine."""
-        self._waiting = deque(group for group in self._waiting if group.id not in group_ids)
-        held = {
-            name: [group for group in engine.groups.values() if group.id in group_ids]
-            for name, engine in self._engines.items()
-        }
-        return {name: groups for name, groups in held.items() if groups}
+        self._too_large = 0
+        self._waiting.withdraw(caller, group_ids)
+        if self._suspects:
+            self._suspects = deque(group for group in self._suspects if group.id not in group_ids)
+        held: dict[str, list[Group]] = {}
+        for group_id in group_ids:
+            for key, engine in self._placed.get(group_id, {}).items():
+                held.setdefault(engine.name, []).append(engine.groups[key])
+        return held
 
     def withdraw_waiting(self) -> list[Group]:
         """Takes all groups that no engine has out of the queue."""
-        waiting, self._waiting = list(self._waiting), deque()
-        return waiting
+        suspects, self._suspects = list(self._suspects), deque()
+        return suspects + self._waiting.clear()
+
+    # -- suspects --------------------------------------------------------------------------------
+
+    def suspect(self, group: Group) -> None:
+        """Adds a group that may end its engine: it is sent to one that has no other suspect."""
+        self._suspects.append(group)
+
+    def suspect_of(self, name: str) -> GroupKey | None:
+        """The suspect that an engine has."""
+        engine = self._engines.get(name)
+        return None if engine is None else engine.suspect
+
+    def clear(self, name: str, key: GroupKey) -> None:
+        """A group is no suspect any more, if it still is the engine's."""
+        engine = self._engines.get(name)
+        if engine is not None and engine.suspect == key:
+            engine.suspect = None
+
+    def clear_waiting(self) -> None:
+        """Another one was guilty: no group that waits is a suspect any more."""
+        suspects, self._suspects = self._suspects, deque()
+        self.enqueue(suspects, first=True)
+
+    # -- placing ---------------------------------------------------------------------------------
 
     def assign(self) -> dict[str, list[Group]]:
-        """Groups to send now, by engine. They count as the engine's until `finish`."""
+        """Groups to send now, by engine. They count as the engine's until they end or `finish`."""
         chunks: dict[str, list[Group]] = {}
-        while self._waiting and self._engines:
-            chosen = self._policy.choose(self._waiting[0], len(self._waiting))
+        for engine, group in self._assign_suspects():
+            chunks.setdefault(engine.name, []).append(group)
+        while self._waiting and self._engines and not self._too_large:
+            chosen = self._policy.choose(self._waiting.first(), len(self._waiting))
             if chosen is None:
+                most = min(engine.limit for engine in self._engines.values())
+                self._too_large = self._waiting.first().count if self._waiting.first().count <= most else 1
                 break
             engine, share = chosen
-            group = self._waiting.popleft()
+            group = self._waiting.pop()
             if share < group.count:
-                rest = replace(
-                    group,
-                    first_sample=group.first_sample + share,
-                    count=group.count - share,
-                    seed=group.seed_of(share),
-                )
-                self._waiting.appendleft(rest)
+                first = group.first_sample
+                self._waiting.extend_front([group.part(first + share, group.count - share)])
                 group = replace(group, count=share)
             self._give(engine, group)
             chunks.setdefault(engine.name, []).append(group)
         return chunks
 
+    def _assign_suspects(self) -> list[tuple[EngineLoad, Group]]:
+        placed = []
+        while self._suspects:
+            free = [engine for engine in self._engines.values() if engine.suspect is None]
+            if not free:
+                break
+            engine, group = min(free, key=lambda engine: engine.tokens / engine.limit), self._suspects.popleft()
+            self._give(engine, group)
+            engine.suspect = group.key
+            placed.append((engine, group))
+        return placed
+
     def _give(self, engine: EngineLoad, group: Group) -> None:
         engine.groups[group.key] = group
-        engine.costs[group.key] = cost = self._lengths.cost(group, group.count)
+        engine.left[group.key] = set(group.samples)
+        for sample in group.samples:
+            engine.parts[group.id, sample] = group.key
+        self._placed[group.id][group.key] = engine
+        engine.costs[group.key] = cost = self._lengths.cost(group, group.count) / group.count
         engine.sequences += group.count
-        engine.occupied += occupancy(group.count)
-        engine.tokens += cost
+        engine.tokens += cost * group.count
         self._policy.changed(engine)
+
+
+def _runs(group: Group, left: set[int]) -> list[Group]:
+    """Some samples of a group as groups of neighbours."""
+    parts: list[Group] = []
+    for sample in sorted(left):
+        if parts and parts[-1].samples.stop == sample:
+            parts[-1] = replace(parts[-1], count=parts[-1].count + 1)
+        else:
+            parts.append(group.part(sample, 1))
+    return parts

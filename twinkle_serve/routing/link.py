@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any, Protocol
 
-from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, TextDelta
+from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.engines.base import Finished
 
 
@@ -16,16 +16,20 @@ class EngineLink(Protocol):
     TwinkleServeErrors as the engine does.
     """
 
-    async def describe(self) -> EngineInfo:
-        """What must be known to use it. `life` differs between a process and the one that replaces it."""
+    async def describe(self, router: str) -> EngineInfo:
+        """What must be known to use it. `life` differs between a process and the one that replaces it.
 
-    def sample(self, life: str, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
-        """Samples a chunk: every group is in one item, unless it was aborted. Closing it aborts what still runs.
-
-        `life` is of the process that the chunk is meant for; another one raises EngineDeadError.
+        Says too that a router is there: what one has sent that does not say so for CLAIM_S is aborted.
         """
 
-    def stream(self, life: str, group: Group) -> AsyncGenerator[TextDelta, None]:
+    def sample(self, session: Session, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
+        """Samples a chunk: every sample is in one item, unless its group failed or was aborted. Closing it aborts what
+        still runs.
+
+        The session is with the process that the chunk is meant for; another one raises EngineDeadError.
+        """
+
+    def stream(self, session: Session, group: Group) -> AsyncGenerator[TextDelta, None]:
         """Samples a group of one sample, handing out its text as it comes. Closing it aborts the sample."""
 
     async def abort(self, attempts: Iterable[Attempt]) -> None:

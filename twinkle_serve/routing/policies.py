@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import math
 import random
 import zlib
 from collections import OrderedDict
@@ -25,33 +24,23 @@ class EngineLoad:
 
     name: str
     limit: int
-    """How much it may be occupied, where the policy keeps to that."""
+    """Most sequences that it is sent, where the policy keeps to that."""
     groups: dict[GroupKey, Group] = field(default_factory=dict)
+    left: dict[GroupKey, set[int]] = field(default_factory=dict)
+    """Samples of each group that have not ended."""
+    parts: dict[tuple[int, int], GroupKey] = field(default_factory=dict)
+    """Which of `groups` has a sample, by its prompt's id and its index."""
     costs: dict[GroupKey, float] = field(default_factory=dict)
-    """Of each group, tokens."""
+    """Of each sample of a group, tokens."""
     sequences: int = 0
-    occupied: float = 0.0
-    """Sequences that it runs of these, on average over the time that it has them: see `occupancy`."""
     tokens: float = 0.0
-    """Sum of `costs`."""
+    """What all of its sequences cost."""
+    suspect: GroupKey | None = None
+    """One of its groups that may end it."""
 
     def has_room(self, samples: int) -> bool:
         """For so many samples of one prompt."""
-        return self.occupied + occupancy(samples) <= self.limit + 1e-6  # sums of square roots
-
-
-def occupancy(samples: int) -> float:
-    """How many sequences a group of so many samples keeps running, on average from its start to its return.
-
-    A group comes back whole, with its longest sample, and lengths are heavy-tailed: most of its places are free long
-    before. Counted in full, groups of 16 left engines idle for more than half of the time (benchmarks/simulate.py).
-    """
-    return math.sqrt(samples)
-
-
-def most_samples(occupied: float) -> int:
-    """The largest group that occupies no more than that, and one at least."""
-    return max(1, int(occupied**2))
+        return self.sequences + samples <= self.limit
 
 
 class Policy(Protocol):
@@ -67,7 +56,8 @@ class Policy(Protocol):
         """An engine in use has been sent something, or has finished something."""
 
     def choose(self, group: Group, waiting: int) -> tuple[EngineLoad, int] | None:
-        """An engine for the next group of the queue, and how many of its samples; None: the group waits.
+        """An engine for the next group of the queue, and how many of its samples; None: the group waits until an engine
+        has room for it or is empty, or until there are others in the queue or in use.
 
         There is an engine in use. `waiting` groups are in the queue, this one among them.
         """
@@ -132,9 +122,9 @@ class Balanced:
             # A part of a group that fits would compute its prefix twice, so a group waits for room for all of it,
             # unless no engine could ever have that.
             engine = self._least_loaded(1)
-            if engine is None or (engine.sequences and occupancy(group.count) <= engine.limit):
+            if engine is None or (engine.sequences and group.count <= engine.limit):
                 return None
-            share = min(group.count, most_samples(engine.limit - engine.occupied))
+            share = min(group.count, engine.limit - engine.sequences)
         elif share == group.count:
             engine = self._holder(group, engine) or engine
         self._prefixes.learn(group, engine.name)
@@ -168,7 +158,7 @@ class Balanced:
         holder = None if name is None else self._engines.get(name)
         if holder is None or not holder.has_room(group.count):
             return None
-        ahead = holder.occupied / holder.limit - least.occupied / least.limit
+        ahead = holder.sequences / holder.limit - least.sequences / least.limit
         return holder if ahead <= AFFINITY_MARGIN else None
 
 

@@ -6,17 +6,26 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from twinkle_serve.data_format.adapters import AdapterVersion
-from twinkle_serve.data_format.groups import EngineInfo, Group, TextDelta
+from twinkle_serve.data_format.groups import EngineInfo, Group, GroupKey, Session, TextDelta
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.weights import BaseVersion, PauseMode
 from twinkle_serve.engines.base import Finished
-from twinkle_serve.errors import DeadlineError, EngineDeadError, EngineError, StoreError, TwinkleServeError
+from twinkle_serve.errors import (
+    DeadlineError,
+    EngineCrashedError,
+    EngineDeadError,
+    EngineError,
+    PoisonPromptError,
+    StoreError,
+    TwinkleServeError,
+)
 from twinkle_serve.routing.adapters import Adapters
 from twinkle_serve.routing.dispatch import Dispatcher
 from twinkle_serve.routing.link import EngineLink
@@ -26,8 +35,17 @@ logger = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
 
-MOST_ENGINES_LOST = 2
-"""Engines after which a group fails: it may be what kills them."""
+SUSPECT_AFTER = 2
+"""Engines that ended with a group on them, from outside as it seems, after which it is a suspect: it is sent to an
+engine that has no other one. One that ended by itself makes suspects of all that it had."""
+MOST_CRASHES = 2
+MOST_ENGINES_LOST = 5
+"""A suspect fails when its engine ends, and as many have ended by themselves, or in any way, with it on them: those that
+were ended from outside may be accidents."""
+CLEARED_AFTER_S = 1.0
+"""A suspect is cleared when it has run for so much longer than it had on the engine that ended."""
+MOST_ATTEMPTS = 50
+"""Of a group, whatever ended them."""
 
 PROBE_PERIOD_S = 2.0
 PROBE_TIMEOUT_S = 15.0
@@ -42,11 +60,17 @@ EngineState: TypeAlias = Literal["starting", "catching up", "ready", "draining",
 draining: it is used, and a pause waits for what it samples. dead: it was used, and does not answer any more."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class _Use:
     """An engine from when it was found ready until it is lost. It holds the current weights, or is paused."""
 
     info: EngineInfo
+    session: Session
+    progressed_at: float
+    """When it was last seen to have sampled something, or to have nothing to sample."""
+    progress: int = -1
+    placed_at: dict[int, float] = field(default_factory=dict)
+    """When it was sent the groups that it has, by their ids."""
     adapters: dict[int, asyncio.Task[Any]] = field(default_factory=dict)
     """Versions that it has loaded, or is loading, by id."""
     lost: asyncio.Event = field(default_factory=asyncio.Event)
@@ -64,7 +88,9 @@ class EnginePool:
     """Has engines sample groups, whatever becomes of the engines.
 
     Guarantees: every group that is enqueued is handed back as samples or as a failure, unless it is withdrawn.
-    Guarantees: a group whose engine dies is sampled elsewhere, with its seed; one that loses MOST_ENGINES_LOST fails.
+    Guarantees: what an engine that ends or hangs had not handed back is sampled elsewhere, with its seeds; no sample is
+        delivered twice.
+    Guarantees: a group that ends engine after engine fails, and those beside it do not.
     Guarantees: an engine has a group's adapter version before it is sent the group.
     Guarantees: an engine that samples holds the current version of the model's own weights.
     Does not guarantee: the order in which groups finish.
@@ -81,6 +107,7 @@ class EnginePool:
         deliver: Callable[[SampleColumns], None],
         fail: Callable[[int, TwinkleServeError], None],
         load_timeout_s: float,
+        stall_timeout_s: float = 120.0,
         policy: PolicyName = "balanced",
         engines_return: bool = True,
     ) -> None:
@@ -94,6 +121,7 @@ class EnginePool:
             deliver: takes samples, of any number of groups.
             fail: takes what a group failed by, by its id.
             load_timeout_s: deadline for an engine to load the current weights.
+            stall_timeout_s: an engine that has something to sample and samples nothing for so long is lost.
             policy: which engine a group goes to.
             engines_return: whether somebody replaces an engine that dies; else groups are not kept for it.
         """
@@ -113,6 +141,9 @@ class EnginePool:
         self.info: EngineInfo | None = None
         """Of the first engine that answered; they are alike."""
         self._load_timeout_s = load_timeout_s
+        self._stall_timeout_s = stall_timeout_s
+        self._id = uuid.uuid4().hex
+        """By which engines know this router."""
         self._has_info = asyncio.Event()
         self._dispatcher = Dispatcher(policy)
         self._uses: dict[str, _Use] = {}
@@ -188,13 +219,28 @@ class EnginePool:
     def enqueue(self, groups: Iterable[Group]) -> None:
         """Has groups sampled, as soon as an engine can."""
         self._dispatcher.enqueue(groups)
-        if not self._engines_return and not self._uses:
-            self._sample_again("the engine", self._dispatcher.withdraw_waiting())
+        self._fail_without_hope("the engine")
         self._pump_soon()
 
-    def withdraw(self, group_ids: range) -> None:
-        """Drops groups: from the queue, and from the engines that have them."""
-        for name, groups in self._dispatcher.withdraw(group_ids).items():
+    def _fail_without_hope(self, name: str) -> None:
+        """Fails what waits, where there is no engine and none returns."""
+        if not self._engines_return and not self._uses:
+            for group_id in {group.id for group in self._dispatcher.withdraw_waiting()}:
+                self._fail(group_id, EngineDeadError(f"{name} died. Make a new sampler."))
+
+    @property
+    def waiting(self) -> int:
+        """Groups that no engine has."""
+        return self._dispatcher.waiting
+
+    @property
+    def waiting_tokens(self) -> float:
+        """Tokens that these will take, about."""
+        return self._dispatcher.waiting_tokens
+
+    def withdraw(self, caller: str, group_ids: range) -> None:
+        """Drops groups of a caller: from the queue, and from the engines that have them."""
+        for name, groups in self._dispatcher.withdraw(caller, group_ids).items():
             self.spawn(self._abort(name, self._uses[name], groups))
         self._pump_soon()  # they may have stood in the way of others
 
@@ -212,16 +258,18 @@ class EnginePool:
             try:
                 if group.adapter is not None:
                     await self._load(name, use, group.adapter)
-                async with contextlib.aclosing(self._links[name].stream(use.info.life, group)) as deltas:
+                async with contextlib.aclosing(self._links[name].stream(use.session, group)) as deltas:
                     while (delta := await self._unless_lost(name, use, anext(deltas, None))) is not None:
                         started = True
                         yield delta
                 return
             except EngineDeadError as error:
                 self._lose(name, use, error)
-                group = replace(group, engines_lost=group.engines_lost + 1)
-                if started or group.engines_lost >= MOST_ENGINES_LOST:
-                    raise EngineDeadError(f"{name} died in the middle of a stream. Send the call again.") from None
+                group = replace(group, attempts=group.attempts + 1, lost=(*group.lost, name))
+                if started or len(group.lost) >= MOST_CRASHES:
+                    raise EngineDeadError(
+                        f"{' and '.join(group.lost)} died in the middle of a stream. Send the call again."
+                    ) from None
             finally:
                 if self._uses.get(name) is use:
                     self._dispatcher.finish(name, [group.key])
@@ -235,8 +283,11 @@ class EnginePool:
 
     def _pump(self) -> None:
         self._pump_due = False
+        now = asyncio.get_running_loop().time()
         for name, groups in self._dispatcher.assign().items():
             use = self._uses[name]
+            use.placed_at.update(dict.fromkeys((group.id for group in groups), now))
+            self._watch_suspect(name, use, groups)
             by_adapter: dict[AdapterVersion | None, list[Group]] = defaultdict(list)
             for group in groups:
                 # What an engine has yet to load keeps nobody else waiting, and fails alone.
@@ -255,7 +306,7 @@ class EnginePool:
                 if not any(self._wanted(group.id) for group in groups):
                     return  # and with them nobody may hold the version
                 await self._load(name, use, missing)
-            async with contextlib.aclosing(self._links[name].sample(use.info.life, groups)) as chunk:
+            async with contextlib.aclosing(self._links[name].sample(use.session, groups)) as chunk:
                 async for finished in chunk:
                     if self._uses.get(name) is not use:
                         return
@@ -269,40 +320,80 @@ class EnginePool:
                 # A bug, here or there: these groups fail, the engine stays.
                 logger.exception(f"{name} failed on a chunk of {len(groups)} groups")
                 error = EngineError(f"{name} failed on a chunk of {len(groups)} groups: {error!r}")
-            for group in self._dispatcher.finish(name, [group.key for group in groups]):
-                self._fail(group.id, error)
+            for group_id in {group.id for group in self._dispatcher.finish(name, [group.key for group in groups])}:
+                self._fail(group_id, error)
         finally:
             if self._uses.get(name) is use:
-                self._sample_again(name, self._dispatcher.finish(name, [group.key for group in groups]))
+                self._sample_again(self._dispatcher.finish(name, [group.key for group in groups]))
+            for group in groups:
+                use.placed_at.pop(group.id, None)
             self._pump_soon()
 
     def _deliver(self, name: str, finished: Finished) -> None:
-        for group in self._dispatcher.finish(name, finished.failures):
-            self._fail(group.id, finished.failures[group.key])
+        failed = self._dispatcher.finish(name, finished.failures)
+        for group_id in {group.id: None for group in failed}:
+            self._fail(group_id, next(error for key, error in finished.failures.items() if key[0] == group_id))
         if (columns := finished.columns) is None:
             return
-        group_ids = columns.group.tolist()
-        self._dispatcher.finish(name, zip(group_ids, columns.sample.tolist(), strict=True))
+        self._dispatcher.ended(name, zip(columns.group.tolist(), columns.sample.tolist(), strict=True))
         self._dispatcher.learn(columns.lengths)
         self._deliver_columns(columns)
         self._pump_soon()
 
-    def _sample_again(self, name: str, lost: list[Group]) -> None:
-        """Puts groups that an engine did not finish back into the queue, once each."""
+    def _sample_again(self, groups: list[Group]) -> None:
+        """Puts what an engine did not finish back into the queue, in front."""
         again = []
-        for group in lost:
+        for group in groups:
             if not self._wanted(group.id):
                 continue
-            if not self._engines_return and not self._uses:
-                self._fail(group.id, EngineDeadError(f"{name} died. Make a new sampler."))
-            elif group.engines_lost + 1 >= MOST_ENGINES_LOST:
-                self._fail(
-                    group.id,
-                    EngineDeadError(f"a prompt lost {MOST_ENGINES_LOST} engines in turn, the last one {name}."),
-                )
+            group = replace(group, attempts=group.attempts + 1)
+            if group.attempts > MOST_ATTEMPTS:
+                self._fail(group.id, EngineError(f"{_named(group)} was begun {group.attempts} times, and never ended."))
             else:
-                again.append(replace(group, engines_lost=group.engines_lost + 1))
+                again.append(group)
         self._dispatcher.enqueue(again, first=True)
+
+    # -- what ends engines -----------------------------------------------------------------------
+
+    def _blame(self, name: str, suspect: GroupKey | None, lost: list[Group], crashed: bool) -> list[Group]:
+        """Of what an engine had when it ended, what is to be sampled again: not what has ended engines too often.
+
+        Where there was a suspect among it, it is the suspect; else any of it may have been. Suspects go to engines one
+        by one, those first that had run for the shortest time.
+        """
+        innocent, suspects = [], []
+        for group in lost:
+            if suspect is not None and group.id != suspect[0]:
+                innocent.append(group)
+                continue
+            group = replace(group, lost=(*group.lost, name), crashes=group.crashes + crashed)
+            if suspect is not None and (group.crashes >= MOST_CRASHES or len(group.lost) >= MOST_ENGINES_LOST):
+                self._fail(group.id, _poison(group))
+                if crashed:
+                    self._dispatcher.clear_waiting()
+            elif group.crashes or len(group.lost) >= SUSPECT_AFTER:
+                suspects.append(group)
+            else:
+                innocent.append(group)
+        for group in sorted(suspects, key=lambda group: group.ran_s):
+            if self._wanted(group.id):
+                self._dispatcher.suspect(replace(group, attempts=group.attempts + 1))
+        return innocent
+
+    def _watch_suspect(self, name: str, use: _Use, groups: list[Group]) -> None:
+        """Clears a suspect that was sent to an engine when it has outlived what it may have done before."""
+        key = self._dispatcher.suspect_of(name)
+        for group in groups:
+            if group.key == key:
+                self.spawn(self._clear_suspect(name, use, group))
+
+    async def _clear_suspect(self, name: str, use: _Use, group: Group) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(group.ran_s + CLEARED_AFTER_S):
+                await use.lost.wait()
+        if self._uses.get(name) is use:
+            self._dispatcher.clear(name, group.key)
+            self._pump_soon()
 
     # -- adapters --------------------------------------------------------------------------------
 
@@ -558,7 +649,7 @@ class EnginePool:
             base, changing = self.base, self._changing.locked()
             try:
                 async with asyncio.timeout(PROBE_TIMEOUT_S):
-                    info = await self._links[name].describe()
+                    info = await self._links[name].describe(self._id)
             except Exception as error:  # whatever it is, an engine that does not answer is not used
                 self._lose(name, self._uses.get(name), error)
                 if self._states[name] != "starting":
@@ -571,7 +662,20 @@ class EnginePool:
                     self._lose(name, use, EngineDeadError("it has other weights than the current ones"))
                 if name not in self._uses:
                     await self._catch_up(name, info)
+                elif use is not None:
+                    await self._require_progress(name, use, info)
             await asyncio.sleep(PROBE_PERIOD_S)
+
+    async def _require_progress(self, name: str, use: _Use, info: EngineInfo) -> None:
+        """Gives up an engine that answers and has something to sample, but samples nothing; its process is replaced."""
+        now = asyncio.get_running_loop().time()
+        if info.progress != use.progress or self.paused or not self._dispatcher.sequences(name):
+            use.progress, use.progressed_at = info.progress, now
+        elif now - use.progressed_at > self._stall_timeout_s:
+            hung = f"it had {self._dispatcher.sequences(name)} sequences and sampled nothing for "
+            hung += f"stall_timeout_s={self._stall_timeout_s:g}"
+            self._lose(name, use, EngineDeadError(hung))
+            await self._quietly(name, "retire", hung)
 
     async def _catch_up(self, name: str, info: EngineInfo) -> None:
         """Brings an engine into use: without what another router left there, with the current weights, and paused where
@@ -584,7 +688,7 @@ class EnginePool:
                 await self._load_current(name, info)
                 async with self._changing:
                     # Others may have gone on to a newer version meanwhile, and the engine may be another one.
-                    info = await self._links[name].describe()
+                    info = await self._links[name].describe(self._id)
                     await self._load_current(name, info)
                     await self._links[name].control(*(("pause", "keep") if self._holds else ("resume",)))
                     await self._begin_use(name, info)
@@ -614,7 +718,8 @@ class EnginePool:
                 self.base = await self._current()
 
     async def _begin_use(self, name: str, info: EngineInfo) -> None:
-        self._uses[name] = use = _Use(info)
+        session = Session(life=info.life, router=self._id)
+        self._uses[name] = use = _Use(info, session, progressed_at=asyncio.get_running_loop().time())
         self._states[name] = "ready"
         self.info = self.info or info
         self._has_info.set()
@@ -638,13 +743,17 @@ class EnginePool:
         del self._uses[name]
         self._states[name] = "dead"
         use.lost.set()
+        suspect = self._dispatcher.suspect_of(name)
         lost = self._dispatcher.remove_engine(name)
-        logger.warning(f"{name} is lost with {len(lost)} groups, to be sampled elsewhere: {type(error).__name__}")
+        logger.warning(
+            f"{name} is lost with {len(lost)} groups, to be sampled elsewhere: {type(error).__name__}: {error}"
+        )
         # It may be slow and not dead.
         self.spawn(self._abort(name, use, lost))
-        self._sample_again(name, lost)
-        if not self._engines_return and not self._uses:
-            self._sample_again(name, self._dispatcher.withdraw_waiting())
+        now = asyncio.get_running_loop().time()
+        lost = [replace(group, ran_s=now - use.placed_at.get(group.id, now)) for group in lost]
+        self._sample_again(self._blame(name, suspect, lost, isinstance(error, EngineCrashedError)))
+        self._fail_without_hope(name)
         self._pump_soon()
 
     async def _abort(self, name: str, use: _Use, groups: list[Group]) -> None:
@@ -669,3 +778,17 @@ class EnginePool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _named(group: Group) -> str:
+    """A prompt, as its caller knows it."""
+    first = ", ".join(map(str, group.prompt_ids[:8].tolist()))
+    more = ", …" if len(group.prompt_ids) > 8 else ""
+    return f"inputs[{group.input}] ({len(group.prompt_ids)} tokens: {first}{more})"
+
+
+def _poison(group: Group) -> PoisonPromptError:
+    return PoisonPromptError(
+        f"{_named(group)} was on {', '.join(group.lost)} when they ended, the last time as the only suspect. "
+        "Leave it out, or see those engines' logs."
+    )

@@ -38,6 +38,7 @@ class Request:
         params: SamplingParams,
         header: ResponseHeader,
         adapter: AdapterVersion | None = None,
+        caller: str = "",
     ) -> None:
         self.ids = range(first_id, first_id + len(prompts))
         """Group id of each prompt."""
@@ -45,6 +46,7 @@ class Request:
         self._params = params
         self._header = header
         self._adapter = adapter
+        self.caller = caller
         self._missing = dict.fromkeys(self.ids, params.num_samples)
         """Samples still to come, by group id."""
         self.weight_versions: set[str] = set()
@@ -64,6 +66,8 @@ class Request:
                 adapter=self._adapter,
                 index=index,
                 prompts=len(self._prompts),
+                input=prompt.index,
+                caller=self.caller,
             )
             for index, (group_id, prompt) in enumerate(zip(self.ids, self._prompts, strict=True))
         ]

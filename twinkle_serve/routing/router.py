@@ -136,6 +136,7 @@ class Router:
             deliver=self._deliver,
             fail=self._fail,
             load_timeout_s=self._args.startup_timeout_s,
+            stall_timeout_s=self._args.stall_timeout_s,
             policy=self._args.policy,
             engines_return=self._engines_return,
         )
@@ -437,7 +438,7 @@ class Router:
         """Ends a request at its deadline: what has arrived can still be read, then comes the error."""
         if request.samples_missing:
             request.fail(DeadlineError(self._late(limit_s, request)))
-            self._pool.withdraw(request.ids)
+            self._pool.withdraw(request.caller, request.ids)
 
     async def _understood(self, call: Call) -> _Understood:
         """What a call asks for, checked against what the engines can do."""
@@ -488,7 +489,7 @@ class Router:
         for group_id in request.ids:
             self._requests.pop(group_id, None)
         if request.samples_missing:
-            self._pool.withdraw(request.ids)
+            self._pool.withdraw(request.caller, request.ids)
 
     def _late(self, limit_s: float, request: Request | None) -> str:
         if request is None:
