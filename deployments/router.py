@@ -38,6 +38,8 @@ STALENESS = [0.5, 1.5, 2.5, 4.5, 8.5, 16.5]
 @serve.deployment(
     name="router",
     ray_actor_options={"num_cpus": SIDE_CPUS},
+    # A dead one is noticed within this period.
+    health_check_period_s=1,
     # Requests queue here, where they can be counted and cancelled, not in Serve.
     max_ongoing_requests=100_000,
     graceful_shutdown_wait_loop_s=0.5,
@@ -81,8 +83,13 @@ class Router:
         use_base_model: bool = False,
         template: TemplateChoice = None,
         timeout_s: float | None = None,
+        **limits: Any,
     ) -> SampleResponse:
-        """As `Sampler.sample`, by handle: `handle.sample.remote(trajectories, params, num_samples=4)`."""
+        """As `Sampler.sample`, by handle: `handle.sample.remote(trajectories, params, num_samples=4)`.
+
+        Args:
+            limits: the other fields of `routing.router.Call`.
+        """
         return await self._router.sample(
             inputs,
             sampling_params=sampling_params,
@@ -93,6 +100,7 @@ class Router:
             use_base_model=use_base_model,
             template=template,
             timeout_s=timeout_s,
+            **limits,
         )
 
     async def sample_iter(self, inputs: Any, *args: Any, **options: Any) -> AsyncGenerator[SampleResponse, None]:
@@ -106,6 +114,12 @@ class Router:
         """One sample of one prompt as (text, finish_reason), as it comes."""
         async for delta in self._router.sample_stream(inputs, *args, **options):
             yield delta
+
+    async def cancel(self, request_id: str, inputs: Sequence[int] | None = None) -> int:
+        return await self._router.cancel(request_id, inputs)
+
+    async def renew(self, request_ids: Sequence[str], lease_s: float) -> None:
+        await self._router.renew(request_ids, lease_s)
 
     async def add_adapter(self, name: str, source: AdapterFiles | str) -> str:
         return await self._router.add_adapter(name, source)

@@ -142,6 +142,10 @@ class ServiceArgs(Strict):
     """Run code that comes with the model."""
     policy: Literal["balanced", "round_robin", "static"] = "balanced"
     """Which engine a prompt goes to."""
+    max_queued_requests: int = Field(default=10_000, ge=1)
+    """Calls that may run or wait while prompts wait; the next one is refused."""
+    max_queued_tokens: int = Field(default=1_000_000_000, ge=1)
+    """Tokens that waiting prompts may be expected to take; the next call is refused."""
     request_timeout_s: float = Field(default=3600.0, gt=0, allow_inf_nan=False)
     """Deadline of a call that names none, queueing included."""
     stall_timeout_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)

@@ -100,6 +100,8 @@ class EngineHost:
         """Notified when a version has lost its last use."""
         self._base: BaseVersion | None = FILES
         """The weights that it holds; None while it holds none whole."""
+        self._weights_dropped = False
+        """Whether it sleeps without them."""
         self._loading = asyncio.Lock()
         self._pause_end: asyncio.TimerHandle | None = None
         """When a pause that nobody asks about ends."""
@@ -334,13 +336,14 @@ class EngineHost:
 
     async def sleep(self, level: int) -> None:
         await self._engine.sleep(level)
-        if level == 2:
-            self._base = None
+        # It still is known by what it held: a router would have one that holds nothing load it.
+        self._weights_dropped = level == 2
 
     async def wake_up(self, tags: Sequence[str] | None) -> None:
         await self._engine.wake_up(tags)
-        if self._base is None and (tags is None or "weights" in tags):
+        if self._weights_dropped and (tags is None or "weights" in tags):
             await self.load_weights(await self._store.base("current"))
+            self._weights_dropped = False
 
     async def stop(self) -> None:
         if self._pause_end is not None:

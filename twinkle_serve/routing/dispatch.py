@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -37,8 +37,8 @@ class Dispatcher:
         """Where the parts of each group are, by its id."""
         self._policy = POLICIES[policy](rng or random.Random())
         self._too_large = 0
-        """Samples of the next group, when no engine has room for them; 0: not known. Each sample that ends would have the
-        policy look for room again, in vain."""
+        """Samples of the next group, when no engine has room for them; 0: not known. Else the policy would look for
+        room at each sample that ends, in vain."""
 
     def add_engine(self, name: str, max_num_seqs: int) -> None:
         """Puts an engine into use; one that is in use already is left as it is."""
@@ -143,12 +143,13 @@ class Dispatcher:
         """Samples of these many tokens have ended; what others will cost is guessed by them."""
         self._lengths.learn(lengths)
 
-    def withdraw(self, caller: str, group_ids: range) -> dict[str, list[Group]]:
+    def withdraw(self, caller: str, group_ids: Sequence[int]) -> dict[str, list[Group]]:
         """Drops groups that no engine has yet; returns those that engines have, by engine."""
         self._too_large = 0
         self._waiting.withdraw(caller, group_ids)
         if self._suspects:
-            self._suspects = deque(group for group in self._suspects if group.id not in group_ids)
+            gone = set(group_ids)
+            self._suspects = deque(group for group in self._suspects if group.id not in gone)
         held: dict[str, list[Group]] = {}
         for group_id in group_ids:
             for key, engine in self._placed.get(group_id, {}).items():

@@ -8,7 +8,7 @@ import contextvars
 import logging
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -40,8 +40,8 @@ SUSPECT_AFTER = 2
 engine that has no other one. One that ended by itself makes suspects of all that it had."""
 MOST_CRASHES = 2
 MOST_ENGINES_LOST = 5
-"""A suspect fails when its engine ends, and as many have ended by themselves, or in any way, with it on them: those that
-were ended from outside may be accidents."""
+"""A suspect fails when its engine ends, and as many have ended by themselves, or in any way, with it on them. Those
+that were ended from outside may be accidents."""
 CLEARED_AFTER_S = 1.0
 """A suspect is cleared when it has run for so much longer than it had on the engine that ended."""
 MOST_ATTEMPTS = 50
@@ -238,7 +238,7 @@ class EnginePool:
         """Tokens that these will take, about."""
         return self._dispatcher.waiting_tokens
 
-    def withdraw(self, caller: str, group_ids: range) -> None:
+    def withdraw(self, caller: str, group_ids: Sequence[int]) -> None:
         """Drops groups of a caller: from the queue, and from the engines that have them."""
         for name, groups in self._dispatcher.withdraw(caller, group_ids).items():
             self.spawn(self._abort(name, self._uses[name], groups))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from twinkle_serve.data_format.groups import Group, GroupKey
@@ -114,13 +114,14 @@ class FairQueue:
             del self._callers[name]
         return group
 
-    def withdraw(self, caller: str, group_ids: range) -> None:
+    def withdraw(self, caller: str, group_ids: Sequence[int]) -> None:
         """Drops groups of a caller."""
-        kept = deque(group for group in self._front if group.id not in group_ids)
-        for group in self._front:
-            if group.id in group_ids:
-                self._uncount(group)
-        self._front = kept
+        if self._front:
+            gone = set(group_ids)
+            for group in self._front:
+                if group.id in gone:
+                    self._uncount(group)
+            self._front = deque(group for group in self._front if group.id not in gone)
         if (theirs := self._callers.get(caller)) is None:
             return
         # A group that waits here has not been cut into parts: those are in front.

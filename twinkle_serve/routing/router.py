@@ -19,7 +19,7 @@ from twinkle_serve.adapters import read_adapter
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse, SamplingParams
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.groups import Group
+from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.samples import SampleColumns, StopReason
 from twinkle_serve.data_format.sampling_params import UNSET, Unset
 from twinkle_serve.data_format.weights import PauseMode
@@ -28,6 +28,7 @@ from twinkle_serve.errors import (
     AdapterError,
     DeadlineError,
     EngineError,
+    QueueFullError,
     RequestError,
     SamplingParamsError,
     StoreError,
@@ -35,6 +36,7 @@ from twinkle_serve.errors import (
 )
 from twinkle_serve.routing.adapters import Adapters, fingerprint
 from twinkle_serve.routing.link import EngineLink
+from twinkle_serve.routing.live import LiveRequests, Rate, seconds
 from twinkle_serve.routing.pool import EnginePool
 from twinkle_serve.routing.request import Request, ResponseHeader
 from twinkle_serve.routing.seeds import SPACING, prompt_seed
@@ -54,13 +56,15 @@ class Router:
     """Sends prompts to engines and gathers what they sampled.
 
     Guarantees: every accepted prompt yields exactly `num_samples` sequences, or the call raises.
-    Guarantees: cancelling the call, or its deadline, aborts its sequences in the engines.
+    Guarantees: cancelling the call or a group of it, its deadline, or its caller's silence aborts its sequences in the
+        engines.
     Guarantees: an engine's death loses no sample; see `EnginePool`.
+    Guarantees: what waits is bounded; a call beyond that is refused at once.
     Guarantees: a request is sampled by the adapter version that its name meant when it was admitted.
     Guarantees: every sample names the versions of the model's own weights that sampled it, and their tokens.
     Guarantees: what a name means, it means again to the router that replaces this one; the store has it.
     Does not guarantee: the order in which prompts finish.
-    Does not guarantee: that a request survives this process.
+    Does not guarantee: that a request survives this process. `ServiceBackend` sends it again, under the same id.
     """
 
     def __init__(
@@ -103,7 +107,10 @@ class Router:
         # One thread: tokenizers are not safe in several, and the event loop must not wait for them.
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._requests: dict[int, Request] = {}
-        """Live requests, by group id."""
+        """Live requests, by the ids of the groups that they wait for."""
+        self._live = LiveRequests(self._give_up_request)
+        self._rate = Rate()
+        """Tokens that engines hand back."""
         self._streams: set[int] = set()
         """Group ids of the streams that run; they are in no queue."""
         self._asleep = False
@@ -378,7 +385,7 @@ class Router:
     @property
     def _running(self) -> int:
         """Requests and streams."""
-        return len(set(self._requests.values())) + len(self._streams)
+        return len(self._live) + len(self._streams)
 
     async def forget(self) -> None:
         """Before the service is deleted: without a state_dir of its own, nobody is to find its weights again."""
@@ -402,7 +409,7 @@ class Router:
     # -- admission -------------------------------------------------------------------------------
 
     def _limit_s(self, call: Call) -> float:
-        return self._args.request_timeout_s if call.timeout_s is None else _deadline(call.timeout_s)
+        return self._args.request_timeout_s if call.timeout_s is None else seconds("timeout_s", call.timeout_s)
 
     @asynccontextmanager
     async def _admitted(self, call: Call) -> AsyncGenerator[Request, None]:
@@ -417,10 +424,11 @@ class Router:
         except TimeoutError:
             raise DeadlineError(self._late(limit_s, None)) from None
         with self._holding(understood.adapter):
-            request = self._admit(understood)
+            request = self._admit(understood, call)
             expiry = loop.call_at(deadline, self._expire, request, limit_s)
             try:
-                yield request
+                with self._live.holding(request, call.request_id, call.lease_s):
+                    yield request
             finally:
                 expiry.cancel()
                 self._dismiss(request)
@@ -436,9 +444,36 @@ class Router:
 
     def _expire(self, request: Request, limit_s: float) -> None:
         """Ends a request at its deadline: what has arrived can still be read, then comes the error."""
-        if request.samples_missing:
-            request.fail(DeadlineError(self._late(limit_s, request)))
-            self._pool.withdraw(request.caller, request.ids)
+        if not request.settled:
+            self._give_up_request(request, DeadlineError(self._late(limit_s, request)))
+
+    def _give_up_request(self, request: Request, error: TwinkleServeError) -> None:
+        """Ends a request with an error: what has arrived can still be read, nothing more is sampled."""
+        request.fail(error)
+        self._withdraw(request, request.ids)
+
+    def _withdraw(self, request: Request, group_ids: Sequence[int]) -> None:
+        """Has groups of a request sampled no more."""
+        for group_id in group_ids:
+            self._requests.pop(group_id, None)
+        self._pool.withdraw(request.caller, group_ids)
+
+    async def cancel(self, request_id: str, inputs: Sequence[int] | None = None) -> int:
+        """Drops prompts of a call, by their indices, or all that are not complete. Returns how many were not.
+
+        The call goes on without them. One that is over, or unknown, has none.
+        """
+        request = self._live.get(request_id)
+        return 0 if request is None else self._drop(request, request.ids if inputs is None else request.ids_of(inputs))
+
+    def _drop(self, request: Request, group_ids: Sequence[int]) -> int:
+        dropped = request.drop(group_ids)
+        self._withdraw(request, dropped)
+        return len(dropped)
+
+    async def renew(self, request_ids: Sequence[str], lease_s: float) -> None:
+        """The caller of these calls is there, and will say so again within `lease_s`."""
+        self._live.renew(request_ids, lease_s)
 
     async def _understood(self, call: Call) -> _Understood:
         """What a call asks for, checked against what the engines can do."""
@@ -455,8 +490,12 @@ class Router:
             encode_inputs, call.inputs, template, params.max_tokens != 0
         )
         info = await self._pool.known()
-        for prompt in prompts:
-            check_fits(info, prompt.ids, params, f"inputs[{prompt.index}]")
+        await self._encode_in_thread(_check_all, info, prompts, params)
+        call.check(len(prompts))
+        if call.done:
+            enough = call.min_groups is not None and len(call.done) >= call.min_groups
+            done = set(call.done)
+            prompts = [] if enough else [prompt for prompt in prompts if prompt.index not in done]
         adapter = await self._adapter_at(path) if path else self._adapters.resolve(name) if name else None
         header = ResponseHeader(logprobs_mode=info.logprobs_mode, parser=template.message_parser())
         return _Understood(prompts, params, adapter, header)
@@ -475,21 +514,50 @@ class Router:
         if self._asleep:
             raise RequestError("the sampler is asleep. Call wake_up() first.")
 
-    def _admit(self, understood: _Understood) -> Request:
+    def _admit(self, understood: _Understood, call: Call) -> Request:
         self._require_awake()
+        self._require_room(len(understood.prompts))
         first_id = next(self._group_ids)
         for _ in understood.prompts[1:]:
             next(self._group_ids)
-        request = Request(first_id, understood.prompts, understood.params, understood.header, understood.adapter)
+        request = Request(
+            first_id,
+            understood.prompts,
+            understood.params,
+            understood.header,
+            understood.adapter,
+            caller=call.caller,
+            sample_timeout_s=call.sample_timeout_s,
+            min_groups=None if call.min_groups is None else max(0, call.min_groups - len(call.done)),
+        )
         self._requests.update(dict.fromkeys(request.ids, request))
         self._pool.enqueue(request.groups())
         return request
 
+    def _require_room(self, prompts: int) -> None:
+        """Refuses what would make the queue too long; a call that comes first is taken, however large.
+
+        Raises:
+            QueueFullError
+        """
+        args, waiting, tokens = self._args, self._pool.waiting, self._pool.waiting_tokens
+        if not waiting or (len(self._live) < args.max_queued_requests and tokens < args.max_queued_tokens):
+            return
+        rate = self._rate.per_s()
+        retry_after_s = min(60.0, max(1.0, tokens / rate / 4 if rate else 1.0))
+        raise QueueFullError(
+            f"{waiting} prompts of {len(self._live)} calls wait, {tokens:.0f} tokens by guess; the service takes "
+            f"max_queued_requests={args.max_queued_requests} and max_queued_tokens={args.max_queued_tokens}. "
+            f"Send the {prompts} prompts again in {retry_after_s:.0f} s.",
+            retry_after_s,
+        )
+
     def _dismiss(self, request: Request) -> None:
-        for group_id in request.ids:
-            self._requests.pop(group_id, None)
-        if request.samples_missing:
-            self._pool.withdraw(request.caller, request.ids)
+        if request.settled:
+            for group_id in request.ids:
+                self._requests.pop(group_id, None)
+        else:
+            self._withdraw(request, request.ids)
 
     def _late(self, limit_s: float, request: Request | None) -> str:
         if request is None:
@@ -505,13 +573,16 @@ class Router:
     # -- what engines hand back ------------------------------------------------------------------
 
     def _deliver(self, columns: SampleColumns) -> None:
+        self._rate.add(len(columns.tokens))
         present = set(columns.group.tolist())
         by_request: dict[Request, set[int]] = {}
         for group_id in present & self._requests.keys():
             by_request.setdefault(self._requests[group_id], set()).add(group_id)
         for request, ids in by_request.items():
             try:
-                request.add(columns if ids == present else columns.without(present - ids))
+                not_needed = request.add(columns if ids == present else columns.without(present - ids))
+                if not_needed:
+                    self._drop(request, not_needed)
             except Exception as error:  # a bug of ours; the others' samples must still reach them
                 logger.exception("samples could not be handed to their request")
                 request.fail(EngineError(f"a bug in the router: {error!r}"))
@@ -534,6 +605,30 @@ class Call:
     use_base_model: bool = False
     template: TemplateChoice = None
     timeout_s: float | None = None
+    sample_timeout_s: float | None = None
+    min_groups: int | None = None
+    request_id: str = ""
+    """By which its caller cancels it; a call with that of one that runs takes its place."""
+    caller: str = ""
+    """Callers take turns."""
+    lease_s: float | None = None
+    """It is given up when `renew` has not been called for so long; None: never."""
+    done: Sequence[int] = ()
+    """Indices of the inputs that its caller has already, from another router."""
+
+    def check(self, prompts: int) -> None:
+        """Refuses limits that cannot be.
+
+        Raises:
+            RequestError
+        """
+        if self.sample_timeout_s is not None:
+            seconds("sample_timeout_s", self.sample_timeout_s)
+        groups = self.min_groups
+        if groups is not None and (
+            isinstance(groups, bool) or not isinstance(groups, int) or not 1 <= groups <= prompts
+        ):
+            raise RequestError(f"min_groups must be a number from 1 to the call's {prompts} prompts, got {groups!r}.")
 
     def adapter(self) -> tuple[str, str]:
         """(name, path) of the adapter, of which at most one is not empty.
@@ -566,7 +661,7 @@ class _Understood:
     header: ResponseHeader
 
 
-def _deadline(timeout_s: float) -> float:
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < float("inf"):
-        raise RequestError(f"timeout_s must be a number of seconds above 0, got {timeout_s!r}.")
-    return float(timeout_s)
+def _check_all(info: EngineInfo, prompts: Sequence[Prompt], params: SamplingParams) -> None:
+    """See `check_fits`."""
+    for prompt in prompts:
+        check_fits(info, prompt.ids, params, f"inputs[{prompt.index}]")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -123,6 +124,61 @@ class Pause:
                 self.resume()
 
 
+class Rollouts(Iterator[SampleResponse]):
+    """Responses to the prompts of a call as they finish, while others of them can be cancelled."""
+
+    def __init__(self, backend: Backend, request_id: str, responses: Iterator[SampleResponse]) -> None:
+        self._backend, self._request_id, self._responses = backend, request_id, responses
+
+    def __next__(self) -> SampleResponse:
+        return next(self._responses)
+
+    def cancel(self, prompt_indices: Iterable[int] | None = None) -> int:
+        """Has prompts sampled no more: these, or all that are not complete. The others go on.
+
+        Returns how many of them were not complete; those do not come.
+        """
+        indices = None if prompt_indices is None else list(prompt_indices)
+        dropped: int = self._backend.call("cancel", self._request_id, indices, timeout_s=ANSWER_TIMEOUT_S)
+        return dropped
+
+    def close(self) -> None:
+        """Cancels the call, and ends this."""
+        if isinstance(self._responses, Generator):
+            self._responses.close()
+
+    def __enter__(self) -> Rollouts:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class AsyncRollouts(AsyncIterator[SampleResponse]):
+    """As `Rollouts`, for async code."""
+
+    def __init__(self, backend: Backend, request_id: str, parts: AsyncIterator[SampleResponse]) -> None:
+        self._backend, self._request_id, self._parts = backend, request_id, parts
+        self._arrived: list[SampleResponse] = []
+        """Of the part that came last, those that were not read, in reverse."""
+
+    async def __anext__(self) -> SampleResponse:
+        while not self._arrived:
+            self._arrived = list(await anext(self._parts))[::-1]
+        return self._arrived.pop()
+
+    async def cancel(self, prompt_indices: Iterable[int] | None = None) -> int:
+        """See `Rollouts.cancel`."""
+        indices = None if prompt_indices is None else list(prompt_indices)
+        dropped: int = await self._backend.call_async("cancel", self._request_id, indices, timeout_s=ANSWER_TIMEOUT_S)
+        return dropped
+
+    async def aclose(self) -> None:
+        """See `Rollouts.close`."""
+        if isinstance(self._parts, AsyncGenerator):
+            await self._parts.aclose()
+
+
 class RunningSampler(Sampler):
     """A sampler with its engines, wherever they run.
 
@@ -148,6 +204,8 @@ class RunningSampler(Sampler):
         use_base_model: bool = False,
         return_encoded: bool = False,
         timeout_s: float | None = None,
+        sample_timeout_s: float | None = None,
+        min_groups: int | None = None,
     ) -> SampleResponse:
         """Samples each input `num_samples` times. Not for async code: there, `sample_async`.
 
@@ -162,12 +220,18 @@ class RunningSampler(Sampler):
             use_base_model: the base model, said explicitly; with an adapter it is refused.
             return_encoded: Twinkle's; `new_input_feature` has the encoded prompt either way.
             timeout_s: deadline of the call in seconds, queueing included; None is the config's request_timeout_s.
+            sample_timeout_s: seconds that each sample may run for on its engine; then it ends where it is, with
+                stop_reason abort.
+            min_groups: return as soon as so many prompts are complete; the others are cancelled, and not in the
+                response: `prompt_indices` says which are. None: all.
 
         Returns:
             A response whose `sequences` are flat and prompt-major; iterated over, one response a prompt.
 
         Raises:
             RequestError: the call cannot be served as it is: SamplingParamsError, PromptError, AdapterError.
+            PoisonPromptError: a prompt of it ended several engines.
+            QueueFullError: more waits already than the service takes; `retry_after_s` says when there may be room.
             DeadlineError: it took longer than `timeout_s`.
             EngineError: engines, or the router, failed.
         """
@@ -175,6 +239,8 @@ class RunningSampler(Sampler):
             "sample",
             inputs,
             timeout_s=timeout_s,
+            sample_timeout_s=sample_timeout_s,
+            min_groups=min_groups,
             **self._options(sampling_params, adapter_name, adapter_path, num_samples, logprobs, use_base_model),
         )
         return response
@@ -191,12 +257,16 @@ class RunningSampler(Sampler):
         use_base_model: bool = False,
         return_encoded: bool = False,
         timeout_s: float | None = None,
+        sample_timeout_s: float | None = None,
+        min_groups: int | None = None,
     ) -> SampleResponse:
         """As `sample`, for async code: an async actor, or `asyncio.run`."""
         response: SampleResponse = await self._backend.call_async(
             "sample",
             inputs,
             timeout_s=timeout_s,
+            sample_timeout_s=sample_timeout_s,
+            min_groups=min_groups,
             **self._options(sampling_params, adapter_name, adapter_path, num_samples, logprobs, use_base_model),
         )
         return response
@@ -212,25 +282,26 @@ class RunningSampler(Sampler):
         logprobs: int | Unset | None = UNSET,
         use_base_model: bool = False,
         timeout_s: float | None = None,
+        sample_timeout_s: float | None = None,
+        min_groups: int | None = None,
         progress: bool = False,
-    ) -> Iterator[SampleResponse]:
+    ) -> Rollouts:
         """Yields the response to each prompt as it finishes, in any order; `prompt_index` says which it is.
 
-        The call is sent at once; what is wrong with it is raised by the first `next`.
+        The call is sent at once; what is wrong with it is raised by the first `next`. Arguments are those of `sample`;
+        prompts can be cancelled while it runs.
 
         Args:
             progress: show a progress bar on the terminal.
         """
-        parts = self._backend.iterate(
-            "sample_iter",
-            inputs,
-            timeout_s=timeout_s,
-            **self._options(sampling_params, adapter_name, adapter_path, num_samples, logprobs, use_base_model),
-        )
+        options = self._options(sampling_params, adapter_name, adapter_path, num_samples, logprobs, use_base_model)
+        limits = {"timeout_s": timeout_s, "sample_timeout_s": sample_timeout_s, "min_groups": min_groups}
+        request_id = uuid.uuid4().hex
+        parts = self._backend.iterate("sample_iter", inputs, request_id=request_id, **limits, **options)
         total = len(inputs) if isinstance(inputs, Sequence) else 1
-        return _each_prompt(parts, total, progress=progress)
+        return Rollouts(self._backend, request_id, _each_prompt(parts, total, progress=progress))
 
-    async def sample_iter_async(
+    def sample_iter_async(
         self,
         inputs: Any,
         sampling_params: SamplingParams | Mapping[str, Any] | None = None,
@@ -241,17 +312,15 @@ class RunningSampler(Sampler):
         logprobs: int | Unset | None = UNSET,
         use_base_model: bool = False,
         timeout_s: float | None = None,
-    ) -> AsyncIterator[SampleResponse]:
-        """As `sample_iter`, for async code."""
-        parts = self._backend.iterate_async(
-            "sample_iter",
-            inputs,
-            timeout_s=timeout_s,
-            **self._options(sampling_params, adapter_name, adapter_path, num_samples, logprobs, use_base_model),
-        )
-        async for part in parts:
-            for response in part:
-                yield response
+        sample_timeout_s: float | None = None,
+        min_groups: int | None = None,
+    ) -> AsyncRollouts:
+        """As `sample_iter`, for async code. The call is sent by the first `anext`."""
+        options = self._options(sampling_params, adapter_name, adapter_path, num_samples, logprobs, use_base_model)
+        limits = {"timeout_s": timeout_s, "sample_timeout_s": sample_timeout_s, "min_groups": min_groups}
+        request_id = uuid.uuid4().hex
+        parts = self._backend.iterate_async("sample_iter", inputs, request_id=request_id, **limits, **options)
+        return AsyncRollouts(self._backend, request_id, parts)
 
     def sample_stream(
         self,

@@ -8,14 +8,16 @@ import logging
 import re
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
+from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, RequestCancelledError
 
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.errors import EngineError, ServiceNotReadyError, TwinkleServeError, unknown_name
@@ -161,86 +163,190 @@ class ServiceSampler(RunningSampler):
 SAMPLING = ("sample", "sample_iter", "sample_stream")
 
 
+REPEATED = frozenset({*SAMPLING, "status", "state_keys", "check_template"})
+"""Calls that are sent again when the router dies: nothing comes of doing them twice."""
+
+LEASE_S = 60.0
+"""A call is given up when this process has not said for so long that it is there."""
+
+PAUSES_S = (0.1, 0.3, 1.0)
+"""Before a call is sent again; the last one from then on."""
+
+
+class _Leases:
+    """Says to the router, for as long as calls of this process run, that it is there."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+        self._ids: set[str] = set()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._changed = threading.Event()
+
+    @contextlib.contextmanager
+    def holding(self, request_id: str) -> Iterator[None]:
+        with self._lock:
+            self._ids.add(request_id)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._renew, name="leases", daemon=True)
+                self._thread.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._ids.discard(request_id)
+
+    def _renew(self) -> None:
+        while True:
+            time.sleep(LEASE_S / 4)
+            with self._lock:
+                if not (ids := list(self._ids)):
+                    self._thread = None
+                    return
+            with contextlib.suppress(Exception):  # of a router that is being replaced
+                self._handle.renew.remote(ids, LEASE_S).result(timeout_s=LEASE_S / 4)
+
+
 class ServiceBackend:
-    """A router behind a Serve handle."""
+    """A router behind a Serve handle.
+
+    Guarantees: a call that samples outlives the router: it is sent again, under the same id and with what is left of
+        its time, and asks for nothing that it has already. A stream whose text has begun does not.
+    """
 
     def __init__(self, handle: DeploymentHandle, name: str) -> None:
         self._handle = handle
         self._streams = handle.options(stream=True)
         self._name = name
+        self._caller = uuid.uuid4().hex
+        self._leases = _Leases(handle)
         self._request_timeout_s: float | None = None
         """The config's, once the router was asked."""
 
     def call(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
         self._learn_limit(timeout_s)
-        response = self._send(self._handle, method, args, timeout_s, options)
-        try:
-            return response.result(timeout_s=self._patience_s(timeout_s))
-        except BaseException as error:
-            _cancel(response)
-            raise self._translated(error) from None
+        with self._attempts(method, timeout_s, options) as attempts:
+            while True:
+                response = self._send(self._handle, method, args, attempts)
+                try:
+                    return response.result(timeout_s=attempts.patience_s)
+                except BaseException as error:
+                    _cancel(response)
+                    time.sleep(self._pause_s(attempts, error))
 
     async def call_async(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
         await self._learn_limit_async(timeout_s)
-        response = self._send(self._handle, method, args, timeout_s, options)
-        try:
-            async with asyncio.timeout(self._patience_s(timeout_s)):
-                return await response
-        except BaseException as error:
-            _cancel(response)
-            raise self._translated(error) from None
+        with self._attempts(method, timeout_s, options) as attempts:
+            while True:
+                response = self._send(self._handle, method, args, attempts)
+                try:
+                    async with asyncio.timeout(attempts.patience_s):
+                        return await response
+                except BaseException as error:
+                    _cancel(response)
+                    await asyncio.sleep(self._pause_s(attempts, error))
 
     def iterate(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Iterator[Any]:
-        stream = self._send(self._streams, method, args, timeout_s, options)
-        items = self._each(stream, timeout_s)
-        weakref.finalize(items, _cancel, stream)  # a generator that was never started runs no `finally`
+        running = _Running()
+        stack = contextlib.ExitStack()
+        attempts = stack.enter_context(self._attempts(method, timeout_s, options))
+        running.stream = self._send(self._streams, method, args, attempts)
+        items = self._each(running, stack, method, args, attempts)
+        # A generator that was never started runs no `finally`.
+        weakref.finalize(items, _end, running, stack)
         return items
 
-    def _each(self, stream: DeploymentResponseGenerator, timeout_s: float | None) -> Iterator[Any]:
-        late = threading.Event()
+    def _each(
+        self, running: _Running, stack: contextlib.ExitStack, method: str, args: Any, attempts: _Attempts
+    ) -> Iterator[Any]:
+        try:
+            self._learn_limit(attempts.timeout_s)
+            attempts.limit_s = self._limit_s(attempts.timeout_s)
+            while True:
+                late = threading.Event()
+                try:
+                    for item in self._watched(running, attempts, late):
+                        attempts.have(item)
+                        yield item
+                    return
+                except Exception as error:
+                    _cancel(running.stream)
+                    time.sleep(self._pause_s(attempts, TimeoutError() if late.is_set() else error))
+                running.stream = self._send(self._streams, method, args, attempts)
+        finally:
+            _end(running, stack)
+
+    def _watched(self, running: _Running, attempts: _Attempts, late: threading.Event) -> Iterator[Any]:
+        """Items of a stream that is given up when the router is silent past the deadline."""
 
         def give_up() -> None:
             late.set()
-            _cancel(stream)
+            _cancel(running.stream)
 
-        try:
-            self._learn_limit(timeout_s)
-            deadline = time.monotonic() + self._patience_s(timeout_s)
-            while True:
-                # A slow reader may come late for what has arrived long since: only the wait for the router is bounded.
-                watch = threading.Timer(max(GRACE_S, deadline - time.monotonic()), give_up)
-                watch.daemon = True
-                watch.start()
-                try:
-                    item = next(stream)
-                except StopIteration:
-                    return
-                finally:
-                    watch.cancel()
-                yield item
-        except Exception as error:
-            raise self._translated(TimeoutError() if late.is_set() else error) from None
-        finally:
-            _cancel(stream)
+        while True:
+            # A slow reader may come late for what has arrived long since: only the wait for the router is bounded.
+            watch = threading.Timer(max(GRACE_S, attempts.patience_s), give_up)
+            watch.daemon = True
+            watch.start()
+            try:
+                item = next(running.stream)
+            except StopIteration:
+                return
+            finally:
+                watch.cancel()
+            yield item
 
     async def iterate_async(
         self, method: str, *args: Any, timeout_s: float | None = None, **options: Any
     ) -> AsyncIterator[Any]:
-        stream = self._send(self._streams, method, args, timeout_s, options)
-        try:
-            await self._learn_limit_async(timeout_s)
-            deadline = time.monotonic() + self._patience_s(timeout_s)
-            while True:
-                async with asyncio.timeout(max(GRACE_S, deadline - time.monotonic())):
+        with self._attempts(method, timeout_s, options) as attempts:
+            stream = self._send(self._streams, method, args, attempts)
+            try:
+                await self._learn_limit_async(timeout_s)
+                attempts.limit_s = self._limit_s(timeout_s)
+                while True:
                     try:
-                        item = await anext(stream)
-                    except StopAsyncIteration:
-                        return
-                yield item
-        except Exception as error:
+                        async with asyncio.timeout(max(GRACE_S, attempts.patience_s)):
+                            try:
+                                item = await anext(stream)
+                            except StopAsyncIteration:
+                                return
+                    except Exception as error:
+                        _cancel(stream)
+                        await asyncio.sleep(self._pause_s(attempts, error))
+                        stream = self._send(self._streams, method, args, attempts)
+                        continue
+                    attempts.have(item)
+                    yield item
+            finally:
+                _cancel(stream)
+
+    @contextlib.contextmanager
+    def _attempts(self, method: str, timeout_s: float | None, options: dict[str, Any]) -> Iterator[_Attempts]:
+        """One call, however often it is sent."""
+        attempts = _Attempts(method, timeout_s, self._limit_s(timeout_s), options)
+        if method not in SAMPLING:
+            yield attempts
+            return
+        request_id = attempts.options.setdefault("request_id", uuid.uuid4().hex)
+        attempts.options |= {"caller": self._caller, "lease_s": LEASE_S}
+        with self._leases.holding(request_id):
+            yield attempts
+
+    def _pause_s(self, attempts: _Attempts, error: BaseException) -> float:
+        """How long to wait before a call is sent again; raises what it ended with where that would not do."""
+        if not (attempts.may_repeat and _is_death(error) and attempts.left_s > 0 and self._is_there()):
             raise self._translated(error) from None
-        finally:
-            _cancel(stream)
+        attempts.count += 1
+        logger.warning(f"the router of {self._name!r} died; {attempts.method} is sent again ({attempts.count})")
+        return PAUSES_S[min(attempts.count, len(PAUSES_S)) - 1]
+
+    def _is_there(self) -> bool:
+        """Whether the application has not been deleted, as far as can be known."""
+        try:
+            return self._name in serve.status().applications
+        except Exception:  # the controller is being replaced
+            return True
 
     def parcel(self, data: Any) -> Any:
         return [ray.put(data)]  # in a list: Ray does not fetch it for the router's process
@@ -251,14 +357,10 @@ class ServiceBackend:
                 self.call("forget", timeout_s=GRACE_S)
             serve.delete(self._name)
 
-    def _send(
-        self, handle: DeploymentHandle, method: str, args: Any, timeout_s: float | None, options: dict[str, Any]
-    ) -> Any:
+    def _send(self, handle: DeploymentHandle, method: str, args: Any, attempts: _Attempts) -> Any:
         """Calls a method; those that sample keep the deadline themselves."""
-        if method in SAMPLING:
-            options = {**options, "timeout_s": timeout_s}
         try:
-            return getattr(handle, method).remote(*args, **options)
+            return getattr(handle, method).remote(*args, **attempts.next_options())
         except Exception as error:
             raise self._translated(error) from error
 
@@ -272,11 +374,11 @@ class ServiceBackend:
             status = await self.call_async("status", timeout_s=CONTROL_TIMEOUT_S)
             self._request_timeout_s = status["request_timeout_s"]
 
-    def _patience_s(self, timeout_s: float | None) -> float:
-        """How long a caller waits for the router, which ends a call at its deadline or refuses one that is none."""
+    def _limit_s(self, timeout_s: float | None) -> float:
+        """Deadline of a call, which the router ends then, or refuses if it is none."""
         limit_s = self._request_timeout_s if timeout_s is None else timeout_s
         known = isinstance(limit_s, (int, float)) and 0 < limit_s < float("inf")
-        return (limit_s if known else CONTROL_TIMEOUT_S) + GRACE_S  # type: ignore[operator]
+        return limit_s if known else CONTROL_TIMEOUT_S  # type: ignore[return-value]
 
     def _translated(self, error: BaseException) -> BaseException:
         """Our own error out of what Ray wrapped it in."""
@@ -295,6 +397,69 @@ class ServiceBackend:
                 "itself; send the call again."
             )
         return error
+
+
+class _Attempts:
+    """A call that may be sent more than once."""
+
+    def __init__(self, method: str, timeout_s: float | None, limit_s: float, options: dict[str, Any]) -> None:
+        self.method, self.timeout_s, self.limit_s = method, timeout_s, limit_s
+        self.options = dict(options)
+        self.count = 0
+        """Times that it was sent again."""
+        self._began = time.monotonic()
+        self._done: set[int] = set()
+        """Indices of the inputs whose responses are there."""
+        self._text_began = False
+
+    @property
+    def left_s(self) -> float:
+        return self.limit_s - (time.monotonic() - self._began)
+
+    @property
+    def patience_s(self) -> float:
+        """How long to wait for the router, which keeps the deadline by itself."""
+        return max(0.0, self.left_s) + GRACE_S
+
+    @property
+    def may_repeat(self) -> bool:
+        return self.method in REPEATED and not self._text_began
+
+    def have(self, item: Any) -> None:
+        """An item of a stream has arrived."""
+        if self.method == "sample_iter":
+            self._done.update(item.prompt_indices)
+        else:
+            self._text_began = True
+
+    def next_options(self) -> dict[str, Any]:
+        """Of the next attempt: what is left to do, in what time is left."""
+        if self.method not in SAMPLING:
+            return self.options
+        timeout_s = self.timeout_s if not self.count else max(0.001, self.left_s)
+        done = {"done": sorted(self._done)} if self._done else {}
+        return {**self.options, "timeout_s": timeout_s, **done}
+
+
+@dataclass
+class _Running:
+    """The latest attempt at a stream."""
+
+    stream: Any = None
+
+
+def _end(running: _Running, stack: contextlib.ExitStack) -> None:
+    """Ends a call that streams."""
+    if running.stream is not None:
+        _cancel(running.stream)
+    stack.close()
+
+
+def _is_death(error: BaseException) -> bool:
+    """Whether a call failed because its router is gone, and not because of the call."""
+    if isinstance(error, RayTaskError) and not isinstance(error, RayActorError):
+        return False
+    return isinstance(error, (RayActorError, DeploymentUnavailableError, RequestCancelledError, TaskCancelledError))
 
 
 def _cancel(call: DeploymentResponse | DeploymentResponseGenerator) -> None:
