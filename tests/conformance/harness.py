@@ -13,7 +13,7 @@ import numpy as np
 from twinkle_serve.adapters import describe_adapter
 from twinkle_serve.checkpoint import Bucket, buckets, named_tensors
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.groups import Group, TextDelta
+from twinkle_serve.data_format.groups import Group, Session, TextDelta
 from twinkle_serve.data_format.response import SampledSequence, SampleResponse
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.sampling_params import SamplingParams
@@ -114,4 +114,8 @@ class EngineHarness:
 
     async def stream(self, prompt: np.ndarray, **options: Any) -> list[TextDelta]:
         group = self.group(prompt, **options)
-        return [delta async for delta in self.host.stream((await self.host.describe("test")).life, group)]
+        return [delta async for delta in self.host.stream(await self.session(), group)]
+
+    async def session(self) -> Session:
+        """With the host, as a router has one."""
+        return Session(life=(await self.host.describe("test")).life, router="test")

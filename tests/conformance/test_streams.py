@@ -51,9 +51,9 @@ async def test_stream_never_splits_a_character(engine: EngineHarness) -> None:
 
 async def test_stream_that_is_closed_frees_the_engine(engine: EngineHarness, prompts: Prompts) -> None:
     """Closing after the first delta ends the sample; the next call is answered."""
-    life = (await engine.host.describe("test")).life
+    session = await engine.session()
     group = engine.group(prompts[0], ignore_eos=True, temperature=0)
-    async with contextlib.aclosing(engine.host.stream(life, group)) as deltas:  # type: ignore[type-var]
+    async with contextlib.aclosing(engine.host.stream(session, group)) as deltas:  # type: ignore[type-var]
         async for _ in deltas:
             break
     async with asyncio.timeout(20):

@@ -1,0 +1,381 @@
+"""What becomes of requests when engines end, hang, or when callers lose interest: two engines in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.unit.test_weight_updates import eventually
+from twinkle_serve import hub
+from twinkle_serve.config import ServiceArgs
+from twinkle_serve.data_format.groups import Group, Session
+from twinkle_serve.data_format.samples import SampleColumns
+from twinkle_serve.engines.fake import FakeEngine
+from twinkle_serve.engines.host import EngineHost
+from twinkle_serve.errors import (
+    EngineCrashedError,
+    EngineDeadError,
+    EngineError,
+    PoisonPromptError,
+    QueueFullError,
+    RequestError,
+)
+from twinkle_serve.routing.router import Router
+from twinkle_serve.weights import LocalStore, WeightStore
+
+POISON = 65
+"""First token of a prompt that ends its engine."""
+PROMPTS = [{"input_ids": [i, 20, 21]} for i in range(24, 56)]
+
+
+class Engine(FakeEngine):
+    """A fake engine that can be ended, or hang."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, str(hub.DEMO), {"max_model_len": 128, "max_num_seqs": 8})
+        self.error: EngineDeadError | None = None
+        self.hangs = False
+        self.gate: asyncio.Event | None = None
+        """Samples after the first of a group wait for it."""
+        self.dead = asyncio.Event()
+        self.sampled: Counter[tuple[int, int]] = Counter()
+        """Samples that were begun, by prompt and index."""
+        self.retired = 0
+
+    def end(self, error: EngineDeadError) -> None:
+        self.error = error
+        self.dead.set()
+
+    async def sample_group(self, group: Group) -> SampleColumns:
+        if group.id >= 0 and group.prompt_ids[0] == POISON:
+            self.end(EngineCrashedError(f"{self._name} crashed."))
+        if group.id >= 0:
+            self.sampled[int(group.prompt_ids[0]), group.first_sample] += 1
+        dead = asyncio.ensure_future(self.dead.wait())
+        sampling = asyncio.ensure_future(self._sample(group))
+        try:
+            await asyncio.wait({dead, sampling}, return_when=asyncio.FIRST_COMPLETED)
+            if self.error is not None:
+                raise self.error
+            return sampling.result()
+        finally:
+            dead.cancel()
+            sampling.cancel()
+
+    async def _sample(self, group: Group) -> SampleColumns:
+        if group.id >= 0 and self.gate is not None and group.first_sample:
+            await self.gate.wait()
+        if group.id >= 0 and self.hangs:
+            await asyncio.Event().wait()
+        return await super().sample_group(group)
+
+    async def check_health(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+class Service:
+    """A router over engines that come back when they end, as Serve has them."""
+
+    def __init__(self, **args: Any) -> None:
+        self.engines = {name: Engine(name) for name in ("a", "b")}
+        self.store = LocalStore(WeightStore("demo"))
+        self.hosts = {name: EngineHost(engine, hub.DEMO, self.store) for name, engine in self.engines.items()}
+        self.args = ServiceArgs.model_validate({"model_id": "demo", "engine": "fake", **args})
+        self.router = Router(self.args, hub.DEMO, self.hosts, self.store)
+        self.restarts = 0
+
+    async def start(self) -> None:
+        for name, host in self.hosts.items():
+            await host.start(name, 30)
+        await self.router.start()
+        self._keeper = asyncio.create_task(self._keep())
+
+        async def all_ready() -> bool:
+            engines = (await self.router.status())["engines"].values()
+            return all(engine["state"] == "ready" for engine in engines)
+
+        await eventually(all_ready)
+
+    async def _keep(self) -> None:
+        """Replaces engines that end, or that are retired."""
+        while True:
+            for name, host in self.hosts.items():
+                engine = self.engines[name]
+                if host._retired or (engine.error is not None and self.router._pool._states[name] == "dead"):
+                    self.restarts += 1
+                    engine.error, engine.hangs, engine.dead, host._retired = None, False, asyncio.Event(), ""
+                    await host.start(name, 30)
+            await asyncio.sleep(0.01)
+
+    async def stop(self) -> None:
+        self._keeper.cancel()
+        self.router.close()
+        for host in self.hosts.values():
+            await host.stop()
+
+    async def idle(self) -> bool:
+        status = await self.router.status()
+        sequences = sum(engine["sequences"] for engine in status["engines"].values())
+        return not (sequences or status["groups_waiting"] or status["requests"] or self.running())
+
+    def running(self) -> int:
+        """Groups that run in the engines."""
+        return sum(len(host._chunks._running) for host in self.hosts.values())
+
+
+@pytest.fixture
+async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
+    monkeypatch.setattr("twinkle_serve.routing.pool.PROBE_PERIOD_S", 0.05)
+    made = Service(stall_timeout_s=0.3)
+    await made.start()
+    yield made
+    await eventually(made.idle)
+    await made.stop()
+
+
+def exact(response: Any, prompts: int, samples: int) -> bool:
+    return [seq.prompt_index for seq in response.sequences] == [i for i in range(prompts) for _ in range(samples)]
+
+
+async def test_samples_that_had_arrived_are_kept_when_their_engine_ends(service: Service) -> None:
+    """Only the rest of their group is sampled again, with its seeds."""
+    reference = await service.router.sample(PROMPTS[:1], {"max_tokens": 4, "seed": 3}, num_samples=4)
+    for engine in service.engines.values():
+        engine.gate = asyncio.Event()
+        engine.sampled.clear()
+    parts = Router.sample_iter(service.router, PROMPTS[:1], {"max_tokens": 4, "seed": 3}, num_samples=4)
+    call = asyncio.ensure_future(anext(parts))
+
+    async def one_has_arrived() -> bool:
+        return any(request.samples_missing == 3 for request in service.router._requests.values())
+
+    await eventually(one_has_arrived)
+    for engine in service.engines.values():
+        engine.end(EngineDeadError("killed"))
+        engine.gate.set() if engine.gate else None
+    response = await call
+    assert response.columns.tokens.tolist() == reference.columns.tokens.tolist()
+    begun = sum((engine.sampled for engine in service.engines.values()), Counter())
+    assert begun[24, 0] == 1, "what was there is not sampled again"
+    assert [seq.seed for seq in response.sequences] == [seq.seed for seq in reference.sequences]
+
+
+async def test_poison_prompt_fails_alone_and_is_named(service: Service) -> None:
+    """It ends two engines; those beside it, on both, are sampled to their end."""
+    poison = {"input_ids": [POISON, 20, 21]}
+    bystanders = [
+        asyncio.ensure_future(service.router.sample(PROMPTS, {"max_tokens": 8}, num_samples=4)) for _ in range(3)
+    ]
+    with pytest.raises(
+        PoisonPromptError, match=r"inputs\[1\] \(3 tokens: 65, 20, 21\) was on [ab], [ab] when"
+    ):
+        await service.router.sample([PROMPTS[0], poison], {"max_tokens": 4})
+    for bystander in bystanders:
+        assert exact(await bystander, len(PROMPTS), 4)
+    assert service.restarts == 2
+    assert exact(await service.router.sample(PROMPTS, {"max_tokens": 2}), len(PROMPTS), 1)
+
+
+async def test_engines_that_are_killed_again_and_again_lose_no_call(service: Service) -> None:
+    """However often a group meets it: it was no fault of its own."""
+    for engine in service.engines.values():
+        engine._args = engine._args.model_copy(update={"token_latency_s": 0.002})
+    calls = [asyncio.ensure_future(service.router.sample(PROMPTS, {"max_tokens": 30}, num_samples=2)) for _ in range(2)]
+    for number in range(8):
+        engine = list(service.engines.values())[number % 2]
+        before = service.restarts
+        engine.end(EngineDeadError("killed"))
+
+        async def is_back(before: int = before) -> bool:
+            return service.restarts > before
+
+        await eventually(is_back)
+    for call in calls:
+        assert exact(await call, len(PROMPTS), 2)
+
+
+async def test_engine_that_hangs_is_given_up_and_replaced(service: Service) -> None:
+    """It answers, but samples nothing for stall_timeout_s; its samples go elsewhere."""
+    service.engines["a"].hangs = True
+    assert exact(await service.router.sample(PROMPTS, {"max_tokens": 4}, num_samples=2), len(PROMPTS), 2)
+
+    async def replaced() -> bool:
+        return service.restarts == 1
+
+    await eventually(replaced)
+
+
+async def test_idle_and_paused_engines_are_not_taken_for_hung(service: Service) -> None:
+    """Three times stall_timeout_s with nothing to sample, and with something that may not be sampled."""
+    lease = await service.router.pause("keep", 30.0)
+    call = asyncio.ensure_future(service.router.sample(PROMPTS, {"max_tokens": 4}))
+    done, _ = await asyncio.wait({call}, timeout=0.9)
+    assert not done and not service.restarts
+    await service.router.resume(lease)
+    assert exact(await call, len(PROMPTS), 1)
+
+
+async def test_min_groups_cuts_off_the_tail(service: Service) -> None:
+    """The response has what was complete first; the rest leaves queue and engines."""
+    for engine in service.engines.values():
+        engine.gate = asyncio.Event()
+    many = [{"input_ids": [30, 20]}] * 3
+    # Prompts with one sample finish; those with gated samples cannot.
+    slow = asyncio.ensure_future(service.router.sample(many, {"max_tokens": 4}, num_samples=2, request_id="slow"))
+    response = await service.router.sample(PROMPTS, {"max_tokens": 4}, min_groups=5)
+    assert 5 <= len(response) <= len(PROMPTS)
+    assert sorted(response.prompt_indices) == list(response.prompt_indices)
+    assert len(response.sequences) == len(response)
+    assert not slow.done()
+    assert await service.router.cancel("slow") == 3
+    with pytest.raises(RequestError, match="every prompt of the call was cancelled"):
+        await slow
+
+
+async def test_cancel_of_a_group_leaves_the_others(service: Service) -> None:
+    """Its engine is free of it; the call ends with what is left."""
+    for engine in service.engines.values():
+        engine.gate = asyncio.Event()
+    call = asyncio.ensure_future(service.router.sample(PROMPTS[:3], {"max_tokens": 4}, num_samples=2, request_id="one"))
+
+    async def running() -> bool:
+        return service.running() == 3
+
+    await eventually(running)
+    assert await service.router.cancel("one", [1, 7]) == 1
+    assert await service.router.cancel("one", [1]) == 0, "it is gone already"
+
+    async def freed() -> bool:
+        return service.running() == 2
+
+    await eventually(freed)
+    for engine in service.engines.values():
+        assert engine.gate is not None
+        engine.gate.set()
+    response = await call
+    assert response.prompt_indices == (0, 2)
+    assert [seq.prompt_index for seq in response.sequences] == [0, 0, 2, 2]
+    assert await service.router.cancel("one") == 0
+
+
+async def test_min_groups_that_cannot_be_is_refused(service: Service) -> None:
+    """With both numbers."""
+    with pytest.raises(RequestError, match="min_groups must be a number from 1 to the call's 2 prompts, got 3"):
+        await service.router.sample(PROMPTS[:2], min_groups=3)
+    with pytest.raises(RequestError, match="sample_timeout_s must be a number of seconds above 0, got -1"):
+        await service.router.sample(PROMPTS[:2], sample_timeout_s=-1)
+
+
+async def test_sample_that_runs_for_too_long_ends_where_it_is(service: Service) -> None:
+    """With what it has."""
+    for engine in service.engines.values():
+        engine._args = engine._args.model_copy(update={"token_latency_s": 0.01})
+    response = await service.router.sample(
+        PROMPTS[:2], {"max_tokens": 100, "ignore_eos": True}, num_samples=2, sample_timeout_s=0.2
+    )
+    assert exact(response, 2, 2)
+    for seq in response.sequences:
+        assert seq.stop_reason == "abort" and 0 < len(seq.tokens) < 100
+        assert len(seq.logprobs or []) == len(seq.tokens)
+
+
+async def test_caller_that_is_silent_loses_its_call(service: Service) -> None:
+    """Its lease ends, and its samples with it; one that renews keeps it."""
+    for engine in service.engines.values():
+        engine.gate = asyncio.Event()
+    options: dict[str, Any] = {"num_samples": 2, "lease_s": 0.2}
+    lost = asyncio.ensure_future(service.router.sample(PROMPTS[:2], {"max_tokens": 4}, request_id="lost", **options))
+    kept = asyncio.ensure_future(service.router.sample(PROMPTS[:2], {"max_tokens": 4}, request_id="kept", **options))
+
+    async def given_up() -> bool:
+        await service.router.renew(["kept", "unknown"], 5.0)
+        return lost.done()
+
+    await eventually(given_up)
+    with pytest.raises(EngineError, match=r"the caller of lost has been silent for 0\.2 s"):
+        await lost
+    for engine in service.engines.values():
+        assert engine.gate is not None
+        engine.gate.set()
+    assert exact(await kept, 2, 2)
+
+
+async def test_call_that_is_sent_again_takes_the_place_of_the_first(service: Service) -> None:
+    """Under the same id; what it has already is not sampled, and the seeds are those of the whole call."""
+    whole = await service.router.sample(PROMPTS[:4], {"max_tokens": 4, "seed": 9}, num_samples=2)
+    for engine in service.engines.values():
+        engine.gate = asyncio.Event()
+    first = asyncio.ensure_future(
+        service.router.sample(PROMPTS[:4], {"max_tokens": 4, "seed": 9}, num_samples=2, request_id="x")
+    )
+
+    async def running() -> bool:
+        return service.running() == 4
+
+    await eventually(running)
+    for engine in service.engines.values():
+        assert engine.gate is not None
+        engine.gate.set()
+        engine.gate = None
+    again = await service.router.sample(
+        PROMPTS[:4], {"max_tokens": 4, "seed": 9}, num_samples=2, request_id="x", done=[0, 2]
+    )
+    with pytest.raises(EngineError, match="sent again"):
+        await first
+    assert again.prompt_indices == (1, 3)
+    for part, index in zip(again, (1, 3), strict=True):
+        assert part.columns.tokens.tolist() == whole[index].columns.tokens.tolist()
+
+
+async def test_engine_aborts_what_no_living_router_claims(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router that is gone asks after its engines no more."""
+    monkeypatch.setattr("twinkle_serve.engines.host.CLAIM_S", 0.2)
+    host, engine = service.hosts["a"], service.engines["a"]
+    engine.gate = asyncio.Event()
+    life = (await host.describe("gone")).life
+    group = Group(id=7, prompt_ids=np.array([30, 20], np.int32), params=service_params(), count=3)
+    items = [item async for item in host.sample(Session(life=life, router="gone"), [group])]
+    assert sum(0 if item.columns is None else len(item.columns) for item in items) == 1, "the one that was not gated"
+    assert not host._claims
+
+
+def service_params() -> Any:
+    from twinkle_serve import SamplingParams
+
+    return SamplingParams(max_tokens=4)
+
+
+@pytest.fixture
+async def small() -> AsyncIterator[Service]:
+    made = Service(max_queued_requests=3)
+    await made.start()
+    for engine in made.engines.values():
+        engine.gate = asyncio.Event()
+    yield made
+    await made.stop()
+
+
+async def test_queue_that_is_full_refuses_at_once_and_says_when_to_come_back(small: Service) -> None:
+    """A typed error with the queue's length; what was taken is sampled, and the next call is once there is room."""
+    calls = [asyncio.ensure_future(small.router.sample(PROMPTS, {"max_tokens": 2}, num_samples=4)) for _ in range(3)]
+
+    async def waiting() -> bool:
+        status = await small.router.status()
+        return bool(status["requests"] == 3 and status["groups_waiting"])
+
+    await eventually(waiting)
+    with pytest.raises(QueueFullError, match=r"\d+ prompts of 3 calls wait, .* max_queued_requests=3") as caught:
+        await small.router.sample(PROMPTS, {"max_tokens": 2})
+    assert caught.value.retry_after_s >= 1
+    for engine in small.engines.values():
+        assert engine.gate is not None
+        engine.gate.set()
+    for call in calls:
+        assert exact(await call, len(PROMPTS), 4)
+    assert exact(await small.router.sample(PROMPTS, {"max_tokens": 2}), len(PROMPTS), 1)
