@@ -414,3 +414,42 @@ def test_caller_does_not_wait_for_ever_when_the_router_does_not_answer(
     finally:
         router.resume()
     assert len(sampler.sample(QUESTIONS).sequences) == len(QUESTIONS)
+
+
+def test_calls_outlive_the_router(slow: ServiceSampler) -> None:
+    """Killed under four kinds of call, it is replaced, and they end as if nothing had been: exact, each prompt once."""
+    options: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "seed": 4}
+    reference = slow.sample(QUESTIONS, options, num_samples=2, timeout_s=60)
+    with ThreadPoolExecutor() as pool:
+        whole = pool.submit(slow.sample, QUESTIONS, options, num_samples=2, timeout_s=60)
+        other = pool.submit(asyncio.run, slow.sample_async(QUESTIONS, options, num_samples=2, timeout_s=60))
+        parts = slow.sample_iter(QUESTIONS * 2, options, num_samples=2, timeout_s=60)
+        first = next(parts)
+        stream = slow.sample_stream(QUESTIONS[0], {"max_tokens": 100, "ignore_eos": True})
+        assert next(stream)
+        replica_process("slow", "router").kill()
+        rest = list(parts)
+        with pytest.raises(EngineError, match="did not answer: ActorDiedError"):
+            list(stream)
+        assert whole.result().columns.tokens.tolist() == reference.columns.tokens.tolist()
+        assert other.result().columns.tokens.tolist() == reference.columns.tokens.tolist()
+    assert sorted(part.prompt_index for part in [first, *rest]) == list(range(2 * len(QUESTIONS)))
+    assert {len(part.sequences) for part in [first, *rest]} == {2}
+
+
+def test_caller_that_is_killed_leaves_nothing(slow: ServiceSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lease ends; engines and queue are free of its call long before that would have ended."""
+
+    @ray.remote
+    class Trainer:
+        def sample(self) -> None:
+            from twinkle_serve.sampler import service
+
+            service.LEASE_S = 2.0
+            connect("slow").sample(QUESTIONS * 4, SLOW, num_samples=4)
+
+    trainer: Any = Trainer.remote()  # type: ignore[attr-defined]
+    trainer.sample.remote()
+    wait_until(lambda: not is_idle(slow), "the call runs")
+    ray.kill(trainer)
+    wait_until(lambda: is_idle(slow), "the call is given up", timeout_s=8.0)
