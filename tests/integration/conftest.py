@@ -20,7 +20,7 @@ from twinkle_serve.sampler.service import ServiceSampler, wait_for_engines
 
 
 @contextlib.contextmanager
-def ray_cluster(num_cpus: int) -> Iterator[None]:
+def ray_cluster(num_cpus: int, **options: Any) -> Iterator[None]:
     """A local cluster with Serve and without HTTP; gone afterwards, processes and files."""
     before = set(psutil.Process().children(recursive=True))
     directory = tempfile.mkdtemp(prefix="tst")  # short: socket paths are limited
@@ -31,6 +31,7 @@ def ray_cluster(num_cpus: int) -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         _temp_dir=directory,
+        **options,
     )
     started = set(psutil.Process().children(recursive=True)) - before
     try:

@@ -1,0 +1,175 @@
+"""What is done to a service: kills, stops and a full object store, each with a way to tell that it is over."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import ray
+
+from benchmarks.chaos.load import Trainers
+
+STOPPED_S = (2.0, 45.0)
+"""How long a process stands still: some are back before anybody misses them, others are replaced meanwhile."""
+FILLED_S = (3.0, 20.0)
+"""How long the object store is full."""
+FILLED_PART = 1.2
+"""Of the object store's capacity: what does not fit is spilled, that of others too."""
+ARRAY_BYTES = 2**23
+
+ENGINE_KILLS = ("engine replica killed", "engine core killed")
+
+
+class NoVictim(Exception):
+    """There is no such process now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """Something was done."""
+
+    target: str
+    over: Callable[[], bool]
+    """Whether what it was done to is replaced, or goes on. Whether the service is well again is another question."""
+
+
+class Faults:
+    """Draws and does things to the processes of one application, on this machine."""
+
+    def __init__(self, application: str, engines: int, trainers: Trainers, rng: random.Random, *, cores: bool) -> None:
+        """
+        Args:
+            cores: whether engines have a process of vLLM's own under them.
+        """
+        self._application, self._trainers, self._rng = application, trainers, rng
+        self._engines = [f"engine-dp{rank}" for rank in range(engines)]
+        self._stopped: set[psutil.Process] = set()
+        self.kinds: dict[str, Callable[[frozenset[str]], Strike]] = {
+            "engine replica killed": lambda ready: self._kill(self._replica(self._engine(ready))),
+            "engine replica stopped": lambda ready: self._stop(self._replica(self._engine(ready))),
+            "router killed": lambda _: self._kill(self._replica("router")),
+            "store killed": lambda _: self._kill(self._replica("store")),
+            "controller killed": lambda _: self._kill(Victim("controller", "ServeController")),
+            "trainer killed": lambda _: self._kill_trainer(),
+            "object store filled": lambda _: self._fill(),
+        }
+        if cores:
+            self.kinds |= {
+                "engine core killed": lambda ready: self._kill(self._core(self._engine(ready))),
+                "engine core stopped": lambda ready: self._stop(self._core(self._engine(ready))),
+            }
+
+    def strike(self, kind: str, ready: frozenset[str]) -> Strike:
+        """Does it.
+
+        Args:
+            ready: engines that are; what is done to engines is done to one of these.
+
+        Raises:
+            NoVictim: there is nothing to do it to, as of now.
+        """
+        return self.kinds[kind](ready)
+
+    def end(self) -> None:
+        """Lets everything go on that stands still: a stopped process cannot be asked to leave."""
+        for process in list(self._stopped):
+            self._resume(process)
+
+    def _engine(self, ready: frozenset[str]) -> str:
+        if not ready:
+            raise NoVictim("no engine is ready")
+        return self._rng.choice(sorted(ready))
+
+    def _replica(self, deployment: str) -> Victim:
+        return Victim(deployment, f"ServeReplica:{self._application}:{deployment}")
+
+    def _core(self, engine: str) -> Victim:
+        return Victim(f"core of {engine}", "VLLM::EngineCor", under=self._replica(engine))
+
+    def _kill(self, victim: Victim) -> Strike:
+        process = victim.process()
+        process.kill()
+        return Strike(f"{victim.name} (pid {process.pid})", lambda: victim.replaced(process))
+
+    def _stop(self, victim: Victim) -> Strike:
+        process, seconds = victim.process(), self._rng.uniform(*STOPPED_S)
+        process.suspend()
+        self._stopped.add(process)
+        threading.Timer(seconds, self._resume, [process]).start()
+
+        def over() -> bool:
+            return process not in self._stopped if process.is_running() else victim.replaced(process)
+
+        return Strike(f"{victim.name} (pid {process.pid}) for {seconds:.0f} s", over)
+
+    def _resume(self, process: psutil.Process) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
+        self._stopped.discard(process)
+
+    def _kill_trainer(self) -> Strike:
+        life = self._rng.choice(self._trainers.living)
+        life.killed = True
+        psutil.Process(life.pid).kill()
+        fresh = self._trainers.add()
+        return Strike(f"{life.path.stem} (pid {life.pid})", lambda: self._trainers.connected(fresh))
+
+    def _fill(self) -> Strike:
+        seconds = self._rng.uniform(*FILLED_S)
+        arrays = int(ray.cluster_resources()["object_store_memory"] * FILLED_PART / ARRAY_BYTES)
+        over = threading.Event()
+        held: list[ray.ObjectRef] = []
+
+        def empty() -> None:
+            held.clear()
+            over.set()
+
+        def fill() -> None:
+            # Not all at once: what waits for room waits in the raylet, and others must get at it.
+            for _ in range(arrays):
+                held.append(ray.put(np.zeros(ARRAY_BYTES, np.uint8)))
+            threading.Timer(seconds, empty).start()
+
+        threading.Thread(target=fill, daemon=True).start()
+        return Strike(f"{arrays} arrays of {ARRAY_BYTES // 2**20} MiB for {seconds:.0f} s", over.is_set)
+
+
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """A process of the service, by its title."""
+
+    name: str
+    title: str
+    under: Victim | None = None
+    """Whose child it is; None: of this process's cluster."""
+
+    def process(self) -> psutil.Process:
+        """
+        Raises:
+            NoVictim: there is none.
+        """
+        above = psutil.Process() if self.under is None else self.under.process()
+        for process in _with_title(above, self.title):
+            return process
+        raise NoVictim(f"{self.name} does not run")
+
+    def replaced(self, process: psutil.Process) -> bool:
+        """Whether there is another one in a process's place."""
+        try:
+            return self.process().pid != process.pid
+        except NoVictim:
+            return False
+
+
+def _with_title(above: psutil.Process, title: str) -> Iterator[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in above.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                # One that has ended and is not reaped yet has no command.
+                if title in " ".join(process.cmdline()) or process.name().startswith(title):
+                    yield process

@@ -1,0 +1,120 @@
+"""What a run found, as JSON and to read."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections import Counter, defaultdict
+from typing import Any
+
+from benchmarks.chaos.publisher import BASE
+from benchmarks.chaos.run import ENGINES, Run
+from benchmarks.overhead import commit, cpu_model
+
+MOST_FINDINGS = 40
+"""That are listed; all are counted."""
+
+
+def as_json(done: Run, command: str) -> dict[str, Any]:
+    """All figures of a run."""
+    options = done.options
+    good = [call for call in done.calls if not call.error]
+    recovered = defaultdict(list)
+    for event in done.events:
+        recovered[event.kind].append(event.recovered_s)
+    attempts = done.history.attempts
+    result = {
+        "command": command,
+        "commit": commit(),
+        "machine": f"{os.cpu_count()} x {cpu_model()}, no GPU",
+        "engine": options.engine,
+        "seed": options.seed,
+        "seconds": {phase.name: round(phase.end - phase.begin, 1) for phase in done.phases},
+        "events": dict(Counter(event.kind for event in done.events)),
+        "recovered_s": {kind: _recovery(times) for kind, times in sorted(recovered.items())},
+        "calls": {
+            "made": len(done.calls) + done.killed,
+            "answered": len(good),
+            "failed": dict(Counter(call.error for call in done.calls if call.error)),
+            "of those in an outage longer than their deadline": done.excused,
+            "killed with their trainer": done.killed,
+        },
+        "samples": sum(len(response.columns) for call in good for response in call.responses),
+        "tokens": sum(call.tokens for call in good),
+        "published": {
+            "base": sum(attempt.published_at is not None for attempt in attempts[BASE][1:]),
+            "adapters": sum(a.published_at is not None for name, made in attempts.items() if name for a in made),
+            "failed": dict(Counter(error.split(":", 2)[1].strip() for error in done.history.errors().elements())),
+        },
+        "samples_of_repeated_calls_compared": done.compared,
+        "goodput_tokens_per_s": _goodput(done),
+        "findings": dict(Counter(finding.kind for finding in done.findings)),
+        "found": [f"{f.kind}: {f.where}: {f.what}"[:500] for f in done.findings[:MOST_FINDINGS]],
+    }
+    if done.reference is not None:
+        result["scored"] = {
+            "samples": done.reference.samples,
+            "tokens": done.reference.tokens,
+            "largest_difference_nats": round(done.reference.largest, 7),
+        }
+    return result
+
+
+def _recovery(times: list[float | None]) -> dict[str, Any]:
+    """Of one kind of event; seconds."""
+    known = [seconds for seconds in times if seconds is not None]
+    if not known:
+        return {"events": len(times), "recovered": 0}
+    return {
+        "events": len(times),
+        "recovered": len(known),
+        "median": round(statistics.median(known), 1),
+        "most": round(max(known), 1),
+    }
+
+
+def _goodput(done: Run) -> dict[str, float]:
+    """Calm and with events, and with events against what the engines that were ready could do."""
+    calm, events = done.rate("calm before", "calm after"), done.rate("events")
+    ready = done.ready_share("events")
+    return {
+        "calm before": round(done.rate("calm before"), 1),
+        "calm after": round(done.rate("calm after"), 1),
+        "calm": round(calm, 1),
+        "events": round(events, 1),
+        "ratio": round(events / calm, 3),
+        "engines ready": round(ready, 3),
+        "ratio to what ready engines could do": round(events / (calm * ready), 3) if ready else 0.0,
+    }
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The same, to read."""
+    calls, goodput, published = result["calls"], result["goodput_tokens_per_s"], result["published"]
+    failed = ", ".join(f"{count} {name}" for name, count in calls["failed"].items()) or "none"
+    lines = [
+        f"{result['engine']} x {ENGINES}, seed {result['seed']}, commit {result['commit']}, {result['machine']}",
+        f"calls      {calls['made']:,} made, {calls['answered']:,} answered, "
+        f"{calls['killed with their trainer']} killed with their trainer; failed: {failed}",
+        f"samples    {result['samples']:,} of {result['tokens']:,} tokens; "
+        f"{result['samples_of_repeated_calls_compared']:,} compared with those of the same seed",
+        f"published  {published['base']} versions of the model, {published['adapters']} of adapters; "
+        f"failed: {published['failed'] or 'none'}",
+    ]
+    if scored := result.get("scored"):
+        lines.append(
+            f"scored     {scored['samples']:,} spans of {scored['tokens']:,} tokens by transformers: "
+            f"|Δlogprob| at most {scored['largest_difference_nats']:.1e}"
+        )
+    lines.append(
+        f"goodput    {goodput['calm']:,.0f} tokens/s calm ({goodput['calm before']:,.0f} before, "
+        f"{goodput['calm after']:,.0f} after), {goodput['events']:,.0f} with events: {goodput['ratio']:.2f} of it; "
+        f"engines ready {goodput['engines ready']:.0%} of the time: "
+        f"{goodput['ratio to what ready engines could do']:.2f} of what those could do"
+    )
+    for kind, times in result["recovered_s"].items():
+        took = f"median {times['median']:.1f} s, most {times['most']:.1f} s" if times["recovered"] else "-"
+        lines.append(f"  {kind:24} {times['events']:3} events, {times['recovered']:3} recovered: {took}")
+    lines.append("nothing lost, doubled or mislabelled" if not result["findings"] else f"FOUND {result['findings']}")
+    lines += [f"  {line}" for line in result["found"]]
+    return "\n".join(lines)

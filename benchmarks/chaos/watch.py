@@ -1,0 +1,86 @@
+"""Which engines are ready, looked at all the time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from twinkle_serve.errors import TwinkleServeError
+from twinkle_serve.sampler.service import ServiceSampler
+
+PERIOD_S = 0.2
+PATIENCE_S = 3.0
+"""Of a poll, beside the grace that callers give a router."""
+KNOWN_S = 2.0
+"""How long an answer holds when the next one does not come: the router may be gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Poll:
+    """What the service said of its engines. One that did not answer says that none is ready."""
+
+    at: float
+    """Seconds, time.monotonic."""
+    ready: frozenset[str]
+
+
+class Watch(threading.Thread):
+    """Polls the service's status."""
+
+    def __init__(self, sampler: ServiceSampler, engines: int) -> None:
+        super().__init__(name="watch", daemon=True)
+        self._sampler, self._engines = sampler, engines
+        self._end = threading.Event()
+        self.polls: list[Poll] = []
+
+    def run(self) -> None:
+        while not self._end.wait(PERIOD_S):
+            status = self.status()
+            states = {} if status is None else {name: e["state"] for name, e in status["engines"].items()}
+            ready = frozenset(name for name, state in states.items() if state == "ready")
+            self.polls.append(Poll(time.monotonic(), ready))
+
+    def status(self) -> dict[str, Any] | None:
+        """The service's own; None where it does not answer."""
+        try:
+            status: dict[str, Any] = self._sampler._backend.call("status", timeout_s=PATIENCE_S)
+        except TwinkleServeError:
+            return None
+        return status
+
+    def stop(self) -> None:
+        self._end.set()
+        self.join()
+
+    @property
+    def ready(self) -> frozenset[str]:
+        """As of the last poll."""
+        return self.polls[-1].ready if self.polls else frozenset()
+
+    def all_ready_since(self) -> float | None:
+        """When the service began to have all its engines ready, as it still has; None: it has not."""
+        since = None
+        for poll in reversed(self.polls):
+            if len(poll.ready) < self._engines or (since is not None and since - poll.at > KNOWN_S):
+                break
+            since = poll.at
+        return since
+
+    def engine_seconds(self, begin: float, end: float) -> float:
+        """Seconds that engines were ready, of all engines together."""
+        return sum(len(poll.ready) * seconds for poll, seconds in self._spans(begin, end))
+
+    def outage_s(self, begin: float, end: float) -> float:
+        """Seconds without an engine that is known to be ready."""
+        return (end - begin) - sum(seconds for poll, seconds in self._spans(begin, end) if poll.ready)
+
+    def _spans(self, begin: float, end: float) -> Iterator[tuple[Poll, float]]:
+        """Polls, and for how many seconds of a stretch of time what each says holds."""
+        for poll, after in pairwise([*self.polls]):
+            seconds = min(after.at, poll.at + KNOWN_S, end) - max(poll.at, begin)
+            if seconds > 0:
+                yield poll, seconds
