@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 
 from benchmarks.chaos.faults import ENGINE_KILLS
+from benchmarks.chaos.record import Options
 from benchmarks.chaos.report import as_json, summary
-from benchmarks.chaos.run import Options, run
+from benchmarks.chaos.run import run
 
 ENGINE_KILLS_S = 20.0
 """Between kills, with --kill-engines-only."""

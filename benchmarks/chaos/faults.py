@@ -161,7 +161,7 @@ class Victim:
     def replaced(self, process: psutil.Process) -> bool:
         """Whether there is another one in a process's place."""
         try:
-            return self.process().pid != process.pid
+            return bool(self.process() != process)  # a process is its pid and when it began
         except NoVictim:
             return False
 

@@ -7,12 +7,15 @@ import statistics
 from collections import Counter, defaultdict
 from typing import Any
 
+from benchmarks.chaos.checks import Finding
 from benchmarks.chaos.publisher import BASE
-from benchmarks.chaos.run import ENGINES, Run
+from benchmarks.chaos.record import ENGINES, Run
 from benchmarks.overhead import commit, cpu_model
 
 MOST_FINDINGS = 40
 """That are listed; all are counted."""
+MOST_LETTERS = 300
+"""Of each: Ray's own messages are long."""
 
 
 def as_json(done: Run, command: str) -> dict[str, Any]:
@@ -49,7 +52,9 @@ def as_json(done: Run, command: str) -> dict[str, Any]:
         "samples_of_repeated_calls_compared": done.compared,
         "goodput_tokens_per_s": _goodput(done),
         "findings": dict(Counter(finding.kind for finding in done.findings)),
-        "found": [f"{f.kind}: {f.where}: {f.what}"[:500] for f in done.findings[:MOST_FINDINGS]],
+        "found": [
+            " ".join(f"{f.kind}: {f.where}: {f.what}".split())[:MOST_LETTERS] for f in done.findings[:MOST_FINDINGS]
+        ],
     }
     if done.reference is not None:
         result["scored"] = {
@@ -58,6 +63,10 @@ def as_json(done: Run, command: str) -> dict[str, Any]:
             "largest_difference_nats": round(done.reference.largest, 7),
         }
     return result
+
+
+def _line(finding: Finding) -> str:
+    return " ".join(f"{finding.kind}: {finding.where}: {finding.what}".split())[:MOST_LETTERS]
 
 
 def _recovery(times: list[float | None]) -> dict[str, Any]:

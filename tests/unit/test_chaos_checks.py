@@ -1,0 +1,227 @@
+"""What the chaos suite looks for, it finds: a check that sees nothing would pass for a service that loses nothing."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.chaos.calls import MOST_PROMPTS, MOST_SAMPLES, TIMEOUT_S, TOKENS, Call, draw, reference
+from benchmarks.chaos.checks import Answered, check, check_references
+from benchmarks.chaos.publisher import BASE, Attempt, History
+from benchmarks.chaos.reference import Reference
+from benchmarks.chaos.watch import Poll, Watch
+from tests import weights
+from twinkle_serve import SampleResponse
+from twinkle_serve.data_format.samples import NO_SEED, SampleColumns
+
+PROMPTS, SAMPLES, LENGTH = 3, 2, 50
+CALL = Call(
+    prompts=((11, 12), (13, 14, 15), (16,)),
+    num_samples=SAMPLES,
+    max_tokens=LENGTH,
+    ignore_eos=True,
+    seed=None,
+    adapter="left",
+    iterated=False,
+)
+FIRST, SECOND = 100.0, 200.0
+"""When the second and third version of everything were published."""
+CALLED = 150.0
+
+
+def history() -> History:
+    """left@1 and step-1 from FIRST on, left@2 and step-2 from SECOND on."""
+    made = History()
+    for seed, at in ((1, FIRST), (2, SECOND)):
+        made.attempts[BASE].append(
+            Attempt(name=BASE, seed=seed, label=f"step-{seed}", begun_at=at - 5, published_at=at)
+        )
+        made.attempts["left"].append(
+            Attempt(name="left", seed=seed, label=f"left@{seed}", begun_at=at - 5, published_at=at)
+        )
+    return made
+
+
+def columns(call: Call = CALL, **changed: Any) -> SampleColumns:
+    """What a service that works gives."""
+    count = len(call.prompts) * call.num_samples
+    rng = np.random.default_rng(0)
+    values: dict[str, Any] = {
+        "group": np.repeat(np.arange(len(call.prompts)), call.num_samples),
+        "sample": np.tile(np.arange(call.num_samples, dtype=np.int32), len(call.prompts)),
+        "lengths": np.full(count, call.max_tokens, np.int32),
+        "tokens": rng.integers(10, 250, count * call.max_tokens).astype(np.int32),
+        "logprobs": np.full((count * call.max_tokens, 1), -1.0, np.float32),
+        "logprob_tokens": None,
+        "stop_reason": np.zeros(count, np.uint8),
+        "decoded": [""] * count,
+        "seed": np.full(count, NO_SEED),
+        "engine": ["engine-dp0"] * count,
+        "adapter": ["left@1"] * count,
+        "weight_versions": [(("step-1", 0),)] * count,
+    }
+    return SampleColumns(**{**values, **changed})
+
+
+def answered(made: SampleColumns | None = None, call: Call = CALL, **changed: Any) -> Answered:
+    response = SampleResponse(
+        columns=columns(call) if made is None else made,
+        prompts=[np.array(ids, np.int32) for ids in call.prompts],
+        inputs=[{} for _ in call.prompts],
+        logprobs_mode="raw_logprobs",
+        prompt_indices=tuple(range(len(call.prompts))),
+    )
+    values: dict[str, Any] = {
+        "name": "trainer-0 call 0",
+        "call": call,
+        "begun_at": CALLED,
+        "ended_at": CALLED + 60,
+        "responses": [response],
+        "error": "",
+        "message": "",
+    }
+    return Answered(**{**values, **changed})
+
+
+def kinds(call: Answered) -> set[str]:
+    return {finding.kind for finding in check(call, history())}
+
+
+def test_response_that_is_whole_is_fine() -> None:
+    """Of old versions that were current when it was called, and of new ones that came while it ran."""
+    assert kinds(answered()) == set()
+    mixed = columns(adapter=["left@2"] * 6, weight_versions=[(("step-1", 0), ("step-2", 20))] * 6)
+    assert kinds(answered(mixed)) == set()
+    seeded = replace(CALL, seed=5)
+    assert kinds(answered(columns(seed=np.arange(6)), seeded)) == set()
+
+
+TWICE = np.tile(np.arange(10, 10 + LENGTH, dtype=np.int32), 6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind"),
+    [
+        ({"tokens": TWICE}, "doubled"),
+        ({"sample": np.array([0, 0, 0, 1, 0, 1], np.int32)}, "doubled"),
+        ({"seed": np.arange(6)}, "mislabelled"),
+        ({"stop_reason": np.full(6, 1, np.uint8)}, "wrong"),
+        ({"stop_reason": np.full(6, 2, np.uint8)}, "wrong"),
+        ({"logprobs": None}, "wrong"),
+        ({"logprobs": np.full((300, 1), np.nan, np.float32)}, "wrong"),
+        ({"adapter": [""] * 6}, "mislabelled"),
+        ({"adapter": ["right@1"] * 6}, "mislabelled"),
+        ({"adapter": ["left@7"] * 6}, "mislabelled"),
+        ({"weight_versions": [(("initial", 0),)] * 6}, "mislabelled"),
+        ({"weight_versions": [(("step-9", 0),)] * 6}, "mislabelled"),
+        ({"weight_versions": [(("step-2", 0), ("step-1", 9))] * 6}, "mislabelled"),
+        ({"weight_versions": [(("step-1", 3),)] * 6}, "mislabelled"),
+    ],
+)
+def test_sample_that_is_not_what_it_says_is_found(changed: dict[str, Any], kind: str) -> None:
+    """Each defect alone."""
+    assert kind in kinds(answered(columns(**changed)))
+
+
+def test_adapter_that_was_old_when_it_was_called_is_found() -> None:
+    """left@2 had been published before the call."""
+    assert kinds(answered(begun_at=SECOND + 1, ended_at=SECOND + 2)) == {"mislabelled"}
+
+
+def test_samples_and_prompts_that_are_missing_or_come_twice_are_found() -> None:
+    """A sample of a prompt, all of one, one prompt in another's place, and one of two parts that are the same."""
+    whole = answered().responses[0]
+    assert kinds(answered(whole.columns.take(np.arange(5)))) == {"lost"}
+    parts = list(whole)
+    assert kinds(answered(responses=parts[:2])) == {"lost"}
+    assert kinds(answered(responses=[*parts, parts[0]])) == {"doubled", "mislabelled"}
+    swapped = replace(whole, prompts=[whole.prompts[i] for i in (1, 0, 2)])
+    assert kinds(answered(responses=[swapped])) == {"mislabelled"}
+    assert kinds(answered(responses=parts[::-1])) == {"mislabelled"}
+    iterated = replace(CALL, iterated=True)
+    assert kinds(answered(call=iterated, responses=parts[::-1])) == set()
+    assert kinds(answered(responses=parts[:1], error="EngineError")) == set()  # what failed is a finding of its own
+
+
+def test_call_that_takes_longer_than_its_deadline_and_some_is_found() -> None:
+    """Whatever comes of it."""
+    assert kinds(answered(ended_at=CALLED + TIMEOUT_S + 20)) == {"hang"}
+
+
+def test_repeated_call_of_the_same_versions_must_have_the_same_tokens() -> None:
+    """For as long as the first version of the weights goes, and no further."""
+    call = reference(0, "left")
+    one = columns(call, seed=np.arange(6))
+    other = one.tokens.copy()
+    other[20::32] += 1  # token 20 of each
+    late = [(("step-1", 0), ("step-2", 20))] * 6
+    first, same = answered(one, call), answered(replace(one, tokens=other, weight_versions=late), call)
+    assert check_references([first, same]) == ([], 6)
+    differing, compared = check_references([first, answered(replace(one, tokens=other), call)])
+    assert compared == 6 and {finding.kind for finding in differing} == {"wrong"}
+
+
+def test_version_whose_answer_was_lost_is_one_of_the_attempts_between() -> None:
+    """left@2 may be of the attempt that raised, or of the next one, made twice; left@4 of nobody."""
+    made = history()
+    one, three = made.attempts["left"]
+    three.label = "left@3"
+    lost = Attempt(name="left", seed=9, begun_at=SECOND - 20, error="EngineError")
+    made.attempts["left"] = [one, lost, three]
+    assert made.adapter("left@1") == [one]
+    assert made.adapter("left@2") == [lost, three]
+    assert made.adapter("left@4") == made.adapter("right@1") == made.adapter("left") == []
+
+
+@pytest.mark.parametrize(
+    ("label", "found"), [("step-1", set()), ("step-2", {"mislabelled"}), ("initial", {"mislabelled"})]
+)
+def test_logprobs_tell_one_version_of_the_model_from_another(label: str, found: set[str]) -> None:
+    """Samples whose logprobs another reference has computed under step-1."""
+    call = replace(CALL, adapter="")
+    made = columns(call, adapter=[""] * 6)
+    other, changed = weights.Reference(), weights.changed_weights(1)
+    logprobs = []
+    for row, group in enumerate(made.group):
+        tokens = made.tokens[row * LENGTH : (row + 1) * LENGTH]
+        ids = [*call.prompts[group], *tokens.tolist()]
+        logprobs.append(other.logprobs(changed, ids)[-LENGTH:])
+    named = replace(
+        made,
+        logprobs=np.concatenate(logprobs)[:, None].astype(np.float32),
+        weight_versions=[((label, 0),)] * 6,
+    )
+    scorer = Reference(history())
+    findings = scorer.check([answered(named, call)], 1.0, random.Random(0))
+    assert {finding.kind for finding in findings} == found
+    assert scorer.samples == (0 if found else 6)
+
+
+def test_engines_are_not_ready_while_the_service_does_not_answer() -> None:
+    """Two engines for a second, one for two, and then nothing for ten."""
+    watch = Watch(None, 2)  # type: ignore[arg-type]  # it asks nobody here
+    both, one = frozenset({"a", "b"}), frozenset({"a"})
+    watch.polls = [Poll(0, both), Poll(1, one), Poll(3, both), Poll(13, both)]
+    assert watch.engine_seconds(0, 13) == 1 * 2 + 2 * 1 + 2 * 2
+    assert watch.outage_s(0, 13) == 8
+    assert watch.all_ready_since() == 13
+    watch.polls.append(Poll(13.2, one))
+    assert watch.all_ready_since() is None
+
+
+def test_calls_are_of_every_shape() -> None:
+    """The smallest and the largest of each, with and without seeds, of all adapters, in both ways."""
+    rng = random.Random(0)
+    calls = [draw(rng) for _ in range(3000)]
+    for values, least, most in (
+        ([len(call.prompts) for call in calls], 1, MOST_PROMPTS),
+        ([call.num_samples for call in calls], 1, MOST_SAMPLES),
+        ([call.max_tokens for call in calls], *TOKENS),
+    ):
+        assert (min(values), max(values)) == (least, most)
+    assert {call.adapter for call in calls} == {"left", "right", ""}
+    assert {(call.iterated, call.seed is None) for call in calls} == {(a, b) for a in (0, 1) for b in (0, 1)}
