@@ -12,8 +12,9 @@ from twinkle_serve import SampledSequence, SampleResponse
 
 LATE_S = 15.0
 """After its deadline a call hangs."""
-LONG = 48
-"""Tokens of samples of which no two are the same unless their random streams are."""
+IMPROBABLE = -30.0
+"""Log p of a whole sample, nats, below which nothing is sampled twice unless its random stream is. A model whose
+weights are noise may say one thing for ever, so no number of tokens would do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +87,24 @@ def _prompts(answered: Answered) -> Iterator[Finding]:
 
 
 def _streams(answered: Answered) -> Iterator[Finding]:
-    """No two samples of a prompt have one random stream: long ones would be the same, seeds would be."""
+    """No two samples of a prompt have one random stream: improbable ones would be the same, seeds would be."""
     seeds = [sequence.seed for sequence in answered.sequences]
     if (answered.call.seed is None) != (seeds.count(None) > 0) and seeds:
         yield answered.finding("mislabelled", f"seed {answered.call.seed} was asked for, samples name {set(seeds)}")
     for seed, times in Counter(seed for seed in seeds if seed is not None).items():
         if times > 1:
             yield answered.finding("doubled", f"{times} samples have the seed {seed}")
-    same = Counter((s.prompt_index, *s.tokens) for s in answered.sequences if len(s.tokens) >= LONG)
-    for (index, *tokens), times in same.items():
-        if times > 1:
-            yield answered.finding("doubled", f"prompt {index} has {times} samples of the same {len(tokens)} tokens")
+    same: dict[tuple[int, ...], list[SampledSequence]] = defaultdict(list)
+    for sequence in answered.sequences:
+        if sequence.logprob_array is not None and sequence.logprob_array.sum() < IMPROBABLE:
+            same[sequence.prompt_index, *sequence.tokens].append(sequence)
+    for (index, *tokens), sequences in same.items():
+        if len(sequences) > 1:
+            of = [(int(s.response.columns.sample[s.row]), s.seed, s.engine, s.adapter) for s in sequences]
+            logprob = sequences[0].logprob_array.sum()  # type: ignore[union-attr]  # it has one, see above
+            yield answered.finding(
+                "doubled", f"prompt {index} has the same {len(tokens)} tokens, of log p {logprob:.1f}, as samples {of}"
+            )
 
 
 def _sample(call: Call, sequence: SampledSequence) -> Iterator[tuple[str, str]]:
