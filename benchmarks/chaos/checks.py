@@ -22,7 +22,7 @@ class Finding:
     """Something that must not be."""
 
     kind: str
-    """lost, doubled, mislabelled, wrong, failed, hang or left behind."""
+    """lost, doubled, mislabelled, wrong, failed, hang, left behind or not recovered."""
     where: str
     """Which call, or what else it is of."""
     what: str

@@ -119,11 +119,15 @@ def _events(done: Run, faults: Faults, watch: Watch, rng: random.Random) -> None
         done.events.append(event)
         if not options.overlapping:
             _await_recovery(done, event, strike.over, watch)
+            if event.recovered_s is None:
+                what = f"not all engines ready within {options.bound_s:g} s of: {kind}"
+                done.findings.append(Finding("not recovered", event.target, what))
         _tell(done, event)
     if options.overlapping:
         last = Event(kind="all engines ready", target="service", at=time.monotonic())
         _await_recovery(done, last, lambda: True, watch)
-        print(f"  all engines ready after {last.recovered_s} s", flush=True)
+        if last.recovered_s is None:
+            done.findings.append(Finding("not recovered", "service", f"not all engines ready in {options.bound_s:g} s"))
 
 
 def _await_recovery(done: Run, event: Event, over: Callable[[], bool], watch: Watch) -> None:
