@@ -172,9 +172,7 @@ async def test_poison_prompt_fails_alone_and_is_named(service: Service) -> None:
     bystanders = [
         asyncio.ensure_future(service.router.sample(PROMPTS, {"max_tokens": 8}, num_samples=4)) for _ in range(3)
     ]
-    with pytest.raises(
-        PoisonPromptError, match=r"inputs\[1\] \(3 tokens: 65, 20, 21\) was on [ab], [ab] when"
-    ):
+    with pytest.raises(PoisonPromptError, match=r"inputs\[1\] \(3 tokens: 65, 20, 21\) was on [ab], [ab] when"):
         await service.router.sample([PROMPTS[0], poison], {"max_tokens": 4})
     for bystander in bystanders:
         assert exact(await bystander, len(PROMPTS), 4)

@@ -34,6 +34,12 @@ class MemoryDirectory:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._path = new.rename(root / new.name.removeprefix("new-"))
 
+    def write(self, name: str, text: str) -> Path:
+        """Writes a small file of its own; returns its path."""
+        path = self._path / name
+        path.write_text(text)
+        return path
+
     def put(self, version: AdapterVersion, files: AdapterFiles) -> Path:
         """Writes a version's files; returns their directory."""
         directory = self._path / str(version.id)

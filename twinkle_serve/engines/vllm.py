@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib.util
 import itertools
+import json
 import os
 import signal
 from collections import Counter, deque
@@ -26,7 +27,7 @@ from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.weights import INITIAL, PauseMode, Spans
 from twinkle_serve.engines.base import TokenDelta, columns_of_group, most_new_tokens, stop_cut
-from twinkle_serve.engines.tmpfs import MemoryDirectory
+from twinkle_serve.engines.tmpfs import PREFIX, MemoryDirectory
 from twinkle_serve.errors import (
     AdapterError,
     EngineArgsError,
@@ -103,6 +104,20 @@ def cpu_defaults(engine_args: Mapping[str, Any], devices_on_node: int) -> dict[s
         "enable_chunked_prefill": False,
         **engine_args,
     }
+
+
+def keep_log_handlers(files: MemoryDirectory) -> None:
+    """Has vLLM set up its logging without closing the handlers that this process has.
+
+    vLLM's own configuration closes them all, Serve's among them; a controller that is replaced then asks the replica
+    for its log file, gets an AttributeError, and kills it (vllm 0.32, ray 2.60; not needed when vLLM's is incremental).
+    """
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    given = os.environ.get("VLLM_LOGGING_CONFIG_PATH", PREFIX)
+    if PREFIX in given:  # nobody's, or an earlier engine's
+        config = {"version": 1, "incremental": True, "loggers": {"vllm": {"level": level}}}
+        # vLLM's own processes read it too.
+        os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(files.write("logging.json", json.dumps(config)))
 
 
 class AdapterSlots:
@@ -196,13 +211,13 @@ class VLLMEngine:
         check_engine_args(self._given_args)
         if self._device == "cpu" and self._cpus:
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, cores)) for cores in self._cpus)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        self._files = MemoryDirectory()
+        keep_log_handlers(self._files)
         # Workers are processes of their own: forked ones would inherit this process's threads and event loop.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         await asyncio.to_thread(self._start)
         config = self._llm.vllm_config
         lora = config.lora_config
-        self._files = MemoryDirectory()
         await self._llm.update_weight_version(INITIAL)
         if lora is not None:
             await self._llm.collective_rpc("take_lora_off_the_head")
