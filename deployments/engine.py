@@ -34,7 +34,8 @@ def engine_name(dp_rank: int) -> str:
     health_check_period_s=2,
     health_check_timeout_s=30,
     graceful_shutdown_wait_loop_s=0.5,
-    graceful_shutdown_timeout_s=5,
+    # Longer than the pool's LEAVE_S, and no longer: on Ctrl-C, samples whose router is gone last until then.
+    graceful_shutdown_timeout_s=15,
     max_constructor_retry_count=1,
     logging_config=QUIET,
 )

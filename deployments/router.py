@@ -71,6 +71,15 @@ class Router:
         )
         await self._router.start()
 
+    async def reconfigure(self, config: Mapping[str, Any]) -> None:
+        """Called by Serve after `__init__`, and when the application is deployed with other engines.
+
+        Args:
+            config: `engines`, the names of their deployments.
+        """
+        handles = [await asyncio.to_thread(serve.get_deployment_handle, name) for name in config["engines"]]
+        self._router.set_links({handle.deployment_name: HandleLink(handle) for handle in handles})
+
     async def sample(
         self,
         inputs: Any,
@@ -162,6 +171,15 @@ class Router:
 
     async def wake_up(self, tags: Sequence[str] | None = None) -> None:
         await self._router.wake_up(tags)
+
+    async def drain_engine(self, name: str, timeout_s: float) -> None:
+        await self._router.drain_engine(name, timeout_s)
+
+    async def undrain_engine(self, name: str) -> None:
+        await self._router.undrain_engine(name)
+
+    async def restart_engine(self, name: str, drain_timeout_s: float, timeout_s: float) -> None:
+        await self._router.restart_engine(name, drain_timeout_s, timeout_s)
 
     async def status(self) -> dict[str, Any]:
         return await self._router.status()

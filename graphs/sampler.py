@@ -11,6 +11,7 @@ from ray.serve import Application
 from deployments.engine import Engine, engine_name
 from deployments.router import Router
 from deployments.store import Store
+from graphs.versions import common_parts, engine_parts, versioned
 from twinkle_serve import hub
 from twinkle_serve.adapters import describe_adapter, read_adapter
 from twinkle_serve.config import ServiceArgs
@@ -24,6 +25,8 @@ NODE_SHARE = 0.001
 
 def build(args: ServiceArgs) -> Application:
     """store -> engine x dp_size -> router; store -> router.
+
+    Deployed again with another dp_size, store, router and the engines that stay go on.
 
     Raises:
         MeshError: the mesh is larger than the cluster, or than its group.
@@ -49,14 +52,16 @@ def build(args: ServiceArgs) -> Application:
         describe_adapter(read_adapter(path))
     adapters = {name: str(Path(path).expanduser().absolute()) for name, path in args.adapters.items()}
     args = args.model_copy(update={"adapters": adapters})
-    weights = store.bind(args)
-    engines = {
-        engine_name(rank): engine.options(name=engine_name(rank), **engine_options(placement, rank)).bind(
-            args, rank, placement, weights
-        )
-        for rank in range(mesh.dp_size)
-    }
-    application: Application = router.bind(args, engines, weights)
+    common = common_parts(args)
+    weights = versioned(store, common).bind(args)
+    engines = {}
+    for rank in range(mesh.dp_size):
+        options = engine.options(name=engine_name(rank), **engine_options(placement, rank))
+        bound = versioned(options, common, engine_parts(placement, rank)).bind(args, rank, placement, weights)
+        engines[engine_name(rank)] = bound
+    # user_config reaches a router that runs; the handles, one that starts.
+    router = router.options(user_config={"engines": list(engines)})
+    application: Application = versioned(router, common).bind(args, engines, weights)
     return application
 
 

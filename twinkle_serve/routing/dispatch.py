@@ -29,6 +29,8 @@ class Dispatcher:
 
     def __init__(self, policy: PolicyName = "balanced", rng: random.Random | None = None) -> None:
         self._engines: dict[str, EngineLoad] = {}
+        self._closed: set[str] = set()
+        """Engines that finish what they have and are given nothing more. The policy does not know of them."""
         self._lengths = Lengths()
         self._waiting = FairQueue(lambda group: self._lengths.cost(group, group.count))
         self._suspects: deque[Group] = deque()
@@ -52,8 +54,25 @@ class Dispatcher:
         engine = self._engines.pop(name, None)
         if engine is None:
             return []
-        self._policy.remove(engine)
+        if name in self._closed:
+            self._closed.discard(name)
+        else:
+            self._policy.remove(engine)
         return [part for key in list(engine.groups) for part in self._take(engine, key)]
+
+    def close_engine(self, name: str) -> None:
+        """Gives an engine nothing more; it goes on with what it has. Again, or one that is not in use: nothing."""
+        if name in self._engines and name not in self._closed:
+            self._closed.add(name)
+            self._policy.remove(self._engines[name])
+            self._too_large = 0
+
+    def open_engine(self, name: str) -> None:
+        """Undoes `close_engine`."""
+        if name in self._closed:
+            self._closed.discard(name)
+            self._policy.add(self._engines[name])
+            self._too_large = 0
 
     @property
     def engines(self) -> list[str]:
@@ -82,7 +101,7 @@ class Dispatcher:
             self._waiting.extend(groups)
 
     def place(self, group: Group) -> str:
-        """Puts a group onto an engine at once, past the queue; there must be one. Returns its name."""
+        """Puts a group onto an engine at once, past the queue; there must be an open one. Returns its name."""
         engine = self._policy.choose_now(group)
         self._give(engine, group)
         return engine.name
@@ -135,6 +154,8 @@ class Dispatcher:
     def _settle(self, engine: EngineLoad) -> None:
         if not engine.groups:  # or rounding would tell idle engines apart
             engine.tokens = 0.0
+        if engine.name in self._closed:
+            return
         if engine.has_room(self._too_large) or not engine.groups:
             self._too_large = 0
         self._policy.changed(engine)
@@ -190,10 +211,10 @@ class Dispatcher:
         chunks: dict[str, list[Group]] = {}
         for engine, group in self._assign_suspects():
             chunks.setdefault(engine.name, []).append(group)
-        while self._waiting and self._engines and not self._too_large:
+        while self._waiting and len(self._engines) > len(self._closed) and not self._too_large:
             chosen = self._policy.choose(self._waiting.first(), len(self._waiting))
             if chosen is None:
-                most = min(engine.limit for engine in self._engines.values())
+                most = min(engine.limit for engine in self._engines.values() if engine.name not in self._closed)
                 self._too_large = self._waiting.first().count if self._waiting.first().count <= most else 1
                 break
             engine, share = chosen
@@ -209,7 +230,9 @@ class Dispatcher:
     def _assign_suspects(self) -> list[tuple[EngineLoad, Group]]:
         placed = []
         while self._suspects:
-            free = [engine for engine in self._engines.values() if engine.suspect is None]
+            free = [
+                engine for name, engine in self._engines.items() if engine.suspect is None and name not in self._closed
+            ]
             if not free:
                 break
             engine, group = min(free, key=lambda engine: engine.tokens / engine.limit), self._suspects.popleft()

@@ -23,8 +23,11 @@ from twinkle_serve.errors import (
     EngineDeadError,
     EngineError,
     PoisonPromptError,
+    RequestError,
     StoreError,
     TwinkleServeError,
+    UnsupportedError,
+    unknown_name,
 )
 from twinkle_serve.routing.adapters import Adapters
 from twinkle_serve.routing.dispatch import Dispatcher
@@ -52,12 +55,17 @@ PROBE_TIMEOUT_S = 15.0
 """An engine that does not answer for so long is lost. Serve itself keeps a call to a dead one until it is replaced."""
 
 
+LEAVE_S = 10.0
+"""How long an engine that is taken out of the service may finish what it has. Below graceful_shutdown_timeout_s of
+deployments/engine.py, which ends its process."""
+
 MOST_FAILED_LOADS = 3
 """Times in a row that an engine may fail to load the current weights; then its process is replaced."""
 
-EngineState: TypeAlias = Literal["starting", "catching up", "ready", "draining", "dead"]
+EngineState: TypeAlias = Literal["starting", "catching up", "ready", "draining", "drained", "dead"]
 """starting: it has not answered yet. catching up: it answers, and is loading the current weights. ready: it is used.
-draining: it is used, and a pause waits for what it samples. dead: it was used, and does not answer any more."""
+draining: it finishes what it samples, for a pause or because it gets no more. drained: it is kept out of use. dead: it
+was used, and does not answer any more."""
 
 
 @dataclass(eq=False, slots=True)
@@ -75,6 +83,10 @@ class _Use:
     """Versions that it has loaded, or is loading, by id."""
     lost: asyncio.Event = field(default_factory=asyncio.Event)
     """Set at its end."""
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when it is held back and has finished what it had."""
+    chunks: set[asyncio.Task[Any]] = field(default_factory=set)
+    """Those that it has been sent."""
 
     def has(self, version: AdapterVersion | None) -> bool:
         return version is None or self.has_loaded(version.id)
@@ -151,10 +163,13 @@ class EnginePool:
         self._used = asyncio.Condition()
         """Notified when an engine comes into use."""
         self._engines_return = engines_return
+        self._held_back: set[str] = set()
+        """Engines that get no groups, on somebody's word."""
+        self._leaving: dict[str, asyncio.Task[Any]] = {}
+        """Engines that are not of the service any more, and finish what they have."""
         self._pump_due = False
         self._tasks: set[asyncio.Task[Any]] = set()
-        for name in self._links:
-            self.spawn(self._follow_engine(name))
+        self._followers = {name: self.spawn(self._follow_engine(name)) for name in self._links}
 
     def close(self) -> None:
         """Stops following engines."""
@@ -178,12 +193,13 @@ class EnginePool:
 
     @property
     def size(self) -> int:
-        return len(self._links)
+        """Engines of the service, in use or not."""
+        return len(self._links) - len(self._leaving)
 
     @property
     def ready(self) -> int:
-        """Engines in use."""
-        return len(self._uses)
+        """Engines that are given groups."""
+        return len(self._uses.keys() - self._held_back)
 
     @property
     def paused(self) -> bool:
@@ -199,6 +215,8 @@ class EnginePool:
         """Engines and queue, as plain values."""
         engines: dict[str, Any] = {}
         for name, state in self._states.items():
+            if name in self._held_back:
+                state = "draining" if name in self._uses else "drained"
             engines[name] = {"state": state, "sequences": 0}
             if (use := self._uses.get(name)) is not None:
                 held = {version.id: version.label for version in self._adapters.held}
@@ -293,7 +311,10 @@ class EnginePool:
                 # What an engine has yet to load keeps nobody else waiting, and fails alone.
                 by_adapter[None if use.has(group.adapter) else group.adapter].append(group)
             for missing, part in by_adapter.items():
-                self.spawn(self._run_chunk(name, use, part, missing))
+                chunk = self.spawn(self._run_chunk(name, use, part, missing))
+                use.chunks.add(chunk)
+                chunk.add_done_callback(use.chunks.discard)
+        self._find_idle()
 
     async def _run_chunk(self, name: str, use: _Use, groups: list[Group], missing: AdapterVersion | None) -> None:
         """Has an engine sample a chunk, after it has loaded the adapter that it lacks for it.
@@ -420,7 +441,7 @@ class EnginePool:
             raise
 
     async def _some_engine(self) -> None:
-        """Waits until an engine is in use.
+        """Waits until an engine is in use and not held back.
 
         Raises:
             EngineDeadError: they died, and do not return.
@@ -428,7 +449,7 @@ class EnginePool:
         await self._has_info.wait()
         self._require_hope()
         async with self._used:
-            await self._used.wait_for(lambda: self._uses)
+            await self._used.wait_for(lambda: self.ready)
 
     def drop(self, versions: Iterable[AdapterVersion]) -> None:
         """Has every engine give up versions that no group uses any more."""
@@ -631,7 +652,9 @@ class EnginePool:
     async def tell_all(self, method: str, *args: Any) -> None:
         """A control call to every engine in use."""
         await self._has_info.wait()
-        await asyncio.gather(*(self._links[name].control(method, *args) for name in self._uses))
+        # One that leaves may be out of reach already.
+        names = self._uses.keys() - self._leaving.keys()
+        await asyncio.gather(*(self._links[name].control(method, *args) for name in names))
 
     async def _quietly(self, name: str, method: str, *args: Any) -> None:
         """A control call whose failure changes nothing: the engine is gone, or keeps something for longer."""
@@ -680,6 +703,8 @@ class EnginePool:
     async def _catch_up(self, name: str, info: EngineInfo) -> None:
         """Brings an engine into use: without what another router left there, with the current weights, and paused where
         the others are. An engine that cannot, several times in a row, has its process replaced."""
+        if name in self._held_back:
+            return
         self._states[name] = "catching up"
         base = self.base
         try:
@@ -718,6 +743,8 @@ class EnginePool:
                 self.base = await self._current()
 
     async def _begin_use(self, name: str, info: EngineInfo) -> None:
+        if name in self._held_back:  # since it began to catch up
+            return
         session = Session(life=info.life, router=self._id)
         self._uses[name] = use = _Use(info, session, progressed_at=asyncio.get_running_loop().time())
         self._states[name] = "ready"
@@ -766,6 +793,136 @@ class EnginePool:
         if self._uses.get(name) is use:
             self._dispatcher.finish(name, [group.key for group in groups])
             self._pump_soon()
+
+    # -- engines that come and go ----------------------------------------------------------------
+
+    def set_links(self, links: Mapping[str, EngineLink]) -> None:
+        """Says which engines there are. New ones are used as soon as they can be; links of known ones are ignored.
+
+        Guarantees: one that is not named gets no new groups, may finish for LEAVE_S what it has, and what it has not
+            finished by then is sampled elsewhere, with its seed, and not counted as lost with an engine.
+        Does not guarantee: that a text stream survives that, once it has begun.
+        """
+        for name, link in links.items():
+            if (leaving := self._leaving.get(name)) is not None:  # another process will answer to its name
+                leaving.cancel()
+                self._forget(name)
+            if name not in self._links:
+                self._links[name] = link
+                self._states[name] = "starting"
+                self._followers[name] = self.spawn(self._follow_engine(name))
+        for name in self._links.keys() - links.keys() - self._leaving.keys():
+            # It is out of reach, but for the calls that run: an engine that does not answer would count as lost.
+            self._followers.pop(name).cancel()
+            self._hold_back(name)
+            self._leaving[name] = self.spawn(self._leave(name))
+
+    async def _leave(self, name: str) -> None:
+        await self._empty(name, LEAVE_S)
+        self._forget(name)
+        async with self._used:
+            self._used.notify_all()  # who waits for its restart
+
+    def _forget(self, name: str) -> None:
+        if (use := self._uses.get(name)) is not None:
+            self._end_use(name, use)
+        del self._leaving[name], self._links[name], self._states[name]
+        self._failed_loads.pop(name, None)
+        self._held_back.discard(name)
+
+    async def drain(self, name: str, timeout_s: float) -> None:
+        """Gives an engine no new groups, and returns when it has none any more; it stays out of use until `undrain`.
+
+        Guarantees: what it has not finished after `timeout_s` is sampled elsewhere, as by `set_links`.
+        Guarantees: cancelling the call, the engine is drained all the same.
+
+        Raises:
+            RequestError: no such engine.
+            UnsupportedError: the only engine is in this process.
+        """
+        self._require_engine(name)
+        self._hold_back(name)
+        await asyncio.shield(self.spawn(self._empty(name, timeout_s)))
+
+    async def undrain(self, name: str) -> None:
+        """Ends `drain`: the engine is used as soon as it has caught up. Again: nothing.
+
+        Raises:
+            RequestError: no such engine.
+            UnsupportedError: the only engine is in this process.
+        """
+        self._require_engine(name)
+        self._held_back.discard(name)
+        self._dispatcher.open_engine(name)
+        self._pump_soon()
+        async with self._used:
+            self._used.notify_all()
+
+    async def restart(self, name: str, drain_timeout_s: float, timeout_s: float) -> None:
+        """Drains an engine, has its process replaced, and returns when that is in use.
+
+        Raises:
+            RequestError: no such engine, or it was taken out of the service meanwhile.
+            UnsupportedError: the only engine is in this process.
+            DeadlineError: it was not in use again within `timeout_s`. It will be as soon as it can.
+        """
+        self._require_engine(name)
+        try:
+            async with asyncio.timeout(timeout_s):
+                try:
+                    await self.drain(name, drain_timeout_s)
+                    with contextlib.suppress(EngineDeadError):  # it is being replaced already
+                        await self._links[name].control("retire", "restart_engine was called")
+                finally:
+                    await self.undrain(name)
+                async with self._used:
+                    await self._used.wait_for(lambda: name in self._uses or name not in self._links)
+        except TimeoutError:
+            raise DeadlineError(
+                f"{name} was not in use again within {timeout_s:g} s; it is used as soon as it can be. "
+                "Raise timeout_s, or see `serve status`."
+            ) from None
+        self._require_engine(name)
+
+    def _require_engine(self, name: str) -> None:
+        if not self._engines_return:
+            raise UnsupportedError(
+                "the only engine is in this process, and goes with the sampler. Make another sampler, or serve one."
+            )
+        if name not in self._links or name in self._leaving:
+            raise RequestError(unknown_name("engine", name, self._links.keys() - self._leaving.keys()) + ".")
+
+    def _hold_back(self, name: str) -> None:
+        self._held_back.add(name)
+        self._dispatcher.close_engine(name)
+
+    async def _empty(self, name: str, timeout_s: float) -> None:
+        """Ends the use of an engine that is held back, when it has finished what it had, or after so long."""
+        if (use := self._uses.get(name)) is None:
+            return
+        use.idle.clear()
+        self._find_idle()
+        with contextlib.suppress(TimeoutError, EngineDeadError):  # if it dies, its groups are elsewhere already
+            async with asyncio.timeout(timeout_s):
+                await self._unless_lost(name, use, use.idle.wait())
+        if self._uses.get(name) is use and name in self._held_back:
+            self._end_use(name, use)
+
+    def _find_idle(self) -> None:
+        for name in self._held_back & self._uses.keys():
+            if not self._dispatcher.sequences(name):
+                self._uses[name].idle.set()
+
+    def _end_use(self, name: str, use: _Use) -> None:
+        """Takes a living engine out of use. What it has not finished is sampled elsewhere, and has lost no engine."""
+        del self._uses[name]
+        self._states[name] = "catching up"  # as it will have to, if it is used again
+        use.lost.set()
+        moved = self._dispatcher.remove_engine(name)
+        for chunk in use.chunks:  # which aborts them there
+            chunk.cancel()
+        self._sample_again(moved)
+        self._pump_soon()
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Runs a coroutine that is of no request.

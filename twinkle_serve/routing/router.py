@@ -387,6 +387,22 @@ class Router:
         """Requests and streams."""
         return len(self._live) + len(self._streams)
 
+    def set_links(self, links: Mapping[str, EngineLink]) -> None:
+        """See `EnginePool.set_links`."""
+        self._pool.set_links(links)
+
+    async def drain_engine(self, name: str, timeout_s: float) -> None:
+        """See `EnginePool.drain`."""
+        await self._pool.drain(name, seconds("timeout_s", timeout_s))
+
+    async def undrain_engine(self, name: str) -> None:
+        """See `EnginePool.undrain`."""
+        await self._pool.undrain(name)
+
+    async def restart_engine(self, name: str, drain_timeout_s: float, timeout_s: float) -> None:
+        """See `EnginePool.restart`."""
+        await self._pool.restart(name, seconds("drain_timeout_s", drain_timeout_s), seconds("timeout_s", timeout_s))
+
     async def forget(self) -> None:
         """Before the service is deleted: without a state_dir of its own, nobody is to find its weights again."""
         if self._args.state_dir is None:

@@ -605,6 +605,45 @@ class RunningSampler(Sampler):
         """
         self._backend.call("wake_up", tags, timeout_s=CONTROL_TIMEOUT_S)
 
+    def drain_engine(self, name: str, *, timeout_s: float = 600.0) -> None:
+        """Gives an engine no new prompts, and returns when it has finished what it had. It stays out of use, whatever
+        becomes of its process, until `undrain_engine` or `restart_engine`, or until the router is restarted.
+
+        What is not finished after `timeout_s` is sampled by the other engines, with its seeds; a text stream fails.
+        Where it was the last one in use, calls wait for another, within their deadlines.
+
+        Args:
+            name: as in `status()["engines"]`.
+
+        Raises:
+            RequestError: no such engine.
+            UnsupportedError: an engine in this process.
+        """
+        self._backend.call("drain_engine", name, timeout_s, timeout_s=_patience_s(timeout_s))
+
+    def undrain_engine(self, name: str) -> None:
+        """Has a drained engine used again, as soon as it has the current weights. Again: nothing.
+
+        Raises:
+            RequestError: no such engine.
+            UnsupportedError: an engine in this process.
+        """
+        self._backend.call("undrain_engine", name, timeout_s=ANSWER_TIMEOUT_S)
+
+    def restart_engine(self, name: str, *, drain_timeout_s: float = 60.0, timeout_s: float = 1800.0) -> None:
+        """Drains an engine for at most `drain_timeout_s`, has its process replaced, and returns when it is used again.
+
+        Args:
+            timeout_s: of all of it.
+
+        Raises:
+            RequestError: no such engine.
+            UnsupportedError: an engine in this process.
+            DeadlineError: it is not used again within `timeout_s`; it will be when it can.
+        """
+        patience_s = _patience_s(timeout_s)
+        self._backend.call("restart_engine", name, drain_timeout_s, timeout_s, timeout_s=patience_s)
+
     def status(self) -> dict[str, Any]:
         """Engines, adapters and queues, as plain values."""
         status: dict[str, Any] = self._backend.call("status", timeout_s=CONTROL_TIMEOUT_S)
@@ -613,6 +652,12 @@ class RunningSampler(Sampler):
     def shutdown(self) -> None:
         """Ends the sampler and frees its devices, for every caller of it. Again: nothing."""
         self._backend.shutdown()
+
+
+def _patience_s(timeout_s: float) -> float:
+    """How long to wait for a router that keeps a deadline by itself, or refuses one that is none."""
+    known = isinstance(timeout_s, (int, float)) and timeout_s > 0
+    return (timeout_s if known else 0.0) + ANSWER_TIMEOUT_S
 
 
 def _absolute(path: Any) -> str:

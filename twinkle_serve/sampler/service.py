@@ -102,7 +102,7 @@ def wait_for_engines(backend: ServiceBackend, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         engines = backend.call("status", timeout_s=CONTROL_TIMEOUT_S)["engines"]
-        if not (missing := [name for name, engine in engines.items() if engine["state"] != "ready"]):
+        if not (missing := [name for name, engine in engines.items() if engine["state"] not in ("ready", "drained")]):
             return
         if time.monotonic() > deadline:
             names = ", ".join(missing)
