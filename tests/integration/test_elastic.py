@@ -102,7 +102,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     config = config_with(directory / "config.yaml", **with_engines(1))
     process = start(config, environment, log)
     try:
-        yield Service(process, environment, ready(process, log), config)
+        dashboard = ready(process, log)
+        clients = {**environment, "RAY_ADDRESS": gcs_address(process), "RAY_AUTH_MODE": "token"}
+        yield Service(process, clients, dashboard, config)
         process.send_signal(signal.SIGINT)
         assert ended(process, 60) == 0, log.read_text()[-4000:]
     finally:
@@ -110,6 +112,14 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
             process.terminate()
             process.wait(60)
         shutil.rmtree(own_ray, ignore_errors=True)
+
+
+def gcs_address(process: subprocess.Popen[str]) -> str:
+    """Of the cluster that scripts/serve has started: "auto" joins whatever cluster it finds on the machine."""
+    commands = [" ".join(child.cmdline()) for child in psutil.Process(process.pid).children(recursive=True)]
+    found = {address for command in commands for address in re.findall(r"--gcs-address=(\S+)", command)}
+    assert len(found) == 1, found
+    return found.pop()
 
 
 def with_engines(dp_size: int) -> dict[str, Any]:
@@ -125,7 +135,7 @@ def deploy(service: Service, dp_size: int) -> None:
     serve = Path(sys.executable).with_name("serve")
     done = subprocess.run(
         [serve, "deploy", "-a", service.dashboard, str(service.config)],
-        env={**service.environment, "RAY_AUTH_MODE": "token"},
+        env=service.environment,
         capture_output=True,
         text=True,
         timeout=60,
@@ -172,7 +182,10 @@ def test_dp_size_changes_without_failing_a_call_or_replacing_what_stays(service:
 ROUTER_OF_NOW = """
 import time, twinkle_serve
 sampler = twinkle_serve.connect("sampler")
-while set(engines := {n: e["state"] for n, e in sampler.status()["engines"].items()}.values()) != {"ready"}:
+while True:
+    engines = sampler.status()["engines"]
+    if all(engine["state"] == "ready" for engine in engines.values()):
+        break
     time.sleep(0.1)
 print(sorted(engines))
 """
@@ -182,9 +195,9 @@ print(sorted(engines))
 def test_router_that_is_replaced_has_the_engines_of_now(service: Service) -> None:
     """Not those that there were when the application was first deployed."""
     before = replicas(service)
-    before.pop("router").kill()
-    while (router := replicas(service).get("router")) is None or not router.is_running():
-        pass
+    router = before.pop("router")
+    router.kill()
+    router.wait(30)
     answer = service.run("-c", ROUTER_OF_NOW)
     assert answer.stdout.strip() == "['engine-dp0', 'engine-dp1']", answer.stderr
     assert replicas(service).items() >= before.items()
