@@ -29,6 +29,8 @@ PAGES = ("api.md", "migrating.md")
 SECTIONS = {
     "Sampler": "twinkle_serve:Sampler",
     "RunningSampler": "twinkle_serve.sampler:RunningSampler",
+    "Rollouts": "twinkle_serve.sampler:Rollouts",
+    "AsyncRollouts": "twinkle_serve.sampler:AsyncRollouts",
     "Pause": "twinkle_serve.sampler:Pause",
     "vLLMSampler": "twinkle_serve:vLLMSampler",
     "TorchSampler": "twinkle_serve:TorchSampler",

@@ -317,15 +317,15 @@ async def test_call_that_is_sent_again_takes_the_place_of_the_first(service: Ser
         return service.running() == 4
 
     await eventually(running)
-    for engine in service.engines.values():
-        assert engine.gate is not None
-        engine.gate.set()
-        engine.gate = None
-    again = await service.router.sample(
-        PROMPTS[:4], {"max_tokens": 4, "seed": 9}, num_samples=2, request_id="x", done=[0, 2]
+    second = asyncio.ensure_future(
+        service.router.sample(PROMPTS[:4], {"max_tokens": 4, "seed": 9}, num_samples=2, request_id="x", done=[0, 2])
     )
     with pytest.raises(EngineError, match="sent again"):
         await first
+    for engine in service.engines.values():
+        assert engine.gate is not None
+        engine.gate.set()
+    again = await second
     assert again.prompt_indices == (1, 3)
     for part, index in zip(again, (1, 3), strict=True):
         assert part.columns.tokens.tolist() == whole[index].columns.tokens.tolist()

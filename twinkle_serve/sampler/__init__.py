@@ -1,7 +1,17 @@
 """Samplers: the interface that trainers call."""
 
-from twinkle_serve.sampler.base import Pause, RunningSampler, Sampler
+from twinkle_serve.sampler.base import AsyncRollouts, Pause, Rollouts, RunningSampler, Sampler
 from twinkle_serve.sampler.samplers import TorchSampler, VLLMSampler, vLLMSampler
 from twinkle_serve.sampler.verification import Verification
 
-__all__ = ["Pause", "RunningSampler", "Sampler", "TorchSampler", "VLLMSampler", "Verification", "vLLMSampler"]
+__all__ = [
+    "AsyncRollouts",
+    "Pause",
+    "Rollouts",
+    "RunningSampler",
+    "Sampler",
+    "TorchSampler",
+    "VLLMSampler",
+    "Verification",
+    "vLLMSampler",
+]
