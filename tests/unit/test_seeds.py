@@ -85,6 +85,11 @@ async def test_seed_gives_the_same_tokens_when_an_engine_ends(reference: SampleR
         parts = two.sample_iter(PROMPTS, OPTIONS, num_samples=SAMPLES)
         responses = [await anext(parts)]
         pool = two._pool
+
+        async def busy() -> bool:
+            return any(pool._dispatcher.sequences(name) for name in pool._uses)
+
+        await eventually(busy)
         name = next(name for name in pool._uses if pool._dispatcher.sequences(name))
         pool._lose(name, pool._uses[name], EngineDeadError("killed"))
         responses += [response async for response in parts]
