@@ -55,7 +55,7 @@ PROBE_TIMEOUT_S = 15.0
 """An engine that does not answer for so long is lost. Serve itself keeps a call to a dead one until it is replaced."""
 
 
-LEAVE_S = 10.0
+LEAVE_S = 5.0
 """How long an engine that is taken out of the service may finish what it has. Below graceful_shutdown_timeout_s of
 deployments/engine.py, which ends its process."""
 
