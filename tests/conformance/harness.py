@@ -81,6 +81,7 @@ class EngineHarness:
     def group(self, prompt: np.ndarray, *, count: int = 1, first_sample: int = 0, **params: Any) -> Group:
         seed = params.pop("seed", None)
         adapter = params.pop("adapter", None)
+        sample_timeout_s = params.pop("sample_timeout_s", None)
         return Group(
             id=next(self._ids),
             prompt_ids=np.asarray(prompt, np.int32),
@@ -89,6 +90,7 @@ class EngineHarness:
             first_sample=first_sample,
             seed=seed,
             adapter=adapter,
+            sample_timeout_s=sample_timeout_s,
         )
 
     async def sample(self, prompts: Sequence[np.ndarray], **options: Any) -> SampleResponse:

@@ -305,3 +305,19 @@ async def test_vllm_argument_names_are_those_of_the_class(vllm_engine: EngineHar
     from twinkle_serve.engines.vllm import argument_names
 
     assert argument_names() == {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+
+
+async def test_sample_that_runs_for_too_long_ends_where_it_is(engine: EngineHarness, prompts: Prompts) -> None:
+    """With the tokens and logprobs that it has, which are those of the whole sample; one beside it runs to its end."""
+    options: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
+    before = engine.engine.progress()
+    whole = await engine.one(prompts[0], **options)
+    assert engine.engine.progress() != before
+    cut, beside = await asyncio.gather(
+        engine.sample([prompts[0]], **options, sample_timeout_s=0.001), engine.sample([prompts[1]], **options)
+    )
+    sequence = cut.sequences[0]
+    assert sequence.stop_reason == "abort" and 0 < len(sequence.tokens) < len(whole.tokens)
+    assert sequence.tokens == whole.tokens[: len(sequence.tokens)]
+    assert len(sequence.logprobs or []) == len(sequence.tokens)
+    assert len(beside.sequences[0].tokens) > len(sequence.tokens)

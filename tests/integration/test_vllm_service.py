@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import ray
 
 from tests.integration.conftest import deploy, ray_cluster, wait_until
 from tests.lora import save_adapter
-from twinkle_serve.errors import AdapterError, SamplingParamsError
+from twinkle_serve import SamplingParams, hub
+from twinkle_serve.data_format.groups import Group
+from twinkle_serve.engines import build_engine
+from twinkle_serve.errors import AdapterError, EngineCrashedError, EngineDeadError, SamplingParamsError
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(100, 116)]
 GREEDY = {"max_tokens": 8, "temperature": 0}
@@ -75,3 +82,26 @@ def test_script_that_ends_without_shutdown_leaves_nothing(tmp_path: Path) -> Non
     assert samples == "1" and len(children) >= 2
     assert not Path(directory).exists()
     wait_until(lambda: not any(psutil.pid_exists(int(pid)) for pid in children), "its processes are gone")
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGSEGV, EngineCrashedError), (signal.SIGKILL, EngineDeadError)], ids=str
+)
+async def test_engine_that_ended_by_itself_is_told_from_one_that_was_killed(
+    number: signal.Signals, kind: type[EngineDeadError]
+) -> None:
+    """By the exit code of vLLM's process: a prompt may be to blame for the one, and not for the other."""
+    engine: Any = build_engine("vllm", "ended", str(hub.DEMO), VLLM_ARGS)
+    await engine.start()
+    endless = SamplingParams(max_tokens=200, ignore_eos=True)
+    call = asyncio.ensure_future(
+        engine.sample_group(Group(id=1, prompt_ids=np.array([20, 21], np.int32), params=endless))
+    )
+    while not engine.progress():  # noqa: ASYNC110  # a number, not an event
+        await asyncio.sleep(0.001)
+    (core,) = engine._llm.engine_core.resources.engine_manager.processes
+    os.kill(core.pid, number)
+    with pytest.raises(EngineDeadError) as caught:
+        await call
+    assert type(caught.value) is kind
+    await engine.stop()

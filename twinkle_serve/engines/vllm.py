@@ -120,6 +120,10 @@ def keep_log_handlers(files: MemoryDirectory) -> None:
         os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(files.write("logging.json", json.dumps(config)))
 
 
+FIRST_TOKEN_PERIOD_S = 0.01
+"""How often a sample whose time is over, and that has no token yet, is looked at."""
+
+
 class AdapterSlots:
     """Holds back groups of more adapters than may run at the same time, first come, first served.
 
@@ -326,7 +330,14 @@ class VLLMEngine:
 
     async def _abort_after(self, request_id: str, limit_s: float) -> None:
         await asyncio.sleep(limit_s)
+        while not self._has_tokens(request_id):  # noqa: ASYNC110  # vLLM has no event for it; a sample has one at least
+            await asyncio.sleep(FIRST_TOKEN_PERIOD_S)
         await self._llm.abort(request_id)
+
+    def _has_tokens(self, request_id: str) -> bool:
+        processor = self._llm.output_processor
+        states = [processor.request_states.get(internal) for internal in processor.external_req_ids.get(request_id, ())]
+        return all(state is None or state.detokenizer.num_output_tokens() for state in states)
 
     def _death(self) -> EngineDeadError:
         """What ended vLLM's process: itself, or somebody else."""
