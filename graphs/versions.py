@@ -40,7 +40,7 @@ class _Versioned(DeploymentConfig):  # type: ignore[misc]  # untyped
 
 
 def common_parts(args: ServiceArgs) -> dict[str, Any]:
-    """What every deployment of a service is made of: its arguments, whatever the number of its engines."""
+    """What every deployment of a service is made of: its arguments, but for the number of its engines."""
     parts = args.model_dump()
     for size in ("dp_size", "world_size"):
         del parts["device_mesh"][size]

@@ -148,8 +148,9 @@ class ServiceArgs(Strict):
     """Tokens that waiting prompts may be expected to take; the next call is refused."""
     request_timeout_s: float = Field(default=3600.0, gt=0, allow_inf_nan=False)
     """Deadline of a call that names none, queueing included."""
-    stall_timeout_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)
-    """An engine that samples nothing for so long, though it has something to sample, is replaced."""
+    stall_timeout_s: float = Field(default=300.0, gt=0, allow_inf_nan=False)
+    """An engine that samples nothing for so long, though it has something to sample, is replaced. Above the longest
+    prefill."""
     startup_timeout_s: float = Field(default=1800.0, gt=0, allow_inf_nan=False)
     """Deadline for an engine to load its model."""
 

@@ -38,7 +38,7 @@ class Group:
     adapter: AdapterVersion | None = None
     """None is the base model."""
     sample_timeout_s: float | None = None
-    """Seconds that each sample may run for on its engine; then it ends where it is."""
+    """Seconds that each sample may take on its engine, waiting there and pauses included; then it ends where it is."""
     attempts: int = 0
     """How often it was placed before."""
     lost: tuple[str, ...] = ()
@@ -128,4 +128,6 @@ class EngineInfo:
     base: BaseVersion | None = None
     """Version of the model's own weights that it holds; None while it holds none whole."""
     progress: int = 0
-    """Another number whenever it has sampled something."""
+    """Another number whenever it has sampled, or scored, something."""
+    running: int = 0
+    """Groups that it has begun and not finished, streams left out: those may wait for their readers."""

@@ -302,10 +302,13 @@ class ChunkRunner:
                     async with asyncio.timeout(self._flush_after_s):
                         while len(done) < len(keys):
                             done.append(await ended.get())
-                for item in _collect([(keys.pop(task), task) for task in done]):
+                items, dead = _collect([(keys.pop(task), task) for task in done])
+                for item in items:
                     for key in item.failures:
                         self.abort(group.attempt for group in wanted if group.key == key)
                     yield item
+                if dead is not None:
+                    raise dead
         finally:
             for task in keys:
                 task.cancel()
@@ -326,8 +329,11 @@ class ChunkRunner:
             del self._aborted_early[next(iter(self._aborted_early))]
 
 
-def _collect(done: Iterable[tuple[GroupKey, asyncio.Task[SampleColumns]]]) -> list[Finished]:
-    """One item for each width of logprobs, and one for the failures."""
+def _collect(
+    done: Iterable[tuple[GroupKey, asyncio.Task[SampleColumns]]],
+) -> tuple[list[Finished], EngineDeadError | None]:
+    """One item for each width of logprobs, and one for the failures; and the engine's death, if one died of it."""
+    death: EngineDeadError | None = None
     failures: dict[GroupKey, TwinkleServeError] = {}
     by_width: dict[int, list[SampleColumns]] = {}
     for key, task in done:
@@ -337,11 +343,11 @@ def _collect(done: Iterable[tuple[GroupKey, asyncio.Task[SampleColumns]]]) -> li
             case None:
                 by_width.setdefault(task.result().logprobs_width, []).append(task.result())
             case EngineDeadError() as dead:
-                raise dead
+                death = dead
             case TwinkleServeError() as failure:
                 failures[key] = failure
             case bug:
                 logger.error(f"a bug in sampling group {key}", exc_info=bug)
                 failures[key] = EngineError(f"a bug in the engine: {bug!r}")
     items = [Finished(columns=SampleColumns.concat(parts)) for parts in by_width.values()]
-    return [*items, Finished(failures=failures)] if failures else items
+    return ([*items, Finished(failures=failures)] if failures else items), death

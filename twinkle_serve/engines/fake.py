@@ -117,6 +117,7 @@ class FakeEngine:
         async with self._running():
             scores = None
             if params.prompt_logprobs is not None:
+                self._progress += 1
                 scores = _score(group.prompt_ids, params.prompt_logprobs, self._logits_of(group.adapter))
             async for _ in self._steps(group, samples):
                 pass

@@ -23,7 +23,7 @@ from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.weights import FILES, BaseVersion, PauseMode
 from twinkle_serve.engines.base import ChunkRunner, Engine, Finished
 from twinkle_serve.engines.text import TextStream
-from twinkle_serve.errors import AdapterError, EngineDeadError, EngineStartError, StoreError
+from twinkle_serve.errors import AdapterError, EngineDeadError, EngineError, EngineStartError, StoreError
 from twinkle_serve.weights import StoreLink
 
 logger = logging.getLogger("ray.serve")
@@ -51,8 +51,12 @@ PAUSE_LEASE_S = 30.0
 """A pause ends by itself when no router has asked for so long whether the engine is there: they ask every 2 s."""
 
 
-CLAIM_S = 10.0
+CLAIM_S = 15.0
 """What a router has sent is aborted when it has not asked for so long whether the engine is there."""
+
+
+LATE_S = 1.0
+"""A timer that fires so late says that this process stood still."""
 
 
 class _Claim:
@@ -67,13 +71,19 @@ class _Claim:
 
     def renew(self) -> None:
         self.release()
-        self._end = asyncio.get_running_loop().call_later(CLAIM_S, self._lapse)
+        loop = asyncio.get_running_loop()
+        self._end = loop.call_later(CLAIM_S, self._lapse, loop.time() + CLAIM_S)
 
     def release(self) -> None:
         if self._end is not None:
             self._end.cancel()
 
-    def _lapse(self) -> None:
+    def _lapse(self, due: float) -> None:
+        if (
+            asyncio.get_running_loop().time() - due > LATE_S
+        ):  # it was this process that was busy: the router may have asked
+            self.renew()
+            return
         logger.warning(f"router {self._router} is silent: what it has sent is aborted, {len(self.abandon)} chunks")
         for abandon in self.abandon:
             abandon()
@@ -108,6 +118,8 @@ class EngineHost:
         self._retired = ""
         """Why it is not to be used any more."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._running = 0
+        """Groups in the engine."""
         self._claims: dict[str, _Claim] = {}
         """By router, of those that have something here."""
         self._info: EngineInfo
@@ -148,7 +160,7 @@ class EngineHost:
             self._lease()
         if router in self._claims:
             self._claims[router].renew()
-        return replace(self._info, base=self._base, progress=self._engine.progress())
+        return replace(self._info, base=self._base, progress=self._engine.progress(), running=self._running)
 
     async def check_health(self) -> None:
         if self._retired:
@@ -159,7 +171,11 @@ class EngineHost:
 
     async def _sample_group(self, group: Group) -> SampleColumns:
         async with self._using(group.adapter):
-            return await self._engine.sample_group(group)
+            self._running += 1
+            try:
+                return await self._engine.sample_group(group)
+            finally:
+                self._running -= 1
 
     async def sample(self, session: Session, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
         self._require_life(session.life)
@@ -178,7 +194,9 @@ class EngineHost:
             tokens = await stack.enter_async_context(contextlib.aclosing(self._engine.stream_tokens(group)))
             async for delta in tokens:
                 if abandoned.is_set():
-                    return
+                    raise EngineError(
+                        f"{self._info.name}: the router was silent for {CLAIM_S:g} s; its stream is ended."
+                    )
                 last = delta.stop_reason is not None
                 new = text.push(delta.tokens, last=last, by_stop_string=delta.by_stop_string)
                 if new or last:
@@ -193,6 +211,7 @@ class EngineHost:
         claim = self._claims.get(router)
         if claim is None:
             claim = self._claims[router] = _Claim(router)
+        claim.renew()
         claim.abandon.append(abandon)
         try:
             yield

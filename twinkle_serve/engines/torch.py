@@ -357,6 +357,7 @@ class TorchEngine:
         prompt_ids, k = group.prompt_ids, group.params.prompt_logprobs
         if k is None:
             return None
+        self._steps += 1
         ids = torch.from_numpy(prompt_ids.astype(np.int64)).to(self._device)
         logprobs = torch.log_softmax(self._model(ids[None]).logits[0, :-1].float(), -1)
         own = logprobs.gather(1, ids[1:, None])

@@ -332,7 +332,8 @@ class VLLMEngine:
         await asyncio.sleep(limit_s)
         while not self._has_tokens(request_id):  # noqa: ASYNC110  # vLLM has no event for it; a sample has one at least
             await asyncio.sleep(FIRST_TOKEN_PERIOD_S)
-        await self._llm.abort(request_id)
+        with contextlib.suppress(Exception):  # of an engine that died meanwhile
+            await self._llm.abort(request_id)
 
     def _has_tokens(self, request_id: str) -> bool:
         processor = self._llm.output_processor
@@ -366,6 +367,7 @@ class VLLMEngine:
         if unfinished := set(reasons) - {"stop", "length", "abort"}:
             raise EngineError(f"{self._name}: vLLM ended a sample with {unfinished.pop()!r}.")
         weight_versions = [self._spans(sample) for sample in samples]
+        self._ended_tokens += sum(len(sample.token_ids) for sample in samples)
         scores = None
         if params.prompt_logprobs is not None:
             scores = _prompt_scores(output.prompt_logprobs, group.prompt_ids, params.prompt_logprobs)
@@ -384,7 +386,6 @@ class VLLMEngine:
                 weight_versions,
             )
         tokens = [np.asarray(sample.token_ids, np.int32) for sample in samples]
-        self._ended_tokens += sum(map(len, tokens))
         # vLLM's own text lacks the end-of-sequence token, so the text is made here, and cut as vLLM cuts its own.
         decoded = self._tokenizer.batch_decode(tokens, skip_special_tokens=False)
         for j, sample in enumerate(samples):

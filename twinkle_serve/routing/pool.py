@@ -47,6 +47,8 @@ MOST_ENGINES_LOST = 5
 that were ended from outside may be accidents."""
 CLEARED_AFTER_S = 1.0
 """A suspect is cleared when it has run for so much longer than it had on the engine that ended."""
+LONGEST_SUSPICION_S = 10.0
+"""All that was on an engine that crashed takes its turn as a suspect, so that each must be short."""
 MOST_ATTEMPTS = 50
 """Of a group, whatever ended them."""
 
@@ -168,11 +170,13 @@ class EnginePool:
         self._leaving: dict[str, asyncio.Task[Any]] = {}
         """Engines that are not of the service any more, and finish what they have."""
         self._pump_due = False
+        self._closed = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._followers = {name: self.spawn(self._follow_engine(name)) for name in self._links}
 
     def close(self) -> None:
         """Stops following engines."""
+        self._closed = True
         for task in self._tasks:
             task.cancel()
 
@@ -280,10 +284,17 @@ class EnginePool:
                     while (delta := await self._unless_lost(name, use, anext(deltas, None))) is not None:
                         started = True
                         yield delta
-                return
+                        if delta.finish_reason is not None:
+                            return
+                raise EngineError(f"{name} ended a stream before its sample had ended. Send the call again.")
             except EngineDeadError as error:
                 self._lose(name, use, error)
-                group = replace(group, attempts=group.attempts + 1, lost=(*group.lost, name))
+                group = replace(
+                    group,
+                    attempts=group.attempts + 1,
+                    lost=(*group.lost, name),
+                    crashes=group.crashes + isinstance(error, EngineCrashedError),
+                )
                 if started or len(group.lost) >= MOST_CRASHES:
                     raise EngineDeadError(
                         f"{' and '.join(group.lost)} died in the middle of a stream. Send the call again."
@@ -301,6 +312,8 @@ class EnginePool:
 
     def _pump(self) -> None:
         self._pump_due = False
+        if self._closed:
+            return
         now = asyncio.get_running_loop().time()
         for name, groups in self._dispatcher.assign().items():
             use = self._uses[name]
@@ -379,16 +392,19 @@ class EnginePool:
     def _blame(self, name: str, suspect: GroupKey | None, lost: list[Group], crashed: bool) -> list[Group]:
         """Of what an engine had when it ended, what is to be sampled again: not what has ended engines too often.
 
-        Where there was a suspect among it, it is the suspect; else any of it may have been. Suspects go to engines one
-        by one, those first that had run for the shortest time.
+        Where a suspect was among it, only what had lost an engine before may have been; else any of it. What may have
+        been goes to engines one by one, those first that had run for the shortest time. The suspect fails if nothing
+        else can have been: one that was cleared may need longer than the time before.
         """
+        marked = {group.id for group in lost if group.lost}
+        alone = suspect is not None and marked <= {suspect[0]}
         innocent, suspects = [], []
         for group in lost:
-            if suspect is not None and group.id != suspect[0]:
+            if suspect is not None and group.id not in marked:
                 innocent.append(group)
                 continue
             group = replace(group, lost=(*group.lost, name), crashes=group.crashes + crashed)
-            if suspect is not None and (group.crashes >= MOST_CRASHES or len(group.lost) >= MOST_ENGINES_LOST):
+            if alone and (group.crashes >= MOST_CRASHES or len(group.lost) >= MOST_ENGINES_LOST):
                 self._fail(group.id, _poison(group))
                 if crashed:
                     self._dispatcher.clear_waiting()
@@ -410,7 +426,7 @@ class EnginePool:
 
     async def _clear_suspect(self, name: str, use: _Use, group: Group) -> None:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(group.ran_s + CLEARED_AFTER_S):
+            async with asyncio.timeout(min(group.ran_s, LONGEST_SUSPICION_S) + CLEARED_AFTER_S):
                 await use.lost.wait()
         if self._uses.get(name) is use:
             self._dispatcher.clear(name, group.key)
@@ -692,10 +708,11 @@ class EnginePool:
     async def _require_progress(self, name: str, use: _Use, info: EngineInfo) -> None:
         """Gives up an engine that answers and has something to sample, but samples nothing; its process is replaced."""
         now = asyncio.get_running_loop().time()
-        if info.progress != use.progress or self.paused or not self._dispatcher.sequences(name):
+        stands_still = self.paused and self._states[name] != "draining"
+        if info.progress != use.progress or stands_still or not info.running:
             use.progress, use.progressed_at = info.progress, now
         elif now - use.progressed_at > self._stall_timeout_s:
-            hung = f"it had {self._dispatcher.sequences(name)} sequences and sampled nothing for "
+            hung = f"it had {info.running} groups and sampled nothing for "
             hung += f"stall_timeout_s={self._stall_timeout_s:g}"
             self._lose(name, use, EngineDeadError(hung))
             await self._quietly(name, "retire", hung)
@@ -775,8 +792,8 @@ class EnginePool:
         logger.warning(
             f"{name} is lost with {len(lost)} groups, to be sampled elsewhere: {type(error).__name__}: {error}"
         )
-        # It may be slow and not dead.
-        self.spawn(self._abort(name, use, lost))
+        for chunk in use.chunks - {asyncio.current_task()}:  # it may be slow and not dead: this aborts them there
+            chunk.cancel()
         now = asyncio.get_running_loop().time()
         lost = [replace(group, ran_s=now - use.placed_at.get(group.id, now)) for group in lost]
         self._sample_again(self._blame(name, suspect, lost, isinstance(error, EngineCrashedError)))

@@ -17,6 +17,10 @@ class _Caller:
     """Tokens that were sent for it: the caller with the fewest is next."""
 
 
+MOST_LEFT = 1000
+"""Callers without anything waiting whose turns are remembered before those that are past are forgotten."""
+
+
 class FairQueue:
     """Callers take turns by tokens; each one's groups go in the order in which they came.
 
@@ -37,6 +41,8 @@ class FairQueue:
         """Those that have something waiting."""
         self._turns: list[tuple[float, int, str]] = []
         """Heap of the callers: turn, a tie-breaker, name."""
+        self._turns_left: dict[str, float] = {}
+        """Of callers that have nothing waiting, where it may lie ahead of `_now`."""
         self._now = 0.0
         """Turn of the caller that was served last."""
         self._entries = 0
@@ -53,8 +59,9 @@ class FairQueue:
         for group in groups:
             caller = self._callers.get(group.caller)
             if caller is None:
-                # One that was away has saved nothing up.
-                caller = self._callers[group.caller] = _Caller(turn=self._now)
+                # One that was away has saved nothing up, and owes what it owed.
+                turn = max(self._now, self._turns_left.pop(group.caller, 0.0))
+                caller = self._callers[group.caller] = _Caller(turn=turn)
                 self._enter(group.caller)
             caller.groups[group.key] = group
             self._count(group)
@@ -111,8 +118,14 @@ class FairQueue:
         if caller.groups:
             self._enter(name)
         else:
-            del self._callers[name]
+            self._leave(name)
         return group
+
+    def _leave(self, name: str) -> None:
+        """A caller has nothing waiting any more."""
+        self._turns_left[name] = self._callers.pop(name).turn
+        if len(self._turns_left) > MOST_LEFT:
+            self._turns_left = {name: turn for name, turn in self._turns_left.items() if turn > self._now}
 
     def withdraw(self, caller: str, group_ids: Sequence[int]) -> None:
         """Drops groups of a caller."""
@@ -129,7 +142,9 @@ class FairQueue:
             if (group_id, 0) in theirs.groups:
                 self._uncount(theirs.groups.pop((group_id, 0)))
         if not theirs.groups:
-            del self._callers[caller]
+            self._leave(caller)
+            self._turns = [entry for entry in self._turns if entry[2] in self._callers]
+            heapq.heapify(self._turns)
 
     def clear(self) -> list[Group]:
         """Takes all."""

@@ -95,6 +95,11 @@ class Request:
         return len(self._prompts) * self._params.num_samples
 
     @property
+    def complete(self) -> bool:
+        """Whether every prompt has all its samples."""
+        return len(self._complete) == len(self._prompts)
+
+    @property
     def settled(self) -> bool:
         """Whether nothing is to come any more."""
         return not self._missing
@@ -151,14 +156,20 @@ class Request:
 
     async def prompts_as_they_finish(self) -> AsyncGenerator[SampleResponse, None]:
         """Responses over the prompts that have just become complete, one or more each."""
-        pending: list[SampleColumns] = []
+        pending: list[tuple[set[int], SampleColumns]] = []
+        """What has arrived and not been yielded, each with the groups that it is of."""
         async for columns, complete in self.arrivals():
-            pending.append(columns)
+            pending.append((set(columns.group.tolist()), columns))
             if complete:
-                together = SampleColumns.concat(pending)
-                rest = together.without(set(complete))
-                pending = [rest] if len(rest) else []
-                yield self._respond([together], complete)
+                ended = set(complete)
+                # Only what has a part in these: others may be long, and wait for long.
+                parts = [part for groups, part in pending if groups & ended]
+                pending = [
+                    (groups - ended, part.without(ended) if groups & ended else part)
+                    for groups, part in pending
+                    if groups - ended
+                ]
+                yield self._respond(parts, complete)
 
     def _respond(self, parts: list[SampleColumns], ids: Sequence[int]) -> SampleResponse:
         order = sorted(ids)

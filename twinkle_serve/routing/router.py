@@ -431,6 +431,7 @@ class Router:
     async def _admitted(self, call: Call) -> AsyncGenerator[Request, None]:
         """A request whose groups are on their way; whatever is left of it at the end is aborted."""
         limit_s = self._limit_s(call)
+        self._require_room()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + limit_s
         # No timeout is held across the yield: it would cancel whatever the caller's task is doing there.
@@ -448,7 +449,7 @@ class Router:
             finally:
                 expiry.cancel()
                 self._dismiss(request)
-                if not request.samples_missing:
+                if request.complete:
                     self._observe(understood.adapter, request.weight_versions)
 
     def _observe(self, adapter: AdapterVersion | None, weight_versions: set[str]) -> None:
@@ -508,10 +509,10 @@ class Router:
         info = await self._pool.known()
         await self._encode_in_thread(_check_all, info, prompts, params)
         call.check(len(prompts))
-        if call.done:
-            enough = call.min_groups is not None and len(call.done) >= call.min_groups
-            done = set(call.done)
-            prompts = [] if enough else [prompt for prompt in prompts if prompt.index not in done]
+        if call.cancelled is None or (call.min_groups is not None and len(call.done) >= call.min_groups):
+            prompts = []
+        elif not_wanted := {*call.done, *call.cancelled}:
+            prompts = [prompt for prompt in prompts if prompt.index not in not_wanted]
         adapter = await self._adapter_at(path) if path else self._adapters.resolve(name) if name else None
         header = ResponseHeader(logprobs_mode=info.logprobs_mode, parser=template.message_parser())
         return _Understood(prompts, params, adapter, header)
@@ -532,7 +533,7 @@ class Router:
 
     def _admit(self, understood: _Understood, call: Call) -> Request:
         self._require_awake()
-        self._require_room(len(understood.prompts))
+        self._require_room()
         first_id = next(self._group_ids)
         for _ in understood.prompts[1:]:
             next(self._group_ids)
@@ -550,7 +551,7 @@ class Router:
         self._pool.enqueue(request.groups())
         return request
 
-    def _require_room(self, prompts: int) -> None:
+    def _require_room(self) -> None:
         """Refuses what would make the queue too long; a call that comes first is taken, however large.
 
         Raises:
@@ -564,7 +565,7 @@ class Router:
         raise QueueFullError(
             f"{waiting} prompts of {len(self._live)} calls wait, {tokens:.0f} tokens by guess; the service takes "
             f"max_queued_requests={args.max_queued_requests} and max_queued_tokens={args.max_queued_tokens}. "
-            f"Send the {prompts} prompts again in {retry_after_s:.0f} s.",
+            f"Send the call again in {retry_after_s:.0f} s.",
             retry_after_s,
         )
 
@@ -605,7 +606,7 @@ class Router:
 
     def _fail(self, group_id: int, error: TwinkleServeError) -> None:
         if (request := self._requests.get(group_id)) is not None:
-            request.fail(error)
+            self._give_up_request(request, error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -631,6 +632,8 @@ class Call:
     """It is given up when `renew` has not been called for so long; None: never."""
     done: Sequence[int] = ()
     """Indices of the inputs that its caller has already, from another router."""
+    cancelled: Sequence[int] | None = ()
+    """Indices of the inputs that it has cancelled there; None: all that are not done."""
 
     def check(self, prompts: int) -> None:
         """Refuses limits that cannot be.

@@ -220,8 +220,8 @@ class RunningSampler(Sampler):
             use_base_model: the base model, said explicitly; with an adapter it is refused.
             return_encoded: Twinkle's; `new_input_feature` has the encoded prompt either way.
             timeout_s: deadline of the call in seconds, queueing included; None is the config's request_timeout_s.
-            sample_timeout_s: seconds that each sample may run for on its engine; then it ends where it is, with
-                stop_reason abort.
+            sample_timeout_s: seconds that each sample may take on its engine, waiting there and pauses included; then
+                it ends where it is, with stop_reason abort.
             min_groups: return as soon as so many prompts are complete; the others are cancelled, and not in the
                 response: `prompt_indices` says which are. None: all.
 

@@ -10,17 +10,25 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.exceptions import (
+    ActorDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    TaskCancelledError,
+)
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, RequestCancelledError
 
 from twinkle_serve.config import ServiceArgs
-from twinkle_serve.errors import EngineError, ServiceNotReadyError, TwinkleServeError, unknown_name
+from twinkle_serve.errors import EngineError, QueueFullError, ServiceNotReadyError, TwinkleServeError, unknown_name
 from twinkle_serve.remote.reservation import join_or_start
 from twinkle_serve.sampler.base import CONTROL_TIMEOUT_S, RunningSampler
 
@@ -163,14 +171,14 @@ class ServiceSampler(RunningSampler):
 SAMPLING = ("sample", "sample_iter", "sample_stream")
 
 
-REPEATED = frozenset({*SAMPLING, "status", "state_keys", "check_template"})
+REPEATED = frozenset({*SAMPLING, "cancel", "status", "state_keys", "check_template"})
 """Calls that are sent again when the router dies: nothing comes of doing them twice."""
 
 LEASE_S = 60.0
 """A call is given up when this process has not said for so long that it is there."""
 
-PAUSES_S = (0.1, 0.3, 1.0)
-"""Before a call is sent again; the last one from then on."""
+PAUSES_S = (0.1, 0.3, 1.0, 1.0, 2.0, 2.0, 5.0, 5.0)
+"""Before a call is sent again, so many times: it may be what kills its routers."""
 
 
 class _Leases:
@@ -220,10 +228,13 @@ class ServiceBackend:
         self._name = name
         self._caller = uuid.uuid4().hex
         self._leases = _Leases(handle)
+        self._running: dict[str, _Attempts] = {}
+        """Calls that sample, by their ids."""
         self._request_timeout_s: float | None = None
         """The config's, once the router was asked."""
 
     def call(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
+        self._note_cancelled(method, args)
         self._learn_limit(timeout_s)
         with self._attempts(method, timeout_s, options) as attempts:
             while True:
@@ -235,6 +246,7 @@ class ServiceBackend:
                     time.sleep(self._pause_s(attempts, error))
 
     async def call_async(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
+        self._note_cancelled(method, args)
         await self._learn_limit_async(timeout_s)
         with self._attempts(method, timeout_s, options) as attempts:
             while True:
@@ -244,7 +256,7 @@ class ServiceBackend:
                         return await response
                 except BaseException as error:
                     _cancel(response)
-                    await asyncio.sleep(self._pause_s(attempts, error))
+                    await self._pause_async(attempts, error)
 
     def iterate(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Iterator[Any]:
         running = _Running()
@@ -313,7 +325,7 @@ class ServiceBackend:
                                 return
                     except Exception as error:
                         _cancel(stream)
-                        await asyncio.sleep(self._pause_s(attempts, error))
+                        await self._pause_async(attempts, error)
                         stream = self._send(self._streams, method, args, attempts)
                         continue
                     attempts.have(item)
@@ -330,16 +342,40 @@ class ServiceBackend:
             return
         request_id = attempts.options.setdefault("request_id", uuid.uuid4().hex)
         attempts.options |= {"caller": self._caller, "lease_s": LEASE_S}
-        with self._leases.holding(request_id):
-            yield attempts
+        self._running[request_id] = attempts
+        try:
+            with self._leases.holding(request_id):
+                yield attempts
+        finally:
+            del self._running[request_id]
+
+    def _note_cancelled(self, method: str, args: Any) -> None:
+        """What is cancelled is not asked for again."""
+        if method == "cancel" and (attempts := self._running.get(args[0])) is not None:
+            attempts.cancel(args[1])
 
     def _pause_s(self, attempts: _Attempts, error: BaseException) -> float:
         """How long to wait before a call is sent again; raises what it ended with where that would not do."""
-        if not (attempts.may_repeat and _is_death(error) and attempts.left_s > 0 and self._is_there()):
-            raise self._translated(error) from None
+        ours = self._translated(error)
+        if attempts.count and attempts.left_s > 0 and isinstance(ours, QueueFullError):
+            return ours.retry_after_s  # the router before had taken it
+        repeat = attempts.may_repeat and _is_death(error) and attempts.left_s > 0 and attempts.count < len(PAUSES_S)
+        if not (repeat and self._is_there()):
+            raise ours from None
         attempts.count += 1
         logger.warning(f"the router of {self._name!r} died; {attempts.method} is sent again ({attempts.count})")
-        return PAUSES_S[min(attempts.count, len(PAUSES_S)) - 1]
+        return PAUSES_S[attempts.count - 1]
+
+    async def _pause_async(self, attempts: _Attempts, error: BaseException) -> None:
+        """Waits so long, on the caller's event loop, which asking the controller would block."""
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError):
+            if task is None or task.cancelling():
+                raise error
+            error = ActorDiedError()  # Serve makes some errors of its own CancelledError
+        elif not isinstance(error, Exception):
+            raise error
+        await asyncio.sleep(await asyncio.to_thread(self._pause_s, attempts, error))
 
     def _is_there(self) -> bool:
         """Whether the application has not been deleted, as far as can be known."""
@@ -410,7 +446,13 @@ class _Attempts:
         self._began = time.monotonic()
         self._done: set[int] = set()
         """Indices of the inputs whose responses are there."""
+        self._cancelled: set[int] | None = set()
+        """Indices of the inputs that are not wanted any more; None: all."""
         self._text_began = False
+
+    def cancel(self, inputs: Iterable[int] | None) -> None:
+        """Inputs are not wanted any more; None: all."""
+        self._cancelled = None if inputs is None or self._cancelled is None else self._cancelled | set(inputs)
 
     @property
     def left_s(self) -> float:
@@ -437,8 +479,10 @@ class _Attempts:
         if self.method not in SAMPLING:
             return self.options
         timeout_s = self.timeout_s if not self.count else max(0.001, self.left_s)
-        done = {"done": sorted(self._done)} if self._done else {}
-        return {**self.options, "timeout_s": timeout_s, **done}
+        if not self.count:
+            return {**self.options, "timeout_s": timeout_s}
+        cancelled = None if self._cancelled is None else sorted(self._cancelled)
+        return {**self.options, "timeout_s": timeout_s, "done": sorted(self._done), "cancelled": cancelled}
 
 
 @dataclass
@@ -459,7 +503,17 @@ def _is_death(error: BaseException) -> bool:
     """Whether a call failed because its router is gone, and not because of the call."""
     if isinstance(error, RayTaskError) and not isinstance(error, RayActorError):
         return False
-    return isinstance(error, (RayActorError, DeploymentUnavailableError, RequestCancelledError, TaskCancelledError))
+    return isinstance(error, DEATHS)
+
+
+DEATHS = (
+    RayActorError,
+    NodeDiedError,
+    ObjectLostError,
+    DeploymentUnavailableError,
+    RequestCancelledError,
+    TaskCancelledError,
+)
 
 
 def _cancel(call: DeploymentResponse | DeploymentResponseGenerator) -> None:
