@@ -321,3 +321,10 @@ async def test_sample_that_runs_for_too_long_ends_where_it_is(engine: EngineHarn
     assert sequence.tokens == whole.tokens[: len(sequence.tokens)]
     assert len(sequence.logprobs or []) == len(sequence.tokens)
     assert len(beside.sequences[0].tokens) > len(sequence.tokens)
+
+
+async def test_a_score_is_progress(engine: EngineHarness, prompts: Prompts) -> None:
+    """Or an engine that only scores would be taken for hung."""
+    before = engine.engine.progress()
+    await engine.sample([prompts[0]], max_tokens=0, logprobs=None, prompt_logprobs=0)
+    assert engine.engine.progress() != before

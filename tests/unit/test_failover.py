@@ -45,7 +45,8 @@ class Engine(FakeEngine):
         self.dead = asyncio.Event()
         self.sampled: Counter[tuple[int, int]] = Counter()
         """Samples that were begun, by prompt and index."""
-        self.retired = 0
+        self.fuses: list[float] = []
+        """Seconds that the poison takes, each time."""
 
     def end(self, error: EngineDeadError) -> None:
         self.error = error
@@ -53,7 +54,9 @@ class Engine(FakeEngine):
 
     async def sample_group(self, group: Group) -> SampleColumns:
         if group.id >= 0 and group.prompt_ids[0] == POISON:
-            self.end(EngineCrashedError(f"{self._name} crashed."))
+            fuse_s = self.fuses.pop(0) if self.fuses else 0.0
+            crash = EngineCrashedError(f"{self._name} crashed.")
+            asyncio.get_running_loop().call_later(fuse_s, self.end, crash) if fuse_s else self.end(crash)
         if group.id >= 0:
             self.sampled[int(group.prompt_ids[0]), group.first_sample] += 1
         dead = asyncio.ensure_future(self.dead.wait())
@@ -178,6 +181,33 @@ async def test_poison_prompt_fails_alone_and_is_named(service: Service) -> None:
         assert exact(await bystander, len(PROMPTS), 4)
     assert service.restarts == 2
     assert exact(await service.router.sample(PROMPTS, {"max_tokens": 2}), len(PROMPTS), 1)
+
+
+async def test_prompt_that_takes_longer_to_end_its_second_engine_is_found_all_the_same(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was cleared by then, and another suspect is beside it: that one is not taken for it."""
+    monkeypatch.setattr("twinkle_serve.routing.pool.CLEARED_AFTER_S", 0.02)
+    for engine in service.engines.values():
+        engine.fuses = [0.1, 0.4, 0.4, 0.4]
+        engine._args = engine._args.model_copy(update={"token_latency_s": 0.01})
+    fuses = service.engines["a"].fuses
+    service.engines["b"].fuses = fuses  # of the prompt, wherever it is
+    bystander = asyncio.ensure_future(
+        service.router.sample(PROMPTS[:6], {"max_tokens": 60, "ignore_eos": True}, num_samples=2)
+    )
+    with pytest.raises(PoisonPromptError, match=r"inputs\[0\]"):
+        await service.router.sample({"input_ids": [POISON, 20, 21]}, {"max_tokens": 90, "ignore_eos": True})
+    assert exact(await bystander, 6, 2)
+
+
+async def test_slow_reader_of_a_stream_does_not_make_its_engine_look_hung(service: Service) -> None:
+    """It has finished long since."""
+    deltas = service.router.sample_stream(PROMPTS[0], {"max_tokens": 40, "ignore_eos": True})
+    assert await anext(deltas)
+    await asyncio.sleep(1.0)  # three times stall_timeout_s
+    assert [reason async for _, reason in deltas][-1] == "length"
+    assert not service.restarts
 
 
 async def test_engines_that_are_killed_again_and_again_lose_no_call(service: Service) -> None:
