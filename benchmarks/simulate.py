@@ -1,195 +1,40 @@
 """How long a batch takes on many engines, by policy: the router's own dispatcher over simulated engines.
 
-    scripts/bench simulate [--engines 8 64 512 4096] [--slots 64] [--waves 16] [--json FILE] [--plot FILE]
+    scripts/bench simulate [--batches 8x16 64x16 64x128 512x16 4096x2] [--slots 64] [--json FILE] [--plot FILE]
 
-An engine runs up to `--slots` sequences side by side; a step gives each one token and takes BASE_S + b * SEQUENCE_S
-with b sequences (`--step-s`, by default as measured on the demo model; `--measure` does that again). It hands samples
-back DELIVERY_S after they end. Work is `--waves` times what all engines run at once, in groups of
-`--samples`.
+A batch of 64x16 is on 64 engines, and has 16 times what all of them run at once, in groups of `--samples`. An engine
+runs up to `--slots` sequences side by side; a step gives each one token and takes BASE_S + b * SEQUENCE_S with b
+sequences (`--step-s`, by default as measured on the demo model; `--measure` does that again). It hands samples back
+DELIVERY_S after they end.
 
-The lower bound is the larger of two: all tokens at the rate of full engines, and the longest sample alone on one.
+The lower bound is the larger of two: all tokens at the rate of full engines, and the longest sample alone on one. No
+router that does not know lengths gets near it while the longest sample takes a good part of the batch's time, so `pool`
+stands beside it, the same work where nothing is placed: see `benchmarks._simulated.pooled`.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import heapq
-import itertools
 import json
 import os
-import random
 import time
-from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from benchmarks._simulated import SHAPES, bound_s, lengths_of, pooled, simulate
 from benchmarks.overhead import commit, cpu_model
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group
-from twinkle_serve.routing.dispatch import Dispatcher
-from twinkle_serve.routing.policies import POLICIES, PolicyName
+from twinkle_serve.routing.policies import POLICIES
 
-DELIVERY_S = 0.05
-"""`ChunkRunner` waits so long for company."""
-PROMPT_TOKENS = 64
-LONGEST = 8192
+STEP_S = (0.0026, 0.000082)
+"""Of the demo model on two cores, float32, by `--measure`."""
 
-Sample: TypeAlias = tuple[int, int]
-"""Its group's id, and its index."""
-
-SHAPES = ("log-normal", "reasoning")
-
-
-def lengths_of(shape: str, count: int, rng: np.random.Generator) -> NDArray[np.int32]:
-    """Tokens of samples. log-normal: median 400, sigma 1. reasoning: most are done after hundreds, a quarter think for
-    thousands, and one in fifty runs into the limit."""
-    if shape == "log-normal":
-        drawn = rng.lognormal(np.log(400), 1.0, count)
-    else:
-        kind = rng.random(count)
-        drawn = np.where(kind < 0.75, rng.lognormal(np.log(500), 0.6, count), rng.lognormal(np.log(2500), 0.5, count))
-        drawn = np.where(kind > 0.98, LONGEST, drawn)
-    return np.clip(drawn, 1, LONGEST).astype(np.int32)
-
-
-@dataclass(slots=True, eq=False)
-class Engine:
-    """Sequences that progress together: each has had `progress` minus where it began tokens."""
-
-    name: str
-    slots: int
-    step_s: tuple[float, float]
-    now: float = 0.0
-    progress: float = 0.0
-    running: list[tuple[float, int, Sample]] = field(default_factory=list)
-    """Heap: progress at which a sequence ends, a tie-breaker, its sample."""
-    waiting: deque[tuple[int, Sample]] = field(default_factory=deque)
-    """Tokens, and which sample it is."""
-    version: int = 0
-    numbers: Any = field(default_factory=itertools.count)
-
-    def advance(self, now: float) -> None:
-        if self.running:
-            base, each = self.step_s
-            self.progress += (now - self.now) / (base + each * len(self.running))
-        self.now = now
-
-    def next_end(self) -> float:
-        base, each = self.step_s
-        return self.now + max(0.0, self.running[0][0] - self.progress) * (base + each * len(self.running))
-
-    def start(self, delays: list[float]) -> None:
-        """Fills free slots."""
-        while self.waiting and len(self.running) < self.slots:
-            tokens, sample = self.waiting.popleft()
-            heapq.heappush(self.running, (self.progress + tokens, next(self.numbers), sample))
-            delays.append(self.now)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """Of one batch."""
-
-    makespan_s: float
-    bound_s: float
-    queueing_mean_s: float
-    queueing_p95_s: float
-    """Between the call and a sample's first step."""
-    cpu_us_per_prompt: float
-    """Of the dispatcher and its policy alone."""
-
-    @property
-    def ratio(self) -> float:
-        return self.makespan_s / self.bound_s
-
-
-def simulate(
-    policy: PolicyName, engines: int, slots: int, lengths: NDArray[np.int32], step_s: tuple[float, float], seed: int
-) -> Result:
-    """A call with len(lengths) prompts, each of lengths.shape[1] samples."""
-    prompts, samples = lengths.shape
-    dispatcher = Dispatcher(policy, rng=random.Random(seed))
-    made = {f"e{number:04d}": Engine(f"e{number:04d}", slots, step_s) for number in range(engines)}
-    for name in made:
-        dispatcher.add_engine(name, slots)
-    params = SamplingParams(max_tokens=LONGEST)
-    rng = np.random.default_rng(seed)
-    groups = [
-        Group(
-            id=i,
-            prompt_ids=rng.integers(0, 1000, PROMPT_TOKENS - 1).astype(np.int32),
-            params=params,
-            count=samples,
-            index=i,
-            prompts=prompts,
-        )
-        for i in range(prompts)
-    ]
-    cpu = 0.0
-    delays: list[float] = []
-    events: list[tuple[float, int, str, int, list[Sample] | None]] = []
-    order = itertools.count()
-    last = 0.0
-
-    def send(now: float) -> None:
-        nonlocal cpu
-        started = time.process_time()
-        chunks = dispatcher.assign()
-        cpu += time.process_time() - started
-        for name, chunk in chunks.items():
-            engine = made[name]
-            engine.advance(now)
-            for group in chunk:
-                engine.waiting.extend((int(lengths[group.id, j]), (group.id, j)) for j in group.samples)
-            engine.start(delays)
-            schedule(engine)
-
-    def schedule(engine: Engine) -> None:
-        engine.version += 1
-        if engine.running:
-            heapq.heappush(events, (engine.next_end(), next(order), engine.name, engine.version, None))
-
-    started = time.process_time()
-    dispatcher.enqueue(groups)
-    cpu += time.process_time() - started
-    send(0.0)
-    while events:
-        now, _, name, version, delivered = heapq.heappop(events)
-        engine = made[name]
-        if delivered is not None:
-            started = time.process_time()
-            dispatcher.ended(name, delivered)
-            dispatcher.learn(lengths[tuple(zip(*delivered, strict=True))])
-            cpu += time.process_time() - started
-            send(now)
-            continue
-        if version != engine.version:
-            continue
-        engine.advance(now)
-        ended = []
-        while engine.running and engine.running[0][0] <= engine.progress + 1e-6:
-            _, _, sample = heapq.heappop(engine.running)
-            ended.append(sample)
-        last = now
-        engine.start(delays)
-        schedule(engine)
-        if ended:
-            heapq.heappush(events, (now + DELIVERY_S, next(order), name, 0, ended))
-    assert len(delays) == lengths.size, "a sample was lost"
-    base, each = step_s
-    bound = max(lengths.sum() * (base + each * slots) / slots / engines, lengths.max() * (base + each))
-    return Result(
-        makespan_s=last,
-        bound_s=float(bound),
-        queueing_mean_s=float(np.mean(delays)),
-        queueing_p95_s=float(np.percentile(delays, 95)),
-        cpu_us_per_prompt=cpu / prompts * 1e6,
-    )
+POOL = "pool"
 
 
 async def measured_step_s() -> tuple[float, float]:
@@ -212,12 +57,19 @@ async def measured_step_s() -> tuple[float, float]:
     return steps[1] - each, each
 
 
+def batches(text: str) -> tuple[int, float]:
+    """Engines and waves of `64x16`."""
+    engines, waves = text.split("x")
+    return int(engines), float(waves)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engines", type=int, nargs="+", default=[8, 64, 512, 4096])
+    default = ["8x16", "64x16", "64x128", "512x16", "4096x2"]
+    parser.add_argument("--batches", nargs="+", default=default, help="ENGINESxWAVES")
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--waves", type=float, default=16)
+    parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES))
     parser.add_argument("--step-s", type=float, nargs=2, default=STEP_S, metavar=("BASE_S", "SEQUENCE_S"))
     parser.add_argument("--measure", action="store_true", help="measure the step here first")
     parser.add_argument("--json", type=Path)
@@ -225,30 +77,12 @@ def main() -> None:
     options = parser.parse_args()
     step_s = asyncio.run(measured_step_s()) if options.measure else tuple(options.step_s)
     rows = []
-    for shape, engines in itertools.product(SHAPES, options.engines):
-        prompts = max(1, int(options.waves * engines * options.slots / options.samples))
-        rng = np.random.default_rng(engines)
-        lengths = lengths_of(shape, prompts * options.samples, rng).reshape(prompts, options.samples)
-        for policy in POLICIES:
-            result = simulate(policy, engines, options.slots, lengths, step_s, seed=0)
-            rows.append(
-                {
-                    "lengths": shape,
-                    "engines": engines,
-                    "prompts": prompts,
-                    "policy": policy,
-                    "makespan_s": round(result.makespan_s, 2),
-                    "ratio_to_bound": round(result.ratio, 3),
-                    "queueing_mean_s": round(result.queueing_mean_s, 2),
-                    "queueing_p95_s": round(result.queueing_p95_s, 2),
-                    "cpu_us_per_prompt": round(result.cpu_us_per_prompt, 1),
-                    "prompts_per_s": round(prompts / result.makespan_s, 1),
-                }
-            )
-            print(rows[-1], flush=True)
+    for row in run(options, step_s):
+        rows.append(row)
+        print(row, flush=True)
     answer = {
-        "command": f"scripts/bench simulate --engines {' '.join(map(str, options.engines))} --slots {options.slots} "
-        f"--samples {options.samples} --waves {options.waves:g}" + (" --measure" if options.measure else ""),
+        "command": f"scripts/bench simulate --batches {' '.join(options.batches)} --slots {options.slots} "
+        f"--samples {options.samples}" + (" --measure" if options.measure else ""),
         "commit": commit(),
         "machine": f"{os.cpu_count()} x {cpu_model()}, no GPU",
         "step_s": step_s,
@@ -260,26 +94,69 @@ def main() -> None:
         plot(rows, options.plot)
 
 
-STEP_S = (0.0026, 0.000082)
-"""Of the demo model on two cores, float32, by `--measure`."""
+def run(options: argparse.Namespace, step_s: tuple[float, float]) -> Iterator[dict[str, Any]]:
+    """A row for each batch, shape of lengths and policy; the pool's is the first of each."""
+    slots, samples = options.slots, options.samples
+    for shape in SHAPES:
+        for engines, waves in map(batches, options.batches):
+            prompts = max(1, int(waves * engines * slots / samples))
+            lengths = lengths_of(shape, prompts * samples, np.random.default_rng(engines)).reshape(prompts, samples)
+            bound = bound_s(lengths, engines, slots, step_s)
+            pool_s, delays = pooled(engines, slots, lengths, step_s)
+            batch = {
+                "lengths": shape,
+                "engines": engines,
+                "waves": waves,
+                "prompts": prompts,
+                "bound_s": round(bound, 2),
+            }
+
+            def row(policy: str, makespan_s: float, delays: Any, **more: float) -> dict[str, Any]:
+                return {
+                    **batch,  # noqa: B023  it is called before the next batch
+                    "policy": policy,
+                    "makespan_s": round(makespan_s, 2),
+                    "ratio_to_bound": round(makespan_s / bound, 3),  # noqa: B023
+                    "ratio_to_pool": round(makespan_s / pool_s, 3),  # noqa: B023
+                    "queueing_mean_s": round(float(np.mean(delays)), 2),
+                    "queueing_p95_s": round(float(np.percentile(delays, 95)), 2),
+                    **more,
+                }
+
+            yield row(POOL, pool_s, delays)
+            for policy in options.policies:
+                result = simulate(policy, engines, slots, lengths, step_s, seed=0)
+                cpu_us = round(result.cpu_us_per_prompt, 1)
+                yield row(policy, result.makespan_s, result.delays_s, cpu_us_per_prompt=cpu_us)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Makespan against the bound, by engines, for each policy and shape."""
+    """Makespan against the bound, and queueing delay as a share of it, by batch, for each policy and shape."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(SHAPES), figsize=(9, 3.6), sharey=True, layout="constrained")
-    for panel, shape in zip(panels, SHAPES, strict=True):
-        for policy in POLICIES:
+    figure, panels = plt.subplots(2, len(SHAPES), figsize=(10, 6.5), sharex=True, sharey="row", layout="constrained")
+    names = list(dict.fromkeys(f"{row['engines']}\n{row['waves']:g} waves" for row in rows))
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    for column, shape in enumerate(SHAPES):
+        for number, policy in enumerate(policies):
             mine = [row for row in rows if row["lengths"] == shape and row["policy"] == policy]
-            panel.plot([r["engines"] for r in mine], [r["ratio_to_bound"] for r in mine], marker="o", label=policy)
-        panel.set(xscale="log", xlabel="engines", title=f"{shape} lengths")
-        panel.grid(alpha=0.3)
-    panels[0].set(ylabel="makespan / lower bound")
-    panels[0].legend()
+            places = np.arange(len(mine)) + (number - (len(policies) - 1) / 2) * 0.8 / len(policies)
+            width = 0.8 / len(policies)
+            panels[0][column].bar(places, [r["ratio_to_bound"] for r in mine], width, label=policy)
+            delays = [r["queueing_p95_s"] / r["bound_s"] for r in mine]
+            panels[1][column].bar(places, delays, width)
+        panels[0][column].set(title=f"{shape} lengths")
+        panels[0][column].axhline(1.05, color="black", linewidth=0.8, linestyle=":")
+        panels[1][column].set(xticks=range(len(names)), xticklabels=names, xlabel="engines")
+        for panel in panels[:, column]:
+            panel.grid(alpha=0.3, axis="y")
+            panel.set_axisbelow(True)
+    panels[0][0].set(ylabel="makespan / lower bound", ylim=(0.9, None))
+    panels[1][0].set(ylabel="p95 of queueing / lower bound")
+    panels[0][0].legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

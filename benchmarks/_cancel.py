@@ -1,0 +1,138 @@
+"""How soon an engine is free of what was cancelled, seen from outside: somebody else waits for the place.
+
+With one place: a call has two prompts. The first fills the context but for a few tokens and ends soon; the second runs
+until it is cancelled. A stream of one token, which goes past the router's queue, waits in the engine for the place. The
+time from the cancel to its token is an upper bound: the token's own step and its way back are in it. `alone` is what
+the stream takes on an engine that is free, its way there included.
+
+With two places, for `min_groups=1`: the first prompt leaves room for more tokens. Two streams wait, a long one and one
+of one token. The long one gets the place of the prompt that ends, the other the place of the one that is dropped. Both
+tokens come the same way, so the time between them is the one from the end of the first to the end of the second.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+class Waiter:
+    """A stream, read in a thread until its first delta; then it is closed."""
+
+    def __init__(self, sampler: Any, tokens: int) -> None:
+        self._sampler, self._tokens = sampler, tokens
+        self.sent = time.perf_counter()
+        self.arrived = 0.0
+        self._may_end = threading.Event()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        prompt = {"input_ids": np.full(4, 50, np.int32)}
+        deltas = self._sampler.sample_stream(prompt, {"max_tokens": self._tokens, "ignore_eos": True})
+        next(deltas)
+        self.arrived = time.perf_counter()
+        self._may_end.wait()
+        deltas.close()
+
+    def first(self) -> float:
+        """When the first delta came; the stream may go on."""
+        while not self.arrived and self._thread.is_alive():
+            time.sleep(0.001)
+        return self.arrived
+
+    def end(self) -> None:
+        self._may_end.set()
+        self._thread.join()
+
+
+def cancels(sampler: Any, slots: int, context: int, rounds: int) -> dict[str, Any]:
+    """Times in ms, on an engine with so many places and so long a context."""
+    if slots == 2:
+        return {"min_groups": _ms([_min_groups(sampler, context) for _ in range(rounds)])}
+    ways: dict[str, Callable[[Any], Any]] = {
+        "cancel": lambda rollouts: rollouts.cancel([1]),
+        "close": lambda rollouts: rollouts.close(),
+    }
+    result = {"alone": _ms([_alone(sampler) for _ in range(rounds)])}
+    for way, act in ways.items():
+        result[way] = _ms([_cancelled(sampler, context, act) for _ in range(rounds)])
+    return result
+
+
+def _alone(sampler: Any) -> float:
+    _settle(sampler)
+    waiter = Waiter(sampler, 1)
+    taken = waiter.first() - waiter.sent
+    waiter.end()
+    return taken
+
+
+def _cancelled(sampler: Any, context: int, act: Callable[[Any], Any]) -> float | None:
+    _settle(sampler)
+    rollouts = _two_prompts(sampler, context, 4, None)
+    next(rollouts)  # the second runs now, or is about to
+    _wait_for(sampler, 1)
+    waiter = Waiter(sampler, 1)
+    _wait_for(sampler, 2)
+    time.sleep(0.05)  # the stream is on its way from the router to the engine
+    began = time.perf_counter()
+    act(rollouts)
+    taken = waiter.first() - began
+    waiter.end()
+    rollouts.close()
+    return taken if taken > 0 else None
+
+
+def _min_groups(sampler: Any, context: int) -> float | None:
+    _settle(sampler)
+    rollouts = _two_prompts(sampler, context, 120, 1)
+    _wait_for(sampler, 2)
+    long = Waiter(sampler, context - 8)
+    _wait_for(sampler, 3)
+    short = Waiter(sampler, 1)
+    _wait_for(sampler, 4)
+    taken = short.first() - long.first()
+    for waiter in (long, short):
+        waiter.end()
+    assert len(list(rollouts)) == 1
+    return taken if taken > 0 else None
+
+
+def _two_prompts(sampler: Any, context: int, room: int, min_groups: int | None) -> Any:
+    """A call of a prompt that has room for so few tokens, and of one that has the whole context."""
+    rng = np.random.default_rng(time.time_ns())
+    prompts = [{"input_ids": rng.integers(32, 127, length).astype(np.int32)} for length in (context - room, 4)]
+    return sampler.sample_iter(prompts, {"max_tokens": None, "ignore_eos": True}, min_groups=min_groups)
+
+
+def _settle(sampler: Any) -> None:
+    while _sequences(sampler):
+        time.sleep(0.01)
+
+
+def _wait_for(sampler: Any, sequences: int) -> None:
+    while _sequences(sampler) < sequences:
+        time.sleep(0.002)
+
+
+def _sequences(sampler: Any) -> int:
+    return sum(int(engine["sequences"]) for engine in sampler.status()["engines"].values())
+
+
+def _ms(taken: list[Any]) -> dict[str, Any]:
+    """None where the place was free before it was cancelled: that round says nothing."""
+    values = sorted(seconds * 1e3 for seconds in taken if seconds is not None)
+    if not values:
+        return {"rounds": 0}
+    return {
+        "median_ms": round(statistics.median(values), 1),
+        "max_ms": round(values[-1], 1),
+        "rounds": len(values),
+        "void": len(taken) - len(values),
+    }

@@ -1,0 +1,207 @@
+"""Simulated engines, and the router's own dispatcher over them. No router, no RPC, no tokens: time is counted."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinkle_serve.data_format import SamplingParams
+from twinkle_serve.data_format.groups import Group
+from twinkle_serve.routing.dispatch import Dispatcher
+from twinkle_serve.routing.policies import PolicyName
+
+DELIVERY_S = 0.05
+"""`ChunkRunner` waits so long for company."""
+PROMPT_TOKENS = 64
+LONGEST = 8192
+
+Sample: TypeAlias = tuple[int, int]
+"""Its group's id, and its index."""
+
+SHAPES = ("log-normal", "reasoning")
+
+
+def lengths_of(shape: str, count: int, rng: np.random.Generator) -> NDArray[np.int32]:
+    """Tokens of samples. log-normal: median 400, sigma 1. reasoning: most are done after hundreds, a quarter think for
+    thousands, and one in fifty runs into the limit."""
+    if shape == "log-normal":
+        drawn = rng.lognormal(np.log(400), 1.0, count)
+    else:
+        kind = rng.random(count)
+        drawn = np.where(kind < 0.75, rng.lognormal(np.log(500), 0.6, count), rng.lognormal(np.log(2500), 0.5, count))
+        drawn = np.where(kind > 0.98, LONGEST, drawn)
+    return np.clip(drawn, 1, LONGEST).astype(np.int32)
+
+
+@dataclass(slots=True, eq=False)
+class Engine:
+    """Sequences that progress together: each has had `progress` minus where it began tokens."""
+
+    name: str
+    slots: int
+    step_s: tuple[float, float]
+    now: float = 0.0
+    progress: float = 0.0
+    running: list[tuple[float, int, Sample]] = field(default_factory=list)
+    """Heap: progress at which a sequence ends, a tie-breaker, its sample."""
+    waiting: deque[tuple[int, Sample]] = field(default_factory=deque)
+    """Tokens, and which sample it is."""
+    version: int = 0
+    numbers: Any = field(default_factory=itertools.count)
+
+    def advance(self, now: float) -> None:
+        if self.running:
+            base, each = self.step_s
+            self.progress += (now - self.now) / (base + each * len(self.running))
+        self.now = now
+
+    def next_end(self) -> float:
+        base, each = self.step_s
+        return self.now + max(0.0, self.running[0][0] - self.progress) * (base + each * len(self.running))
+
+    def start(self, delays: list[float]) -> None:
+        """Fills free slots."""
+        while self.waiting and len(self.running) < self.slots:
+            tokens, sample = self.waiting.popleft()
+            heapq.heappush(self.running, (self.progress + tokens, next(self.numbers), sample))
+            delays.append(self.now)
+
+    def take_ended(self) -> list[Sample]:
+        """Takes what has all its tokens."""
+        ended = []
+        while self.running and self.running[0][0] <= self.progress + 1e-6:
+            ended.append(heapq.heappop(self.running)[2])
+        return ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """Of one batch."""
+
+    makespan_s: float
+    delays_s: list[float]
+    """Of each sample, from the call to its first step."""
+    cpu_us_per_prompt: float
+    """Of the dispatcher and its policy alone."""
+
+
+def simulate(
+    policy: PolicyName, engines: int, slots: int, lengths: NDArray[np.int32], step_s: tuple[float, float], seed: int
+) -> Result:
+    """A call with len(lengths) prompts, each of lengths.shape[1] samples."""
+    prompts, samples = lengths.shape
+    dispatcher = Dispatcher(policy, rng=random.Random(seed))
+    made = {f"e{number:04d}": Engine(f"e{number:04d}", slots, step_s) for number in range(engines)}
+    for name in made:
+        dispatcher.add_engine(name, slots)
+    params = SamplingParams(max_tokens=LONGEST)
+    rng = np.random.default_rng(seed)
+    groups = [
+        Group(
+            id=i,
+            prompt_ids=rng.integers(0, 1000, PROMPT_TOKENS - 1).astype(np.int32),
+            params=params,
+            count=samples,
+            index=i,
+            prompts=prompts,
+        )
+        for i in range(prompts)
+    ]
+    cpu = 0.0
+    delays: list[float] = []
+    events: list[tuple[float, int, str, int, list[Sample] | None]] = []
+    order = itertools.count()
+    last = 0.0
+
+    def send(now: float) -> None:
+        nonlocal cpu
+        started = time.process_time()
+        chunks = dispatcher.assign()
+        cpu += time.process_time() - started
+        for name, chunk in chunks.items():
+            engine = made[name]
+            engine.advance(now)
+            for group in chunk:
+                engine.waiting.extend((int(lengths[group.id, j]), (group.id, j)) for j in group.samples)
+            engine.start(delays)
+            schedule(engine)
+
+    def schedule(engine: Engine) -> None:
+        engine.version += 1
+        if engine.running:
+            heapq.heappush(events, (engine.next_end(), next(order), engine.name, engine.version, None))
+
+    started = time.process_time()
+    dispatcher.enqueue(groups)
+    cpu += time.process_time() - started
+    send(0.0)
+    while events:
+        now, _, name, version, delivered = heapq.heappop(events)
+        engine = made[name]
+        if delivered is not None:
+            started = time.process_time()
+            dispatcher.ended(name, delivered)
+            dispatcher.learn(lengths[tuple(zip(*delivered, strict=True))])
+            cpu += time.process_time() - started
+            send(now)
+            continue
+        if version != engine.version:
+            continue
+        engine.advance(now)
+        ended = engine.take_ended()
+        last = now
+        engine.start(delays)
+        schedule(engine)
+        if ended:
+            heapq.heappush(events, (now + DELIVERY_S, next(order), name, 0, ended))
+    assert len(delays) == lengths.size, "a sample was lost"
+    return Result(makespan_s=last, delays_s=delays, cpu_us_per_prompt=cpu / prompts * 1e6)
+
+
+def bound_s(lengths: NDArray[np.int32], engines: int, slots: int, step_s: tuple[float, float]) -> float:
+    """No batch is over sooner: all tokens at the rate of full engines, or the longest sample alone on one."""
+    base, each = step_s
+    return float(max(lengths.sum() * (base + each * slots) / slots / engines, lengths.max() * (base + each)))
+
+
+def pooled(
+    engines: int, slots: int, lengths: NDArray[np.int32], step_s: tuple[float, float]
+) -> tuple[float, list[float]]:
+    """Makespan, s, of the same work where nothing is placed, and when each sample began.
+
+    All samples stand in one queue, in the order of their groups. A slot that is free takes the next one at that moment:
+    nothing is delivered late, nothing is sent ahead, and a group need not stay together. What has begun stays on its
+    engine, whose steps take what they take above; nobody knows lengths before. No router without such knowledge and
+    without moving what runs can be counted on to do better.
+    """
+    waiting = deque((int(tokens), (i, 0)) for i, tokens in enumerate(lengths.ravel()))
+    # The first samples are dealt out one by one, so that engines are alike where there are fewer than slots.
+    first = [[waiting.popleft() for _ in range(min(engines, len(waiting)))] for _ in range(slots)]
+    delays: list[float] = []
+    made = []
+    for number in range(engines):
+        engine = Engine(str(number), slots, step_s)
+        engine.waiting.extend(row[number] for row in first if number < len(row))
+        engine.start(delays)
+        engine.waiting = waiting
+        made.append(engine)
+    ends = [(engine.next_end(), number) for number, engine in enumerate(made) if engine.running]
+    heapq.heapify(ends)
+    now = 0.0
+    while ends:
+        now, number = heapq.heappop(ends)
+        engine = made[number]
+        engine.advance(now)
+        engine.take_ended()
+        engine.start(delays)
+        if engine.running:
+            heapq.heappush(ends, (engine.next_end(), number))
+    return now, delays
