@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
 import os
 import statistics
@@ -32,15 +31,11 @@ from ray import serve
 
 import twinkle_serve
 from benchmarks._cancel import cancels
+from benchmarks._one_by_one import OneByOne, OneEngine
 from benchmarks.overhead import commit, cpu_model, measured
-from deployments.logging import QUIET
 from graphs.sampler import build
-from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SamplingParams
-from twinkle_serve.data_format.groups import Group
-from twinkle_serve.data_format.samples import SampleColumns
-from twinkle_serve.engines import build_engine
 
 AT_A_TIME = 64
 PROMPT_TOKENS = 32
@@ -48,31 +43,6 @@ QUEUED = 10_000
 PERIOD_S = 0.02
 WATCH_S = 20.0
 VLLM_ARGS = {"max_model_len": 256, "dtype": "float32", "max_num_seqs": 256, "kv_cache_memory_bytes": 2**28}
-
-
-@serve.deployment(max_ongoing_requests=100_000, logging_config=QUIET)
-class OneEngine:
-    """The reference's engine: a call is a sample."""
-
-    async def __init__(self, kind: Any, engine_args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._engine = build_engine(kind, "reference", str(hub.DEMO), engine_args)
-        self._ids = itertools.count()
-        await self._engine.start()
-
-    async def sample(self, prompt_ids: Any, params: SamplingParams) -> SampleColumns:
-        return await self._engine.sample_group(Group(id=next(self._ids), prompt_ids=prompt_ids, params=params))
-
-
-@serve.deployment(max_ongoing_requests=100_000, logging_config=QUIET)
-class OneByOne:
-    """The reference's router: each sample is a call of the engine."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-
-    async def sample(self, prompt_ids: Any, params: SamplingParams, num_samples: int) -> list[SampleColumns]:
-        calls = [self._engine.sample.remote(prompt_ids, params) for _ in range(num_samples)]
-        return list(await asyncio.gather(*calls))
 
 
 @ray.remote(num_cpus=0)
@@ -280,8 +250,8 @@ async def control(options: argparse.Namespace) -> dict[str, Any]:
 
 def latencies(watched: tuple[Sequence[float], int]) -> dict[str, Any]:
     values, waiting = watched
-    marks = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
-    found = {f"{mark}_ms": round(float(np.percentile(values, at)) * 1e3, 1) for mark, at in marks.items()}
+    marks = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99, "max_ms": 100}
+    found = {mark: round(float(np.percentile(values, at)) * 1e3, 1) for mark, at in marks.items()}
     return {**found, "calls": len(values), "most_waiting": waiting}
 
 
