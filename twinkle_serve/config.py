@@ -142,6 +142,9 @@ class ServiceArgs(Strict):
     """Run code that comes with the model."""
     policy: Literal["balanced", "round_robin", "static"] = "balanced"
     """Which engine a prompt goes to."""
+    failover: Literal["restart", "resume"] = "restart"
+    """What becomes of a sample whose engine ends: it is sampled again from its start, or goes on from the last tokens
+    that the router had received of it, where that can be done honestly."""
     max_queued_requests: int = Field(default=10_000, ge=1)
     """Calls that may run or wait while prompts wait; the next one is refused."""
     max_queued_tokens: int = Field(default=1_000_000_000, ge=1)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.adapters import AdapterVersion
-from twinkle_serve.data_format.samples import StopReason
+from twinkle_serve.data_format.samples import Begun, StopReason
 from twinkle_serve.data_format.sampling_params import SamplingParams
 from twinkle_serve.data_format.weights import BaseVersion
 
@@ -39,6 +39,10 @@ class Group:
     """None is the base model."""
     sample_timeout_s: float | None = None
     """Seconds that each sample may take on its engine, waiting there and pauses included; then it ends where it is."""
+    resume: bool = False
+    """Whether its samples go on from where they were when their engine ends; the engine reports their tokens then."""
+    begun: Begun | None = None
+    """What there is already of the only sample of this group: it goes on from there."""
     attempts: int = 0
     """How often it was placed before."""
     lost: tuple[str, ...] = ()

@@ -37,6 +37,41 @@ class PromptScores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """Tokens of a sample that has not ended, T of them: its first ones, or what it has gained since."""
+
+    tokens: NDArray[np.int32]
+    """Shape [T]."""
+    logprobs: FloatArray | None
+    """As in SampleColumns. Shape [T, 1 + k]; None if not asked for."""
+    logprob_tokens: NDArray[np.int32] | None
+    """As in SampleColumns. Shape [T, 1 + k]; None if k = 0."""
+    weight_versions: Spans
+    """Versions of the model's own weights that sampled them; starts count from the first token here."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def concat(cls, parts: Sequence[Begun]) -> Begun:
+        """Parts that follow each other. At least one, all with logprobs or none."""
+        spans: list[tuple[str, int]] = []
+        start = 0
+        for part in parts:
+            for label, at in part.weight_versions:
+                if not spans or spans[-1][0] != label:
+                    spans.append((label, start + at))
+            start += len(part)
+
+        def joined(name: str) -> NDArray[np.generic] | None:
+            arrays = [getattr(part, name) for part in parts]
+            return None if arrays[0] is None else np.concatenate(arrays)
+
+        arrays = ("tokens", "logprobs", "logprob_tokens")
+        return cls(**{name: joined(name) for name in arrays}, weight_versions=tuple(spans))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleColumns:
     """S samples with T tokens between them."""
 

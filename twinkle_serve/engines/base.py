@@ -19,6 +19,7 @@ from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, GroupKe
 from twinkle_serve.data_format.samples import (
     NO_SEED,
     STOP_REASONS,
+    Begun,
     FloatArray,
     PromptScores,
     SampleColumns,
@@ -70,6 +71,13 @@ class Engine(Protocol):
 
     async def sample_group(self, group: Group) -> SampleColumns:
         """Samples one group. Raises RequestError for what this engine cannot do, EngineDeadError if it is gone."""
+
+    def so_far(self, group: Group, offset: int) -> Begun | None:
+        """What a running group of one sample, with `resume` set, has got beyond its first `offset` tokens.
+
+        Guarantees: a sample that has ended has nothing; so the last token is none that ends it.
+        May always be None: then a sample whose engine ends is sampled from its start.
+        """
 
     def stream_tokens(self, group: Group) -> AsyncGenerator[TokenDelta, None]:
         """Samples a group of one sample, handing out its tokens as they come; the last item has a stop reason.
@@ -236,8 +244,28 @@ def most_new_tokens(info: EngineInfo, group: Group) -> int:
     return room if group.params.max_tokens is None else min(group.params.max_tokens, room)
 
 
+def spans_from(spans: Sequence[tuple[str, int]], offset: int) -> Spans:
+    """Spans of a sample as those of its tokens from `offset` on."""
+    later = [(label, start - offset) for label, start in spans if start > offset]
+    before = [(label, 0) for label, start in spans if start <= offset]
+    return (*before[-1:], *later)
+
+
 MOST_EARLY_ABORTS = 10_000
 """Aborts remembered of groups that do not run; the oldest are forgotten."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gain:
+    """What a running sample has gained since the last time."""
+
+    attempt: Attempt
+    """Of its group, as the router has placed it."""
+    sample: int
+    """Index of the sample among its prompt's."""
+    offset: int
+    """Tokens that it had before."""
+    begun: Begun
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,10 +275,17 @@ class Finished:
     columns: SampleColumns | None = None
     failures: dict[GroupKey, TwinkleServeError] = field(default_factory=dict)
     """Groups that failed by themselves; the others of the chunk go on."""
+    gains: Sequence[Gain] = ()
+    """Of samples that are not done, of this chunk or another one."""
 
 
 SampleGroup: TypeAlias = Callable[[Group], Awaitable[SampleColumns]]
 """`Engine.sample_group`, or what stands in front of it."""
+SoFar: TypeAlias = Callable[[Group, int], Begun | None]
+"""`Engine.so_far`, or what stands in front of it."""
+
+GAINS_PERIOD_S = 0.5
+"""How often what running samples have gained is handed on: the most that a sample which is resumed has lost."""
 
 
 def apart(group: Group) -> list[Group]:
@@ -267,19 +302,29 @@ class ChunkRunner:
     """Runs chunks of groups on an engine and hands back samples as they end, many at a time.
 
     Each item costs its receiver about a millisecond, so an item waits up to `flush_after_s` for company; the last one
-    of a chunk waits for nothing.
+    of a chunk waits for nothing. For the same reason gains of all chunks go by one item, of whichever chunk.
     """
 
-    def __init__(self, sample_group: SampleGroup, flush_after_s: float = 0.05) -> None:
+    def __init__(
+        self,
+        sample_group: SampleGroup,
+        so_far: SoFar = lambda group, offset: None,
+        flush_after_s: float = 0.05,
+    ) -> None:
         self._sample_group = sample_group
+        self._so_far = so_far
         self._flush_after_s = flush_after_s
         self._running: dict[Attempt, list[asyncio.Task[SampleColumns]]] = {}
         self._aborted_early: dict[Attempt, None] = {}
+        self._told: dict[asyncio.Task[SampleColumns], tuple[Attempt, Group, int]] = {}
+        """Samples that run and may be resumed: attempt of their group, themselves, and tokens that were handed on."""
+        self._tell_at = 0.0
 
     async def run(self, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
         """Samples a chunk.
 
         Guarantees: every sample is in one item, unless its group failed or was aborted; a failure is in one item.
+        Guarantees: gains of a sample come before its end, each token once.
         Guarantees: closing the iterator, or cancelling its consumer, aborts the groups that are still running.
 
         Raises:
@@ -291,17 +336,26 @@ class ChunkRunner:
         keys: dict[asyncio.Task[SampleColumns], GroupKey] = {}
         ended: asyncio.Queue[asyncio.Task[SampleColumns]] = asyncio.Queue()
         for group in wanted:
-            self._running[group.attempt] = [asyncio.ensure_future(self._sample_group(part)) for part in apart(group)]
-            for task in self._running[group.attempt]:
+            parts = apart(group)
+            self._running[group.attempt] = [asyncio.ensure_future(self._sample_group(part)) for part in parts]
+            for part, task in zip(parts, self._running[group.attempt], strict=True):
                 keys[task] = group.key
                 task.add_done_callback(ended.put_nowait)
+                if group.resume:
+                    self._told[task] = (group.attempt, part, 0 if part.begun is None else len(part.begun))
         try:
             while keys:
-                done = [await ended.get()]
+                done = []
                 with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(self._tell_at if self._told else None):
+                        done.append(await ended.get())
                     async with asyncio.timeout(self._flush_after_s):
                         while len(done) < len(keys):
                             done.append(await ended.get())
+                for task in done:
+                    self._told.pop(task, None)
+                if gains := self._gains():
+                    yield Finished(gains=gains)
                 items, dead = _collect([(keys.pop(task), task) for task in done])
                 for item in items:
                     for key in item.failures:
@@ -311,10 +365,24 @@ class ChunkRunner:
                     raise dead
         finally:
             for task in keys:
+                self._told.pop(task, None)
                 task.cancel()
             await asyncio.gather(*keys, return_exceptions=True)
             for group in wanted:
                 self._running.pop(group.attempt, None)
+
+    def _gains(self) -> list[Gain]:
+        """What running samples have gained, where it is time to hand that on."""
+        now = asyncio.get_running_loop().time()
+        if not self._told or now < self._tell_at:
+            return []
+        self._tell_at = now + GAINS_PERIOD_S
+        gains = []
+        for task, (attempt, part, offset) in self._told.items():
+            if (begun := self._so_far(part, offset)) is not None:
+                gains.append(Gain(attempt=attempt, sample=part.first_sample, offset=offset, begun=begun))
+                self._told[task] = (attempt, part, offset + len(begun))
+        return gains
 
     def abort(self, attempts: Iterable[Attempt]) -> None:
         """Aborts groups, if they still run. They come back in no item."""

@@ -25,11 +25,18 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
 from twinkle_serve.adapters import describe_adapter, not_in_model
 from twinkle_serve.checkpoint import Bucket, weight_shapes
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.groups import EngineInfo, Group
-from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, StopReason
+from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
+from twinkle_serve.data_format.samples import Begun, FloatArray, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.sampling_params import SamplingParams
 from twinkle_serve.data_format.weights import INITIAL, PauseMode
-from twinkle_serve.engines.base import TokenDelta, columns_of_group, most_new_tokens, parse_engine_args, stop_cut
+from twinkle_serve.engines.base import (
+    TokenDelta,
+    columns_of_group,
+    most_new_tokens,
+    parse_engine_args,
+    spans_from,
+    stop_cut,
+)
 from twinkle_serve.errors import EngineError, WeightsError
 
 ROWS = 257
@@ -77,6 +84,8 @@ class FakeEngine:
             event.set()
         self._aborting = False
         self._progress = 0
+        self._drafts: dict[Attempt, _Sample] = {}
+        """Of groups of one sample that may be resumed."""
 
     async def start(self) -> None:
         from tokenizers import Tokenizer
@@ -119,8 +128,13 @@ class FakeEngine:
             if params.prompt_logprobs is not None:
                 self._progress += 1
                 scores = _score(group.prompt_ids, params.prompt_logprobs, self._logits_of(group.adapter))
-            async for _ in self._steps(group, samples):
-                pass
+            if group.resume:
+                self._drafts[group.attempt] = samples[0]
+            try:
+                async for _ in self._steps(group, samples):
+                    pass
+            finally:
+                self._drafts.pop(group.attempt, None)
         k = params.logprobs
         return columns_of_group(
             group,
@@ -132,6 +146,18 @@ class FakeEngine:
             None if not k else np.concatenate([sample.top_token_array for sample in samples]),
             scores,
             [tuple(sample.weight_versions) or ((self._label, 0),) for sample in samples],
+        )
+
+    def so_far(self, group: Group, offset: int) -> Begun | None:
+        sample = self._drafts.get(group.attempt)
+        if sample is None or sample.reason is not None or len(sample.tokens) <= offset:
+            return None
+        k = group.params.logprobs
+        return Begun(
+            tokens=np.array(sample.tokens[offset:], np.int32),
+            logprobs=None if k is None else sample.logprob_array[offset:],
+            logprob_tokens=None if not k else sample.top_token_array[offset:],
+            weight_versions=spans_from(sample.weight_versions, offset),
         )
 
     async def stream_tokens(self, group: Group) -> AsyncGenerator[TokenDelta, None]:

@@ -19,7 +19,7 @@ from twinkle_serve.checkpoint import Bucket, buckets, named_tensors, weight_shap
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
-from twinkle_serve.data_format.samples import SampleColumns
+from twinkle_serve.data_format.samples import Begun, SampleColumns
 from twinkle_serve.data_format.weights import FILES, BaseVersion, PauseMode
 from twinkle_serve.engines.base import ChunkRunner, Engine, Finished
 from twinkle_serve.engines.text import TextStream
@@ -101,7 +101,7 @@ class EngineHost:
         self._engine = engine
         self._store = store
         self._model = model
-        self._chunks = ChunkRunner(self._sample_group)
+        self._chunks = ChunkRunner(self._sample_group, self._so_far)
         self._adapters: dict[int, AdapterVersion] = {}
         """Loaded versions, by id."""
         self._uses: Counter[int] = Counter()
@@ -173,9 +173,15 @@ class EngineHost:
         async with self._using(group.adapter):
             self._running += 1
             try:
-                return await self._engine.sample_group(group)
+                if group.begun is None:
+                    return await self._engine.sample_group(group)
+                rest = await self._engine.sample_group(_continuation(group, group.begun))
             finally:
                 self._running -= 1
+            return _whole(group.begun, rest, self._engine.decode)
+
+    def _so_far(self, group: Group, offset: int) -> Begun | None:
+        return self._engine.so_far(group, offset if group.begun is None else offset - len(group.begun))
 
     async def sample(self, session: Session, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
         self._require_life(session.life)
@@ -370,6 +376,35 @@ class EngineHost:
         for task in self._tasks:
             task.cancel()
         await self._engine.stop()
+
+
+def _continuation(group: Group, begun: Begun) -> Group:
+    """A group of one sample that has begun, as one that samples the rest: what there is belongs to its prompt."""
+    params, most = group.params, group.params.max_tokens
+    if most is not None:
+        assert len(begun) < most, (len(begun), most)
+        params = replace(params, max_tokens=most - len(begun))
+    return replace(group, prompt_ids=np.concatenate([group.prompt_ids, begun.tokens]), params=params, begun=None)
+
+
+def _whole(begun: Begun, rest: SampleColumns, decode: Callable[[Sequence[int]], str]) -> SampleColumns:
+    """One sample out of its beginning and its rest."""
+    gained = Begun(
+        tokens=rest.tokens,
+        logprobs=rest.logprobs,
+        logprob_tokens=rest.logprob_tokens,
+        weight_versions=rest.weight_versions[0],
+    )
+    whole = Begun.concat([begun, gained])
+    return replace(
+        rest,
+        lengths=np.array([len(whole)], np.int32),
+        tokens=whole.tokens,
+        logprobs=whole.logprobs,
+        logprob_tokens=whole.logprob_tokens,
+        decoded=[decode(whole.tokens.tolist())],
+        weight_versions=[whole.weight_versions],
+    )
 
 
 async def _one_ahead(items: AsyncGenerator[Bucket, None]) -> AsyncGenerator[Bucket, None]:

@@ -22,7 +22,7 @@ from twinkle_serve.adapters import describe_adapter, not_in_model
 from twinkle_serve.checkpoint import Bucket
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import EngineInfo, Group
-from twinkle_serve.data_format.samples import STOP_REASONS, FloatArray, PromptScores, SampleColumns, StopReason
+from twinkle_serve.data_format.samples import STOP_REASONS, Begun, FloatArray, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.weights import INITIAL, PauseMode
 from twinkle_serve.engines.base import TokenDelta, columns_of_group, most_new_tokens, parse_engine_args
 from twinkle_serve.engines.torch_rows import LogprobsMode, Row, RowSampler, RowStopper
@@ -539,6 +539,9 @@ class TorchEngine:
 
     async def wake_up(self, tags: Sequence[str] | None) -> None:
         raise UnsupportedError("the torch engine does not sleep. Use engine: vllm on a GPU.")
+
+    def so_far(self, group: Group, offset: int) -> Begun | None:
+        return None  # a batch runs to its end in the model's own thread
 
     def progress(self) -> int:
         return self._steps

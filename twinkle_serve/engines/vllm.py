@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from twinkle_serve.adapters import not_in_model
 from twinkle_serve.checkpoint import Bucket
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.groups import EngineInfo, Group
-from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, StopReason
+from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
+from twinkle_serve.data_format.samples import Begun, FloatArray, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.weights import INITIAL, PauseMode, Spans
-from twinkle_serve.engines.base import TokenDelta, columns_of_group, most_new_tokens, stop_cut
+from twinkle_serve.engines.base import TokenDelta, columns_of_group, most_new_tokens, spans_from, stop_cut
 from twinkle_serve.engines.tmpfs import PREFIX, MemoryDirectory
 from twinkle_serve.errors import (
     AdapterError,
@@ -208,6 +208,8 @@ class VLLMEngine:
         self._label = INITIAL
         """Of the weights that it holds."""
         self._slots: AdapterSlots | None = None
+        self._resumable: dict[Attempt, str] = {}
+        """vLLM's request ids of the groups that run and may be resumed."""
         self._ended_tokens = 0
         """Tokens of the samples that have ended."""
 
@@ -300,6 +302,8 @@ class VLLMEngine:
         lora_request = None if group.adapter is None else self._lora_requests.get(group.adapter.id)
         if group.adapter is not None and lora_request is None:
             raise AdapterError(f"{self._name} has no adapter {group.adapter.label}.")
+        if group.resume:
+            self._resumable[group.attempt] = request_id
         try:
             slot = contextlib.nullcontext() if self._slots is None else self._slots.holding(group.adapter)
             async with slot:
@@ -315,6 +319,8 @@ class VLLMEngine:
             raise SamplingParamsError(f"vLLM refuses the request: {error}") from error
         except Exception as error:
             raise EngineError(f"{self._name}: vLLM failed on a request: {error.__cause__ or error}") from error
+        finally:
+            self._resumable.pop(group.attempt, None)
 
     @contextlib.asynccontextmanager
     async def _limited(self, request_id: str, limit_s: float | None) -> AsyncGenerator[None, None]:
@@ -354,6 +360,26 @@ class VLLMEngine:
         live = self._llm.output_processor.request_states.values()
         running: int = sum(state.detokenizer.num_output_tokens() for state in live)
         return self._ended_tokens + running
+
+    def so_far(self, group: Group, offset: int) -> Begun | None:
+        # To stream the tokens instead would cost an output a token, where one at the end is enough.
+        processor, k = self._llm.output_processor, group.params.logprobs
+        internal = processor.external_req_ids.get(self._resumable.get(group.attempt))  # one: the group is one sample
+        state = processor.request_states.get(internal[0]) if internal else None
+        if state is None or state.detokenizer.num_output_tokens() <= offset:
+            return None
+        logprobs = logprob_tokens = None
+        if k is not None:
+            flat, first = state.logprobs_processor.logprobs, offset * (1 + k)
+            logprobs = np.array(flat.logprobs[first:], np.float32).reshape(-1, 1 + k)
+            if k:
+                logprob_tokens = np.array(flat.token_ids[first:], np.int32).reshape(-1, 1 + k)
+        return Begun(
+            tokens=np.array(state.detokenizer.output_token_ids[offset:], np.int32),
+            logprobs=logprobs,
+            logprob_tokens=logprob_tokens,
+            weight_versions=spans_from(state.weight_version_starts or ((self._label, 0),), offset),
+        )
 
     async def sample_group(self, group: Group) -> SampleColumns:
         params = group.params

@@ -33,6 +33,7 @@ from twinkle_serve.routing.adapters import Adapters
 from twinkle_serve.routing.dispatch import Dispatcher
 from twinkle_serve.routing.link import EngineLink
 from twinkle_serve.routing.policies import PolicyName
+from twinkle_serve.routing.resume import Drafts, can_resume, rejoined
 
 logger = logging.getLogger("ray.serve")
 
@@ -102,8 +103,8 @@ class EnginePool:
     """Has engines sample groups, whatever becomes of the engines.
 
     Guarantees: every group that is enqueued is handed back as samples or as a failure, unless it is withdrawn.
-    Guarantees: what an engine that ends or hangs had not handed back is sampled elsewhere, with its seeds; no sample is
-        delivered twice.
+    Guarantees: what an engine that ends or hangs had not handed back is sampled elsewhere, with its seeds, from its
+        start or, with `resume`, from what had arrived of it; no sample is delivered twice.
     Guarantees: a group that ends engine after engine fails, and those beside it do not.
     Guarantees: an engine has a group's adapter version before it is sent the group.
     Guarantees: an engine that samples holds the current version of the model's own weights.
@@ -123,6 +124,7 @@ class EnginePool:
         load_timeout_s: float,
         stall_timeout_s: float = 120.0,
         policy: PolicyName = "balanced",
+        resume: bool = False,
         engines_return: bool = True,
     ) -> None:
         """Must be called on the event loop that it is to live on.
@@ -137,6 +139,7 @@ class EnginePool:
             load_timeout_s: deadline for an engine to load the current weights.
             stall_timeout_s: an engine that has something to sample and samples nothing for so long is lost.
             policy: which engine a group goes to.
+            resume: whether samples that are broken off go on from where they were, where that can be; see `can_resume`.
             engines_return: whether somebody replaces an engine that dies; else groups are not kept for it.
         """
         self._links = dict(links)
@@ -160,6 +163,8 @@ class EnginePool:
         """By which engines know this router."""
         self._has_info = asyncio.Event()
         self._dispatcher = Dispatcher(policy)
+        self._resume = resume
+        self._drafts = Drafts()
         self._uses: dict[str, _Use] = {}
         """Engines in use, the same as the dispatcher's."""
         self._used = asyncio.Condition()
@@ -240,6 +245,8 @@ class EnginePool:
 
     def enqueue(self, groups: Iterable[Group]) -> None:
         """Has groups sampled, as soon as an engine can."""
+        if self._resume:
+            groups = [replace(group, resume=can_resume(group.params)) for group in groups]
         self._dispatcher.enqueue(groups)
         self._fail_without_hope("the engine")
         self._pump_soon()
@@ -262,6 +269,7 @@ class EnginePool:
 
     def withdraw(self, caller: str, group_ids: Sequence[int]) -> None:
         """Drops groups of a caller: from the queue, and from the engines that have them."""
+        self._drafts.drop(group_ids)
         for name, groups in self._dispatcher.withdraw(caller, group_ids).items():
             self.spawn(self._abort(name, self._uses[name], groups))
         self._pump_soon()  # they may have stood in the way of others
@@ -321,6 +329,7 @@ class EnginePool:
             self._watch_suspect(name, use, groups)
             by_adapter: dict[AdapterVersion | None, list[Group]] = defaultdict(list)
             for group in groups:
+                self._drafts.begin(group)
                 # What an engine has yet to load keeps nobody else waiting, and fails alone.
                 by_adapter[None if use.has(group.adapter) else group.adapter].append(group)
             for missing, part in by_adapter.items():
@@ -364,6 +373,7 @@ class EnginePool:
             self._pump_soon()
 
     def _deliver(self, name: str, finished: Finished) -> None:
+        self._drafts.gain(finished.gains)
         failed = self._dispatcher.finish(name, finished.failures)
         for group_id in {group.id: None for group in failed}:
             self._fail(group_id, next(error for key, error in finished.failures.items() if key[0] == group_id))
@@ -371,11 +381,12 @@ class EnginePool:
             return
         self._dispatcher.ended(name, zip(columns.group.tolist(), columns.sample.tolist(), strict=True))
         self._dispatcher.learn(columns.lengths)
+        self._drafts.end(columns)
         self._deliver_columns(columns)
         self._pump_soon()
 
     def _sample_again(self, groups: list[Group]) -> None:
-        """Puts what an engine did not finish back into the queue, in front."""
+        """Puts what an engine did not finish back into the queue, in front; what can go on from where it was does."""
         again = []
         for group in groups:
             if not self._wanted(group.id):
@@ -384,7 +395,8 @@ class EnginePool:
             if group.attempts > MOST_ATTEMPTS:
                 self._fail(group.id, EngineError(f"{_named(group)} was begun {group.attempts} times, and never ended."))
             else:
-                again.append(group)
+                assert self.info is not None
+                again.extend(self._drafts.resumed(group, self.info))
         self._dispatcher.enqueue(again, first=True)
 
     # -- what ends engines -----------------------------------------------------------------------
@@ -412,7 +424,7 @@ class EnginePool:
                 suspects.append(group)
             else:
                 innocent.append(group)
-        for group in sorted(suspects, key=lambda group: group.ran_s):
+        for group in sorted(rejoined(suspects), key=lambda group: group.ran_s):
             if self._wanted(group.id):
                 self._dispatcher.suspect(replace(group, attempts=group.attempts + 1))
         return innocent

@@ -145,6 +145,7 @@ class Router:
             load_timeout_s=self._args.startup_timeout_s,
             stall_timeout_s=self._args.stall_timeout_s,
             policy=self._args.policy,
+            resume=self._args.failover == "resume",
             engines_return=self._engines_return,
         )
         self._updates = WeightUpdates(self._store, self._pool, labels)

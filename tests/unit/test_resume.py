@@ -1,0 +1,209 @@
+"""Samples whose engine ends go on from what the router had received of them: two engines in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.unit.test_failover import PROMPTS, Service, exact
+from tests.unit.test_weight_updates import eventually
+from twinkle_serve import SamplingParams
+from twinkle_serve.data_format.groups import Group
+from twinkle_serve.data_format.samples import Begun
+from twinkle_serve.engines.base import Gain
+from twinkle_serve.errors import EngineDeadError
+from twinkle_serve.routing.resume import Drafts, can_resume, rejoined
+
+LONG: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "logprobs": 2}
+
+
+@pytest.fixture
+async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
+    monkeypatch.setattr("twinkle_serve.routing.pool.PROBE_PERIOD_S", 0.05)
+    monkeypatch.setattr("twinkle_serve.engines.base.GAINS_PERIOD_S", 0.02)
+    made = Service(failover="resume")
+    await made.start()
+    for engine in made.engines.values():
+        engine._args = engine._args.model_copy(update={"token_latency_s": 0.002})
+    yield made
+    await eventually(made.idle)
+    assert not len(made.router._pool._drafts), "drafts of samples that nobody waits for"
+    await made.stop()
+
+
+async def broken_off(service: Service, at_least: int = 10) -> dict[tuple[int, int], Begun]:
+    """Ends an engine when so many tokens have arrived of each sample that runs. Returns what had, by the first token
+    of the prompt and the sample's index."""
+    pool = service.router._pool
+
+    async def begun() -> bool:
+        drafts = [draft for samples in pool._drafts._drafts.values() for draft in samples.values()]
+        return bool(drafts) and all(draft.length >= at_least for draft in drafts)
+
+    await eventually(begun)
+    name = next(name for name in service.engines if pool._dispatcher.sequences(name))
+    arrived = {}
+    for key, group in pool._dispatcher._engines[name].groups.items():
+        for sample in sorted(pool._dispatcher._engines[name].left[key]):
+            draft = pool._drafts._drafts[group.id][sample]
+            arrived[int(group.prompt_ids[0]), sample] = Begun.concat(draft.parts)
+    service.engines[name].end(EngineDeadError("killed"))
+    return arrived
+
+
+def tokens_sampled(service: Service) -> int:
+    return sum(engine._progress for engine in service.engines.values())
+
+
+async def test_sample_goes_on_from_what_had_arrived_when_its_engine_ends(service: Service) -> None:
+    """The same tokens, logprobs and all, and then others; each sample once, and no token before the break twice."""
+    before = tokens_sampled(service)
+    call = asyncio.ensure_future(service.router.sample(PROMPTS[:3], LONG, num_samples=2))
+    arrived = await broken_off(service)
+    response = await call
+    assert exact(response, 3, 2)
+    columns, k = response.columns, LONG["logprobs"]
+    assert arrived and columns.logprobs is not None and columns.logprob_tokens is not None
+    assert columns.lengths.tolist() == [60] * 6 and columns.logprobs.shape == (360, 1 + k)
+    assert (columns.logprob_tokens[:, 0] == columns.tokens).all()
+    for row, seq in enumerate(response.sequences):
+        begun = arrived.get((24 + row // 2, row % 2))
+        assert seq.weight_versions == (("initial", 0, 60),)
+        if begun is not None:
+            first, at = len(begun), columns.starts[row]
+            assert seq.tokens[:first] == begun.tokens.tolist()
+            assert (columns.logprobs[at : at + first] == begun.logprobs).all()
+            assert (columns.logprob_tokens[at : at + first] == begun.logprob_tokens).all()
+    # What was sampled after the last report of the engine that ended is all that is sampled twice.
+    lost = tokens_sampled(service) - before - 360
+    assert 0 <= lost < 60 * len(arrived) - sum(map(len, arrived.values()))
+    for prompt in range(3):
+        ids = np.asarray(PROMPTS[prompt]["input_ids"], np.int32)
+        for seq in response[prompt].sequences:
+            assert seq.decoded == service.engines["a"].decode(seq.tokens)
+            scored = await service.router.sample(
+                {"input_ids": np.concatenate([ids, seq.token_array])}, {"max_tokens": 0, "prompt_logprobs": 0}
+            )
+            assert scored.prompt_logprobs is not None
+            assert scored.prompt_logprobs[len(ids) :] == seq.logprobs, "logprobs re-score exactly"
+
+
+async def test_sample_goes_on_again_and_again(service: Service) -> None:
+    """Its second engine ends too: what both had sampled of it is there."""
+    call = asyncio.ensure_future(service.router.sample(PROMPTS[:1], LONG))
+    first = await broken_off(service, 5)
+    second = await broken_off(service, 25)
+    (seq,) = (await call).sequences
+    begun, longer = first[24, 0], second[24, 0]
+    assert len(begun) < len(longer) and longer.tokens[: len(begun)].tolist() == begun.tokens.tolist()
+    assert seq.tokens[: len(longer)] == longer.tokens.tolist() and len(seq.tokens) == 60
+
+
+@pytest.mark.parametrize("params", [{"seed": 5}, {"stop": ["never in it"]}, {"prompt_logprobs": 0}, {"temperature": 0}])
+async def test_sample_that_cannot_go_on_honestly_is_sampled_from_its_start(
+    service: Service, params: dict[str, Any]
+) -> None:
+    """Seeds, stop strings, scores of the prompt, greedy: nothing is even reported of it."""
+    options = {**LONG, **params}
+    reference = await service.router.sample(PROMPTS[:1], options)
+    for engine in service.engines.values():
+        engine.sampled.clear()
+    call = asyncio.ensure_future(service.router.sample(PROMPTS[:1], options))
+
+    async def running() -> bool:
+        return service.running() == 1
+
+    await eventually(running)
+    assert not len(service.router._pool._drafts)
+    next(engine for engine in service.engines.values() if engine.sampled).end(EngineDeadError("killed"))
+    response = await call
+    assert exact(response, 1, 1) and len(response.sequences[0].tokens) == 60
+    if "seed" in params or "temperature" in params:
+        assert response.sequences[0].tokens == reference.sequences[0].tokens
+    assert sum((engine.sampled for engine in service.engines.values()), Counter())[24, 0] == 2
+
+
+async def test_resumed_sample_names_both_versions_of_the_weights(service: Service) -> None:
+    """The tokens that were there are of those that sampled them."""
+    for engine in service.engines.values():
+        engine._label = "old"
+    call = asyncio.ensure_future(service.router.sample(PROMPTS[:1], LONG))
+    arrived = await broken_off(service)
+    for engine in service.engines.values():
+        engine._label = "new"
+    (seq,) = (await call).sequences
+    first = len(arrived[24, 0])
+    assert seq.weight_versions == (("old", 0, first), ("new", first, 60))
+
+
+async def test_drained_engine_hands_its_samples_on_where_they_were(service: Service) -> None:
+    """No engine ended, and no token that had arrived is sampled again."""
+    call = asyncio.ensure_future(service.router.sample(PROMPTS[:1], LONG))
+    pool = service.router._pool
+
+    async def begun() -> bool:
+        return any(draft.length >= 10 for samples in pool._drafts._drafts.values() for draft in samples.values())
+
+    before = tokens_sampled(service)
+    await eventually(begun)
+    name = next(name for name in service.engines if pool._dispatcher.sequences(name))
+    await service.router.drain_engine(name, 0.0)
+    assert exact(await call, 1, 1)
+    assert tokens_sampled(service) - before < 60 + 40
+    await service.router.undrain_engine(name)
+
+
+async def test_restart_is_the_default_and_has_nothing_reported() -> None:
+    """Nobody pays for what they did not ask for."""
+    service = Service()
+    await service.start()
+    assert exact(await service.router.sample(PROMPTS[:2], LONG, num_samples=2), 2, 2)
+    assert not len(service.router._pool._drafts)
+    await service.stop()
+
+
+def group(**fields: Any) -> Group:
+    return Group(id=1, prompt_ids=np.zeros(2, np.int32), params=SamplingParams(max_tokens=4, stop=[9]), **fields)
+
+
+def begun(*tokens: int) -> Begun:
+    return Begun(
+        tokens=np.array(tokens, np.int32), logprobs=None, logprob_tokens=None, weight_versions=(("initial", 0),)
+    )
+
+
+def gain(sample: int, *tokens: int, offset: int = 0, attempts: int = 0) -> Gain:
+    return Gain(attempt=(1, 0, attempts), sample=sample, offset=offset, begun=begun(*tokens))
+
+
+async def test_drafts_that_are_complete_stale_or_have_a_gap_are_not_resumed(service: Service) -> None:
+    """Samples with nothing to go on from stay together with their neighbours."""
+    drafts = Drafts()
+    drafts.begin(group(count=7, resume=True))
+    drafts.gain([gain(1, 5), gain(1, 6, offset=1), gain(2, 5, 9), gain(3, 1, 2, 3, 4)])
+    drafts.gain([gain(4, 5, offset=1), gain(5, 5, attempts=1), gain(1, 7, offset=9)])
+    info = service.engines["a"].info
+    parts = drafts.resumed(group(count=7, resume=True), info)
+    assert [(part.first_sample, part.count) for part in parts] == [(0, 1), (1, 1), (2, 5)]
+    assert parts[1].begun is not None and parts[1].begun.tokens.tolist() == [5, 6]
+    assert parts[0].begun is parts[2].begun is None
+    drafts.drop([1])
+    assert drafts.resumed(group(resume=True), info) == [group(resume=True)]
+
+
+def test_suspects_are_prompts_and_not_samples() -> None:
+    """Neighbours are one group again, with the worst that is known of each."""
+    alone = [group(first_sample=0, begun=begun(5), lost=("a",)), group(first_sample=1, count=2, lost=("a", "b"))]
+    (joined,) = rejoined(alone)
+    assert (joined.first_sample, joined.count, joined.begun, joined.lost) == (0, 3, None, ("a", "b"))
+    assert len(rejoined([group(first_sample=0), group(first_sample=2)])) == 2
+
+
+def test_stop_tokens_and_penalties_do_not_keep_a_sample_from_going_on() -> None:
+    """What an engine needs for them is in the tokens."""
+    assert can_resume(SamplingParams(stop=[3], repetition_penalty=1.2, top_p=0.5, logprobs=3))
