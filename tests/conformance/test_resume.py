@@ -1,0 +1,45 @@
+"""A sample that one engine began and another one ends."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+
+from tests.conformance.harness import EngineHarness
+from tests.conformance.test_engines import LOGPROB_TOLERANCE, Prompts
+from twinkle_serve.data_format.samples import Begun
+
+TOKENS = 100
+
+
+async def test_engine_goes_on_with_a_sample_that_has_begun(engine: EngineHarness, prompts: Prompts) -> None:
+    """What it tells of a running sample is its beginning, piece by piece; the whole re-scores, both sides of the
+    break, as one sample would."""
+    group = replace(engine.group(prompts[0], max_tokens=TOKENS, ignore_eos=True, logprobs=2), resume=True)
+    task = engine.start(group)
+    parts: list[Begun] = []
+    while not task.done() and sum(map(len, parts)) < 10:
+        if (part := engine.engine.so_far(group, sum(map(len, parts)))) is not None:
+            parts.append(part)
+        await asyncio.sleep(0)
+    if engine.info.kind == "torch":  # it never says
+        assert not parts and len((await task).tokens) == TOKENS
+        return
+    task.cancel()
+    await asyncio.wait({task})
+    assert engine.engine.so_far(group, 0) is None, "it does not run any more"
+    begun = Begun.concat(parts)
+    again = replace(group, attempts=1, begun=begun)
+    columns = await engine.host._sample_group(again)
+    assert columns.lengths.tolist() == [TOKENS] and columns.tokens[: len(begun)].tolist() == begun.tokens.tolist()
+    assert columns.logprobs is not None and columns.logprobs.shape == (TOKENS, 3)
+    assert columns.logprob_tokens is not None and (columns.logprob_tokens[:, 0] == columns.tokens).all()
+    assert columns.weight_versions == [(("initial", 0),)]
+    assert columns.decoded == [engine.engine.decode(columns.tokens.tolist())]
+    whole = np.concatenate([prompts[0], columns.tokens])
+    scored = await engine.sample([whole], max_tokens=0, prompt_logprobs=0)
+    assert scored.prompt_logprobs is not None
+    rescored = np.array(scored.prompt_logprobs[len(prompts[0]) :], np.float32)
+    assert np.abs(rescored - columns.logprobs[:, 0]).max() < LOGPROB_TOLERANCE
