@@ -138,6 +138,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
         for failover in ("restart", "resume") if number % 2 else ("resume", "restart"):
             for lose in (True, False):
                 found = await one_round(hosts, store, failover, lose, options)
+                print(f"{number}: {failover}, lost: {lose}: {found}", flush=True)
                 if number:  # the first one warms up
                     rounds[f"{failover}, {'one lost' if lose else 'none lost'}"].append(found)
     report: dict[str, Any] = {}

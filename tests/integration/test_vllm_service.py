@@ -16,7 +16,7 @@ import psutil
 import pytest
 import ray
 
-from tests.integration.conftest import deploy, ray_cluster, wait_until
+from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
 from tests.lora import save_adapter
 from twinkle_serve import SamplingParams, hub
 from twinkle_serve.data_format.groups import Group
@@ -105,3 +105,26 @@ async def test_engine_that_ended_by_itself_is_told_from_one_that_was_killed(
         await call
     assert type(caught.value) is kind
     await engine.stop()
+
+
+@pytest.mark.timeout(400)
+async def test_samples_go_on_when_their_engine_is_killed_and_rescore() -> None:
+    """`failover: resume`: each sample once and whole; its logprobs are those of a score of the whole, to 1e-3."""
+    arguments = {"device_mesh": {"dp_size": 2}, "engine_args": VLLM_ARGS, "failover": "resume"}
+    sampler = await asyncio.to_thread(deploy, "resume", engine="vllm", **arguments)
+    prompts = [{"input_ids": [20 + i, 21, 22, 23]} for i in range(32)]
+    call = asyncio.ensure_future(sampler.sample_async(prompts, {"max_tokens": 240, "ignore_eos": True}))
+    await asyncio.wait({call}, timeout=1.2)  # two reports
+    assert not call.done(), "the machine is too fast: the test shows nothing"
+    replica_process("resume", "engine-dp0").kill()
+    response = await call
+    assert [seq.prompt_index for seq in response.sequences] == list(range(32))
+    assert {len(seq.tokens) for seq in response.sequences} == {240}
+    whole = [
+        {"input_ids": [*prompt["input_ids"], *seq.tokens]}
+        for prompt, seq in zip(prompts, response.sequences, strict=True)
+    ]
+    scores = await sampler.sample_async(whole, {"max_tokens": 0, "prompt_logprobs": 0})
+    for seq, score in zip(response.sequences, scores, strict=True):
+        assert score.prompt_logprobs is not None
+        assert abs(score.prompt_logprobs[4:] - seq.logprob_array).max() < 1e-3
