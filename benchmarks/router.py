@@ -204,7 +204,7 @@ async def cpu(options: argparse.Namespace) -> dict[str, Any]:
     repeats, result = 4, {}
     ways = {
         "alike": {"max_tokens": options.tokens, "ignore_eos": True},
-        "apart": {"max_tokens": 200, "stop_token_ids": list(range(32, 48))},
+        "apart": {"max_tokens": 200, "stop": list(range(32, 48))},
     }
 
     async def work(seed: int, params: dict[str, Any]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -71,9 +70,6 @@ class Router:
             observe_staleness=lambda name, versions: staleness.observe(versions, tags={"adapter": name}),
         )
         await self._router.start()
-        # What was imported is 440,000 objects, and looking through them for garbage takes 200 ms: left out for good.
-        gc.collect()
-        gc.freeze()
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Called by Serve after `__init__`, and when the application is deployed with other engines.

@@ -242,7 +242,7 @@ class ServiceBackend:
                 try:
                     return response.result(timeout_s=attempts.patience_s)
                 except BaseException as error:
-                    _cancel(response)
+                    self._give_up(attempts, response, error)
                     time.sleep(self._pause_s(attempts, error))
 
     async def call_async(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
@@ -255,7 +255,7 @@ class ServiceBackend:
                     async with asyncio.timeout(attempts.patience_s):
                         return await response
                 except BaseException as error:
-                    _cancel(response)
+                    self._give_up(attempts, response, error)
                     await self._pause_async(attempts, error)
 
     def iterate(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Iterator[Any]:
@@ -285,6 +285,8 @@ class ServiceBackend:
                     _cancel(running.stream)
                     time.sleep(self._pause_s(attempts, TimeoutError() if late.is_set() else error))
                 running.stream = self._send(self._streams, method, args, attempts)
+        except GeneratorExit as closed:
+            self._give_up(attempts, running.stream, closed)
         finally:
             _end(running, stack)
 
@@ -330,6 +332,9 @@ class ServiceBackend:
                         continue
                     attempts.have(item)
                     yield item
+            except (GeneratorExit, asyncio.CancelledError) as closed:
+                self._give_up(attempts, stream, closed)
+                raise
             finally:
                 _cancel(stream)
 
@@ -348,6 +353,13 @@ class ServiceBackend:
                 yield attempts
         finally:
             del self._running[request_id]
+
+    def _give_up(self, attempts: _Attempts, call: Any, reason: BaseException) -> None:
+        """Has a call end; where it is the caller that ends it, by the router itself, for Serve takes its time to."""
+        _cancel(call)
+        if attempts.method in SAMPLING and not isinstance(reason, Exception):
+            with contextlib.suppress(Exception):
+                self._handle.cancel.remote(attempts.options["request_id"])
 
     def _note_cancelled(self, method: str, args: Any) -> None:
         """What is cancelled is not asked for again."""
