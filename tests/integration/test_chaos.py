@@ -20,12 +20,3 @@ def test_nothing_is_lost_doubled_or_mislabelled_while_processes_die() -> None:
     assert done.findings == []
     assert len(done.events) >= 3 and all(event.recovered_s is not None for event in done.events)
     assert done.reference is not None and done.reference.samples > 1000 and done.compared > 10
-
-
-@pytest.mark.timeout(300)
-def test_nothing_is_lost_with_engines_that_start_at_once() -> None:
-    """The fake engine: more events in less time."""
-    done = run(Options(engine="fake", minutes=1.2, seed=SEED, period_s=2, calm_s=5))
-    print(summary(as_json(done, "pytest")))
-    assert done.findings == []
-    assert len(done.events) >= 3 and all(event.recovered_s is not None for event in done.events)
