@@ -87,9 +87,13 @@ class Drafts:
 
     def end(self, columns: SampleColumns) -> None:
         """Samples are there."""
-        if self._drafts:
-            for group_id, sample in zip(columns.group.tolist(), columns.sample.tolist(), strict=True):
-                self._drafts.get(group_id, {}).pop(sample, None)
+        if not self._drafts:
+            return
+        for group_id, sample in zip(columns.group.tolist(), columns.sample.tolist(), strict=True):
+            if (samples := self._drafts.get(group_id)) is not None:
+                samples.pop(sample, None)
+                if not samples:
+                    del self._drafts[group_id]
 
     def drop(self, group_ids: Sequence[int]) -> None:
         """Nobody waits for groups any more."""
