@@ -10,6 +10,7 @@ import numpy as np
 
 from twinkle_serve import hub
 from twinkle_serve.checkpoint import named_tensors
+from twinkle_serve.data_format.response import SampledSequence
 
 
 def changed_weights(seed: int, model: Path = hub.DEMO, scale: float = 0.3) -> dict[str, Any]:
@@ -22,6 +23,22 @@ def changed_weights(seed: int, model: Path = hub.DEMO, scale: float = 0.3) -> di
         noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std()
         weights[name] = (tensor + scale * noise).to(tensor.dtype)
     return weights
+
+
+def differences(model: Any, sequences: Sequence[SampledSequence]) -> list[np.ndarray[Any, Any]]:
+    """|Δlogprob| of each token of each sequence, where a transformers model scores them in one batch."""
+    import torch
+
+    whole = [[*s.response.prompts[int(s.response.columns.group[s.row])].tolist(), *s.tokens] for s in sequences]
+    ids = torch.zeros((len(whole), max(map(len, whole))), dtype=torch.long)
+    for row, tokens in enumerate(whole):  # padded behind, where causal attention does not look
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+    with torch.no_grad():
+        logprobs = model(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0].numpy()
+    return [
+        np.abs(logprobs[row, len(tokens) - 1 - len(s.tokens) : len(tokens) - 1] - s.logprob_array)
+        for row, (tokens, s) in enumerate(zip(whole, sequences, strict=True))
+    ]
 
 
 class Reference:

@@ -19,9 +19,10 @@ PROMPT_IDS = (10, 250)
 """Token ids of prompts are drawn between these."""
 TIMEOUT_S = 120.0
 
-REFERENCES = 4
-REFERENCE_SHARE = 0.15
-"""Of the calls repeat one of REFERENCES calls that every trainer makes: same seed, so the same tokens."""
+REFERENCES = 2
+REFERENCE_SHARE = 0.3
+"""Of the calls repeat one of REFERENCES calls that every trainer makes: same seed, so the same tokens. Few and often: only
+what is of the same versions can be compared, and versions last for seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

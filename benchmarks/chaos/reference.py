@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.chaos.checks import Answered, Finding, by_versions
 from benchmarks.chaos.publisher import BASE, AdapterMaker, History
-from tests.weights import changed_weights
+from tests.weights import changed_weights, differences
 from twinkle_serve import SampledSequence, hub
 from twinkle_serve.checkpoint import named_tensors
 
@@ -63,8 +59,8 @@ class Reference:
         others = []
         for at in range(0, len(samples), ROWS):
             part = samples[at : at + ROWS]
-            differences = self._differences([sequence for _, sequence, _ in part])
-            for (answered, sequence, before), difference in zip(part, differences, strict=True):
+            found = differences(self._model, [sequence for _, sequence, _ in part])
+            for (answered, sequence, before), difference in zip(part, found, strict=True):
                 of_base = [difference[s.start : s.end] for s in sequence.weight_versions if s.version == base]
                 worst = max(float(values.max(initial=0.0)) for values in of_base)
                 if worst < AGREES:
@@ -87,18 +83,3 @@ class Reference:
                     key = f"{module}.weight"
                     weights[key] = weights[key] + (config.lora_alpha / config.r) * up @ down
         self._model.load_state_dict(weights, strict=False)
-
-    def _differences(self, sequences: list[SampledSequence]) -> list[NDArray[Any]]:
-        """|Δlogprob| of each token of each sequence."""
-        import torch
-
-        whole = [[*s.response.prompts[int(s.response.columns.group[s.row])].tolist(), *s.tokens] for s in sequences]
-        ids = torch.zeros((len(whole), max(map(len, whole))), dtype=torch.long)
-        for row, tokens in enumerate(whole):  # padded behind, where causal attention does not look
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-        with torch.no_grad():
-            logprobs = self._model(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0].numpy()
-        return [
-            np.abs(logprobs[row, len(tokens) - 1 - len(s.tokens) : len(tokens) - 1] - s.logprob_array)
-            for row, (tokens, s) in enumerate(zip(whole, sequences, strict=True))
-        ]

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,12 +18,12 @@ import psutil
 import pytest
 import yaml
 
-from tests.integration.test_scripts_serve import Service, config_with, ended, ready, start
+from tests.integration.test_scripts_serve import Service, config_with, serving
 
 LOAD = """
-import json, sys, threading, time, twinkle_serve
+import json, sys, threading, twinkle_serve
 sampler = twinkle_serve.connect("sampler")
-stop, failed, done = threading.Event(), [], []
+stop, changed, failed, done = threading.Event(), threading.Condition(), [], []
 questions = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(12, 28)]
 params = {"max_tokens": 60, "ignore_eos": True}
 
@@ -33,17 +32,21 @@ def load(seed):
         try:
             response = sampler.sample(questions, {**params, "seed": seed}, num_samples=2, timeout_s=60)
             tokens = [list(sequence.tokens) for sequence in response.sequences]
-            done.append((seed, tokens, {sequence.engine for sequence in response.sequences}))
+            with changed:
+                done.append((seed, tokens, {sequence.engine for sequence in response.sequences}))
+                changed.notify_all()
         except Exception as error:
-            failed.append(repr(error))
+            with changed:
+                failed.append(repr(error))
+                changed.notify_all()
 
 threads = [threading.Thread(target=load, args=(seed,)) for seed in range(4)]
 for thread in threads:
     thread.start()
 for line in sys.stdin:  # "mark": what was done since the last one
-    before = len(done)
-    while len(done) < before + 12 and not failed:
-        time.sleep(0.05)
+    with changed:
+        before = len(done)
+        changed.wait_for(lambda: len(done) >= before + 12 or failed)
     status = sampler.status()["engines"]
     print(json.dumps({
         "failed": failed, "engines": {name: engine["state"] for name, engine in status.items()},
@@ -97,20 +100,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     own_ray = tempfile.mkdtemp(prefix="tst")
     inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     environment = {**inherited, "RAY_TMPDIR": own_ray, "RAY_OVERRIDE_RESOURCES": '{"CPU": 8}'}
-    directory = tmp_path_factory.mktemp("elastic")
-    log = directory / "log"
-    config = config_with(directory / "config.yaml", **with_engines(1))
-    process = start(config, environment, log)
+    config = config_with(tmp_path_factory.mktemp("elastic") / "config.yaml", **with_engines(1))
     try:
-        dashboard = ready(process, log)
-        clients = {**environment, "RAY_ADDRESS": gcs_address(process), "RAY_AUTH_MODE": "token"}
-        yield Service(process, clients, dashboard, config)
-        process.send_signal(signal.SIGINT)
-        assert ended(process, 60) == 0, log.read_text()[-4000:]
+        with serving(config, environment) as running:
+            running.environment = {**environment, "RAY_ADDRESS": gcs_address(running.process), "RAY_AUTH_MODE": "token"}
+            yield running
     finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(60)
         shutil.rmtree(own_ray, ignore_errors=True)
 
 
@@ -180,14 +175,11 @@ def test_dp_size_changes_without_failing_a_call_or_replacing_what_stays(service:
 
 
 ROUTER_OF_NOW = """
-import time, twinkle_serve
+import twinkle_serve
+from twinkle_serve.sampler.service import wait_for_engines
 sampler = twinkle_serve.connect("sampler")
-while True:
-    engines = sampler.status()["engines"]
-    if all(engine["state"] == "ready" for engine in engines.values()):
-        break
-    time.sleep(0.1)
-print(sorted(engines))
+wait_for_engines(sampler._backend, 60)
+print(sorted(sampler.status()["engines"]))
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -98,11 +99,10 @@ def ready(process: subprocess.Popen[str], log: Path) -> str:
     return found[1]
 
 
-@pytest.fixture(scope="module")
-def service(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    directory = tmp_path_factory.mktemp("serve")
-    log = directory / "log"
-    config = config_with(directory / "config.yaml")
+@contextlib.contextmanager
+def serving(config: Path, environment: dict[str, str]) -> Iterator[Service]:
+    """scripts/serve of a config, ready; it must end by Ctrl-C, and leave nothing."""
+    log = config.with_name("log")
     process = start(config, environment, log)
     try:
         dashboard = ready(process, log)
@@ -113,6 +113,12 @@ def service(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactor
         if process.poll() is None:
             process.terminate()
             process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def service(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with serving(config_with(tmp_path_factory.mktemp("serve") / "config.yaml"), environment) as running:
+        yield running
 
 
 @pytest.mark.timeout(400)

@@ -18,7 +18,7 @@ import pytest
 
 from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
 from tests.lora import random_adapter
-from tests.weights import changed_weights
+from tests.weights import changed_weights, differences
 from twinkle_serve import SampledSequence, hub
 from twinkle_serve.checkpoint import named_tensors
 from twinkle_serve.sampler.service import ServiceSampler
@@ -161,19 +161,8 @@ class Scorer:
 
     def differences(self, sequences: list[SampledSequence], base: str, adapter: str) -> list[np.ndarray[Any, Any]]:
         """|Δlogprob| of each token of each sequence under these versions."""
-        import torch
-
         self._model.load_state_dict(self._published.merged(base, adapter), strict=False)
-        whole = [[*s.response.prompts[s.prompt_index].tolist(), *s.tokens] for s in sequences]
-        ids = torch.zeros((len(whole), max(map(len, whole))), dtype=torch.long)
-        for row, tokens in enumerate(whole):  # padded behind, where causal attention does not look
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-        with torch.no_grad():
-            logprobs = self._model(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0].numpy()
-        return [
-            np.abs(logprobs[row, len(tokens) - 1 - len(s.tokens) : len(tokens) - 1] - s.logprob_array)
-            for row, (tokens, s) in enumerate(zip(whole, sequences, strict=True))
-        ]
+        return differences(self._model, sequences)
 
 
 def check(sequences: list[SampledSequence], published: Published) -> tuple[int, int]:
