@@ -21,8 +21,8 @@ TIMEOUT_S = 120.0
 
 REFERENCES = 2
 REFERENCE_SHARE = 0.3
-"""Of the calls repeat one of REFERENCES calls that every trainer makes: same seed, so the same tokens. Few and often: only
-what is of the same versions can be compared, and versions last for seconds."""
+"""Of the calls repeat one of REFERENCES calls that every trainer makes: same seed, so the same tokens. Few and often:
+only what is of the same versions can be compared, and versions last for seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,10 +53,10 @@ class Engine(FakeEngine):
         self.dead.set()
 
     async def sample_group(self, group: Group) -> SampleColumns:
+        fuse = None
         if group.id >= 0 and group.prompt_ids[0] == POISON:
             fuse_s = self.fuses.pop(0) if self.fuses else 0.0
-            crash = EngineCrashedError(f"{self._name} crashed.")
-            asyncio.get_running_loop().call_later(fuse_s, self.end, crash) if fuse_s else self.end(crash)
+            fuse = asyncio.get_running_loop().call_later(fuse_s, self.end, EngineCrashedError(f"{self._name} crashed."))
         if group.id >= 0:
             self.sampled[int(group.prompt_ids[0]), group.first_sample] += 1
         dead = asyncio.ensure_future(self.dead.wait())
@@ -69,6 +69,8 @@ class Engine(FakeEngine):
         finally:
             dead.cancel()
             sampling.cancel()
+            if fuse is not None:  # or it would end an engine that the prompt has left
+                fuse.cancel()
 
     async def _sample(self, group: Group) -> SampleColumns:
         if group.id >= 0 and self.gate is not None and group.first_sample:
@@ -112,8 +114,11 @@ class Service:
                 engine = self.engines[name]
                 if host._retired or (engine.error is not None and self.router._pool._states[name] == "dead"):
                     self.restarts += 1
-                    engine.error, engine.hangs, engine.dead, host._retired = None, False, asyncio.Event(), ""
+                    # Until it has its new life, nobody may take it for the old one, back again.
+                    host._retired = "it is being replaced"
+                    engine.error, engine.hangs, engine.dead = None, False, asyncio.Event()
                     await host.start(name, 30)
+                    host._retired = ""
             await asyncio.sleep(0.01)
 
     async def stop(self) -> None:
@@ -187,7 +192,7 @@ async def test_prompt_that_takes_longer_to_end_its_second_engine_is_found_all_th
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was cleared by then, and another suspect is beside it: that one is not taken for it."""
-    monkeypatch.setattr("twinkle_serve.routing.pool.CLEARED_AFTER_S", 0.02)
+    monkeypatch.setattr("twinkle_serve.routing.blame.CLEARED_AFTER_S", 0.02)
     for engine in service.engines.values():
         engine.fuses = [0.1, 0.4, 0.4, 0.4]
         engine._args = engine._args.model_copy(update={"token_latency_s": 0.01})

@@ -22,7 +22,6 @@ from twinkle_serve.errors import (
     EngineCrashedError,
     EngineDeadError,
     EngineError,
-    PoisonPromptError,
     RequestError,
     StoreError,
     TwinkleServeError,
@@ -30,26 +29,16 @@ from twinkle_serve.errors import (
     unknown_name,
 )
 from twinkle_serve.routing.adapters import Adapters
+from twinkle_serve.routing.blame import MOST_CRASHES, judge, named, poison, suspicion_s
 from twinkle_serve.routing.dispatch import Dispatcher
 from twinkle_serve.routing.link import EngineLink
 from twinkle_serve.routing.policies import PolicyName
-from twinkle_serve.routing.resume import Drafts, can_resume, rejoined
+from twinkle_serve.routing.resume import Drafts, can_resume
 
 logger = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
 
-SUSPECT_AFTER = 2
-"""Engines that ended with a group on them, from outside as it seems, after which it is a suspect: it is sent to an
-engine that has no other one. One that ended by itself makes suspects of all that it had."""
-MOST_CRASHES = 2
-MOST_ENGINES_LOST = 5
-"""A suspect fails when its engine ends, and as many have ended by themselves, or in any way, with it on them. Those
-that were ended from outside may be accidents."""
-CLEARED_AFTER_S = 1.0
-"""A suspect is cleared when it has run for so much longer than it had on the engine that ended."""
-LONGEST_SUSPICION_S = 10.0
-"""All that was on an engine that crashed takes its turn as a suspect, so that each must be short."""
 MOST_ATTEMPTS = 50
 """Of a group, whatever ended them."""
 
@@ -393,7 +382,7 @@ class EnginePool:
                 continue
             group = replace(group, attempts=group.attempts + 1)
             if group.attempts > MOST_ATTEMPTS:
-                self._fail(group.id, EngineError(f"{_named(group)} was begun {group.attempts} times, and never ended."))
+                self._fail(group.id, EngineError(f"{named(group)} was begun {group.attempts} times, and never ended."))
             else:
                 assert self.info is not None
                 again.extend(self._drafts.resumed(group, self.info))
@@ -402,32 +391,16 @@ class EnginePool:
     # -- what ends engines -----------------------------------------------------------------------
 
     def _blame(self, name: str, suspect: GroupKey | None, lost: list[Group], crashed: bool) -> list[Group]:
-        """Of what an engine had when it ended, what is to be sampled again: not what has ended engines too often.
-
-        Where a suspect was among it, only what had lost an engine before may have been; else any of it. What may have
-        been goes to engines one by one, those first that had run for the shortest time. The suspect fails if nothing
-        else can have been: one that was cleared may need longer than the time before.
-        """
-        marked = {group.id for group in lost if group.lost}
-        alone = suspect is not None and marked <= {suspect[0]}
-        innocent, suspects = [], []
-        for group in lost:
-            if suspect is not None and group.id not in marked:
-                innocent.append(group)
-                continue
-            group = replace(group, lost=(*group.lost, name), crashes=group.crashes + crashed)
-            if alone and (group.crashes >= MOST_CRASHES or len(group.lost) >= MOST_ENGINES_LOST):
-                self._fail(group.id, _poison(group))
-                if crashed:
-                    self._dispatcher.clear_waiting()
-            elif group.crashes or len(group.lost) >= SUSPECT_AFTER:
-                suspects.append(group)
-            else:
-                innocent.append(group)
-        for group in sorted(rejoined(suspects), key=lambda group: group.ran_s):
+        """Of what an engine had when it ended, what is to be sampled again at once. Suspects take their turn."""
+        verdict = judge(name, suspect, lost, crashed=crashed)
+        for group in verdict.guilty:
+            self._fail(group.id, poison(group))
+        if verdict.guilty and crashed:
+            self._dispatcher.clear_waiting()
+        for group in verdict.suspects:
             if self._wanted(group.id):
                 self._dispatcher.suspect(replace(group, attempts=group.attempts + 1))
-        return innocent
+        return verdict.innocent
 
     def _watch_suspect(self, name: str, use: _Use, groups: list[Group]) -> None:
         """Clears a suspect that was sent to an engine when it has outlived what it may have done before."""
@@ -438,7 +411,7 @@ class EnginePool:
 
     async def _clear_suspect(self, name: str, use: _Use, group: Group) -> None:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(group.ran_s, LONGEST_SUSPICION_S) + CLEARED_AFTER_S):
+            async with asyncio.timeout(suspicion_s(group)):
                 await use.lost.wait()
         if self._uses.get(name) is use:
             self._dispatcher.clear(name, group.key)
@@ -964,17 +937,3 @@ class EnginePool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _named(group: Group) -> str:
-    """A prompt, as its caller knows it."""
-    first = ", ".join(map(str, group.prompt_ids[:8].tolist()))
-    more = ", …" if len(group.prompt_ids) > 8 else ""
-    return f"inputs[{group.input}] ({len(group.prompt_ids)} tokens: {first}{more})"
-
-
-def _poison(group: Group) -> PoisonPromptError:
-    return PoisonPromptError(
-        f"{_named(group)} was on {', '.join(group.lost)} when they ended, the last time as the only suspect. "
-        "Leave it out, or see those engines' logs."
-    )
