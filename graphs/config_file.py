@@ -15,8 +15,8 @@ from twinkle_serve.errors import ConfigError, unknown_name
 BUILDER = "graphs.sampler:build"
 
 
-def check_config_file(path: Path) -> list[str]:
-    """Names of the applications in the file, once all of it has been found to make sense.
+def check_config_file(path: Path) -> dict[str, bool]:
+    """The applications in the file, once all of it has been found to make sense: by name, whether each is a sampler.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key at any level, or arguments that ServiceArgs refuses.
@@ -42,7 +42,7 @@ def check_config_file(path: Path) -> list[str]:
         if application.import_path == BUILDER:
             args = ServiceArgs.model_validate(application.args)
             check_engine_args(args.engine, args.engine_args)
-    return [application.name for application in config.applications]
+    return {application.name: application.import_path == BUILDER for application in config.applications}
 
 
 def _refuse_unknown_keys(value: Any, model: type[BaseModel], where: str) -> None:

@@ -29,11 +29,11 @@ BAD_CONFIG = 2
 def main(config: Annotated[Path, typer.Argument(help="A Ray Serve config, such as serve_config.yaml.")]) -> None:
     """Serves the applications of CONFIG until Ctrl-C."""
     try:
-        names = check_config_file(config)
+        applications = check_config_file(config)
         stopped = _Stopped()
-        watcher = _Watcher(names)
+        watcher = _Watcher(applications)
         with contextlib.suppress(KeyboardInterrupt):
-            watcher.dashboard_url = _join_or_start(names)
+            watcher.dashboard_url = _join_or_start(list(applications))
             stopped.install()  # ray.init puts a handler of its own in place
             watcher.start()
             _serve_run(config, watcher)
@@ -96,11 +96,16 @@ def _serve_run(config: Path, watcher: _Watcher) -> None:
 
 
 class _Watcher(threading.Thread):
-    """Follows the applications; says when all run, and stops the main thread when one has failed."""
+    """Follows the applications; says when all run and their engines are in use, and stops the main thread when one has
+    failed."""
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, applications: dict[str, bool]) -> None:
+        """
+        Args:
+            applications: by name, whether each is a sampler.
+        """
         super().__init__(daemon=True)
-        self._names = names
+        self._applications = applications
         self.dashboard_url = ""
         self.failed = False
         self._end = threading.Event()
@@ -117,7 +122,7 @@ class _Watcher(threading.Thread):
         from twinkle_serve.sampler.service import failure_reason
 
         started = time.time()
-        waiting = set(self._names)
+        waiting = set(self._applications)
         while waiting:
             if self._end.wait(0.5):
                 return
@@ -129,7 +134,8 @@ class _Watcher(threading.Thread):
                 if applications[name].last_deployed_time_s < started - 1:
                     continue  # left from before, on a cluster that we joined
                 if applications[name].status == "RUNNING":
-                    waiting.discard(name)
+                    if not self._applications[name] or _engines_are_in_use(name):
+                        waiting.discard(name)
                 elif applications[name].status == "DEPLOY_FAILED":
                     self.failed = True
                     reason = failure_reason(applications[name])
@@ -137,12 +143,27 @@ class _Watcher(threading.Thread):
                     os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread from its sleep
                     return
         print(
-            f"\nReady after {time.time() - started:.0f} s: {', '.join(self._names)}\n"
+            f"\nReady after {time.time() - started:.0f} s: {', '.join(self._applications)}\n"
             f"  sample     .venv/bin/python examples/sample.py\n"
             f"  dashboard  http://{self.dashboard_url}/#/serve, with the token of: .venv/bin/ray get-auth-token\n"
             f"  stop       Ctrl-C\n",
             flush=True,
         )
+
+
+def _engines_are_in_use(name: str) -> bool:
+    """Whether the router of a running application uses all its engines: Serve counts it as running before."""
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    from twinkle_serve.sampler.service import ServiceBackend, wait_for_engines
+
+    try:
+        wait_for_engines(ServiceBackend(serve.get_app_handle(name), name), timeout_s=0)
+    except (RayError, RayServeException, TwinkleServeError):
+        return False
+    return True
 
 
 if __name__ == "__main__":
