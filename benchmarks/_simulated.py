@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 import time
 from collections import deque
@@ -15,11 +16,12 @@ from numpy.typing import NDArray
 
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group
+from twinkle_serve.engines.base import FLUSH_SHARE, LEAST_FLUSH_S, MOST_FLUSH_S
 from twinkle_serve.routing.dispatch import Dispatcher
 from twinkle_serve.routing.policies import PolicyName
 
-DELIVERY_S = 0.05
-"""`ChunkRunner` waits so long for company."""
+DELIVERY_S = 0.003
+"""What an engine hands back is at the router so much later."""
 PROMPT_TOKENS = 64
 LONGEST = 8192
 
@@ -56,6 +58,10 @@ class Engine:
     """Tokens, and which sample it is."""
     version: int = 0
     numbers: Any = field(default_factory=itertools.count)
+    ended: list[Sample] = field(default_factory=list)
+    """What is to be handed back, and has not been."""
+    due: float = math.inf
+    """When it is."""
 
     def advance(self, now: float) -> None:
         if self.running:
@@ -91,6 +97,10 @@ class Result:
     """Of each sample, from the call to its first step."""
     cpu_us_per_prompt: float
     """Of the dispatcher and its policy alone."""
+    chunks: int
+    """That the router sent."""
+    items: int
+    """That engines handed back."""
 
 
 def simulate(
@@ -117,8 +127,14 @@ def simulate(
     ]
     cpu = 0.0
     delays: list[float] = []
-    events: list[tuple[float, int, str, int, list[Sample] | None]] = []
+    events: list[tuple[float, int, str, int | None]] = []
+    """When, a tie-breaker, of which engine, and the version of it whose step ends; None: something is delivered."""
     order = itertools.count()
+    chunk_left: list[int] = []
+    """Samples of each chunk that have not ended."""
+    sent: dict[Sample, tuple[int, float]] = {}
+    """In which chunk, and when."""
+    items = 0
     last = 0.0
 
     def send(now: float) -> None:
@@ -131,22 +147,41 @@ def simulate(
             engine.advance(now)
             for group in chunk:
                 engine.waiting.extend((int(lengths[group.id, j]), (group.id, j)) for j in group.samples)
+                sent.update(((group.id, j), (len(chunk_left), now)) for j in group.samples)
+            chunk_left.append(sum(group.count for group in chunk))
             engine.start(delays)
             schedule(engine)
 
     def schedule(engine: Engine) -> None:
         engine.version += 1
         if engine.running:
-            heapq.heappush(events, (engine.next_end(), next(order), engine.name, engine.version, None))
+            heapq.heappush(events, (engine.next_end(), next(order), engine.name, engine.version))
+
+    def hand_back(engine: Engine, ended: list[Sample], now: float) -> None:
+        """As `GroupRunner` does."""
+        due = engine.due
+        for sample in ended:
+            chunk, since = sent.pop(sample)
+            chunk_left[chunk] -= 1
+            wait_s = min(max(LEAST_FLUSH_S, FLUSH_SHARE * (now - since)), MOST_FLUSH_S) if chunk_left[chunk] else 0.0
+            due = min(due, now + wait_s)
+        engine.ended += ended
+        if due < engine.due:
+            engine.due = due
+            heapq.heappush(events, (due + DELIVERY_S, next(order), engine.name, None))
 
     started = time.process_time()
     dispatcher.enqueue(groups)
     cpu += time.process_time() - started
     send(0.0)
     while events:
-        now, _, name, version, delivered = heapq.heappop(events)
+        now, _, name, version = heapq.heappop(events)
         engine = made[name]
-        if delivered is not None:
+        if version is None:
+            if now < engine.due + DELIVERY_S:
+                continue
+            delivered, engine.ended, engine.due = engine.ended, [], math.inf
+            items += 1
             started = time.process_time()
             dispatcher.ended(name, delivered)
             dispatcher.learn(lengths[tuple(zip(*delivered, strict=True))])
@@ -161,9 +196,15 @@ def simulate(
         engine.start(delays)
         schedule(engine)
         if ended:
-            heapq.heappush(events, (now + DELIVERY_S, next(order), name, 0, ended))
+            hand_back(engine, ended, now)
     assert len(delays) == lengths.size, "a sample was lost"
-    return Result(makespan_s=last, delays_s=delays, cpu_us_per_prompt=cpu / prompts * 1e6)
+    return Result(
+        makespan_s=last,
+        delays_s=delays,
+        cpu_us_per_prompt=cpu / prompts * 1e6,
+        chunks=len(chunk_left),
+        items=items,
+    )
 
 
 def bound_s(lengths: NDArray[np.int32], engines: int, slots: int, step_s: tuple[float, float]) -> float:

@@ -50,8 +50,12 @@ class Link:
         self._require()
         return await self._host.describe(router)
 
-    async def sample(self, session: Session, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
-        items = self._host.sample(session, groups)
+    async def submit(self, session: Session, groups: Sequence[Group]) -> None:
+        self._require()
+        await self._host.submit(session, groups)
+
+    async def results(self, session: Session) -> AsyncGenerator[Finished, None]:
+        items = self._host.results(session)
         cut = asyncio.ensure_future(self.cut.wait())
         try:
             while True:
@@ -71,9 +75,9 @@ class Link:
     def stream(self, session: Session, group: Group) -> AsyncGenerator[TextDelta, None]:
         return self._host.stream(session, group)
 
-    async def abort(self, attempts: Iterable[Attempt]) -> None:
+    async def abort(self, session: Session, attempts: Iterable[Attempt]) -> None:
         self._require()
-        await self._host.abort(attempts)
+        await self._host.abort(session, attempts)
 
     async def control(self, method: str, *args: Any) -> Any:
         self._require()

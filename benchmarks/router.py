@@ -1,12 +1,13 @@
 """The router on a real cluster: calls a second, CPU a prompt, latency of control calls, and how soon cancels act.
 
-    scripts/bench router [--engine fake] [--only calls cpu control cancel] [--rounds 5] [--json FILE]
+    scripts/bench router [--engine fake] [--only calls cpu rpc control cancel] [--rounds 5] [--json FILE]
 
 - calls: `--calls` calls of one prompt and `--samples` samples each, 64 at a time, by `connect` and `sample_async`,
   against a reference graph in turns: a trivial router, called by handle, 64 at a time, that calls a deployment of the
   same engine kind once a sample and gathers the answers. It checks nothing, encodes nothing, keeps no load, and answers
   with a list of columns. Both get the same token ids, and every sample has `--tokens` tokens.
 - cpu: CPU time of the processes during calls of 64 prompts of 8 samples.
+- rpc: CPU time that a chunk which is sent, and an item which comes back, cost the router by themselves.
 - control: `status` from a process of its own every 20 ms, from when 10,000 prompts are sent until none
   waits, or 20 s.
 - cancel: see `benchmarks/_cancel.py`.
@@ -32,6 +33,7 @@ from ray import serve
 import twinkle_serve
 from benchmarks._cancel import cancels
 from benchmarks._one_by_one import OneByOne, OneEngine
+from benchmarks._rpc import Callee, Caller
 from benchmarks.overhead import commit, cpu_model, measured
 from graphs.sampler import build
 from twinkle_serve.config import ServiceArgs
@@ -77,7 +79,7 @@ class Prober:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"calls": calls, "cpu": cpu, "control": control, "cancel": cancel}
+    parts = {"calls": calls, "cpu": cpu, "rpc": rpc, "control": control, "cancel": cancel}
     parser.add_argument("--engine", choices=["fake", "vllm"], default="fake", help="of calls, cpu and cancel")
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--rounds", type=int, default=5)
@@ -222,6 +224,21 @@ async def cpu(options: argparse.Namespace) -> dict[str, Any]:
         }
     await asyncio.to_thread(serve.delete, "sampler")
     return result
+
+
+async def rpc(options: argparse.Namespace) -> dict[str, Any]:
+    """CPU of the router's process, ms; see `benchmarks/_rpc.py`."""
+    caller, callee, count = Caller, Callee, 500
+    graph = caller.bind(callee.bind())  # type: ignore[attr-defined]
+    handle: Any = await asyncio.to_thread(serve.run, graph, name="rpc", route_prefix=None)
+    spent: dict[str, list[float]] = {"chunk_ms": [], "item_ms": []}
+    for number in range(options.rounds + 1):
+        chunk_ms, item_ms = await handle.submits.remote(count), await handle.items.remote(count)
+        if number:  # the first round warms both up
+            spent["chunk_ms"].append(chunk_ms)
+            spent["item_ms"].append(item_ms)
+    await asyncio.to_thread(serve.delete, "rpc")
+    return {name: quartiles(values) for name, values in spent.items()}
 
 
 async def control(options: argparse.Namespace) -> dict[str, Any]:

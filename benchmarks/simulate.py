@@ -10,6 +10,10 @@ DELIVERY_S after they end.
 The lower bound is the larger of two: all tokens at the rate of full engines, and the longest sample alone on one. No
 router that does not know lengths gets near it while the longest sample takes a good part of the batch's time, so `pool`
 stands beside it, the same work where nothing is placed: see `benchmarks._simulated.pooled`.
+
+`router_ms_per_prompt` is the router's CPU: the dispatcher's, measured here, and `--rpc-ms`, which is what
+`scripts/bench router` has measured of a prompt that is encoded and answered, of a chunk that is sent and of an item
+that comes back. `saturates_at` is how many such engines keep one core busy with that.
 """
 
 from __future__ import annotations
@@ -33,6 +37,9 @@ from twinkle_serve.routing.policies import POLICIES
 
 STEP_S = (0.0026, 0.000082)
 """Of the demo model on two cores, float32, by `--measure`."""
+
+RPC_MS = (0.25, 2.0, 0.6)
+"""CPU of the router for a prompt, a chunk and an item, by `scripts/bench router --only cpu rpc`."""
 
 POOL = "pool"
 
@@ -71,6 +78,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES))
     parser.add_argument("--step-s", type=float, nargs=2, default=STEP_S, metavar=("BASE_S", "SEQUENCE_S"))
+    parser.add_argument("--rpc-ms", type=float, nargs=3, default=RPC_MS, metavar=("PROMPT", "CHUNK", "ITEM"))
     parser.add_argument("--measure", action="store_true", help="measure the step here first")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -82,10 +90,10 @@ def main() -> None:
         print(row, flush=True)
     answer = {
         "command": f"scripts/bench simulate --batches {' '.join(options.batches)} --slots {options.slots} "
-        f"--samples {options.samples}" + (" --measure" if options.measure else ""),
+        f"--samples {options.samples} --step-s {step_s[0]:g} {step_s[1]:g} "
+        f"--rpc-ms {' '.join(f'{ms:g}' for ms in options.rpc_ms)}",
         "commit": commit(),
         "machine": f"{os.cpu_count()} x {cpu_model()}, no GPU",
-        "step_s": step_s,
         "batches": rows,
     }
     if options.json:
@@ -126,8 +134,19 @@ def run(options: argparse.Namespace, step_s: tuple[float, float]) -> Iterator[di
             yield row(POOL, pool_s, delays)
             for policy in options.policies:
                 result = simulate(policy, engines, slots, lengths, step_s, seed=0)
-                cpu_us = round(result.cpu_us_per_prompt, 1)
-                yield row(policy, result.makespan_s, result.delays_s, cpu_us_per_prompt=cpu_us)
+                prompt_ms, chunk_ms, item_ms = options.rpc_ms
+                rpc_ms = (chunk_ms * result.chunks + item_ms * result.items) / prompts
+                router_ms = result.cpu_us_per_prompt / 1e3 + prompt_ms + rpc_ms
+                yield row(
+                    policy,
+                    result.makespan_s,
+                    result.delays_s,
+                    cpu_us_per_prompt=round(result.cpu_us_per_prompt, 1),
+                    chunks_per_prompt=round(result.chunks / prompts, 3),
+                    items_per_prompt=round(result.items / prompts, 3),
+                    router_ms_per_prompt=round(router_ms, 3),
+                    saturates_at=round(engines * result.makespan_s / (router_ms * prompts / 1e3)),
+                )
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from ray import serve
@@ -42,8 +43,8 @@ def engine_name(dp_rank: int) -> str:
 class Engine:
     """An `EngineHost` behind handles: the router's `EngineLink`.
 
-    Guarantees: `sample` yields every group of its chunk once unless it was aborted, or raises, and then all are over.
-    Guarantees: when the router cancels a chunk, its groups are aborted; and soon after the router has died.
+    Guarantees: `results` yields every sample that was submitted once, unless it was aborted, or raises.
+    Guarantees: when the router cancels that, everything is aborted; and soon after the router has died.
     Does not guarantee: that a group survives this process. The router keeps it.
     """
 
@@ -76,16 +77,21 @@ class Engine:
     async def describe(self, router: str) -> EngineInfo:
         return await self._host.describe(router)
 
-    async def sample(self, session: Session, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
-        async for finished in self._host.sample(session, groups):
-            yield finished
+    async def submit(self, session: Session, groups: Sequence[Group]) -> None:
+        await self._host.submit(session, groups)
+
+    async def results(self, session: Session) -> AsyncGenerator[Finished, None]:
+        async with aclosing(self._host.results(session)) as items:
+            async for finished in items:
+                yield finished
 
     async def stream(self, session: Session, group: Group) -> AsyncGenerator[TextDelta, None]:
-        async for delta in self._host.stream(session, group):
-            yield delta
+        async with aclosing(self._host.stream(session, group)) as deltas:
+            async for delta in deltas:
+                yield delta
 
-    async def abort(self, attempts: Sequence[Attempt]) -> None:
-        await self._host.abort(attempts)
+    async def abort(self, session: Session, attempts: Sequence[Attempt]) -> None:
+        await self._host.abort(session, attempts)
 
     async def control(self, method: str, *args: Any) -> Any:
         return await self._host.control(method, *args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -31,6 +32,10 @@ from twinkle_serve.placement import SIDE_CPUS
 from twinkle_serve.routing import router as routing
 from twinkle_serve.routing.templates import TemplateChoice
 
+SWITCH_S = 0.0005
+"""How long a thread of the router's process may keep the others waiting. A call passes through several threads before
+it is here: with Python's 5 ms, control calls take 100 ms and more while another one's prompts are encoded."""
+
 STALENESS = [0.5, 1.5, 2.5, 4.5, 8.5, 16.5]
 """Between whole numbers: Prometheus counts what is at a boundary as below it."""
 
@@ -53,6 +58,7 @@ class Router:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, args: ServiceArgs, engines: Mapping[str, DeploymentHandle], store: DeploymentHandle
     ) -> None:
+        sys.setswitchinterval(SWITCH_S)
         model = await asyncio.to_thread(hub.resolve, args.model_id, revision=args.revision, weights=False)
         links = {name: HandleLink(handle) for name, handle in engines.items()}
         staleness = metrics.Histogram(
@@ -204,14 +210,17 @@ class HandleLink:
         info: EngineInfo = await self._answer(self._handle.describe.remote(router))
         return info
 
-    def sample(self, session: Session, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
-        return self._each(self._streams.sample, session, groups)
+    async def submit(self, session: Session, groups: Sequence[Group]) -> None:
+        await self._answer(self._handle.submit.remote(session, groups))
+
+    def results(self, session: Session) -> AsyncGenerator[Finished, None]:
+        return self._each(self._streams.results, session)
 
     def stream(self, session: Session, group: Group) -> AsyncGenerator[TextDelta, None]:
         return self._each(self._streams.stream, session, group)
 
-    async def abort(self, attempts: Iterable[Attempt]) -> None:
-        await self._answer(self._handle.abort.remote(list(attempts)))
+    async def abort(self, session: Session, attempts: Iterable[Attempt]) -> None:
+        await self._answer(self._handle.abort.remote(session, list(attempts)))
 
     async def control(self, method: str, *args: Any) -> Any:
         return await self._answer(self._handle.control.remote(method, *args))

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conformance.harness import EngineHarness
 from twinkle_serve.data_format import SamplingParams
-from twinkle_serve.engines.base import ChunkRunner, Finished, check_fits
+from twinkle_serve.engines.base import Finished, GroupRunner, check_fits
 
 Prompts = list[np.ndarray]
 
@@ -262,14 +262,14 @@ async def test_engine_goes_on_after_an_abort(engine: EngineHarness, prompts: Pro
     await engine.engine.check_health()
 
 
-async def test_chunk_runner_returns_every_group_once(engine: EngineHarness, prompts: Prompts) -> None:
+async def test_group_runner_returns_every_group_once(engine: EngineHarness, prompts: Prompts) -> None:
     """Groups of different parameters share a chunk; an aborted one comes back in no item."""
     groups = [engine.group(p, count=2, max_tokens=3, logprobs=k) for p in prompts for k in (None, 0, 2)]
     aborted = engine.group(prompts[0], ignore_eos=True)
-    runner = ChunkRunner(engine.engine.sample_group, flush_after_s=0.01)
+    runner = GroupRunner(engine.engine.sample_group)
+    runner.submit([*groups, aborted])
     items: list[Finished] = []
-    chunk = runner.run([*groups, aborted])
-    async for item in chunk:
+    async for item in runner.results():
         if not items:
             runner.abort([aborted.attempt])
         items.append(item)

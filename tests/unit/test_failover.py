@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import numpy as np
@@ -134,7 +136,7 @@ class Service:
 
     def running(self) -> int:
         """Groups that run in the engines."""
-        return sum(len(host._chunks._running) for host in self.hosts.values())
+        return sum(claim.runner.running for host in self.hosts.values() for claim in host._claims.values())
 
 
 @pytest.fixture
@@ -373,9 +375,11 @@ async def test_engine_aborts_what_no_living_router_claims(service: Service, monk
     engine.gate = asyncio.Event()
     life = (await host.describe("gone")).life
     group = Group(id=7, prompt_ids=np.array([30, 20], np.int32), params=service_params(), count=3)
-    items = [item async for item in host.sample(Session(life=life, router="gone"), [group])]
+    session = Session(life=life, router="gone")
+    await host.submit(session, [group])
+    items = [item async for item in host.results(session)]
     assert sum(0 if item.columns is None else len(item.columns) for item in items) == 1, "the one that was not gated"
-    assert not host._claims
+    assert not service.running()
 
 
 def service_params() -> Any:
@@ -412,3 +416,62 @@ async def test_queue_that_is_full_refuses_at_once_and_says_when_to_come_back(sma
     for call in calls:
         assert exact(await call, len(PROMPTS), 4)
     assert exact(await small.router.sample(PROMPTS, {"max_tokens": 2}), len(PROMPTS), 1)
+
+
+@contextlib.contextmanager
+def encoding_waits(router: Router) -> Iterator[None]:
+    """Inside, no call's prompts are encoded."""
+    end = threading.Event()
+    router._encoding.submit(end.wait)
+    try:
+        yield
+    finally:
+        end.set()
+
+
+async def test_what_is_cancelled_while_its_call_is_encoded_is_not_sampled(service: Service) -> None:
+    """Some of its prompts, which the response does not have, or all, which is an error."""
+    with encoding_waits(service.router):
+        some = asyncio.ensure_future(service.router.sample(PROMPTS, {"max_tokens": 2}, request_id="some"))
+        every = asyncio.ensure_future(service.router.sample(PROMPTS, {"max_tokens": 2}, request_id="every"))
+        await asyncio.sleep(0)
+        assert await service.router.cancel("some", [0, 2, 99]) == 2
+        assert await service.router.cancel("some", [0]) == 0
+        assert await service.router.cancel("every") == len(PROMPTS)
+    assert (await some).prompt_indices == tuple(i for i in range(len(PROMPTS)) if i not in (0, 2))
+    with pytest.raises(RequestError, match="every prompt of the call was cancelled"):
+        await every
+    await eventually(service.idle)
+
+
+async def test_lease_that_lapses_while_its_call_is_encoded_ends_it(service: Service) -> None:
+    """Nothing of it is sampled; a lease that is no number of seconds is refused."""
+
+    async def lapsed() -> bool:
+        live = service.router._live.get("left")
+        return live is not None and live.error is not None
+
+    with encoding_waits(service.router):
+        call = asyncio.ensure_future(service.router.sample(PROMPTS, request_id="left", lease_s=0.01))
+        await eventually(lapsed)
+    with pytest.raises(EngineError, match="the caller of left has been silent"):
+        await call
+    await eventually(service.idle)
+    with pytest.raises(RequestError, match="lease_s must be a number of seconds"):
+        await service.router.sample(PROMPTS, request_id="left", lease_s=-1)
+
+
+async def test_calls_that_are_encoded_are_bounded_too(small: Service) -> None:
+    """They are in no queue, and would be taken without end."""
+    with encoding_waits(small.router):
+        calls = [asyncio.ensure_future(small.router.sample(PROMPTS[:1], {"max_tokens": 2})) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFullError, match="max_queued_requests=3"):
+            await small.router.sample(PROMPTS[:1], {"max_tokens": 2})
+        with pytest.raises(QueueFullError):
+            await anext(small.router.sample_stream(PROMPTS[:1], {"max_tokens": 2}))
+    for engine in small.engines.values():
+        assert engine.gate is not None
+        engine.gate.set()
+    for call in calls:
+        assert exact(await call, 1, 1)

@@ -51,6 +51,8 @@ class Group:
     """How many of these ended by themselves, by an error or a signal of their own, rather than from outside."""
     ran_s: float = 0.0
     """For how long it had run on the last of these."""
+    urgent: bool = False
+    """Whether somebody waits for each of its samples, rather than for all of its call's."""
     caller: str = ""
     """Whose it is; callers take turns."""
     index: int = 0
@@ -84,12 +86,14 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """One router's use of one engine's process."""
+    """One router's use of one engine's process, from when it is found ready until it is lost."""
 
     life: str
     """`EngineInfo.life` of the process."""
     router: str
     """Id of the router."""
+    number: int = 0
+    """Higher in later uses by the same router, which end the earlier ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

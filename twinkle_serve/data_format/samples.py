@@ -141,14 +141,15 @@ class SampleColumns:
 
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> SampleColumns:
         """The given rows, in the given order."""
-        starts = self.starts
-        spans = [np.arange(starts[row], starts[row] + self.lengths[row]) for row in rows]
-        at = np.concatenate(spans) if spans else np.empty(0, np.int64)
+        lengths = self.lengths[rows]
+        moved = self.starts[rows] - (np.cumsum(lengths, dtype=np.int64) - lengths)
+        # Where each token is: as far from where its sample begins as it is to be.
+        at = np.arange(lengths.sum()) + np.repeat(moved, lengths)
         group = self.group[rows]
         return SampleColumns(
             group=group,
             sample=self.sample[rows],
-            lengths=self.lengths[rows],
+            lengths=lengths,
             tokens=self.tokens[at],
             logprobs=None if self.logprobs is None else self.logprobs[at],
             logprob_tokens=None if self.logprob_tokens is None else self.logprob_tokens[at],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -298,90 +299,162 @@ def apart(group: Group) -> list[Group]:
     return [group.part(sample, 1) for sample in group.samples]
 
 
-class ChunkRunner:
-    """Runs chunks of groups on an engine and hands back samples as they end, many at a time.
+LEAST_FLUSH_S, MOST_FLUSH_S = 0.05, 1.0
+FLUSH_SHARE = 0.02
+"""A sample that has ended waits for others to go with: for this share of the time that it was here, within these."""
 
-    Each item costs its receiver about a millisecond, so an item waits up to `flush_after_s` for company; the last one
-    of a chunk waits for nothing. For the same reason gains of all chunks go by one item, of whichever chunk.
+LINGER_S = 1.0
+"""How long results are waited for when nothing runs."""
+
+
+@dataclass(slots=True, eq=False)
+class _Chunk:
+    """Groups that came together."""
+
+    left: int = 0
+    """Parts of them that run."""
+
+
+@dataclass(slots=True, eq=False)
+class _Part:
+    """What is handed to the engine by itself; see `apart`."""
+
+    chunk: _Chunk
+    group: Group
+    """What it is a part of, as the router has placed it."""
+    part: Group
+    began_at: float
+    told: int
+    """Tokens of it that were handed on, where it may be resumed."""
+
+
+class GroupRunner:
+    """Runs groups on an engine for one router, and hands back samples as they end, whichever chunk they came in.
+
+    An item costs its receiver two milliseconds or so, so a sample waits for company, but the last one of a chunk.
     """
 
-    def __init__(
-        self,
-        sample_group: SampleGroup,
-        so_far: SoFar = lambda group, offset: None,
-        flush_after_s: float = 0.05,
-    ) -> None:
+    def __init__(self, sample_group: SampleGroup, so_far: SoFar = lambda group, offset: None) -> None:
+        """Must be called on the event loop that it is to live on."""
         self._sample_group = sample_group
         self._so_far = so_far
-        self._flush_after_s = flush_after_s
+        self._loop = asyncio.get_running_loop()
+        self._parts: dict[asyncio.Task[SampleColumns], _Part] = {}
+        """That run, or have ended and are yet to be handed back."""
         self._running: dict[Attempt, list[asyncio.Task[SampleColumns]]] = {}
+        self._ended: list[asyncio.Task[SampleColumns]] = []
+        """In the order in which they did."""
+        self._due = math.inf
+        """When these are to be handed back."""
+        self._changed = asyncio.Event()
         self._aborted_early: dict[Attempt, None] = {}
-        self._told: dict[asyncio.Task[SampleColumns], tuple[Attempt, Group, int]] = {}
-        """Samples that run and may be resumed: attempt of their group, themselves, and tokens that were handed on."""
+        self._resumable: dict[asyncio.Task[SampleColumns], _Part] = {}
         self._tell_at = 0.0
 
-    async def run(self, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
-        """Samples a chunk.
+    @property
+    def running(self) -> int:
+        """Groups that are not over."""
+        return len(self._running)
+
+    def submit(self, groups: Iterable[Group]) -> None:
+        """Begins a chunk."""
+        chunk, now = _Chunk(), self._loop.time()
+        for group in groups:
+            if group.attempt in self._aborted_early:
+                del self._aborted_early[group.attempt]
+                continue
+            tasks = self._running[group.attempt] = []
+            for part in apart(group):
+                task = asyncio.ensure_future(self._sample_group(part))
+                tasks.append(task)
+                told = 0 if part.begun is None else len(part.begun)
+                self._parts[task] = _Part(chunk, group, part, now, told)
+                if group.resume:
+                    self._resumable[task] = self._parts[task]
+                task.add_done_callback(self._end)
+            chunk.left += len(tasks)
+        self._changed.set()
+
+    def _end(self, task: asyncio.Task[SampleColumns]) -> None:
+        if (part := self._parts.get(task)) is None:
+            if not task.cancelled():
+                task.exception()  # or asyncio would log it
+            return
+        part.chunk.left -= 1
+        now = self._loop.time()
+        wait_s = 0.0
+        if part.chunk.left:
+            longest = LEAST_FLUSH_S if part.group.urgent else MOST_FLUSH_S
+            wait_s = min(max(LEAST_FLUSH_S, FLUSH_SHARE * (now - part.began_at)), longest)
+        self._ended.append(task)
+        self._due = min(self._due, now + wait_s)
+        self._changed.set()
+
+    async def results(self) -> AsyncGenerator[Finished, None]:
+        """What has ended, and ends, until nothing has run for LINGER_S. It has one reader.
 
         Guarantees: every sample is in one item, unless its group failed or was aborted; a failure is in one item.
         Guarantees: gains of a sample come before its end, each token once.
-        Guarantees: closing the iterator, or cancelling its consumer, aborts the groups that are still running.
+        Guarantees: closing the iterator, or cancelling its consumer, aborts what is still running.
 
         Raises:
             EngineDeadError: the engine is gone; samples not yet handed back are lost.
         """
-        wanted = [group for group in groups if group.attempt not in self._aborted_early]
-        for group in groups:
-            self._aborted_early.pop(group.attempt, None)
-        keys: dict[asyncio.Task[SampleColumns], GroupKey] = {}
-        ended: asyncio.Queue[asyncio.Task[SampleColumns]] = asyncio.Queue()
-        for group in wanted:
-            parts = apart(group)
-            self._running[group.attempt] = [asyncio.ensure_future(self._sample_group(part)) for part in parts]
-            for part, task in zip(parts, self._running[group.attempt], strict=True):
-                keys[task] = group.key
-                task.add_done_callback(ended.put_nowait)
-                if group.resume:
-                    self._told[task] = (group.attempt, part, 0 if part.begun is None else len(part.begun))
         try:
-            while keys:
-                done = []
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout_at(self._tell_at if self._told else None):
-                        done.append(await ended.get())
-                    async with asyncio.timeout(self._flush_after_s):
-                        while len(done) < len(keys):
-                            done.append(await ended.get())
-                for task in done:
-                    self._told.pop(task, None)
+            while await self._something_is_due():
+                ended, self._ended, self._due = self._ended, [], math.inf
+                for task in ended:
+                    self._resumable.pop(task, None)
                 if gains := self._gains():
                     yield Finished(gains=gains)
-                items, dead = _collect([(keys.pop(task), task) for task in done])
+                items, dead = _collect([(self._take(task).key, task) for task in ended])
                 for item in items:
-                    for key in item.failures:
-                        self.abort(group.attempt for group in wanted if group.key == key)
                     yield item
                 if dead is not None:
                     raise dead
         finally:
-            for task in keys:
-                self._told.pop(task, None)
-                task.cancel()
-            await asyncio.gather(*keys, return_exceptions=True)
-            for group in wanted:
-                self._running.pop(group.attempt, None)
+            self.close()
+
+    async def _something_is_due(self) -> bool:
+        """Waits for something to hand back; false when nothing has run for long."""
+        idle_at = self._loop.time() + LINGER_S
+        while True:
+            self._changed.clear()
+            due = self._due
+            if self._resumable:
+                due = min(due, self._tell_at)
+            until = due if self._parts else idle_at
+            if until <= self._loop.time():
+                return bool(self._parts)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(until if until < math.inf else None):
+                    await self._changed.wait()
+
+    def _take(self, task: asyncio.Task[SampleColumns]) -> Group:
+        """Forgets a part that has ended. Returns its group, whose other parts are aborted if it failed."""
+        group = self._parts.pop(task).group
+        if not task.cancelled() and task.exception() is not None:
+            self.abort([group.attempt])
+        tasks = self._running[group.attempt]
+        tasks.remove(task)
+        if not tasks:
+            del self._running[group.attempt]
+        return group
 
     def _gains(self) -> list[Gain]:
         """What running samples have gained, where it is time to hand that on."""
-        now = asyncio.get_running_loop().time()
-        if not self._told or now < self._tell_at:
+        now = self._loop.time()
+        if not self._resumable or now < self._tell_at:
             return []
         self._tell_at = now + GAINS_PERIOD_S
         gains = []
-        for task, (attempt, part, offset) in self._told.items():
+        for resumable in self._resumable.values():
+            part, offset = resumable.part, resumable.told
             if (begun := self._so_far(part, offset)) is not None:
-                gains.append(Gain(attempt=attempt, sample=part.first_sample, offset=offset, begun=begun))
-                self._told[task] = (attempt, part, offset + len(begun))
+                gains.append(
+                    Gain(attempt=resumable.group.attempt, sample=part.first_sample, offset=offset, begun=begun)
+                )
+                resumable.told += len(begun)
         return gains
 
     def abort(self, attempts: Iterable[Attempt]) -> None:
@@ -395,6 +468,13 @@ class ChunkRunner:
                 self._aborted_early[attempt] = None
         while len(self._aborted_early) > MOST_EARLY_ABORTS:
             del self._aborted_early[next(iter(self._aborted_early))]
+
+    def close(self) -> None:
+        """Aborts everything, and forgets it."""
+        for task in self._parts:
+            task.cancel()
+        self._parts, self._running, self._resumable, self._ended, self._due = {}, {}, {}, [], math.inf
+        self._changed.set()
 
 
 def _collect(

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.data_format.samples import Begun, SampleColumns
 from twinkle_serve.data_format.weights import FILES, BaseVersion, PauseMode
-from twinkle_serve.engines.base import ChunkRunner, Engine, Finished
+from twinkle_serve.engines.base import Engine, Finished, GroupRunner
 from twinkle_serve.engines.text import TextStream
 from twinkle_serve.errors import AdapterError, EngineDeadError, EngineError, EngineStartError, StoreError
 from twinkle_serve.weights import StoreLink
@@ -62,10 +62,16 @@ LATE_S = 1.0
 class _Claim:
     """A router's to what it has sent: it ends by itself when the router is silent."""
 
-    def __init__(self, router: str) -> None:
-        self._router = router
-        self.abandon: list[Callable[[], None]] = []
-        """What to do at its end."""
+    def __init__(self, session: Session, runner: GroupRunner, abandon: Callable[[str], None]) -> None:
+        """
+        Args:
+            runner: of what is sent in this session.
+            abandon: called with the router's id when it has been silent for too long.
+        """
+        self._abandon = abandon
+        self.session, self.runner = session, runner
+        self.streams: set[asyncio.Event] = set()
+        """Of its text streams; set when they are to end."""
         self._end: asyncio.TimerHandle | None = None
         self.renew()
 
@@ -79,14 +85,17 @@ class _Claim:
             self._end.cancel()
 
     def _lapse(self, due: float) -> None:
-        if (
-            asyncio.get_running_loop().time() - due > LATE_S
-        ):  # it was this process that was busy: the router may have asked
-            self.renew()
-            return
-        logger.warning(f"router {self._router} is silent: what it has sent is aborted, {len(self.abandon)} chunks")
-        for abandon in self.abandon:
-            abandon()
+        if asyncio.get_running_loop().time() - due > LATE_S:
+            self.renew()  # it was this process that was busy: the router may have asked
+        else:
+            self._abandon(self.session.router)
+
+    def close(self) -> None:
+        """Aborts everything."""
+        self.release()
+        self.runner.close()
+        for stream in self.streams:
+            stream.set()
 
 
 class EngineHost:
@@ -101,7 +110,6 @@ class EngineHost:
         self._engine = engine
         self._store = store
         self._model = model
-        self._chunks = ChunkRunner(self._sample_group, self._so_far)
         self._adapters: dict[int, AdapterVersion] = {}
         """Loaded versions, by id."""
         self._uses: Counter[int] = Counter()
@@ -121,7 +129,7 @@ class EngineHost:
         self._running = 0
         """Groups in the engine."""
         self._claims: dict[str, _Claim] = {}
-        """By router, of those that have something here."""
+        """By router, of those that are there."""
         self._info: EngineInfo
 
     async def start(self, name: str, timeout_s: float) -> None:
@@ -183,55 +191,62 @@ class EngineHost:
     def _so_far(self, group: Group, offset: int) -> Begun | None:
         return self._engine.so_far(group, offset if group.begun is None else offset - len(group.begun))
 
-    async def sample(self, session: Session, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
-        self._require_life(session.life)
-        with self._claimed(session.router, lambda: self._chunks.abort(group.attempt for group in groups)):
-            async with contextlib.aclosing(self._chunks.run(groups)) as chunk:
-                async for finished in chunk:
-                    yield finished
+    async def submit(self, session: Session, groups: Sequence[Group]) -> None:
+        self._claim(session).runner.submit(groups)
+
+    async def results(self, session: Session) -> AsyncGenerator[Finished, None]:
+        async with contextlib.aclosing(self._claim(session).runner.results()) as items:
+            async for finished in items:
+                yield finished
 
     async def stream(self, session: Session, group: Group) -> AsyncGenerator[TextDelta, None]:
-        self._require_life(session.life)
+        claim = self._claim(session)
         text = TextStream(self._engine.decode, group.params.stop_strings)
         abandoned = asyncio.Event()
         async with contextlib.AsyncExitStack() as stack:
-            stack.enter_context(self._claimed(session.router, abandoned.set))
+            claim.streams.add(abandoned)
+            stack.callback(claim.streams.discard, abandoned)
             await stack.enter_async_context(self._using(group.adapter))
             tokens = await stack.enter_async_context(contextlib.aclosing(self._engine.stream_tokens(group)))
             async for delta in tokens:
                 if abandoned.is_set():
                     raise EngineError(
-                        f"{self._info.name}: the router was silent for {CLAIM_S:g} s; its stream is ended."
+                        f"{self._info.name}: the router has given this stream up, or was silent for {CLAIM_S:g} s."
                     )
                 last = delta.stop_reason is not None
                 new = text.push(delta.tokens, last=last, by_stop_string=delta.by_stop_string)
                 if new or last:
                     yield TextDelta(text=new, finish_reason=delta.stop_reason)
 
-    async def abort(self, attempts: Iterable[Attempt]) -> None:
-        self._chunks.abort(attempts)
+    async def abort(self, session: Session, attempts: Iterable[Attempt]) -> None:
+        self._claim(session).runner.abort(attempts)
 
-    @contextlib.contextmanager
-    def _claimed(self, router: str, abandon: Callable[[], None]) -> Iterator[None]:
-        """Keeps what a router has sent for as long as the router says that it is there; then `abandon` is called."""
-        claim = self._claims.get(router)
-        if claim is None:
-            claim = self._claims[router] = _Claim(router)
-        claim.renew()
-        claim.abandon.append(abandon)
-        try:
-            yield
-        finally:
-            claim.abandon.remove(abandon)
-            if not claim.abandon:
-                claim.release()
-                if self._claims.get(router) is claim:
-                    del self._claims[router]
+    def _claim(self, session: Session) -> _Claim:
+        """Of the session's router to what it sends; renewed.
 
-    def _require_life(self, life: str) -> None:
-        """Serve keeps what it could not hand to a process that died; the router has placed it anew long since."""
-        if life != self._info.life:
+        Raises:
+            EngineDeadError: the session is over.
+        """
+        # Serve keeps what it could not hand to a process that died; the router has placed it anew long since.
+        if session.life != self._info.life:
             raise EngineDeadError(f"{self._info.name} was restarted.")
+        claim = self._claims.get(session.router)
+        if claim is None or claim.session.number < session.number:
+            if claim is not None:
+                claim.close()
+            runner = GroupRunner(self._sample_group, self._so_far)
+            claim = self._claims[session.router] = _Claim(session, runner, self._abandon)
+        if claim.session.number > session.number:
+            raise EngineDeadError(f"{self._info.name} has a later session of the same router.")
+        claim.renew()
+        return claim
+
+    def _abandon(self, router: str) -> None:
+        """Aborts what a router has sent."""
+        claim = self._claims.pop(router)
+        if running := claim.runner.running + len(claim.streams):
+            logger.warning(f"router {router} is silent: what it has sent is aborted, {running} groups")
+        claim.close()
 
     @contextlib.asynccontextmanager
     async def _using(self, adapter: AdapterVersion | None) -> AsyncGenerator[None, None]:
@@ -373,6 +388,8 @@ class EngineHost:
     async def stop(self) -> None:
         if self._pause_end is not None:
             self._pause_end.cancel()
+        for claim in self._claims.values():
+            claim.close()
         for task in self._tasks:
             task.cancel()
         await self._engine.stop()

@@ -15,8 +15,10 @@ from twinkle_serve.routing.policies import POLICIES, EngineLoad, Lengths, Policy
 from twinkle_serve.routing.queue import FairQueue
 
 HEADROOM = 1.25
-"""Sequences sent to an engine per sequence that it runs at once. What is over 1 waits inside the engine, so that a
-finished sequence is followed at the next step; what the engine cannot start soon waits here, for whoever is free."""
+REFILL = 1.125
+"""Sequences sent to an engine per sequence that it runs at once: up to HEADROOM, and again when no more than REFILL are
+left, so that a chunk, which costs a millisecond or so, is of several groups. What is over 1 waits inside the engine: a
+finished sequence is followed at the next step. What the engine cannot start soon waits here, for whoever is free."""
 
 
 class Dispatcher:
@@ -45,7 +47,8 @@ class Dispatcher:
     def add_engine(self, name: str, max_num_seqs: int) -> None:
         """Puts an engine into use; one that is in use already is left as it is."""
         if name not in self._engines:
-            self._engines[name] = EngineLoad(name, limit=max(1, int(max_num_seqs * HEADROOM)))
+            limit = max(1, int(max_num_seqs * HEADROOM))
+            self._engines[name] = EngineLoad(name, limit=limit, low=min(limit - 1, int(max_num_seqs * REFILL)))
             self._policy.add(self._engines[name])
             self._too_large = 0
 
@@ -91,6 +94,10 @@ class Dispatcher:
     def sequences(self, name: str) -> int:
         """Sequences that an engine has been sent and has not finished."""
         return self._engines[name].sequences
+
+    def groups(self, name: str) -> Iterable[Group]:
+        """What an engine has, whole or the rest of it."""
+        return self._engines[name].groups.values()
 
     def enqueue(self, groups: Iterable[Group], *, first: bool = False) -> None:
         """Adds groups at the end, or, where an engine has lost them, at the front."""
@@ -154,6 +161,8 @@ class Dispatcher:
     def _settle(self, engine: EngineLoad) -> None:
         if not engine.groups:  # or rounding would tell idle engines apart
             engine.tokens = 0.0
+        if engine.sequences <= engine.low:
+            engine.full = False
         if engine.name in self._closed:
             return
         if engine.has_room(self._too_large) or not engine.groups:
@@ -250,6 +259,8 @@ class Dispatcher:
         engine.costs[group.key] = cost = self._lengths.cost(group, group.count) / group.count
         engine.sequences += group.count
         engine.tokens += cost * group.count
+        # Whether another one like it has room.
+        engine.full = engine.sequences + group.count > engine.limit
         self._policy.changed(engine)
 
 

@@ -22,18 +22,22 @@ class EngineLink(Protocol):
         Says too that a router is there: what one has sent that does not say so for CLAIM_S is aborted.
         """
 
-    def sample(self, session: Session, groups: Sequence[Group]) -> AsyncGenerator[Finished, None]:
-        """Samples a chunk: every sample is in one item, unless its group failed or was aborted. Closing it aborts what
-        still runs.
+    async def submit(self, session: Session, groups: Sequence[Group]) -> None:
+        """Has a chunk sampled; what comes of it is among the `results` of the session.
 
         The session is with the process that the chunk is meant for; another one raises EngineDeadError.
+        """
+
+    def results(self, session: Session) -> AsyncGenerator[Finished, None]:
+        """What was submitted, as it ends, until nothing has run for LINGER_S: every sample is in one item, unless its
+        group failed or was aborted. One reader at a time; closing it aborts what still runs.
         """
 
     def stream(self, session: Session, group: Group) -> AsyncGenerator[TextDelta, None]:
         """Samples a group of one sample, handing out its text as it comes. Closing it aborts the sample."""
 
-    async def abort(self, attempts: Iterable[Attempt]) -> None:
-        """Aborts groups, if they still run. They come back in no item; others of their chunk go on."""
+    async def abort(self, session: Session, attempts: Iterable[Attempt]) -> None:
+        """Aborts groups, if they still run. They come back in no item."""
 
     async def control(self, method: str, *args: Any) -> Any:
         """Calls one of `EngineHost`'s CONTROLS."""

@@ -1,4 +1,4 @@
-"""Requests that run: by which id their callers know them, and whether these are still there."""
+"""Calls that run: by which id their callers know them, and whether these are still there."""
 
 from __future__ import annotations
 
@@ -6,24 +6,39 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from twinkle_serve.errors import EngineError, RequestError, TwinkleServeError
 from twinkle_serve.routing.request import Request
 
 
-@dataclass(slots=True)
-class _Live:
-    request: Request
-    end: asyncio.TimerHandle | None = None
+@dataclass(slots=True, eq=False)
+class Live:
+    """A call, from when it arrives until it is over."""
+
+    inputs: int
+    """How many it has."""
+    request: Request | None = None
+    """None while it is being understood."""
+    error: TwinkleServeError | None = None
+    """What has ended it before it was a request."""
+    cancelled: set[int] = field(default_factory=set)
+    """Inputs that were cancelled before it was one."""
+    lease: asyncio.TimerHandle | None = None
     """When it is given up."""
 
+    def cancel(self, inputs: Iterable[int] | None) -> int:
+        """Cancels inputs, or all, of a call that is no request yet. Returns how many were not cancelled before."""
+        before = len(self.cancelled)
+        self.cancelled |= set(range(self.inputs)) if inputs is None else {*inputs} & {*range(self.inputs)}
+        return len(self.cancelled) - before
 
-class LiveRequests:
-    """Ids and leases of requests.
 
-    Guarantees: an id means one request at a time, the latest that came with it; the one before is given up.
-    Guarantees: a request with a lease is given up when the lease is not renewed.
+class LiveCalls:
+    """Ids and leases of calls.
+
+    Guarantees: an id means one call at a time, the latest that came with it; the one before is given up.
+    Guarantees: a call with a lease is given up when the lease is not renewed.
     """
 
     def __init__(self, give_up: Callable[[Request, TwinkleServeError], None]) -> None:
@@ -32,35 +47,44 @@ class LiveRequests:
             give_up: ends a request with an error.
         """
         self._give_up = give_up
-        self._by_id: dict[str, _Live] = {}
-        self._count = 0
+        self._by_id: dict[str, Live] = {}
+        self._all: set[Live] = set()
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._all)
 
-    def get(self, request_id: str) -> Request | None:
-        live = self._by_id.get(request_id)
-        return None if live is None else live.request
+    @property
+    def arriving(self) -> int:
+        """Calls that are no requests yet."""
+        return sum(live.request is None for live in self._all)
+
+    def get(self, request_id: str) -> Live | None:
+        return self._by_id.get(request_id)
 
     @contextlib.contextmanager
-    def holding(self, request: Request, request_id: str, lease_s: float | None) -> Iterator[None]:
-        """Knows a request by its id, "" for none, for as long as it runs."""
-        live = _Live(request)
+    def holding(self, inputs: int, request_id: str, lease_s: float | None) -> Iterator[Live]:
+        """Knows a call of so many inputs by its id, "" for none, for as long as it runs."""
+        live = Live(inputs)
         if request_id:
             if (before := self._by_id.get(request_id)) is not None:
-                self._give_up(before.request, EngineError(f"call {request_id} was sent again, and runs anew."))
+                self._end(before, EngineError(f"call {request_id} was sent again, and runs anew."))
             self._by_id[request_id] = live
             if lease_s is not None:
                 self._lease(request_id, live, lease_s)
-        self._count += 1
+        self._all.add(live)
         try:
-            yield
+            yield live
         finally:
-            self._count -= 1
-            if live.end is not None:
-                live.end.cancel()
+            self._all.discard(live)
+            if live.lease is not None:
+                live.lease.cancel()
             if self._by_id.get(request_id) is live:
                 del self._by_id[request_id]
+
+    def _end(self, live: Live, error: TwinkleServeError) -> None:
+        live.error = error
+        if live.request is not None:
+            self._give_up(live.request, error)
 
     def renew(self, request_ids: Iterable[str], lease_s: float) -> None:
         """Their callers are there, and will say so again within `lease_s`."""
@@ -68,11 +92,11 @@ class LiveRequests:
             if (live := self._by_id.get(request_id)) is not None:
                 self._lease(request_id, live, lease_s)
 
-    def _lease(self, request_id: str, live: _Live, lease_s: float) -> None:
-        if live.end is not None:
-            live.end.cancel()
+    def _lease(self, request_id: str, live: Live, lease_s: float) -> None:
+        if live.lease is not None:
+            live.lease.cancel()
         gone = EngineError(f"the caller of {request_id} has been silent for {lease_s:g} s: its call is given up.")
-        live.end = asyncio.get_running_loop().call_later(lease_s, self._give_up, live.request, gone)
+        live.lease = asyncio.get_running_loop().call_later(lease_s, self._end, live, gone)
 
 
 class Rate:

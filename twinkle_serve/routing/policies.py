@@ -25,6 +25,9 @@ class EngineLoad:
     name: str
     limit: int
     """Most sequences that it is sent, where the policy keeps to that."""
+    low: int
+    """Once it is full, it is sent nothing until it has no more sequences than these: many groups at a time, then."""
+    full: bool = False
     groups: dict[GroupKey, Group] = field(default_factory=dict)
     left: dict[GroupKey, set[int]] = field(default_factory=dict)
     """Samples of each group that have not ended."""
@@ -40,7 +43,7 @@ class EngineLoad:
 
     def has_room(self, samples: int) -> bool:
         """For so many samples of one prompt."""
-        return self.sequences + samples <= self.limit
+        return not self.full and self.sequences + samples <= self.limit
 
 
 class Policy(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import itertools
 import logging
 import uuid
 from collections import Counter, defaultdict
@@ -77,8 +78,12 @@ class _Use:
     """Set at its end."""
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when it is held back and has finished what it had."""
-    chunks: set[asyncio.Task[Any]] = field(default_factory=set)
-    """Those that it has been sent."""
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    """That send it groups, and the one that takes what it hands back. They end with the use."""
+    sent: set[GroupKey] = field(default_factory=set)
+    """Groups that it has taken since its results were last asked for."""
+    has_sent: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when there are any."""
 
     def has(self, version: AdapterVersion | None) -> bool:
         return version is None or self.has_loaded(version.id)
@@ -150,6 +155,8 @@ class EnginePool:
         self._stall_timeout_s = stall_timeout_s
         self._id = uuid.uuid4().hex
         """By which engines know this router."""
+        self._numbers = itertools.count()
+        """Of its sessions."""
         self._has_info = asyncio.Event()
         self._dispatcher = Dispatcher(policy)
         self._resume = resume
@@ -322,27 +329,29 @@ class EnginePool:
                 # What an engine has yet to load keeps nobody else waiting, and fails alone.
                 by_adapter[None if use.has(group.adapter) else group.adapter].append(group)
             for missing, part in by_adapter.items():
-                chunk = self.spawn(self._run_chunk(name, use, part, missing))
-                use.chunks.add(chunk)
-                chunk.add_done_callback(use.chunks.discard)
+                self._spawn_for(use, self._send(name, use, part, missing))
+            if len(use.placed_at) > 2 * self._dispatcher.sequences(name) + 64:
+                held = {group.id for group in self._dispatcher.groups(name)}
+                use.placed_at = {group_id: at for group_id, at in use.placed_at.items() if group_id in held}
         self._find_idle()
 
-    async def _run_chunk(self, name: str, use: _Use, groups: list[Group], missing: AdapterVersion | None) -> None:
-        """Has an engine sample a chunk, after it has loaded the adapter that it lacks for it.
+    def _spawn_for(self, use: _Use, coroutine: Coroutine[Any, Any, Any]) -> None:
+        """Runs a coroutine for as long as a use of an engine lasts."""
+        task = self.spawn(coroutine)
+        use.tasks.add(task)
+        task.add_done_callback(use.tasks.discard)
 
-        Every group of it is delivered, failed, or put back into the queue. Once the engine is out of that use, all its
-        groups are placed elsewhere, and what still comes is dropped.
-        """
+    async def _send(self, name: str, use: _Use, groups: list[Group], missing: AdapterVersion | None) -> None:
+        """Sends an engine a chunk, after it has loaded the adapter that it lacks for it. Groups that it does not take
+        fail, or are placed elsewhere if it is gone."""
+        keys = [group.key for group in groups]
         try:
             if missing is not None:
-                if not any(self._wanted(group.id) for group in groups):
-                    return  # and with them nobody may hold the version
+                if not any(self._wanted(group.id) for group in groups):  # and with them nobody may hold the version
+                    self._dispatcher.finish(name, keys)
+                    return
                 await self._load(name, use, missing)
-            async with contextlib.aclosing(self._links[name].sample(use.session, groups)) as chunk:
-                async for finished in chunk:
-                    if self._uses.get(name) is not use:
-                        return
-                    self._deliver(name, finished)
+            await self._unless_lost(name, use, self._links[name].submit(use.session, groups))
         except EngineDeadError as error:
             self._lose(name, use, error)
         except Exception as error:
@@ -350,15 +359,35 @@ class EnginePool:
                 return
             if not isinstance(error, TwinkleServeError):
                 # A bug, here or there: these groups fail, the engine stays.
-                logger.exception(f"{name} failed on a chunk of {len(groups)} groups")
-                error = EngineError(f"{name} failed on a chunk of {len(groups)} groups: {error!r}")
-            for group_id in {group.id for group in self._dispatcher.finish(name, [group.key for group in groups])}:
+                logger.exception(f"{name} did not take {len(groups)} groups")
+                error = EngineError(f"{name} did not take {len(groups)} groups: {error!r}")
+            for group_id in {group.id for group in self._dispatcher.finish(name, keys)}:
                 self._fail(group_id, error)
-        finally:
-            if self._uses.get(name) is use:
-                self._sample_again(self._dispatcher.finish(name, [group.key for group in groups]))
-            for group in groups:
-                use.placed_at.pop(group.id, None)
+            self._pump_soon()
+        else:
+            use.sent.update(keys)
+            use.has_sent.set()
+
+    async def _collect(self, name: str, use: _Use) -> None:
+        """Takes what an engine hands back. What still comes once it is out of that use is dropped, for its groups are
+        elsewhere then."""
+        while True:
+            await use.has_sent.wait()
+            use.has_sent.clear()
+            sent, use.sent = use.sent, set()
+            try:
+                async with contextlib.aclosing(self._links[name].results(use.session)) as results:
+                    async for finished in results:
+                        if self._uses.get(name) is not use:
+                            return
+                        self._deliver(name, finished)
+            except Exception as error:
+                if not isinstance(error, EngineDeadError):  # a bug, here or there: what it struck is not known
+                    logger.exception(f"what {name} has sampled could not be taken")
+                self._lose(name, use, error)
+                return
+            # It has nothing any more. What it was sent before and has not handed back would wait for ever.
+            self._sample_again(self._dispatcher.finish(name, sent))
             self._pump_soon()
 
     def _deliver(self, name: str, finished: Finished) -> None:
@@ -366,6 +395,8 @@ class EnginePool:
         failed = self._dispatcher.finish(name, finished.failures)
         for group_id in {group.id: None for group in failed}:
             self._fail(group_id, next(error for key, error in finished.failures.items() if key[0] == group_id))
+        if failed:
+            self._pump_soon()
         if (columns := finished.columns) is None:
             return
         self._dispatcher.ended(name, zip(columns.group.tolist(), columns.sample.tolist(), strict=True))
@@ -747,12 +778,13 @@ class EnginePool:
     async def _begin_use(self, name: str, info: EngineInfo) -> None:
         if name in self._held_back:  # since it began to catch up
             return
-        session = Session(life=info.life, router=self._id)
+        session = Session(life=info.life, router=self._id, number=next(self._numbers))
         self._uses[name] = use = _Use(info, session, progressed_at=asyncio.get_running_loop().time())
         self._states[name] = "ready"
         self.info = self.info or info
         self._has_info.set()
         self._dispatcher.add_engine(name, info.max_num_seqs)
+        self._spawn_for(use, self._collect(name, use))
         self._pump_soon()
         async with self._used:
             self._used.notify_all()
@@ -777,8 +809,8 @@ class EnginePool:
         logger.warning(
             f"{name} is lost with {len(lost)} groups, to be sampled elsewhere: {type(error).__name__}: {error}"
         )
-        for chunk in use.chunks - {asyncio.current_task()}:  # it may be slow and not dead: this aborts them there
-            chunk.cancel()
+        for task in use.tasks - {asyncio.current_task()}:  # it may be slow and not dead: this aborts them there
+            task.cancel()
         now = asyncio.get_running_loop().time()
         lost = [replace(group, ran_s=now - use.placed_at.get(group.id, now)) for group in lost]
         self._sample_again(self._blame(name, suspect, lost, isinstance(error, EngineCrashedError)))
@@ -789,7 +821,7 @@ class EnginePool:
         """Has an engine drop groups, and releases the load that they were, if it is still the same use of it."""
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                await self._links[name].abort([group.attempt for group in groups])
+                await self._links[name].abort(use.session, [group.attempt for group in groups])
         except Exception as error:  # a lost engine has nothing to abort
             logger.info(f"{name} did not take an abort of {len(groups)} groups: {type(error).__name__}")
         if self._uses.get(name) is use:
@@ -921,8 +953,8 @@ class EnginePool:
         self._states[name] = "catching up"  # as it will have to, if it is used again
         use.lost.set()
         moved = self._dispatcher.remove_engine(name)
-        for chunk in use.chunks:  # which aborts them there
-            chunk.cancel()
+        for task in use.tasks:  # which aborts them there
+            task.cancel()
         self._sample_again(moved)
         self._pump_soon()
 

@@ -78,6 +78,7 @@ class Request:
                 seed=None if seed is None else prompt_seed(seed, prompt.index),
                 adapter=self._adapter,
                 sample_timeout_s=self._sample_timeout_s,
+                urgent=self._to_complete < len(self._prompts),
                 index=index,
                 prompts=len(self._prompts),
                 input=prompt.index,

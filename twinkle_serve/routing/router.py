@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import random
 from collections import OrderedDict
@@ -36,7 +35,7 @@ from twinkle_serve.errors import (
 )
 from twinkle_serve.routing.adapters import Adapters, fingerprint
 from twinkle_serve.routing.link import EngineLink
-from twinkle_serve.routing.live import LiveRequests, Rate, seconds
+from twinkle_serve.routing.live import Live, LiveCalls, Rate, seconds
 from twinkle_serve.routing.pool import EnginePool
 from twinkle_serve.routing.request import Request, ResponseHeader
 from twinkle_serve.routing.seeds import SPACING, prompt_seed
@@ -103,12 +102,12 @@ class Router:
         self._adding = asyncio.Lock()
         """Adapters are added one after the other, so that versions of a name are published in their order."""
         # At random, so that it meets no group of a router that this one replaces.
-        self._group_ids = itertools.count(random.getrandbits(40) << 20)
+        self._next_id = random.getrandbits(40) << 20
         # One thread: tokenizers are not safe in several, and the event loop must not wait for them.
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._requests: dict[int, Request] = {}
         """Live requests, by the ids of the groups that they wait for."""
-        self._live = LiveRequests(self._give_up_request)
+        self._live = LiveCalls(self._give_up_request)
         self._rate = Rate()
         """Tokens that engines hand back."""
         self._streams: set[int] = set()
@@ -177,6 +176,7 @@ class Router:
         """
         call = Call(*args, **options)
         limit_s = self._limit_s(call)
+        self._require_room()
         deadline = asyncio.get_running_loop().time() + limit_s
         try:
             async with asyncio.timeout_at(deadline):
@@ -208,7 +208,7 @@ class Router:
             )
         self._require_awake()
         return Group(
-            id=next(self._group_ids),
+            id=self._take_ids(1),
             prompt_ids=prompts[0].ids,
             params=params,
             seed=None if params.seed is None else prompt_seed(params.seed, prompts[0].index),
@@ -432,21 +432,26 @@ class Router:
     async def _admitted(self, call: Call) -> AsyncGenerator[Request, None]:
         """A request whose groups are on their way; whatever is left of it at the end is aborted."""
         limit_s = self._limit_s(call)
+        lease_s = None if call.lease_s is None else seconds("lease_s", call.lease_s)
         self._require_room()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + limit_s
-        # No timeout is held across the yield: it would cancel whatever the caller's task is doing there.
-        try:
-            async with asyncio.timeout_at(deadline):
-                understood = await self._understood(call)
-        except TimeoutError:
-            raise DeadlineError(self._late(limit_s, None)) from None
-        with self._holding(understood.adapter):
-            request = self._admit(understood, call)
+        with contextlib.ExitStack() as stack:
+            live = stack.enter_context(self._live.holding(call.count, call.request_id, lease_s))
+            # No timeout is held across the yield: it would cancel whatever the caller's task is doing there.
+            try:
+                async with asyncio.timeout_at(deadline):
+                    understood = await self._understood(call)
+                    stack.enter_context(self._holding(understood.adapter))
+                    # 10,000 groups take long enough to make to keep others waiting.
+                    first_id = self._take_ids(len(understood.prompts))
+                    request, groups = await self._encode_in_thread(self._request_of, first_id, understood, call)
+            except TimeoutError:
+                raise DeadlineError(self._late(limit_s, None)) from None
+            self._admit(live, request, groups)
             expiry = loop.call_at(deadline, self._expire, request, limit_s)
             try:
-                with self._live.holding(request, call.request_id, call.lease_s):
-                    yield request
+                yield request
             finally:
                 expiry.cancel()
                 self._dismiss(request)
@@ -481,8 +486,11 @@ class Router:
 
         The call goes on without them. One that is over, or unknown, has none.
         """
-        request = self._live.get(request_id)
-        return 0 if request is None else self._drop(request, request.ids if inputs is None else request.ids_of(inputs))
+        if (live := self._live.get(request_id)) is None:
+            return 0
+        if (request := live.request) is None:
+            return live.cancel(inputs)
+        return self._drop(request, request.ids if inputs is None else request.ids_of(inputs))
 
     def _drop(self, request: Request, group_ids: Sequence[int]) -> int:
         dropped = request.drop(group_ids)
@@ -532,12 +540,12 @@ class Router:
         if self._asleep:
             raise RequestError("the sampler is asleep. Call wake_up() first.")
 
-    def _admit(self, understood: _Understood, call: Call) -> Request:
-        self._require_awake()
-        self._require_room()
-        first_id = next(self._group_ids)
-        for _ in understood.prompts[1:]:
-            next(self._group_ids)
+    def _take_ids(self, count: int) -> int:
+        """The first of so many ids of groups, one after the other."""
+        self._next_id += count
+        return self._next_id - count
+
+    def _request_of(self, first_id: int, understood: _Understood, call: Call) -> tuple[Request, list[Group]]:
         request = Request(
             first_id,
             understood.prompts,
@@ -548,23 +556,39 @@ class Router:
             sample_timeout_s=call.sample_timeout_s,
             min_groups=None if call.min_groups is None else max(0, call.min_groups - len(call.done)),
         )
-        self._requests.update(dict.fromkeys(request.ids, request))
-        self._pool.enqueue(request.groups())
-        return request
+        return request, request.groups()
 
-    def _require_room(self) -> None:
+    def _admit(self, live: Live, request: Request, groups: list[Group]) -> None:
+        """Has a request sampled, but for what was cancelled while the call was being understood."""
+        self._require_awake()
+        self._require_room(live)
+        if live.error is not None:
+            raise live.error
+        live.request = request
+        self._requests.update(dict.fromkeys(request.ids, request))
+        self._pool.enqueue(groups)
+        if live.cancelled:
+            self._drop(request, request.ids_of(live.cancelled))
+
+    def _require_room(self, live: Live | None = None) -> None:
         """Refuses what would make the queue too long; a call that comes first is taken, however large.
+
+        Args:
+            live: the call itself, where it is counted already.
 
         Raises:
             QueueFullError
         """
         args, waiting, tokens = self._args, self._pool.waiting, self._pool.waiting_tokens
-        if not waiting or (len(self._live) < args.max_queued_requests and tokens < args.max_queued_tokens):
+        counted, most = live is not None, args.max_queued_requests
+        calls, outside = self._running - counted, self._live.arriving - counted + len(self._streams)
+        full = waiting and (calls >= most or tokens >= args.max_queued_tokens)
+        if not full and outside < most:  # of the queue
             return
         rate = self._rate.per_s()
         retry_after_s = min(60.0, max(1.0, tokens / rate / 4 if rate else 1.0))
         raise QueueFullError(
-            f"{waiting} prompts of {len(self._live)} calls wait, {tokens:.0f} tokens by guess; the service takes "
+            f"{waiting} prompts of {calls} calls wait, {tokens:.0f} tokens by guess; the service takes "
             f"max_queued_requests={args.max_queued_requests} and max_queued_tokens={args.max_queued_tokens}. "
             f"Send the call again in {retry_after_s:.0f} s.",
             retry_after_s,
@@ -635,6 +659,13 @@ class Call:
     """Indices of the inputs that its caller has already, from another router."""
     cancelled: Sequence[int] | None = ()
     """Indices of the inputs that it has cancelled there; None: all that are not done."""
+
+    @property
+    def count(self) -> int:
+        """Of its inputs; 0 where that cannot be told, for they are none."""
+        if isinstance(self.inputs, Mapping):
+            return 1
+        return len(self.inputs) if isinstance(self.inputs, Sequence) else 0
 
     def check(self, prompts: int) -> None:
         """Refuses limits that cannot be.

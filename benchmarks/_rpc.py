@@ -1,0 +1,72 @@
+"""What the router's calls of an engine cost the router's process, with nothing done at either end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+import numpy as np
+from ray import serve
+
+from deployments.logging import QUIET
+from deployments.router import HandleLink
+from twinkle_serve.data_format import SamplingParams
+from twinkle_serve.data_format.groups import Group, Session
+from twinkle_serve.data_format.samples import SampleColumns
+from twinkle_serve.engines.base import Finished
+
+GROUPS, SAMPLES, TOKENS = 4, 8, 300
+"""Of a chunk, which comes back in an item."""
+SESSION = Session(life="", router="")
+
+
+@serve.deployment(max_ongoing_requests=1000, logging_config=QUIET)
+class Callee:
+    """Takes chunks, and hands back as many items as it is asked for."""
+
+    async def submit(self, session: Session, groups: Sequence[Group]) -> None: ...
+
+    async def results(self, session: Session) -> AsyncGenerator[Finished, None]:
+        rows, rng = GROUPS * SAMPLES, np.random.default_rng(0)
+        columns = SampleColumns(
+            group=np.arange(rows, dtype=np.int64) // SAMPLES,
+            sample=np.arange(rows, dtype=np.int32) % SAMPLES,
+            lengths=np.full(rows, TOKENS, np.int32),
+            tokens=rng.integers(0, 1000, rows * TOKENS).astype(np.int32),
+            logprobs=rng.normal(size=(rows * TOKENS, 1)).astype(np.float32),
+            logprob_tokens=None,
+            stop_reason=np.zeros(rows, np.uint8),
+            decoded=["x" * TOKENS] * rows,
+            seed=np.zeros(rows, np.int64),
+            engine=["engine-dp0"] * rows,
+            adapter=[""] * rows,
+            weight_versions=[(("initial", 0),)] * rows,
+        )
+        for _ in range(session.number):
+            yield Finished(columns=columns)
+
+
+@serve.deployment(max_ongoing_requests=1000, logging_config=QUIET)
+class Caller:
+    """Calls as the router does, and measures the CPU time of its own process."""
+
+    def __init__(self, callee: Any) -> None:
+        self._link = HandleLink(callee)
+
+    async def submits(self, count: int) -> float:
+        """CPU ms of a chunk that is sent."""
+        params = SamplingParams()
+        ids = np.random.default_rng(0).integers(0, 1000, (GROUPS, 256)).astype(np.int32)
+        groups = [Group(id=i, prompt_ids=row, params=params, count=SAMPLES) for i, row in enumerate(ids)]
+        started = time.process_time()
+        for _ in range(count):
+            await self._link.submit(SESSION, groups)
+        return (time.process_time() - started) / count * 1e3
+
+    async def items(self, count: int) -> float:
+        """CPU ms of an item that is taken."""
+        started = time.process_time()
+        async for _ in self._link.results(Session(life="", router="", number=count)):
+            pass
+        return (time.process_time() - started) / count * 1e3

@@ -1,0 +1,161 @@
+"""What an engine runs for a router succeeds, fails and ends each by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.unit.test_response import columns
+from twinkle_serve.data_format import SampleColumns, SamplingParams
+from twinkle_serve.data_format.groups import EngineInfo, Group
+from twinkle_serve.engines.base import Finished, GroupRunner, stop_cut
+from twinkle_serve.errors import EngineDeadError, EngineError, SamplingParamsError, TwinkleServeError
+
+
+class ScriptedEngine:
+    """Samples what a test says: an error to raise, or None to wait until the test ends it."""
+
+    info: EngineInfo
+
+    def __init__(self, script: dict[int, Exception | None]) -> None:
+        self.script = script
+        self.running: set[int] = set()
+        self.started = asyncio.Event()
+
+    async def start(self) -> None: ...
+
+    async def sample_group(self, group: Group) -> SampleColumns:
+        if group.id not in self.script:
+            return columns(group.id, ["ok"])
+        if (error := self.script[group.id]) is not None:
+            raise error
+        self.running.add(group.id)
+        self.started.set()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self.running.discard(group.id)
+        raise AssertionError
+
+    async def check_health(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+def groups(count: int) -> list[Group]:
+    return [Group(id=i, prompt_ids=np.zeros(1, np.int32), params=SamplingParams()) for i in range(count)]
+
+
+async def collect(runner: GroupRunner) -> tuple[set[int], dict[int, TwinkleServeError]]:
+    """Ids of the groups that came back, and the failures by id."""
+    items: list[Finished] = [item async for item in runner.results()]
+    done = {int(group) for item in items if item.columns is not None for group in item.columns.group}
+    return done, {key[0]: error for item in items for key, error in item.failures.items()}
+
+
+@pytest.fixture(autouse=True)
+def _no_lingering(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twinkle_serve.engines.base.LINGER_S", 0.01)
+
+
+async def test_group_that_fails_fails_alone() -> None:
+    """A refusal keeps its type; a bug becomes an EngineError; the neighbours come back."""
+    runner = GroupRunner(ScriptedEngine({1: SamplingParamsError("no"), 2: ZeroDivisionError("oops")}).sample_group)
+    runner.submit(groups(5))
+    done, failures = await collect(runner)
+    assert done == {0, 3, 4}
+    assert isinstance(failures[1], SamplingParamsError)
+    assert isinstance(failures[2], EngineError) and "oops" in str(failures[2])
+
+
+async def test_part_that_fails_ends_the_others_of_its_group() -> None:
+    """Nobody wants them any more."""
+    engine = ScriptedEngine({0: None})
+    refused = asyncio.Event()
+
+    async def sample(part: Group) -> SampleColumns:
+        if part.first_sample == 1:
+            await engine.started.wait()
+            refused.set()
+            raise SamplingParamsError("no")
+        return await engine.sample_group(part)
+
+    runner = GroupRunner(sample)
+    runner.submit([replace(groups(1)[0], count=3)])
+    done, failures = await collect(runner)
+    assert not done and list(failures) == [0] and refused.is_set()
+    assert not engine.running and not runner.running
+
+
+async def test_dead_engine_ends_the_results() -> None:
+    """The others are aborted, for they are lost with it."""
+    engine = ScriptedEngine({0: EngineDeadError("gone"), 1: None})
+    runner = GroupRunner(engine.sample_group)
+    runner.submit(groups(2))
+    with pytest.raises(EngineDeadError, match="gone"):
+        await collect(runner)
+    await asyncio.sleep(0)
+    assert not engine.running
+
+
+async def test_aborted_group_comes_back_in_no_item() -> None:
+    """And the results end without it."""
+    engine = ScriptedEngine({0: None})
+    runner = GroupRunner(engine.sample_group)
+    runner.submit(groups(2))
+    results = asyncio.ensure_future(collect(runner))
+    await engine.started.wait()
+    runner.abort([(0, 0, 0)])
+    assert await results == ({1}, {})
+    assert not engine.running and not runner.running
+
+
+async def test_abort_that_overtakes_its_chunk_holds() -> None:
+    """The group is not started; a later attempt at it is."""
+    runner = GroupRunner(ScriptedEngine({}).sample_group)
+    runner.abort([(0, 0, 0)])
+    runner.submit(groups(2))
+    assert await collect(runner) == ({1}, {})
+    runner.submit(replace(group, attempts=1) for group in groups(2))
+    assert await collect(runner) == ({0, 1}, {})
+
+
+async def test_closing_the_results_aborts_what_runs() -> None:
+    """Nothing goes on behind a router that left."""
+    engine = ScriptedEngine({1: None})
+    runner = GroupRunner(engine.sample_group)
+    runner.submit(groups(1))
+    runner.submit(groups(2)[1:])
+    results = runner.results()
+    await anext(results)
+    await results.aclose()  # type: ignore[attr-defined]
+    await asyncio.sleep(0)
+    assert not engine.running
+
+
+async def test_end_of_a_chunk_takes_along_what_waits_for_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has ended of a chunk that goes on waits; the last one of a chunk does not, and they share an item."""
+    monkeypatch.setattr("twinkle_serve.engines.base.LEAST_FLUSH_S", 1000.0)
+    monkeypatch.setattr("twinkle_serve.engines.base.MOST_FLUSH_S", 1000.0)
+    engine = ScriptedEngine({0: None})
+    runner = GroupRunner(engine.sample_group)
+    results = runner.results()
+    runner.submit(groups(2))  # 1 ends, and has time
+    first = asyncio.ensure_future(anext(results))
+    await engine.started.wait()
+    assert not first.done()
+    runner.submit(groups(3)[2:])  # a chunk that ends
+    columns = (await first).columns
+    assert columns is not None and set(columns.group.tolist()) == {1, 2}
+    await results.aclose()  # type: ignore[attr-defined]
+
+
+def test_stop_cut_is_at_the_string_that_is_complete_first() -> None:
+    """As when the text comes character by character."""
+    assert stop_cut("abcdef", ["abcd", "bc"]) == 1
+    assert stop_cut("abcdef", ["def", "cdef"]) == 3
+    assert stop_cut("abcdef", ["cdef", "def"]) == 2
+    assert stop_cut("abcdef", ["x"]) is None
