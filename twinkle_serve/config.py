@@ -146,7 +146,8 @@ class ServiceArgs(Strict):
     """What becomes of a sample whose engine ends: it is sampled again from its start, or goes on from the last tokens
     that the router had received of it, where that can be done honestly."""
     max_queued_requests: int = Field(default=10_000, ge=1)
-    """Calls that may run or wait while prompts wait; the next one is refused."""
+    """Calls that may run or wait while prompts wait, and, at any time, streams and calls whose prompts are being
+    encoded; the next one is refused."""
     max_queued_tokens: int = Field(default=1_000_000_000, ge=1)
     """Tokens that waiting prompts may be expected to take; the next call is refused."""
     request_timeout_s: float = Field(default=3600.0, gt=0, allow_inf_nan=False)
