@@ -103,7 +103,8 @@ async def through_service(sampler: Any, prompts: list[list[int]], samples: int, 
 
 def part_of(process: psutil.Process) -> str:
     title = " ".join(process.cmdline())
-    if "VLLM" in title:
+    # Its title is not there on every run, its parents are.
+    if "VLLM" in title or any(":engine-dp" in " ".join(parent.cmdline()) for parent in process.parents()):
         return "engine core and worker"
     if process.pid == os.getpid():
         return "caller"
