@@ -25,7 +25,7 @@ SESSION = Session(life="", router="")
 class Callee:
     """Takes chunks, and hands back as many items as it is asked for."""
 
-    async def submit(self, session: Session, groups: Sequence[Group]) -> None: ...
+    async def submit(self, session: Session, groups: Sequence[Group], more: bool) -> None: ...
 
     async def results(self, session: Session) -> AsyncGenerator[Finished, None]:
         rows, rng = GROUPS * SAMPLES, np.random.default_rng(0)

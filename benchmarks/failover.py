@@ -50,9 +50,9 @@ class Link:
         self._require()
         return await self._host.describe(router)
 
-    async def submit(self, session: Session, groups: Sequence[Group]) -> None:
+    async def submit(self, session: Session, groups: Sequence[Group], more: bool = False) -> None:
         self._require()
-        await self._host.submit(session, groups)
+        await self._host.submit(session, groups, more)
 
     async def results(self, session: Session) -> AsyncGenerator[Finished, None]:
         items = self._host.results(session)

@@ -77,8 +77,8 @@ class Engine:
     async def describe(self, router: str) -> EngineInfo:
         return await self._host.describe(router)
 
-    async def submit(self, session: Session, groups: Sequence[Group]) -> None:
-        await self._host.submit(session, groups)
+    async def submit(self, session: Session, groups: Sequence[Group], more: bool = False) -> None:
+        await self._host.submit(session, groups, more)
 
     async def results(self, session: Session) -> AsyncGenerator[Finished, None]:
         async with aclosing(self._host.results(session)) as items:

@@ -210,8 +210,8 @@ class HandleLink:
         info: EngineInfo = await self._answer(self._handle.describe.remote(router))
         return info
 
-    async def submit(self, session: Session, groups: Sequence[Group]) -> None:
-        await self._answer(self._handle.submit.remote(session, groups))
+    async def submit(self, session: Session, groups: Sequence[Group], more: bool = False) -> None:
+        await self._answer(self._handle.submit.remote(session, groups, more))
 
     def results(self, session: Session) -> AsyncGenerator[Finished, None]:
         return self._each(self._streams.results, session)

@@ -303,6 +303,9 @@ LEAST_FLUSH_S, MOST_FLUSH_S = 0.05, 1.0
 FLUSH_SHARE = 0.02
 """A sample that has ended waits for others to go with: for this share of the time that it was here, within these."""
 
+STARVING_FLUSH_S = 0.01
+"""For so long where the engine has free places, and the router has more for it."""
+
 LINGER_S = 1.0
 """How long results are waited for when nothing runs."""
 
@@ -334,10 +337,19 @@ class GroupRunner:
     An item costs its receiver two milliseconds or so, so a sample waits for company, but the last one of a chunk.
     """
 
-    def __init__(self, sample_group: SampleGroup, so_far: SoFar = lambda group, offset: None) -> None:
-        """Must be called on the event loop that it is to live on."""
+    def __init__(
+        self, sample_group: SampleGroup, so_far: SoFar = lambda group, offset: None, max_num_seqs: int = 1
+    ) -> None:
+        """Must be called on the event loop that it is to live on.
+
+        Args:
+            max_num_seqs: places of the engine.
+        """
         self._sample_group = sample_group
         self._so_far = so_far
+        self._max_num_seqs = max_num_seqs
+        self._more = False
+        """Whether the router had more than it has sent."""
         self._loop = asyncio.get_running_loop()
         self._parts: dict[asyncio.Task[SampleColumns], _Part] = {}
         """That run, or have ended and are yet to be handed back."""
@@ -356,8 +368,9 @@ class GroupRunner:
         """Groups that are not over."""
         return len(self._running)
 
-    def submit(self, groups: Iterable[Group]) -> None:
-        """Begins a chunk."""
+    def submit(self, groups: Iterable[Group], *, more: bool = False) -> None:
+        """Begins a chunk; `more` says that others wait for places."""
+        self._more = more
         chunk, now = _Chunk(), self._loop.time()
         for group in groups:
             if group.attempt in self._aborted_early:
@@ -381,12 +394,15 @@ class GroupRunner:
                 task.exception()  # or asyncio would log it
             return
         part.chunk.left -= 1
+        self._ended.append(task)
         now = self._loop.time()
-        wait_s = 0.0
-        if part.chunk.left:
+        if not part.chunk.left:
+            wait_s = 0.0
+        elif self._more and len(self._parts) - len(self._ended) < self._max_num_seqs:
+            wait_s = STARVING_FLUSH_S
+        else:
             longest = LEAST_FLUSH_S if part.group.urgent else MOST_FLUSH_S
             wait_s = min(max(LEAST_FLUSH_S, FLUSH_SHARE * (now - part.began_at)), longest)
-        self._ended.append(task)
         self._due = min(self._due, now + wait_s)
         self._changed.set()
 

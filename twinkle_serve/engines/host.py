@@ -191,8 +191,8 @@ class EngineHost:
     def _so_far(self, group: Group, offset: int) -> Begun | None:
         return self._engine.so_far(group, offset if group.begun is None else offset - len(group.begun))
 
-    async def submit(self, session: Session, groups: Sequence[Group]) -> None:
-        self._claim(session).runner.submit(groups)
+    async def submit(self, session: Session, groups: Sequence[Group], more: bool = False) -> None:
+        self._claim(session).runner.submit(groups, more=more)
 
     async def results(self, session: Session) -> AsyncGenerator[Finished, None]:
         async with contextlib.aclosing(self._claim(session).runner.results()) as items:
@@ -234,7 +234,7 @@ class EngineHost:
         if claim is None or claim.session.number < session.number:
             if claim is not None:
                 claim.close()
-            runner = GroupRunner(self._sample_group, self._so_far)
+            runner = GroupRunner(self._sample_group, self._so_far, self._info.max_num_seqs)
             claim = self._claims[session.router] = _Claim(session, runner, self._abandon)
         if claim.session.number > session.number:
             raise EngineDeadError(f"{self._info.name} has a later session of the same router.")

@@ -22,8 +22,9 @@ class EngineLink(Protocol):
         Says too that a router is there: what one has sent that does not say so for CLAIM_S is aborted.
         """
 
-    async def submit(self, session: Session, groups: Sequence[Group]) -> None:
-        """Has a chunk sampled; what comes of it is among the `results` of the session.
+    async def submit(self, session: Session, groups: Sequence[Group], more: bool = False) -> None:
+        """Has a chunk sampled; what comes of it is among the `results` of the session. `more` says that others wait at
+        the router for places.
 
         The session is with the process that the chunk is meant for; another one raises EngineDeadError.
         """

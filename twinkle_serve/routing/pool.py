@@ -351,7 +351,9 @@ class EnginePool:
                     self._dispatcher.finish(name, keys)
                     return
                 await self._load(name, use, missing)
-            await self._unless_lost(name, use, self._links[name].submit(use.session, groups))
+            await self._unless_lost(
+                name, use, self._links[name].submit(use.session, groups, self._dispatcher.waiting > 0)
+            )
         except EngineDeadError as error:
             self._lose(name, use, error)
         except Exception as error:
