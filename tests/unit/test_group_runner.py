@@ -153,6 +153,25 @@ async def test_end_of_a_chunk_takes_along_what_waits_for_company(monkeypatch: py
     await results.aclose()  # type: ignore[attr-defined]
 
 
+async def test_engine_with_free_places_hands_back_at_once_what_the_router_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the router has nothing more, or the engine no place, it takes its time."""
+    monkeypatch.setattr("twinkle_serve.engines.base.LEAST_FLUSH_S", 1000.0)
+    monkeypatch.setattr("twinkle_serve.engines.base.MOST_FLUSH_S", 1000.0)
+    for places, more, soon in ((2, True, True), (2, False, False), (1, True, False)):
+        engine = ScriptedEngine({0: None})
+        runner = GroupRunner(engine.sample_group, max_num_seqs=places)
+        runner.submit(groups(2), more=more)  # 1 ends, 0 does not
+        results = runner.results()
+        first = asyncio.ensure_future(anext(results))
+        await engine.started.wait()
+        done, _ = await asyncio.wait({first}, timeout=5.0 if soon else 0.1)
+        assert bool(done) is soon
+        first.cancel()
+        await asyncio.wait({first})
+
+
 def test_stop_cut_is_at_the_string_that_is_complete_first() -> None:
     """As when the text comes character by character."""
     assert stop_cut("abcdef", ["abcd", "bc"]) == 1
