@@ -334,7 +334,7 @@ class _Part:
 class GroupRunner:
     """Runs groups on an engine for one router, and hands back samples as they end, whichever chunk they came in.
 
-    An item costs its receiver two milliseconds or so, so a sample waits for company, but the last one of a chunk.
+    An item costs its receiver half a millisecond or so, so a sample waits for company, but the last one of a chunk.
     """
 
     def __init__(

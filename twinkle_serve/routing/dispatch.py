@@ -17,7 +17,7 @@ from twinkle_serve.routing.queue import FairQueue
 HEADROOM = 1.25
 REFILL = 1.125
 """Sequences sent to an engine per sequence that it runs at once: up to HEADROOM, and again when no more than REFILL are
-left, so that a chunk, which costs a millisecond or so, is of several groups. What is over 1 waits inside the engine: a
+left, so that a chunk, which costs two milliseconds, is of several groups. What is over 1 waits inside the engine: a
 finished sequence is followed at the next step. What the engine cannot start soon waits here, for whoever is free."""
 
 

@@ -349,6 +349,7 @@ class EnginePool:
             if missing is not None:
                 if not any(self._wanted(group.id) for group in groups):  # and with them nobody may hold the version
                     self._dispatcher.finish(name, keys)
+                    self._pump_soon()
                     return
                 await self._load(name, use, missing)
             await self._unless_lost(
