@@ -211,7 +211,10 @@ class HandleLink:
         return info
 
     async def submit(self, session: Session, groups: Sequence[Group], more: bool = False) -> None:
-        await self._answer(self._handle.submit.remote(session, groups, more))
+        # To the only replica of its deployment. A broadcast asks it nothing first, as a call to one of several does,
+        # which is two fifths of what that costs; and if there is none, it says so at once.
+        with _our_errors():
+            await self._handle.broadcast("submit", session, groups, more).results_async()
 
     def results(self, session: Session) -> AsyncGenerator[Finished, None]:
         return self._each(self._streams.results, session)

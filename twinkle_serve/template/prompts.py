@@ -17,6 +17,8 @@ from twinkle_serve.template.template import Template
 TRAJECTORY_KEYS = {"messages", "tools", "images", "videos", "user_data"}
 PIXELS = ("images", "videos", "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
 
+MAX_ID = np.iinfo(np.int32).max
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -63,8 +65,7 @@ def encode_inputs(inputs: Any, template: Template, generation_prompt: bool = Tru
         )
     encode = _from_messages if kinds[0] == "messages" else _from_ids
     made = [
-        _fit(replace(encode(item, f"inputs[{i}]", template, generation_prompt), index=i), template)
-        for i, item in enumerate(inputs)
+        _fit(encode(item, i, template, generation_prompt), template) for i, item in enumerate(inputs)
     ]
     prompts = [prompt for prompt in made if prompt is not None]
     if not prompts:
@@ -109,13 +110,14 @@ def _tools(item: Mapping[str, Any], where: str) -> list[Any] | None:
     return list(tools) if tools else None
 
 
-def _from_messages(item: Mapping[str, Any], where: str, template: Template, generation_prompt: bool) -> Prompt:
+def _from_messages(item: Mapping[str, Any], index: int, template: Template, generation_prompt: bool) -> Prompt:
+    where = f"inputs[{index}]"
     for key in item:
         if key not in TRAJECTORY_KEYS:
             raise PromptError(f"{where}: {unknown_name('key of a Trajectory', key, TRAJECTORY_KEYS)}.")
     _refuse_pixels(item, where)
     ids = template.encode(item["messages"], _tools(item, where), where, generation_prompt)
-    return Prompt(ids, dict(item), turn=Turn(opening=template.opening(ids)))
+    return Prompt(ids, dict(item), index, Turn(opening=template.opening(ids)))
 
 
 def _array(value: Any, where: str) -> NDArray[Any]:
@@ -125,7 +127,8 @@ def _array(value: Any, where: str) -> NDArray[Any]:
         raise PromptError(f"{where} is no array of numbers: {error}") from None
 
 
-def _from_ids(item: Mapping[str, Any], where: str, template: Template, generation_prompt: bool) -> Prompt:
+def _from_ids(item: Mapping[str, Any], index: int, template: Template, generation_prompt: bool) -> Prompt:
+    where = f"inputs[{index}]"
     _refuse_pixels(item, where)
     ids = _array(item["input_ids"], f"{where}.input_ids")
     if ids.size and ids.dtype.kind not in "iu":
@@ -141,17 +144,17 @@ def _from_ids(item: Mapping[str, Any], where: str, template: Template, generatio
         if not mask.all():
             hidden = int((mask == 0).sum())
             raise PromptError(f"{where}.attention_mask hides {hidden} of {len(ids)} tokens. Send input_ids unpadded.")
-    if ids.size and (ids.max() > np.iinfo(np.int32).max or ids.min() < 0):
+    if ids.size and (ids.min() < 0 or (ids.dtype != np.int32 and ids.max() > MAX_ID)):
         bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
         raise PromptError(f"{where}.input_ids holds {bad}, which is no token id.")
     ids = ids.astype(np.int32)
     labels = _labels(item, ids, where)
     start, following = _continued(item, ids, where, template, generation_prompt)
-    whole = np.concatenate([ids, following])
+    whole = np.concatenate([ids, following]) if len(following) else ids
     if labels is not None:
         labels = np.concatenate([labels, np.full(len(following), IGNORED_LABEL, np.int64)])
     turn = Turn(opening=_opening(template, whole, start), resumed_at=start, labels=labels)
-    return Prompt(whole, dict(item), turn=turn)
+    return Prompt(whole, dict(item), index, turn)
 
 
 def _opening(template: Template, ids: NDArray[np.int32], start: int | None) -> str:
