@@ -85,6 +85,10 @@ class _Use:
     has_sent: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when there are any."""
 
+    def forget_failed(self, version_id: int, loading: asyncio.Task[Any]) -> None:
+        if (loading.cancelled() or loading.exception()) and self.adapters.get(version_id) is loading:
+            del self.adapters[version_id]
+
     def has(self, version: AdapterVersion | None) -> bool:
         return version is None or self.has_loaded(version.id)
 
@@ -501,14 +505,10 @@ class EnginePool:
         """Has an engine load a version, once, whoever asks; whoever stops waiting does not stop it."""
         loading = use.adapters.get(version.id)
         if loading is None:
-            loading = self.spawn(self._links[name].control("load_adapter", version))
-            use.adapters[version.id] = loading
-        try:
-            await self._unless_lost(name, use, asyncio.shield(loading))
-        except Exception:
-            if use.adapters.get(version.id) is loading:
-                del use.adapters[version.id]
-            raise
+            loading = use.adapters[version.id] = self.spawn(self._links[name].control("load_adapter", version))
+            # Whether or not anybody waits for it still: the next one who needs the version tries again.
+            loading.add_done_callback(lambda task: use.forget_failed(version.id, task))
+        await self._unless_lost(name, use, asyncio.shield(loading))
 
     async def _unless_lost(self, name: str, use: _Use, call: Awaitable[T]) -> T:
         """Waits for a call to an engine, but not after the engine was given up: a hung one answers never.

@@ -64,9 +64,7 @@ def encode_inputs(inputs: Any, template: Template, generation_prompt: bool = Tru
             "Send each kind in a call of its own."
         )
     encode = _from_messages if kinds[0] == "messages" else _from_ids
-    made = [
-        _fit(encode(item, i, template, generation_prompt), template) for i, item in enumerate(inputs)
-    ]
+    made = [_fit(encode(item, i, template, generation_prompt), template) for i, item in enumerate(inputs)]
     prompts = [prompt for prompt in made if prompt is not None]
     if not prompts:
         raise PromptError(
