@@ -92,7 +92,7 @@ async def one_round(
     args = ServiceArgs.model_validate({"model_id": "demo", "failover": failover})
     router = Router(args, hub.DEMO, links, store)
     await router.start()
-    while router._pool.ready < len(links):  # noqa: ASYNC110  # nothing tells
+    while router._fleet.ready < len(links):  # noqa: ASYNC110  # nothing tells
         await asyncio.sleep(POLL_S)
     prompts = [{"input_ids": np.random.randint(20, 200, 8).tolist()} for _ in range(options.samples)]
     before = {name: host._engine.progress() for name, host in hosts.items()}

@@ -35,7 +35,7 @@ def engine_name(dp_rank: int) -> str:
     health_check_period_s=2,
     health_check_timeout_s=30,
     graceful_shutdown_wait_loop_s=0.5,
-    # Longer than the pool's LEAVE_S, and no longer: on Ctrl-C, samples whose router is gone last until then.
+    # Longer than the fleet's LEAVE_S, and no longer: on Ctrl-C, samples whose router is gone last until then.
     graceful_shutdown_timeout_s=8,
     max_constructor_retry_count=1,
     logging_config=QUIET,

@@ -15,7 +15,7 @@ from twinkle_serve.data_format.groups import Group
 from twinkle_serve.engines.fake import FakeEngine
 from twinkle_serve.engines.host import EngineHost
 from twinkle_serve.errors import DeadlineError, EngineDeadError, RequestError, UnsupportedError
-from twinkle_serve.routing import pool
+from twinkle_serve.routing import fleet
 from twinkle_serve.routing.router import Router
 from twinkle_serve.weights import LocalStore, WeightStore
 
@@ -87,7 +87,7 @@ class Service:
         await eventually(lambda: self.states() == {"a": "ready", "b": "ready"})
 
     def states(self) -> dict[str, str]:
-        return {name: engine["state"] for name, engine in self.router._pool.status()["engines"].items()}
+        return {name: engine["state"] for name, engine in self.router._fleet.status().items()}
 
     async def set_engines(self, *names: str) -> None:
         for name in names:
@@ -109,7 +109,7 @@ class Service:
 
 @pytest.fixture
 async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
-    monkeypatch.setattr(pool, "PROBE_PERIOD_S", 0.05)
+    monkeypatch.setattr(fleet, "PROBE_PERIOD_S", 0.05)
     made = Service()
     await made.start()
     yield made
@@ -137,14 +137,14 @@ async def test_engine_that_is_named_is_used(service: Service) -> None:
     await service.set_engines("a", "b", "c")
     await eventually(lambda: service.states() == dict.fromkeys("abc", "ready"))
     assert engines(await service.sample()) == {"a", "b", "c"}
-    assert service.router._pool.size == 3
+    assert service.router._fleet.size == 3
 
 
 async def test_engine_that_leaves_finishes_what_it_has(service: Service) -> None:
     """It gets nothing new meanwhile, and is forgotten when it is done."""
     call = await service.both_busy()
     await service.set_engines("a")
-    assert service.states()["b"] == "draining" and service.router._pool.size == 1
+    assert service.states()["b"] == "draining" and service.router._fleet.size == 1
     assert engines(await service.sample()) == {"a"}
     service.links["b"].engine.go.set()
     assert engines(await finished(call)) == {"a", "b"}
@@ -155,7 +155,7 @@ async def test_engine_that_leaves_too_slowly_loses_its_groups_to_others(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The samples are those that its seeds give, twice in turn is no failure, and it is told to abort them."""
-    monkeypatch.setattr(pool, "LEAVE_S", 0.05)
+    monkeypatch.setattr(fleet, "LEAVE_S", 0.05)
     expected = tokens(await service.sample())
     call = await service.both_busy()
     await service.set_engines("a", "c")
@@ -235,7 +235,7 @@ async def test_calls_wait_while_every_engine_is_drained(service: Service) -> Non
         return "".join([part async for part, _ in parts])
 
     stream = asyncio.create_task(text())
-    await eventually(lambda: service.router._pool.status()["groups_waiting"] > 0)
+    await eventually(lambda: service.router._pool.waiting > 0)
     await service.router.undrain_engine("b")
     assert engines(await finished(call)) == {"b"}
     assert await finished(stream)

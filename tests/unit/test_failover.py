@@ -114,7 +114,7 @@ class Service:
         while True:
             for name, host in self.hosts.items():
                 engine = self.engines[name]
-                if host._retired or (engine.error is not None and self.router._pool._states[name] == "dead"):
+                if host._retired or (engine.error is not None and self.router._fleet.states[name] == "dead"):
                     self.restarts += 1
                     # Until it has its new life, nobody may take it for the old one, back again.
                     host._retired = "it is being replaced"
@@ -141,7 +141,7 @@ class Service:
 
 @pytest.fixture
 async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
-    monkeypatch.setattr("twinkle_serve.routing.pool.PROBE_PERIOD_S", 0.05)
+    monkeypatch.setattr("twinkle_serve.routing.fleet.PROBE_PERIOD_S", 0.05)
     made = Service(stall_timeout_s=0.3)
     await made.start()
     yield made

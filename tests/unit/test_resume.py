@@ -24,7 +24,7 @@ LONG: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "logprobs": 2}
 
 @pytest.fixture
 async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
-    monkeypatch.setattr("twinkle_serve.routing.pool.PROBE_PERIOD_S", 0.05)
+    monkeypatch.setattr("twinkle_serve.routing.fleet.PROBE_PERIOD_S", 0.05)
     monkeypatch.setattr("twinkle_serve.engines.base.GAINS_PERIOD_S", 0.02)
     made = Service(failover="resume")
     await made.start()

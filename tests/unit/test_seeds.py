@@ -84,14 +84,14 @@ async def test_seed_gives_the_same_tokens_when_an_engine_ends(reference: SampleR
     async with router(2, token_latency_s=0.005) as two:
         parts = two.sample_iter(PROMPTS, OPTIONS, num_samples=SAMPLES)
         responses = [await anext(parts)]
-        pool = two._pool
+        pool, fleet = two._pool, two._fleet
 
         async def busy() -> bool:
-            return any(pool._dispatcher.sequences(name) for name in pool._uses)
+            return any(pool._dispatcher.sequences(name) for name in fleet.uses)
 
         await eventually(busy)
-        name = next(name for name in pool._uses if pool._dispatcher.sequences(name))
-        pool._lose(name, pool._uses[name], EngineDeadError("killed"))
+        name = next(name for name in fleet.uses if pool._dispatcher.sequences(name))
+        fleet.lose(name, fleet.uses[name], EngineDeadError("killed"))
         responses += [response async for response in parts]
     by_prompt = {part.prompt_index: part for response in responses for part in response}
     assert sorted(by_prompt) == list(range(len(PROMPTS)))

@@ -99,7 +99,7 @@ class Service:
 
 @pytest.fixture
 async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
-    monkeypatch.setattr("twinkle_serve.routing.pool.PROBE_PERIOD_S", 0.05)
+    monkeypatch.setattr("twinkle_serve.routing.fleet.PROBE_PERIOD_S", 0.05)
     made = Service()
     await made.start()
     yield made
@@ -232,23 +232,23 @@ async def test_commit_whose_answer_is_lost_counts(service: Service, monkeypatch:
 async def test_router_that_was_wrong_about_the_current_version_learns(service: Service) -> None:
     """The store has gone on to another one than it knows: engines that fetch the old one fail, and it asks."""
     await service.update("one")
-    old = service.router._pool.base
+    old = service.router._fleet.base
     await service.update("two")
-    service.router._pool.base = old
+    service.router._fleet.base = old
     await service.ready_with("two")
     assert await service.labels() == {("a", "two"), ("b", "two")}
 
 
 async def test_resume_whose_caller_gives_up_resumes(service: Service) -> None:
     """While something else has its turn with the engines."""
-    pool = service.router._pool
+    fleet = service.router._fleet
     lease = await service.router.pause("keep", 30.0)
-    await pool._changing.acquire()
+    await fleet.changing.acquire()
     call = asyncio.ensure_future(service.router.resume(lease))
     await asyncio.sleep(0)
     call.cancel()
     await asyncio.wait({call})
-    pool._changing.release()
+    fleet.changing.release()
 
     async def resumed() -> bool:
         return not (await service.router.status())["paused"]
@@ -259,7 +259,7 @@ async def test_resume_whose_caller_gives_up_resumes(service: Service) -> None:
 
 async def test_update_that_finds_no_turn_ends_at_its_deadline(service: Service) -> None:
     """It does not become current later, behind the caller's back."""
-    async with service.router._pool._changing:
+    async with service.router._fleet.changing:
         with pytest.raises(DeadlineError, match="another pause begins or ends"):
             await service.update("one", timeout_s=0.1)
     assert await service.labels() == {("a", INITIAL), ("b", INITIAL)}
@@ -290,7 +290,7 @@ async def test_engine_that_dies_as_an_update_begins_does_not_fail_it(
         asked.append(self)
         raise EngineDeadError("it died.")
 
-    first = next(iter(service.router._pool._uses))
+    first = next(iter(service.router._fleet.uses))
     monkeypatch.setattr(service.hosts[first], "weight_shapes", dying.__get__(service.hosts[first]))
     assert await service.update("one") == "one"
     assert asked

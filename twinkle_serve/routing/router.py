@@ -34,11 +34,13 @@ from twinkle_serve.errors import (
     TwinkleServeError,
 )
 from twinkle_serve.routing.adapters import Adapters, fingerprint
+from twinkle_serve.routing.fleet import Fleet
 from twinkle_serve.routing.link import EngineLink
 from twinkle_serve.routing.live import Live, LiveCalls, Rate, seconds
 from twinkle_serve.routing.pool import EnginePool
 from twinkle_serve.routing.request import Request, ResponseHeader
 from twinkle_serve.routing.seeds import SPACING, prompt_seed
+from twinkle_serve.routing.standstill import Standstill
 from twinkle_serve.routing.templates import TemplateCache, TemplateChoice
 from twinkle_serve.routing.updates import Pauses, WeightUpdates, require_mode
 from twinkle_serve.template import Template
@@ -94,6 +96,7 @@ class Router:
         self._store = store
         self._templates = TemplateCache(model, args)
         self._adapters: Adapters
+        self._fleet: Fleet
         self._pool: EnginePool
         self._updates: WeightUpdates
         self._pauses: Pauses
@@ -133,26 +136,30 @@ class Router:
             await self._store.publish(version)
             await self._store.drop(self._adapters.publish(version))
         base, labels = await self._store.base("take_over")
-        self._pool = EnginePool(
+        self._fleet = Fleet(
             self._links,
             self._adapters,
             base,
             current=lambda: self._store.base("current"),
+            load_timeout_s=self._args.startup_timeout_s,
+            stall_timeout_s=self._args.stall_timeout_s,
+            engines_return=self._engines_return,
+        )
+        self._pool = EnginePool(
+            self._fleet,
             wanted=self._requests.__contains__,
             deliver=self._deliver,
             fail=self._fail,
-            load_timeout_s=self._args.startup_timeout_s,
-            stall_timeout_s=self._args.stall_timeout_s,
             policy=self._args.policy,
             resume=self._args.failover == "resume",
-            engines_return=self._engines_return,
         )
-        self._updates = WeightUpdates(self._store, self._pool, labels)
-        self._pauses = Pauses(self._pool)
+        standstill = Standstill(self._fleet)
+        self._updates = WeightUpdates(self._store, self._fleet, standstill, labels)
+        self._pauses = Pauses(self._fleet, standstill)
 
     def close(self) -> None:
         """Stops following engines; running calls are cancelled by whoever made them."""
-        self._pool.close()
+        self._fleet.close()
         self._encoding.shutdown(wait=False, cancel_futures=True)
 
     # -- sampling --------------------------------------------------------------------------------
@@ -234,15 +241,15 @@ class Router:
         except TimeoutError:
             raise DeadlineError(
                 f"adapter {name!r} was not loaded within startup_timeout_s={self._args.startup_timeout_s:g}; "
-                f"{self._pool.ready} of {self._pool.size} engines are up. Its name means what it meant."
+                f"{self._fleet.ready} of {self._fleet.size} engines are up. Its name means what it meant."
             ) from None
 
     async def _add(self, name: str, source: AdapterFiles | str, *, is_path: bool = False) -> str:
-        await self._pool.known()
+        await self._fleet.known()
         files = source if isinstance(source, AdapterFiles) else await asyncio.to_thread(read_adapter, source)
         version = await self._store.put(name, files, is_path=is_path)
         try:
-            await self._pool.load(version)
+            await self._fleet.load(version)
             await self._store.publish(version)
         except BaseException:
             self._give_up([version])
@@ -253,8 +260,8 @@ class Router:
     def _give_up(self, versions: Sequence[AdapterVersion]) -> None:
         """Has engines and store drop versions that no name means and no request uses."""
         if versions:
-            self._pool.drop(versions)
-            self._pool.spawn(self._forgotten(versions))
+            self._fleet.drop(versions)
+            self._fleet.spawn(self._forgotten(versions))
 
     async def _forgotten(self, versions: Sequence[AdapterVersion]) -> None:
         try:
@@ -338,7 +345,7 @@ class Router:
 
     async def state_keys(self) -> list[str]:
         """Names of the model's weights, as its checkpoint has them."""
-        shapes, _ = await self._pool.ask("weight_shapes")
+        shapes, _ = await self._fleet.ask("weight_shapes")
         return sorted(shapes)
 
     async def check_template(self, template: TemplateChoice) -> None:
@@ -351,7 +358,7 @@ class Router:
 
     async def reset_prefix_cache(self) -> None:
         """On every engine."""
-        await self._pool.tell_all("reset_prefix_cache")
+        await self._fleet.tell_all("reset_prefix_cache")
 
     async def sleep(self, level: int = 1) -> None:
         """Frees the engines' device memory until `wake_up`; calls are refused meanwhile.
@@ -364,22 +371,22 @@ class Router:
             raise RequestError(f"level must be 1 or 2, got {level!r}.")
         if running := self._running + self._pool.sequences:
             raise RequestError(f"{running} requests are running: sleep would lose them. Wait for them, or cancel them.")
-        if self._pool.paused:
+        if self._fleet.paused:
             raise RequestError("the engines are paused, or are loading weights. Wait for the end of that.")
         self._asleep = True
         try:
-            await self._pool.tell_all("sleep", level)
+            await self._fleet.tell_all("sleep", level)
         except BaseException:
             self._asleep = False
             with contextlib.suppress(TwinkleServeError):  # those that could not sleep are awake
-                await self._pool.tell_all("wake_up", None)
+                await self._fleet.tell_all("wake_up", None)
             raise
 
     async def wake_up(self, tags: Sequence[str] | None = None) -> None:
         """Ends `sleep`; with `tags`, of "weights" and "kv_cache", wakes these alone."""
         if tags is not None and set(tags) - {"weights", "kv_cache"}:
             raise RequestError(f"tags may hold weights and kv_cache, got {list(tags)!r}.")
-        await self._pool.tell_all("wake_up", tags)
+        await self._fleet.tell_all("wake_up", tags)
         if tags is None or "kv_cache" in tags:
             self._asleep = False
 
@@ -389,20 +396,20 @@ class Router:
         return len(self._live) + len(self._streams)
 
     def set_links(self, links: Mapping[str, EngineLink]) -> None:
-        """See `EnginePool.set_links`."""
-        self._pool.set_links(links)
+        """See `Fleet.set_links`."""
+        self._fleet.set_links(links)
 
     async def drain_engine(self, name: str, timeout_s: float) -> None:
-        """See `EnginePool.drain`."""
-        await self._pool.drain(name, seconds("timeout_s", timeout_s))
+        """See `Fleet.drain`."""
+        await self._fleet.drain(name, seconds("timeout_s", timeout_s))
 
     async def undrain_engine(self, name: str) -> None:
-        """See `EnginePool.undrain`."""
-        await self._pool.undrain(name)
+        """See `Fleet.undrain`."""
+        await self._fleet.undrain(name)
 
     async def restart_engine(self, name: str, drain_timeout_s: float, timeout_s: float) -> None:
-        """See `EnginePool.restart`."""
-        await self._pool.restart(name, seconds("drain_timeout_s", drain_timeout_s), seconds("timeout_s", timeout_s))
+        """See `Fleet.restart`."""
+        await self._fleet.restart(name, seconds("drain_timeout_s", drain_timeout_s), seconds("timeout_s", timeout_s))
 
     async def forget(self) -> None:
         """Before the service is deleted: without a state_dir of its own, nobody is to find its weights again."""
@@ -416,9 +423,11 @@ class Router:
         return {
             "model_id": self._args.model_id,
             "request_timeout_s": self._args.request_timeout_s,
-            **self._pool.status(),
+            "engines": self._fleet.status(),
+            "groups_waiting": self._pool.waiting,
+            "paused": self._fleet.paused,
             "asleep": self._asleep,
-            "weights": self._pool.base.label,
+            "weights": self._fleet.base.label,
             "adapters": {name: version.label for name, version in self._adapters.newest.items()},
             "requests": self._running,
         }
@@ -515,7 +524,7 @@ class Router:
         prompts: list[Prompt] = await self._encode_in_thread(
             encode_inputs, call.inputs, template, params.max_tokens != 0
         )
-        info = await self._pool.known()
+        info = await self._fleet.known()
         await self._encode_in_thread(_check_all, info, prompts, params)
         call.check(len(prompts))
         if call.cancelled is None or (call.min_groups is not None and len(call.done) >= call.min_groups):
@@ -608,7 +617,7 @@ class Router:
             done = request.samples_wanted - request.samples_missing
             state = f"{done} of {request.samples_wanted} samples were done"
         return (
-            f"timeout_s={limit_s:g} passed when {state}; {self._pool.ready} of {self._pool.size} engines are up. "
+            f"timeout_s={limit_s:g} passed when {state}; {self._fleet.ready} of {self._fleet.size} engines are up. "
             "Raise timeout_s, or send less in a call."
         )
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from twinkle_serve.data_format.weights import PAUSE_MODES, BaseVersion, PauseMode
 from twinkle_serve.errors import EngineError, RequestError, StoreError, UnsupportedError, WeightsError
-from twinkle_serve.routing.pool import EnginePool
+from twinkle_serve.routing.fleet import Fleet
+from twinkle_serve.routing.standstill import Standstill
 from twinkle_serve.weights import StoreLink
 
 logger = logging.getLogger("ray.serve")
@@ -41,12 +42,12 @@ class WeightUpdates:
     Guarantees: an update that fails, or whose trainer dies, leaves the version before current, and nothing behind.
     """
 
-    def __init__(self, store: StoreLink, pool: EnginePool, labels: list[str]) -> None:
+    def __init__(self, store: StoreLink, fleet: Fleet, standstill: Standstill, labels: list[str]) -> None:
         """
         Args:
             labels: of all versions so far, by their number.
         """
-        self._store, self._pool = store, pool
+        self._store, self._fleet, self._standstill = store, fleet, standstill
         self._numbers = {label: number for number, label in enumerate(labels)}
         self._update: _Update | None = None
 
@@ -67,7 +68,7 @@ class WeightUpdates:
             )
         update = self._update = _Update(label, now)
         try:
-            shapes, tied = await self._pool.ask("weight_shapes")
+            shapes, tied = await self._fleet.ask("weight_shapes")
             if not shapes:
                 raise UnsupportedError("the model has no safetensors files, which say what weights it has.")
             update.upload = int(await self._store.base("begin", label, shapes, tied))
@@ -108,7 +109,7 @@ class WeightUpdates:
         update = self._require(upload)
         self._stop_waiting(update)
         update.publishing = True
-        await asyncio.shield(self._pool.spawn(self._publish(update, mode, timeout_s)))
+        await asyncio.shield(self._fleet.spawn(self._publish(update, mode, timeout_s)))
         return update.label
 
     async def _publish(self, update: _Update, mode: PauseMode, timeout_s: float) -> None:
@@ -123,7 +124,7 @@ class WeightUpdates:
                         raise
                 self._numbers[version.label] = version.number
 
-            await self._pool.update(version, mode, commit, timeout_s)
+            await self._standstill.update(version, mode, commit, timeout_s)
         except BaseException:
             self._give_up(update)
             raise
@@ -137,7 +138,7 @@ class WeightUpdates:
 
     def _give_up(self, update: _Update) -> None:
         self._end(update)
-        self._pool.spawn(self._discard(update))
+        self._fleet.spawn(self._discard(update))
 
     async def _discard(self, update: _Update) -> None:
         try:
@@ -175,7 +176,7 @@ class WeightUpdates:
 
     def staleness(self, labels: set[str]) -> int:
         """Versions that have become current since the oldest of these."""
-        current = self._pool.base.number
+        current = self._fleet.base.number
         return current - min((self._numbers.get(label, current) for label in labels), default=current)
 
 
@@ -186,8 +187,8 @@ class Pauses:
     Does not guarantee: that samples which one pause holds stay where they are when a later one says `wait` or `abort`.
     """
 
-    def __init__(self, pool: EnginePool) -> None:
-        self._pool = pool
+    def __init__(self, fleet: Fleet, standstill: Standstill) -> None:
+        self._fleet, self._standstill = fleet, standstill
         self._ids = itertools.count(1)
         self._ends: dict[int, asyncio.TimerHandle] = {}
 
@@ -203,7 +204,7 @@ class Pauses:
                 f"lease_s must be a number of seconds above 0, at most {LONGEST_LEASE_S:g}, got {lease_s!r}."
             )
         lease = next(self._ids)
-        await self._pool.hold(self._key(lease), mode)
+        await self._standstill.hold(self._key(lease), mode)
         self._schedule(lease, lease_s)
         return lease
 
@@ -225,7 +226,7 @@ class Pauses:
         self._require(lease)
         self._ends.pop(lease).cancel()
         # A caller who stops waiting has ended the pause all the same.
-        await asyncio.shield(self._pool.spawn(self._pool.release(self._key(lease))))
+        await asyncio.shield(self._fleet.spawn(self._standstill.release(self._key(lease))))
 
     def _key(self, lease: int) -> tuple[str, int]:
         return ("pause", lease)
@@ -242,7 +243,7 @@ class Pauses:
     def _expire(self, lease: int) -> None:
         logger.warning(f"pause {lease} was not renewed: the engines go on")
         del self._ends[lease]
-        self._pool.spawn(self._pool.release(self._key(lease)))
+        self._fleet.spawn(self._standstill.release(self._key(lease)))
 
 
 def require_mode(mode: object) -> None:
