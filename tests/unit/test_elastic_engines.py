@@ -255,6 +255,25 @@ async def test_restart_returns_when_the_new_process_is_used(service: Service) ->
     assert engines(await service.sample()) == {"a", "b"}
 
 
+async def test_restart_spares_the_process_that_has_come_meanwhile(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one has ended by itself when it is to be told to go."""
+    link = service.links["b"]
+    control = link.control
+
+    async def late(method: str, *args: Any) -> Any:
+        if method != "retire":
+            return await control(method, *args)
+        await link.start()
+        return await link.hosts[-1].control(method, *args)
+
+    monkeypatch.setattr(link, "control", late)
+    await service.router.restart_engine("b", 1, 30)
+    assert len(link.hosts) == 2
+    await link.hosts[-1].check_health()
+
+
 async def test_restart_ends_at_its_deadline(service: Service) -> None:
     """The engine is used when it can be all the same."""
     service.links["b"].returns = False

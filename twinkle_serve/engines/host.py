@@ -367,9 +367,10 @@ class EngineHost:
             for index in range(len(version.buckets)):
                 yield await self._store.bucket(version, index)
 
-    async def retire(self, reason: str) -> None:
-        """Has the engine fail its health checks, so that its process is replaced."""
-        self._retired = reason
+    async def retire(self, life: str, reason: str) -> None:
+        """Has the engine fail its health checks, so that its process is replaced; not the one that has replaced it."""
+        if life == self._info.life:
+            self._retired = reason
 
     async def reset_prefix_cache(self) -> None:
         await self._engine.reset_prefix_cache()

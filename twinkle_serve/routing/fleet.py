@@ -190,11 +190,11 @@ class Fleet:
             EngineDeadError: they died, and do not return.
         """
         await self._has_info.wait()
-        self.require_hope()
+        self._require_hope()
         assert self.info is not None
         return self.info
 
-    def require_hope(self) -> None:
+    def _require_hope(self) -> None:
         if not self.engines_return and not self.uses:
             raise EngineDeadError("the engine died. Make a new sampler.")
 
@@ -205,7 +205,7 @@ class Fleet:
             EngineDeadError: they died, and do not return.
         """
         await self._has_info.wait()
-        self.require_hope()
+        self._require_hope()
         async with self._used:
             await self._used.wait_for(lambda: self.ready)
 
@@ -307,13 +307,19 @@ class Fleet:
                 self.lose(name, use, error)
 
     async def tell_all(self, method: str, *args: Any) -> None:
-        """A control call to every engine in use."""
-        await self._has_info.wait()
-        # One that leaves may be out of reach already.
-        names = self.uses.keys() - self._leaving.keys()
-        await asyncio.gather(*(self.links[name].control(method, *args) for name in names))
+        """A control call to every engine in use, while nothing else changes what they have loaded: one that wakes up holds
+        no version until it has loaded it, and is not to be taken for one that has lost it.
 
-    async def quietly(self, name: str, method: str, *args: Any) -> None:
+        Raises:
+            TwinkleServeError: an engine refused, or is gone.
+        """
+        await self._has_info.wait()
+        async with self.changing:
+            # One that leaves may be out of reach already.
+            uses = {name: use for name, use in self.uses.items() if name not in self._leaving}
+            await asyncio.gather(*(self.control(name, use, method, *args) for name, use in uses.items()))
+
+    async def _quietly(self, name: str, method: str, *args: Any) -> None:
         """A control call whose failure changes nothing: the engine is gone, or keeps something for longer."""
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
@@ -363,7 +369,7 @@ class Fleet:
     async def _drop(self, name: str, loading: asyncio.Task[Any] | None, version: AdapterVersion) -> None:
         if loading is not None:
             await asyncio.wait({loading})  # a drop that came first would leave it there for good
-        await self.quietly(name, "drop_adapter", version)
+        await self._quietly(name, "drop_adapter", version)
 
     async def _prefetch(self, name: str, use: Use, version: AdapterVersion) -> None:
         try:
@@ -406,7 +412,7 @@ class Fleet:
             hung = f"it had {info.running} groups and sampled nothing for "
             hung += f"stall_timeout_s={self._stall_timeout_s:g}"
             self.lose(name, use, EngineDeadError(hung))
-            await self.quietly(name, "retire", hung)
+            await self._quietly(name, "retire", info.life, hung)
 
     async def _catch_up(self, name: str, info: EngineInfo) -> None:
         """Brings an engine into use: without what another router left there, with the current weights, and paused where
@@ -419,12 +425,13 @@ class Fleet:
             async with asyncio.timeout(self._load_timeout_s):
                 await self.links[name].control("keep_adapters", [version.id for version in self._adapters.held])
                 await self._load_current(name, info)
-                async with self.changing:
-                    # Others may have gone on to a newer version meanwhile, and the engine may be another one.
-                    info = await self.links[name].describe(self._id)
-                    await self._load_current(name, info)
-                    await self.links[name].control(*(("pause", "keep") if self.holds else ("resume",)))
-                    await self._begin_use(name, info)
+            # The engine is not to blame for how long others take, who have deadlines of their own.
+            async with self.changing, asyncio.timeout(self._load_timeout_s):
+                # They may have gone on to a newer version meanwhile, and the engine may be another one.
+                info = await self.links[name].describe(self._id)
+                await self._load_current(name, info)
+                await self.links[name].control(*(("pause", "keep") if self.holds else ("resume",)))
+                await self._begin_use(name, info)
         except Exception as error:
             logger.warning(f"{name} did not get ready with {base.label!r}: {type(error).__name__}: {error}")
             if isinstance(error, StoreError):
@@ -434,7 +441,7 @@ class Fleet:
             self._failed_loads[name] += 1
             if self._failed_loads[name] >= MOST_FAILED_LOADS or isinstance(error, TimeoutError):
                 self._failed_loads[name] = 0
-                await self.quietly(name, "retire", f"it does not load {base.label!r}: {error}")
+                await self._quietly(name, "retire", info.life, f"it does not load {base.label!r}: {error}")
         else:
             self._failed_loads[name] = 0
 
@@ -559,9 +566,10 @@ class Fleet:
         try:
             async with asyncio.timeout(timeout_s):
                 try:
-                    await self.drain(name, drain_timeout_s)
                     with contextlib.suppress(EngineDeadError):  # it is being replaced already
-                        await self.links[name].control("retire", "restart_engine was called")
+                        life = (await self.links[name].describe(self._id)).life
+                        await self.drain(name, drain_timeout_s)
+                        await self.links[name].control("retire", life, "restart_engine was called")
                 finally:
                     await self.undrain(name)
                 async with self._used:
