@@ -307,8 +307,9 @@ class Fleet:
                 self.lose(name, use, error)
 
     async def tell_all(self, method: str, *args: Any) -> None:
-        """A control call to every engine in use, while nothing else changes what they have loaded: one that wakes up holds
-        no version until it has loaded it, and is not to be taken for one that has lost it.
+        """A control call to every engine in use, while nothing else changes what they have loaded.
+
+        One that wakes up holds no version until it has loaded it, and is not to be taken for one that has lost it.
 
         Raises:
             TwinkleServeError: an engine refused, or is gone.
