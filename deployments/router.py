@@ -211,10 +211,19 @@ class HandleLink:
         return info
 
     async def submit(self, session: Session, groups: Sequence[Group], more: bool = False) -> None:
-        # To the only replica of its deployment. A broadcast asks it nothing first, as a call to one of several does,
-        # which is two fifths of what that costs; and if there is none, it says so at once.
-        with _our_errors():
-            await self._handle.broadcast("submit", session, groups, more).results_async()
+        # A broadcast asks the engine's only replica nothing first, as a call to one of several does, which is two
+        # fifths of what that costs; and if there is none, it says so at once.
+        try:
+            with _our_errors():
+                answers = await self._handle.broadcast("submit", session, groups, more).results_async(
+                    return_exceptions=True
+                )
+                if all(isinstance(answer, BaseException) for answer in answers):
+                    raise answers[0]
+                # Where one replica takes another's place there are two, and the session is of one of them.
+        except asyncio.CancelledError:  # a broadcast cannot be cancelled
+            self._handle.abort.remote(session, [group.attempt for group in groups])
+            raise
 
     def results(self, session: Session) -> AsyncGenerator[Finished, None]:
         return self._each(self._streams.results, session)

@@ -39,6 +39,11 @@ class Engine(FakeEngine):
         self.go.set()
         self.groups = 0
         """That it has begun."""
+        self.died = False
+
+    async def check_health(self) -> None:
+        if self.died:
+            raise EngineDeadError("it died.")
 
     async def _steps(self, group: Group, samples: Sequence[Any]) -> AsyncGenerator[None, None]:
         self.groups += group.id >= 0  # not the one that warms it up
@@ -252,6 +257,16 @@ async def test_restart_returns_when_the_new_process_is_used(service: Service) ->
     assert service.states() == {"a": "ready", "b": "ready"}
     with pytest.raises(EngineDeadError, match="restart_engine was called"):
         await old.check_health()
+    assert engines(await service.sample()) == {"a", "b"}
+
+
+async def test_restart_of_an_engine_that_has_died_waits_for_its_next_process(service: Service) -> None:
+    """The router has not noticed yet."""
+    old = service.links["b"].engine
+    old.died = True
+    await service.router.restart_engine("b", 1, 30)
+    assert service.links["b"].engine is not old
+    assert service.states() == {"a": "ready", "b": "ready"}
     assert engines(await service.sample()) == {"a", "b"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,29 @@ def test_empty_thoughts_in_the_prompt_open_none(templates: dict[str, Template]) 
     prompt = prompt_of({"messages": [USER]}, templates["quiet"])
     assert prompt.turn.opening == ""
     assert feature_of(prompt, templates["quiet"], "2")["messages"][-1] == {"role": "assistant", "content": "2"}
+
+
+@pytest.mark.parametrize(
+    ("tag", "text", "opening"),
+    [
+        ("<think>", "so <think>", "<think>"),
+        ("<think>", "so <think> \n\n", "<think> \n\n"),
+        ("<think>", "<think> so", ""),
+        ("<think>", "1 > 0 >", ""),
+        ("<think>\n", "so <think>\n\n", "<think>\n\n"),
+        ("\N{THOUGHT BALLOON}", "so \N{THOUGHT BALLOON} ", "\N{THOUGHT BALLOON} "),  # of several tokens
+    ],
+)
+def test_tag_at_the_end_of_a_prompt_opens_thoughts(
+    tag: str, text: str, opening: str, templates: dict[str, Template], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the space behind it, and whatever the tag is."""
+    for template in templates.values():
+        parser = replace(template.message_parser(), reasoning=(tag, "</think>"))
+        monkeypatch.setattr(template, "message_parser", lambda parser=parser: parser)
+        ids = np.array(template.tokenizer.encode(text, add_special_tokens=False), np.int32)
+        assert template.decode(ids) == text
+        assert template.opening(ids) == opening
 
 
 def test_sample_without_tokens_adds_no_message(templates: dict[str, Template]) -> None:

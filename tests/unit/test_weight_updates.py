@@ -173,7 +173,7 @@ async def test_engine_that_never_catches_up_has_its_process_replaced(service: Se
 async def test_engine_is_not_replaced_for_how_long_others_change_weights(service: Service) -> None:
     """It waits for its turn for longer than it may take to load."""
     fleet = service.router._fleet
-    fleet._load_timeout_s = 0.1
+    fleet.load_timeout_s = 0.1
     async with fleet.changing:
         fleet.lose("b", fleet.uses["b"], EngineDeadError("it was out of reach"))
         await asyncio.sleep(0.3)  # three times that

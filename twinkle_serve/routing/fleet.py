@@ -74,6 +74,7 @@ class Use:
     """Set when there are any."""
 
     def forget_failed(self, version_id: int, loading: asyncio.Task[Any]) -> None:
+        """A load of a version is over; one that failed is none."""
         if (loading.cancelled() or loading.exception()) and self.adapters.get(version_id) is loading:
             del self.adapters[version_id]
 
@@ -142,7 +143,7 @@ class Fleet:
         self.base = base
         """The current version of the model's own weights."""
         self._current = current
-        self._load_timeout_s = load_timeout_s
+        self.load_timeout_s = load_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self.engines_return = engines_return
         self._work: Work
@@ -307,18 +308,11 @@ class Fleet:
                 self.lose(name, use, error)
 
     async def tell_all(self, method: str, *args: Any) -> None:
-        """A control call to every engine in use, while nothing else changes what they have loaded.
-
-        One that wakes up holds no version until it has loaded it, and is not to be taken for one that has lost it.
-
-        Raises:
-            TwinkleServeError: an engine refused, or is gone.
-        """
+        """A control call to every engine in use."""
         await self._has_info.wait()
-        async with self.changing:
-            # One that leaves may be out of reach already.
-            uses = {name: use for name, use in self.uses.items() if name not in self._leaving}
-            await asyncio.gather(*(self.control(name, use, method, *args) for name, use in uses.items()))
+        # One that leaves may be out of reach already.
+        names = self.uses.keys() - self._leaving.keys()
+        await asyncio.gather(*(self.links[name].control(method, *args) for name in names))
 
     async def _quietly(self, name: str, method: str, *args: Any) -> None:
         """A control call whose failure changes nothing: the engine is gone, or keeps something for longer."""
@@ -385,8 +379,7 @@ class Fleet:
         while True:
             base, changing = self.base, self.changing.locked()
             try:
-                async with asyncio.timeout(PROBE_TIMEOUT_S):
-                    info = await self.links[name].describe(self._id)
+                info = await self._describe(name)
             except Exception as error:  # whatever it is, an engine that does not answer is not used
                 self.lose(name, self.uses.get(name), error)
                 if self.states[name] != "starting":
@@ -402,6 +395,14 @@ class Fleet:
                 elif use is not None:
                     await self._require_progress(name, use, info)
             await asyncio.sleep(PROBE_PERIOD_S)
+
+    async def _describe(self, name: str) -> EngineInfo:
+        """Raises EngineDeadError where it does not answer."""
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                return await self.links[name].describe(self._id)
+        except TimeoutError:
+            raise EngineDeadError(f"{name} did not answer for {PROBE_TIMEOUT_S:g} s.") from None
 
     async def _require_progress(self, name: str, use: Use, info: EngineInfo) -> None:
         """Gives up an engine that answers and has something to sample, but samples nothing; its process is replaced."""
@@ -423,13 +424,13 @@ class Fleet:
         self.states[name] = "catching up"
         base = self.base
         try:
-            async with asyncio.timeout(self._load_timeout_s):
+            async with asyncio.timeout(self.load_timeout_s):
                 await self.links[name].control("keep_adapters", [version.id for version in self._adapters.held])
                 await self._load_current(name, info)
             # The engine is not to blame for how long others take, who have deadlines of their own.
-            async with self.changing, asyncio.timeout(self._load_timeout_s):
+            async with self.changing, asyncio.timeout(self.load_timeout_s):
                 # They may have gone on to a newer version meanwhile, and the engine may be another one.
-                info = await self.links[name].describe(self._id)
+                info = await self._describe(name)
                 await self._load_current(name, info)
                 await self.links[name].control(*(("pause", "keep") if self.holds else ("resume",)))
                 await self._begin_use(name, info)
@@ -566,10 +567,11 @@ class Fleet:
         self._require_engine(name)
         try:
             async with asyncio.timeout(timeout_s):
+                use = self.uses.get(name)
                 try:
+                    await self.drain(name, drain_timeout_s)
                     with contextlib.suppress(EngineDeadError):  # it is being replaced already
-                        life = (await self.links[name].describe(self._id)).life
-                        await self.drain(name, drain_timeout_s)
+                        life = use.info.life if use is not None else (await self._describe(name)).life
                         await self.links[name].control("retire", life, "restart_engine was called")
                 finally:
                     await self.undrain(name)
@@ -607,6 +609,7 @@ class Fleet:
             self._end_use(name, use)
 
     def find_idle(self) -> None:
+        """Tells those that wait for engines to finish what they had of those that have."""
         for name in self._held_back & self.uses.keys():
             if not self._work.sequences_of(name):
                 self.uses[name].idle.set()

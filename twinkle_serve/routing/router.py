@@ -98,6 +98,7 @@ class Router:
         self._adapters: Adapters
         self._fleet: Fleet
         self._pool: EnginePool
+        self._standstill: Standstill
         self._updates: WeightUpdates
         self._pauses: Pauses
         self._paths: OrderedDict[str, tuple[tuple[int, int], ...]] = OrderedDict()
@@ -153,9 +154,9 @@ class Router:
             policy=self._args.policy,
             resume=self._args.failover == "resume",
         )
-        standstill = Standstill(self._fleet)
-        self._updates = WeightUpdates(self._store, self._fleet, standstill, labels)
-        self._pauses = Pauses(self._fleet, standstill)
+        self._standstill = Standstill(self._fleet)
+        self._updates = WeightUpdates(self._store, self._fleet, self._standstill, labels)
+        self._pauses = Pauses(self._fleet, self._standstill)
 
     def close(self) -> None:
         """Stops following engines; running calls are cancelled by whoever made them."""
@@ -375,18 +376,18 @@ class Router:
             raise RequestError("the engines are paused, or are loading weights. Wait for the end of that.")
         self._asleep = True
         try:
-            await self._fleet.tell_all("sleep", level)
+            await self._standstill.change("sleep", level)
         except BaseException:
             self._asleep = False
             with contextlib.suppress(TwinkleServeError):  # those that could not sleep are awake
-                await self._fleet.tell_all("wake_up", None)
+                await self._standstill.change("wake_up", None)
             raise
 
     async def wake_up(self, tags: Sequence[str] | None = None) -> None:
         """Ends `sleep`; with `tags`, of "weights" and "kv_cache", wakes these alone."""
         if tags is not None and set(tags) - {"weights", "kv_cache"}:
             raise RequestError(f"tags may hold weights and kv_cache, got {list(tags)!r}.")
-        await self._fleet.tell_all("wake_up", tags)
+        await self._standstill.change("wake_up", tags)
         if tags is None or "kv_cache" in tags:
             self._asleep = False
 

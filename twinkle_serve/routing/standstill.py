@@ -74,6 +74,24 @@ class Standstill:
         finally:
             self._fleet.changing.release()
 
+    async def change(self, method: str, *args: Any) -> None:
+        """A control call to every engine in use, `sleep` or `wake_up`, while nothing else changes what they load.
+
+        One that wakes up holds no version until it has loaded it, and is not to be taken for one that has lost it.
+
+        Raises:
+            TwinkleServeError: an engine refused, with its name.
+            DeadlineError: they took longer than a load may.
+        """
+        limit_s = self._fleet.load_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._fleet.known()
+                async with self._fleet.changing:
+                    await self._tell_each(method, *args)
+        except TimeoutError:
+            raise DeadlineError(f"the engines did not {method} within startup_timeout_s={limit_s:g}.") from None
+
     async def _let_go(self, key: object) -> None:
         self._fleet.holds.discard(key)
         # What another one holds may have run meanwhile: to drain it, or in a pause that was given up.

@@ -278,7 +278,8 @@ class Template:
             return ""
         # Enough for a tag and its space, whatever the tokens are.
         tail = ids[-32:]
-        if not self._may_end_with(reasoning[0][-1], tail):
+        last = reasoning[0].rstrip()[-1:]
+        if last and not self._may_end_with(last, tail):
             return ""
         match = re.search(re.escape(reasoning[0]) + r"\s*\Z", self.decode(tail))
         return match.group() if match else ""
@@ -294,12 +295,12 @@ class Template:
     @cached_property
     def _text_of(self) -> Callable[[int], str]:
         """Text of a token by itself; REPLACEMENT is in it where it is a part of a character."""
-        return lru_cache(maxsize=4096)(lambda token: self.decode(np.array([token], np.int32)))
+        tokenizer = self.tokenizer  # and not self, which would keep this template alive
+        return lru_cache(maxsize=4096)(lambda token: _text(tokenizer, [token]))
 
     def decode(self, ids: NDArray[np.int32]) -> str:
         """Text of tokens, special tokens kept."""
-        text: str = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
+        return _text(self.tokenizer, ids.tolist())
 
 
 def _tokenizer(model: Path, trust_remote_code: bool) -> Any:
@@ -311,6 +312,11 @@ def _tokenizer(model: Path, trust_remote_code: bool) -> Any:
         raise ModelNotFoundError(
             f"no tokenizer can be loaded from {model}: {error}. Copy or download its files again."
         ) from error
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
 
 
 def _rebuilt(kind: type[Template], state: dict[str, Any]) -> Template:
