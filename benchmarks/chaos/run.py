@@ -119,19 +119,14 @@ def _events(done: Run, faults: Faults, watch: Watch, rng: random.Random) -> None
         done.events.append(event)
         if not options.overlapping:
             _await_recovery(done, event, strike.over, watch)
-            if event.recovered_s is None:
-                what = f"not all engines ready within {options.bound_s:g} s of: {kind}"
-                done.findings.append(Finding("not recovered", event.target, what))
         _tell(done, event)
     if options.overlapping:
         last = Event(kind="all engines ready", target="service", at=time.monotonic())
         _await_recovery(done, last, lambda: True, watch)
-        if last.recovered_s is None:
-            done.findings.append(Finding("not recovered", "service", f"not all engines ready in {options.bound_s:g} s"))
 
 
 def _await_recovery(done: Run, event: Event, over: Callable[[], bool], watch: Watch) -> None:
-    """Until all engines are ready, and stay so, after what was struck is replaced; or the bound."""
+    """Until all engines are ready, and stay so, after what was struck is replaced; past the bound it is a finding."""
     over_at: float | None = None
     while (now := time.monotonic()) < event.at + done.options.bound_s:
         try:
@@ -147,6 +142,9 @@ def _await_recovery(done: Run, event: Event, over: Callable[[], bool], watch: Wa
                 event.recovered_s = recovered_at - event.at
                 return
         time.sleep(POLL_S)
+    struck = "not replaced" if over_at is None else f"replaced after {over_at - event.at:.1f} s"
+    what = f"not all engines ready within {done.options.bound_s:g} s of: {event.kind}; it was {struck}; "
+    done.findings.append(Finding("not recovered", event.target, what + watch.told(event.at)))
 
 
 def _tell(done: Run, event: Event) -> None:

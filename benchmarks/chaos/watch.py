@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -25,7 +25,12 @@ class Poll:
 
     at: float
     """Seconds, time.monotonic."""
-    ready: frozenset[str]
+    states: Mapping[str, str]
+    """Of each engine, by its name."""
+
+    @property
+    def ready(self) -> frozenset[str]:
+        return frozenset(name for name, state in self.states.items() if state == "ready")
 
 
 class Watch(threading.Thread):
@@ -41,8 +46,7 @@ class Watch(threading.Thread):
         while not self._end.wait(PERIOD_S):
             status = self.status()
             states = {} if status is None else {name: e["state"] for name, e in status["engines"].items()}
-            ready = frozenset(name for name, state in states.items() if state == "ready")
-            self.polls.append(Poll(time.monotonic(), ready))
+            self.polls.append(Poll(time.monotonic(), states))
 
     def status(self) -> dict[str, Any] | None:
         """The service's own; None where it does not answer."""
@@ -70,6 +74,17 @@ class Watch(threading.Thread):
             since = poll.at
         return since
 
+    def told(self, begin: float) -> str:
+        """What the service said since then, from one change to the next: for whoever asks why it took so long."""
+        polls = [poll for poll in self.polls if poll.at >= begin]
+        changes = polls[:1]
+        for before, poll in pairwise(polls):
+            if poll.at - before.at > KNOWN_S:
+                changes.append(Poll(before.at + KNOWN_S, {}))
+            if poll.states != changes[-1].states:
+                changes.append(poll)
+        return "; ".join(f"{poll.at - begin:.1f} s {_said(poll)}" for poll in changes)
+
     def engine_seconds(self, begin: float, end: float) -> float:
         """Seconds that engines were ready, of all engines together."""
         return sum(len(poll.ready) * seconds for poll, seconds in self._spans(begin, end))
@@ -84,3 +99,7 @@ class Watch(threading.Thread):
             seconds = min(after.at, poll.at + KNOWN_S, end) - max(poll.at, begin)
             if seconds > 0:
                 yield poll, seconds
+
+
+def _said(poll: Poll) -> str:
+    return ", ".join(f"{name} {state}" for name, state in poll.states.items()) or "no answer"

@@ -204,13 +204,15 @@ def test_logprobs_tell_one_version_of_the_model_from_another(label: str, found: 
 def test_engines_are_not_ready_while_the_service_does_not_answer() -> None:
     """Two engines for a second, one for two, and then nothing for ten."""
     watch = Watch(None, 2)  # type: ignore[arg-type]  # it asks nobody here
-    both, one = frozenset({"a", "b"}), frozenset({"a"})
+    both, one = {"a": "ready", "b": "ready"}, {"a": "ready", "b": "dead"}
     watch.polls = [Poll(0, both), Poll(1, one), Poll(3, both), Poll(13, both)]
     assert watch.engine_seconds(0, 13) == 1 * 2 + 2 * 1 + 2 * 2
     assert watch.outage_s(0, 13) == 8
     assert watch.all_ready_since() == 13
     watch.polls.append(Poll(13.2, one))
     assert watch.all_ready_since() is None
+    told = "0.0 s a ready, b ready; 1.0 s a ready, b dead; 3.0 s a ready, b ready; 5.0 s no answer; "
+    assert watch.told(0) == told + "13.0 s a ready, b ready; 13.2 s a ready, b dead"
 
 
 def test_calls_are_of_every_shape() -> None:
