@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -36,6 +38,8 @@ class Strike:
     target: str
     over: Callable[[], bool]
     """Whether what it was done to is replaced, or goes on. Whether the service is well again is another question."""
+    seen: Callable[[], list[str]] = list
+    """What there is in its place, for whoever asks why it is not over."""
 
 
 class Faults:
@@ -80,6 +84,11 @@ class Faults:
         for process in list(self._stopped):
             self._resume(process)
 
+    def doubled(self) -> str:
+        """Processes of deployments that have more than their one; "" if none has."""
+        seen = [self._replica(name).seen() for name in (*self._engines, "router", "store")]
+        return "; ".join(itertools.chain.from_iterable(each for each in seen if len(each) > 1))
+
     def _engine(self, ready: frozenset[str]) -> str:
         if not ready:
             raise NoVictim("no engine is ready")
@@ -94,7 +103,7 @@ class Faults:
     def _kill(self, victim: Victim) -> Strike:
         process = victim.process()
         process.kill()
-        return Strike(f"{victim.name} (pid {process.pid})", lambda: victim.replaced(process))
+        return Strike(f"{victim.name} (pid {process.pid})", lambda: victim.replaced(process), victim.seen)
 
     def _stop(self, victim: Victim) -> Strike:
         process, seconds = victim.process(), self._rng.uniform(*STOPPED_S)
@@ -105,7 +114,7 @@ class Faults:
         def over() -> bool:
             return process not in self._stopped if process.is_running() else victim.replaced(process)
 
-        return Strike(f"{victim.name} (pid {process.pid}) for {seconds:.0f} s", over)
+        return Strike(f"{victim.name} (pid {process.pid}) for {seconds:.0f} s", over, victim.seen)
 
     def _resume(self, process: psutil.Process) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -149,13 +158,14 @@ class Victim:
     """Whose child it is; None: of this process's cluster."""
 
     def process(self) -> psutil.Process:
-        """
+        """The newest one: an older one may not be gone yet.
+
         Raises:
             NoVictim: there is none.
         """
         above = psutil.Process() if self.under is None else self.under.process()
-        for process in _with_title(above, self.title):
-            return process
+        if found := list(_with_title(above, self.title)):
+            return max(found, key=psutil.Process.create_time)
         raise NoVictim(f"{self.name} does not run")
 
     def replaced(self, process: psutil.Process) -> bool:
@@ -164,6 +174,19 @@ class Victim:
             return bool(self.process() != process)  # a process is its pid and when it began
         except NoVictim:
             return False
+
+    def seen(self) -> list[str]:
+        """All processes that it may be, and what is under them."""
+        title = self.title if self.under is None else self.under.title
+        return [_tree(process) for process in _with_title(psutil.Process(), title)]
+
+
+def _tree(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess), process.oneshot():
+        under = ", ".join(f"{child.name()} {child.pid}" for child in process.children(recursive=True))
+        age_s = time.time() - process.create_time()
+        return f"{process.name()} {process.pid} ({process.status()}, since {age_s:.0f} s, above {under or 'none'})"
+    return f"{process.pid} (ended)"
 
 
 def _with_title(above: psutil.Process, title: str) -> Iterator[psutil.Process]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos.calls import TIMEOUT_S
 from benchmarks.chaos.checks import LATE_S, Finding, check, check_references
-from benchmarks.chaos.faults import Faults, NoVictim
+from benchmarks.chaos.faults import Faults, NoVictim, Strike
 from benchmarks.chaos.load import Life, Trainers
 from benchmarks.chaos.publisher import UPDATE_TIMEOUT_S, Publisher
 from benchmarks.chaos.record import ENGINES, Event, Options, Run, read
@@ -91,7 +90,7 @@ def _disturb(done: Run, directory: Path) -> list[Life]:
     done.findings += [Finding("hang", "trainers", wrong) for wrong in trainers.stop(TIMEOUT_S + LATE_S)]
     if not publisher.stop(UPDATE_TIMEOUT_S + LATE_S):
         done.findings.append(Finding("hang", "publisher", "an update or an adapter does not end"))
-    if left := _left_behind(watch):
+    if left := _left_behind(watch, faults):
         done.findings.append(Finding("left behind", "service", f"{IDLE_S:g} s after the last call: {left}"))
     watch.stop()
     return trainers.lives
@@ -118,19 +117,19 @@ def _events(done: Run, faults: Faults, watch: Watch, rng: random.Random) -> None
         event = Event(kind=kind, target=strike.target, at=at)
         done.events.append(event)
         if not options.overlapping:
-            _await_recovery(done, event, strike.over, watch)
+            _await_recovery(done, event, strike, watch)
         _tell(done, event)
     if options.overlapping:
         last = Event(kind="all engines ready", target="service", at=time.monotonic())
-        _await_recovery(done, last, lambda: True, watch)
+        _await_recovery(done, last, Strike("service", lambda: True), watch)
 
 
-def _await_recovery(done: Run, event: Event, over: Callable[[], bool], watch: Watch) -> None:
+def _await_recovery(done: Run, event: Event, strike: Strike, watch: Watch) -> None:
     """Until all engines are ready, and stay so, after what was struck is replaced; past the bound it is a finding."""
     over_at: float | None = None
     while (now := time.monotonic()) < event.at + done.options.bound_s:
         try:
-            if over_at is None and over():
+            if over_at is None and strike.over():
                 over_at = now
         except Exception as error:  # a trainer that cannot connect
             done.findings.append(Finding("failed", event.target, f"{type(error).__name__}: {error}"))
@@ -142,8 +141,11 @@ def _await_recovery(done: Run, event: Event, over: Callable[[], bool], watch: Wa
                 event.recovered_s = recovered_at - event.at
                 return
         time.sleep(POLL_S)
-    struck = "not replaced" if over_at is None else f"replaced after {over_at - event.at:.1f} s"
-    what = f"not all engines ready within {done.options.bound_s:g} s of: {event.kind}; it was {struck}; "
+    if over_at is None:
+        struck = f"not over: {'; '.join(strike.seen()) or 'no process'}"
+    else:
+        struck = f"over after {over_at - event.at:.1f} s"
+    what = f"not all engines ready within {done.options.bound_s:g} s of: {event.kind}, {struck}; "
     done.findings.append(Finding("not recovered", event.target, what + watch.told(event.at)))
 
 
@@ -156,8 +158,8 @@ def _tell(done: Run, event: Event) -> None:
     print(f"  {after}  {event.kind}: {event.target}  {became}", flush=True)
 
 
-def _left_behind(watch: Watch) -> str:
-    """What the service still holds, though nobody calls; "" if it is nothing."""
+def _left_behind(watch: Watch, faults: Faults) -> str:
+    """What the service still holds, though nobody calls, and processes that it should not have; "" if it is nothing."""
     end = time.monotonic() + IDLE_S
     while True:
         status = watch.status()
@@ -166,7 +168,7 @@ def _left_behind(watch: Watch) -> str:
         else:
             held = {name: engine["sequences"] for name, engine in status["engines"].items() if engine["sequences"]}
             counts = {"requests": status["requests"], "groups_waiting": status["groups_waiting"], "sequences": held}
-            left = ", ".join(f"{what}: {count}" for what, count in counts.items() if count)
+            left = ", ".join(f"{what}: {count}" for what, count in counts.items() if count) or faults.doubled()
         if not left or time.monotonic() > end:
             return left
         time.sleep(POLL_S)

@@ -65,13 +65,13 @@ class Watch(threading.Thread):
         """As of the last poll."""
         return self.polls[-1].ready if self.polls else frozenset()
 
-    def all_ready_since(self) -> float | None:
+    def all_ready_since(self, now: float | None = None) -> float | None:
         """When the service began to have all its engines ready, as it still has; None: it has not."""
-        since = None
+        since, after = None, time.monotonic() if now is None else now
         for poll in reversed(self.polls):
-            if len(poll.ready) < self._engines or (since is not None and since - poll.at > KNOWN_S):
+            if len(poll.ready) < self._engines or after - poll.at > KNOWN_S:
                 break
-            since = poll.at
+            since = after = poll.at
         return since
 
     def told(self, begin: float) -> str:

@@ -208,9 +208,10 @@ def test_engines_are_not_ready_while_the_service_does_not_answer() -> None:
     watch.polls = [Poll(0, both), Poll(1, one), Poll(3, both), Poll(13, both)]
     assert watch.engine_seconds(0, 13) == 1 * 2 + 2 * 1 + 2 * 2
     assert watch.outage_s(0, 13) == 8
-    assert watch.all_ready_since() == 13
+    assert watch.all_ready_since(13.1) == 13
+    assert watch.all_ready_since(15.1) is None
     watch.polls.append(Poll(13.2, one))
-    assert watch.all_ready_since() is None
+    assert watch.all_ready_since(13.3) is None
     told = "0.0 s a ready, b ready; 1.0 s a ready, b dead; 3.0 s a ready, b ready; 5.0 s no answer; "
     assert watch.told(0) == told + "13.0 s a ready, b ready; 13.2 s a ready, b dead"
 
