@@ -69,7 +69,7 @@ def large_model(directory: Path) -> dict[str, Any]:
         num_attention_heads=8,
         num_key_value_heads=8,
         head_dim=128,
-        max_position_embeddings=256,
+        max_position_embeddings=2048,
         eos_token_id=2,
         tie_word_embeddings=True,
     )

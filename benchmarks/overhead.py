@@ -1,9 +1,10 @@
 """What the service costs over the bare engine: the same work through AsyncLLM and through the service, in turn.
 
-    scripts/bench overhead [--rounds 8] [--prompts 64] [--samples 8] [--tokens 64] [--json FILE]
+    scripts/bench overhead [--rounds 8] [--prompts 64] [--samples 8] [--tokens 64] [--device cpu|cuda] [--json FILE]
 
-Both engines are up all the time with the same arguments and the same core for their computing thread; one samples
-while the other idles. The ratio of each round compares neighbours in time, since the machine's speed drifts.
+Both engines are up all the time with the same arguments and the same core for their computing thread, or the same GPU;
+one samples while the other idles. On cuda the model is a random one of 0.2 billion parameters. The ratio of each round
+compares neighbours in time, since the machine's speed drifts.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import ray
 from ray import serve
 
 import twinkle_serve
+from benchmarks.base_weights import large_model
 from graphs.sampler import build
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
@@ -36,7 +38,10 @@ from twinkle_serve.engines.vllm import cpu_defaults
 from twinkle_serve.placement import cores_of_engine
 from twinkle_serve.template import Template
 
-ENGINE_ARGS = {"max_model_len": 256, "dtype": "float32", "max_num_seqs": 256, "kv_cache_memory_bytes": 2**29}
+ENGINE_ARGS: dict[str, dict[str, Any]] = {
+    "cpu": {"max_model_len": 256, "dtype": "float32", "max_num_seqs": 256, "kv_cache_memory_bytes": 2**29},
+    "cuda": {"max_model_len": 2048, "dtype": "bfloat16", "max_num_seqs": 512, "kv_cache_memory_bytes": 2**33},
+}
 
 
 @dataclass
@@ -59,15 +64,16 @@ class Round:
 class Bare:
     """AsyncLLM in this process, called with the cheapest output it has."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: str, device: str, engine_args: dict[str, Any]) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        cores = cores_of_engine(0, 1, 1, sorted(os.sched_getaffinity(0)))
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores[0]))
+        if device == "cpu":
+            cores = cores_of_engine(0, 1, 1, sorted(os.sched_getaffinity(0)))
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores[0]))
+            engine_args = cpu_defaults(engine_args, 1)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        args = AsyncEngineArgs(model=str(hub.DEMO), disable_log_stats=True, **cpu_defaults(ENGINE_ARGS, 1))
-        self.llm = AsyncLLM.from_engine_args(args)
+        self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, disable_log_stats=True, **engine_args))
 
     async def run(self, prompts: list[list[int]], samples: int, tokens: int, round_number: int) -> int:
         from vllm.inputs import tokens_input
@@ -141,23 +147,28 @@ async def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--device", choices=ENGINE_ARGS, default="cpu")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory(prefix="tsb") as temporary:
+        model, engine_args = str(hub.DEMO), ENGINE_ARGS[options.device]
+        if options.device == "cuda":
+            model = f"{temporary}/model"
+            large_model(Path(model))
         ray.init(address="local", namespace="serve", _temp_dir=temporary, include_dashboard=False, log_to_driver=False)
-        args = {"model_id": "demo", "device_mesh": {"dp_size": 1, "device_type": "cpu"}, "engine_args": ENGINE_ARGS}
+        mesh = {"dp_size": 1, "device_type": options.device}
+        args = {"model_id": model, "device_mesh": mesh, "engine_args": engine_args}
         serve.start(http_options={"location": "NoServer"})
         serve.run(build(ServiceArgs.model_validate(args)), name="sampler", route_prefix=None)
-        bare, service = await compare(options)
+        bare, service = await compare(options, Bare(model, options.device, engine_args))
         serve.shutdown()
         ray.shutdown()
     report(options, bare, service)
 
 
-async def compare(options: argparse.Namespace) -> tuple[list[Round], list[Round]]:
+async def compare(options: argparse.Namespace, engine: Bare) -> tuple[list[Round], list[Round]]:
     sampler = await asyncio.to_thread(twinkle_serve.connect, "sampler")
-    engine = Bare()
     template = Template(hub.DEMO)
     rng = random.Random(0)
     bare, service = [], []
@@ -197,9 +208,9 @@ def report(options: argparse.Namespace, bare: list[Round], service: list[Round])
     parts = sorted({part for r in service for part in r.cpu_s})
     result = {
         "command": f"scripts/bench overhead --rounds {options.rounds} --prompts {options.prompts} "
-        f"--samples {options.samples} --tokens {options.tokens}",
+        f"--samples {options.samples} --tokens {options.tokens} --device {options.device}",
         "commit": commit(),
-        "machine": f"{os.cpu_count()} x {cpu_model()}, no GPU",
+        "machine": f"{os.cpu_count()} x {cpu_model()}, {gpu_model() if options.device == 'cuda' else 'no GPU'}",
         "tokens_per_s": {
             "bare": round(statistics.median(r.tokens_per_s for r in bare)),
             "service": round(statistics.median(r.tokens_per_s for r in service)),
@@ -230,6 +241,11 @@ def cpu_model() -> str:
         if line.startswith("model name"):
             return line.split(":")[1].strip()
     return platform.processor()
+
+
+def gpu_model() -> str:
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

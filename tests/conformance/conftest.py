@@ -11,6 +11,7 @@ import pytest
 
 from tests.conformance.harness import EngineHarness, Files
 from tests.conformance.samplers import ENGINE_ARGS, KINDS, make_sampler
+from tests.device import DEVICE
 from tests.integration.conftest import ray_cluster
 from twinkle_serve import hub
 from twinkle_serve.engines import EngineKind, build_engine
@@ -19,9 +20,8 @@ from twinkle_serve.sampler import RunningSampler
 
 
 async def started(kind: EngineKind, model: Path = hub.DEMO) -> AsyncIterator[EngineHarness]:
-    engine = build_engine(
-        kind, f"{kind}-under-test", str(model), ENGINE_ARGS[kind], cpus=[(0,)] if kind == "vllm" else []
-    )
+    cpus = [(0,)] if kind == "vllm" and DEVICE == "cpu" else []
+    engine = build_engine(kind, f"{kind}-under-test", str(model), ENGINE_ARGS[kind], device=DEVICE, cpus=cpus)
     store: Any = Files()
     host = EngineHost(engine, model, store)
     await host.start(kind, 300)

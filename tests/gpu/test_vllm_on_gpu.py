@@ -1,0 +1,70 @@
+"""vLLM on a GPU, as a service: what no CPU can show. The rest: `TEST_DEVICE=cuda scripts/test tests/conformance`."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import torch
+
+from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
+from twinkle_serve.sampler.service import ServiceSampler
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.timeout(300),
+]
+ENGINE_ARGS = {"max_model_len": 1024, "kv_cache_memory_bytes": 2**32, "enable_sleep_mode": True}
+PROMPTS = [{"input_ids": [20 + i, 21, 22, 23]} for i in range(32)]
+GREEDY = {"temperature": 0.0, "max_tokens": 32, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def sampler() -> Iterator[ServiceSampler]:
+    with ray_cluster(num_cpus=8):
+        yield deploy("gpu", engine="vllm", device_mesh={"device_type": "auto"}, engine_args=ENGINE_ARGS)
+
+
+def used_mib() -> int:
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
+
+
+def test_auto_takes_the_gpu(sampler: ServiceSampler) -> None:
+    (engine,) = sampler.status()["engines"].values()
+    assert engine["device"] == "cuda"
+    response = sampler.sample(PROMPTS, {"max_tokens": 64, "ignore_eos": True}, num_samples=8)
+    assert [len(seq.tokens) for seq in response.sequences] == [64] * 256
+    assert used_mib() > 4096
+
+
+def test_the_same_seed_gives_the_same_tokens(sampler: ServiceSampler) -> None:
+    first, again = (sampler.sample(PROMPTS[:4], {"max_tokens": 32, "seed": 7}, num_samples=4) for _ in range(2))
+    assert [seq.tokens for seq in first.sequences] == [seq.tokens for seq in again.sequences]
+    assert len({tuple(seq.tokens) for seq in first.sequences[:4]}) > 1
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep_gives_the_memory_back_and_wakes_with_the_same_weights(sampler: ServiceSampler, level: int) -> None:
+    before = sampler.sample(PROMPTS, GREEDY)
+    awake = used_mib()
+    sampler.sleep(level)
+    assert used_mib() < awake - 3500
+    sampler.wake_up()
+    after = sampler.sample(PROMPTS, GREEDY)
+    assert [seq.tokens for seq in after.sequences] == [seq.tokens for seq in before.sequences]
+
+
+def test_core_that_is_killed_is_replaced_and_the_samples_arrive(sampler: ServiceSampler) -> None:
+    call = sampler.sample_iter(PROMPTS, {"max_tokens": 900, "ignore_eos": True}, num_samples=8)
+    wait_until(lambda: sampler.status()["engines"]["engine-dp0"]["sequences"] > 0, "it runs")
+    replica = replica_process("gpu", "engine-dp0")
+    (core,) = (child for child in replica.children(recursive=True) if "EngineCore" in " ".join(child.cmdline()))
+    core.kill()
+    responses = list(call)
+    assert sorted(response.prompt_index for response in responses) == list(range(32))
+    assert {len(seq.tokens) for response in responses for seq in response.sequences} == {900}
+    assert [len(response.sequences) for response in responses] == [8] * 32
+    assert not psutil.pid_exists(core.pid)
