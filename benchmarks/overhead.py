@@ -27,6 +27,7 @@ from typing import Any
 
 import psutil
 import ray
+import uvloop
 from ray import serve
 
 import twinkle_serve
@@ -62,7 +63,7 @@ class Round:
 
 
 class Bare:
-    """AsyncLLM in this process, called with the cheapest output it has."""
+    """AsyncLLM in this process, called in the cheapest way it has."""
 
     def __init__(self, model: str, device: str, engine_args: dict[str, Any]) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -79,18 +80,18 @@ class Bare:
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        params = SamplingParams(
-            n=samples,
-            max_tokens=tokens,
-            ignore_eos=True,
-            temperature=1.0,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-
         async def one(i: int) -> int:
+            params = SamplingParams(
+                n=samples,
+                max_tokens=tokens,
+                ignore_eos=True,
+                temperature=1.0,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_clone=True,
+            )
             output: Any = None
             async for latest in self.llm.generate(tokens_input(prompts[i]), params, f"{round_number}-{i}"):
                 output = latest
@@ -249,4 +250,4 @@ def gpu_model() -> str:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    uvloop.run(main())  # as Ray runs its actors
