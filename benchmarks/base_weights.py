@@ -89,7 +89,7 @@ class Bare:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self.llm = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(model=model, disable_log_stats=True, **cpu_defaults(engine_args, 1))
+            AsyncEngineArgs(model=model, disable_log_stats=True, **cpu_defaults(model, engine_args, 1))
         )
         self._loads = 0
 

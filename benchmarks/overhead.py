@@ -72,7 +72,7 @@ class Bare:
         if device == "cpu":
             cores = cores_of_engine(0, 1, 1, sorted(os.sched_getaffinity(0)))
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores[0]))
-            engine_args = cpu_defaults(engine_args, 1)
+            engine_args = cpu_defaults(model, engine_args, 1)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, disable_log_stats=True, **engine_args))
 

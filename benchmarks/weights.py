@@ -81,7 +81,7 @@ class Bare:
         self._loads = 0
         args = {**ENGINE_ARGS, "max_loras": 2}  # as many slots as the service's engine has
         self.llm = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(model=str(hub.DEMO), disable_log_stats=True, **cpu_defaults(args, 1))
+            AsyncEngineArgs(model=str(hub.DEMO), disable_log_stats=True, **cpu_defaults(str(hub.DEMO), args, 1))
         )
 
     def written(self, files: AdapterFiles) -> str:

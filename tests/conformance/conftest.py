@@ -11,7 +11,6 @@ import pytest
 
 from tests.conformance.harness import EngineHarness, Files
 from tests.conformance.samplers import ENGINE_ARGS, KINDS, make_sampler
-from tests.device import DEVICE
 from tests.integration.conftest import ray_cluster
 from twinkle_serve import hub
 from twinkle_serve.engines import EngineKind, build_engine
@@ -20,8 +19,9 @@ from twinkle_serve.sampler import RunningSampler
 
 
 async def started(kind: EngineKind, model: Path = hub.DEMO) -> AsyncIterator[EngineHarness]:
-    cpus = [(0,)] if kind == "vllm" and DEVICE == "cpu" else []
-    engine = build_engine(kind, f"{kind}-under-test", str(model), ENGINE_ARGS[kind], device=DEVICE, cpus=cpus)
+    engine = build_engine(
+        kind, f"{kind}-under-test", str(model), ENGINE_ARGS[kind], cpus=[(0,)] if kind == "vllm" else []
+    )
     store: Any = Files()
     host = EngineHost(engine, model, store)
     await host.start(kind, 300)

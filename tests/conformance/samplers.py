@@ -1,12 +1,9 @@
-"""Samplers under test: each engine, in this process and as a service, of two engines where there are devices."""
+"""Samplers under test: each engine, in this process and as a service with dp_size 2."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from tests.device import DEVICE
 from tests.integration.conftest import deploy
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.engines import EngineKind
@@ -34,13 +31,12 @@ KINDS: dict[str, EngineKind] = {
     "torch-service": "torch",
     "vllm-service": "vllm",
 }
-SERVICE_ENGINES = 2 if DEVICE == "cpu" else min(2, torch.cuda.device_count())
 
 
 def make_sampler(which: str) -> RunningSampler:
     engine = KINDS[which]
     args: dict[str, Any] = {"engine": engine, "engine_args": ENGINE_ARGS[engine]}
     if which.endswith("service"):
-        return deploy(which, device_mesh={"dp_size": SERVICE_ENGINES}, **args)
-    mesh = {"device_type": DEVICE}
+        return deploy(which, device_mesh={"dp_size": 2}, **args)
+    mesh = {"device_type": "cpu"}
     return RunningSampler(LocalBackend(ServiceArgs.model_validate({"model_id": "demo", "device_mesh": mesh, **args})))

@@ -14,7 +14,6 @@ import ray
 from ray import serve
 
 from graphs.sampler import build
-from tests.device import DEVICE
 from twinkle_serve import connect
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.sampler.service import ServiceSampler, wait_for_engines
@@ -49,7 +48,7 @@ def ray_cluster(num_cpus: int, **options: Any) -> Iterator[None]:
 def deploy(name: str, **args: Any) -> ServiceSampler:
     """The application of these arguments, running."""
     args.setdefault("model_id", "demo")
-    args["device_mesh"] = {"device_type": DEVICE, **args.get("device_mesh", {})}
+    args["device_mesh"] = {"device_type": "cpu", **args.get("device_mesh", {})}
     serve.run(build(ServiceArgs.model_validate(args)), name=name, route_prefix=None)
     sampler = connect(name)
     wait_for_engines(sampler._backend, 120.0)  # type: ignore[arg-type]  # a service's

@@ -21,7 +21,7 @@ from tests.lora import save_adapter
 from twinkle_serve import SamplingParams, hub
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.engines import build_engine
-from twinkle_serve.errors import AdapterError, EngineCrashedError, EngineDeadError, SamplingParamsError
+from twinkle_serve.errors import AdapterError, EngineArgsError, EngineCrashedError, EngineDeadError, SamplingParamsError
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(100, 116)]
 GREEDY = {"max_tokens": 8, "temperature": 0}
@@ -61,6 +61,14 @@ async def test_engines_own_refusal_fails_its_call_alone() -> None:
     *responses, refused = await asyncio.gather(*good, bad, return_exceptions=True)
     assert all(len(response.sequences) == 16 for response in responses)  # type: ignore[union-attr]
     assert isinstance(refused, SamplingParamsError), refused
+
+
+async def test_adapters_in_float32_are_refused_on_a_gpu() -> None:
+    """At once: vLLM asserts it in a kernel, a minute later."""
+    engine = build_engine("vllm", "wide", str(hub.DEMO), {**VLLM_ARGS, "enable_lora": True}, device="cuda")
+    with pytest.raises(EngineArgsError, match=r"enable_lora with dtype float32.*Set engine_args.dtype: bfloat16"):
+        await engine.start()
+    await engine.stop()
 
 
 def test_script_that_ends_without_shutdown_leaves_nothing(tmp_path: Path) -> None:

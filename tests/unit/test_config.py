@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from graphs.config_file import check_config_file
 from twinkle_serve import errors
 from twinkle_serve.config import ServiceArgs
+from twinkle_serve.engines.vllm import cpu_defaults
 from twinkle_serve.errors import ConfigError, EngineArgsError, MeshError, ModelNotFoundError, TwinkleServeError
 from twinkle_serve.hub import resolve
 from twinkle_serve.mesh import DeviceMesh
@@ -224,3 +226,20 @@ def test_config_page_has_every_key() -> None:
     for model, keys in ((TorchArgs, torch_keys), (FakeArgs, fake_keys)):
         for name in model.model_fields:
             assert f"`{name}`" in keys, name
+
+
+@pytest.mark.parametrize(
+    ("written", "given", "dtype"),
+    [
+        ({"dtype": "float32"}, {}, "float32"),
+        ({"torch_dtype": "float32"}, {}, "float32"),
+        ({"dtype": "float32"}, {"dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "bfloat16"}, {}, None),
+        ({}, {}, None),
+    ],
+)
+def test_model_in_float32_stays_so_on_cpu(
+    written: dict[str, str], given: dict[str, str], dtype: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert cpu_defaults(str(tmp_path), given, 1).get("dtype") == dtype

@@ -90,20 +90,23 @@ def check_engine_args(engine_args: Mapping[str, Any]) -> None:
             raise EngineArgsError(f"{close} engine_args takes the {len(known)} arguments of vLLM's AsyncEngineArgs.")
 
 
-def cpu_defaults(engine_args: Mapping[str, Any], devices_on_node: int) -> dict[str, Any]:
+def cpu_defaults(model: str, engine_args: Mapping[str, Any], devices_on_node: int) -> dict[str, Any]:
     """Arguments that vLLM's CPU backend needs and does not choose by itself; the config's own win.
 
     Chunked prefill is off: together with a request seed it kills the engine (vllm 0.32, `get_offset` of a CPU
     generator in gpu_model_runner). To be removed when that call is gone. KV cache: vLLM would give each engine 90% of
-    the node's memory.
+    the node's memory. A model in float32 stays so: vLLM would make it bfloat16, which saves a GPU time, not a CPU.
     """
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
+    defaults: dict[str, Any] = {
         "enforce_eager": True,
         "kv_cache_memory_bytes": min(4 * 2**30, memory_bytes // (4 * devices_on_node)),
         "enable_chunked_prefill": False,
-        **engine_args,
     }
+    written = json.loads((Path(model) / "config.json").read_text())
+    if written.get("dtype", written.get("torch_dtype")) == "float32":
+        defaults["dtype"] = "float32"
+    return {**defaults, **engine_args}
 
 
 def keep_log_handlers(files: MemoryDirectory) -> None:
@@ -252,7 +255,7 @@ class VLLMEngine:
 
         args = dict(self._given_args)
         if self._device == "cpu":
-            args = cpu_defaults(args, self._devices_on_node)
+            args = cpu_defaults(self._model, args, self._devices_on_node)
             if args.get("enable_lora"):
                 args["max_loras"] = args.get("max_loras", 1) + 1  # see AdapterSlots
                 if args.get("max_cpu_loras") is not None:
@@ -273,6 +276,11 @@ class VLLMEngine:
             config = vllm_args.create_engine_config()
         except (ValueError, TypeError) as error:
             raise EngineArgsError(f"vLLM refuses engine_args {self._given_args}: {error}") from error
+        if self._device == "cuda" and config.lora_config and str(config.model_config.dtype) == "torch.float32":
+            raise EngineArgsError(
+                "engine_args.enable_lora with dtype float32: on a GPU vLLM's LoRA kernels take float16 and bfloat16 "
+                "only. Set engine_args.dtype: bfloat16, or leave one of the two out."
+            )
         scheduler = config.scheduler_config
         if self._device == "cpu" and scheduler.max_num_batched_tokens < config.model_config.max_model_len:
             raise EngineArgsError(
