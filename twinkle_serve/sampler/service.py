@@ -11,6 +11,7 @@ import time
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,10 @@ logger = logging.getLogger("ray.serve")
 GRACE_S = 10.0
 """The router keeps deadlines; a caller waits this much longer before it takes the router for gone. A router that dies
 ends every call; one that cannot be replaced is seen only by this."""
+
+CONTROLLER_S = 30.0
+"""A controller of Serve that is silent for longer is not being replaced, which takes half of it on a busy machine: its
+cluster is gone. Ray ends a process whose cluster has been gone for 60 s."""
 
 
 def connect(name: str = "sampler", *, timeout_s: float = 180.0) -> ServiceSampler:
@@ -372,7 +377,7 @@ class ServiceBackend:
         if attempts.count and attempts.left_s > 0 and isinstance(ours, QueueFullError):
             return ours.retry_after_s  # the router before had taken it
         repeat = attempts.may_repeat and _is_death(error) and attempts.left_s > 0 and attempts.count < len(PAUSES_S)
-        if not (repeat and self._is_there()):
+        if not (repeat and self._is_there(attempts.patience_s)):
             raise ours from None
         attempts.count += 1
         logger.warning(f"the router of {self._name!r} died; {attempts.method} is sent again ({attempts.count})")
@@ -389,12 +394,22 @@ class ServiceBackend:
             raise error
         await asyncio.sleep(await asyncio.to_thread(self._pause_s, attempts, error))
 
-    def _is_there(self) -> bool:
-        """Whether the application has not been deleted, as far as can be known."""
+    def _is_there(self, patience_s: float) -> bool:
+        """Whether the application has not been deleted, as far as can be known; false if nobody answers."""
+        answer: Future[bool] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(self._name in serve.status().applications)
+            except Exception:  # the controller is being replaced
+                answer.set_result(True)
+
+        # serve.status has no deadline; a daemon, so that a process may end without its answer.
+        threading.Thread(target=ask, name="status", daemon=True).start()
         try:
-            return self._name in serve.status().applications
-        except Exception:  # the controller is being replaced
-            return True
+            return answer.result(timeout=min(CONTROLLER_S, patience_s))
+        except TimeoutError:
+            return False
 
     def parcel(self, data: Any) -> Any:
         return [ray.put(data)]  # in a list: Ray does not fetch it for the router's process
@@ -442,7 +457,7 @@ class ServiceBackend:
         if isinstance(error, (RayError, RayServeException)):
             return EngineError(
                 f"the router of {self._name!r} did not answer: {type(error).__name__}: {error}. It is restarted by "
-                "itself; send the call again."
+                "itself where its service still runs, as `serve status` tells; then send the call again."
             )
         return error
 
