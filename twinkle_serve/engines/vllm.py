@@ -95,7 +95,7 @@ def cpu_defaults(model: str, engine_args: Mapping[str, Any], devices_on_node: in
 
     Chunked prefill is off: together with a request seed it kills the engine (vllm 0.32, `get_offset` of a CPU
     generator in gpu_model_runner). To be removed when that call is gone. KV cache: vLLM would give each engine 90% of
-    the node's memory. A model in float32 stays so: vLLM would make it bfloat16, which saves a GPU time, not a CPU.
+    the node's memory. A model in float32 stays so: vLLM would make it bfloat16.
     """
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     defaults: dict[str, Any] = {
