@@ -17,7 +17,8 @@ TOKENS = (16, 160)
 PROMPT_TOKENS = (4, 24)
 PROMPT_IDS = (10, 250)
 """Token ids of prompts are drawn between these."""
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
+"""Of a call. On two slow cores one that meets a hung engine, a killed router and a killed engine takes over 120 s."""
 
 REFERENCES = 2
 REFERENCE_SHARE = 0.3

@@ -138,7 +138,9 @@ def read(done: Run, life: Life) -> None:
         if _is_excused(done, answered):
             done.excused += 1
         elif record.error:
-            done.findings.append(answered.finding("failed", f"{record.error}: {record.message}"))
+            begun_s = first.at - (done.events[0].at if done.events else first.at)
+            when = f"begun {begun_s:.1f} s after the first event, over after {record.at - first.at:.1f} s"
+            done.findings.append(answered.finding("failed", f"{record.error}: {record.message} ({when})"))
     if life.killed:
         done.killed += len(begun)
     else:

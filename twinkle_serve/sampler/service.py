@@ -29,7 +29,14 @@ from ray.exceptions import (
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, RequestCancelledError
 
 from twinkle_serve.config import ServiceArgs
-from twinkle_serve.errors import EngineError, QueueFullError, ServiceNotReadyError, TwinkleServeError, unknown_name
+from twinkle_serve.errors import (
+    DeadlineError,
+    EngineError,
+    QueueFullError,
+    ServiceNotReadyError,
+    TwinkleServeError,
+    unknown_name,
+)
 from twinkle_serve.remote.reservation import join_or_start
 from twinkle_serve.sampler.base import CONTROL_TIMEOUT_S, RunningSampler
 
@@ -374,6 +381,13 @@ class ServiceBackend:
     def _pause_s(self, attempts: _Attempts, error: BaseException) -> float:
         """How long to wait before a call is sent again; raises what it ended with where that would not do."""
         ours = self._translated(error)
+        if isinstance(error, TimeoutError) and attempts.method in SAMPLING:
+            # The router counts from when it gets the call, which waits for it where it is being replaced.
+            ours = DeadlineError(
+                f"timeout_s={attempts.limit_s:g} passed, and the router of {self._name!r} did not say so within "
+                f"{GRACE_S:g} s: it is busy, or was replaced meanwhile (the call was sent {attempts.count + 1} times). "
+                "Raise timeout_s, or ask for less."
+            )
         if attempts.count and attempts.left_s > 0 and isinstance(ours, QueueFullError):
             return ours.retry_after_s  # the router before had taken it
         repeat = attempts.may_repeat and _is_death(error) and attempts.left_s > 0 and attempts.count < len(PAUSES_S)
