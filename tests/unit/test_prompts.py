@@ -31,7 +31,7 @@ def test_trajectory_is_rendered_up_to_the_assistants_turn(template: Template) ->
     (prompt,) = encode_inputs(TRAJECTORY, template)
     text = template.decode(prompt.ids)
     assert text == "<|im_start|>user\n12+34=<|im_end|>\n<|im_start|>assistant\n"
-    assert prompt.source == TRAJECTORY == before
+    assert before == TRAJECTORY
 
 
 @pytest.mark.parametrize("ids", [[1, 2, 3], (1, 2, 3), np.array([1, 2, 3]), np.array([1, 2, 3], np.uint8)])

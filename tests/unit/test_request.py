@@ -19,7 +19,7 @@ HEADER = ResponseHeader(logprobs_mode="raw_logprobs", parser=MessageParser())
 
 
 def request(prompts: int, samples: int, seed: int | None = None) -> Request:
-    made = [Prompt(np.array([i, i], np.int32), {"input_ids": [i, i]}, index=i) for i in range(prompts)]
+    made = [Prompt(np.array([i, i], np.int32), index=i) for i in range(prompts)]
     return Request(10, made, SamplingParams(num_samples=samples, seed=seed), HEADER)
 
 

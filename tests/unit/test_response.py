@@ -151,10 +151,19 @@ def test_features_of_two_samples_share_nothing() -> None:
 
 
 def test_response_survives_pickling(two_prompts: SampleResponse) -> None:
-    """As it crosses between processes, caches and all."""
+    """As it crosses between processes; what was made on demand is made again there."""
     assert two_prompts.sequences
-    again = pickle.loads(pickle.dumps(two_prompts))
-    assert [seq.tokens for seq in again.sequences] == [seq.tokens for seq in two_prompts.sequences]
+    for made in (
+        two_prompts,
+        two_prompts[1],
+        replace(two_prompts, prompts=[np.empty(0, np.int32), two_prompts.prompts[1]]),
+    ):
+        again = pickle.loads(pickle.dumps(made))
+        assert "sequences" not in vars(again)
+        assert [seq.tokens for seq in again.sequences] == [seq.tokens for seq in made.sequences]
+        assert [ids.tolist() for ids in again.prompts] == [ids.tolist() for ids in made.prompts]
+        assert [ids.dtype for ids in again.prompts] == [np.int32] * len(made)
+        assert again.inputs == made.inputs and again.prompt_indices == made.prompt_indices
 
 
 texts = st.lists(st.text("abc", max_size=4), min_size=1, max_size=3)

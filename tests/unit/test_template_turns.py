@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,14 @@ def tokens_of(template: Template, text: str) -> list[int]:
     return [*plain, special[found]] if found else plain
 
 
-def feature_of(prompt: Prompt, template: Template, text: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Made(Prompt):
+    """A prompt, and what it was made from."""
+
+    item: Any = None
+
+
+def feature_of(prompt: Made, template: Template, text: str) -> dict[str, Any]:
     """`new_input_feature` of a sample with that text."""
     tokens = np.array(tokens_of(template, text), np.int32)
     sampled = columns(0, [text])
@@ -61,7 +68,7 @@ def feature_of(prompt: Prompt, template: Template, text: str) -> dict[str, Any]:
     response = SampleResponse(
         columns=made,
         prompts=[prompt.ids],
-        inputs=[prompt.source],
+        inputs=[prompt.item],
         logprobs_mode="raw_logprobs",
         parser=template.message_parser(),
         turns=(prompt.turn,),
@@ -70,9 +77,9 @@ def feature_of(prompt: Prompt, template: Template, text: str) -> dict[str, Any]:
     return dict(response.sequences[0].new_input_feature)
 
 
-def prompt_of(item: Any, template: Template) -> Prompt:
+def prompt_of(item: Any, template: Template) -> Made:
     (prompt,) = encode_inputs(item, template)
-    return prompt
+    return Made(prompt.ids, turn=prompt.turn, item=item)
 
 
 def after(feature: dict[str, Any], *messages: dict[str, Any]) -> dict[str, Any]:

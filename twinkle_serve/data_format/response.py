@@ -41,8 +41,8 @@ class SampleResponse(Sequence["SampleResponse"]):
     """Column `group` holds the index into `prompts`; sorted by (group, sample)."""
     prompts: list[NDArray[np.int32]]
     """Token ids of each prompt, shape [P_i]."""
-    inputs: list[dict[str, Any]]
-    """What each prompt was made from, as the caller handed it in."""
+    inputs: Sequence[dict[str, Any]]
+    """What each prompt was made from, as it was when the call was made; empty where a call by handle asked for none."""
     logprobs_mode: str
     """What a logprob is of: `raw_logprobs` is the model's own distribution, before temperature, penalties and
     top-k and top-p; `processed_logprobs` is the one that was sampled from."""
@@ -52,6 +52,18 @@ class SampleResponse(Sequence["SampleResponse"]):
     """What each prompt already holds of the turn that is sampled; empty where no prompt holds any."""
     prompt_indices: tuple[int, ...] = field(default=())
     """Index in the call of each prompt here; differs from 0, 1, … in parts of a response."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Prompts as one array, for each array costs Ray a few microseconds; and nothing that was made on demand."""
+        state = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        lengths = [len(prompt) for prompt in self.prompts]
+        return state | {"prompts": (np.concatenate([*self.prompts, np.empty(0, np.int32)]), lengths)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        ids, lengths = state["prompts"]
+        ends = np.cumsum(lengths).tolist()
+        prompts = [ids[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+        self.__dict__.update(state, prompts=prompts)
 
     @cached_property
     def sequences(self) -> list[SampledSequence]:
@@ -84,7 +96,7 @@ class SampleResponse(Sequence["SampleResponse"]):
         return SampleResponse(
             columns=part,
             prompts=[self.prompts[index]],
-            inputs=[self.inputs[index]],
+            inputs=self.inputs[index : index + 1],
             logprobs_mode=self.logprobs_mode,
             parser=self.parser,
             turns=self.turns[index : index + 1],

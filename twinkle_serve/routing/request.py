@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Group
@@ -40,12 +41,14 @@ class Request:
         header: ResponseHeader,
         adapter: AdapterVersion | None = None,
         *,
+        inputs: Sequence[Mapping[str, Any]] = (),
         caller: str = "",
         sample_timeout_s: float | None = None,
         min_groups: int | None = None,
     ) -> None:
         """
         Args:
+            inputs: of the call, which the prompts are of, where the response is to have them.
             caller: whose it is, for taking turns.
             min_groups: how many prompts are to be complete; the rest is dropped then.
         """
@@ -53,6 +56,7 @@ class Request:
         """Group id of each prompt."""
         self.caller = caller
         self._prompts = prompts
+        self._inputs = inputs
         self._params = params
         self._header = header
         self._adapter = adapter
@@ -178,7 +182,7 @@ class Request:
         return SampleResponse(
             columns=SampleColumns.concat(parts).regrouped({group_id: i for i, group_id in enumerate(order)}),
             prompts=[prompt.ids for prompt in prompts],
-            inputs=[prompt.source for prompt in prompts],
+            inputs=[dict(self._inputs[prompt.index]) for prompt in prompts] if self._inputs else [],
             logprobs_mode=self._header.logprobs_mode,
             parser=self._header.parser,
             turns=tuple(prompt.turn for prompt in prompts),

@@ -19,6 +19,7 @@ from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse, SamplingParams
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import EngineInfo, Group
+from twinkle_serve.data_format.inputs import unpacked
 from twinkle_serve.data_format.samples import SampleColumns, StopReason
 from twinkle_serve.data_format.sampling_params import UNSET, Unset
 from twinkle_serve.data_format.weights import PauseMode
@@ -522,9 +523,7 @@ class Router:
             self._adapters.resolve(name)  # what is unknown is said before engines are waited for
         template = await self._template(call.template)
         # What is only scored is a conversation as it stands, not one that waits for an answer.
-        prompts: list[Prompt] = await self._encode_in_thread(
-            encode_inputs, call.inputs, template, params.max_tokens != 0
-        )
+        prompts: list[Prompt] = await self._encode_in_thread(_prompts_of, call.inputs, template, params.max_tokens != 0)
         info = await self._fleet.known()
         await self._encode_in_thread(_check_all, info, prompts, params)
         call.check(len(prompts))
@@ -562,6 +561,7 @@ class Router:
             understood.params,
             understood.header,
             understood.adapter,
+            inputs=call.all_inputs() if call.return_inputs else (),
             caller=call.caller,
             sample_timeout_s=call.sample_timeout_s,
             min_groups=None if call.min_groups is None else max(0, call.min_groups - len(call.done)),
@@ -669,6 +669,12 @@ class Call:
     """Indices of the inputs that its caller has already, from another router."""
     cancelled: Sequence[int] | None = ()
     """Indices of the inputs that it has cancelled there; None: all that are not done."""
+    return_inputs: bool = True
+    """Whether the response is to have them; a caller that keeps them spares the router that."""
+
+    def all_inputs(self) -> Sequence[Any]:
+        """One dict is one input."""
+        return [self.inputs] if isinstance(self.inputs, Mapping) else self.inputs
 
     @property
     def count(self) -> int:
@@ -720,6 +726,11 @@ class _Understood:
     params: SamplingParams
     adapter: AdapterVersion | None
     header: ResponseHeader
+
+
+def _prompts_of(inputs: Any, template: Template, generation_prompt: bool) -> list[Prompt]:
+    """See `encode_inputs`."""
+    return encode_inputs(unpacked(inputs), template, generation_prompt)
 
 
 def _check_all(info: EngineInfo, prompts: Sequence[Prompt], params: SamplingParams) -> None:

@@ -12,11 +12,11 @@ import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray import serve
+from ray import cloudpickle, serve
 from ray.exceptions import (
     ActorDiedError,
     NodeDiedError,
@@ -29,6 +29,8 @@ from ray.exceptions import (
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, RequestCancelledError
 
 from twinkle_serve.config import ServiceArgs
+from twinkle_serve.data_format import SampleResponse
+from twinkle_serve.data_format.inputs import pack
 from twinkle_serve.errors import (
     DeadlineError,
     EngineError,
@@ -248,11 +250,11 @@ class ServiceBackend:
     def call(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
         self._note_cancelled(method, args)
         self._learn_limit(timeout_s)
-        with self._attempts(method, timeout_s, options) as attempts:
+        with self._attempts(method, args, timeout_s, options) as attempts:
             while True:
-                response = self._send(self._handle, method, args, attempts)
+                response = self._send(self._handle, attempts)
                 try:
-                    return response.result(timeout_s=attempts.patience_s)
+                    return attempts.received(response.result(timeout_s=attempts.patience_s))
                 except BaseException as error:
                     self._give_up(attempts, response, error)
                     time.sleep(self._pause_s(attempts, error))
@@ -260,12 +262,12 @@ class ServiceBackend:
     async def call_async(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
         self._note_cancelled(method, args)
         await self._learn_limit_async(timeout_s)
-        with self._attempts(method, timeout_s, options) as attempts:
+        with self._attempts(method, args, timeout_s, options) as attempts:
             while True:
-                response = self._send(self._handle, method, args, attempts)
+                response = self._send(self._handle, attempts)
                 try:
                     async with asyncio.timeout(attempts.patience_s):
-                        return await response
+                        return attempts.received(await response)
                 except BaseException as error:
                     self._give_up(attempts, response, error)
                     await self._pause_async(attempts, error)
@@ -273,16 +275,14 @@ class ServiceBackend:
     def iterate(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Iterator[Any]:
         running = _Running()
         stack = contextlib.ExitStack()
-        attempts = stack.enter_context(self._attempts(method, timeout_s, options))
-        running.stream = self._send(self._streams, method, args, attempts)
-        items = self._each(running, stack, method, args, attempts)
+        attempts = stack.enter_context(self._attempts(method, args, timeout_s, options))
+        running.stream = self._send(self._streams, attempts)
+        items = self._each(running, stack, attempts)
         # A generator that was never started runs no `finally`.
         weakref.finalize(items, _end, running, stack)
         return items
 
-    def _each(
-        self, running: _Running, stack: contextlib.ExitStack, method: str, args: Any, attempts: _Attempts
-    ) -> Iterator[Any]:
+    def _each(self, running: _Running, stack: contextlib.ExitStack, attempts: _Attempts) -> Iterator[Any]:
         try:
             self._learn_limit(attempts.timeout_s)
             attempts.limit_s = self._limit_s(attempts.timeout_s)
@@ -290,13 +290,12 @@ class ServiceBackend:
                 late = threading.Event()
                 try:
                     for item in self._watched(running, attempts, late):
-                        attempts.have(item)
-                        yield item
+                        yield attempts.received(item)
                     return
                 except Exception as error:
                     _cancel(running.stream)
                     time.sleep(self._pause_s(attempts, TimeoutError() if late.is_set() else error))
-                running.stream = self._send(self._streams, method, args, attempts)
+                running.stream = self._send(self._streams, attempts)
         except GeneratorExit as closed:
             self._give_up(attempts, running.stream, closed)
         finally:
@@ -325,8 +324,8 @@ class ServiceBackend:
     async def iterate_async(
         self, method: str, *args: Any, timeout_s: float | None = None, **options: Any
     ) -> AsyncIterator[Any]:
-        with self._attempts(method, timeout_s, options) as attempts:
-            stream = self._send(self._streams, method, args, attempts)
+        with self._attempts(method, args, timeout_s, options) as attempts:
+            stream = self._send(self._streams, attempts)
             try:
                 await self._learn_limit_async(timeout_s)
                 attempts.limit_s = self._limit_s(timeout_s)
@@ -340,10 +339,9 @@ class ServiceBackend:
                     except Exception as error:
                         _cancel(stream)
                         await self._pause_async(attempts, error)
-                        stream = self._send(self._streams, method, args, attempts)
+                        stream = self._send(self._streams, attempts)
                         continue
-                    attempts.have(item)
-                    yield item
+                    yield attempts.received(item)
             except (GeneratorExit, asyncio.CancelledError) as closed:
                 self._give_up(attempts, stream, closed)
                 raise
@@ -351,14 +349,16 @@ class ServiceBackend:
                 _cancel(stream)
 
     @contextlib.contextmanager
-    def _attempts(self, method: str, timeout_s: float | None, options: dict[str, Any]) -> Iterator[_Attempts]:
+    def _attempts(
+        self, method: str, args: tuple[Any, ...], timeout_s: float | None, options: dict[str, Any]
+    ) -> Iterator[_Attempts]:
         """One call, however often it is sent."""
-        attempts = _Attempts(method, timeout_s, self._limit_s(timeout_s), options)
+        attempts = _Attempts(method, args, timeout_s, self._limit_s(timeout_s), options)
         if method not in SAMPLING:
             yield attempts
             return
         request_id = attempts.options.setdefault("request_id", uuid.uuid4().hex)
-        attempts.options |= {"caller": self._caller, "lease_s": LEASE_S}
+        attempts.options |= {"caller": self._caller, "lease_s": LEASE_S, "return_inputs": False}
         self._running[request_id] = attempts
         try:
             with self._leases.holding(request_id):
@@ -434,10 +434,10 @@ class ServiceBackend:
                 self.call("forget", timeout_s=GRACE_S)
             serve.delete(self._name)
 
-    def _send(self, handle: DeploymentHandle, method: str, args: Any, attempts: _Attempts) -> Any:
+    def _send(self, handle: DeploymentHandle, attempts: _Attempts) -> Any:
         """Calls a method; those that sample keep the deadline themselves."""
         try:
-            return getattr(handle, method).remote(*args, **attempts.next_options())
+            return getattr(handle, attempts.method).remote(*attempts.args, **attempts.next_options())
         except Exception as error:
             raise self._translated(error) from error
 
@@ -479,8 +479,12 @@ class ServiceBackend:
 class _Attempts:
     """A call that may be sent more than once."""
 
-    def __init__(self, method: str, timeout_s: float | None, limit_s: float, options: dict[str, Any]) -> None:
+    def __init__(
+        self, method: str, args: tuple[Any, ...], timeout_s: float | None, limit_s: float, options: dict[str, Any]
+    ) -> None:
         self.method, self.timeout_s, self.limit_s = method, timeout_s, limit_s
+        # As they are now: the caller may change them while the call runs.
+        self.args = (pack(args[0], cloudpickle.dumps), *args[1:]) if method in SAMPLING else args
         self.options = dict(options)
         self.count = 0
         """Times that it was sent again."""
@@ -508,12 +512,13 @@ class _Attempts:
     def may_repeat(self) -> bool:
         return self.method in REPEATED and not self._text_began
 
-    def have(self, item: Any) -> None:
-        """An item of a stream has arrived."""
-        if self.method == "sample_iter":
+    def received(self, item: Any) -> Any:
+        """What the router has sent, as the caller is to have it."""
+        if isinstance(item, SampleResponse):
             self._done.update(item.prompt_indices)
-        else:
-            self._text_began = True
+            return replace(item, inputs=self.args[0].select(item.prompt_indices))
+        self._text_began = self.method == "sample_stream"
+        return item
 
     def next_options(self) -> dict[str, Any]:
         """Of the next attempt: what is left to do, in what time is left."""

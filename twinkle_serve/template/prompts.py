@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,8 @@ class Prompt:
 
     ids: NDArray[np.int32]
     """Shape [P]."""
-    source: dict[str, Any]
-    """The input that it was made from."""
     index: int = 0
-    """Index of that input in the call: inputs that `truncation_strategy="delete"` leaves out are not here."""
+    """Index in the call of the input that it was made from; `truncation_strategy="delete"` leaves inputs out."""
     turn: Turn = field(default_factory=Turn)
     """What it holds of the turn to be sampled, and of those before."""
 
@@ -115,7 +114,7 @@ def _from_messages(item: Mapping[str, Any], index: int, template: Template, gene
             raise PromptError(f"{where}: {unknown_name('key of a Trajectory', key, TRAJECTORY_KEYS)}.")
     _refuse_pixels(item, where)
     ids = template.encode(item["messages"], _tools(item, where), where, generation_prompt)
-    return Prompt(ids, dict(item), index, Turn(opening=template.opening(ids)))
+    return Prompt(ids, index, _begun(template.opening(ids)))
 
 
 def _array(value: Any, where: str) -> NDArray[Any]:
@@ -151,8 +150,16 @@ def _from_ids(item: Mapping[str, Any], index: int, template: Template, generatio
     whole = np.concatenate([ids, following]) if len(following) else ids
     if labels is not None:
         labels = np.concatenate([labels, np.full(len(following), IGNORED_LABEL, np.int64)])
-    turn = Turn(opening=_opening(template, whole, start), resumed_at=start, labels=labels)
-    return Prompt(whole, dict(item), index, turn)
+    opening = _opening(template, whole, start)
+    if start is None and labels is None:
+        return Prompt(whole, index, _begun(opening))
+    return Prompt(whole, index, Turn(opening=opening, resumed_at=start, labels=labels))
+
+
+@lru_cache(maxsize=64)
+def _begun(opening: str) -> Turn:
+    """A turn of which a prompt holds this alone; one for all that do, which a response then pickles once."""
+    return Turn(opening=opening)
 
 
 def _opening(template: Template, ids: NDArray[np.int32], start: int | None) -> str:
