@@ -11,7 +11,7 @@ TwinkleServeError
 │   └── ServiceNotReadyError    the application is absent, failed or not up in time
 ├── RequestError                this call cannot be served; the next one can
 │   ├── SamplingParamsError     a sampling parameter is wrong, unknown or not supported
-│   ├── PromptError             an input is empty, mixed, too long or not of this model
+│   ├── PromptError             an input is empty, mixed, too long, not of this model, or cannot be sent
 │   ├── AdapterError            an adapter is unknown, not of this model, or adapters are switched off
 │   ├── WeightsError            weights are not of this model, not finite, or of a version that exists
 │   ├── UnsupportedError        this engine, on this device, has no such thing
@@ -80,7 +80,7 @@ class SamplingParamsError(RequestError):
 
 
 class PromptError(RequestError):
-    """An input is empty, mixed, too long or not of this model."""
+    """An input is empty, mixed, too long, not of this model, or holds what cannot be sent."""
 
 
 class AdapterError(RequestError):

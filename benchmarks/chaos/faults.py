@@ -7,7 +7,7 @@ import itertools
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import psutil
 import ray
 
 from benchmarks.chaos.load import Trainers
+from tests.integration.conftest import core_processes
 
 STOPPED_S = (2.0, 45.0)
 """How long a process stands still: some are back before anybody misses them, others are replaced meanwhile."""
@@ -98,7 +99,7 @@ class Faults:
         return Victim(deployment, f"ServeReplica:{self._application}:{deployment}")
 
     def _core(self, engine: str) -> Victim:
-        return Victim(f"core of {engine}", "VLLM::EngineCor", under=self._replica(engine))
+        return Victim(f"core of {engine}", self._replica(engine).title, core=True)
 
     def _kill(self, victim: Victim) -> Strike:
         process = victim.process()
@@ -154,8 +155,8 @@ class Victim:
 
     name: str
     title: str
-    under: Victim | None = None
-    """Whose child it is; None: of this process's cluster."""
+    core: bool = False
+    """Whether it is vLLM's core under the process of that title."""
 
     def process(self) -> psutil.Process:
         """The newest one: an older one may not be gone yet.
@@ -163,10 +164,12 @@ class Victim:
         Raises:
             NoVictim: there is none.
         """
-        above = psutil.Process() if self.under is None else self.under.process()
-        if found := list(_with_title(above, self.title)):
-            return max(found, key=psutil.Process.create_time)
-        raise NoVictim(f"{self.name} does not run")
+        found = _with_title(self.title)
+        if self.core and found:
+            found = core_processes(_newest(found))
+        if not found:
+            raise NoVictim(f"{self.name} does not run")
+        return _newest(found)
 
     def replaced(self, process: psutil.Process) -> bool:
         """Whether there is another one in a process's place."""
@@ -176,9 +179,12 @@ class Victim:
             return False
 
     def seen(self) -> list[str]:
-        """All processes that it may be, and what is under them."""
-        title = self.title if self.under is None else self.under.title
-        return [_tree(process) for process in _with_title(psutil.Process(), title)]
+        """All processes of its title, and what is under them."""
+        return [_tree(process) for process in _with_title(self.title)]
+
+
+def _newest(processes: list[psutil.Process]) -> psutil.Process:
+    return max(processes, key=psutil.Process.create_time)
 
 
 def _tree(process: psutil.Process) -> str:
@@ -189,10 +195,11 @@ def _tree(process: psutil.Process) -> str:
     return f"{process.pid} (ended)"
 
 
-def _with_title(above: psutil.Process, title: str) -> Iterator[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in above.children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                # One that has ended and is not reaped yet has no command.
-                if title in " ".join(process.cmdline()) or process.name().startswith(title):
-                    yield process
+def _with_title(title: str) -> list[psutil.Process]:
+    """Processes of this one's cluster."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has ended and is not reaped yet has no command
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return found

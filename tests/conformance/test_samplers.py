@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,7 @@ def test_sampler_deletes_prompts_that_are_too_long_if_told_to(sampler: RunningSa
     lengths = [len(part.prompt_token_ids) for part in everything]
     assert kept.prompt_indices == tuple(i for i, length in enumerate(lengths) if length <= 14) != (0, 1, 2)
     assert [tokens(part) for part in kept] == [tokens(everything[i]) for i in kept.prompt_indices]
+    assert kept.inputs == [QUESTIONS[i] for i in kept.prompt_indices]
 
 
 def test_sampler_keeps_tokens_over_several_turns(sampler: RunningSampler) -> None:
@@ -420,6 +422,7 @@ def test_sampler_answers_control_calls(sampler: RunningSampler) -> None:
         ([{"input_ids": [5] * 5000}], {}, PromptError),
         ([{"input_ids": [[5, 6]]}], {}, PromptError),
         ([QUESTIONS[0], {"input_ids": [5]}], {}, PromptError),
+        ([{**QUESTIONS[0], "user_data": threading.Lock()}], {}, RequestError),
         (QUESTIONS, {"temperature": float("nan")}, SamplingParamsError),
         (QUESTIONS, {"temperature": -1}, SamplingParamsError),
         (QUESTIONS, {"top_p": 0}, SamplingParamsError),

@@ -71,6 +71,22 @@ def replica_process(app: str, deployment: str) -> psutil.Process:
     return found[0]
 
 
+def core_processes(replica: psutil.Process) -> list[psutil.Process]:
+    """vLLM's own process under an engine's, or none while there is none.
+
+    By its title, or as a process that `multiprocessing` has spawned and that has none: setproctitle does nothing where
+    the first variable of the environment was changed, and which is the first differs from one engine to the next.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [child for child in replica.children() if _is_core(child)]
+    return []
+
+
+def _is_core(process: psutil.Process) -> bool:
+    command = _command(process)
+    return command.startswith("VLLM::EngineCor") or "--multiprocessing-fork" in command
+
+
 def _command(process: psutil.Process) -> str:
     """How a process was started; nothing if it has ended, or is about to be reaped."""
     try:

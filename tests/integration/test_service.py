@@ -114,6 +114,7 @@ def test_sample_iter_yields_each_prompt_once(sampler: ServiceSampler) -> None:
     assert sorted(part.prompt_index for part in parts) == list(range(len(QUESTIONS)))
     assert {len(part.sequences) for part in parts} == {3}
     assert {seq.prompt_index for part in parts for seq in part.sequences} == set(range(len(QUESTIONS)))
+    assert all(part.inputs == [QUESTIONS[part.prompt_index]] for part in parts)
 
 
 def test_handle_is_called_from_other_actors(sampler: ServiceSampler) -> None:
@@ -126,6 +127,10 @@ def test_handle_is_called_from_other_actors(sampler: ServiceSampler) -> None:
             by_handle = await serve.get_app_handle("quick").sample.remote(QUESTIONS, params, num_samples=2)
             by_connect = await connect("quick").sample_async(QUESTIONS, params, num_samples=2)
             parts = [part async for part in connect("quick").sample_iter_async(QUESTIONS, params)]
+            assert by_handle.inputs == by_connect.inputs == QUESTIONS
+            assert all(part.inputs == [QUESTIONS[part.prompt_index]] for part in parts)
+            bare = await serve.get_app_handle("quick").sample.remote(QUESTIONS, params, return_inputs=False)
+            assert not bare.inputs and len(bare.sequences) == len(QUESTIONS)
             return [s.decoded for s in by_handle.sequences], [s.decoded for s in by_connect.sequences], len(parts)
 
     @ray.remote(num_cpus=0)
@@ -435,6 +440,7 @@ def test_calls_outlive_the_router(slow: ServiceSampler) -> None:
         assert other.result().columns.tokens.tolist() == reference.columns.tokens.tolist()
     assert sorted(part.prompt_index for part in [first, *rest]) == list(range(2 * len(QUESTIONS)))
     assert {len(part.sequences) for part in [first, *rest]} == {2}
+    assert all(part.inputs == [(QUESTIONS * 2)[part.prompt_index]] for part in [first, *rest])
 
 
 def test_caller_that_is_killed_leaves_nothing(slow: ServiceSampler, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
+from tests.integration.conftest import core_processes, deploy, ray_cluster, replica_process, wait_until
 from tests.lora import random_adapter
 from tests.weights import changed_weights, differences
 from twinkle_serve import SampledSequence, hub
@@ -203,8 +203,7 @@ def check(sequences: list[SampledSequence], published: Published) -> tuple[int, 
 
 def kill_core_of(application: str, deployment: str) -> None:
     """vLLM's own process under an engine."""
-    children = replica_process(application, deployment).children(recursive=True)
-    (core,) = [child for child in children if child.name().startswith("VLLM::EngineCor")]
+    (core,) = core_processes(replica_process(application, deployment))
     core.kill()
 
 

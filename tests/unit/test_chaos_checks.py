@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+import setproctitle
 
 from benchmarks.chaos.calls import MOST_PROMPTS, MOST_SAMPLES, TIMEOUT_S, TOKENS, Call, draw, reference
 from benchmarks.chaos.checks import Answered, check, check_references
@@ -15,6 +19,7 @@ from benchmarks.chaos.publisher import BASE, Attempt, History
 from benchmarks.chaos.reference import Reference
 from benchmarks.chaos.watch import Poll, Watch
 from tests import weights
+from tests.integration.conftest import core_processes
 from twinkle_serve import SampleResponse
 from twinkle_serve.data_format.samples import NO_SEED, SampleColumns
 
@@ -214,6 +219,34 @@ def test_engines_are_not_ready_while_the_service_does_not_answer() -> None:
     assert watch.all_ready_since(13.3) is None
     told = "0.0 s a ready, b ready; 1.0 s a ready, b dead; 3.0 s a ready, b ready; 5.0 s no answer; "
     assert watch.told(0) == told + "13.0 s a ready, b ready; 13.2 s a ready, b dead"
+
+
+def titled(changed: bool, begun: Any, end: Any) -> None:
+    """A process that takes the title of vLLM's core, after the first variable of its environment was changed or not."""
+    first = next(iter(os.environ))
+    if changed:
+        os.environ[first] = os.environ[first] + "x"
+    setproctitle.setproctitle("VLLM::EngineCore")
+    begun.set()
+    end.wait(60)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_cores_are_found_with_and_without_their_title(changed: bool) -> None:
+    """Which cannot be set where that variable was changed; what multiprocessing starts for itself is none."""
+    spawning = multiprocessing.get_context("spawn")
+    begun, end = spawning.Event(), spawning.Event()
+    process = spawning.Process(target=titled, args=(changed, begun, end), daemon=True)
+    process.start()
+    try:
+        assert begun.wait(60)
+        core = psutil.Process(process.pid)
+        assert core.name().startswith("VLLM::EngineCor") is not changed
+        assert core_processes(psutil.Process()) == [core]
+    finally:
+        end.set()
+        process.join(60)
+    assert core_processes(psutil.Process()) == []
 
 
 def test_calls_are_of_every_shape() -> None:

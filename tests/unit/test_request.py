@@ -73,3 +73,16 @@ def test_request_refuses_a_sample_too_many() -> None:
     made.add(columns(10, ["a"]))
     with pytest.raises(AssertionError, match="more than 1"):
         made.add(columns(10, ["b"]))
+
+
+async def test_response_has_the_inputs_of_its_prompts() -> None:
+    """By their indices in the call, a dict for each; or none, if they are not asked for."""
+    inputs = [{"id": i} for i in range(4)]
+    prompts = [Prompt(np.array([i], np.int32), index=i) for i in (1, 3)]
+    for given, expected in ((inputs, [{"id": 1}, {"id": 3}]), (None, [])):
+        made = Request(10, prompts, SamplingParams(), HEADER, inputs=given)
+        made.add(columns(10, ["a"]))
+        made.add(columns(11, ["b"]))
+        response = await made.response()
+        assert response.inputs == expected
+        assert not any(item is own for item in response.inputs for own in inputs)

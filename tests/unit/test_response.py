@@ -111,6 +111,14 @@ def test_new_input_feature_continues_the_prompt() -> None:
     assert source == {"input_ids": [1, 2, 3], "reward_id": 9}
 
 
+def test_new_input_feature_needs_the_input(two_prompts: SampleResponse) -> None:
+    """Which a call by handle can leave out; the rest of the response is as always."""
+    without = replace(two_prompts, inputs=[])
+    assert without[1].sequences[0].tokens == two_prompts[1].sequences[0].tokens
+    with pytest.raises(ValueError, match="return_inputs=False"):
+        _ = without[1].sequences[0].new_input_feature
+
+
 def test_new_input_feature_appends_the_assistants_turn() -> None:
     """Without special tokens in its content; messages of the caller stay as they were."""
     source = {"messages": [{"role": "user", "content": "hi"}], "user_data": {"id": 3}}

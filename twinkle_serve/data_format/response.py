@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, cast, overload
 
@@ -41,8 +41,8 @@ class SampleResponse(Sequence["SampleResponse"]):
     """Column `group` holds the index into `prompts`; sorted by (group, sample)."""
     prompts: list[NDArray[np.int32]]
     """Token ids of each prompt, shape [P_i]."""
-    inputs: Sequence[dict[str, Any]]
-    """What each prompt was made from, as it was when the call was made; empty where a call by handle asked for none."""
+    inputs: list[dict[str, Any]]
+    """What each prompt was made from, as it was when the call was sent; empty where a call by handle asked for none."""
     logprobs_mode: str
     """What a logprob is of: `raw_logprobs` is the model's own distribution, before temperature, penalties and
     top-k and top-p; `processed_logprobs` is the one that was sampled from."""
@@ -55,7 +55,7 @@ class SampleResponse(Sequence["SampleResponse"]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Prompts as one array, for each array costs Ray a few microseconds; and nothing that was made on demand."""
-        state = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
         lengths = [len(prompt) for prompt in self.prompts]
         return state | {"prompts": (np.concatenate([*self.prompts, np.empty(0, np.int32)]), lengths)}
 
@@ -240,6 +240,8 @@ class SampledSequence:
         of them the tokens hold. Handed in again, it is continued token by token. Source: Twinkle's samplers.
         """
         response = self.response
+        if not response.inputs:
+            raise ValueError("new_input_feature continues an input, and the call was made with return_inputs=False.")
         number = int(response.columns.group[self.row])
         turn = response.turns[number] if response.turns else Turn()
         prompt = response.prompts[number].tolist()

@@ -41,14 +41,14 @@ class Request:
         header: ResponseHeader,
         adapter: AdapterVersion | None = None,
         *,
-        inputs: Sequence[Mapping[str, Any]] = (),
+        inputs: Sequence[Mapping[str, Any]] | None = None,
         caller: str = "",
         sample_timeout_s: float | None = None,
         min_groups: int | None = None,
     ) -> None:
         """
         Args:
-            inputs: of the call, which the prompts are of, where the response is to have them.
+            inputs: of the call, by the prompts' indices; None if the response is not to have them.
             caller: whose it is, for taking turns.
             min_groups: how many prompts are to be complete; the rest is dropped then.
         """
@@ -182,7 +182,7 @@ class Request:
         return SampleResponse(
             columns=SampleColumns.concat(parts).regrouped({group_id: i for i, group_id in enumerate(order)}),
             prompts=[prompt.ids for prompt in prompts],
-            inputs=[dict(self._inputs[prompt.index]) for prompt in prompts] if self._inputs else [],
+            inputs=[] if self._inputs is None else [dict(self._inputs[prompt.index]) for prompt in prompts],
             logprobs_mode=self._header.logprobs_mode,
             parser=self._header.parser,
             turns=tuple(prompt.turn for prompt in prompts),

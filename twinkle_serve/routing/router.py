@@ -19,7 +19,7 @@ from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse, SamplingParams
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import EngineInfo, Group
-from twinkle_serve.data_format.inputs import unpacked
+from twinkle_serve.data_format.inputs import PackedInputs, as_list
 from twinkle_serve.data_format.samples import SampleColumns, StopReason
 from twinkle_serve.data_format.sampling_params import UNSET, Unset
 from twinkle_serve.data_format.weights import PauseMode
@@ -523,7 +523,9 @@ class Router:
             self._adapters.resolve(name)  # what is unknown is said before engines are waited for
         template = await self._template(call.template)
         # What is only scored is a conversation as it stands, not one that waits for an answer.
-        prompts: list[Prompt] = await self._encode_in_thread(_prompts_of, call.inputs, template, params.max_tokens != 0)
+        prompts: list[Prompt] = await self._encode_in_thread(
+            encode_inputs, call.inputs, template, params.max_tokens != 0
+        )
         info = await self._fleet.known()
         await self._encode_in_thread(_check_all, info, prompts, params)
         call.check(len(prompts))
@@ -561,7 +563,7 @@ class Router:
             understood.params,
             understood.header,
             understood.adapter,
-            inputs=call.all_inputs() if call.return_inputs else (),
+            inputs=as_list(call.inputs) if call.return_inputs else None,
             caller=call.caller,
             sample_timeout_s=call.sample_timeout_s,
             min_groups=None if call.min_groups is None else max(0, call.min_groups - len(call.done)),
@@ -672,16 +674,12 @@ class Call:
     return_inputs: bool = True
     """Whether the response is to have them; a caller that keeps them spares the router that."""
 
-    def all_inputs(self) -> Sequence[Any]:
-        """One dict is one input."""
-        return [self.inputs] if isinstance(self.inputs, Mapping) else self.inputs
-
     @property
     def count(self) -> int:
         """Of its inputs; 0 where that cannot be told, for they are none."""
-        if isinstance(self.inputs, Mapping):
-            return 1
-        return len(self.inputs) if isinstance(self.inputs, Sequence) else 0
+        if isinstance(self.inputs, PackedInputs):
+            return len(self.inputs)
+        return len(as_list(self.inputs) or ())
 
     def check(self, prompts: int) -> None:
         """Refuses limits that cannot be.
@@ -726,11 +724,6 @@ class _Understood:
     params: SamplingParams
     adapter: AdapterVersion | None
     header: ResponseHeader
-
-
-def _prompts_of(inputs: Any, template: Template, generation_prompt: bool) -> list[Prompt]:
-    """See `encode_inputs`."""
-    return encode_inputs(unpacked(inputs), template, generation_prompt)
 
 
 def _check_all(info: EngineInfo, prompts: Sequence[Prompt], params: SamplingParams) -> None:

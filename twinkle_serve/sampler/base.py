@@ -61,7 +61,8 @@ class Backend(Protocol):
         """As `call`, on the caller's event loop."""
 
     def iterate(self, method: str, *args: Any, **options: Any) -> Iterator[Any]:
-        """Items of a method that yields. Sent at once; what is wrong with it is raised by the first `next`."""
+        """Items of a method that yields. Sent at once; what is wrong with it is raised by the first `next`, but for
+        inputs that cannot be sent."""
 
     def iterate_async(self, method: str, *args: Any, **options: Any) -> AsyncIterator[Any]:
         """As `iterate`, on the caller's event loop."""
@@ -288,8 +289,8 @@ class RunningSampler(Sampler):
     ) -> Rollouts:
         """Yields the response to each prompt as it finishes, in any order; `prompt_index` says which it is.
 
-        The call is sent at once; what is wrong with it is raised by the first `next`. Arguments are those of `sample`;
-        prompts can be cancelled while it runs.
+        The call is sent at once; what the router finds wrong with it is raised by the first `next`. Arguments are those
+        of `sample`; prompts can be cancelled while it runs.
 
         Args:
             progress: show a progress bar on the terminal.

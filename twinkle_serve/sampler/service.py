@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import logging
 import re
 import threading
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import cloudpickle, serve
+from ray.actor import ActorHandle
 from ray.exceptions import (
     ActorDiedError,
     NodeDiedError,
@@ -30,10 +32,11 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, 
 
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse
-from twinkle_serve.data_format.inputs import pack
+from twinkle_serve.data_format.inputs import PackedInputs, as_list
 from twinkle_serve.errors import (
     DeadlineError,
     EngineError,
+    PromptError,
     QueueFullError,
     ServiceNotReadyError,
     TwinkleServeError,
@@ -358,7 +361,8 @@ class ServiceBackend:
             yield attempts
             return
         request_id = attempts.options.setdefault("request_id", uuid.uuid4().hex)
-        attempts.options |= {"caller": self._caller, "lease_s": LEASE_S, "return_inputs": False}
+        attempts.options |= {"caller": self._caller, "lease_s": LEASE_S}
+        attempts.options |= {"return_inputs": not isinstance(attempts.args[0], PackedInputs)}
         self._running[request_id] = attempts
         try:
             with self._leases.holding(request_id):
@@ -381,7 +385,7 @@ class ServiceBackend:
     def _pause_s(self, attempts: _Attempts, error: BaseException) -> float:
         """How long to wait before a call is sent again; raises what it ended with where that would not do."""
         ours = self._translated(error)
-        if isinstance(error, TimeoutError) and attempts.method in SAMPLING:
+        if isinstance(error, TimeoutError) and not isinstance(error, RayTaskError) and attempts.method in SAMPLING:
             # The router counts from when it gets the call, which waits for it where it is being replaced.
             ours = DeadlineError(
                 f"timeout_s={attempts.limit_s:g} passed, and the router of {self._name!r} did not say so within "
@@ -483,8 +487,7 @@ class _Attempts:
         self, method: str, args: tuple[Any, ...], timeout_s: float | None, limit_s: float, options: dict[str, Any]
     ) -> None:
         self.method, self.timeout_s, self.limit_s = method, timeout_s, limit_s
-        # As they are now: the caller may change them while the call runs.
-        self.args = (pack(args[0], cloudpickle.dumps), *args[1:]) if method in SAMPLING else args
+        self.args = (_packed(args[0]), *args[1:]) if method in SAMPLING else args
         self.options = dict(options)
         self.count = 0
         """Times that it was sent again."""
@@ -516,8 +519,12 @@ class _Attempts:
         """What the router has sent, as the caller is to have it."""
         if isinstance(item, SampleResponse):
             self._done.update(item.prompt_indices)
-            return replace(item, inputs=self.args[0].select(item.prompt_indices))
-        self._text_began = self.method == "sample_stream"
+            packed = self.args[0]
+            if isinstance(packed, PackedInputs):
+                # A dict for each, also where the caller gave one several times.
+                item = replace(item, inputs=[dict(packed[i]) for i in item.prompt_indices])
+        elif self.method == "sample_stream":
+            self._text_began = True
         return item
 
     def next_options(self) -> dict[str, Any]:
@@ -529,6 +536,44 @@ class _Attempts:
             return {**self.options, "timeout_s": timeout_s}
         cancelled = None if self._cancelled is None else sorted(self._cancelled)
         return {**self.options, "timeout_s": timeout_s, "done": sorted(self._done), "cancelled": cancelled}
+
+
+def _packed(inputs: Any) -> Any:
+    """Inputs as they are now, whatever the caller does to them while the call runs, in the form that they are sent in.
+
+    What cannot be inputs is left to the router, which says what is wrong with it.
+
+    Raises:
+        PromptError: they cannot be pickled.
+    """
+    if not (items := as_list(inputs)):
+        return inputs
+    try:
+        return PackedInputs.of(items, _dumps)
+    except _HoldsReferenceError:
+        return inputs
+    except Exception as error:  # whatever a caller's own class raises
+        raise PromptError(f"inputs cannot be sent to the service: {type(error).__name__}: {error}") from error
+
+
+def _dumps(value: Any) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file).dump(value)
+    return file.getvalue()
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """As Ray pickles, but for references: Ray counts those of the arguments that it pickles itself, and would keep
+    what others pickle for as long as this process lives."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, (ray.ObjectRef, ActorHandle)):
+            raise _HoldsReferenceError
+        return super().reducer_override(obj)
+
+
+class _HoldsReferenceError(Exception):
+    """What was to be pickled refers to an object or an actor of Ray's."""
 
 
 @dataclass

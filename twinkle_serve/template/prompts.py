@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from twinkle_serve.data_format.inputs import as_list
 from twinkle_serve.data_format.messages import Turn, checksum
 from twinkle_serve.data_format.response import IGNORED_LABEL
 from twinkle_serve.errors import PromptError, unknown_name
@@ -46,16 +47,15 @@ def encode_inputs(inputs: Any, template: Template, generation_prompt: bool = Tru
         PromptError: no input, inputs of several kinds, one that is no Trajectory and no InputFeature, one that is too
             long, or none left.
     """
-    if isinstance(inputs, Mapping):
-        inputs = [inputs]
-    if isinstance(inputs, (str, bytes)) or not isinstance(inputs, Sequence):
+    items = as_list(inputs)
+    if items is None:
         raise PromptError(
             f"inputs must be a Trajectory or an InputFeature, or a list of one of them, got {type(inputs).__name__}. "
             'Give text as {"messages": [{"role": "user", "content": text}]}.'
         )
-    if not inputs:
+    if not items:
         raise PromptError("inputs is empty. Give at least one Trajectory or InputFeature.")
-    kinds = [_kind(item, i) for i, item in enumerate(inputs)]
+    kinds = [_kind(item, i) for i, item in enumerate(items)]
     if len(set(kinds)) > 1:
         other = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
         raise PromptError(
@@ -63,11 +63,11 @@ def encode_inputs(inputs: Any, template: Template, generation_prompt: bool = Tru
             "Send each kind in a call of its own."
         )
     encode = _from_messages if kinds[0] == "messages" else _from_ids
-    made = [_fit(encode(item, i, template, generation_prompt), template) for i, item in enumerate(inputs)]
+    made = [_fit(encode(item, i, template, generation_prompt), template) for i, item in enumerate(items)]
     prompts = [prompt for prompt in made if prompt is not None]
     if not prompts:
         raise PromptError(
-            f"each of the {len(inputs)} inputs is longer than max_length={template.max_length}, and "
+            f"each of the {len(items)} inputs is longer than max_length={template.max_length}, and "
             'truncation_strategy="delete" leaves them out. Raise max_length.'
         )
     return prompts
