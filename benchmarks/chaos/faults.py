@@ -15,7 +15,7 @@ import psutil
 import ray
 
 from benchmarks.chaos.load import Trainers
-from tests.integration.conftest import core_processes
+from tests.processes import core_processes, with_title
 
 STOPPED_S = (2.0, 45.0)
 """How long a process stands still: some are back before anybody misses them, others are replaced meanwhile."""
@@ -164,7 +164,7 @@ class Victim:
         Raises:
             NoVictim: there is none.
         """
-        found = _with_title(self.title)
+        found = with_title(self.title)
         if self.core and found:
             found = core_processes(_newest(found))
         if not found:
@@ -180,7 +180,7 @@ class Victim:
 
     def seen(self) -> list[str]:
         """All processes of its title, and what is under them."""
-        return [_tree(process) for process in _with_title(self.title)]
+        return [_tree(process) for process in with_title(self.title)]
 
 
 def _newest(processes: list[psutil.Process]) -> psutil.Process:
@@ -193,13 +193,3 @@ def _tree(process: psutil.Process) -> str:
         age_s = time.time() - process.create_time()
         return f"{process.name()} {process.pid} ({process.status()}, since {age_s:.0f} s, above {under or 'none'})"
     return f"{process.pid} (ended)"
-
-
-def _with_title(title: str) -> list[psutil.Process]:
-    """Processes of this one's cluster."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # one that has ended and is not reaped yet has no command
-            if title in " ".join(process.cmdline()):
-                found.append(process)
-    return found

@@ -422,7 +422,7 @@ def test_sampler_answers_control_calls(sampler: RunningSampler) -> None:
         ([{"input_ids": [5] * 5000}], {}, PromptError),
         ([{"input_ids": [[5, 6]]}], {}, PromptError),
         ([QUESTIONS[0], {"input_ids": [5]}], {}, PromptError),
-        ([{**QUESTIONS[0], "user_data": threading.Lock()}], {}, RequestError),
+        ([{**QUESTIONS[0], "user_data": threading.Lock()}], {}, PromptError),
         (QUESTIONS, {"temperature": float("nan")}, SamplingParamsError),
         (QUESTIONS, {"temperature": -1}, SamplingParamsError),
         (QUESTIONS, {"top_p": 0}, SamplingParamsError),

@@ -14,6 +14,7 @@ import ray
 from ray import serve
 
 from graphs.sampler import build
+from tests.processes import with_title
 from twinkle_serve import connect
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.sampler.service import ServiceSampler, wait_for_engines
@@ -65,31 +66,6 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0
 
 def replica_process(app: str, deployment: str) -> psutil.Process:
     """The process of a deployment's only replica."""
-    title = f"ServeReplica:{app}:{deployment}"
-    found = [p for p in psutil.Process().children(recursive=True) if title in _command(p)]
+    found = with_title(f"ServeReplica:{app}:{deployment}")
     assert len(found) == 1, found
     return found[0]
-
-
-def core_processes(replica: psutil.Process) -> list[psutil.Process]:
-    """vLLM's own process under an engine's, or none while there is none.
-
-    By its title, or as a process that `multiprocessing` has spawned and that has none: setproctitle does nothing where
-    the first variable of the environment was changed, and which is the first differs from one engine to the next.
-    """
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return [child for child in replica.children() if _is_core(child)]
-    return []
-
-
-def _is_core(process: psutil.Process) -> bool:
-    command = _command(process)
-    return command.startswith("VLLM::EngineCor") or "--multiprocessing-fork" in command
-
-
-def _command(process: psutil.Process) -> str:
-    """How a process was started; nothing if it has ended, or is about to be reaped."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return ""

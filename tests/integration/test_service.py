@@ -117,6 +117,22 @@ def test_sample_iter_yields_each_prompt_once(sampler: ServiceSampler) -> None:
     assert all(part.inputs == [QUESTIONS[part.prompt_index]] for part in parts)
 
 
+def test_inputs_may_hold_references(sampler: ServiceSampler) -> None:
+    """To objects and to actors, which come back with them, and are let go of as Ray's own."""
+
+    @ray.remote(num_cpus=0)
+    class Judge:
+        def score(self) -> float:
+            return 1.0
+
+    data = {"gold": ray.put("46"), "judge": Judge.remote()}
+    response = sampler.sample([{**QUESTIONS[0], "user_data": data}], {"max_tokens": 2})
+    back = response.sequences[0].new_input_feature["user_data"]
+    assert ray.get(back["gold"]) == "46" and ray.get(back["judge"].score.remote()) == 1.0
+    alone = sampler.sample([{**QUESTIONS[0], "user_data": data["judge"]}], {"max_tokens": 2})
+    assert ray.get(alone.inputs[0]["user_data"].score.remote()) == 1.0
+
+
 def test_handle_is_called_from_other_actors(sampler: ServiceSampler) -> None:
     """From an async actor by handle and by connect, and from a plain one by connect."""
 

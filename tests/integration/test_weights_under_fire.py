@@ -16,8 +16,9 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.integration.conftest import core_processes, deploy, ray_cluster, replica_process, wait_until
+from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
 from tests.lora import random_adapter
+from tests.processes import core_processes
 from tests.weights import changed_weights, differences
 from twinkle_serve import SampledSequence, hub
 from twinkle_serve.checkpoint import named_tensors

@@ -110,21 +110,23 @@ def test_call_is_sent_again_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_inputs_that_hold_references_are_left_to_ray() -> None:
     """It counts those that it pickles itself; the router sends such inputs back."""
-    inputs: Any = [{"input_ids": [1], "user_data": ray.ObjectRef(b"1" * 28)}]
+    reference = ray.ObjectRef(b"1" * 28)
+    inputs: Any = [{"input_ids": [i], "user_data": reference} for i in range(2)]
 
     def answer(sent: Any, *, return_inputs: bool, **options: Any) -> SampleResponse:
-        assert sent is inputs and return_inputs
-        return answer_to(sent, (0,), sent)
+        assert [item["user_data"] for item in sent] == [reference] * 2 and return_inputs
+        inputs.pop()
+        return answer_to(sent, (0, 1), sent)
 
     made = ServiceBackend(Handle(answer), "sampler").call("sample", inputs, timeout_s=100.0)  # type: ignore[arg-type]
-    assert made.inputs is inputs
+    assert [item["input_ids"] for item in made.inputs] == [[0], [1]]
 
 
 def test_inputs_that_cannot_be_sent_are_refused() -> None:
     """Before anything is sent; what is none at all is for the router to refuse."""
     refused = RequestError("inputs is empty")
     backend = ServiceBackend(Handle(lambda sent, **options: refused), "sampler")  # type: ignore[arg-type]
-    with pytest.raises(PromptError, match=r"cannot be sent to the service: TypeError.*lock"):
+    with pytest.raises(PromptError, match=r"inputs\[0:1\] cannot be sent: TypeError.*lock"):
         backend.call("sample", [{"user_data": threading.Lock()}], timeout_s=100.0)
     for none in ([], "text"):
         with pytest.raises(RequestError, match="inputs is empty"):

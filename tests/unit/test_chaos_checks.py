@@ -19,7 +19,7 @@ from benchmarks.chaos.publisher import BASE, Attempt, History
 from benchmarks.chaos.reference import Reference
 from benchmarks.chaos.watch import Poll, Watch
 from tests import weights
-from tests.integration.conftest import core_processes
+from tests.processes import core_processes
 from twinkle_serve import SampleResponse
 from twinkle_serve.data_format.samples import NO_SEED, SampleColumns
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from collections import UserDict, deque
 from typing import Any
 
@@ -18,17 +19,24 @@ COUNT = 2 * PIECE + 3
 def test_inputs_arrive_as_they_were() -> None:
     """In their order, whatever their caller does to them meanwhile; and again, if they are sent again."""
     inputs = [{"input_ids": np.arange(i + 1), "user_data": {"id": i}} for i in range(COUNT)]
-    packed = PackedInputs.of(inputs, pickle.dumps)
+    packed = PackedInputs.of(inputs, pickle.Pickler)
     inputs[0]["user_data"]["id"] = 99
     inputs.pop()
-    packed[0]["user_data"]["id"] = 98
     for _ in range(2):
         sent = pickle.loads(pickle.dumps(packed))
         items = as_list(sent)
         assert items is not None and len(sent) == len(items) == COUNT
-        for i in range(COUNT):
-            assert items[i]["user_data"]["id"] == sent[i]["user_data"]["id"] == i
-            assert len(items[i]["input_ids"]) == i + 1
+        assert [item["user_data"]["id"] for item in items] == list(range(COUNT))
+        assert [len(item["input_ids"]) for item in items] == list(range(1, COUNT + 1))
+
+
+def test_what_inputs_share_is_sent_once() -> None:
+    """And is one object there too; all of them may refer to one long text, or table."""
+    table = np.zeros(100_000)
+    packed = PackedInputs.of([{"input_ids": [i], "user_data": table} for i in range(COUNT)], pickle.Pickler)
+    assert len(pickle.dumps(packed)) < 1.1 * table.nbytes
+    items = packed.to_list()
+    assert items[0]["user_data"] is items[-1]["user_data"]
 
 
 @pytest.mark.parametrize("inputs", [[{"input_ids": [1]}], ({"input_ids": [1]},), deque([{"input_ids": [1]}])])
@@ -56,10 +64,13 @@ class OfTheCaller:
         return int, ("x",)
 
 
-def test_inputs_that_cannot_be_read_are_refused() -> None:
+def test_inputs_that_cannot_be_sent_or_read_are_refused() -> None:
     """With which they are, and what to send instead."""
     inputs: list[dict[str, Any]] = [{"input_ids": [i]} for i in range(PIECE + 3)]
     inputs[-1]["user_data"] = OfTheCaller()
-    packed = PackedInputs.of(inputs, pickle.dumps)
-    with pytest.raises(PromptError, match=r"inputs\[16:19\] cannot be read in the service: ValueError.*plain dicts"):
+    packed = PackedInputs.of(inputs, pickle.Pickler)
+    with pytest.raises(PromptError, match=r"inputs\[16:19\] cannot be read: ValueError.*plain dicts"):
         as_list(packed)
+    inputs[1]["user_data"] = threading.Lock()
+    with pytest.raises(PromptError, match=r"inputs\[0:16\] cannot be sent: TypeError.*plain dicts"):
+        PackedInputs.of(inputs, pickle.Pickler)

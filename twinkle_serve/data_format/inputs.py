@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,55 +20,57 @@ class PackedInputs:
     arrays, several times that beside busy threads, and control calls wait behind it. Bytes cost nothing there.
     """
 
-    def __init__(self, pieces: Sequence[bytes], count: int) -> None:
+    def __init__(self, pickles: bytes, count: int) -> None:
         """
         Args:
-            pieces: PIECE inputs each, pickled.
+            pickles: PIECE inputs each, one after the other, by one pickler: what all share is in the first alone.
             count: how many inputs there are.
         """
-        self._pieces, self._count = pieces, count
-        self._read: dict[int, list[Any]] = {}
-        """Pieces that have been read here, by their numbers."""
+        self._pickles, self._count = pickles, count
 
     @classmethod
-    def of(cls, inputs: Sequence[Any], dumps: Callable[[Any], bytes]) -> PackedInputs:
+    def of(cls, inputs: Sequence[Any], pickler: Callable[[io.BytesIO], pickle.Pickler]) -> PackedInputs:
         """
         Args:
-            dumps: pickles in the caller's way: classes of its `__main__`, for one, need more than `pickle` has.
+            pickler: the caller's: classes of its `__main__`, for one, need more than `pickle` has.
+
+        Raises:
+            PromptError: some cannot be pickled.
         """
-        return cls([dumps(inputs[i : i + PIECE]) for i in range(0, len(inputs), PIECE)], len(inputs))
+        file = io.BytesIO()
+        made = pickler(file)
+        for first in range(0, len(inputs), PIECE):
+            try:
+                made.dump(inputs[first : first + PIECE])
+            except Exception as error:  # whatever a caller's own class raises
+                raise _refused("sent", first, len(inputs), error) from error
+        return cls(file.getvalue(), len(inputs))
 
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> Any:
-        """One of them; what was read with it is kept, for those that are read next."""
-        number, place = divmod(index, PIECE)
-        if number not in self._read:
-            self._read[number] = self._unpickled(number)
-        return self._read[number][place]
-
     def to_list(self) -> list[Any]:
-        """All of them; none is kept here.
+        """All of them, in a list of the reader's own.
 
         Raises:
-            PromptError: they cannot be unpickled here.
+            PromptError: some cannot be unpickled here.
         """
-        return [item for number in range(len(self._pieces)) for item in self._unpickled(number)]
+        made = pickle.Unpickler(io.BytesIO(self._pickles))
+        inputs: list[Any] = []
+        while (first := len(inputs)) < self._count:
+            try:
+                inputs += made.load()
+            except Exception as error:  # whatever a caller's own class raises
+                raise _refused("read", first, self._count, error) from None
+        return inputs
 
-    def _unpickled(self, number: int) -> list[Any]:
-        try:
-            piece: list[Any] = pickle.loads(self._pieces[number])
-        except Exception as error:  # whatever a caller's own class raises
-            first, end = number * PIECE, min(self._count, (number + 1) * PIECE)
-            raise PromptError(
-                f"inputs[{first}:{end}] cannot be read in the service: {type(error).__name__}: {error}. Send plain "
-                "dicts of lists, text, numpy arrays or tensors on the CPU."
-            ) from None
-        return piece
 
-    def __reduce__(self) -> Any:
-        return PackedInputs, (self._pieces, self._count)
+def _refused(what: str, first: int, count: int, error: Exception) -> PromptError:
+    which = f"inputs[{first}:{min(first + PIECE, count)}]"
+    return PromptError(
+        f"{which} cannot be {what}: {type(error).__name__}: {error}. Send plain dicts of lists, text, numpy arrays or "
+        "tensors on the CPU."
+    )
 
 
 def as_list(inputs: Any) -> list[Any] | None:

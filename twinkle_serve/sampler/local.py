@@ -20,7 +20,7 @@ from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.engines import build_engine, check_engine_args
 from twinkle_serve.engines.host import EngineHost
-from twinkle_serve.errors import ConfigError, EngineDeadError, EngineError, MeshError, RequestError
+from twinkle_serve.errors import ConfigError, EngineDeadError, EngineError, MeshError, PromptError
 from twinkle_serve.placement import NodeResources, place
 from twinkle_serve.routing.router import Router
 from twinkle_serve.weights import LocalStore, WeightStore
@@ -69,7 +69,9 @@ class LocalBackend:
         try:
             copied = copy.deepcopy(args)
         except Exception as error:  # whatever a caller's own class raises
-            raise RequestError(f"arguments of {name} cannot be copied: {type(error).__name__}: {error}") from error
+            if not name.startswith("sample"):
+                raise
+            raise PromptError(f"inputs cannot be copied: {type(error).__name__}: {error}") from error
         return functools.partial(getattr(self._router, name), *copied)
 
     def call(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:

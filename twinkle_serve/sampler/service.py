@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import logging
 import re
 import threading
 import time
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -497,6 +496,8 @@ class _Attempts:
         self._cancelled: set[int] | None = set()
         """Indices of the inputs that are not wanted any more; None: all."""
         self._text_began = False
+        self._unread: dict[int, Any] | None = None
+        """By their indices, the inputs whose responses are still to come; None before the first has."""
 
     def cancel(self, inputs: Iterable[int] | None) -> None:
         """Inputs are not wanted any more; None: all."""
@@ -519,10 +520,11 @@ class _Attempts:
         """What the router has sent, as the caller is to have it."""
         if isinstance(item, SampleResponse):
             self._done.update(item.prompt_indices)
-            packed = self.args[0]
-            if isinstance(packed, PackedInputs):
-                # A dict for each, also where the caller gave one several times.
-                item = replace(item, inputs=[dict(packed[i]) for i in item.prompt_indices])
+            if isinstance(self.args[0], PackedInputs):
+                if self._unread is None:
+                    self._unread = dict(enumerate(self.args[0].to_list()))
+                # Each comes once; a dict for each, also where the caller gave one several times.
+                item = replace(item, inputs=[dict(self._unread.pop(i)) for i in item.prompt_indices])
         elif self.method == "sample_stream":
             self._text_began = True
         return item
@@ -539,32 +541,26 @@ class _Attempts:
 
 
 def _packed(inputs: Any) -> Any:
-    """Inputs as they are now, whatever the caller does to them while the call runs, in the form that they are sent in.
+    """Inputs in the form that they are sent in: as they are now, whatever the caller does to them while the call runs.
 
-    What cannot be inputs is left to the router, which says what is wrong with it.
+    Those that hold references are sent as they are, in dicts of their own: Ray counts the references in arguments that
+    it pickles itself. What cannot be inputs is left to the router, which says what is wrong with it.
 
     Raises:
-        PromptError: they cannot be pickled.
+        PromptError: some cannot be pickled.
     """
     if not (items := as_list(inputs)):
         return inputs
     try:
-        return PackedInputs.of(items, _dumps)
-    except _HoldsReferenceError:
-        return inputs
-    except Exception as error:  # whatever a caller's own class raises
-        raise PromptError(f"inputs cannot be sent to the service: {type(error).__name__}: {error}") from error
-
-
-def _dumps(value: Any) -> bytes:
-    file = io.BytesIO()
-    _Pickler(file).dump(value)
-    return file.getvalue()
+        return PackedInputs.of(items, _Pickler)
+    except PromptError as error:
+        if isinstance(error.__cause__, _HoldsReferenceError):
+            return [dict(item) if isinstance(item, Mapping) else item for item in items]
+        raise
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """As Ray pickles, but for references: Ray counts those of the arguments that it pickles itself, and would keep
-    what others pickle for as long as this process lives."""
+    """Ray's, but for references, which it would keep for as long as this process lives."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, (ray.ObjectRef, ActorHandle)):

@@ -1,0 +1,36 @@
+"""Processes of a service that a test, or the chaos run, has started."""
+
+from __future__ import annotations
+
+import contextlib
+
+import psutil
+
+
+def with_title(title: str) -> list[psutil.Process]:
+    """Those under this one, whatever stands around it in their titles."""
+    return [process for process in psutil.Process().children(recursive=True) if title in _command(process)]
+
+
+def core_processes(replica: psutil.Process) -> list[psutil.Process]:
+    """vLLM's own process under an engine's, or none while there is none.
+
+    By its title, or as a process that `multiprocessing` has spawned and that has none: setproctitle does nothing where
+    the first variable of the environment was changed, and which is the first differs from one engine to the next.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [child for child in replica.children() if _is_core(child)]
+    return []
+
+
+def _is_core(process: psutil.Process) -> bool:
+    command = _command(process)
+    return command.startswith("VLLM::EngineCor") or "--multiprocessing-fork" in command
+
+
+def _command(process: psutil.Process) -> str:
+    """How a process was started; nothing if it has ended, or is about to be reaped."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
