@@ -41,12 +41,15 @@ async def running_on(service: Service, at_least: int) -> tuple[str, dict[tuple[i
     has arrived of its own, by the first token of the prompt and the sample's index."""
     pool = service.router._pool
 
+    def busy() -> list[str]:  # of those in use: one that was ended may not be back
+        return [name for name in service.router._fleet.uses if pool._dispatcher.sequences(name)]
+
     async def begun() -> bool:
         drafts = [draft for samples in pool._drafts._drafts.values() for draft in samples.values()]
-        return bool(drafts) and all(draft.length >= at_least for draft in drafts)
+        return bool(busy()) and bool(drafts) and all(draft.length >= at_least for draft in drafts)
 
     await eventually(begun)
-    name = next(name for name in service.engines if pool._dispatcher.sequences(name))
+    name = busy()[0]
     arrived = {}
     for key, group in pool._dispatcher._engines[name].groups.items():
         for sample in sorted(pool._dispatcher._engines[name].left[key]):
