@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import serve
 
-from deployments.logging import QUIET
+from deployments.log_config import QUIET
 from twinkle_serve import hub
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from ray import serve
 
-from deployments.logging import QUIET
-from deployments.router import HandleLink
+from deployments.log_config import QUIET
+from deployments.router import ServeEngineClient
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group, Session
 from twinkle_serve.data_format.samples import SampleColumns
@@ -18,7 +18,7 @@ from twinkle_serve.engines.base import Finished
 
 GROUPS, SAMPLES, TOKENS = 4, 8, 300
 """Of a chunk, which comes back in an item."""
-SESSION = Session(life="", router="")
+SESSION = Session(incarnation="", router="")
 
 
 @serve.deployment(max_ongoing_requests=1000, logging_config=QUIET)
@@ -43,7 +43,7 @@ class Callee:
             adapter=[""] * rows,
             weight_versions=[(("initial", 0),)] * rows,
         )
-        for _ in range(session.number):
+        for _ in range(session.epoch):
             yield Finished(columns=columns)
 
 
@@ -52,7 +52,7 @@ class Caller:
     """Calls as the router does, and measures the CPU time of its own process."""
 
     def __init__(self, callee: Any) -> None:
-        self._link = HandleLink(callee)
+        self._link = ServeEngineClient(callee)
 
     async def submits(self, count: int) -> float:
         """CPU ms of a chunk that is sent."""
@@ -67,6 +67,6 @@ class Caller:
     async def items(self, count: int) -> float:
         """CPU ms of an item that is taken."""
         started = time.process_time()
-        async for _ in self._link.results(Session(life="", router="", number=count)):
+        async for _ in self._link.results(Session(incarnation="", router="", epoch=count)):
             pass
         return (time.process_time() - started) / count * 1e3

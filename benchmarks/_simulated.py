@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group
-from twinkle_serve.engines.base import FLUSH_SHARE, LEAST_FLUSH_S, MOST_FLUSH_S
+from twinkle_serve.engines.base import FLUSH_SHARE, MAX_FLUSH_S, MIN_FLUSH_S
 from twinkle_serve.routing.dispatch import Dispatcher
 from twinkle_serve.routing.policies import PolicyName
 
@@ -163,7 +163,7 @@ def simulate(
         for sample in ended:
             chunk, since = sent.pop(sample)
             chunk_left[chunk] -= 1
-            wait_s = min(max(LEAST_FLUSH_S, FLUSH_SHARE * (now - since)), MOST_FLUSH_S) if chunk_left[chunk] else 0.0
+            wait_s = min(max(MIN_FLUSH_S, FLUSH_SHARE * (now - since)), MAX_FLUSH_S) if chunk_left[chunk] else 0.0
             due = min(due, now + wait_s)
         engine.ended += ended
         if due < engine.due:

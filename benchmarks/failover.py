@@ -26,7 +26,7 @@ from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.engines import build_engine
 from twinkle_serve.engines.base import Finished
-from twinkle_serve.engines.host import EngineHost
+from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import EngineDeadError
 from twinkle_serve.routing.router import Router
 from twinkle_serve.weights import LocalStore, WeightStore
@@ -38,7 +38,7 @@ POLL_S = 0.01
 class Link:
     """An engine that can be cut off."""
 
-    def __init__(self, host: EngineHost) -> None:
+    def __init__(self, host: EngineServer) -> None:
         self._host = host
         self.cut = asyncio.Event()
 
@@ -85,14 +85,14 @@ class Link:
 
 
 async def one_round(
-    hosts: dict[str, EngineHost], store: LocalStore, failover: str, lose: bool, options: argparse.Namespace
+    hosts: dict[str, EngineServer], store: LocalStore, failover: str, lose: bool, options: argparse.Namespace
 ) -> dict[str, float]:
     """Seconds of a call, CPU seconds of this process in it, and tokens that were sampled and not handed out."""
     links = {name: Link(host) for name, host in hosts.items()}
     args = ServiceArgs.model_validate({"model_id": "demo", "failover": failover})
     router = Router(args, hub.DEMO, links, store)
     await router.start()
-    while router._fleet.ready < len(links):  # noqa: ASYNC110  # nothing tells
+    while router._engines.ready < len(links):  # noqa: ASYNC110  # nothing tells
         await asyncio.sleep(POLL_S)
     prompts = [{"input_ids": np.random.randint(20, 200, 8).tolist()} for _ in range(options.samples)]
     before = {name: host._engine.progress() for name, host in hosts.items()}
@@ -119,7 +119,7 @@ async def one_round(
     return found
 
 
-async def prefill(host: EngineHost, count: int, length: int) -> float:
+async def prefill(host: EngineServer, count: int, length: int) -> float:
     """Seconds to the first token of so many new prompts of such a length."""
     from twinkle_serve import SamplingParams
 
@@ -135,7 +135,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
     hosts = {}
     for core, name in enumerate(("a", "b")):
         engine = build_engine("vllm", name, str(hub.DEMO), ENGINE_ARGS, cpus=[(core,)], devices_on_node=2)
-        hosts[name] = EngineHost(engine, hub.DEMO, store)
+        hosts[name] = EngineServer(engine, hub.DEMO, store)
     await asyncio.gather(*(host.start(name, 300) for name, host in hosts.items()))
     rounds: dict[str, list[dict[str, float]]] = defaultdict(list)
     for number in range(options.rounds + 1):

@@ -11,14 +11,14 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.logging import QUIET
-from deployments.store import StoreHandle
+from deployments.log_config import QUIET
+from deployments.store import ServeStoreClient
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.engines import build_engine
 from twinkle_serve.engines.base import Finished
-from twinkle_serve.engines.host import EngineHost
+from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.placement import Placement, cores_of_devices, cores_of_engine
 from twinkle_serve.remote.reservation import enter_group
 
@@ -41,7 +41,7 @@ def engine_name(dp_rank: int) -> str:
     logging_config=QUIET,
 )
 class Engine:
-    """An `EngineHost` behind handles: the router's `EngineLink`.
+    """An `EngineServer` behind handles: the router's `EngineClient`.
 
     Guarantees: `results` yields every sample that was submitted once, unless it was aborted, or raises.
     Guarantees: when the router cancels that, everything is aborted; and soon after the router has died.
@@ -71,7 +71,7 @@ class Engine:
             devices_on_node=placement.devices_per_node,
             trust_remote_code=args.trust_remote_code,
         )
-        self._host = EngineHost(engine, model, StoreHandle(store))
+        self._host = EngineServer(engine, model, ServeStoreClient(store))
         await self._host.start(name, args.startup_timeout_s)
 
     async def describe(self, router: str) -> EngineInfo:

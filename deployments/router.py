@@ -16,8 +16,8 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse
 
-from deployments.logging import QUIET
-from deployments.store import StoreHandle
+from deployments.log_config import QUIET
+from deployments.store import ServeStoreClient
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse, SamplingParams
@@ -60,7 +60,7 @@ class Router:
     ) -> None:
         sys.setswitchinterval(SWITCH_S)
         model = await asyncio.to_thread(hub.resolve, args.model_id, revision=args.revision, weights=False)
-        links = {name: HandleLink(handle) for name, handle in engines.items()}
+        links = {name: ServeEngineClient(handle) for name, handle in engines.items()}
         staleness = metrics.Histogram(
             "twinkle_sampler_staleness",
             description="Versions, of its adapter or else of the model, published between the one that sampled a "
@@ -72,7 +72,7 @@ class Router:
             args,
             model,
             links,
-            StoreHandle(store),
+            ServeStoreClient(store),
             observe_staleness=lambda name, versions: staleness.observe(versions, tags={"adapter": name}),
         )
         await self._router.start()
@@ -84,7 +84,7 @@ class Router:
             config: `engines`, the names of their deployments.
         """
         handles = [await asyncio.to_thread(serve.get_deployment_handle, name) for name in config["engines"]]
-        self._router.set_links({handle.deployment_name: HandleLink(handle) for handle in handles})
+        self._router.set_links({handle.deployment_name: ServeEngineClient(handle) for handle in handles})
 
     async def sample(
         self,
@@ -148,8 +148,8 @@ class Router:
     async def begin_weights(self, label: str, mode: PauseMode) -> int:
         return await self._router.begin_weights(label, mode)
 
-    async def append_weights(self, upload: int, index: int, parcel: Any) -> None:
-        await self._router.append_weights(upload, index, parcel)
+    async def append_weights(self, upload: int, index: int, bucket: Any) -> None:
+        await self._router.append_weights(upload, index, bucket)
 
     async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
         return await self._router.publish_weights(upload, mode, timeout_s)
@@ -190,8 +190,8 @@ class Router:
     async def status(self) -> dict[str, Any]:
         return await self._router.status()
 
-    async def forget(self) -> None:
-        await self._router.forget()
+    async def purge(self) -> None:
+        await self._router.purge()
 
     async def __call__(self, request: HTTPRequest) -> JSONResponse:
         """HTTP has no API yet; says where there is one."""
@@ -199,8 +199,8 @@ class Router:
         return JSONResponse({"error": message}, status_code=501)
 
 
-class HandleLink:
-    """An engine behind a Serve handle, as the router's `EngineLink`."""
+class ServeEngineClient:
+    """An engine behind a Serve handle, as the router's `EngineClient`."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle

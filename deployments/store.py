@@ -14,11 +14,11 @@ from ray.exceptions import OwnerDiedError, RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.logging import QUIET
+from deployments.log_config import QUIET
 from twinkle_serve.checkpoint import Bucket
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.weights import BaseVersion
+from twinkle_serve.data_format.weights import WeightsVersion
 from twinkle_serve.errors import StoreError, TwinkleServeError
 from twinkle_serve.placement import SIDE_CPUS
 from twinkle_serve.weights import LocalStore, WeightStore
@@ -52,7 +52,7 @@ class Store:
         self._store = LocalStore(await asyncio.to_thread(WeightStore, args.model_id, state_dir))
         self._objects: dict[int, Any] = {}
         """References by id of the version: whoever asks for it has the same object."""
-        self._buckets: dict[tuple[BaseVersion, int], Any] = {}
+        self._buckets: dict[tuple[WeightsVersion, int], Any] = {}
         """The same of the model's own weights, the newest last."""
 
     async def published(self) -> dict[str, list[AdapterVersion]]:
@@ -84,11 +84,11 @@ class Store:
         """Args may hold parcels of `ServiceBackend`: references in lists, which Ray does not fetch on their way."""
         values = [await arg[0] if isinstance(arg, list) else arg for arg in args]
         answer = await self._store.base(method, *values)
-        if method in ("commit", "discard", "forget"):  # no engine asks for these buckets any more
+        if method in ("commit", "discard", "purge"):  # no engine asks for these buckets any more
             self._buckets.clear()
         return answer
 
-    async def bucket(self, version: BaseVersion, index: int) -> list[Any]:
+    async def bucket(self, version: WeightsVersion, index: int) -> list[Any]:
         """As `files`. Engines ask for one after the other at about the same time, so few are kept."""
         key = (version, index)
         if key not in self._buckets:
@@ -98,8 +98,8 @@ class Store:
         return [self._buckets[key]]
 
 
-class StoreHandle:
-    """The store behind a Serve handle, as a `StoreLink`."""
+class ServeStoreClient:
+    """The store behind a Serve handle, as a `StoreClient`."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
@@ -133,7 +133,7 @@ class StoreHandle:
     async def base(self, method: str, *args: Any) -> Any:
         return await self._call("base", method, *args)
 
-    async def bucket(self, version: BaseVersion, index: int) -> Bucket:
+    async def bucket(self, version: WeightsVersion, index: int) -> Bucket:
         async def fetched() -> Bucket:
             (reference,) = await self._handle.bucket.remote(version, index)
             bucket: Bucket = await reference

@@ -160,7 +160,7 @@ class ServiceArgs(Strict):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _in_our_words(cls, data: Any, parse: ModelWrapValidatorHandler[ServiceArgs]) -> ServiceArgs:
+    def _wrap_validation_error(cls, data: Any, parse: ModelWrapValidatorHandler[ServiceArgs]) -> ServiceArgs:
         # ConfigError is no ValueError, so pydantic lets it through as it is, from Ray Serve's own parsing too.
         try:
             args = parse(data)

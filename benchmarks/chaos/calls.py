@@ -12,7 +12,7 @@ from pathlib import Path
 from twinkle_serve import SampleResponse
 
 ADAPTERS = ("left", "right")
-MOST_PROMPTS, MOST_SAMPLES = 32, 8
+MAX_PROMPTS, MAX_SAMPLES = 32, 8
 TOKENS = (16, 160)
 PROMPT_TOKENS = (4, 24)
 PROMPT_IDS = (10, 250)
@@ -73,8 +73,8 @@ def draw(rng: random.Random) -> Call:
     if rng.random() < REFERENCE_SHARE:
         return reference(rng.randrange(REFERENCES), rng.choice((*ADAPTERS, "")))
     return Call(
-        prompts=_prompts(rng, _log_uniform(rng, 1, MOST_PROMPTS)),
-        num_samples=_log_uniform(rng, 1, MOST_SAMPLES),
+        prompts=_prompts(rng, _log_uniform(rng, 1, MAX_PROMPTS)),
+        num_samples=_log_uniform(rng, 1, MAX_SAMPLES),
         max_tokens=_log_uniform(rng, *TOKENS),
         ignore_eos=rng.random() < 0.8,
         seed=rng.randrange(2**62) if rng.random() < 0.3 else None,

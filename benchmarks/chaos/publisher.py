@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.chaos.calls import ADAPTERS
 from tests.lora import random_adapter
 from tests.weights import changed_weights
-from twinkle_serve.data_format.weights import INITIAL
+from twinkle_serve.data_format.weights import INITIAL_LABEL
 from twinkle_serve.sampler.service import ServiceSampler
 
 BASE = ""
@@ -47,7 +47,7 @@ class History:
 
     attempts: dict[str, list[Attempt]] = field(
         default_factory=lambda: {
-            BASE: [Attempt(name=BASE, seed=None, label=INITIAL, begun_at=0.0, published_at=0.0)],
+            BASE: [Attempt(name=BASE, seed=None, label=INITIAL_LABEL, begun_at=0.0, published_at=0.0)],
             **{name: [] for name in ADAPTERS},
         }
     )

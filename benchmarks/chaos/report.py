@@ -12,9 +12,9 @@ from benchmarks.chaos.publisher import BASE
 from benchmarks.chaos.record import ENGINES, Run
 from benchmarks.overhead import commit, cpu_model
 
-MOST_FINDINGS = 40
+MAX_FINDINGS = 40
 """That are listed; all are counted."""
-MOST_LETTERS = 300
+MAX_LETTERS = 300
 """Of each: Ray's own messages are long."""
 
 
@@ -53,7 +53,7 @@ def as_json(done: Run, command: str) -> dict[str, Any]:
         "goodput_tokens_per_s": _goodput(done),
         "findings": dict(Counter(finding.kind for finding in done.findings)),
         "found": [
-            " ".join(f"{f.kind}: {f.where}: {f.what}".split())[:MOST_LETTERS] for f in done.findings[:MOST_FINDINGS]
+            " ".join(f"{f.kind}: {f.where}: {f.what}".split())[:MAX_LETTERS] for f in done.findings[:MAX_FINDINGS]
         ],
     }
     if done.reference is not None:
@@ -66,7 +66,7 @@ def as_json(done: Run, command: str) -> dict[str, Any]:
 
 
 def _line(finding: Finding) -> str:
-    return " ".join(f"{finding.kind}: {finding.where}: {finding.what}".split())[:MOST_LETTERS]
+    return " ".join(f"{finding.kind}: {finding.where}: {finding.what}".split())[:MAX_LETTERS]
 
 
 def _recovery(times: list[float | None]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tests.conformance.samplers import ENGINE_ARGS, KINDS, make_sampler
 from tests.integration.conftest import ray_cluster
 from twinkle_serve import hub
 from twinkle_serve.engines import EngineKind, build_engine
-from twinkle_serve.engines.host import EngineHost
+from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.sampler import RunningSampler
 
 
@@ -23,7 +23,7 @@ async def started(kind: EngineKind, model: Path = hub.DEMO) -> AsyncIterator[Eng
         kind, f"{kind}-under-test", str(model), ENGINE_ARGS[kind], cpus=[(0,)] if kind == "vllm" else []
     )
     store: Any = Files()
-    host = EngineHost(engine, model, store)
+    host = EngineServer(engine, model, store)
     await host.start(kind, 300)
     harness = EngineHarness(engine, host, store)
     yield harness

@@ -17,9 +17,9 @@ from twinkle_serve.data_format.groups import Group, Session, TextDelta
 from twinkle_serve.data_format.response import SampledSequence, SampleResponse
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.data_format.weights import FILES, BaseVersion
+from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, WeightsVersion
 from twinkle_serve.engines.base import Engine
-from twinkle_serve.engines.host import EngineHost
+from twinkle_serve.engines.server import EngineServer
 
 ADAPTER_IDS = itertools.count(1)
 
@@ -36,18 +36,18 @@ class Files:
     async def files(self, version: AdapterVersion) -> AdapterFiles:
         return self.by_id[version.id]
 
-    async def base(self, method: str) -> BaseVersion:
+    async def base(self, method: str) -> WeightsVersion:
         assert method == "current"
-        return FILES
+        return CHECKPOINT_VERSION
 
-    async def bucket(self, version: BaseVersion, index: int) -> Bucket:
+    async def bucket(self, version: WeightsVersion, index: int) -> Bucket:
         return self.buckets[version.label][index]
 
 
 @dataclass
 class EngineHarness:
     engine: Engine
-    host: EngineHost
+    host: EngineServer
     files: Files
     """What the host's store has."""
 
@@ -70,7 +70,7 @@ class EngineHarness:
         """Loads weights as a router would, through the host, which must be paused. Returns the checksum."""
         self.files.buckets[label] = list(buckets(named_tensors(weights), bucket_bytes))
         checksums = tuple(str(number) for number in range(len(self.files.buckets[label])))
-        return await self.host.load_weights(BaseVersion(label=label, number=1, buckets=checksums))
+        return await self.host.load_weights(WeightsVersion(label=label, number=1, buckets=checksums))
 
     def start(self, group: Group) -> asyncio.Task[SampleColumns]:
         task = asyncio.ensure_future(self.engine.sample_group(group))
@@ -120,4 +120,4 @@ class EngineHarness:
 
     async def session(self) -> Session:
         """With the host, as a router has one."""
-        return Session(life=(await self.host.describe("test")).life, router="test")
+        return Session(incarnation=(await self.host.describe("test")).incarnation, router="test")

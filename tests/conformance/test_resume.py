@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.conformance.harness import EngineHarness
 from tests.conformance.test_engines import LOGPROB_TOLERANCE, Prompts
-from twinkle_serve.data_format.samples import Begun
+from twinkle_serve.data_format.samples import PartialSample
 
 TOKENS = 100
 
@@ -19,9 +19,9 @@ async def test_engine_goes_on_with_a_sample_that_has_begun(engine: EngineHarness
     break, as one sample would."""
     group = replace(engine.group(prompts[0], max_tokens=TOKENS, ignore_eos=True, logprobs=2), resume=True)
     task = engine.start(group)
-    parts: list[Begun] = []
+    parts: list[PartialSample] = []
     while not task.done() and sum(map(len, parts)) < 10:
-        if (part := engine.engine.so_far(group, sum(map(len, parts)))) is not None:
+        if (part := engine.engine.partial_output(group, sum(map(len, parts)))) is not None:
             parts.append(part)
         await asyncio.sleep(0)
     if engine.info.kind == "torch":  # it never says
@@ -29,9 +29,9 @@ async def test_engine_goes_on_with_a_sample_that_has_begun(engine: EngineHarness
         return
     task.cancel()
     await asyncio.wait({task})
-    assert engine.engine.so_far(group, 0) is None, "it does not run any more"
-    begun = Begun.concat(parts)
-    again = replace(group, attempts=1, begun=begun)
+    assert engine.engine.partial_output(group, 0) is None, "it does not run any more"
+    begun = PartialSample.concat(parts)
+    again = replace(group, attempts=1, partial=begun)
     columns = await engine.host._sample_group(again)
     assert columns.lengths.tolist() == [TOKENS] and columns.tokens[: len(begun)].tolist() == begun.tokens.tolist()
     assert columns.logprobs is not None and columns.logprobs.shape == (TOKENS, 3)

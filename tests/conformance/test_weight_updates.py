@@ -295,5 +295,5 @@ def test_cancelled_update_leaves_nothing_behind(
         sampler.update_weights(interrupted(), next(LABELS), bucket_bytes=2**18)
     assert sampler.status()["weights"] == before
     with pytest.raises(TwinkleServeError, match="given up"):
-        sampler._backend.call("append_weights", 1, 0, sampler._backend.parcel(np.zeros(8, np.uint8)))
+        sampler._backend.call("append_weights", 1, 0, sampler._backend.put_large(np.zeros(8, np.uint8)))
     sampler.update_weights(weights, next(LABELS))

@@ -17,7 +17,7 @@ from tests.weights import Reference, changed_weights
 from twinkle_serve import hub
 from twinkle_serve.adapters import read_adapter
 from twinkle_serve.data_format.response import SampledSequence
-from twinkle_serve.data_format.weights import FILES, INITIAL, PauseMode
+from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, INITIAL_LABEL, PauseMode
 from twinkle_serve.errors import TwinkleServeError
 
 LONG = {"max_tokens": 240, "ignore_eos": True, "logprobs": 0}
@@ -30,14 +30,14 @@ def reference() -> Reference:
 
 @pytest.fixture(scope="module")
 def versions() -> dict[str, Any]:
-    return {INITIAL: None, "one": changed_weights(1), "two": changed_weights(2)}
+    return {INITIAL_LABEL: None, "one": changed_weights(1), "two": changed_weights(2)}
 
 
 @pytest.fixture(autouse=True)
 async def as_it_was(engine: EngineHarness) -> AsyncIterator[None]:
     yield
     await engine.host.pause("keep")
-    await engine.host.load_weights(FILES)
+    await engine.host.load_weights(CHECKPOINT_VERSION)
     await engine.host.resume()
 
 
@@ -49,7 +49,7 @@ async def logprobs_under(
         return reference.logprobs(weights, ids, adapter)
     assert adapter is None
     await engine.host.pause("keep")
-    await (engine.host.load_weights(FILES) if weights is None else engine.load(label, weights))
+    await (engine.host.load_weights(CHECKPOINT_VERSION) if weights is None else engine.load(label, weights))
     await engine.host.resume()
     scored = await engine.sample([np.array(ids)], max_tokens=0, prompt_logprobs=0, logprobs=None)
     return np.array(scored.prompt_logprobs[1:])  # type: ignore[index]
@@ -106,11 +106,11 @@ async def test_every_token_has_the_logprob_of_the_weights_that_it_names(
     for sequence in response.sequences:
         labels = [span.version for span in sequence.weight_versions]
         if mode == "keep":
-            assert labels == [INITIAL, "one"] and len(sequence.tokens) == 240
+            assert labels == [INITIAL_LABEL, "one"] and len(sequence.tokens) == 240
         elif mode == "wait":
-            assert labels == [INITIAL] and len(sequence.tokens) == 240
+            assert labels == [INITIAL_LABEL] and len(sequence.tokens) == 240
         else:
-            assert labels == [INITIAL] and sequence.stop_reason == "abort" and 0 < len(sequence.tokens) < 240
+            assert labels == [INITIAL_LABEL] and sequence.stop_reason == "abort" and 0 < len(sequence.tokens) < 240
     await check_spans(engine, reference, versions, response.sequences[-1])
     assert [span.version for span in after.weight_versions] == ["one"]
     await check_spans(engine, reference, versions, after)
@@ -177,9 +177,9 @@ async def test_weights_that_do_not_fit_are_refused_and_others_taken_afterwards(
     await engine.host.pause("keep")
     with pytest.raises(TwinkleServeError):
         await engine.load("bad", bad, bucket_bytes=2**18)
-    assert (await engine.host.describe("test")).base is None
+    assert (await engine.host.describe("test")).weights_version is None
     await engine.load("one", versions["one"])
-    assert (await engine.host.describe("test")).base is not None
+    assert (await engine.host.describe("test")).weights_version is not None
     await engine.host.resume()
     await check_spans(engine, reference, versions, await engine.one(prompts[0], max_tokens=8, ignore_eos=True))
 
@@ -199,7 +199,7 @@ async def test_samples_that_had_not_begun_are_sampled_after_an_abort(
     await engine.host.resume()
     columns = await asyncio.gather(first, *tasks)
     labels = [{label for spans in part.weight_versions for label, _ in spans} for part in columns]
-    assert labels[0] == {INITIAL}
+    assert labels[0] == {INITIAL_LABEL}
     assert {"one"} in labels, "every group had begun: the test shows nothing"
     assert all(part.lengths.min() > 0 for part in columns)
     assert all((part.lengths == 40).all() for part, found in zip(columns, labels, strict=True) if found == {"one"})
@@ -225,7 +225,7 @@ async def test_pause_ends_without_a_router(
     engine: EngineHarness, prompts: list[np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lease: nobody asks after the engine any more, and it goes on."""
-    monkeypatch.setattr("twinkle_serve.engines.host.PAUSE_LEASE_S", 0.2)
+    monkeypatch.setattr("twinkle_serve.engines.server.PAUSE_LEASE_S", 0.2)
     await engine.host.pause("keep")
     assert len((await engine.one(prompts[0], max_tokens=2)).tokens) > 0
 

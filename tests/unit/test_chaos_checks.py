@@ -13,7 +13,7 @@ import psutil
 import pytest
 import setproctitle
 
-from benchmarks.chaos.calls import MOST_PROMPTS, MOST_SAMPLES, TIMEOUT_S, TOKENS, Call, draw, reference
+from benchmarks.chaos.calls import MAX_PROMPTS, MAX_SAMPLES, TIMEOUT_S, TOKENS, Call, draw, reference
 from benchmarks.chaos.checks import Answered, check, check_references
 from benchmarks.chaos.publisher import BASE, Attempt, History
 from benchmarks.chaos.reference import Reference
@@ -254,8 +254,8 @@ def test_calls_are_of_every_shape() -> None:
     rng = random.Random(0)
     calls = [draw(rng) for _ in range(3000)]
     for values, least, most in (
-        ([len(call.prompts) for call in calls], 1, MOST_PROMPTS),
-        ([call.num_samples for call in calls], 1, MOST_SAMPLES),
+        ([len(call.prompts) for call in calls], 1, MAX_PROMPTS),
+        ([call.num_samples for call in calls], 1, MAX_SAMPLES),
         ([call.max_tokens for call in calls], *TOKENS),
     ):
         assert (min(values), max(values)) == (least, most)

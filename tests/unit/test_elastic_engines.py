@@ -13,9 +13,9 @@ from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.engines.fake import FakeEngine
-from twinkle_serve.engines.host import EngineHost
+from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import DeadlineError, EngineDeadError, RequestError, UnsupportedError
-from twinkle_serve.routing import fleet
+from twinkle_serve.routing import membership
 from twinkle_serve.routing.router import Router
 from twinkle_serve.weights import LocalStore, WeightStore
 
@@ -57,12 +57,12 @@ class Link:
 
     def __init__(self, name: str, store: LocalStore) -> None:
         self.name, self._store = name, store
-        self.hosts: list[EngineHost] = []
+        self.hosts: list[EngineServer] = []
         self.returns = True
 
     async def start(self) -> None:
         self.engine = Engine(self.name)
-        self.hosts.append(EngineHost(self.engine, hub.DEMO, self._store))
+        self.hosts.append(EngineServer(self.engine, hub.DEMO, self._store))
         await self.hosts[-1].start(self.name, 30)
 
     async def control(self, method: str, *args: Any) -> Any:
@@ -92,7 +92,7 @@ class Service:
         await eventually(lambda: self.states() == {"a": "ready", "b": "ready"})
 
     def states(self) -> dict[str, str]:
-        return {name: engine["state"] for name, engine in self.router._fleet.status().items()}
+        return {name: engine["state"] for name, engine in self.router._engines.status().items()}
 
     async def set_engines(self, *names: str) -> None:
         for name in names:
@@ -114,7 +114,7 @@ class Service:
 
 @pytest.fixture
 async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
-    monkeypatch.setattr(fleet, "PROBE_PERIOD_S", 0.05)
+    monkeypatch.setattr(membership, "PROBE_PERIOD_S", 0.05)
     made = Service()
     await made.start()
     yield made
@@ -142,14 +142,14 @@ async def test_engine_that_is_named_is_used(service: Service) -> None:
     await service.set_engines("a", "b", "c")
     await eventually(lambda: service.states() == dict.fromkeys("abc", "ready"))
     assert engines(await service.sample()) == {"a", "b", "c"}
-    assert service.router._fleet.size == 3
+    assert service.router._engines.size == 3
 
 
 async def test_engine_that_leaves_finishes_what_it_has(service: Service) -> None:
     """It gets nothing new meanwhile, and is forgotten when it is done."""
     call = await service.both_busy()
     await service.set_engines("a")
-    assert service.states()["b"] == "draining" and service.router._fleet.size == 1
+    assert service.states()["b"] == "draining" and service.router._engines.size == 1
     assert engines(await service.sample()) == {"a"}
     service.links["b"].engine.go.set()
     assert engines(await finished(call)) == {"a", "b"}
@@ -160,7 +160,7 @@ async def test_engine_that_leaves_too_slowly_loses_its_groups_to_others(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The samples are those that its seeds give, twice in turn is no failure, and it is told to abort them."""
-    monkeypatch.setattr(fleet, "LEAVE_S", 0.05)
+    monkeypatch.setattr(membership, "LEAVE_S", 0.05)
     expected = tokens(await service.sample())
     call = await service.both_busy()
     await service.set_engines("a", "c")

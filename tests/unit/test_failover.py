@@ -18,7 +18,7 @@ from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.groups import Group, Session
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.engines.fake import FakeEngine
-from twinkle_serve.engines.host import EngineHost
+from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import (
     EngineCrashedError,
     EngineDeadError,
@@ -92,7 +92,7 @@ class Service:
     def __init__(self, **args: Any) -> None:
         self.engines = {name: Engine(name) for name in ("a", "b")}
         self.store = LocalStore(WeightStore("demo"))
-        self.hosts = {name: EngineHost(engine, hub.DEMO, self.store) for name, engine in self.engines.items()}
+        self.hosts = {name: EngineServer(engine, hub.DEMO, self.store) for name, engine in self.engines.items()}
         self.args = ServiceArgs.model_validate({"model_id": "demo", "engine": "fake", **args})
         self.router = Router(self.args, hub.DEMO, self.hosts, self.store)
         self.restarts = 0
@@ -114,7 +114,7 @@ class Service:
         while True:
             for name, host in self.hosts.items():
                 engine = self.engines[name]
-                if host._retired or (engine.error is not None and self.router._fleet.states[name] == "dead"):
+                if host._retired or (engine.error is not None and self.router._engines.states[name] == "dead"):
                     self.restarts += 1
                     # Until it has its new life, nobody may take it for the old one, back again.
                     host._retired = "it is being replaced"
@@ -141,7 +141,7 @@ class Service:
 
 @pytest.fixture
 async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
-    monkeypatch.setattr("twinkle_serve.routing.fleet.PROBE_PERIOD_S", 0.05)
+    monkeypatch.setattr("twinkle_serve.routing.membership.PROBE_PERIOD_S", 0.05)
     made = Service(stall_timeout_s=0.3)
     await made.start()
     yield made
@@ -194,7 +194,7 @@ async def test_prompt_that_takes_longer_to_end_its_second_engine_is_found_all_th
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was cleared by then, and another suspect is beside it: that one is not taken for it."""
-    monkeypatch.setattr("twinkle_serve.routing.blame.CLEARED_AFTER_S", 0.02)
+    monkeypatch.setattr("twinkle_serve.routing.poison.CLEARED_AFTER_S", 0.02)
     for engine in service.engines.values():
         engine.fuses = [0.1, 0.4, 0.4, 0.4]
         engine._args = engine._args.model_copy(update={"token_latency_s": 0.01})
@@ -370,12 +370,12 @@ async def test_call_that_is_sent_again_takes_the_place_of_the_first(service: Ser
 
 async def test_engine_aborts_what_no_living_router_claims(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """A router that is gone asks after its engines no more."""
-    monkeypatch.setattr("twinkle_serve.engines.host.CLAIM_S", 0.2)
+    monkeypatch.setattr("twinkle_serve.engines.server.CLAIM_S", 0.2)
     host, engine = service.hosts["a"], service.engines["a"]
     engine.gate = asyncio.Event()
-    life = (await host.describe("gone")).life
+    incarnation = (await host.describe("gone")).incarnation
     group = Group(id=7, prompt_ids=np.array([30, 20], np.int32), params=service_params(), count=3)
-    session = Session(life=life, router="gone")
+    session = Session(incarnation=incarnation, router="gone")
     await host.submit(session, [group])
     items = [item async for item in host.results(session)]
     assert sum(0 if item.columns is None else len(item.columns) for item in items) == 1, "the one that was not gated"

@@ -138,8 +138,8 @@ async def test_closing_the_results_aborts_what_runs() -> None:
 
 async def test_end_of_a_chunk_takes_along_what_waits_for_company(monkeypatch: pytest.MonkeyPatch) -> None:
     """What has ended of a chunk that goes on waits; the last one of a chunk does not, and they share an item."""
-    monkeypatch.setattr("twinkle_serve.engines.base.LEAST_FLUSH_S", 1000.0)
-    monkeypatch.setattr("twinkle_serve.engines.base.MOST_FLUSH_S", 1000.0)
+    monkeypatch.setattr("twinkle_serve.engines.base.MIN_FLUSH_S", 1000.0)
+    monkeypatch.setattr("twinkle_serve.engines.base.MAX_FLUSH_S", 1000.0)
     engine = ScriptedEngine({0: None})
     runner = GroupRunner(engine.sample_group)
     results = runner.results()
@@ -157,8 +157,8 @@ async def test_engine_with_free_places_hands_back_at_once_what_the_router_waits_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where the router has nothing more, or the engine no place, it takes its time."""
-    monkeypatch.setattr("twinkle_serve.engines.base.LEAST_FLUSH_S", 1000.0)
-    monkeypatch.setattr("twinkle_serve.engines.base.MOST_FLUSH_S", 1000.0)
+    monkeypatch.setattr("twinkle_serve.engines.base.MIN_FLUSH_S", 1000.0)
+    monkeypatch.setattr("twinkle_serve.engines.base.MAX_FLUSH_S", 1000.0)
     for places, more, soon in ((2, True, True), (2, False, False), (1, True, False)):
         engine = ScriptedEngine({0: None})
         runner = GroupRunner(engine.sample_group, max_num_seqs=places)

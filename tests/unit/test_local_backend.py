@@ -168,7 +168,7 @@ def test_adapter_of_one_call_fails_no_neighbour(sampler: RunningSampler, adapter
         await type(host).load_adapter(host, version)
 
     host.load_adapter = refuse
-    use = backend._router._fleet.uses["local"]
+    use = backend._router._engines.active["local"]
     for loading in list(use.adapters):  # as if the engine were new
         del use.adapters[loading]
 

@@ -14,17 +14,17 @@ from tests.unit.test_failover import PROMPTS, Service, exact
 from tests.unit.test_weight_updates import eventually
 from twinkle_serve import SamplingParams
 from twinkle_serve.data_format.groups import Group
-from twinkle_serve.data_format.samples import Begun
-from twinkle_serve.engines.base import Gain
+from twinkle_serve.data_format.samples import PartialSample
+from twinkle_serve.engines.base import PartialUpdate
 from twinkle_serve.errors import EngineDeadError
-from twinkle_serve.routing.resume import Drafts, can_resume, rejoined
+from twinkle_serve.routing.resume import PartialSamples, can_resume, rejoined
 
 LONG: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "logprobs": 2}
 
 
 @pytest.fixture
 async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
-    monkeypatch.setattr("twinkle_serve.routing.fleet.PROBE_PERIOD_S", 0.05)
+    monkeypatch.setattr("twinkle_serve.routing.membership.PROBE_PERIOD_S", 0.05)
     monkeypatch.setattr("twinkle_serve.engines.base.GAINS_PERIOD_S", 0.02)
     made = Service(failover="resume")
     await made.start()
@@ -36,13 +36,13 @@ async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
     await made.stop()
 
 
-async def running_on(service: Service, at_least: int) -> tuple[str, dict[tuple[int, int], Begun]]:
+async def running_on(service: Service, at_least: int) -> tuple[str, dict[tuple[int, int], PartialSample]]:
     """The engine that has samples, or one of them, when so many tokens have arrived of each sample that runs; and what
     has arrived of its own, by the first token of the prompt and the sample's index."""
     pool = service.router._pool
 
     def busy() -> list[str]:  # of those in use: one that was ended may not be back
-        return [name for name in service.router._fleet.uses if pool._dispatcher.sequences(name)]
+        return [name for name in service.router._engines.active if pool._dispatcher.sequences(name)]
 
     async def begun() -> bool:
         drafts = [draft for samples in pool._drafts._drafts.values() for draft in samples.values()]
@@ -54,11 +54,11 @@ async def running_on(service: Service, at_least: int) -> tuple[str, dict[tuple[i
     for key, group in pool._dispatcher._engines[name].groups.items():
         for sample in sorted(pool._dispatcher._engines[name].left[key]):
             draft = pool._drafts._drafts[group.id][sample]
-            arrived[int(group.prompt_ids[0]), sample] = Begun.concat(draft.parts)
+            arrived[int(group.prompt_ids[0]), sample] = PartialSample.concat(draft.parts)
     return name, arrived
 
 
-async def broken_off(service: Service) -> dict[tuple[int, int], Begun]:
+async def broken_off(service: Service) -> dict[tuple[int, int], PartialSample]:
     """Ends an engine in the middle of its samples. Returns what had arrived of them."""
     name, arrived = await running_on(service, 10)
     service.engines[name].end(EngineDeadError("killed"))
@@ -174,36 +174,36 @@ def group(**fields: Any) -> Group:
     return Group(id=1, prompt_ids=np.zeros(2, np.int32), params=SamplingParams(max_tokens=4, stop=[9]), **fields)
 
 
-def begun(*tokens: int) -> Begun:
-    return Begun(
+def begun(*tokens: int) -> PartialSample:
+    return PartialSample(
         tokens=np.array(tokens, np.int32), logprobs=None, logprob_tokens=None, weight_versions=(("initial", 0),)
     )
 
 
-def gain(sample: int, *tokens: int, offset: int = 0, attempts: int = 0) -> Gain:
-    return Gain(attempt=(1, 0, attempts), sample=sample, offset=offset, begun=begun(*tokens))
+def gain(sample: int, *tokens: int, offset: int = 0, attempts: int = 0) -> PartialUpdate:
+    return PartialUpdate(attempt=(1, 0, attempts), sample=sample, offset=offset, partial=begun(*tokens))
 
 
 async def test_drafts_that_are_complete_stale_or_have_a_gap_are_not_resumed(service: Service) -> None:
     """Samples with nothing to go on from stay together with their neighbours."""
-    drafts = Drafts()
+    drafts = PartialSamples()
     drafts.begin(group(count=7, resume=True))
     drafts.gain([gain(1, 5), gain(1, 6, offset=1), gain(2, 5, 9), gain(3, 1, 2, 3, 4)])
     drafts.gain([gain(4, 5, offset=1), gain(5, 5, attempts=1), gain(1, 7, offset=9)])
     info = service.engines["a"].info
     parts = drafts.resumed(group(count=7, resume=True), info)
     assert [(part.first_sample, part.count) for part in parts] == [(0, 1), (1, 1), (2, 5)]
-    assert parts[1].begun is not None and parts[1].begun.tokens.tolist() == [5, 6]
-    assert parts[0].begun is parts[2].begun is None
+    assert parts[1].partial is not None and parts[1].partial.tokens.tolist() == [5, 6]
+    assert parts[0].partial is parts[2].partial is None
     drafts.drop([1])
-    assert drafts.resumed(group(resume=True), info)[0].begun is None
+    assert drafts.resumed(group(resume=True), info)[0].partial is None
 
 
 def test_suspects_are_prompts_and_not_samples() -> None:
     """Neighbours are one group again, with the worst that is known of each."""
-    alone = [group(first_sample=0, begun=begun(5), lost=("a",)), group(first_sample=1, count=2, lost=("a", "b"))]
+    alone = [group(first_sample=0, partial=begun(5), lost=("a",)), group(first_sample=1, count=2, lost=("a", "b"))]
     (joined,) = rejoined(alone)
-    assert (joined.first_sample, joined.count, joined.begun, joined.lost) == (0, 3, None, ("a", "b"))
+    assert (joined.first_sample, joined.count, joined.partial, joined.lost) == (0, 3, None, ("a", "b"))
     assert len(rejoined([group(first_sample=0), group(first_sample=2)])) == 2
 
 

@@ -14,7 +14,7 @@ from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.engines.fake import FakeEngine
-from twinkle_serve.engines.host import EngineHost
+from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import EngineDeadError
 from twinkle_serve.routing.policies import POLICIES
 from twinkle_serve.routing.router import Router
@@ -33,7 +33,7 @@ async def router(
     store = LocalStore(WeightStore("demo"))
     args = {"max_model_len": 64, "max_num_seqs": slots, "token_latency_s": token_latency_s}
     hosts = {
-        name: EngineHost(FakeEngine(name, str(hub.DEMO), args), hub.DEMO, store)
+        name: EngineServer(FakeEngine(name, str(hub.DEMO), args), hub.DEMO, store)
         for name in (f"e{number}" for number in range(engines))
     }
     for name, host in hosts.items():
@@ -84,14 +84,14 @@ async def test_seed_gives_the_same_tokens_when_an_engine_ends(reference: SampleR
     async with router(2, token_latency_s=0.005) as two:
         parts = two.sample_iter(PROMPTS, OPTIONS, num_samples=SAMPLES)
         responses = [await anext(parts)]
-        pool, fleet = two._pool, two._fleet
+        pool, membership = two._pool, two._engines
 
         async def busy() -> bool:
-            return any(pool._dispatcher.sequences(name) for name in fleet.uses)
+            return any(pool._dispatcher.sequences(name) for name in membership.active)
 
         await eventually(busy)
-        name = next(name for name in fleet.uses if pool._dispatcher.sequences(name))
-        fleet.lose(name, fleet.uses[name], EngineDeadError("killed"))
+        name = next(name for name in membership.active if pool._dispatcher.sequences(name))
+        membership.lose(name, membership.active[name], EngineDeadError("killed"))
         responses += [response async for response in parts]
     by_prompt = {part.prompt_index: part for response in responses for part in response}
     assert sorted(by_prompt) == list(range(len(PROMPTS)))

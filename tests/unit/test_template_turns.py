@@ -435,17 +435,17 @@ def test_turns_are_prefixes_of_those_after_them(
     """And no input is ever changed, nor does a feature share a list with the one that it came from."""
     template = templates[name]
     item: dict[str, Any] = {"messages": [{"role": "system", "content": "s"}] * system + [USER], "user_data": {"n": [1]}}
-    so_far: list[int] = []
+    partial_output: list[int] = []
     for (text, end), messages in script:
         before = copy.deepcopy(item)
         prompt = prompt_of(item, template)
-        assert prompt.ids.tolist()[: len(so_far)] == so_far
+        assert prompt.ids.tolist()[: len(partial_output)] == partial_output
         if name == "demo":
             rendered = template.render(item["messages"], None)
             assert template.decode(prompt.ids) == rendered
         feature = feature_of(prompt, template, text + (ends(name) if end else ""))
         assert feature["input_ids"][: len(prompt.ids)] == prompt.ids.tolist()
-        so_far = feature["input_ids"]
+        partial_output = feature["input_ids"]
         assert item == before
         spoiled = copy.deepcopy(feature)
         feature["user_data"]["n"].append(2)

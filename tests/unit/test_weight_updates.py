@@ -12,9 +12,9 @@ from twinkle_serve import hub
 from twinkle_serve.checkpoint import Bucket, buckets, named_tensors
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.groups import Group
-from twinkle_serve.data_format.weights import INITIAL
+from twinkle_serve.data_format.weights import INITIAL_LABEL
 from twinkle_serve.engines.fake import FakeEngine
-from twinkle_serve.engines.host import EngineHost
+from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import DeadlineError, EngineDeadError, EngineError, RequestError, StoreError, WeightsError
 from twinkle_serve.routing.router import Router
 from twinkle_serve.weights import LocalStore, WeightStore
@@ -64,7 +64,7 @@ class Service:
     def __init__(self) -> None:
         self.engines = {name: Engine(name) for name in ("a", "b")}
         self.store = LocalStore(WeightStore("demo"))
-        self.hosts = {name: EngineHost(engine, hub.DEMO, self.store) for name, engine in self.engines.items()}
+        self.hosts = {name: EngineServer(engine, hub.DEMO, self.store) for name, engine in self.engines.items()}
         args = ServiceArgs.model_validate({"model_id": "demo", "engine": "fake", "device_mesh": {"dp_size": 2}})
         self.router = Router(args, hub.DEMO, self.hosts, self.store)
 
@@ -101,7 +101,7 @@ class Service:
 
 @pytest.fixture
 async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
-    monkeypatch.setattr("twinkle_serve.routing.fleet.PROBE_PERIOD_S", 0.05)
+    monkeypatch.setattr("twinkle_serve.routing.membership.PROBE_PERIOD_S", 0.05)
     made = Service()
     await made.start()
     yield made
@@ -129,7 +129,7 @@ async def test_engines_with_different_weights_are_an_error(service: Service) -> 
     service.engines["b"].garbles.add("one")
     with pytest.raises(EngineError, match=r"different weights after they loaded 'one': a [0-9a-f]{8}, b other"):
         await service.update("one")
-    assert await service.labels() == {("a", INITIAL), ("b", INITIAL)}
+    assert await service.labels() == {("a", INITIAL_LABEL), ("b", INITIAL_LABEL)}
 
 
 async def test_engine_that_hangs_ends_the_update_at_its_deadline(service: Service) -> None:
@@ -137,7 +137,7 @@ async def test_engine_that_hangs_ends_the_update_at_its_deadline(service: Servic
     service.engines["a"].hangs.add("one")
     with pytest.raises(DeadlineError, match=r"not loaded within 2 s for 'one'; 'initial' is current"):
         await service.update("one", timeout_s=2.0)
-    assert await service.labels() == {("a", INITIAL), ("b", INITIAL)}
+    assert await service.labels() == {("a", INITIAL_LABEL), ("b", INITIAL_LABEL)}
 
 
 async def test_engine_that_cannot_go_back_is_not_used_until_it_can(service: Service) -> None:
@@ -172,14 +172,14 @@ async def test_engine_that_never_catches_up_has_its_process_replaced(service: Se
 
 async def test_engine_is_not_replaced_for_how_long_others_change_weights(service: Service) -> None:
     """It waits for its turn for longer than it may take to load."""
-    fleet = service.router._fleet
-    fleet.load_timeout_s = 0.1
-    async with fleet.changing:
-        fleet.lose("b", fleet.uses["b"], EngineDeadError("it was out of reach"))
+    membership = service.router._engines
+    membership.load_timeout_s = 0.1
+    async with membership.changing:
+        membership.lose("b", membership.active["b"], EngineDeadError("it was out of reach"))
         await asyncio.sleep(0.3)  # three times that
     await service.ready()
     await service.hosts["b"].check_health()
-    assert await service.labels() == {("a", INITIAL), ("b", INITIAL)}
+    assert await service.labels() == {("a", INITIAL_LABEL), ("b", INITIAL_LABEL)}
 
 
 async def test_update_whose_trainer_is_silent_is_given_up(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,10 +218,10 @@ async def test_caller_that_gives_up_leaves_an_update_whole(service: Service) -> 
 
 async def test_engine_that_hangs_for_good_is_given_up(service: Service) -> None:
     """It neither takes the new weights nor goes back: the update ends, and the other engine samples on."""
-    service.engines["b"].hangs |= {"one", INITIAL}
+    service.engines["b"].hangs |= {"one", INITIAL_LABEL}
     with pytest.raises(DeadlineError):
         await service.update("one", timeout_s=2.0)
-    assert await service.labels() == {("a", INITIAL)}
+    assert await service.labels() == {("a", INITIAL_LABEL)}
     service.engines["b"].hangs.clear()
     service.engines["b"].let_go.set()  # the router may have tried again by now
     await service.ready()
@@ -247,37 +247,37 @@ async def test_commit_whose_answer_is_lost_counts(service: Service, monkeypatch:
 async def test_router_that_was_wrong_about_the_current_version_learns(service: Service) -> None:
     """The store has gone on to another one than it knows: engines that fetch the old one fail, and it asks."""
     await service.update("one")
-    old = service.router._fleet.base
+    old = service.router._engines.weights_version
     await service.update("two")
-    service.router._fleet.base = old
+    service.router._engines.weights_version = old
     await service.ready_with("two")
     assert await service.labels() == {("a", "two"), ("b", "two")}
 
 
 async def test_resume_whose_caller_gives_up_resumes(service: Service) -> None:
     """While something else has its turn with the engines."""
-    fleet = service.router._fleet
+    membership = service.router._engines
     lease = await service.router.pause("keep", 30.0)
-    await fleet.changing.acquire()
+    await membership.changing.acquire()
     call = asyncio.ensure_future(service.router.resume(lease))
     await asyncio.sleep(0)
     call.cancel()
     await asyncio.wait({call})
-    fleet.changing.release()
+    membership.changing.release()
 
     async def resumed() -> bool:
         return not (await service.router.status())["paused"]
 
     await eventually(resumed)
-    assert await service.labels() == {("a", INITIAL), ("b", INITIAL)}
+    assert await service.labels() == {("a", INITIAL_LABEL), ("b", INITIAL_LABEL)}
 
 
 async def test_update_that_finds_no_turn_ends_at_its_deadline(service: Service) -> None:
     """It does not become current later, behind the caller's back."""
-    async with service.router._fleet.changing:
+    async with service.router._engines.changing:
         with pytest.raises(DeadlineError, match="another pause begins or ends"):
             await service.update("one", timeout_s=0.1)
-    assert await service.labels() == {("a", INITIAL), ("b", INITIAL)}
+    assert await service.labels() == {("a", INITIAL_LABEL), ("b", INITIAL_LABEL)}
 
 
 async def test_asleep_sampler_takes_no_weights_and_a_paused_one_does_not_sleep(service: Service) -> None:
@@ -301,11 +301,11 @@ async def test_engine_that_dies_as_an_update_begins_does_not_fail_it(
     """Another one tells which weights the model has."""
     asked = []
 
-    async def dying(self: EngineHost) -> Any:
+    async def dying(self: EngineServer) -> Any:
         asked.append(self)
         raise EngineDeadError("it died.")
 
-    first = next(iter(service.router._fleet.uses))
+    first = next(iter(service.router._engines.active))
     monkeypatch.setattr(service.hosts[first], "weight_shapes", dying.__get__(service.hosts[first]))
     assert await service.update("one") == "one"
     assert asked

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.adapters import AdapterVersion
-from twinkle_serve.data_format.samples import Begun, StopReason
+from twinkle_serve.data_format.samples import PartialSample, StopReason
 from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.data_format.weights import BaseVersion
+from twinkle_serve.data_format.weights import WeightsVersion
 
 GroupKey: TypeAlias = tuple[int, int]
 """(id, first sample) of a group: what tells the parts of a split prompt apart."""
@@ -41,7 +41,7 @@ class Group:
     """Seconds that each sample may take on its engine, waiting there and pauses included; then it ends where it is."""
     resume: bool = False
     """Whether its samples go on from where they were when their engine ends; the engine reports their tokens then."""
-    begun: Begun | None = None
+    partial: PartialSample | None = None
     """What there is already of the only sample of this group: it goes on from there."""
     attempts: int = 0
     """How often it was placed before."""
@@ -88,11 +88,11 @@ class Group:
 class Session:
     """One router's use of one engine's process, from when it is found ready until it is lost."""
 
-    life: str
-    """`EngineInfo.life` of the process."""
+    incarnation: str
+    """`EngineInfo.incarnation` of the process."""
     router: str
     """Id of the router."""
-    number: int = 0
+    epoch: int = 0
     """Higher in later uses by the same router, which end the earlier ones."""
 
 
@@ -131,9 +131,9 @@ class EngineInfo:
     """Cores that its computing threads are bound to; empty where they are not."""
     max_lora_rank: int = 0
     """Largest rank of an adapter; 0 where LoRA is switched off."""
-    life: str = ""
+    incarnation: str = ""
     """Differs between an engine's process and the one that replaces it."""
-    base: BaseVersion | None = None
+    weights_version: WeightsVersion | None = None
     """Version of the model's own weights that it holds; None while it holds none whole."""
     progress: int = 0
     """Another number whenever it has sampled, or scored, something."""

@@ -37,7 +37,7 @@ class PromptScores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Begun:
+class PartialSample:
     """Tokens of a sample that has not ended, T of them: its first ones, or what it has gained since."""
 
     tokens: NDArray[np.int32]
@@ -53,7 +53,7 @@ class Begun:
         return len(self.tokens)
 
     @classmethod
-    def concat(cls, parts: Sequence[Begun]) -> Begun:
+    def concat(cls, parts: Sequence[PartialSample]) -> PartialSample:
         """Parts that follow each other. At least one, all with logprobs or none."""
         spans: list[tuple[str, int]] = []
         start = 0

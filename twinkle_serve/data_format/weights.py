@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-INITIAL = "initial"
+INITIAL_LABEL = "initial"
 """Label of the weights in the model's own files."""
 
 PauseMode: TypeAlias = Literal["keep", "wait", "abort"]
@@ -29,7 +29,7 @@ class VersionSpan(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BaseVersion:
+class WeightsVersion:
     """One immutable version of the model's own weights."""
 
     label: str
@@ -40,5 +40,5 @@ class BaseVersion:
     size_bytes: int = 0
 
 
-FILES = BaseVersion(label=INITIAL, number=0)
+CHECKPOINT_VERSION = WeightsVersion(label=INITIAL_LABEL, number=0)
 """The model's own files."""

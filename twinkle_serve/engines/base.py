@@ -20,8 +20,8 @@ from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, GroupKe
 from twinkle_serve.data_format.samples import (
     NO_SEED,
     STOP_REASONS,
-    Begun,
     FloatArray,
+    PartialSample,
     PromptScores,
     SampleColumns,
     StopReason,
@@ -73,7 +73,7 @@ class Engine(Protocol):
     async def sample_group(self, group: Group) -> SampleColumns:
         """Samples one group. Raises RequestError for what this engine cannot do, EngineDeadError if it is gone."""
 
-    def so_far(self, group: Group, offset: int) -> Begun | None:
+    def partial_output(self, group: Group, offset: int) -> PartialSample | None:
         """What a running group of one sample, with `resume` set, has got beyond its first `offset` tokens.
 
         Guarantees: a sample that has ended has nothing; so the last token is none that ends it.
@@ -252,12 +252,12 @@ def spans_from(spans: Sequence[tuple[str, int]], offset: int) -> Spans:
     return (*before[-1:], *later)
 
 
-MOST_EARLY_ABORTS = 10_000
+MAX_EARLY_ABORTS = 10_000
 """Aborts remembered of groups that do not run; the oldest are forgotten."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gain:
+class PartialUpdate:
     """What a running sample has gained since the last time."""
 
     attempt: Attempt
@@ -266,7 +266,7 @@ class Gain:
     """Index of the sample among its prompt's."""
     offset: int
     """Tokens that it had before."""
-    begun: Begun
+    partial: PartialSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,20 +276,20 @@ class Finished:
     columns: SampleColumns | None = None
     failures: dict[GroupKey, TwinkleServeError] = field(default_factory=dict)
     """Groups that failed by themselves; the others of the chunk go on."""
-    gains: Sequence[Gain] = ()
+    gains: Sequence[PartialUpdate] = ()
     """Of samples that are not done, of this chunk or another one."""
 
 
 SampleGroup: TypeAlias = Callable[[Group], Awaitable[SampleColumns]]
 """`Engine.sample_group`, or what stands in front of it."""
-SoFar: TypeAlias = Callable[[Group, int], Begun | None]
-"""`Engine.so_far`, or what stands in front of it."""
+PartialOutput: TypeAlias = Callable[[Group, int], PartialSample | None]
+"""`Engine.partial_output`, or what stands in front of it."""
 
 GAINS_PERIOD_S = 0.5
 """How often what running samples have gained is handed on: the most that a sample which is resumed has lost."""
 
 
-def apart(group: Group) -> list[Group]:
+def split_by_sample(group: Group) -> list[Group]:
     """A group as the parts that are handed to an engine: its samples one by one, so that each comes back when it ends.
 
     A greedy group stays whole, for its samples are all the same; and one whose prompt is scored: that is done once.
@@ -299,7 +299,7 @@ def apart(group: Group) -> list[Group]:
     return [group.part(sample, 1) for sample in group.samples]
 
 
-LEAST_FLUSH_S, MOST_FLUSH_S = 0.05, 1.0
+MIN_FLUSH_S, MAX_FLUSH_S = 0.05, 1.0
 FLUSH_SHARE = 0.02
 """A sample that has ended waits for others to go with: for this share of the time that it was here, within these."""
 
@@ -320,14 +320,14 @@ class _Chunk:
 
 @dataclass(slots=True, eq=False)
 class _Part:
-    """What is handed to the engine by itself; see `apart`."""
+    """What is handed to the engine by itself; see `split_by_sample`."""
 
     chunk: _Chunk
     group: Group
     """What it is a part of, as the router has placed it."""
     part: Group
     began_at: float
-    told: int
+    reported: int
     """Tokens of it that were handed on, where it may be resumed."""
 
 
@@ -338,7 +338,10 @@ class GroupRunner:
     """
 
     def __init__(
-        self, sample_group: SampleGroup, so_far: SoFar = lambda group, offset: None, max_num_seqs: int = 1
+        self,
+        sample_group: SampleGroup,
+        partial_output: PartialOutput = lambda group, offset: None,
+        max_num_seqs: int = 1,
     ) -> None:
         """Must be called on the event loop that it is to live on.
 
@@ -346,7 +349,7 @@ class GroupRunner:
             max_num_seqs: places of the engine.
         """
         self._sample_group = sample_group
-        self._so_far = so_far
+        self._partial_output = partial_output
         self._max_num_seqs = max_num_seqs
         self._more = False
         """Whether the router had more than it has sent."""
@@ -377,11 +380,11 @@ class GroupRunner:
                 del self._aborted_early[group.attempt]
                 continue
             tasks = self._running[group.attempt] = []
-            for part in apart(group):
+            for part in split_by_sample(group):
                 task = asyncio.ensure_future(self._sample_group(part))
                 tasks.append(task)
-                told = 0 if part.begun is None else len(part.begun)
-                self._parts[task] = _Part(chunk, group, part, now, told)
+                reported = 0 if part.partial is None else len(part.partial)
+                self._parts[task] = _Part(chunk, group, part, now, reported)
                 if group.resume:
                     self._resumable[task] = self._parts[task]
                 task.add_done_callback(self._end)
@@ -401,8 +404,8 @@ class GroupRunner:
         elif self._more and len(self._parts) - len(self._ended) < self._max_num_seqs:
             wait_s = STARVING_FLUSH_S
         else:
-            longest = LEAST_FLUSH_S if part.group.urgent else MOST_FLUSH_S
-            wait_s = min(max(LEAST_FLUSH_S, FLUSH_SHARE * (now - part.began_at)), longest)
+            longest = MIN_FLUSH_S if part.group.urgent else MAX_FLUSH_S
+            wait_s = min(max(MIN_FLUSH_S, FLUSH_SHARE * (now - part.began_at)), longest)
         self._due = min(self._due, now + wait_s)
         self._changed.set()
 
@@ -457,7 +460,7 @@ class GroupRunner:
             del self._running[group.attempt]
         return group
 
-    def _gains(self) -> list[Gain]:
+    def _gains(self) -> list[PartialUpdate]:
         """What running samples have gained, where it is time to hand that on."""
         now = self._loop.time()
         if not self._resumable or now < self._tell_at:
@@ -465,12 +468,14 @@ class GroupRunner:
         self._tell_at = now + GAINS_PERIOD_S
         gains = []
         for resumable in self._resumable.values():
-            part, offset = resumable.part, resumable.told
-            if (begun := self._so_far(part, offset)) is not None:
+            part, offset = resumable.part, resumable.reported
+            if (partial := self._partial_output(part, offset)) is not None:
                 gains.append(
-                    Gain(attempt=resumable.group.attempt, sample=part.first_sample, offset=offset, begun=begun)
+                    PartialUpdate(
+                        attempt=resumable.group.attempt, sample=part.first_sample, offset=offset, partial=partial
+                    )
                 )
-                resumable.told += len(begun)
+                resumable.reported += len(partial)
         return gains
 
     def abort(self, attempts: Iterable[Attempt]) -> None:
@@ -482,7 +487,7 @@ class GroupRunner:
             else:
                 # Done already, or not here yet: an abort may overtake the chunk.
                 self._aborted_early[attempt] = None
-        while len(self._aborted_early) > MOST_EARLY_ABORTS:
+        while len(self._aborted_early) > MAX_EARLY_ABORTS:
             del self._aborted_early[next(iter(self._aborted_early))]
 
     def close(self) -> None:

@@ -26,9 +26,9 @@ from twinkle_serve.adapters import describe_adapter, not_in_model
 from twinkle_serve.checkpoint import Bucket, weight_shapes
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
-from twinkle_serve.data_format.samples import Begun, FloatArray, PromptScores, SampleColumns, StopReason
+from twinkle_serve.data_format.samples import FloatArray, PartialSample, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.data_format.weights import INITIAL, PauseMode
+from twinkle_serve.data_format.weights import INITIAL_LABEL, PauseMode
 from twinkle_serve.engines.base import (
     TokenDelta,
     columns_of_group,
@@ -75,7 +75,7 @@ class FakeEngine:
         self._adapters: dict[int, FloatArray] = {}
         """What each adapter version adds to the logits, by its id."""
         self._asleep = False
-        self._label = INITIAL
+        self._label = INITIAL_LABEL
         self._sampling = 0
         """Groups that run."""
         self._idle, self._resumed, self._unheld = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -148,12 +148,12 @@ class FakeEngine:
             [tuple(sample.weight_versions) or ((self._label, 0),) for sample in samples],
         )
 
-    def so_far(self, group: Group, offset: int) -> Begun | None:
+    def partial_output(self, group: Group, offset: int) -> PartialSample | None:
         sample = self._drafts.get(group.attempt)
         if sample is None or sample.reason is not None or len(sample.tokens) <= offset:
             return None
         k = group.params.logprobs
-        return Begun(
+        return PartialSample(
             tokens=np.array(sample.tokens[offset:], np.int32),
             logprobs=None if k is None else sample.logprob_array[offset:],
             logprob_tokens=None if not k else sample.top_token_array[offset:],
@@ -248,7 +248,7 @@ class FakeEngine:
                 tensors[name] = zlib.crc32(tensor["data"])
         checksum = zlib.crc32(json.dumps(tensors, sort_keys=True).encode())
         self._logits = self._initial
-        if label != INITIAL:
+        if label != INITIAL_LABEL:
             noise = np.random.default_rng(checksum).normal(0.0, 1.0, self._initial.shape)
             self._logits = self._initial + noise.astype(np.float32)
         self._label = label

@@ -22,8 +22,15 @@ from twinkle_serve.adapters import describe_adapter, not_in_model
 from twinkle_serve.checkpoint import Bucket
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import EngineInfo, Group
-from twinkle_serve.data_format.samples import STOP_REASONS, Begun, FloatArray, PromptScores, SampleColumns, StopReason
-from twinkle_serve.data_format.weights import INITIAL, PauseMode
+from twinkle_serve.data_format.samples import (
+    STOP_REASONS,
+    FloatArray,
+    PartialSample,
+    PromptScores,
+    SampleColumns,
+    StopReason,
+)
+from twinkle_serve.data_format.weights import INITIAL_LABEL, PauseMode
 from twinkle_serve.engines.base import TokenDelta, columns_of_group, most_new_tokens, parse_engine_args
 from twinkle_serve.engines.torch_rows import LogprobsMode, Row, RowSampler, RowStopper
 from twinkle_serve.errors import (
@@ -101,7 +108,7 @@ class TorchEngine:
         """peft's name of the adapter of the running batch; None is the base model."""
         self._between_tokens: SimpleQueue[Callable[[], None]] = SimpleQueue()
         """What is to be done to the model, by its own thread, while no token is being computed."""
-        self._label = INITIAL
+        self._label = INITIAL_LABEL
         """Of the weights that the model has."""
         self._computed_is_stale = False
         """Whether the model's weights have changed under the running batch."""
@@ -540,7 +547,7 @@ class TorchEngine:
     async def wake_up(self, tags: Sequence[str] | None) -> None:
         raise UnsupportedError("the torch engine does not sleep. Use engine: vllm on a GPU.")
 
-    def so_far(self, group: Group, offset: int) -> Begun | None:
+    def partial_output(self, group: Group, offset: int) -> PartialSample | None:
         return None  # a batch runs to its end in the model's own thread
 
     def progress(self) -> int:

@@ -24,8 +24,8 @@ from twinkle_serve.adapters import not_in_model
 from twinkle_serve.checkpoint import Bucket
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
-from twinkle_serve.data_format.samples import Begun, FloatArray, PromptScores, SampleColumns, StopReason
-from twinkle_serve.data_format.weights import INITIAL, PauseMode, Spans
+from twinkle_serve.data_format.samples import FloatArray, PartialSample, PromptScores, SampleColumns, StopReason
+from twinkle_serve.data_format.weights import INITIAL_LABEL, PauseMode, Spans
 from twinkle_serve.engines.base import TokenDelta, columns_of_group, most_new_tokens, spans_from, stop_cut
 from twinkle_serve.engines.tmpfs import PREFIX, MemoryDirectory
 from twinkle_serve.errors import (
@@ -208,7 +208,7 @@ class VLLMEngine:
         self._files: MemoryDirectory | None = None
         self._lora_requests: dict[int, Any] = {}
         """vLLM's name of each adapter version, by its id."""
-        self._label = INITIAL
+        self._label = INITIAL_LABEL
         """Of the weights that it holds."""
         self._slots: AdapterSlots | None = None
         self._resumable: dict[Attempt, str] = {}
@@ -227,7 +227,7 @@ class VLLMEngine:
         await asyncio.to_thread(self._start)
         config = self._llm.vllm_config
         lora = config.lora_config
-        await self._llm.update_weight_version(INITIAL)
+        await self._llm.update_weight_version(INITIAL_LABEL)
         if lora is not None:
             await self._llm.collective_rpc("take_lora_off_the_head")
             if self._device == "cpu":
@@ -369,7 +369,7 @@ class VLLMEngine:
         running: int = sum(state.detokenizer.num_output_tokens() for state in live)
         return self._ended_tokens + running
 
-    def so_far(self, group: Group, offset: int) -> Begun | None:
+    def partial_output(self, group: Group, offset: int) -> PartialSample | None:
         # To stream the tokens instead would cost an output a token, where one at the end is enough.
         processor, k = self._llm.output_processor, group.params.logprobs
         internal = processor.external_req_ids.get(self._resumable.get(group.attempt))  # one: the group is one sample
@@ -382,7 +382,7 @@ class VLLMEngine:
             logprobs = np.array(flat.logprobs[first:], np.float32).reshape(-1, 1 + k)
             if k:
                 logprob_tokens = np.array(flat.token_ids[first:], np.int32).reshape(-1, 1 + k)
-        return Begun(
+        return PartialSample(
             tokens=np.array(state.detokenizer.output_token_ids[offset:], np.int32),
             logprobs=logprobs,
             logprob_tokens=logprob_tokens,

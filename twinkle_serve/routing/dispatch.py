@@ -209,7 +209,7 @@ class Dispatcher:
             engine.suspect = None
 
     def clear_waiting(self) -> None:
-        """Another one was guilty: no group that waits is a suspect any more."""
+        """Another one was poisoned: no group that waits is a suspect any more."""
         suspects, self._suspects = self._suspects, deque()
         self.enqueue(suspects, first=True)
 

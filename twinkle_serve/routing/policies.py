@@ -143,7 +143,7 @@ class Balanced:
         """Of those that have room for so many samples; None if none of the first few has."""
         too_full: list[tuple[float, float, str]] = []
         found = None
-        while self._order and found is None and len(too_full) < MOST_TRIES:
+        while self._order and found is None and len(too_full) < MAX_TRIES:
             entry = self._order[0]
             if self._versions.get(entry[2]) != entry[1]:
                 heapq.heappop(self._order)
@@ -165,7 +165,7 @@ class Balanced:
         return holder if ahead <= AFFINITY_MARGIN else None
 
 
-MOST_TRIES = 8
+MAX_TRIES = 8
 """Engines that are looked at for one with room for a whole group. The less they have to do, the more room they have."""
 
 AFFINITY_MARGIN = 0.25
@@ -231,7 +231,7 @@ POLICIES: dict[PolicyName, Callable[[random.Random], Policy]] = {
 
 BLOCK = 64
 """Tokens of a prompt that are looked at together. vLLM's own blocks are 16 to 128."""
-MOST_PREFIXES = 100_000
+MAX_PREFIXES = 100_000
 
 
 class Prefixes:
@@ -246,7 +246,7 @@ class Prefixes:
         if whole is not None:
             self._engines[whole] = engine
             self._engines.move_to_end(whole)
-            if len(self._engines) > MOST_PREFIXES:
+            if len(self._engines) > MAX_PREFIXES:
                 self._engines.popitem(last=False)
 
     def engine_of(self, group: Group) -> str | None:

@@ -17,7 +17,7 @@ class _Caller:
     """Tokens that were sent for it: the caller with the fewest is next."""
 
 
-MOST_LEFT = 1000
+MAX_LEFT = 1000
 """Callers without anything waiting whose turns are remembered before those that are past are forgotten."""
 
 
@@ -124,7 +124,7 @@ class FairQueue:
     def _leave(self, name: str) -> None:
         """A caller has nothing waiting any more."""
         self._turns_left[name] = self._callers.pop(name).turn
-        if len(self._turns_left) > MOST_LEFT:
+        if len(self._turns_left) > MAX_LEFT:
             self._turns_left = {name: turn for name, turn in self._turns_left.items() if turn > self._now}
 
     def withdraw(self, caller: str, group_ids: Sequence[int]) -> None:

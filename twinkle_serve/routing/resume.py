@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
-from twinkle_serve.data_format.samples import Begun, SampleColumns
+from twinkle_serve.data_format.samples import PartialSample, SampleColumns
 from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.engines.base import Gain, most_new_tokens
+from twinkle_serve.engines.base import PartialUpdate, most_new_tokens
 
 
 def can_resume(params: SamplingParams) -> bool:
@@ -29,7 +29,7 @@ def rejoined(groups: Iterable[Group]) -> list[Group]:
     for group in sorted(groups, key=lambda group: group.key):
         last = joined[-1] if joined else None
         if last is None or last.id != group.id or last.samples.stop != group.first_sample:
-            joined.append(replace(group, begun=None))
+            joined.append(replace(group, partial=None))
             continue
         joined[-1] = replace(
             last,
@@ -43,18 +43,18 @@ def rejoined(groups: Iterable[Group]) -> list[Group]:
 
 
 @dataclass(slots=True)
-class _Draft:
+class _Partial:
     attempt: Attempt
-    parts: list[Begun] = field(default_factory=list)
+    parts: list[PartialSample] = field(default_factory=list)
     length: int = 0
     """Tokens of all parts."""
 
-    def add(self, part: Begun) -> None:
+    def add(self, part: PartialSample) -> None:
         self.parts.append(part)
         self.length += len(part)
 
 
-class Drafts:
+class PartialSamples:
     """What has arrived of samples that run.
 
     Guarantees: a draft is the beginning of one sample as one attempt samples it; what comes of an earlier attempt, or
@@ -62,7 +62,7 @@ class Drafts:
     """
 
     def __init__(self) -> None:
-        self._drafts: dict[int, dict[int, _Draft]] = {}
+        self._drafts: dict[int, dict[int, _Partial]] = {}
         """By group and index of the sample."""
 
     def __len__(self) -> int:
@@ -74,16 +74,16 @@ class Drafts:
             return
         samples = self._drafts.setdefault(group.id, {})
         for sample in group.samples:
-            samples[sample] = draft = _Draft(group.attempt)
-            if group.begun is not None:
-                draft.add(group.begun)
+            samples[sample] = draft = _Partial(group.attempt)
+            if group.partial is not None:
+                draft.add(group.partial)
 
-    def gain(self, gains: Iterable[Gain]) -> None:
+    def gain(self, gains: Iterable[PartialUpdate]) -> None:
         """Samples have got more tokens."""
         for gain in gains:
             draft = self._drafts.get(gain.attempt[0], {}).get(gain.sample)
             if draft is not None and draft.attempt == gain.attempt and draft.length == gain.offset:
-                draft.add(gain.begun)
+                draft.add(gain.partial)
 
     def end(self, columns: SampleColumns) -> None:
         """Samples are there."""
@@ -107,17 +107,17 @@ class Drafts:
             return [group]
         most, parts = most_new_tokens(info, group), list[Group]()
         for sample in group.samples:
-            begun = self._begun(group, sample, most)
-            if begun is None and parts and parts[-1].begun is None:
+            partial = self._partial_of(group, sample, most)
+            if partial is None and parts and parts[-1].partial is None:
                 parts[-1] = replace(parts[-1], count=parts[-1].count + 1)
             else:
-                parts.append(replace(group.part(sample, 1), begun=begun))
+                parts.append(replace(group.part(sample, 1), partial=partial))
         return parts
 
-    def _begun(self, group: Group, sample: int, most: int) -> Begun | None:
+    def _partial_of(self, group: Group, sample: int, most: int) -> PartialSample | None:
         """Of a sample that has tokens, and will have more."""
         draft = self._drafts.get(group.id, {}).get(sample)
         if draft is None or not 0 < draft.length < most:
             return None
-        begun = Begun.concat(draft.parts)
-        return None if int(begun.tokens[-1]) in group.params.stop_token_ids else begun
+        partial = PartialSample.concat(draft.parts)
+        return None if int(partial.tokens[-1]) in group.params.stop_token_ids else partial

@@ -1,4 +1,4 @@
-"""Admits requests, sends groups to engines, gathers samples. Free of Ray: it sees engines through `EngineLink`."""
+"""Admits requests, sends groups to engines, gathers samples. Free of Ray: it sees engines through `EngineClient`."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from twinkle_serve.errors import (
     TwinkleServeError,
 )
 from twinkle_serve.routing.adapters import Adapters, fingerprint
-from twinkle_serve.routing.fleet import Fleet
-from twinkle_serve.routing.link import EngineLink
-from twinkle_serve.routing.live import Live, LiveCalls, Rate, seconds
-from twinkle_serve.routing.pool import EnginePool
+from twinkle_serve.routing.calls import ActiveCall, CallRegistry, Rate, seconds
+from twinkle_serve.routing.engine_client import EngineClient
+from twinkle_serve.routing.membership import EngineMembership
+from twinkle_serve.routing.pause import PauseCoordinator
 from twinkle_serve.routing.request import Request, ResponseHeader
+from twinkle_serve.routing.scheduler import GroupScheduler
 from twinkle_serve.routing.seeds import SPACING, prompt_seed
-from twinkle_serve.routing.standstill import Standstill
 from twinkle_serve.routing.templates import TemplateCache, TemplateChoice
 from twinkle_serve.routing.updates import Pauses, WeightUpdates, require_mode
 from twinkle_serve.template import Template
 from twinkle_serve.template.prompts import Prompt, encode_inputs
-from twinkle_serve.weights import StoreLink
+from twinkle_serve.weights import StoreClient
 
 logger = logging.getLogger("ray.serve")
 
-MOST_PATHS = 16
+MAX_PATHS = 16
 """Adapters that are known by their path alone; the one that was used least recently is forgotten."""
 
 
@@ -60,7 +60,7 @@ class Router:
     Guarantees: every accepted prompt yields exactly `num_samples` sequences, or the call raises.
     Guarantees: cancelling the call or a group of it, its deadline, or its caller's silence aborts its sequences in the
         engines.
-    Guarantees: an engine's death loses no sample; see `EnginePool`.
+    Guarantees: an engine's death loses no sample; see `GroupScheduler`.
     Guarantees: what waits is bounded; a call beyond that is refused at once.
     Guarantees: a request is sampled by the adapter version that its name meant when it was admitted.
     Guarantees: every sample names the versions of the model's own weights that sampled it, and their tokens.
@@ -73,8 +73,8 @@ class Router:
         self,
         args: ServiceArgs,
         model: Path,
-        links: Mapping[str, EngineLink],
-        store: StoreLink,
+        links: Mapping[str, EngineClient],
+        store: StoreClient,
         *,
         engines_return: bool = True,
         observe_staleness: Callable[[str, int], None] = lambda name, versions: None,
@@ -97,9 +97,9 @@ class Router:
         self._store = store
         self._templates = TemplateCache(model, args)
         self._adapters: Adapters
-        self._fleet: Fleet
-        self._pool: EnginePool
-        self._standstill: Standstill
+        self._engines: EngineMembership
+        self._pool: GroupScheduler
+        self._pause_coordinator: PauseCoordinator
         self._updates: WeightUpdates
         self._pauses: Pauses
         self._paths: OrderedDict[str, tuple[tuple[int, int], ...]] = OrderedDict()
@@ -112,7 +112,7 @@ class Router:
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._requests: dict[int, Request] = {}
         """Live requests, by the ids of the groups that they wait for."""
-        self._live = LiveCalls(self._give_up_request)
+        self._live = CallRegistry(self._give_up_request)
         self._rate = Rate()
         """Tokens that engines hand back."""
         self._streams: set[int] = set()
@@ -137,8 +137,8 @@ class Router:
             version = await self._store.put(name, files)
             await self._store.publish(version)
             await self._store.drop(self._adapters.publish(version))
-        base, labels = await self._store.base("take_over")
-        self._fleet = Fleet(
+        base, labels = await self._store.base("recover")
+        self._engines = EngineMembership(
             self._links,
             self._adapters,
             base,
@@ -147,21 +147,21 @@ class Router:
             stall_timeout_s=self._args.stall_timeout_s,
             engines_return=self._engines_return,
         )
-        self._pool = EnginePool(
-            self._fleet,
+        self._pool = GroupScheduler(
+            self._engines,
             wanted=self._requests.__contains__,
             deliver=self._deliver,
             fail=self._fail,
             policy=self._args.policy,
             resume=self._args.failover == "resume",
         )
-        self._standstill = Standstill(self._fleet)
-        self._updates = WeightUpdates(self._store, self._fleet, self._standstill, labels)
-        self._pauses = Pauses(self._fleet, self._standstill)
+        self._pause_coordinator = PauseCoordinator(self._engines)
+        self._updates = WeightUpdates(self._store, self._engines, self._pause_coordinator, labels)
+        self._pauses = Pauses(self._engines, self._pause_coordinator)
 
     def close(self) -> None:
         """Stops following engines; running calls are cancelled by whoever made them."""
-        self._fleet.close()
+        self._engines.close()
         self._encoding.shutdown(wait=False, cancel_futures=True)
 
     # -- sampling --------------------------------------------------------------------------------
@@ -189,9 +189,9 @@ class Router:
         deadline = asyncio.get_running_loop().time() + limit_s
         try:
             async with asyncio.timeout_at(deadline):
-                understood = await self._understood(call)
-            with self._holding(understood.adapter):
-                group = self._streamed(understood)
+                validated = await self._validate(call)
+            with self._holding(validated.adapter):
+                group = self._streamed(validated)
                 self._streams.add(group.id)
                 try:
                     async with contextlib.aclosing(self._pool.stream(group)) as deltas:
@@ -207,9 +207,9 @@ class Router:
         except TimeoutError:
             raise DeadlineError(f"timeout_s={limit_s:g} passed in a stream. Raise it or ask for less.") from None
 
-    def _streamed(self, understood: _Understood) -> Group:
+    def _streamed(self, validated: _ValidatedCall) -> Group:
         """The only group of a stream."""
-        prompts, params = understood.prompts, understood.params
+        prompts, params = validated.prompts, validated.params
         if len(prompts) != 1 or params.num_samples != 1:
             raise RequestError(
                 f"sample_stream takes one prompt and one sample, got {len(prompts)} and {params.num_samples}. "
@@ -221,7 +221,7 @@ class Router:
             prompt_ids=prompts[0].ids,
             params=params,
             seed=None if params.seed is None else prompt_seed(params.seed, prompts[0].index),
-            adapter=understood.adapter,
+            adapter=validated.adapter,
         )
 
     # -- adapters --------------------------------------------------------------------------------
@@ -243,15 +243,15 @@ class Router:
         except TimeoutError:
             raise DeadlineError(
                 f"adapter {name!r} was not loaded within startup_timeout_s={self._args.startup_timeout_s:g}; "
-                f"{self._fleet.ready} of {self._fleet.size} engines are up. Its name means what it meant."
+                f"{self._engines.ready} of {self._engines.size} engines are up. Its name means what it meant."
             ) from None
 
     async def _add(self, name: str, source: AdapterFiles | str, *, is_path: bool = False) -> str:
-        await self._fleet.known()
+        await self._engines.wait_for_info()
         files = source if isinstance(source, AdapterFiles) else await asyncio.to_thread(read_adapter, source)
         version = await self._store.put(name, files, is_path=is_path)
         try:
-            await self._fleet.load(version)
+            await self._engines.load(version)
             await self._store.publish(version)
         except BaseException:
             self._give_up([version])
@@ -262,8 +262,8 @@ class Router:
     def _give_up(self, versions: Sequence[AdapterVersion]) -> None:
         """Has engines and store drop versions that no name means and no request uses."""
         if versions:
-            self._fleet.drop(versions)
-            self._fleet.spawn(self._forgotten(versions))
+            self._engines.drop(versions)
+            self._engines.spawn(self._forgotten(versions))
 
     async def _forgotten(self, versions: Sequence[AdapterVersion]) -> None:
         try:
@@ -293,7 +293,7 @@ class Router:
                     self._paths[path] = now
         self._paths.move_to_end(path)
         version = self._adapters.resolve(path)
-        while len(self._paths) > MOST_PATHS:
+        while len(self._paths) > MAX_PATHS:
             await self.remove_adapter(next(iter(self._paths)))
         return version
 
@@ -317,9 +317,9 @@ class Router:
         self._require_awake()
         return await self._updates.begin(label)
 
-    async def append_weights(self, upload: int, index: int, parcel: Any) -> None:
+    async def append_weights(self, upload: int, index: int, bucket: Any) -> None:
         """See `WeightUpdates.append`."""
-        await self._updates.append(upload, index, parcel)
+        await self._updates.append(upload, index, bucket)
 
     async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
         """See `WeightUpdates.publish`."""
@@ -347,7 +347,7 @@ class Router:
 
     async def state_keys(self) -> list[str]:
         """Names of the model's weights, as its checkpoint has them."""
-        shapes, _ = await self._fleet.ask("weight_shapes")
+        shapes, _ = await self._engines.call_any("weight_shapes")
         return sorted(shapes)
 
     async def check_template(self, template: TemplateChoice) -> None:
@@ -360,7 +360,7 @@ class Router:
 
     async def reset_prefix_cache(self) -> None:
         """On every engine."""
-        await self._fleet.tell_all("reset_prefix_cache")
+        await self._engines.call_all("reset_prefix_cache")
 
     async def sleep(self, level: int = 1) -> None:
         """Frees the engines' device memory until `wake_up`; calls are refused meanwhile.
@@ -373,22 +373,22 @@ class Router:
             raise RequestError(f"level must be 1 or 2, got {level!r}.")
         if running := self._running + self._pool.sequences:
             raise RequestError(f"{running} requests are running: sleep would lose them. Wait for them, or cancel them.")
-        if self._fleet.paused:
+        if self._engines.paused:
             raise RequestError("the engines are paused, or are loading weights. Wait for the end of that.")
         self._asleep = True
         try:
-            await self._standstill.change("sleep", level)
+            await self._pause_coordinator.change("sleep", level)
         except BaseException:
             self._asleep = False
             with contextlib.suppress(TwinkleServeError):  # those that could not sleep are awake
-                await self._standstill.change("wake_up", None)
+                await self._pause_coordinator.change("wake_up", None)
             raise
 
     async def wake_up(self, tags: Sequence[str] | None = None) -> None:
         """Ends `sleep`; with `tags`, of "weights" and "kv_cache", wakes these alone."""
         if tags is not None and set(tags) - {"weights", "kv_cache"}:
             raise RequestError(f"tags may hold weights and kv_cache, got {list(tags)!r}.")
-        await self._standstill.change("wake_up", tags)
+        await self._pause_coordinator.change("wake_up", tags)
         if tags is None or "kv_cache" in tags:
             self._asleep = False
 
@@ -397,39 +397,39 @@ class Router:
         """Requests and streams."""
         return len(self._live) + len(self._streams)
 
-    def set_links(self, links: Mapping[str, EngineLink]) -> None:
-        """See `Fleet.set_links`."""
-        self._fleet.set_links(links)
+    def set_links(self, links: Mapping[str, EngineClient]) -> None:
+        """See `EngineMembership.set_links`."""
+        self._engines.set_links(links)
 
     async def drain_engine(self, name: str, timeout_s: float) -> None:
-        """See `Fleet.drain`."""
-        await self._fleet.drain(name, seconds("timeout_s", timeout_s))
+        """See `EngineMembership.drain`."""
+        await self._engines.drain(name, seconds("timeout_s", timeout_s))
 
     async def undrain_engine(self, name: str) -> None:
-        """See `Fleet.undrain`."""
-        await self._fleet.undrain(name)
+        """See `EngineMembership.undrain`."""
+        await self._engines.undrain(name)
 
     async def restart_engine(self, name: str, drain_timeout_s: float, timeout_s: float) -> None:
-        """See `Fleet.restart`."""
-        await self._fleet.restart(name, seconds("drain_timeout_s", drain_timeout_s), seconds("timeout_s", timeout_s))
+        """See `EngineMembership.restart`."""
+        await self._engines.restart(name, seconds("drain_timeout_s", drain_timeout_s), seconds("timeout_s", timeout_s))
 
-    async def forget(self) -> None:
+    async def purge(self) -> None:
         """Before the service is deleted: without a state_dir of its own, nobody is to find its weights again."""
         if self._args.state_dir is None:
             published = await self._store.published()
             await self._store.drop([version for versions in published.values() for version in versions])
-            await self._store.base("forget")
+            await self._store.base("purge")
 
     async def status(self) -> dict[str, Any]:
         """Engines, adapters and queues, as plain values."""
         return {
             "model_id": self._args.model_id,
             "request_timeout_s": self._args.request_timeout_s,
-            "engines": self._fleet.status(),
+            "engines": self._engines.status(),
             "groups_waiting": self._pool.waiting,
-            "paused": self._fleet.paused,
+            "paused": self._engines.paused,
             "asleep": self._asleep,
-            "weights": self._fleet.base.label,
+            "weights": self._engines.weights_version.label,
             "adapters": {name: version.label for name, version in self._adapters.newest.items()},
             "requests": self._running,
         }
@@ -452,11 +452,11 @@ class Router:
             # No timeout is held across the yield: it would cancel whatever the caller's task is doing there.
             try:
                 async with asyncio.timeout_at(deadline):
-                    understood = await self._understood(call)
-                    stack.enter_context(self._holding(understood.adapter))
+                    validated = await self._validate(call)
+                    stack.enter_context(self._holding(validated.adapter))
                     # 10,000 groups take long enough to make to keep others waiting.
-                    first_id = self._take_ids(len(understood.prompts))
-                    request, groups = await self._encode_in_thread(self._request_of, first_id, understood, call)
+                    first_id = self._take_ids(len(validated.prompts))
+                    request, groups = await self._encode_in_thread(self._request_of, first_id, validated, call)
             except TimeoutError:
                 raise DeadlineError(self._late(limit_s, None)) from None
             self._admit(live, request, groups)
@@ -467,7 +467,7 @@ class Router:
                 expiry.cancel()
                 self._dismiss(request)
                 if request.complete:
-                    self._observe(understood.adapter, request.weight_versions)
+                    self._observe(validated.adapter, request.weight_versions)
 
     def _observe(self, adapter: AdapterVersion | None, weight_versions: set[str]) -> None:
         """Reports how stale a finished request is: its adapter where it has one, else the model's own weights."""
@@ -512,7 +512,7 @@ class Router:
         """The caller of these calls is there, and will say so again within `lease_s`."""
         self._live.renew(request_ids, lease_s)
 
-    async def _understood(self, call: Call) -> _Understood:
+    async def _validate(self, call: Call) -> _ValidatedCall:
         """What a call asks for, checked against what the engines can do."""
         params = SamplingParams.of(call.sampling_params, call.num_samples, call.logprobs)
         if params.num_samples > SPACING:
@@ -526,7 +526,7 @@ class Router:
         prompts: list[Prompt] = await self._encode_in_thread(
             encode_inputs, call.inputs, template, params.max_tokens != 0
         )
-        info = await self._fleet.known()
+        info = await self._engines.wait_for_info()
         await self._encode_in_thread(_check_all, info, prompts, params)
         call.check(len(prompts))
         if call.cancelled is None or (call.min_groups is not None and len(call.done) >= call.min_groups):
@@ -535,7 +535,7 @@ class Router:
             prompts = [prompt for prompt in prompts if prompt.index not in not_wanted]
         adapter = await self._adapter_at(path) if path else self._adapters.resolve(name) if name else None
         header = ResponseHeader(logprobs_mode=info.logprobs_mode, parser=template.message_parser())
-        return _Understood(prompts, params, adapter, header)
+        return _ValidatedCall(prompts, params, adapter, header)
 
     async def _template(self, choice: TemplateChoice) -> Template:
         if choice is not None and not self._templates.has(choice):
@@ -556,13 +556,13 @@ class Router:
         self._next_id += count
         return self._next_id - count
 
-    def _request_of(self, first_id: int, understood: _Understood, call: Call) -> tuple[Request, list[Group]]:
+    def _request_of(self, first_id: int, validated: _ValidatedCall, call: Call) -> tuple[Request, list[Group]]:
         request = Request(
             first_id,
-            understood.prompts,
-            understood.params,
-            understood.header,
-            understood.adapter,
+            validated.prompts,
+            validated.params,
+            validated.header,
+            validated.adapter,
             inputs=as_list(call.inputs) if call.return_inputs else None,
             caller=call.caller,
             sample_timeout_s=call.sample_timeout_s,
@@ -570,8 +570,8 @@ class Router:
         )
         return request, request.groups()
 
-    def _admit(self, live: Live, request: Request, groups: list[Group]) -> None:
-        """Has a request sampled, but for what was cancelled while the call was being understood."""
+    def _admit(self, live: ActiveCall, request: Request, groups: list[Group]) -> None:
+        """Has a request sampled, but for what was cancelled while the call was being validated."""
         self._require_awake()
         self._require_room(live)
         if live.error is not None:
@@ -582,7 +582,7 @@ class Router:
         if live.cancelled:
             self._drop(request, request.ids_of(live.cancelled))
 
-    def _require_room(self, live: Live | None = None) -> None:
+    def _require_room(self, live: ActiveCall | None = None) -> None:
         """Refuses what would make the queue too long; a call that comes first is taken, however large.
 
         Args:
@@ -620,7 +620,7 @@ class Router:
             done = request.samples_wanted - request.samples_missing
             state = f"{done} of {request.samples_wanted} samples were done"
         return (
-            f"timeout_s={limit_s:g} passed when {state}; {self._fleet.ready} of {self._fleet.size} engines are up. "
+            f"timeout_s={limit_s:g} passed when {state}; {self._engines.ready} of {self._engines.size} engines are up. "
             "Raise timeout_s, or send less in a call."
         )
 
@@ -717,7 +717,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class _Understood:
+class _ValidatedCall:
     """A call, checked."""
 
     prompts: list[Prompt]

@@ -16,7 +16,7 @@ from twinkle_serve.template import Template, resolve_template
 TemplateChoice: TypeAlias = str | bytes | None
 """A registered name, what `pack_template` made of something else, or None for the config's."""
 
-MOST_TEMPLATES = 16
+MAX_TEMPLATES = 16
 """Templates that a router keeps built: each holds a tokenizer."""
 
 
@@ -89,7 +89,7 @@ class TemplateCache:
                 raise TemplateError("trust_remote_code is off in the config of this sampler. Set it there.")
             known = resolve_template(template, model, trust_remote_code=self._trust_remote_code, **arguments)
             self._built[choice] = known
-            while len(self._built) > MOST_TEMPLATES:
+            while len(self._built) > MAX_TEMPLATES:
                 self._built.popitem(last=False)
         self._built.move_to_end(choice)
         return known

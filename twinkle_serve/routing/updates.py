@@ -8,18 +8,18 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from twinkle_serve.data_format.weights import PAUSE_MODES, BaseVersion, PauseMode
+from twinkle_serve.data_format.weights import PAUSE_MODES, PauseMode, WeightsVersion
 from twinkle_serve.errors import EngineError, RequestError, StoreError, UnsupportedError, WeightsError
-from twinkle_serve.routing.fleet import Fleet
-from twinkle_serve.routing.standstill import Standstill
-from twinkle_serve.weights import StoreLink
+from twinkle_serve.routing.membership import EngineMembership
+from twinkle_serve.routing.pause import PauseCoordinator
+from twinkle_serve.weights import StoreClient
 
 logger = logging.getLogger("ray.serve")
 
 UPLOAD_LEASE_S = 60.0
 """An update is given up when no bucket of it has come for so long: its trainer is gone."""
 
-LONGEST_LEASE_S = 3600.0
+MAX_LEASE_S = 3600.0
 
 
 @dataclass(slots=True, eq=False)
@@ -42,12 +42,14 @@ class WeightUpdates:
     Guarantees: an update that fails, or whose trainer dies, leaves the version before current, and nothing behind.
     """
 
-    def __init__(self, store: StoreLink, fleet: Fleet, standstill: Standstill, labels: list[str]) -> None:
+    def __init__(
+        self, store: StoreClient, membership: EngineMembership, pause_coordinator: PauseCoordinator, labels: list[str]
+    ) -> None:
         """
         Args:
             labels: of all versions so far, by their number.
         """
-        self._store, self._fleet, self._standstill = store, fleet, standstill
+        self._store, self._engines, self._pause_coordinator = store, membership, pause_coordinator
         self._numbers = {label: number for number, label in enumerate(labels)}
         self._update: _Update | None = None
 
@@ -68,7 +70,7 @@ class WeightUpdates:
             )
         update = self._update = _Update(label, now)
         try:
-            shapes, tied = await self._fleet.ask("weight_shapes")
+            shapes, tied = await self._engines.call_any("weight_shapes")
             if not shapes:
                 raise UnsupportedError("the model has no safetensors files, which say what weights it has.")
             update.upload = int(await self._store.base("begin", label, shapes, tied))
@@ -78,7 +80,7 @@ class WeightUpdates:
         self._wait_for_trainer(update)
         return update.upload
 
-    async def append(self, upload: int, index: int, parcel: Any) -> None:
+    async def append(self, upload: int, index: int, bucket: Any) -> None:
         """Takes the next bucket.
 
         Raises:
@@ -88,7 +90,7 @@ class WeightUpdates:
         update = self._require(upload)
         self._stop_waiting(update)
         try:
-            await self._store.base("append", upload, index, parcel)
+            await self._store.base("append", upload, index, bucket)
         except BaseException:
             self._give_up(update)
             raise
@@ -109,12 +111,12 @@ class WeightUpdates:
         update = self._require(upload)
         self._stop_waiting(update)
         update.publishing = True
-        await asyncio.shield(self._fleet.spawn(self._publish(update, mode, timeout_s)))
+        await asyncio.shield(self._engines.spawn(self._publish(update, mode, timeout_s)))
         return update.label
 
     async def _publish(self, update: _Update, mode: PauseMode, timeout_s: float) -> None:
         try:
-            version: BaseVersion = await self._store.base("seal", update.upload)
+            version: WeightsVersion = await self._store.base("seal", update.upload)
 
             async def commit() -> None:
                 try:
@@ -124,7 +126,7 @@ class WeightUpdates:
                         raise
                 self._numbers[version.label] = version.number
 
-            await self._standstill.update(version, mode, commit, timeout_s)
+            await self._pause_coordinator.update(version, mode, commit, timeout_s)
         except BaseException:
             self._give_up(update)
             raise
@@ -138,7 +140,7 @@ class WeightUpdates:
 
     def _give_up(self, update: _Update) -> None:
         self._end(update)
-        self._fleet.spawn(self._discard(update))
+        self._engines.spawn(self._discard(update))
 
     async def _discard(self, update: _Update) -> None:
         try:
@@ -176,7 +178,7 @@ class WeightUpdates:
 
     def staleness(self, labels: set[str]) -> int:
         """Versions that have become current since the oldest of these."""
-        current = self._fleet.base.number
+        current = self._engines.weights_version.number
         return current - min((self._numbers.get(label, current) for label in labels), default=current)
 
 
@@ -187,8 +189,8 @@ class Pauses:
     Does not guarantee: that samples which one pause holds stay where they are when a later one says `wait` or `abort`.
     """
 
-    def __init__(self, fleet: Fleet, standstill: Standstill) -> None:
-        self._fleet, self._standstill = fleet, standstill
+    def __init__(self, membership: EngineMembership, pause_coordinator: PauseCoordinator) -> None:
+        self._engines, self._pause_coordinator = membership, pause_coordinator
         self._ids = itertools.count(1)
         self._ends: dict[int, asyncio.TimerHandle] = {}
 
@@ -199,12 +201,12 @@ class Pauses:
             RequestError: no such mode, or a lease that is none.
         """
         require_mode(mode)
-        if isinstance(lease_s, bool) or not isinstance(lease_s, (int, float)) or not 0 < lease_s <= LONGEST_LEASE_S:
+        if isinstance(lease_s, bool) or not isinstance(lease_s, (int, float)) or not 0 < lease_s <= MAX_LEASE_S:
             raise RequestError(
-                f"lease_s must be a number of seconds above 0, at most {LONGEST_LEASE_S:g}, got {lease_s!r}."
+                f"lease_s must be a number of seconds above 0, at most {MAX_LEASE_S:g}, got {lease_s!r}."
             )
         lease = next(self._ids)
-        await self._standstill.hold(self._key(lease), mode)
+        await self._pause_coordinator.hold(self._key(lease), mode)
         self._schedule(lease, lease_s)
         return lease
 
@@ -226,7 +228,7 @@ class Pauses:
         self._require(lease)
         self._ends.pop(lease).cancel()
         # A caller who stops waiting has ended the pause all the same.
-        await asyncio.shield(self._fleet.spawn(self._standstill.release(self._key(lease))))
+        await asyncio.shield(self._engines.spawn(self._pause_coordinator.release(self._key(lease))))
 
     def _key(self, lease: int) -> tuple[str, int]:
         return ("pause", lease)
@@ -243,7 +245,7 @@ class Pauses:
     def _expire(self, lease: int) -> None:
         logger.warning(f"pause {lease} was not renewed: the engines go on")
         del self._ends[lease]
-        self._fleet.spawn(self._standstill.release(self._key(lease)))
+        self._engines.spawn(self._pause_coordinator.release(self._key(lease)))
 
 
 def require_mode(mode: object) -> None:

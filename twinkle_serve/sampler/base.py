@@ -67,7 +67,7 @@ class Backend(Protocol):
     def iterate_async(self, method: str, *args: Any, **options: Any) -> AsyncIterator[Any]:
         """As `iterate`, on the caller's event loop."""
 
-    def parcel(self, data: Any) -> Any:
+    def put_large(self, data: Any) -> Any:
         """What stands for much data in the arguments of a call."""
 
     def shutdown(self) -> None:
@@ -543,7 +543,7 @@ class RunningSampler(Sampler):
                         "append_weights",
                         upload,
                         index,
-                        self._backend.parcel(bucket),
+                        self._backend.put_large(bucket),
                         timeout_s=timeout_s,
                     )
                 if sent is not None:

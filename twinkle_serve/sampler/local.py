@@ -19,7 +19,7 @@ from typing import Any
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.engines import build_engine, check_engine_args
-from twinkle_serve.engines.host import EngineHost
+from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import ConfigError, EngineDeadError, EngineError, MeshError, PromptError
 from twinkle_serve.placement import NodeResources, place
 from twinkle_serve.routing.router import Router
@@ -113,7 +113,7 @@ class LocalBackend:
         finally:
             items.close()
 
-    def parcel(self, data: Any) -> Any:
+    def put_large(self, data: Any) -> Any:
         return data
 
     def shutdown(self) -> None:
@@ -132,7 +132,7 @@ class _Life:
         self._thread.start()
         self._process = os.getpid()
         self._ended = False
-        self._host: EngineHost | None = None
+        self._host: EngineServer | None = None
         self._router: Router | None = None
 
     def require(self) -> None:
@@ -170,7 +170,7 @@ class _Life:
             trust_remote_code=args.trust_remote_code,
         )
         store = LocalStore(WeightStore(args.model_id, args.state_dir))
-        self._host = EngineHost(engine, model, store)
+        self._host = EngineServer(engine, model, store)
         await self._host.start(ENGINE, args.startup_timeout_s)
         self._router = Router(args, model, {ENGINE: self._host}, store, engines_return=False)
         await self._router.start()

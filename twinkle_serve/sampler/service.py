@@ -428,13 +428,13 @@ class ServiceBackend:
         except TimeoutError:
             return False
 
-    def parcel(self, data: Any) -> Any:
+    def put_large(self, data: Any) -> Any:
         return [ray.put(data)]  # in a list: Ray does not fetch it for the router's process
 
     def shutdown(self) -> None:
         if ray.is_initialized() and self._name in serve.status().applications:
             with contextlib.suppress(TwinkleServeError):  # one that cannot be reached is deleted all the same
-                self.call("forget", timeout_s=GRACE_S)
+                self.call("purge", timeout_s=GRACE_S)
             serve.delete(self._name)
 
     def _send(self, handle: DeploymentHandle, attempts: _Attempts) -> Any:

@@ -114,7 +114,7 @@ def _from_messages(item: Mapping[str, Any], index: int, template: Template, gene
             raise PromptError(f"{where}: {unknown_name('key of a Trajectory', key, TRAJECTORY_KEYS)}.")
     _refuse_pixels(item, where)
     ids = template.encode(item["messages"], _tools(item, where), where, generation_prompt)
-    return Prompt(ids, index, _begun(template.opening(ids)))
+    return Prompt(ids, index, _opened_turn(template.opening(ids)))
 
 
 def _array(value: Any, where: str) -> NDArray[Any]:
@@ -152,12 +152,12 @@ def _from_ids(item: Mapping[str, Any], index: int, template: Template, generatio
         labels = np.concatenate([labels, np.full(len(following), IGNORED_LABEL, np.int64)])
     opening = _opening(template, whole, start)
     if start is None and labels is None:
-        return Prompt(whole, index, _begun(opening))
+        return Prompt(whole, index, _opened_turn(opening))
     return Prompt(whole, index, Turn(opening=opening, resumed_at=start, labels=labels))
 
 
 @lru_cache(maxsize=64)
-def _begun(opening: str) -> Turn:
+def _opened_turn(opening: str) -> Turn:
     """A turn of which a prompt holds this alone; one for all that do, which a response then pickles once."""
     return Turn(opening=opening)
 

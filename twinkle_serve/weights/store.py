@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from twinkle_serve.adapters import CONFIG, WEIGHTS, describe_adapter
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.errors import AdapterError, ConfigError, StoreError
-from twinkle_serve.weights.base import BaseWeights
 from twinkle_serve.weights.disk import Disk
+from twinkle_serve.weights.model import ModelWeights
 
 logger = logging.getLogger("ray.serve")
 
@@ -59,7 +59,7 @@ class WeightStore:
         self._disk = None if state_dir is None else Disk(state_dir)
         if self._disk is not None:
             self._recover(self._disk)
-        self.base = BaseWeights(self._disk)
+        self.base = ModelWeights(self._disk)
         """The model's own weights."""
 
     def published(self) -> dict[str, list[AdapterVersion]]:

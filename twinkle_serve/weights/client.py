@@ -12,14 +12,14 @@ import numpy as np
 
 from twinkle_serve.checkpoint import Bucket
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.weights import BaseVersion
-from twinkle_serve.weights.base import CALLS
+from twinkle_serve.data_format.weights import WeightsVersion
+from twinkle_serve.weights.model import CALLS
 from twinkle_serve.weights.store import WeightStore
 
 T = TypeVar("T")
 
 
-class StoreLink(Protocol):
+class StoreClient(Protocol):
     """The store of a service, in this process (`LocalStore`) or in another. Methods are those of `WeightStore`.
 
     Every call raises StoreError where the store is gone; what it was about holds after all, or not at all.
@@ -44,10 +44,10 @@ class StoreLink(Protocol):
         """See `WeightStore.files`."""
 
     async def base(self, method: str, *args: Any) -> Any:
-        """Calls one of the CALLS of `BaseWeights`. A bucket comes as the sampler's backend made a parcel of it."""
+        """Calls one of the CALLS of `ModelWeights`. A bucket comes as the sampler's backend made a parcel of it."""
 
-    async def bucket(self, version: BaseVersion, index: int) -> Bucket:
-        """See `BaseWeights.bucket`."""
+    async def bucket(self, version: WeightsVersion, index: int) -> Bucket:
+        """See `ModelWeights.bucket`."""
 
 
 class LocalStore:
@@ -86,5 +86,5 @@ class LocalStore:
         assert method in CALLS, method
         return await self._run(getattr(self._store.base, method), *args)
 
-    async def bucket(self, version: BaseVersion, index: int) -> Bucket:
+    async def bucket(self, version: WeightsVersion, index: int) -> Bucket:
         return np.frombuffer(await self._run(self._store.base.bucket, version, index), np.uint8)

@@ -9,15 +9,15 @@ from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session
 from twinkle_serve.engines.base import Finished
 
 
-class EngineLink(Protocol):
-    """One engine, in this process (`EngineHost`) or in another.
+class EngineClient(Protocol):
+    """One engine, in this process (`EngineServer`) or in another.
 
     Every call raises EngineDeadError where the engine's process, or what samples in it, is gone, and other
     TwinkleServeErrors as the engine does.
     """
 
     async def describe(self, router: str) -> EngineInfo:
-        """What must be known to use it. `life` differs between a process and the one that replaces it.
+        """What must be known to use it. `incarnation` differs between a process and the one that replaces it.
 
         Says too that a router is there: what one has sent that does not say so for CLAIM_S is aborted.
         """
@@ -41,4 +41,4 @@ class EngineLink(Protocol):
         """Aborts groups, if they still run. They come back in no item."""
 
     async def control(self, method: str, *args: Any) -> Any:
-        """Calls one of `EngineHost`'s CONTROLS."""
+        """Calls one of `EngineServer`'s CONTROLS."""

@@ -12,13 +12,13 @@ from twinkle_serve.routing.resume import rejoined
 SUSPECT_AFTER = 2
 """Engines that ended with a group on them, from outside as it seems, after which it is a suspect: it is sent to an
 engine that has no other one. One that ended by itself makes suspects of all that it had."""
-MOST_CRASHES = 2
-MOST_ENGINES_LOST = 5
-"""A suspect is guilty when its engine ends, and as many have ended by themselves, or in any way, with it on them. Those
-that were ended from outside may be accidents."""
+MAX_CRASHES = 2
+MAX_ENGINES_LOST = 5
+"""A suspect is poisoned when its engine ends and this many engines crashed, or ended in any way, while it ran on them.
+Engines that were ended from outside may be accidents."""
 CLEARED_AFTER_S = 1.0
 """A suspect is cleared when it has run for so much longer than it had on the engine that ended."""
-LONGEST_SUSPICION_S = 10.0
+MAX_SUSPICION_S = 10.0
 """All that was on an engine that crashed takes its turn as a suspect, so that each must be short."""
 
 
@@ -29,13 +29,13 @@ class Verdict:
     innocent: list[Group] = field(default_factory=list)
     suspects: list[Group] = field(default_factory=list)
     """Those first that had run for the shortest time: what ends an engine does so at its first step, mostly."""
-    guilty: list[Group] = field(default_factory=list)
+    poisoned: list[Group] = field(default_factory=list)
 
 
-def judge(name: str, suspect: GroupKey | None, lost: Sequence[Group], *, crashed: bool) -> Verdict:
+def classify(name: str, suspect: GroupKey | None, lost: Sequence[Group], *, crashed: bool) -> Verdict:
     """Where a suspect was on the engine, only what had lost an engine before may have ended it; else any of it.
 
-    The suspect is guilty if nothing else can have been: one that was cleared may need longer than the time before.
+    The suspect is poisoned if nothing else can have been: one that was cleared may need longer than the time before.
 
     Args:
         name: of the engine.
@@ -51,8 +51,8 @@ def judge(name: str, suspect: GroupKey | None, lost: Sequence[Group], *, crashed
             verdict.innocent.append(group)
             continue
         group = replace(group, lost=(*group.lost, name), crashes=group.crashes + crashed)
-        if alone and (group.crashes >= MOST_CRASHES or len(group.lost) >= MOST_ENGINES_LOST):
-            verdict.guilty.append(group)
+        if alone and (group.crashes >= MAX_CRASHES or len(group.lost) >= MAX_ENGINES_LOST):
+            verdict.poisoned.append(group)
         elif group.crashes or len(group.lost) >= SUSPECT_AFTER:
             suspects.append(group)
         else:
@@ -63,7 +63,7 @@ def judge(name: str, suspect: GroupKey | None, lost: Sequence[Group], *, crashed
 
 def suspicion_s(group: Group) -> float:
     """For how long a suspect keeps others from its engine, unless it ends before."""
-    return min(group.ran_s, LONGEST_SUSPICION_S) + CLEARED_AFTER_S
+    return min(group.ran_s, MAX_SUSPICION_S) + CLEARED_AFTER_S
 
 
 def named(group: Group) -> str:
@@ -73,8 +73,8 @@ def named(group: Group) -> str:
     return f"inputs[{group.input}] ({len(group.prompt_ids)} tokens: {first}{more})"
 
 
-def poison(group: Group) -> PoisonPromptError:
-    """What a guilty group fails by."""
+def poison_error(group: Group) -> PoisonPromptError:
+    """What a poisoned group fails by."""
     return PoisonPromptError(
         f"{named(group)} was on {', '.join(group.lost)} when they ended, the last time as the only suspect. "
         "Leave it out, or see those engines' logs."

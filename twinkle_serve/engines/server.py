@@ -19,12 +19,12 @@ from twinkle_serve.checkpoint import Bucket, buckets, named_tensors, weight_shap
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
-from twinkle_serve.data_format.samples import Begun, SampleColumns
-from twinkle_serve.data_format.weights import FILES, BaseVersion, PauseMode
+from twinkle_serve.data_format.samples import PartialSample, SampleColumns
+from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, PauseMode, WeightsVersion
 from twinkle_serve.engines.base import Engine, Finished, GroupRunner
 from twinkle_serve.engines.text import TextStream
 from twinkle_serve.errors import AdapterError, EngineDeadError, EngineError, EngineStartError, StoreError
-from twinkle_serve.weights import StoreLink
+from twinkle_serve.weights import StoreClient
 
 logger = logging.getLogger("ray.serve")
 
@@ -45,7 +45,7 @@ CONTROLS = frozenset(
         "wake_up",
     }
 )
-"""Methods of EngineHost that a router calls through `control`."""
+"""Methods of EngineServer that a router calls through `control`."""
 
 PAUSE_LEASE_S = 30.0
 """A pause ends by itself when no router has asked for so long whether the engine is there: they ask every 2 s."""
@@ -59,7 +59,7 @@ LATE_S = 1.0
 """A timer that fires so late says that this process stood still."""
 
 
-class _Claim:
+class RouterLease:
     """A router's to what it has sent: it ends by itself when the router is silent."""
 
     def __init__(self, session: Session, runner: GroupRunner, abandon: Callable[[str], None]) -> None:
@@ -98,10 +98,10 @@ class _Claim:
             stream.set()
 
 
-class EngineHost:
-    """What a router talks to, in this process or through a deployment. See `EngineLink` for what is guaranteed."""
+class EngineServer:
+    """What a router talks to, in this process or through a deployment. See `EngineClient` for what is guaranteed."""
 
-    def __init__(self, engine: Engine, model: Path, store: StoreLink) -> None:
+    def __init__(self, engine: Engine, model: Path, store: StoreClient) -> None:
         """
         Args:
             model: directory of the engine's model.
@@ -116,7 +116,7 @@ class EngineHost:
         """Groups and streams that run, by id of their version."""
         self._unused = asyncio.Condition()
         """Notified when a version has lost its last use."""
-        self._base: BaseVersion | None = FILES
+        self._weights_version: WeightsVersion | None = CHECKPOINT_VERSION
         """The weights that it holds; None while it holds none whole."""
         self._weights_dropped = False
         """Whether it sleeps without them."""
@@ -128,7 +128,7 @@ class EngineHost:
         self._tasks: set[asyncio.Task[None]] = set()
         self._running = 0
         """Groups in the engine."""
-        self._claims: dict[str, _Claim] = {}
+        self._claims: dict[str, RouterLease] = {}
         """By router, of those that are there."""
         self._info: EngineInfo
 
@@ -148,11 +148,11 @@ class EngineHost:
             raise EngineStartError(
                 f"{name}: {self._model} did not load within startup_timeout_s={timeout_s:g}. Raise it."
             ) from None
-        self._info = replace(self._engine.info, life=uuid.uuid4().hex)
+        self._info = replace(self._engine.info, incarnation=uuid.uuid4().hex)
 
     async def _load_current(self) -> None:
         """Loads what the store says is current, and again where another version becomes current meanwhile."""
-        while (current := await self._store.base("current")) != self._base:
+        while (current := await self._store.base("current")) != self._weights_version:
             await self._engine.pause("keep")
             try:
                 await self.load_weights(current)
@@ -168,7 +168,9 @@ class EngineHost:
             self._lease()
         if router in self._claims:
             self._claims[router].renew()
-        return replace(self._info, base=self._base, progress=self._engine.progress(), running=self._running)
+        return replace(
+            self._info, weights_version=self._weights_version, progress=self._engine.progress(), running=self._running
+        )
 
     async def check_health(self) -> None:
         if self._retired:
@@ -181,15 +183,15 @@ class EngineHost:
         async with self._using(group.adapter):
             self._running += 1
             try:
-                if group.begun is None:
+                if group.partial is None:
                     return await self._engine.sample_group(group)
-                rest = await self._engine.sample_group(_continuation(group, group.begun))
+                rest = await self._engine.sample_group(_as_resume_prompt(group, group.partial))
             finally:
                 self._running -= 1
-            return _whole(group.begun, rest, self._engine.decode)
+            return _join_resumed(group.partial, rest, self._engine.decode)
 
-    def _so_far(self, group: Group, offset: int) -> Begun | None:
-        return self._engine.so_far(group, offset if group.begun is None else offset - len(group.begun))
+    def _partial_output(self, group: Group, offset: int) -> PartialSample | None:
+        return self._engine.partial_output(group, offset if group.partial is None else offset - len(group.partial))
 
     async def submit(self, session: Session, groups: Sequence[Group], more: bool = False) -> None:
         self._claim(session).runner.submit(groups, more=more)
@@ -221,22 +223,22 @@ class EngineHost:
     async def abort(self, session: Session, attempts: Iterable[Attempt]) -> None:
         self._claim(session).runner.abort(attempts)
 
-    def _claim(self, session: Session) -> _Claim:
+    def _claim(self, session: Session) -> RouterLease:
         """Of the session's router to what it sends; renewed.
 
         Raises:
             EngineDeadError: the session is over.
         """
         # Serve keeps what it could not hand to a process that died; the router has placed it anew long since.
-        if session.life != self._info.life:
+        if session.incarnation != self._info.incarnation:
             raise EngineDeadError(f"{self._info.name} was restarted.")
         claim = self._claims.get(session.router)
-        if claim is None or claim.session.number < session.number:
+        if claim is None or claim.session.epoch < session.epoch:
             if claim is not None:
                 claim.close()
-            runner = GroupRunner(self._sample_group, self._so_far, self._info.max_num_seqs)
-            claim = self._claims[session.router] = _Claim(session, runner, self._abandon)
-        if claim.session.number > session.number:
+            runner = GroupRunner(self._sample_group, self._partial_output, self._info.max_num_seqs)
+            claim = self._claims[session.router] = RouterLease(session, runner, self._abandon)
+        if claim.session.epoch > session.epoch:
             raise EngineDeadError(f"{self._info.name} has a later session of the same router.")
         claim.renew()
         return claim
@@ -333,7 +335,7 @@ class EngineHost:
     async def _go_on(self, lease: asyncio.TimerHandle | None) -> None:
         """Ends a pause that nobody has asked about, unless the engine holds no whole version."""
         async with self._loading:
-            if self._pause_end is lease and self._base is not None:
+            if self._pause_end is lease and self._weights_version is not None:
                 logger.warning(f"{self._info.name} was paused, and no router has asked for it: it goes on")
                 await self.resume()
 
@@ -344,22 +346,22 @@ class EngineHost:
             self._pause_end = None
         await self._engine.resume()
 
-    async def load_weights(self, version: BaseVersion) -> str:
+    async def load_weights(self, version: WeightsVersion) -> str:
         """Fetches a version of the model's own weights and loads it, bucket by bucket; it must be paused.
 
         Returns a checksum of what the engine has then. If it raises, the engine holds no version until the next load.
         """
         async with self._loading:
-            self._base = None
+            self._weights_version = None
             async with contextlib.aclosing(_one_ahead(self._buckets(version))) as parts:
                 checksum = await self._engine.load_weights(version.label, parts)
-            self._base = version
+            self._weights_version = version
             if self._pause_end is not None:
                 self._lease()
         return checksum
 
-    async def _buckets(self, version: BaseVersion) -> AsyncGenerator[Bucket, None]:
-        if version == FILES:
+    async def _buckets(self, version: WeightsVersion) -> AsyncGenerator[Bucket, None]:
+        if version == CHECKPOINT_VERSION:
             own = buckets(named_tensors(self._model), allow_nonfinite=True)
             while (bucket := await asyncio.to_thread(next, own, None)) is not None:
                 yield bucket
@@ -367,9 +369,9 @@ class EngineHost:
             for index in range(len(version.buckets)):
                 yield await self._store.bucket(version, index)
 
-    async def retire(self, life: str, reason: str) -> None:
+    async def retire(self, incarnation: str, reason: str) -> None:
         """Has the engine fail its health checks, so that its process is replaced; not the one that has replaced it."""
-        if life == self._info.life:
+        if incarnation == self._info.incarnation:
             self._retired = reason
 
     async def reset_prefix_cache(self) -> None:
@@ -396,24 +398,24 @@ class EngineHost:
         await self._engine.stop()
 
 
-def _continuation(group: Group, begun: Begun) -> Group:
+def _as_resume_prompt(group: Group, partial: PartialSample) -> Group:
     """A group of one sample that has begun, as one that samples the rest: what there is belongs to its prompt."""
     params, most = group.params, group.params.max_tokens
     if most is not None:
-        assert len(begun) < most, (len(begun), most)
-        params = replace(params, max_tokens=most - len(begun))
-    return replace(group, prompt_ids=np.concatenate([group.prompt_ids, begun.tokens]), params=params, begun=None)
+        assert len(partial) < most, (len(partial), most)
+        params = replace(params, max_tokens=most - len(partial))
+    return replace(group, prompt_ids=np.concatenate([group.prompt_ids, partial.tokens]), params=params, partial=None)
 
 
-def _whole(begun: Begun, rest: SampleColumns, decode: Callable[[Sequence[int]], str]) -> SampleColumns:
+def _join_resumed(partial: PartialSample, rest: SampleColumns, decode: Callable[[Sequence[int]], str]) -> SampleColumns:
     """One sample out of its beginning and its rest."""
-    gained = Begun(
+    gained = PartialSample(
         tokens=rest.tokens,
         logprobs=rest.logprobs,
         logprob_tokens=rest.logprob_tokens,
         weight_versions=rest.weight_versions[0],
     )
-    whole = Begun.concat([begun, gained])
+    whole = PartialSample.concat([partial, gained])
     return replace(
         rest,
         lengths=np.array([len(whole)], np.int32),

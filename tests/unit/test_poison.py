@@ -6,7 +6,7 @@ import numpy as np
 
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group
-from twinkle_serve.routing.blame import MOST_ENGINES_LOST, judge
+from twinkle_serve.routing.poison import MAX_ENGINES_LOST, classify
 
 
 def group(number: int, lost: tuple[str, ...] = (), crashes: int = 0, ran_s: float = 0.0) -> Group:
@@ -17,34 +17,34 @@ def group(number: int, lost: tuple[str, ...] = (), crashes: int = 0, ran_s: floa
 
 def test_engine_that_was_killed_once_makes_no_suspects() -> None:
     """It may happen to any; the second time may be no accident."""
-    first = judge("a", None, [group(1), group(2)], crashed=False)
+    first = classify("a", None, [group(1), group(2)], crashed=False)
     assert [each.lost for each in first.innocent] == [("a",), ("a",)] and not first.suspects
-    second = judge("b", None, first.innocent, crashed=False)
+    second = classify("b", None, first.innocent, crashed=False)
     assert [each.lost for each in second.suspects] == [("a", "b"), ("a", "b")] and not second.innocent
 
 
 def test_engine_that_crashed_makes_suspects_of_all_the_youngest_first() -> None:
     """What ends an engine mostly does so at once."""
-    verdict = judge("a", None, [group(1, ran_s=5.0), group(2, ran_s=0.1)], crashed=True)
-    assert [each.id for each in verdict.suspects] == [2, 1] and not verdict.innocent + verdict.guilty
+    verdict = classify("a", None, [group(1, ran_s=5.0), group(2, ran_s=0.1)], crashed=True)
+    assert [each.id for each in verdict.suspects] == [2, 1] and not verdict.innocent + verdict.poisoned
 
 
 def test_suspect_alone_is_guilty_at_its_second_crash() -> None:
     """What is beside it and has lost no engine had no part in it."""
-    verdict = judge("b", (1, 0), [group(1, ("a",), crashes=1), group(2)], crashed=True)
-    assert [each.id for each in verdict.guilty] == [1]
+    verdict = classify("b", (1, 0), [group(1, ("a",), crashes=1), group(2)], crashed=True)
+    assert [each.id for each in verdict.poisoned] == [1]
     assert [(each.id, each.lost) for each in verdict.innocent] == [(2, ())]
 
 
 def test_suspect_is_not_guilty_while_another_may_be() -> None:
     """One that was cleared before is on the engine too: both are suspects again, and neither fails."""
-    verdict = judge("b", (1, 0), [group(1, ("a",), crashes=1), group(2, ("a",), crashes=1)], crashed=True)
-    assert {each.id for each in verdict.suspects} == {1, 2} and not verdict.guilty
+    verdict = classify("b", (1, 0), [group(1, ("a",), crashes=1), group(2, ("a",), crashes=1)], crashed=True)
+    assert {each.id for each in verdict.suspects} == {1, 2} and not verdict.poisoned
 
 
 def test_suspect_whose_engines_were_killed_is_guilty_late() -> None:
     """Accidents meet the same group more than twice where engines are killed often."""
     killed = tuple("abcd")
-    assert len(killed) == MOST_ENGINES_LOST - 1
-    assert not judge("e", (1, 0), [group(1, killed[:-1])], crashed=False).guilty
-    assert [each.id for each in judge("e", (1, 0), [group(1, killed)], crashed=False).guilty] == [1]
+    assert len(killed) == MAX_ENGINES_LOST - 1
+    assert not classify("e", (1, 0), [group(1, killed[:-1])], crashed=False).poisoned
+    assert [each.id for each in classify("e", (1, 0), [group(1, killed)], crashed=False).poisoned] == [1]

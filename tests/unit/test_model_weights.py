@@ -10,10 +10,10 @@ import pytest
 
 from twinkle_serve import hub
 from twinkle_serve.checkpoint import Bucket, bucket_shapes, buckets, named_tensors, weight_shapes
-from twinkle_serve.data_format.weights import FILES, BaseVersion
+from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, WeightsVersion
 from twinkle_serve.errors import ConfigError, StoreError, WeightsError
-from twinkle_serve.weights.base import BaseWeights
 from twinkle_serve.weights.disk import Disk
+from twinkle_serve.weights.model import ModelWeights
 
 EXPECTED = weight_shapes(hub.DEMO)
 PARTS = list(buckets(named_tensors(hub.DEMO), 2**20))
@@ -26,7 +26,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Disk | None:
     return None if place is None else Disk(place)
 
 
-def put(store: BaseWeights, label: str, parts: list[Bucket] = PARTS) -> BaseVersion:
+def put(store: ModelWeights, label: str, parts: list[Bucket] = PARTS) -> WeightsVersion:
     upload = store.begin(label, EXPECTED, set())
     for index, part in enumerate(parts):
         store.append(upload, index, part)
@@ -49,10 +49,10 @@ def test_buckets_are_bounded_and_hold_everything() -> None:
 
 def test_version_is_current_once_it_is_committed(disk: Disk | None) -> None:
     """And the one before it is gone; its buckets come back as they were sent."""
-    store = BaseWeights(disk)
-    assert store.take_over() == (FILES, ["initial"])
+    store = ModelWeights(disk)
+    assert store.recover() == (CHECKPOINT_VERSION, ["initial"])
     one = put(store, "one")
-    assert store.current() == FILES and len(PARTS) > 2
+    assert store.current() == CHECKPOINT_VERSION and len(PARTS) > 2
     store.commit(one)
     assert store.current() == one and (one.number, one.size_bytes) == (1, sum(map(len, PARTS)))
     assert [bytes(store.bucket(one, index)) for index in range(len(PARTS))] == [part.tobytes() for part in PARTS]
@@ -68,19 +68,19 @@ def test_version_is_current_once_it_is_committed(disk: Disk | None) -> None:
 
 def test_store_that_is_made_anew_has_the_current_version_alone(tmp_path: Path) -> None:
     """Whatever was on its way when the last one died leaves nothing, not even files."""
-    store = BaseWeights(Disk(str(tmp_path)))
+    store = ModelWeights(Disk(str(tmp_path)))
     one = put(store, "one")
     store.commit(one)
     upload = store.begin("two", EXPECTED, set())
     store.append(upload, 0, PARTS[0])
-    again = BaseWeights(Disk(str(tmp_path)))
-    assert again.take_over() == (one, ["initial", "one"])
+    again = ModelWeights(Disk(str(tmp_path)))
+    assert again.recover() == (one, ["initial", "one"])
     assert files_in(tmp_path) == {"base.json", *(f"base/1/{index}.safetensors" for index in range(len(PARTS)))}
     assert bytes(again.bucket(one, 1)) == PARTS[1].tobytes()
     with pytest.raises(StoreError, match="given up"):
         again.append(upload, 1, PARTS[1])
     sealed = put(again, "two")
-    third = BaseWeights(Disk(str(tmp_path)))
+    third = ModelWeights(Disk(str(tmp_path)))
     assert third.current() == one
     with pytest.raises(StoreError, match="no version 'two' any more"):
         third.commit(sealed)
@@ -88,7 +88,7 @@ def test_store_that_is_made_anew_has_the_current_version_alone(tmp_path: Path) -
 
 def test_what_is_sent_again_is_taken_once(disk: Disk | None) -> None:
     """A caller who had no answer sends a call again."""
-    store = BaseWeights(disk)
+    store = ModelWeights(disk)
     upload = store.begin("one", EXPECTED, set())
     for index, part in enumerate(PARTS):
         store.append(upload, index, part)
@@ -97,12 +97,12 @@ def test_what_is_sent_again_is_taken_once(disk: Disk | None) -> None:
     assert store.seal(upload) == version
     store.commit(version)
     store.commit(version)
-    assert store.take_over() == (version, ["initial", "one"])
+    assert store.recover() == (version, ["initial", "one"])
 
 
 def test_bucket_that_does_not_follow_is_refused(disk: Disk | None) -> None:
     """One that was lost on its way is missed."""
-    store = BaseWeights(disk)
+    store = ModelWeights(disk)
     upload = store.begin("one", EXPECTED, set())
     with pytest.raises(StoreError, match="bucket 1 of 'one' came after 0 buckets"):
         store.append(upload, 1, PARTS[1])
@@ -121,20 +121,20 @@ def test_bucket_that_does_not_follow_is_refused(disk: Disk | None) -> None:
 )
 def test_bucket_that_is_damaged_ends_the_update(disk: Disk | None, damage: Any, message: str) -> None:
     """No part of it is kept."""
-    store = BaseWeights(disk)
+    store = ModelWeights(disk)
     upload = store.begin("one", EXPECTED, set())
     store.append(upload, 0, PARTS[0])
     with pytest.raises(WeightsError, match=message):
         store.append(upload, 1, damage(PARTS[1]))
     with pytest.raises(StoreError, match="given up"):
         store.append(upload, 1, PARTS[1])
-    assert store.take_over() == (FILES, ["initial"])
+    assert store.recover() == (CHECKPOINT_VERSION, ["initial"])
     assert not store._memory
 
 
 def test_file_that_was_changed_is_handed_to_nobody(tmp_path: Path) -> None:
     """By hand, or by a disk that lies."""
-    store = BaseWeights(Disk(str(tmp_path)))
+    store = ModelWeights(Disk(str(tmp_path)))
     one = put(store, "one")
     store.commit(one)
     path = tmp_path / "base" / "1" / "0.safetensors"
@@ -150,12 +150,12 @@ def test_manifest_that_cannot_be_read_is_an_error(tmp_path: Path, text: str) -> 
     """Never a silent beginning anew."""
     (tmp_path / "base.json").write_text(text)
     with pytest.raises(ConfigError, match=r"base\.json|format 2"):
-        BaseWeights(Disk(str(tmp_path)))
+        ModelWeights(Disk(str(tmp_path)))
 
 
 def test_disk_that_is_full_keeps_the_version_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The label is free again."""
-    store = BaseWeights(Disk(str(tmp_path)))
+    store = ModelWeights(Disk(str(tmp_path)))
     version = put(store, "one")
 
     def full(*args: Any) -> None:
@@ -165,16 +165,16 @@ def test_disk_that_is_full_keeps_the_version_before(tmp_path: Path, monkeypatch:
         patch.setattr(Disk, "write", full)
         with pytest.raises(StoreError, match="no space"):
             store.commit(version)
-    assert store.current() == FILES
+    assert store.current() == CHECKPOINT_VERSION
     store.commit(version)
     assert store.current() == version
 
 
 def test_store_that_forgets_begins_anew(tmp_path: Path) -> None:
     """With the model's own files, and labels that are free."""
-    store = BaseWeights(Disk(str(tmp_path)))
+    store = ModelWeights(Disk(str(tmp_path)))
     store.commit(put(store, "one"))
-    store.forget()
+    store.purge()
     assert files_in(tmp_path) == {"base.json"}
-    assert BaseWeights(Disk(str(tmp_path))).take_over() == (FILES, ["initial"])
+    assert ModelWeights(Disk(str(tmp_path))).recover() == (CHECKPOINT_VERSION, ["initial"])
     assert put(store, "one").number == 1

@@ -11,7 +11,7 @@ from typing import Any
 import blake3
 
 from twinkle_serve.checkpoint import Bucket, bucket_shapes
-from twinkle_serve.data_format.weights import FILES, BaseVersion
+from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, WeightsVersion
 from twinkle_serve.errors import ConfigError, StoreError, WeightsError
 from twinkle_serve.weights.disk import Disk
 
@@ -20,13 +20,13 @@ logger = logging.getLogger("ray.serve")
 MANIFEST = "base.json"
 FORMAT = 1
 
-CALLS = frozenset({"take_over", "begin", "append", "seal", "commit", "discard", "current", "forget"})
-"""Methods of BaseWeights that a router or an engine calls through `StoreLink.base`."""
+CALLS = frozenset({"recover", "begin", "append", "seal", "commit", "discard", "current", "purge"})
+"""Methods of ModelWeights that a router or an engine calls through `StoreClient.base`."""
 
 
 @dataclass(slots=True)
 class _Upload:
-    version: BaseVersion
+    version: WeightsVersion
     expected: Mapping[str, tuple[int, ...]]
     """Shapes of the weights that must come, by name."""
     tied: frozenset[str]
@@ -34,7 +34,7 @@ class _Upload:
     seen: set[str] = field(default_factory=set)
 
 
-class BaseWeights:
+class ModelWeights:
     """Keeps what engines load as the model's own weights.
 
     Guarantees: a version is current when `commit` has returned, every byte of it; before, the one before it is.
@@ -55,17 +55,17 @@ class BaseWeights:
         self._disk = disk
         self._memory: dict[tuple[int, int], bytes] = {}
         """Buckets by version and index, where there is no state directory."""
-        self._labels = [FILES.label]
+        self._labels = [CHECKPOINT_VERSION.label]
         """Of all versions that have been current, by their number."""
-        self._current = FILES
+        self._current = CHECKPOINT_VERSION
         self._upload: _Upload | None = None
         # At random: a call that was meant for a store before this one must not meet an upload of this one.
         self._uploads = random.getrandbits(40)
-        self._sealed: BaseVersion | None = None
+        self._sealed: WeightsVersion | None = None
         if disk is not None:
             self._recover(disk)
 
-    def take_over(self) -> tuple[BaseVersion, list[str]]:
+    def recover(self) -> tuple[WeightsVersion, list[str]]:
         """The current version, and the label of each version so far by its number.
 
         Called by a router that begins: what one before it had begun and not committed is dropped.
@@ -73,7 +73,7 @@ class BaseWeights:
         self._drop_pending()
         return self._current, list(self._labels)
 
-    def current(self) -> BaseVersion:
+    def current(self) -> WeightsVersion:
         return self._current
 
     def begin(self, label: str, expected: Mapping[str, tuple[int, ...]], tied: set[str]) -> int:
@@ -93,7 +93,7 @@ class BaseWeights:
             )
         self._drop_pending()
         self._uploads += 1
-        version = BaseVersion(label=label, number=len(self._labels))
+        version = WeightsVersion(label=label, number=len(self._labels))
         self._upload = _Upload(version, expected, frozenset(tied))
         return self._uploads
 
@@ -127,7 +127,7 @@ class BaseWeights:
             version, buckets=(*version.buckets, checksum), size_bytes=version.size_bytes + len(bucket)
         )
 
-    def seal(self, upload: int) -> BaseVersion:
+    def seal(self, upload: int) -> WeightsVersion:
         """Ends the upload of a version; it is not current yet.
 
         Raises:
@@ -145,7 +145,7 @@ class BaseWeights:
         self._upload, self._sealed = None, pending.version
         return pending.version
 
-    def commit(self, version: BaseVersion) -> None:
+    def commit(self, version: WeightsVersion) -> None:
         """Makes a sealed version the current one; the one before it goes.
 
         Raises:
@@ -173,14 +173,14 @@ class BaseWeights:
         if upload == self._uploads:
             self._drop_pending()
 
-    def forget(self) -> None:
+    def purge(self) -> None:
         """Makes the model's own files current, and every label free, as if nothing had been.
 
         Raises:
             StoreError: the state directory cannot be written; nothing has changed.
         """
         before, labels = self._current, self._labels
-        self._current, self._labels = FILES, [FILES.label]
+        self._current, self._labels = CHECKPOINT_VERSION, [CHECKPOINT_VERSION.label]
         try:
             self._save()
         except BaseException:
@@ -189,7 +189,7 @@ class BaseWeights:
         self._remove(before)
         self._drop_pending()
 
-    def bucket(self, version: BaseVersion, index: int) -> bytes:
+    def bucket(self, version: WeightsVersion, index: int) -> bytes:
         """A bucket of the current version, or of the one that is to be current.
 
         Raises:
@@ -221,7 +221,7 @@ class BaseWeights:
         if pending is not None:
             self._remove(pending)
 
-    def _remove(self, version: BaseVersion) -> None:
+    def _remove(self, version: WeightsVersion) -> None:
         for index in range(len(version.buckets)):
             self._memory.pop((version.number, index), None)
         if self._disk is not None and version.buckets:
@@ -232,7 +232,7 @@ class BaseWeights:
             manifest = {"format": FORMAT, "labels": self._labels, "current": asdict(self._current)}
             self._disk.write_manifest(MANIFEST, manifest)
 
-    def _is_written(self, version: BaseVersion) -> bool:
+    def _is_written(self, version: WeightsVersion) -> bool:
         """Whether the next store would find this version as the current one."""
         try:
             manifest = None if self._disk is None else self._disk.read_manifest(MANIFEST)
@@ -249,7 +249,7 @@ class BaseWeights:
                         "Name another state_dir."
                     )
                 current = manifest["current"]
-                self._current = BaseVersion(**{**current, "buckets": tuple(current["buckets"])})
+                self._current = WeightsVersion(**{**current, "buckets": tuple(current["buckets"])})
                 self._labels = list(manifest["labels"])
             except (KeyError, TypeError, ValueError) as error:
                 raise ConfigError(
@@ -262,7 +262,7 @@ class BaseWeights:
                 disk.remove(f"base/{name}")
 
 
-def _path(version: BaseVersion, index: int) -> str:
+def _path(version: WeightsVersion, index: int) -> str:
     return f"base/{version.number}/{index}.safetensors"
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
 
-from deployments.router import HandleLink
+from deployments.router import ServeEngineClient
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group, Session
 from twinkle_serve.errors import EngineDeadError
 
-SESSION = Session(life="life", router="router")
+SESSION = Session(incarnation="life", router="router")
 GROUPS = [Group(id=i, prompt_ids=np.array([20, 21], np.int32), params=SamplingParams()) for i in range(3)]
 
 
@@ -48,7 +48,7 @@ class Handle:
 
 
 async def submit(handle: Handle) -> None:
-    await HandleLink(handle).submit(SESSION, GROUPS)  # type: ignore[arg-type]  # all of a handle that it needs
+    await ServeEngineClient(handle).submit(SESSION, GROUPS)  # type: ignore[arg-type]  # all of a handle that it needs
 
 
 @pytest.mark.parametrize("answers", [[None], [EngineDeadError("it was restarted"), None]])

@@ -13,7 +13,7 @@ from twinkle_serve.routing.request import Request
 
 
 @dataclass(slots=True, eq=False)
-class Live:
+class ActiveCall:
     """A call, from when it arrives until it is over."""
 
     inputs: int
@@ -34,7 +34,7 @@ class Live:
         return len(self.cancelled) - before
 
 
-class LiveCalls:
+class CallRegistry:
     """Ids and leases of calls.
 
     Guarantees: an id means one call at a time, the latest that came with it; the one before is given up.
@@ -47,8 +47,8 @@ class LiveCalls:
             give_up: ends a request with an error.
         """
         self._give_up = give_up
-        self._by_id: dict[str, Live] = {}
-        self._all: set[Live] = set()
+        self._by_id: dict[str, ActiveCall] = {}
+        self._all: set[ActiveCall] = set()
 
     def __len__(self) -> int:
         return len(self._all)
@@ -58,13 +58,13 @@ class LiveCalls:
         """Calls that are no requests yet."""
         return sum(live.request is None for live in self._all)
 
-    def get(self, request_id: str) -> Live | None:
+    def get(self, request_id: str) -> ActiveCall | None:
         return self._by_id.get(request_id)
 
     @contextlib.contextmanager
-    def holding(self, inputs: int, request_id: str, lease_s: float | None) -> Iterator[Live]:
+    def holding(self, inputs: int, request_id: str, lease_s: float | None) -> Iterator[ActiveCall]:
         """Knows a call of so many inputs by its id, "" for none, for as long as it runs."""
-        live = Live(inputs)
+        live = ActiveCall(inputs)
         if request_id:
             if (before := self._by_id.get(request_id)) is not None:
                 self._end(before, EngineError(f"call {request_id} was sent again, and runs anew."))
@@ -81,7 +81,7 @@ class LiveCalls:
             if self._by_id.get(request_id) is live:
                 del self._by_id[request_id]
 
-    def _end(self, live: Live, error: TwinkleServeError) -> None:
+    def _end(self, live: ActiveCall, error: TwinkleServeError) -> None:
         live.error = error
         if live.request is not None:
             self._give_up(live.request, error)
@@ -92,7 +92,7 @@ class LiveCalls:
             if (live := self._by_id.get(request_id)) is not None:
                 self._lease(request_id, live, lease_s)
 
-    def _lease(self, request_id: str, live: Live, lease_s: float) -> None:
+    def _lease(self, request_id: str, live: ActiveCall, lease_s: float) -> None:
         if live.lease is not None:
             live.lease.cancel()
         gone = EngineError(f"the caller of {request_id} has been silent for {lease_s:g} s: its call is given up.")

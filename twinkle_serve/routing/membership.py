@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import EngineInfo, GroupKey, Session
-from twinkle_serve.data_format.weights import BaseVersion
+from twinkle_serve.data_format.weights import WeightsVersion
 from twinkle_serve.errors import (
     DeadlineError,
     EngineDeadError,
@@ -26,7 +26,7 @@ from twinkle_serve.errors import (
     unknown_name,
 )
 from twinkle_serve.routing.adapters import Adapters
-from twinkle_serve.routing.link import EngineLink
+from twinkle_serve.routing.engine_client import EngineClient
 
 logger = logging.getLogger("ray.serve")
 
@@ -40,7 +40,7 @@ LEAVE_S = 5.0
 """How long an engine that is taken out of the service may finish what it has. Below graceful_shutdown_timeout_s of
 deployments/engine.py, which ends its process."""
 
-MOST_FAILED_LOADS = 3
+MAX_FAILED_LOADS = 3
 """Times in a row that an engine may fail to load the current weights; then its process is replaced."""
 
 EngineState: TypeAlias = Literal["starting", "catching up", "ready", "draining", "drained", "dead"]
@@ -50,7 +50,7 @@ was used, and does not answer any more."""
 
 
 @dataclass(eq=False, slots=True)
-class Use:
+class ActiveEngine:
     """An engine from when it was found ready until it is lost. It holds the current weights, or is paused."""
 
     info: EngineInfo
@@ -86,10 +86,10 @@ class Use:
         return loading is not None and loading.done() and not loading.cancelled() and loading.exception() is None
 
 
-class Work(Protocol):
+class EngineListener(Protocol):
     """What the engines are used for. It is told when one comes into use, and when it goes."""
 
-    def engine_begins(self, name: str, use: Use) -> None:
+    def engine_begins(self, name: str, use: ActiveEngine) -> None:
         """It may be given work."""
 
     def engine_closes(self, name: str) -> None:
@@ -98,7 +98,7 @@ class Work(Protocol):
     def engine_opens(self, name: str) -> None:
         """Undoes `engine_closes`."""
 
-    def engine_ends(self, name: str, use: Use, error: BaseException | None) -> None:
+    def engine_ends(self, name: str, use: ActiveEngine, error: BaseException | None) -> None:
         """It is in use no more. What it had not finished is to go elsewhere.
 
         Args:
@@ -109,7 +109,7 @@ class Work(Protocol):
         """Sequences that an engine in use has been sent and has not finished."""
 
 
-class Fleet:
+class EngineMembership:
     """Keeps engines in use for as long as they answer.
 
     Guarantees: an engine in use holds the current version of the model's own weights, or is paused.
@@ -119,11 +119,11 @@ class Fleet:
 
     def __init__(
         self,
-        links: Mapping[str, EngineLink],
+        links: Mapping[str, EngineClient],
         adapters: Adapters,
-        base: BaseVersion,
+        base: WeightsVersion,
         *,
-        current: Callable[[], Awaitable[BaseVersion]],
+        current: Callable[[], Awaitable[WeightsVersion]],
         load_timeout_s: float,
         stall_timeout_s: float = 120.0,
         engines_return: bool = True,
@@ -140,14 +140,14 @@ class Fleet:
         """
         self.links = dict(links)
         self._adapters = adapters
-        self.base = base
+        self.weights_version = base
         """The current version of the model's own weights."""
         self._current = current
         self.load_timeout_s = load_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self.engines_return = engines_return
-        self._work: Work
-        self.uses: dict[str, Use] = {}
+        self._work: EngineListener
+        self.active: dict[str, ActiveEngine] = {}
         """Engines in use."""
         self.states: dict[str, EngineState] = dict.fromkeys(links, "starting")
         self.info: EngineInfo | None = None
@@ -161,7 +161,7 @@ class Fleet:
         """What keeps the engines paused."""
         self._failed_loads: Counter[str] = Counter()
         """In a row, by engine."""
-        self._held_back: set[str] = set()
+        self._cordoned: set[str] = set()
         """Engines that get no groups, on somebody's word."""
         self._leaving: dict[str, asyncio.Task[Any]] = {}
         """Engines that are not of the service any more, and finish what they have."""
@@ -173,7 +173,7 @@ class Fleet:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._followers: dict[str, asyncio.Task[Any]] = {}
 
-    def start(self, work: Work) -> None:
+    def start(self, work: EngineListener) -> None:
         """Brings engines into use, for this work."""
         self._work = work
         self._followers = {name: self.spawn(self._follow_engine(name)) for name in self.links}
@@ -184,7 +184,7 @@ class Fleet:
         for task in self._tasks:
             task.cancel()
 
-    async def known(self) -> EngineInfo:
+    async def wait_for_info(self) -> EngineInfo:
         """What the engines are like; waits for the first one.
 
         Raises:
@@ -196,7 +196,7 @@ class Fleet:
         return self.info
 
     def _require_hope(self) -> None:
-        if not self.engines_return and not self.uses:
+        if not self.engines_return and not self.active:
             raise EngineDeadError("the engine died. Make a new sampler.")
 
     async def some_engine(self) -> None:
@@ -218,7 +218,7 @@ class Fleet:
     @property
     def ready(self) -> int:
         """Engines that are given groups."""
-        return len(self.uses.keys() - self._held_back)
+        return len(self.active.keys() - self._cordoned)
 
     @property
     def paused(self) -> bool:
@@ -229,14 +229,14 @@ class Fleet:
         """Of each engine, as plain values."""
         engines: dict[str, Any] = {}
         for name, state in self.states.items():
-            if name in self._held_back:
-                state = "draining" if name in self.uses else "drained"
+            if name in self._cordoned:
+                state = "draining" if name in self.active else "drained"
             engines[name] = {"state": state, "sequences": 0}
-            if (use := self.uses.get(name)) is not None:
+            if (use := self.active.get(name)) is not None:
                 held = {version.id: version.label for version in self._adapters.held}
                 engines[name] |= {
                     "sequences": self._work.sequences_of(name),
-                    "weights": self.base.label,
+                    "weights": self.weights_version.label,
                     "adapters": sorted(held[id] for id in use.adapters if id in held and use.has_loaded(id)),
                     "engine": use.info.kind,
                     "device": use.info.device,
@@ -246,7 +246,7 @@ class Fleet:
                 }
         return engines
 
-    async def unless_lost(self, name: str, use: Use, call: Awaitable[T]) -> T:
+    async def unless_lost(self, name: str, use: ActiveEngine, call: Awaitable[T]) -> T:
         """Waits for a call to an engine, but not after the engine was given up: a hung one answers never.
 
         In an empty context, as `spawn` says: Serve would cancel the call with the request, and what comes of that looks
@@ -269,7 +269,7 @@ class Fleet:
                 answer.cancel()
                 await asyncio.wait({answer}, timeout=1.0)
 
-    def spawn_for(self, use: Use, coroutine: Coroutine[Any, Any, Any]) -> None:
+    def spawn_for(self, use: ActiveEngine, coroutine: Coroutine[Any, Any, Any]) -> None:
         """Runs a coroutine for as long as a use of an engine lasts."""
         task = self.spawn(coroutine)
         use.tasks.add(task)
@@ -289,7 +289,7 @@ class Fleet:
 
     # -- calls to engines ------------------------------------------------------------------------
 
-    async def control(self, name: str, use: Use, method: str, *args: Any) -> Any:
+    async def control(self, name: str, use: ActiveEngine, method: str, *args: Any) -> Any:
         """A control call to an engine in use.
 
         Raises:
@@ -297,21 +297,21 @@ class Fleet:
         """
         return await self.unless_lost(name, use, self.links[name].control(method, *args))
 
-    async def ask(self, method: str, *args: Any) -> Any:
+    async def call_any(self, method: str, *args: Any) -> Any:
         """A control call to any one engine: the next one, where one dies of it; waits until there is one."""
         while True:
             await self.some_engine()
-            name, use = next(iter(self.uses.items()))
+            name, use = next(iter(self.active.items()))
             try:
                 return await self.control(name, use, method, *args)
             except EngineDeadError as error:
                 self.lose(name, use, error)
 
-    async def tell_all(self, method: str, *args: Any) -> None:
+    async def call_all(self, method: str, *args: Any) -> None:
         """A control call to every engine in use."""
         await self._has_info.wait()
         # One that leaves may be out of reach already.
-        names = self.uses.keys() - self._leaving.keys()
+        names = self.active.keys() - self._leaving.keys()
         await asyncio.gather(*(self.links[name].control(method, *args) for name in names))
 
     async def _quietly(self, name: str, method: str, *args: Any) -> None:
@@ -336,7 +336,7 @@ class Fleet:
             loaded = 0
             while not loaded:
                 await self.some_engine()
-                loading = [self.load_on(name, use, version) for name, use in self.uses.items()]
+                loading = [self.load_on(name, use, version) for name, use in self.active.items()]
                 results = await asyncio.gather(*loading, return_exceptions=True)
                 for error in results:
                     if isinstance(error, BaseException) and not isinstance(error, EngineDeadError):
@@ -346,7 +346,7 @@ class Fleet:
             self.drop([version])
             raise
 
-    async def load_on(self, name: str, use: Use, version: AdapterVersion) -> None:
+    async def load_on(self, name: str, use: ActiveEngine, version: AdapterVersion) -> None:
         """Has an engine load a version, once, whoever asks; whoever stops waiting does not stop it."""
         loading = use.adapters.get(version.id)
         if loading is None:
@@ -358,7 +358,7 @@ class Fleet:
     def drop(self, versions: Iterable[AdapterVersion]) -> None:
         """Has every engine give up versions that no group uses any more."""
         for version in versions:
-            for name, use in self.uses.items():
+            for name, use in self.active.items():
                 self.spawn(self._drop(name, use.adapters.pop(version.id, None), version))
 
     async def _drop(self, name: str, loading: asyncio.Task[Any] | None, version: AdapterVersion) -> None:
@@ -366,7 +366,7 @@ class Fleet:
             await asyncio.wait({loading})  # a drop that came first would leave it there for good
         await self._quietly(name, "drop_adapter", version)
 
-    async def _prefetch(self, name: str, use: Use, version: AdapterVersion) -> None:
+    async def _prefetch(self, name: str, use: ActiveEngine, version: AdapterVersion) -> None:
         try:
             await self.load_on(name, use, version)
         except TwinkleServeError as error:  # requests for it get the error themselves
@@ -377,20 +377,24 @@ class Fleet:
     async def _follow_engine(self, name: str) -> None:
         """Keeps an engine in use for as long as it answers; sees restarts, and deaths while it has no work."""
         while True:
-            base, changing = self.base, self.changing.locked()
+            base, changing = self.weights_version, self.changing.locked()
             try:
                 info = await self._describe(name)
             except Exception as error:  # whatever it is, an engine that does not answer is not used
-                self.lose(name, self.uses.get(name), error)
+                self.lose(name, self.active.get(name), error)
                 if self.states[name] != "starting":
                     self.states[name] = "dead"
             else:
-                use = self.uses.get(name)
-                if use is not None and use.info.life != info.life:
+                use = self.active.get(name)
+                if use is not None and use.info.incarnation != info.incarnation:
                     self.lose(name, use, EngineDeadError("it was restarted"))
-                elif info.base != base and base == self.base and not (changing or self.changing.locked()):
+                elif (
+                    info.weights_version != base
+                    and base == self.weights_version
+                    and not (changing or self.changing.locked())
+                ):
                     self.lose(name, use, EngineDeadError("it has other weights than the current ones"))
-                if name not in self.uses:
+                if name not in self.active:
                     await self._catch_up(name, info)
                 elif use is not None:
                     await self._require_progress(name, use, info)
@@ -404,7 +408,7 @@ class Fleet:
         except TimeoutError:
             raise EngineDeadError(f"{name} did not answer for {PROBE_TIMEOUT_S:g} s.") from None
 
-    async def _require_progress(self, name: str, use: Use, info: EngineInfo) -> None:
+    async def _require_progress(self, name: str, use: ActiveEngine, info: EngineInfo) -> None:
         """Gives up an engine that answers and has something to sample, but samples nothing; its process is replaced."""
         now = asyncio.get_running_loop().time()
         stands_still = self.paused and self.states[name] != "draining"
@@ -414,15 +418,15 @@ class Fleet:
             hung = f"it had {info.running} groups and sampled nothing for "
             hung += f"stall_timeout_s={self._stall_timeout_s:g}"
             self.lose(name, use, EngineDeadError(hung))
-            await self._quietly(name, "retire", info.life, hung)
+            await self._quietly(name, "retire", info.incarnation, hung)
 
     async def _catch_up(self, name: str, info: EngineInfo) -> None:
         """Brings an engine into use: without what another router left there, with the current weights, and paused where
         the others are. An engine that cannot, several times in a row, has its process replaced."""
-        if name in self._held_back:
+        if name in self._cordoned:
             return
         self.states[name] = "catching up"
-        base = self.base
+        base = self.weights_version
         try:
             async with asyncio.timeout(self.load_timeout_s):
                 await self.links[name].control("keep_adapters", [version.id for version in self._adapters.held])
@@ -438,32 +442,32 @@ class Fleet:
             logger.warning(f"{name} did not get ready with {base.label!r}: {type(error).__name__}: {error}")
             if isinstance(error, StoreError):
                 await self._ask_what_is_current()
-            if self.base != base:
+            if self.weights_version != base:
                 return  # it was overtaken
             self._failed_loads[name] += 1
-            if self._failed_loads[name] >= MOST_FAILED_LOADS or isinstance(error, TimeoutError):
+            if self._failed_loads[name] >= MAX_FAILED_LOADS or isinstance(error, TimeoutError):
                 self._failed_loads[name] = 0
-                await self._quietly(name, "retire", info.life, f"it does not load {base.label!r}: {error}")
+                await self._quietly(name, "retire", info.incarnation, f"it does not load {base.label!r}: {error}")
         else:
             self._failed_loads[name] = 0
 
     async def _load_current(self, name: str, info: EngineInfo) -> None:
         """Has an engine that is not in use load the current weights, if it has others."""
-        if info.base != self.base:
+        if info.weights_version != self.weights_version:
             await self.links[name].control("pause", "keep")
-            await self.links[name].control("load_weights", self.base)
+            await self.links[name].control("load_weights", self.weights_version)
 
     async def _ask_what_is_current(self) -> None:
         """The store may have taken a commit whose answer never came."""
         async with self.changing:
             with contextlib.suppress(StoreError):
-                self.base = await self._current()
+                self.weights_version = await self._current()
 
     async def _begin_use(self, name: str, info: EngineInfo) -> None:
-        if name in self._held_back:  # since it began to catch up
+        if name in self._cordoned:  # since it began to catch up
             return
-        session = Session(life=info.life, router=self._id, number=next(self._numbers))
-        self.uses[name] = use = Use(info, session, progressed_at=asyncio.get_running_loop().time())
+        session = Session(incarnation=info.incarnation, router=self._id, epoch=next(self._numbers))
+        self.active[name] = use = ActiveEngine(info, session, progressed_at=asyncio.get_running_loop().time())
         self.states[name] = "ready"
         self.info = self.info or info
         self._has_info.set()
@@ -473,20 +477,20 @@ class Fleet:
         for version in self._adapters.newest.values():  # ahead of the first request that needs it
             self.spawn(self._prefetch(name, use, version))
 
-    def lose(self, name: str, use: Use | None, error: BaseException) -> None:
+    def lose(self, name: str, use: ActiveEngine | None, error: BaseException) -> None:
         """Ends a use of an engine: its groups go elsewhere. It is used again once it answers."""
-        if use is None or self.uses.get(name) is not use:
+        if use is None or self.active.get(name) is not use:
             return
-        del self.uses[name]
+        del self.active[name]
         self.states[name] = "dead"
         use.lost.set()
         for task in use.tasks - {asyncio.current_task()}:  # it may be slow and not dead: this aborts them there
             task.cancel()
         self._work.engine_ends(name, use, error)
 
-    def _end_use(self, name: str, use: Use) -> None:
+    def _end_use(self, name: str, use: ActiveEngine) -> None:
         """Takes a living engine out of use. What it has not finished is sampled elsewhere, and has lost no engine."""
-        del self.uses[name]
+        del self.active[name]
         self.states[name] = "catching up"  # as it will have to, if it is used again
         use.lost.set()
         for task in use.tasks:  # which aborts them there
@@ -495,7 +499,7 @@ class Fleet:
 
     # -- engines that come and go ----------------------------------------------------------------
 
-    def set_links(self, links: Mapping[str, EngineLink]) -> None:
+    def set_links(self, links: Mapping[str, EngineClient]) -> None:
         """Says which engines there are. New ones are used as soon as they can be; links of known ones are ignored.
 
         Guarantees: one that is not named gets no new groups, may finish for LEAVE_S what it has, and what it has not
@@ -513,7 +517,7 @@ class Fleet:
         for name in self.links.keys() - links.keys() - self._leaving.keys():
             # It is out of reach, but for the calls that run: an engine that does not answer would count as lost.
             self._followers.pop(name).cancel()
-            self._hold_back(name)
+            self._cordon(name)
             self._leaving[name] = self.spawn(self._leave(name))
 
     async def _leave(self, name: str) -> None:
@@ -523,11 +527,11 @@ class Fleet:
             self._used.notify_all()  # who waits for its restart
 
     def _forget(self, name: str) -> None:
-        if (use := self.uses.get(name)) is not None:
+        if (use := self.active.get(name)) is not None:
             self._end_use(name, use)
         del self._leaving[name], self.links[name], self.states[name]
         self._failed_loads.pop(name, None)
-        self._held_back.discard(name)
+        self._cordoned.discard(name)
 
     async def drain(self, name: str, timeout_s: float) -> None:
         """Gives an engine no new groups, and returns when it has none any more; it stays out of use until `undrain`.
@@ -540,7 +544,7 @@ class Fleet:
             UnsupportedError: the only engine is in this process.
         """
         self._require_engine(name)
-        self._hold_back(name)
+        self._cordon(name)
         await asyncio.shield(self.spawn(self._empty(name, timeout_s)))
 
     async def undrain(self, name: str) -> None:
@@ -551,7 +555,7 @@ class Fleet:
             UnsupportedError: the only engine is in this process.
         """
         self._require_engine(name)
-        self._held_back.discard(name)
+        self._cordoned.discard(name)
         self._work.engine_opens(name)
         async with self._used:
             self._used.notify_all()
@@ -567,16 +571,18 @@ class Fleet:
         self._require_engine(name)
         try:
             async with asyncio.timeout(timeout_s):
-                use = self.uses.get(name)
+                use = self.active.get(name)
                 try:
                     await self.drain(name, drain_timeout_s)
                     with contextlib.suppress(EngineDeadError):  # it is being replaced already
-                        life = use.info.life if use is not None else (await self._describe(name)).life
-                        await self.links[name].control("retire", life, "restart_engine was called")
+                        incarnation = (
+                            use.info.incarnation if use is not None else (await self._describe(name)).incarnation
+                        )
+                        await self.links[name].control("retire", incarnation, "restart_engine was called")
                 finally:
                     await self.undrain(name)
                 async with self._used:
-                    await self._used.wait_for(lambda: name in self.uses or name not in self.links)
+                    await self._used.wait_for(lambda: name in self.active or name not in self.links)
         except TimeoutError:
             raise DeadlineError(
                 f"{name} was not in use again within {timeout_s:g} s; it is used as soon as it can be. "
@@ -592,24 +598,24 @@ class Fleet:
         if name not in self.links or name in self._leaving:
             raise RequestError(unknown_name("engine", name, self.links.keys() - self._leaving.keys()) + ".")
 
-    def _hold_back(self, name: str) -> None:
-        self._held_back.add(name)
+    def _cordon(self, name: str) -> None:
+        self._cordoned.add(name)
         self._work.engine_closes(name)
 
     async def _empty(self, name: str, timeout_s: float) -> None:
         """Ends the use of an engine that is held back, when it has finished what it had, or after so long."""
-        if (use := self.uses.get(name)) is None:
+        if (use := self.active.get(name)) is None:
             return
         use.idle.clear()
         self.find_idle()
         with contextlib.suppress(TimeoutError, EngineDeadError):  # if it dies, its groups are elsewhere already
             async with asyncio.timeout(timeout_s):
                 await self.unless_lost(name, use, use.idle.wait())
-        if self.uses.get(name) is use and name in self._held_back:
+        if self.active.get(name) is use and name in self._cordoned:
             self._end_use(name, use)
 
     def find_idle(self) -> None:
         """Tells those that wait for engines to finish what they had of those that have."""
-        for name in self._held_back & self.uses.keys():
+        for name in self._cordoned & self.active.keys():
             if not self._work.sequences_of(name):
-                self.uses[name].idle.set()
+                self.active[name].idle.set()

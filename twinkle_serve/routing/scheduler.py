@@ -19,19 +19,19 @@ from twinkle_serve.errors import (
     EngineError,
     TwinkleServeError,
 )
-from twinkle_serve.routing.blame import MOST_CRASHES, judge, named, poison, suspicion_s
 from twinkle_serve.routing.dispatch import Dispatcher
-from twinkle_serve.routing.fleet import PROBE_TIMEOUT_S, Fleet, Use
+from twinkle_serve.routing.membership import PROBE_TIMEOUT_S, ActiveEngine, EngineMembership
+from twinkle_serve.routing.poison import MAX_CRASHES, classify, named, poison_error, suspicion_s
 from twinkle_serve.routing.policies import PolicyName
-from twinkle_serve.routing.resume import Drafts, can_resume
+from twinkle_serve.routing.resume import PartialSamples, can_resume
 
 logger = logging.getLogger("ray.serve")
 
-MOST_ATTEMPTS = 50
+MAX_ATTEMPTS = 50
 """Of a group, whatever ended them."""
 
 
-class EnginePool:
+class GroupScheduler:
     """Has engines sample groups, whatever becomes of the engines.
 
     Guarantees: every group that is enqueued is handed back as samples or as a failure, unless it is withdrawn.
@@ -44,7 +44,7 @@ class EnginePool:
 
     def __init__(
         self,
-        fleet: Fleet,
+        membership: EngineMembership,
         *,
         wanted: Callable[[int], bool],
         deliver: Callable[[SampleColumns], None],
@@ -54,27 +54,27 @@ class EnginePool:
     ) -> None:
         """
         Args:
-            fleet: is started, with this as its work.
+            membership: is started, with this as its work.
             wanted: whether anybody waits for a group, by its id.
             deliver: takes samples, of any number of groups.
             fail: takes what a group failed by, by its id.
             policy: which engine a group goes to.
             resume: whether samples that are broken off go on from where they were, where that can be; see `can_resume`.
         """
-        self._fleet = fleet
+        self._engines = membership
         self._wanted, self._deliver_columns, self._fail = wanted, deliver, fail
         self._dispatcher = Dispatcher(policy)
-        """It knows the same engines as the fleet has in use."""
+        """It knows the same engines as the membership has in use."""
         self._resume = resume
-        self._drafts = Drafts()
+        self._drafts = PartialSamples()
         self._pump_due = False
-        fleet.start(self)
+        membership.start(self)
 
-    # -- engines, as `Work` ----------------------------------------------------------------------
+    # -- engines, as `EngineListener` ------------------------------------------------------------
 
-    def engine_begins(self, name: str, use: Use) -> None:
+    def engine_begins(self, name: str, use: ActiveEngine) -> None:
         self._dispatcher.add_engine(name, use.info.max_num_seqs)
-        self._fleet.spawn_for(use, self._collect(name, use))
+        self._engines.spawn_for(use, self._collect(name, use))
         self._pump_soon()
 
     def engine_closes(self, name: str) -> None:
@@ -84,7 +84,7 @@ class EnginePool:
         self._dispatcher.open_engine(name)
         self._pump_soon()
 
-    def engine_ends(self, name: str, use: Use, error: BaseException | None) -> None:
+    def engine_ends(self, name: str, use: ActiveEngine, error: BaseException | None) -> None:
         suspect = self._dispatcher.suspect_of(name)
         rest = self._dispatcher.remove_engine(name)
         if error is not None:
@@ -113,7 +113,7 @@ class EnginePool:
 
     def _fail_without_hope(self, name: str) -> None:
         """Fails what waits, where there is no engine and none returns."""
-        if not self._fleet.engines_return and not self._fleet.uses:
+        if not self._engines.engines_return and not self._engines.active:
             for group_id in {group.id for group in self._dispatcher.withdraw_waiting()}:
                 self._fail(group_id, EngineDeadError(f"{name} died. Make a new sampler."))
 
@@ -130,23 +130,23 @@ class EnginePool:
     @property
     def sequences(self) -> int:
         """Sequences that engines have been sent and have not finished."""
-        return sum(self._dispatcher.sequences(name) for name in self._fleet.uses)
+        return sum(self._dispatcher.sequences(name) for name in self._engines.active)
 
     def withdraw(self, caller: str, group_ids: Sequence[int]) -> None:
         """Drops groups of a caller: from the queue, and from the engines that have them."""
         self._drafts.drop(group_ids)
         for name, groups in self._dispatcher.withdraw(caller, group_ids).items():
-            self._fleet.spawn(self._abort(name, self._fleet.uses[name], groups))
+            self._engines.spawn(self._abort(name, self._engines.active[name], groups))
         self._pump_soon()  # they may have stood in the way of others
 
-    async def _abort(self, name: str, use: Use, groups: list[Group]) -> None:
+    async def _abort(self, name: str, use: ActiveEngine, groups: list[Group]) -> None:
         """Has an engine drop groups, and releases the load that they were, if it is still the same use of it."""
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                await self._fleet.links[name].abort(use.session, [group.attempt for group in groups])
+                await self._engines.links[name].abort(use.session, [group.attempt for group in groups])
         except Exception as error:  # a lost engine has nothing to abort
             logger.info(f"{name} did not take an abort of {len(groups)} groups: {type(error).__name__}")
-        if self._fleet.uses.get(name) is use:
+        if self._engines.active.get(name) is use:
             self._dispatcher.finish(name, [group.key for group in groups])
             self._pump_soon()
 
@@ -158,33 +158,33 @@ class EnginePool:
         """
         started = False
         while True:
-            await self._fleet.some_engine()
+            await self._engines.some_engine()
             name = self._dispatcher.place(group)
-            use = self._fleet.uses[name]
+            use = self._engines.active[name]
             try:
                 if group.adapter is not None:
-                    await self._fleet.load_on(name, use, group.adapter)
-                async with contextlib.aclosing(self._fleet.links[name].stream(use.session, group)) as deltas:
-                    while (delta := await self._fleet.unless_lost(name, use, anext(deltas, None))) is not None:
+                    await self._engines.load_on(name, use, group.adapter)
+                async with contextlib.aclosing(self._engines.links[name].stream(use.session, group)) as deltas:
+                    while (delta := await self._engines.unless_lost(name, use, anext(deltas, None))) is not None:
                         started = True
                         yield delta
                         if delta.finish_reason is not None:
                             return
                 raise EngineError(f"{name} ended a stream before its sample had ended. Send the call again.")
             except EngineDeadError as error:
-                self._fleet.lose(name, use, error)
+                self._engines.lose(name, use, error)
                 group = replace(
                     group,
                     attempts=group.attempts + 1,
                     lost=(*group.lost, name),
                     crashes=group.crashes + isinstance(error, EngineCrashedError),
                 )
-                if started or len(group.lost) >= MOST_CRASHES:
+                if started or len(group.lost) >= MAX_CRASHES:
                     raise EngineDeadError(
                         f"{' and '.join(group.lost)} died in the middle of a stream. Send the call again."
                     ) from None
             finally:
-                if self._fleet.uses.get(name) is use:
+                if self._engines.active.get(name) is use:
                     self._dispatcher.finish(name, [group.key])
                     self._pump_soon()
 
@@ -196,11 +196,11 @@ class EnginePool:
 
     def _pump(self) -> None:
         self._pump_due = False
-        if self._fleet.closed:
+        if self._engines.closed:
             return
         now = asyncio.get_running_loop().time()
         for name, groups in self._dispatcher.assign().items():
-            use = self._fleet.uses[name]
+            use = self._engines.active[name]
             use.placed_at.update(dict.fromkeys((group.id for group in groups), now))
             self._watch_suspect(name, use, groups)
             by_adapter: dict[AdapterVersion | None, list[Group]] = defaultdict(list)
@@ -209,13 +209,13 @@ class EnginePool:
                 # What an engine has yet to load keeps nobody else waiting, and fails alone.
                 by_adapter[None if use.has(group.adapter) else group.adapter].append(group)
             for missing, part in by_adapter.items():
-                self._fleet.spawn_for(use, self._send(name, use, part, missing))
+                self._engines.spawn_for(use, self._send(name, use, part, missing))
             if len(use.placed_at) > 2 * self._dispatcher.sequences(name) + 64:
                 held = {group.id for group in self._dispatcher.groups(name)}
                 use.placed_at = {group_id: at for group_id, at in use.placed_at.items() if group_id in held}
-        self._fleet.find_idle()
+        self._engines.find_idle()
 
-    async def _send(self, name: str, use: Use, groups: list[Group], missing: AdapterVersion | None) -> None:
+    async def _send(self, name: str, use: ActiveEngine, groups: list[Group], missing: AdapterVersion | None) -> None:
         """Sends an engine a chunk, after it has loaded the adapter that it lacks for it. Groups that it does not take
         fail, or are placed elsewhere if it is gone."""
         keys = [group.key for group in groups]
@@ -225,14 +225,14 @@ class EnginePool:
                     self._dispatcher.finish(name, keys)
                     self._pump_soon()
                     return
-                await self._fleet.load_on(name, use, missing)
-            await self._fleet.unless_lost(
-                name, use, self._fleet.links[name].submit(use.session, groups, self._dispatcher.waiting > 0)
+                await self._engines.load_on(name, use, missing)
+            await self._engines.unless_lost(
+                name, use, self._engines.links[name].submit(use.session, groups, self._dispatcher.waiting > 0)
             )
         except EngineDeadError as error:
-            self._fleet.lose(name, use, error)
+            self._engines.lose(name, use, error)
         except Exception as error:
-            if self._fleet.uses.get(name) is not use:
+            if self._engines.active.get(name) is not use:
                 return
             if not isinstance(error, TwinkleServeError):
                 # A bug, here or there: these groups fail, the engine stays.
@@ -245,7 +245,7 @@ class EnginePool:
             use.sent.update(keys)
             use.has_sent.set()
 
-    async def _collect(self, name: str, use: Use) -> None:
+    async def _collect(self, name: str, use: ActiveEngine) -> None:
         """Takes what an engine hands back. What still comes once it is out of that use is dropped, for its groups are
         elsewhere then."""
         while True:
@@ -253,15 +253,15 @@ class EnginePool:
             use.has_sent.clear()
             sent, use.sent = use.sent, set()
             try:
-                async with contextlib.aclosing(self._fleet.links[name].results(use.session)) as results:
+                async with contextlib.aclosing(self._engines.links[name].results(use.session)) as results:
                     async for finished in results:
-                        if self._fleet.uses.get(name) is not use:
+                        if self._engines.active.get(name) is not use:
                             return
                         self._deliver(name, finished)
             except Exception as error:
                 if not isinstance(error, EngineDeadError):  # a bug, here or there: what it struck is not known
                     logger.exception(f"what {name} has sampled could not be taken")
-                self._fleet.lose(name, use, error)
+                self._engines.lose(name, use, error)
                 return
             # It has nothing any more. What it was sent before and has not handed back would wait for ever.
             self._sample_again(self._dispatcher.finish(name, sent))
@@ -289,38 +289,38 @@ class EnginePool:
             if not self._wanted(group.id):
                 continue
             group = replace(group, attempts=group.attempts + 1)
-            if group.attempts > MOST_ATTEMPTS:
+            if group.attempts > MAX_ATTEMPTS:
                 self._fail(group.id, EngineError(f"{named(group)} was begun {group.attempts} times, and never ended."))
             else:
-                assert self._fleet.info is not None
-                again.extend(self._drafts.resumed(group, self._fleet.info))
+                assert self._engines.info is not None
+                again.extend(self._drafts.resumed(group, self._engines.info))
         self._dispatcher.enqueue(again, first=True)
 
     # -- what ends engines -----------------------------------------------------------------------
 
     def _blame(self, name: str, suspect: GroupKey | None, lost: list[Group], crashed: bool) -> list[Group]:
         """Of what an engine had when it ended, what is to be sampled again at once. Suspects take their turn."""
-        verdict = judge(name, suspect, lost, crashed=crashed)
-        for group in verdict.guilty:
-            self._fail(group.id, poison(group))
-        if verdict.guilty and crashed:
+        verdict = classify(name, suspect, lost, crashed=crashed)
+        for group in verdict.poisoned:
+            self._fail(group.id, poison_error(group))
+        if verdict.poisoned and crashed:
             self._dispatcher.clear_waiting()
         for group in verdict.suspects:
             if self._wanted(group.id):
                 self._dispatcher.suspect(replace(group, attempts=group.attempts + 1))
         return verdict.innocent
 
-    def _watch_suspect(self, name: str, use: Use, groups: list[Group]) -> None:
+    def _watch_suspect(self, name: str, use: ActiveEngine, groups: list[Group]) -> None:
         """Clears a suspect that was sent to an engine when it has outlived what it may have done before."""
         key = self._dispatcher.suspect_of(name)
         for group in groups:
             if group.key == key:
-                self._fleet.spawn(self._clear_suspect(name, use, group))
+                self._engines.spawn(self._clear_suspect(name, use, group))
 
-    async def _clear_suspect(self, name: str, use: Use, group: Group) -> None:
+    async def _clear_suspect(self, name: str, use: ActiveEngine, group: Group) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(suspicion_s(group)):
                 await use.lost.wait()
-        if self._fleet.uses.get(name) is use:
+        if self._engines.active.get(name) is use:
             self._dispatcher.clear(name, group.key)
             self._pump_soon()
