@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from ray import serve
 
+from deployments.engine_client import ServeEngineClient
 from deployments.log_config import QUIET
-from deployments.router import ServeEngineClient
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group, Session
 from twinkle_serve.data_format.samples import SampleColumns
-from twinkle_serve.engines.base import Finished
+from twinkle_serve.engines.group_runner import Finished
 
 GROUPS, SAMPLES, TOKENS = 4, 8, 300
 """Of a chunk, which comes back in an item."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group
-from twinkle_serve.engines.base import FLUSH_SHARE, MAX_FLUSH_S, MIN_FLUSH_S
+from twinkle_serve.engines.group_runner import FLUSH_SHARE, MAX_FLUSH_S, MIN_FLUSH_S
 from twinkle_serve.routing.dispatch import Dispatcher
 from twinkle_serve.routing.policies import PolicyName
 

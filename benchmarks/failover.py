@@ -25,7 +25,7 @@ from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.engines import build_engine
-from twinkle_serve.engines.base import Finished
+from twinkle_serve.engines.group_runner import Finished
 from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import EngineDeadError
 from twinkle_serve.routing.router import Router

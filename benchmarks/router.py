@@ -63,7 +63,7 @@ class Prober:
 
         async def ask() -> None:
             sent = time.perf_counter()
-            status = await self._sampler._backend.call_async("status", timeout_s=60.0)
+            status = await self._sampler._client.call_async("status", timeout_s=60.0)
             latencies.append(time.perf_counter() - sent)
             waiting.append(status["groups_waiting"])
             if until_empty and max(waiting) and not waiting[-1]:

@@ -119,7 +119,7 @@ class _Watcher(threading.Thread):
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
-        from twinkle_serve.sampler.service import failure_reason
+        from twinkle_serve.sampler.connect import failure_reason
 
         started = time.time()
         waiting = set(self._applications)
@@ -157,10 +157,11 @@ def _engines_are_in_use(name: str) -> bool:
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    from twinkle_serve.sampler.service import ServiceBackend, wait_for_engines
+    from twinkle_serve.sampler.client import ServiceClient
+    from twinkle_serve.sampler.connect import wait_for_engines
 
     try:
-        wait_for_engines(ServiceBackend(serve.get_app_handle(name), name), timeout_s=0)
+        wait_for_engines(ServiceClient(serve.get_app_handle(name), name), timeout_s=0)
     except (RayError, RayServeException, TwinkleServeError):
         return False
     return True

@@ -3,14 +3,13 @@
 # No `from __future__ import annotations` here: Ray Serve reads the annotation of `args` to parse the config.
 
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.serve import Application
 
-from deployments.engine import Engine, engine_name
-from deployments.router import Router
-from deployments.store import Store
+from deployments.engine import engine_deployment, engine_name
+from deployments.router import router_deployment
+from deployments.store import store_deployment
 from graphs.versions import common_parts, engine_parts, versioned
 from twinkle_serve import hub
 from twinkle_serve.adapters import describe_adapter, read_adapter
@@ -34,9 +33,6 @@ def build(args: ServiceArgs) -> Application:
         ModelNotFoundError: no such model.
         AdapterError: an adapter that cannot be read.
     """
-    engine: Any = Engine  # the decorator made deployments of them, which its types do not say
-    router: Any = Router
-    store: Any = Store
     mesh = args.device_mesh.mesh()
     if args.device_group is None:
         placement = place(mesh, cluster())
@@ -53,14 +49,14 @@ def build(args: ServiceArgs) -> Application:
     adapters = {name: str(Path(path).expanduser().absolute()) for name, path in args.adapters.items()}
     args = args.model_copy(update={"adapters": adapters})
     common = common_parts(args)
-    weights = versioned(store, common).bind(args)
+    weights = versioned(store_deployment, common).bind(args)
     engines = {}
     for rank in range(mesh.dp_size):
-        options = engine.options(name=engine_name(rank), **engine_options(placement, rank))
+        options = engine_deployment.options(name=engine_name(rank), **engine_options(placement, rank))
         bound = versioned(options, common, engine_parts(placement, rank)).bind(args, rank, placement, weights)
         engines[engine_name(rank)] = bound
     # user_config reaches a router that runs; the handles, one that starts.
-    router = router.options(user_config={"engines": list(engines)})
+    router = router_deployment.options(user_config={"engines": list(engines)})
     application: Application = versioned(router, common).bind(args, engines, weights)
     return application
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from twinkle_serve.mesh import DeviceGroup, DeviceMesh
     from twinkle_serve.remote import initialize, remote_class, remote_function, shutdown
     from twinkle_serve.sampler import Sampler, TorchSampler, VLLMSampler, vLLMSampler
-    from twinkle_serve.sampler.service import ServiceSampler, connect
+    from twinkle_serve.sampler.connect import connect
     from twinkle_serve.template import Template
 
 _HOMES = {
@@ -26,13 +26,12 @@ _HOMES = {
     "SampledSequence": "data_format",
     "Sampler": "sampler",
     "SamplingParams": "data_format",
-    "ServiceSampler": "sampler.service",
     "Template": "template",
     "TorchSampler": "sampler",
     "Trajectory": "data_format",
     "TwinkleServeError": "errors",
     "VLLMSampler": "sampler",
-    "connect": "sampler.service",
+    "connect": "sampler.connect",
     "initialize": "remote",
     "remote_class": "remote",
     "remote_function": "remote",
@@ -48,7 +47,6 @@ __all__ = [
     "SampledSequence",
     "Sampler",
     "SamplingParams",
-    "ServiceSampler",
     "Template",
     "TorchSampler",
     "Trajectory",

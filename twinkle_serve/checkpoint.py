@@ -6,15 +6,12 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from twinkle_serve.data_format.weights import Bucket as Bucket
 from twinkle_serve.errors import WeightsError
-
-Bucket: TypeAlias = NDArray[np.uint8]
-"""Some weights as a safetensors file. Shape [bytes]."""
 
 BUCKET_BYTES = 256 * 2**20
 

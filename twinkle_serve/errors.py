@@ -23,6 +23,8 @@ TwinkleServeError
 │   ├── EngineDeadError         it died, and its work could not be moved elsewhere
 │   │   └── EngineCrashedError    it ended by itself: an error, or a signal of its own
 │   └── StoreError              the store of weights cannot be reached, written or trusted
+├── ServiceError                the service's router or Serve itself failed, or cannot be reached
+├── LeaseExpiredError           a pause or a call was not renewed in time, or another one replaced it
 └── WorkerError                 a worker of a remote_class failed
 
 A message says what, both numbers and the remedy. Exceptions take positional arguments only: Ray
@@ -136,6 +138,14 @@ class EngineCrashedError(EngineDeadError):
 
 class StoreError(EngineError):
     """The store of weights cannot be reached, written or trusted."""
+
+
+class ServiceError(TwinkleServeError):
+    """The service's router or Serve itself failed, or cannot be reached."""
+
+
+class LeaseExpiredError(TwinkleServeError):
+    """A pause or a call was not renewed in time, or another one replaced it."""
 
 
 class WorkerError(TwinkleServeError):

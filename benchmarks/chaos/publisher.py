@@ -13,7 +13,7 @@ from benchmarks.chaos.calls import ADAPTERS
 from tests.lora import random_adapter
 from tests.weights import changed_weights
 from twinkle_serve.data_format.weights import INITIAL_LABEL
-from twinkle_serve.sampler.service import ServiceSampler
+from twinkle_serve.sampler import RunningSampler
 
 BASE = ""
 """The name that attempts to publish the model's own weights have."""
@@ -107,7 +107,7 @@ class AdapterMaker:
 class Publisher(threading.Thread):
     """Updates the model's own weights every period, and one adapter and the other by turns every other time."""
 
-    def __init__(self, sampler: ServiceSampler, history: History, period_s: float) -> None:
+    def __init__(self, sampler: RunningSampler, history: History, period_s: float) -> None:
         super().__init__(name="publisher", daemon=True)
         self._sampler, self._history, self._period_s = sampler, history, period_s
         self._adapters = AdapterMaker()

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from twinkle_serve.errors import TwinkleServeError
-from twinkle_serve.sampler.service import ServiceSampler
+from twinkle_serve.sampler import RunningSampler
 
 PERIOD_S = 0.2
 PATIENCE_S = 3.0
@@ -36,7 +36,7 @@ class Poll:
 class Watch(threading.Thread):
     """Polls the service's status."""
 
-    def __init__(self, sampler: ServiceSampler, engines: int) -> None:
+    def __init__(self, sampler: RunningSampler, engines: int) -> None:
         super().__init__(name="watch", daemon=True)
         self._sampler, self._engines = sampler, engines
         self._end = threading.Event()
@@ -51,7 +51,7 @@ class Watch(threading.Thread):
     def status(self) -> dict[str, Any] | None:
         """The service's own; None where it does not answer."""
         try:
-            status: dict[str, Any] = self._sampler._backend.call("status", timeout_s=PATIENCE_S)
+            status: dict[str, Any] = self._sampler._client.call("status", timeout_s=PATIENCE_S)
         except TwinkleServeError:
             return None
         return status

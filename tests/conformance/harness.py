@@ -18,7 +18,7 @@ from twinkle_serve.data_format.response import SampledSequence, SampleResponse
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.sampling_params import SamplingParams
 from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, WeightsVersion
-from twinkle_serve.engines.base import Engine
+from twinkle_serve.engines.protocol import Engine
 from twinkle_serve.engines.server import EngineServer
 
 ADAPTER_IDS = itertools.count(1)

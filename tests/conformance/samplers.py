@@ -8,7 +8,7 @@ from tests.integration.conftest import deploy
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.engines import EngineKind
 from twinkle_serve.sampler import RunningSampler
-from twinkle_serve.sampler.local import LocalBackend
+from twinkle_serve.sampler.local import LocalClient
 
 ENGINE_ARGS: dict[EngineKind, dict[str, Any]] = {
     "vllm": {
@@ -39,4 +39,4 @@ def make_sampler(which: str) -> RunningSampler:
     if which.endswith("service"):
         return deploy(which, device_mesh={"dp_size": 2}, **args)
     mesh = {"device_type": "cpu"}
-    return RunningSampler(LocalBackend(ServiceArgs.model_validate({"model_id": "demo", "device_mesh": mesh, **args})))
+    return RunningSampler(LocalClient(ServiceArgs.model_validate({"model_id": "demo", "device_mesh": mesh, **args})))

@@ -11,7 +11,8 @@ import pytest
 
 from tests.conformance.harness import EngineHarness
 from twinkle_serve.data_format import SamplingParams
-from twinkle_serve.engines.base import Finished, GroupRunner, check_fits
+from twinkle_serve.engines.group_runner import Finished, GroupRunner
+from twinkle_serve.engines.protocol import check_fits
 
 Prompts = list[np.ndarray]
 

@@ -21,7 +21,7 @@ from twinkle_serve import SamplingParams, TorchSampler, hub, vLLMSampler
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.errors import AdapterError, PromptError, SamplingParamsError, TwinkleServeError
 from twinkle_serve.sampler import RunningSampler, Sampler
-from twinkle_serve.sampler.local import LocalBackend
+from twinkle_serve.sampler.local import LocalClient
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(12, 24)]
 GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
@@ -43,7 +43,7 @@ def test_an_unknown_adapter_is_no_base_model(sampler: RunningSampler) -> None:
 def test_an_adapter_is_refused_where_lora_is_off(engine: str, tmp_path: Path) -> None:
     """When it is added, by name or per call; and in a config that names it."""
     args = {"model_id": "demo", "engine": engine, "engine_args": {"enable_lora": False}}
-    sampler = RunningSampler(LocalBackend(ServiceArgs.model_validate(args)))
+    sampler = RunningSampler(LocalClient(ServiceArgs.model_validate(args)))
     path = save_adapter(tmp_path / "lora")
     for call in (
         lambda: sampler.add_adapter_to_model("lora", path),

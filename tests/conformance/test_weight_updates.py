@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 from collections.abc import Iterator
@@ -16,12 +17,13 @@ from tests.weights import Reference, changed_weights
 from twinkle_serve import SampleResponse
 from twinkle_serve.errors import (
     DeadlineError,
-    EngineError,
+    LeaseExpiredError,
     RequestError,
     TwinkleServeError,
     UnsupportedError,
     WeightsError,
 )
+from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler import RunningSampler
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a + 3}="}]} for a in range(30, 38)]
@@ -273,10 +275,10 @@ def test_update_in_a_pause_leaves_it_paused(sampler: RunningSampler, weights: di
 
 def test_pause_of_a_caller_that_is_gone_ends(sampler: RunningSampler, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not renewed any more: samples go on, and the caller, if it lives after all, is told."""
-    monkeypatch.setattr("twinkle_serve.sampler.base.Pause._renew", lambda self: None)
+    monkeypatch.setattr("twinkle_serve.sampler.pause.keep_renewed", lambda renew, period_s: asyncio.sleep(0))
     pause = sampler.pause(lease_s=0.3)
     assert len(sampler.sample(QUESTIONS, {"max_tokens": 2}, timeout_s=30).sequences) == len(QUESTIONS)
-    with pytest.raises(EngineError, match="the pause is over"):
+    with pytest.raises(LeaseExpiredError, match="the pause is over"):
         pause.resume()
     pause.resume()  # again: nothing
 
@@ -295,5 +297,6 @@ def test_cancelled_update_leaves_nothing_behind(
         sampler.update_weights(interrupted(), next(LABELS), bucket_bytes=2**18)
     assert sampler.status()["weights"] == before
     with pytest.raises(TwinkleServeError, match="given up"):
-        sampler._backend.call("append_weights", 1, 0, sampler._backend.put_large(np.zeros(8, np.uint8)))
+        client, bucket = sampler._client, sampler._client.put_large(np.zeros(8, np.uint8))
+        client.loop.call(client.call(60.0, RouterAPI.append_weights, 1, 0, bucket))
     sampler.update_weights(weights, next(LABELS))

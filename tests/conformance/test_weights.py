@@ -225,7 +225,7 @@ async def test_pause_ends_without_a_router(
     engine: EngineHarness, prompts: list[np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lease: nobody asks after the engine any more, and it goes on."""
-    monkeypatch.setattr("twinkle_serve.engines.server.PAUSE_LEASE_S", 0.2)
+    monkeypatch.setattr("twinkle_serve.timing.ENGINE_PAUSE_LEASE_S", 0.2)
     await engine.host.pause("keep")
     assert len((await engine.one(prompts[0], max_tokens=2)).tokens) > 0
 

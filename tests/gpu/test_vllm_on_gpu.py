@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.integration.conftest import deploy, ray_cluster
-from twinkle_serve.sampler.service import ServiceSampler
+from twinkle_serve.sampler import RunningSampler
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
@@ -21,7 +21,7 @@ GREEDY = {"temperature": 0.0, "max_tokens": 32, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def sampler() -> Iterator[ServiceSampler]:
+def sampler() -> Iterator[RunningSampler]:
     with ray_cluster(num_cpus=8):
         yield deploy("gpu", engine="vllm", device_mesh={"device_type": "auto"}, engine_args=ENGINE_ARGS)
 
@@ -31,7 +31,7 @@ def used_mib() -> int:
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
 
 
-def test_auto_takes_the_gpu(sampler: ServiceSampler) -> None:
+def test_auto_takes_the_gpu(sampler: RunningSampler) -> None:
     (engine,) = sampler.status()["engines"].values()
     assert engine["device"] == "cuda"
     response = sampler.sample(PROMPTS, {"max_tokens": 64, "ignore_eos": True}, num_samples=8)
@@ -39,14 +39,14 @@ def test_auto_takes_the_gpu(sampler: ServiceSampler) -> None:
     assert used_mib() > 4096
 
 
-def test_the_same_seed_gives_the_same_tokens(sampler: ServiceSampler) -> None:
+def test_the_same_seed_gives_the_same_tokens(sampler: RunningSampler) -> None:
     first, again = (sampler.sample(PROMPTS[:4], {"max_tokens": 32, "seed": 7}, num_samples=4) for _ in range(2))
     assert [seq.tokens for seq in first.sequences] == [seq.tokens for seq in again.sequences]
     assert len({tuple(seq.tokens) for seq in first.sequences[:4]}) > 1
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_sleep_gives_the_memory_back_and_wakes_with_the_same_weights(sampler: ServiceSampler, level: int) -> None:
+def test_sleep_gives_the_memory_back_and_wakes_with_the_same_weights(sampler: RunningSampler, level: int) -> None:
     before = sampler.sample(PROMPTS, GREEDY)
     awake = used_mib()
     sampler.sleep(level)

@@ -17,7 +17,8 @@ from graphs.sampler import build
 from tests.processes import with_title
 from twinkle_serve import connect
 from twinkle_serve.config import ServiceArgs
-from twinkle_serve.sampler.service import ServiceSampler, wait_for_engines
+from twinkle_serve.sampler import RunningSampler
+from twinkle_serve.sampler.connect import wait_for_engines
 
 
 @contextlib.contextmanager
@@ -46,13 +47,13 @@ def ray_cluster(num_cpus: int, **options: Any) -> Iterator[None]:
         assert not alive, f"Ray left processes behind: {alive}"
 
 
-def deploy(name: str, **args: Any) -> ServiceSampler:
+def deploy(name: str, **args: Any) -> RunningSampler:
     """The application of these arguments, running."""
     args.setdefault("model_id", "demo")
     args["device_mesh"] = {"device_type": "cpu", **args.get("device_mesh", {})}
     serve.run(build(ServiceArgs.model_validate(args)), name=name, route_prefix=None)
     sampler = connect(name)
-    wait_for_engines(sampler._backend, 120.0)  # type: ignore[arg-type]  # a service's
+    wait_for_engines(sampler._client, 120.0)
     return sampler
 
 

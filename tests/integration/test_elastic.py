@@ -176,9 +176,9 @@ def test_dp_size_changes_without_failing_a_call_or_replacing_what_stays(service:
 
 ROUTER_OF_NOW = """
 import twinkle_serve
-from twinkle_serve.sampler.service import wait_for_engines
+from twinkle_serve.sampler.connect import wait_for_engines
 sampler = twinkle_serve.connect("sampler")
-wait_for_engines(sampler._backend, 60)
+wait_for_engines(sampler._client, 60)
 print(sorted(sampler.status()["engines"]))
 """
 

@@ -18,7 +18,7 @@ from tests.integration.conftest import deploy, ray_cluster, replica_process, wai
 from tests.weights import changed_weights
 from twinkle_serve import SampleResponse
 from twinkle_serve.errors import TwinkleServeError, WeightsError
-from twinkle_serve.sampler.service import ServiceSampler
+from twinkle_serve.sampler import RunningSampler
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(10, 26)]
 GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
@@ -38,7 +38,7 @@ def weights() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def service() -> ServiceSampler:
+def service() -> RunningSampler:
     return deploy("based", device_mesh={"dp_size": 2}, **ARGS)
 
 
@@ -50,7 +50,7 @@ def labels_of(response: SampleResponse) -> set[str]:
     "killed", [("engine-dp0",), ("store",), ("router",), ("store", "router", "engine-dp0", "engine-dp1")]
 )
 def test_current_weights_are_there_again_after_a_death(
-    service: ServiceSampler, weights: dict[str, Any], killed: tuple[str, ...]
+    service: RunningSampler, weights: dict[str, Any], killed: tuple[str, ...]
 ) -> None:
     """Whatever dies, no sample comes from other weights, and the next update finds everything in place."""
     label = next(LABELS)
@@ -77,7 +77,7 @@ def test_current_weights_are_there_again_after_a_death(
     assert labels_of(service.sample(QUESTIONS, GREEDY)) == {newer}
 
 
-def test_engine_that_dies_in_an_update_comes_back_current(service: ServiceSampler, weights: dict[str, Any]) -> None:
+def test_engine_that_dies_in_an_update_comes_back_current(service: RunningSampler, weights: dict[str, Any]) -> None:
     """The others have the new version, and it has it too before it is used."""
     label = next(LABELS)
 
@@ -136,7 +136,7 @@ def killed_trainer(what: str) -> None:
     trainer.wait()
 
 
-def test_trainer_that_dies_while_it_sends_leaves_nothing(service: ServiceSampler, weights: dict[str, Any]) -> None:
+def test_trainer_that_dies_while_it_sends_leaves_nothing(service: RunningSampler, weights: dict[str, Any]) -> None:
     """The version before goes on; a second trainer is refused while the first may live, and told for how long."""
     before = service.status()["weights"]
     killed_trainer("update")
@@ -156,7 +156,7 @@ def test_trainer_that_dies_while_it_sends_leaves_nothing(service: ServiceSampler
     wait_until(taken, "an update is taken", 60)
 
 
-def test_trainer_that_dies_in_a_pause_does_not_leave_it_paused(service: ServiceSampler) -> None:
+def test_trainer_that_dies_in_a_pause_does_not_leave_it_paused(service: RunningSampler) -> None:
     """Its lease of 2 s ends."""
     killed_trainer("pause")
     assert len(service.sample(QUESTIONS, GREEDY, timeout_s=30).sequences) == len(QUESTIONS)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import ray
 from ray import serve
+from twinkle_serve.sampler.service import deploy as deploy_service
 
 from graphs.sampler import build
 from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
@@ -23,17 +24,16 @@ from twinkle_serve.errors import (
     AdapterError,
     DeadlineError,
     EngineArgsError,
-    EngineError,
     MeshError,
     ModelNotFoundError,
     PromptError,
     RequestError,
     SamplingParamsError,
+    ServiceError,
     ServiceNotReadyError,
     TwinkleServeError,
 )
-from twinkle_serve.sampler.service import ServiceSampler
-from twinkle_serve.sampler.service import deploy as deploy_service
+from twinkle_serve.sampler import RunningSampler
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(12, 24)]
 TOKEN_S = 0.02
@@ -48,13 +48,13 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def sampler(cluster: None) -> ServiceSampler:
+def sampler(cluster: None) -> RunningSampler:
     """Two engines, instant."""
     return deploy("quick", engine="fake", device_mesh={"dp_size": 2}, engine_args={"max_model_len": 600})
 
 
 @pytest.fixture(scope="module")
-def slow(cluster: None) -> ServiceSampler:
+def slow(cluster: None) -> RunningSampler:
     """Two engines that take TOKEN_S a token."""
     engine_args = {"max_model_len": 600, "max_num_seqs": 8, "token_latency_s": TOKEN_S}
     return deploy("slow", engine="fake", device_mesh={"dp_size": 2}, engine_args=engine_args)
@@ -66,17 +66,17 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     for name in ("sampler", "slow"):
         if name in request.fixturenames:
-            service: ServiceSampler = request.getfixturevalue(name)
+            service: RunningSampler = request.getfixturevalue(name)
             wait_until(lambda service=service: is_idle(service), f"{name} is idle")
 
 
-def is_idle(service: ServiceSampler) -> bool:
+def is_idle(service: RunningSampler) -> bool:
     status = service.status()
     sequences = sum(engine["sequences"] for engine in status["engines"].values())
     return not (sequences or status["requests"] or status["groups_waiting"])
 
 
-def test_sample_returns_every_sample_in_input_order(sampler: ServiceSampler) -> None:
+def test_sample_returns_every_sample_in_input_order(sampler: RunningSampler) -> None:
     """Flat and prompt-major, from both engines, with the logprobs of each token."""
     response = sampler.sample(QUESTIONS, SamplingParams(max_tokens=20), num_samples=5)
     assert [seq.prompt_index for seq in response.sequences] == [i for i in range(len(QUESTIONS)) for _ in range(5)]
@@ -89,26 +89,26 @@ def test_sample_returns_every_sample_in_input_order(sampler: ServiceSampler) -> 
         assert feature["input_ids"][: len(part.prompt_token_ids)] == part.prompt_token_ids
 
 
-def test_sample_takes_one_dict_as_one_prompt(sampler: ServiceSampler) -> None:
+def test_sample_takes_one_dict_as_one_prompt(sampler: RunningSampler) -> None:
     """It is never split."""
     response = sampler.sample(QUESTIONS[0], {"max_tokens": 3}, num_samples=2)
     assert len(response) == 1 and len(response.sequences) == 2
 
 
-def test_sample_continues_a_new_input_feature(sampler: ServiceSampler) -> None:
+def test_sample_continues_a_new_input_feature(sampler: RunningSampler) -> None:
     """What came out goes in again, token for token."""
     first = sampler.sample(QUESTIONS[0], {"max_tokens": 3}).sequences[0].new_input_feature
     again = sampler.sample(first, {"max_tokens": 3})
     assert again.prompt_token_ids == first["input_ids"]
 
 
-def test_a_batch_smaller_than_the_engines_is_answered(sampler: ServiceSampler) -> None:
+def test_a_batch_smaller_than_the_engines_is_answered(sampler: RunningSampler) -> None:
     """And many more prompts than slots as well."""
     assert len(sampler.sample(QUESTIONS[:1], {"max_tokens": 2}).sequences) == 1
     assert len(sampler.sample(QUESTIONS * 100, {"max_tokens": 2}, num_samples=2).sequences) == 2400
 
 
-def test_sample_iter_yields_each_prompt_once(sampler: ServiceSampler) -> None:
+def test_sample_iter_yields_each_prompt_once(sampler: RunningSampler) -> None:
     """With all its samples, in whatever order they finish."""
     parts = list(sampler.sample_iter(QUESTIONS, {"max_tokens": 5}, num_samples=3, progress=True))
     assert sorted(part.prompt_index for part in parts) == list(range(len(QUESTIONS)))
@@ -117,7 +117,7 @@ def test_sample_iter_yields_each_prompt_once(sampler: ServiceSampler) -> None:
     assert all(part.inputs == [QUESTIONS[part.prompt_index]] for part in parts)
 
 
-def test_inputs_may_hold_references(sampler: ServiceSampler) -> None:
+def test_inputs_may_hold_references(sampler: RunningSampler) -> None:
     """To objects and to actors, which come back with them, and are let go of as Ray's own."""
 
     @ray.remote(num_cpus=0)
@@ -133,7 +133,7 @@ def test_inputs_may_hold_references(sampler: ServiceSampler) -> None:
     assert ray.get(alone.inputs[0]["user_data"].score.remote()) == 1.0
 
 
-def test_handle_is_called_from_other_actors(sampler: ServiceSampler) -> None:
+def test_handle_is_called_from_other_actors(sampler: RunningSampler) -> None:
     """From an async actor by handle and by connect, and from a plain one by connect."""
 
     @ray.remote(num_cpus=0)
@@ -160,7 +160,7 @@ def test_handle_is_called_from_other_actors(sampler: ServiceSampler) -> None:
     assert len(by_handle) == 24 and parts == 12
 
 
-async def test_many_calls_at_once_share_chunks_and_keep_apart(sampler: ServiceSampler) -> None:
+async def test_many_calls_at_once_share_chunks_and_keep_apart(sampler: RunningSampler) -> None:
     """Two hundred callers of one prompt, of different parameters, each get their own answer."""
     ks = [None, 0, 2]
     calls = [
@@ -173,7 +173,7 @@ async def test_many_calls_at_once_share_chunks_and_keep_apart(sampler: ServiceSa
         assert (sequence.logprobs is None) == (ks[i % 3] is None)
 
 
-def test_seed_gives_the_same_samples_for_any_number_of_engines(sampler: ServiceSampler) -> None:
+def test_seed_gives_the_same_samples_for_any_number_of_engines(sampler: RunningSampler) -> None:
     """One, two and four engines; every sample's seed is stamped on it; another seed gives others."""
     params = SamplingParams(max_tokens=12, seed=77)
     two = sampler.sample(QUESTIONS, params, num_samples=3)
@@ -192,7 +192,7 @@ def test_seed_gives_the_same_samples_for_any_number_of_engines(sampler: ServiceS
     ]
 
 
-def test_without_a_seed_no_two_samples_repeat_each_other(sampler: ServiceSampler) -> None:
+def test_without_a_seed_no_two_samples_repeat_each_other(sampler: RunningSampler) -> None:
     """Within a group split over both engines, and from call to call."""
     params = {"max_tokens": 16, "ignore_eos": True}
     responses = [sampler.sample(QUESTIONS[0], params, num_samples=16) for _ in range(3)]
@@ -220,7 +220,7 @@ BAD_CALLS: list[tuple[dict[str, Any], type[TwinkleServeError], str]] = [
 
 @pytest.mark.parametrize(("call", "error", "message"), BAD_CALLS, ids=[message for _, _, message in BAD_CALLS])
 def test_bad_call_raises_a_typed_error_and_the_next_one_works(
-    sampler: ServiceSampler, call: dict[str, Any], error: type[TwinkleServeError], message: str
+    sampler: RunningSampler, call: dict[str, Any], error: type[TwinkleServeError], message: str
 ) -> None:
     """At once, by connect and by handle, in sample and in sample_iter; a bystander finishes."""
     bystander = serve.get_app_handle("quick").sample.remote(QUESTIONS, {"max_tokens": 50}, num_samples=4)
@@ -235,7 +235,7 @@ def test_bad_call_raises_a_typed_error_and_the_next_one_works(
     assert len(sampler.sample(QUESTIONS[0], {"max_tokens": 2}).sequences) == 1
 
 
-def test_deadline_ends_the_call_and_frees_the_engines(slow: ServiceSampler) -> None:
+def test_deadline_ends_the_call_and_frees_the_engines(slow: RunningSampler) -> None:
     """In sample and in sample_iter, while queued and while running; then the next call finds room."""
     many = QUESTIONS * 4
     for run in (
@@ -250,7 +250,7 @@ def test_deadline_ends_the_call_and_frees_the_engines(slow: ServiceSampler) -> N
     assert len(slow.sample(many, {"max_tokens": 1}, timeout_s=20).sequences) == 48
 
 
-def test_cancelled_call_frees_the_engines(slow: ServiceSampler) -> None:
+def test_cancelled_call_frees_the_engines(slow: RunningSampler) -> None:
     """A cancelled response, and an iterator that is left, or never begun."""
     response = serve.get_app_handle("slow").sample.remote(QUESTIONS, SLOW)
     wait_until(lambda: not is_idle(slow), "the call has started")
@@ -266,7 +266,7 @@ def test_cancelled_call_frees_the_engines(slow: ServiceSampler) -> None:
     wait_until(lambda: is_idle(slow), "the unused iterator's call is gone", timeout_s=8)
 
 
-async def test_cancelled_coroutine_frees_the_engines(slow: ServiceSampler) -> None:
+async def test_cancelled_coroutine_frees_the_engines(slow: RunningSampler) -> None:
     """And a bystander finishes."""
     bystander = asyncio.ensure_future(slow.sample_async(QUESTIONS[0], {"max_tokens": 100, "ignore_eos": True}))
     doomed = asyncio.ensure_future(slow.sample_async(QUESTIONS, SLOW))
@@ -278,7 +278,7 @@ async def test_cancelled_coroutine_frees_the_engines(slow: ServiceSampler) -> No
     assert len((await bystander).sequences[0].tokens) == 100
 
 
-def test_cancelling_one_call_leaves_those_that_it_set_off(slow: ServiceSampler) -> None:
+def test_cancelling_one_call_leaves_those_that_it_set_off(slow: RunningSampler) -> None:
     """B waits behind A and is sent when one of A's prompts finishes: it is B's own work, not A's."""
     handle = serve.get_app_handle("slow")
     params = {"max_tokens": 200, "ignore_eos": True}
@@ -291,7 +291,7 @@ def test_cancelling_one_call_leaves_those_that_it_set_off(slow: ServiceSampler) 
     assert len(b.result(timeout_s=30).sequences[0].tokens) == 200
 
 
-def test_streams_that_are_closed_cost_no_other_its_engine(slow: ServiceSampler) -> None:
+def test_streams_that_are_closed_cost_no_other_its_engine(slow: RunningSampler) -> None:
     """Many, in the middle, at the same time: the engines stay in use, and those that are left end as they should."""
 
     def stream(leave_after: int) -> str | None:
@@ -308,7 +308,7 @@ def test_streams_that_are_closed_cost_no_other_its_engine(slow: ServiceSampler) 
             assert {engine["state"] for engine in slow.status()["engines"].values()} == {"ready"}
 
 
-def test_engine_that_died_without_work_is_not_waited_for(slow: ServiceSampler) -> None:
+def test_engine_that_died_without_work_is_not_waited_for(slow: RunningSampler) -> None:
     """Serve would keep a call to it until it is replaced; the router sends its work elsewhere."""
     replica_process("slow", "engine-dp1").kill()
     response = slow.sample(QUESTIONS, {"max_tokens": 2, "seed": 1}, num_samples=2, timeout_s=60)
@@ -316,7 +316,7 @@ def test_engine_that_died_without_work_is_not_waited_for(slow: ServiceSampler) -
     wait_until(lambda: slow.status()["engines"]["engine-dp1"]["state"] == "ready", "engine-dp1 is back", timeout_s=60)
 
 
-def test_samples_of_a_killed_engine_are_sampled_elsewhere(slow: ServiceSampler) -> None:
+def test_samples_of_a_killed_engine_are_sampled_elsewhere(slow: RunningSampler) -> None:
     """Each sample comes once, the same as undisturbed; the engine comes back by itself."""
     params = SamplingParams(max_tokens=100, ignore_eos=True, seed=5)
     expected = slow.sample(QUESTIONS, params, num_samples=2)
@@ -331,7 +331,7 @@ def test_samples_of_a_killed_engine_are_sampled_elsewhere(slow: ServiceSampler) 
     assert {seq.engine for seq in again.sequences} == {"engine-dp0", "engine-dp1"}
 
 
-def test_connect_names_what_is_wrong(sampler: ServiceSampler) -> None:
+def test_connect_names_what_is_wrong(sampler: RunningSampler) -> None:
     """An unknown application, and one that failed: at once, with the reason."""
     with pytest.raises(ServiceNotReadyError, match="unknown application 'quik', did you mean 'quick'"):
         connect("quik")
@@ -417,10 +417,10 @@ def test_deploy_that_fails_leaves_nothing() -> None:
 
 
 def test_caller_does_not_wait_for_ever_when_the_router_does_not_answer(
-    sampler: ServiceSampler, monkeypatch: pytest.MonkeyPatch
+    sampler: RunningSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Past the call's deadline and some grace it raises, in every way of calling; the next call works."""
-    monkeypatch.setattr("twinkle_serve.sampler.service.GRACE_S", 0.5)
+    monkeypatch.setattr("twinkle_serve.timing.ROUTER_GRACE_S", 0.5)
     router = replica_process("quick", "router")
     router.suspend()
     try:
@@ -437,7 +437,7 @@ def test_caller_does_not_wait_for_ever_when_the_router_does_not_answer(
     assert len(sampler.sample(QUESTIONS).sequences) == len(QUESTIONS)
 
 
-def test_calls_outlive_the_router(slow: ServiceSampler) -> None:
+def test_calls_outlive_the_router(slow: RunningSampler) -> None:
     """Killed under four kinds of call, it is replaced, and they end as if nothing had been: exact, each prompt once."""
     options: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "seed": 4}
     reference = slow.sample(QUESTIONS, options, num_samples=2, timeout_s=60)
@@ -450,7 +450,7 @@ def test_calls_outlive_the_router(slow: ServiceSampler) -> None:
         assert next(stream)
         replica_process("slow", "router").kill()
         rest = list(parts)
-        with pytest.raises(EngineError, match="did not answer: ActorDiedError"):
+        with pytest.raises(ServiceError, match="did not answer: ActorDiedError"):
             list(stream)
         assert whole.result().columns.tokens.tolist() == reference.columns.tokens.tolist()
         assert other.result().columns.tokens.tolist() == reference.columns.tokens.tolist()
@@ -459,15 +459,15 @@ def test_calls_outlive_the_router(slow: ServiceSampler) -> None:
     assert all(part.inputs == [(QUESTIONS * 2)[part.prompt_index]] for part in [first, *rest])
 
 
-def test_caller_that_is_killed_leaves_nothing(slow: ServiceSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caller_that_is_killed_leaves_nothing(slow: RunningSampler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its lease ends; engines and queue are free of its call long before that would have ended."""
 
     @ray.remote
     class Trainer:
         def sample(self) -> None:
-            from twinkle_serve.sampler import service
+            from twinkle_serve import timing
 
-            service.LEASE_S = 2.0
+            timing.CALL_LEASE_S = 2.0
             connect("slow").sample(QUESTIONS * 4, SLOW, num_samples=4)
 
     trainer: Any = Trainer.remote()  # type: ignore[attr-defined]

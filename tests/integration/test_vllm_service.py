@@ -80,7 +80,7 @@ def test_script_that_ends_without_shutdown_leaves_nothing(tmp_path: Path) -> Non
         "if __name__ == '__main__':\n"
         "    sampler = vLLMSampler('demo', {'max_model_len': 256, 'dtype': 'float32'})\n"
         "    response = sampler.sample({'input_ids': [20, 21]}, {'max_tokens': 2})\n"
-        "    print(len(response.sequences), sampler._backend._life._host._engine._files._path)\n"
+        "    print(len(response.sequences), sampler._client._service._server._engine._files._path)\n"
         "    print(*(child.pid for child in psutil.Process().children(recursive=True)))\n"
     )
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=180, check=False)

@@ -14,7 +14,7 @@ from tests.lora import save_adapter
 from tests.weights import changed_weights
 from twinkle_serve import SampleResponse
 from twinkle_serve.errors import AdapterError, TwinkleServeError
-from twinkle_serve.sampler.service import ServiceSampler
+from twinkle_serve.sampler import RunningSampler
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(10, 18)]
 PARAMS = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
@@ -34,7 +34,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def service() -> ServiceSampler:
+def service() -> RunningSampler:
     """Two engines, two versions of each adapter."""
     return deploy("stored", device_mesh={"dp_size": 2}, adapter_versions=2, **ARGS)
 
@@ -52,7 +52,7 @@ def kill(*deployments: str) -> None:
     "killed", [("store",), ("router",), ("store", "engine-dp0"), ("store", "router", "engine-dp0", "engine-dp1")]
 )
 def test_versions_are_there_again_after_a_death(
-    service: ServiceSampler, paths: list[Path], killed: tuple[str, ...]
+    service: RunningSampler, paths: list[Path], killed: tuple[str, ...]
 ) -> None:
     """The same labels mean the same weights on every engine; the next version counts on; the base model is itself."""
     name = "-".join(killed)

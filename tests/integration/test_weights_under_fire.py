@@ -22,7 +22,7 @@ from tests.processes import core_processes
 from tests.weights import changed_weights, differences
 from twinkle_serve import SampledSequence, hub
 from twinkle_serve.checkpoint import named_tensors
-from twinkle_serve.sampler.service import ServiceSampler
+from twinkle_serve.sampler import RunningSampler
 
 PERIOD_S = 0.2
 IN_FLIGHT = 32
@@ -88,7 +88,7 @@ class Published:
 class Trainer(threading.Thread):
     """Publishes a version of one adapter, of the other, and of the model itself, in turn, every PERIOD_S."""
 
-    def __init__(self, sampler: ServiceSampler, published: Published) -> None:
+    def __init__(self, sampler: RunningSampler, published: Published) -> None:
         super().__init__(daemon=True)
         self._sampler, self._published = sampler, published
         self._end = threading.Event()
@@ -126,7 +126,7 @@ class Trainer(threading.Thread):
 class Load:
     """IN_FLIGHT callers, each with a request at all times, by turns of the two adapters and the model itself."""
 
-    def __init__(self, sampler: ServiceSampler) -> None:
+    def __init__(self, sampler: RunningSampler) -> None:
         self._sampler = sampler
         self._end = threading.Event()
         self._pool = ThreadPoolExecutor(IN_FLIGHT)

@@ -59,7 +59,7 @@ SECTIONS = {
 
 RAY_SECTIONS = {
     "connect": "twinkle_serve:connect",
-    "ServiceSampler": "twinkle_serve:ServiceSampler",
+    "RunningSampler": "twinkle_serve:RunningSampler",
     "serve.get_app_handle(name)": "deployments.router:Router.func_or_class",
 }
 """As above; importing these loads Ray."""
@@ -286,7 +286,7 @@ def test_section_agrees_with_the_code(name: str, place: str) -> None:
 
 
 def test_sections_of_the_service_agree_with_the_code() -> None:
-    """What is called by Ray: connect, ServiceSampler, and the methods of the ingress."""
+    """What is called by Ray: connect, RunningSampler, and the methods of the ingress."""
     assert not [problem for name, place in RAY_SECTIONS.items() for problem in problems(name, place)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
@@ -12,14 +12,38 @@ from unittest.mock import Mock
 import pytest
 import ray
 from ray import serve
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from tests.unit.test_response import columns, response
+from twinkle_serve import timing
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.inputs import as_list
-from twinkle_serve.errors import DeadlineError, EngineError, PromptError, RequestError
-from twinkle_serve.sampler import service
-from twinkle_serve.sampler.service import ServiceBackend
+from twinkle_serve.data_format.sample_request import SampleRequest
+from twinkle_serve.errors import DeadlineError, PromptError, RequestError, ServiceError
+from twinkle_serve.routing.api import RouterAPI
+from twinkle_serve.sampler import client as client_module
+from twinkle_serve.sampler.client import ServiceClient
+
+
+class Response:
+    """A response that ends in a value or an error."""
+
+    def __init__(self, end: Any) -> None:
+        self._end = end
+
+    def __await__(self) -> Generator[None, None, Any]:
+        yield
+        if isinstance(self._end, BaseException):
+            raise self._end
+        return self._end
+
+    def cancel(self) -> None:
+        pass
+
+
+def sample(client: ServiceClient, inputs: Any) -> SampleResponse:
+    """Samples through the client, as a sampler does."""
+    return client.loop.call(client.run(SampleRequest(inputs=inputs, timeout_s=100.0)))
 
 
 class Handle:
@@ -37,8 +61,7 @@ class Handle:
 
     def __getattr__(self, method: str) -> Any:
         def remote(*args: Any, **options: Any) -> Any:
-            end = self._end(*args, **options) if callable(self._end) else self._end
-            return Mock(**{"result.side_effect": [end]})
+            return Response(self._end(*args, **options) if callable(self._end) else self._end)
 
         return Mock(remote=remote)
 
@@ -47,20 +70,20 @@ def test_call_to_a_cluster_that_has_gone_ends(monkeypatch: pytest.MonkeyPatch) -
     """Serve's own status waits for ever there, and Ray ends the process after a minute; the caller hears before."""
     released = threading.Event()
     monkeypatch.setattr(serve, "status", released.wait)
-    monkeypatch.setattr(service, "CONTROLLER_S", 0.05)
-    backend = ServiceBackend(Handle(ActorDiedError()), "sampler")  # type: ignore[arg-type]
-    with pytest.raises(EngineError, match=r"did not answer: ActorDiedError.*where its service still runs"):
-        backend.call("sample", [1], timeout_s=100.0)
+    monkeypatch.setattr(timing, "CONTROLLER_TIMEOUT_S", 0.05)
+    backend = ServiceClient(Handle(ActorDiedError()), "sampler")  # type: ignore[arg-type]
+    with pytest.raises(ServiceError, match=r"did not answer: ActorDiedError.*where its service still runs"):
+        sample(backend, [1])
     released.set()
 
 
 def test_call_whose_router_says_nothing_ends_by_its_deadline() -> None:
     """The deadline is what passed, whatever the router was doing; of a control call it is the router that is late."""
-    backend = ServiceBackend(Handle(GetTimeoutError()), "sampler")  # type: ignore[arg-type]
+    backend = ServiceClient(Handle(TimeoutError()), "sampler")  # type: ignore[arg-type]
     with pytest.raises(DeadlineError, match=r"timeout_s=100 passed.*sent 1 times"):
-        backend.call("sample", [1], timeout_s=100.0)
-    with pytest.raises(EngineError, match="did not answer in time"):
-        backend.call("status", timeout_s=1.0)
+        sample(backend, [1])
+    with pytest.raises(ServiceError, match="did not answer in time"):
+        backend.loop.call(backend.call(1.0, RouterAPI.status))
 
 
 def inputs_of(count: int) -> list[dict[str, Any]]:
@@ -79,12 +102,12 @@ def test_response_has_the_inputs_as_they_were_sent() -> None:
     inputs = inputs_of(40)
     inputs[39] = inputs[38]
 
-    def answer(sent: Any, *, return_inputs: bool, **options: Any) -> SampleResponse:
-        assert as_list(sent) == inputs and not return_inputs
+    def answer(sent: SampleRequest) -> SampleResponse:
+        assert as_list(sent.inputs) == inputs and not sent.return_inputs
         inputs[2]["user_data"] = None
-        return answer_to(sent, (2, 38, 39), [])
+        return answer_to(sent.inputs, (2, 38, 39), [])
 
-    made = ServiceBackend(Handle(answer), "sampler").call("sample", inputs, timeout_s=100.0)  # type: ignore[arg-type]
+    made = sample(ServiceClient(Handle(answer), "sampler"), inputs)  # type: ignore[arg-type]
     assert made.inputs == [{"input_ids": [i], "user_data": {"id": i}} for i in (2, 38, 38)]
     assert made.sequences[0].new_input_feature["user_data"] == {"id": 2}
     made.inputs[1]["reward"] = 1.0
@@ -94,17 +117,17 @@ def test_response_has_the_inputs_as_they_were_sent() -> None:
 
 def test_call_is_sent_again_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """After its router has died, what its caller has done to its inputs since is not in it."""
-    monkeypatch.setattr(service, "PAUSES_S", (0.0,))
+    monkeypatch.setattr(client_module, "RETRY_PAUSES_S", (0.0,))
     monkeypatch.setattr(serve, "status", lambda: Mock(applications={"sampler": None}))
     inputs = inputs_of(3)
     died = [ActorDiedError()]
 
-    def answer(sent: Any, **options: Any) -> Any:
-        assert as_list(sent) == inputs_of(3)
+    def answer(sent: SampleRequest) -> Any:
+        assert as_list(sent.inputs) == inputs_of(3)
         inputs[2]["user_data"] = None
-        return died.pop() if died else answer_to(sent, (0, 1, 2), [])
+        return died.pop() if died else answer_to(sent.inputs, (0, 1, 2), [])
 
-    made = ServiceBackend(Handle(answer), "sampler").call("sample", inputs, timeout_s=100.0)  # type: ignore[arg-type]
+    made = sample(ServiceClient(Handle(answer), "sampler"), inputs)  # type: ignore[arg-type]
     assert made.inputs == inputs_of(3) and not died
 
 
@@ -113,30 +136,30 @@ def test_inputs_that_hold_references_are_left_to_ray() -> None:
     reference = ray.ObjectRef(b"1" * 28)
     inputs: Any = [{"input_ids": [i], "user_data": reference} for i in range(2)]
 
-    def answer(sent: Any, *, return_inputs: bool, **options: Any) -> SampleResponse:
-        assert [item["user_data"] for item in sent] == [reference] * 2 and return_inputs
+    def answer(sent: SampleRequest) -> SampleResponse:
+        assert [item["user_data"] for item in sent.inputs] == [reference] * 2 and sent.return_inputs
         inputs.pop()
-        return answer_to(sent, (0, 1), sent)
+        return answer_to(sent.inputs, (0, 1), sent.inputs)
 
-    made = ServiceBackend(Handle(answer), "sampler").call("sample", inputs, timeout_s=100.0)  # type: ignore[arg-type]
+    made = sample(ServiceClient(Handle(answer), "sampler"), inputs)  # type: ignore[arg-type]
     assert [item["input_ids"] for item in made.inputs] == [[0], [1]]
 
 
 def test_inputs_that_cannot_be_sent_are_refused() -> None:
     """Before anything is sent; what is none at all is for the router to refuse."""
     refused = RequestError("inputs is empty")
-    backend = ServiceBackend(Handle(lambda sent, **options: refused), "sampler")  # type: ignore[arg-type]
+    backend = ServiceClient(Handle(lambda sent: refused), "sampler")  # type: ignore[arg-type]
     with pytest.raises(PromptError, match=r"inputs\[0:1\] cannot be sent: TypeError.*lock"):
-        backend.call("sample", [{"user_data": threading.Lock()}], timeout_s=100.0)
+        sample(backend, [{"user_data": threading.Lock()}])
     for none in ([], "text"):
         with pytest.raises(RequestError, match="inputs is empty"):
-            backend.call("sample", none, timeout_s=100.0)
+            sample(backend, none)
 
 
 def test_bug_in_the_router_is_no_deadline() -> None:
     """Though it may be a TimeoutError, which Ray raises as both."""
     bug = RayTaskError("sample", "traceback", TimeoutError("of something else")).as_instanceof_cause()
     assert isinstance(bug, TimeoutError)
-    backend = ServiceBackend(Handle(bug), "sampler")  # type: ignore[arg-type]
-    with pytest.raises(EngineError, match=r"a bug in the router of 'sampler'.*of something else"):
-        backend.call("sample", [{"input_ids": [1]}], timeout_s=100.0)
+    backend = ServiceClient(Handle(bug), "sampler")  # type: ignore[arg-type]
+    with pytest.raises(ServiceError, match=r"a bug in the router of 'sampler'.*of something else"):
+        sample(backend, [{"input_ids": [1]}])

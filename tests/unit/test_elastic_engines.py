@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 
-from twinkle_serve import TorchSampler, hub
+from twinkle_serve import TorchSampler, hub, timing
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.engines.fake import FakeEngine
 from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import DeadlineError, EngineDeadError, RequestError, UnsupportedError
-from twinkle_serve.routing import membership
 from twinkle_serve.routing.router import Router
 from twinkle_serve.weights import LocalStore, WeightStore
 
@@ -65,11 +64,10 @@ class Link:
         self.hosts.append(EngineServer(self.engine, hub.DEMO, self._store))
         await self.hosts[-1].start(self.name, 30)
 
-    async def control(self, method: str, *args: Any) -> Any:
-        answer = await self.hosts[-1].control(method, *args)
-        if method == "retire" and self.returns:
+    async def retire(self, incarnation: str, reason: str) -> None:
+        await self.hosts[-1].retire(incarnation, reason)
+        if self.returns:
             await self.start()
-        return answer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.hosts[-1], name)
@@ -99,7 +97,7 @@ class Service:
             if name not in self.links:
                 self.links[name] = Link(name, self.store)
                 await self.links[name].start()
-        self.router.set_links({name: self.links[name] for name in names})
+        self.router.set_engines({name: self.links[name] for name in names})
 
     async def sample(self, **options: Any) -> SampleResponse:
         return await self.router.sample(QUESTIONS, PARAMS, num_samples=2, **options)
@@ -114,7 +112,7 @@ class Service:
 
 @pytest.fixture
 async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
-    monkeypatch.setattr(membership, "PROBE_PERIOD_S", 0.05)
+    monkeypatch.setattr(timing, "PROBE_PERIOD_S", 0.05)
     made = Service()
     await made.start()
     yield made
@@ -160,7 +158,7 @@ async def test_engine_that_leaves_too_slowly_loses_its_groups_to_others(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The samples are those that its seeds give, twice in turn is no failure, and it is told to abort them."""
-    monkeypatch.setattr(membership, "LEAVE_S", 0.05)
+    monkeypatch.setattr(timing, "REMOVED_ENGINE_GRACE_S", 0.05)
     expected = tokens(await service.sample())
     call = await service.both_busy()
     await service.set_engines("a", "c")
@@ -240,7 +238,7 @@ async def test_calls_wait_while_every_engine_is_drained(service: Service) -> Non
         return "".join([part async for part, _ in parts])
 
     stream = asyncio.create_task(text())
-    await eventually(lambda: service.router._pool.waiting > 0)
+    await eventually(lambda: service.router._scheduler.waiting > 0)
     await service.router.undrain_engine("b")
     assert engines(await finished(call)) == {"b"}
     assert await finished(stream)
@@ -275,15 +273,12 @@ async def test_restart_spares_the_process_that_has_come_meanwhile(
 ) -> None:
     """The old one has ended by itself when it is to be told to go."""
     link = service.links["b"]
-    control = link.control
 
-    async def late(method: str, *args: Any) -> Any:
-        if method != "retire":
-            return await control(method, *args)
+    async def late(incarnation: str, reason: str) -> None:
         await link.start()
-        return await link.hosts[-1].control(method, *args)
+        await link.hosts[-1].retire(incarnation, reason)
 
-    monkeypatch.setattr(link, "control", late)
+    monkeypatch.setattr(link, "retire", late)
     await service.router.restart_engine("b", 1, 30)
     assert len(link.hosts) == 2
     await link.hosts[-1].check_health()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
 
-from deployments.router import ServeEngineClient
+from deployments.engine_client import ServeEngineClient
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group, Session
 from twinkle_serve.errors import EngineDeadError

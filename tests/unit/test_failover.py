@@ -22,7 +22,7 @@ from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import (
     EngineCrashedError,
     EngineDeadError,
-    EngineError,
+    LeaseExpiredError,
     PoisonPromptError,
     QueueFullError,
     RequestError,
@@ -136,12 +136,12 @@ class Service:
 
     def running(self) -> int:
         """Groups that run in the engines."""
-        return sum(claim.runner.running for host in self.hosts.values() for claim in host._claims.values())
+        return sum(claim.runner.running for host in self.hosts.values() for claim in host._routers.values())
 
 
 @pytest.fixture
 async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
-    monkeypatch.setattr("twinkle_serve.routing.membership.PROBE_PERIOD_S", 0.05)
+    monkeypatch.setattr("twinkle_serve.timing.PROBE_PERIOD_S", 0.05)
     made = Service(stall_timeout_s=0.3)
     await made.start()
     yield made
@@ -333,7 +333,7 @@ async def test_caller_that_is_silent_loses_its_call(service: Service) -> None:
         return lost.done()
 
     await eventually(given_up)
-    with pytest.raises(EngineError, match=r"the caller of lost has been silent for 0\.2 s"):
+    with pytest.raises(LeaseExpiredError, match=r"the caller of lost has been silent for 0\.2 s"):
         await lost
     for engine in service.engines.values():
         assert engine.gate is not None
@@ -357,7 +357,7 @@ async def test_call_that_is_sent_again_takes_the_place_of_the_first(service: Ser
     second = asyncio.ensure_future(
         service.router.sample(PROMPTS[:4], {"max_tokens": 4, "seed": 9}, num_samples=2, request_id="x", done=[0, 2])
     )
-    with pytest.raises(EngineError, match="sent again"):
+    with pytest.raises(LeaseExpiredError, match="sent again"):
         await first
     for engine in service.engines.values():
         assert engine.gate is not None
@@ -370,7 +370,7 @@ async def test_call_that_is_sent_again_takes_the_place_of_the_first(service: Ser
 
 async def test_engine_aborts_what_no_living_router_claims(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """A router that is gone asks after its engines no more."""
-    monkeypatch.setattr("twinkle_serve.engines.server.CLAIM_S", 0.2)
+    monkeypatch.setattr("twinkle_serve.timing.ROUTER_LEASE_S", 0.2)
     host, engine = service.hosts["a"], service.engines["a"]
     engine.gate = asyncio.Event()
     incarnation = (await host.describe("gone")).incarnation
@@ -422,7 +422,7 @@ async def test_queue_that_is_full_refuses_at_once_and_says_when_to_come_back(sma
 def encoding_waits(router: Router) -> Iterator[None]:
     """Inside, no call's prompts are encoded."""
     end = threading.Event()
-    router._encoding.submit(end.wait)
+    router._admission._encoding.submit(end.wait)
     try:
         yield
     finally:
@@ -448,13 +448,13 @@ async def test_lease_that_lapses_while_its_call_is_encoded_ends_it(service: Serv
     """Nothing of it is sampled; a lease that is no number of seconds is refused."""
 
     async def lapsed() -> bool:
-        live = service.router._live.get("left")
+        live = service.router._admission._calls.get("left")
         return live is not None and live.error is not None
 
     with encoding_waits(service.router):
         call = asyncio.ensure_future(service.router.sample(PROMPTS, request_id="left", lease_s=0.01))
         await eventually(lapsed)
-    with pytest.raises(EngineError, match="the caller of left has been silent"):
+    with pytest.raises(LeaseExpiredError, match="the caller of left has been silent"):
         await call
     await eventually(service.idle)
     with pytest.raises(RequestError, match="lease_s must be a number of seconds"):

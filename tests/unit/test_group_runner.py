@@ -11,7 +11,8 @@ import pytest
 from tests.unit.test_response import columns
 from twinkle_serve.data_format import SampleColumns, SamplingParams
 from twinkle_serve.data_format.groups import EngineInfo, Group
-from twinkle_serve.engines.base import Finished, GroupRunner, stop_cut
+from twinkle_serve.engines.group_runner import Finished, GroupRunner
+from twinkle_serve.engines.protocol import stop_cut
 from twinkle_serve.errors import EngineDeadError, EngineError, SamplingParamsError, TwinkleServeError
 
 
@@ -58,7 +59,7 @@ async def collect(runner: GroupRunner) -> tuple[set[int], dict[int, TwinkleServe
 
 @pytest.fixture(autouse=True)
 def _no_lingering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("twinkle_serve.engines.base.LINGER_S", 0.01)
+    monkeypatch.setattr("twinkle_serve.engines.group_runner.LINGER_S", 0.01)
 
 
 async def test_group_that_fails_fails_alone() -> None:
@@ -138,8 +139,8 @@ async def test_closing_the_results_aborts_what_runs() -> None:
 
 async def test_end_of_a_chunk_takes_along_what_waits_for_company(monkeypatch: pytest.MonkeyPatch) -> None:
     """What has ended of a chunk that goes on waits; the last one of a chunk does not, and they share an item."""
-    monkeypatch.setattr("twinkle_serve.engines.base.MIN_FLUSH_S", 1000.0)
-    monkeypatch.setattr("twinkle_serve.engines.base.MAX_FLUSH_S", 1000.0)
+    monkeypatch.setattr("twinkle_serve.engines.group_runner.MIN_FLUSH_S", 1000.0)
+    monkeypatch.setattr("twinkle_serve.engines.group_runner.MAX_FLUSH_S", 1000.0)
     engine = ScriptedEngine({0: None})
     runner = GroupRunner(engine.sample_group)
     results = runner.results()
@@ -157,8 +158,8 @@ async def test_engine_with_free_places_hands_back_at_once_what_the_router_waits_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where the router has nothing more, or the engine no place, it takes its time."""
-    monkeypatch.setattr("twinkle_serve.engines.base.MIN_FLUSH_S", 1000.0)
-    monkeypatch.setattr("twinkle_serve.engines.base.MAX_FLUSH_S", 1000.0)
+    monkeypatch.setattr("twinkle_serve.engines.group_runner.MIN_FLUSH_S", 1000.0)
+    monkeypatch.setattr("twinkle_serve.engines.group_runner.MAX_FLUSH_S", 1000.0)
     for places, more, soon in ((2, True, True), (2, False, False), (1, True, False)):
         engine = ScriptedEngine({0: None})
         runner = GroupRunner(engine.sample_group, max_num_seqs=places)

@@ -25,16 +25,17 @@ from twinkle_serve.errors import (
     TwinkleServeError,
 )
 from twinkle_serve.sampler import RunningSampler
-from twinkle_serve.sampler.local import ITEMS_AHEAD, LocalBackend
+from twinkle_serve.sampler.local import LocalClient
+from twinkle_serve.sampler.loop_thread import ITEMS_AHEAD
 
 QUESTION = {"messages": [{"role": "user", "content": "12+34="}]}
 ENDLESS = {"max_tokens": 900, "ignore_eos": True}
 TIMEOUT_S = 20.0
 
 
-def make(**engine_args: Any) -> tuple[RunningSampler, LocalBackend]:
+def make(**engine_args: Any) -> tuple[RunningSampler, LocalClient]:
     args = {"model_id": "demo", "engine": "fake", "engine_args": engine_args}
-    backend = LocalBackend(ServiceArgs.model_validate(args))
+    backend = LocalClient(ServiceArgs.model_validate(args))
     return RunningSampler(backend), backend
 
 
@@ -115,7 +116,7 @@ def test_dead_engine_fails_calls_at_once() -> None:
         running = pool.submit(sampler.sample, QUESTION, ENDLESS)
         while not sampler.status()["requests"]:
             time.sleep(0.01)
-        backend._life._host._engine.check_health = dead  # type: ignore[union-attr, method-assign]
+        backend._service._server._engine.check_health = dead  # type: ignore[union-attr, method-assign]
         with pytest.raises(EngineError):
             running.result(TIMEOUT_S)
     with pytest.raises(EngineDeadError, match="Make a new sampler"):
@@ -128,7 +129,7 @@ def test_forgotten_sampler_ends_its_thread() -> None:
     before = threading.active_count()
     sampler, backend = make()
     stream = sampler.sample_stream(QUESTION, {"max_tokens": 3})
-    thread = backend._life._thread
+    thread = backend.loop.thread
     del sampler, backend
     gc.collect()
     assert "".join(text for text, _ in stream)
@@ -159,8 +160,8 @@ def test_adapter_of_one_call_fails_no_neighbour(sampler: RunningSampler, adapter
     """Base model and two adapters in one batch; one of them cannot be loaded when it is needed."""
     sampler.add_adapter_to_model("good", adapters[0])
     sampler.add_adapter_to_model("bad", adapters[1])
-    backend: Any = sampler._backend
-    host = backend._life._host
+    backend: Any = sampler._client
+    host = backend._service._server
 
     async def refuse(version: Any) -> None:
         if version.name == "bad":
@@ -168,9 +169,9 @@ def test_adapter_of_one_call_fails_no_neighbour(sampler: RunningSampler, adapter
         await type(host).load_adapter(host, version)
 
     host.load_adapter = refuse
-    use = backend._router._engines.active["local"]
-    for loading in list(use.adapters):  # as if the engine were new
-        del use.adapters[loading]
+    engine = backend._router._engines.active["local"]
+    for loading in list(engine.adapters):  # as if the engine were new
+        del engine.adapters[loading]
 
     async def run() -> list[Any]:
         names = ["", "bad", "good"] * 3
@@ -184,7 +185,7 @@ def test_adapter_of_one_call_fails_no_neighbour(sampler: RunningSampler, adapter
 def test_adapter_versions_are_freed(adapters: list[Path]) -> None:
     """By a new version, by removal, by path, and after a call that was using it: the engine keeps what is meant."""
     sampler, backend = make(token_latency_s=0.02)
-    host: Any = backend._life._host
+    host: Any = backend._service._server
 
     def held() -> set[str]:
         return {version.label for version in host._adapters.values()}

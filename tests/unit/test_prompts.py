@@ -12,7 +12,7 @@ import pytest
 from twinkle_serve import hub
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import EngineInfo
-from twinkle_serve.engines.base import check_fits
+from twinkle_serve.engines.protocol import check_fits
 from twinkle_serve.errors import PromptError, SamplingParamsError
 from twinkle_serve.template import Template
 from twinkle_serve.template.prompts import encode_inputs

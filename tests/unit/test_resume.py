@@ -15,7 +15,7 @@ from tests.unit.test_weight_updates import eventually
 from twinkle_serve import SamplingParams
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.samples import PartialSample
-from twinkle_serve.engines.base import PartialUpdate
+from twinkle_serve.engines.group_runner import PartialUpdate
 from twinkle_serve.errors import EngineDeadError
 from twinkle_serve.routing.resume import PartialSamples, can_resume, rejoined
 
@@ -24,22 +24,22 @@ LONG: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "logprobs": 2}
 
 @pytest.fixture
 async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
-    monkeypatch.setattr("twinkle_serve.routing.membership.PROBE_PERIOD_S", 0.05)
-    monkeypatch.setattr("twinkle_serve.engines.base.GAINS_PERIOD_S", 0.02)
+    monkeypatch.setattr("twinkle_serve.timing.PROBE_PERIOD_S", 0.05)
+    monkeypatch.setattr("twinkle_serve.engines.group_runner.PARTIAL_UPDATES_PERIOD_S", 0.02)
     made = Service(failover="resume")
     await made.start()
     for engine in made.engines.values():
         engine._args = engine._args.model_copy(update={"token_latency_s": 0.002})
     yield made
     await eventually(made.idle)
-    assert not len(made.router._pool._drafts), "drafts of samples that nobody waits for"
+    assert not len(made.router._scheduler._drafts), "drafts of samples that nobody waits for"
     await made.stop()
 
 
 async def running_on(service: Service, at_least: int) -> tuple[str, dict[tuple[int, int], PartialSample]]:
     """The engine that has samples, or one of them, when so many tokens have arrived of each sample that runs; and what
     has arrived of its own, by the first token of the prompt and the sample's index."""
-    pool = service.router._pool
+    pool = service.router._scheduler
 
     def busy() -> list[str]:  # of those in use: one that was ended may not be back
         return [name for name in service.router._engines.active if pool._dispatcher.sequences(name)]
@@ -139,7 +139,7 @@ async def test_sample_that_cannot_go_on_honestly_is_sampled_from_its_start(
         return tokens_sampled(service) >= before + 30
 
     await eventually(well_begun)
-    assert not len(service.router._pool._drafts)
+    assert not len(service.router._scheduler._drafts)
     next(engine for engine in service.engines.values() if engine.sampled).end(EngineDeadError("killed"))
     response = await call
     assert exact(response, 1, 1) and len(response.sequences[0].tokens) == 60
@@ -166,7 +166,7 @@ async def test_restart_is_the_default_and_has_nothing_reported() -> None:
     service = Service()
     await service.start()
     assert exact(await service.router.sample(PROMPTS[:2], LONG, num_samples=2), 2, 2)
-    assert not len(service.router._pool._drafts)
+    assert not len(service.router._scheduler._drafts)
     await service.stop()
 
 

@@ -84,14 +84,14 @@ async def test_seed_gives_the_same_tokens_when_an_engine_ends(reference: SampleR
     async with router(2, token_latency_s=0.005) as two:
         parts = two.sample_iter(PROMPTS, OPTIONS, num_samples=SAMPLES)
         responses = [await anext(parts)]
-        pool, membership = two._pool, two._engines
+        pool, membership = two._scheduler, two._engines
 
         async def busy() -> bool:
             return any(pool._dispatcher.sequences(name) for name in membership.active)
 
         await eventually(busy)
         name = next(name for name in membership.active if pool._dispatcher.sequences(name))
-        membership.lose(name, membership.active[name], EngineDeadError("killed"))
+        membership.lose(membership.active[name], EngineDeadError("killed"))
         responses += [response async for response in parts]
     by_prompt = {part.prompt_index: part for response in responses for part in response}
     assert sorted(by_prompt) == list(range(len(PROMPTS)))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinkle_serve.engines.base import stop_cut
+from twinkle_serve.engines.protocol import stop_cut
 from twinkle_serve.engines.text import TextStream
 
 

@@ -12,7 +12,7 @@ from twinkle_serve import hub
 from twinkle_serve.checkpoint import Bucket, buckets, named_tensors
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.groups import Group
-from twinkle_serve.data_format.weights import INITIAL_LABEL
+from twinkle_serve.data_format.weights import INITIAL_LABEL, WeightsVersion
 from twinkle_serve.engines.fake import FakeEngine
 from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import DeadlineError, EngineDeadError, EngineError, RequestError, StoreError, WeightsError
@@ -101,7 +101,7 @@ class Service:
 
 @pytest.fixture
 async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
-    monkeypatch.setattr("twinkle_serve.routing.membership.PROBE_PERIOD_S", 0.05)
+    monkeypatch.setattr("twinkle_serve.timing.PROBE_PERIOD_S", 0.05)
     made = Service()
     await made.start()
     yield made
@@ -175,7 +175,7 @@ async def test_engine_is_not_replaced_for_how_long_others_change_weights(service
     membership = service.router._engines
     membership.load_timeout_s = 0.1
     async with membership.changing:
-        membership.lose("b", membership.active["b"], EngineDeadError("it was out of reach"))
+        membership.lose(membership.active["b"], EngineDeadError("it was out of reach"))
         await asyncio.sleep(0.3)  # three times that
     await service.ready()
     await service.hosts["b"].check_health()
@@ -184,10 +184,10 @@ async def test_engine_is_not_replaced_for_how_long_others_change_weights(service
 
 async def test_update_whose_trainer_is_silent_is_given_up(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its buckets are gone from the store, and the next trainer is taken."""
-    monkeypatch.setattr("twinkle_serve.routing.updates.UPLOAD_LEASE_S", 0.1)
+    monkeypatch.setattr("twinkle_serve.timing.UPLOAD_LEASE_S", 0.1)
     upload = await service.router.begin_weights("one", "keep")
     await service.router.append_weights(upload, 0, PARTS[0])
-    memory: dict[Any, bytes] = service.store._store.base._memory
+    memory: dict[Any, bytes] = service.store._store.model._memory
     assert memory
 
     async def forgotten() -> bool:
@@ -231,15 +231,13 @@ async def test_engine_that_hangs_for_good_is_given_up(service: Service) -> None:
 
 async def test_commit_whose_answer_is_lost_counts(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store died behind it: what it has is asked for, and is what the engines have."""
-    base = service.store.base
+    commit = service.store.commit_weights
 
-    async def answer_lost(method: str, *args: Any) -> Any:
-        answer = await base(method, *args)
-        if method == "commit":
-            raise StoreError("the store did not answer.")
-        return answer
+    async def answer_lost(version: WeightsVersion) -> None:
+        await commit(version)
+        raise StoreError("the store did not answer.")
 
-    monkeypatch.setattr(service.store, "base", answer_lost)
+    monkeypatch.setattr(service.store, "commit_weights", answer_lost)
     assert await service.update("one") == "one"
     assert await service.labels() == {("a", "one"), ("b", "one")}
 

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bucket: TypeAlias = NDArray[np.uint8]
+"""Some weights as a safetensors file. Shape [bytes]."""
+
+BucketArgument: TypeAlias = Bucket | list[Awaitable[Bucket]]
+"""A bucket, or a list with one reference to it in Ray's object store. Ray does not fetch references inside lists, so
+the bucket skips the processes that only pass it on."""
 
 INITIAL_LABEL = "initial"
 """Label of the weights in the model's own files."""

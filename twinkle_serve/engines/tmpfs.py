@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from twinkle_serve.adapters import CONFIG, WEIGHTS
-from twinkle_serve.checkpoint import Bucket
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.weights import Bucket
 
 MEMORY = Path("/dev/shm")
 PREFIX = "twinkle-serve-"

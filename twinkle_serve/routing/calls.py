@@ -1,4 +1,4 @@
-"""Calls that run: by which id their callers know them, and whether these are still there."""
+"""Registry of active calls and their leases."""
 
 from __future__ import annotations
 
@@ -8,37 +8,39 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from twinkle_serve.errors import EngineError, RequestError, TwinkleServeError
+from twinkle_serve.errors import LeaseExpiredError, TwinkleServeError
+from twinkle_serve.lease import Lease
 from twinkle_serve.routing.request import Request
 
 
 @dataclass(slots=True, eq=False)
 class ActiveCall:
-    """A call, from when it arrives until it is over."""
+    """A call, from its arrival to its end."""
 
     inputs: int
-    """How many it has."""
+    """Number of its inputs."""
     request: Request | None = None
-    """None while it is being understood."""
+    """None while the call is being validated."""
     error: TwinkleServeError | None = None
-    """What has ended it before it was a request."""
+    """Set if the call ended before it became a request."""
     cancelled: set[int] = field(default_factory=set)
-    """Inputs that were cancelled before it was one."""
-    lease: asyncio.TimerHandle | None = None
-    """When it is given up."""
+    """Inputs that were cancelled before the call became a request."""
+    lease: Lease | None = None
+    """The caller's; None if the call does not depend on it."""
 
     def cancel(self, inputs: Iterable[int] | None) -> int:
-        """Cancels inputs, or all, of a call that is no request yet. Returns how many were not cancelled before."""
+        """Cancels inputs, or all for None, of a call that is not a request yet. Returns how many were new."""
         before = len(self.cancelled)
         self.cancelled |= set(range(self.inputs)) if inputs is None else {*inputs} & {*range(self.inputs)}
         return len(self.cancelled) - before
 
 
 class CallRegistry:
-    """Ids and leases of calls.
+    """Ids and leases of active calls.
 
-    Guarantees: an id means one call at a time, the latest that came with it; the one before is given up.
-    Guarantees: a call with a lease is given up when the lease is not renewed.
+    Guarantees:
+        An id belongs to one call at a time, the latest that came with it; the earlier one is given up.
+        A call with a lease is given up when the lease is not renewed.
     """
 
     def __init__(self, give_up: Callable[[Request, TwinkleServeError], None]) -> None:
@@ -55,79 +57,78 @@ class CallRegistry:
 
     @property
     def arriving(self) -> int:
-        """Calls that are no requests yet."""
-        return sum(live.request is None for live in self._all)
+        """Number of calls that are not requests yet."""
+        return sum(call.request is None for call in self._all)
 
     def get(self, request_id: str) -> ActiveCall | None:
+        """Returns the active call of an id."""
         return self._by_id.get(request_id)
 
     @contextlib.contextmanager
     def holding(self, inputs: int, request_id: str, lease_s: float | None) -> Iterator[ActiveCall]:
-        """Knows a call of so many inputs by its id, "" for none, for as long as it runs."""
-        live = ActiveCall(inputs)
+        """Registers a call while it runs.
+
+        Args:
+            inputs: number of its inputs.
+            request_id: "" for a call without id.
+            lease_s: seconds within which its caller renews it; None for a call without lease.
+        """
+        call = ActiveCall(inputs)
         if request_id:
-            if (before := self._by_id.get(request_id)) is not None:
-                self._end(before, EngineError(f"call {request_id} was sent again, and runs anew."))
-            self._by_id[request_id] = live
+            if (replaced := self._by_id.get(request_id)) is not None:
+                self._end(replaced, LeaseExpiredError(f"call {request_id} was sent again, and starts anew."))
+            self._by_id[request_id] = call
             if lease_s is not None:
-                self._lease(request_id, live, lease_s)
-        self._all.add(live)
+                self._renew(request_id, call, lease_s)
+        self._all.add(call)
         try:
-            yield live
+            yield call
         finally:
-            self._all.discard(live)
-            if live.lease is not None:
-                live.lease.cancel()
-            if self._by_id.get(request_id) is live:
+            self._all.discard(call)
+            if call.lease is not None:
+                call.lease.end()
+            if self._by_id.get(request_id) is call:
                 del self._by_id[request_id]
 
-    def _end(self, live: ActiveCall, error: TwinkleServeError) -> None:
-        live.error = error
-        if live.request is not None:
-            self._give_up(live.request, error)
+    def _end(self, call: ActiveCall, error: TwinkleServeError) -> None:
+        call.error = error
+        if call.request is not None:
+            self._give_up(call.request, error)
 
     def renew(self, request_ids: Iterable[str], lease_s: float) -> None:
-        """Their callers are there, and will say so again within `lease_s`."""
+        """Extends the leases of calls; unknown ids are ignored."""
         for request_id in request_ids:
-            if (live := self._by_id.get(request_id)) is not None:
-                self._lease(request_id, live, lease_s)
+            if (call := self._by_id.get(request_id)) is not None:
+                self._renew(request_id, call, lease_s)
 
-    def _lease(self, request_id: str, live: ActiveCall, lease_s: float) -> None:
-        if live.lease is not None:
-            live.lease.cancel()
-        gone = EngineError(f"the caller of {request_id} has been silent for {lease_s:g} s: its call is given up.")
-        live.lease = asyncio.get_running_loop().call_later(lease_s, self._end, live, gone)
+    def _renew(self, request_id: str, call: ActiveCall, lease_s: float) -> None:
+        if call.lease is not None:
+            call.lease.end()
+        silent = f"the caller of {request_id} has been silent for {lease_s:g} s: its call is given up."
+        call.lease = Lease(lambda: self._end(call, LeaseExpiredError(silent)))
+        call.lease.renew(lease_s)
 
 
 class Rate:
-    """Events a second, of about the last MEMORY_S."""
+    """Events per second, averaged over about the last WINDOW_S."""
 
-    MEMORY_S = 10.0
+    WINDOW_S = 10.0
 
     def __init__(self) -> None:
         self._sum = 0.0
         self._at: float | None = None
 
     def add(self, count: int) -> None:
-        self._sum = self._faded() + count
+        """Counts events that have just happened."""
+        self._sum = self._decayed() + count
 
     def per_s(self) -> float:
-        return self._faded() / self.MEMORY_S
+        """Returns the current rate."""
+        return self._decayed() / self.WINDOW_S
 
-    def _faded(self) -> float:
+    def _decayed(self) -> float:
         now = asyncio.get_running_loop().time()
         passed = 0.0 if self._at is None else now - self._at
         self._at = now
-        self._sum *= math.exp(-passed / self.MEMORY_S)
+        self._sum *= math.exp(-passed / self.WINDOW_S)
         return self._sum
-
-
-def seconds(name: str, value: object) -> float:
-    """A number of seconds that a caller gave.
-
-    Raises:
-        RequestError: it is none.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise RequestError(f"{name} must be a number of seconds above 0, got {value!r}.")
-    return float(value)

@@ -1,63 +1,81 @@
-"""All engines stand still together: for a pause, or to load other weights of the model's own. Free of Ray."""
+"""Pauses all engines at once: for a caller's pause, or to load new weights. Free of Ray."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TypeVar
 
-from twinkle_serve.data_format.weights import PauseMode, WeightsVersion
-from twinkle_serve.errors import DeadlineError, EngineDeadError, EngineError, TwinkleServeError
-from twinkle_serve.routing.membership import PROBE_TIMEOUT_S, ActiveEngine, EngineMembership
+from twinkle_serve import timing
+from twinkle_serve.data_format.weights import PAUSE_MODES, PauseMode, WeightsVersion
+from twinkle_serve.engines.client import EngineClient
+from twinkle_serve.errors import (
+    DeadlineError,
+    EngineDeadError,
+    EngineError,
+    LeaseExpiredError,
+    RequestError,
+    TwinkleServeError,
+)
+from twinkle_serve.lease import Lease
+from twinkle_serve.routing.active_engine import ActiveEngine
+from twinkle_serve.routing.membership import EngineMembership
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class PauseCoordinator:
     """Pauses the engines in use, and changes their weights.
 
-    Guarantees: they go on when nothing holds them any more.
-    Guarantees: all engines in use load a version or none keeps it.
+    Guarantees:
+        Engines resume when no pause is in force any more.
+        Either all engines in use load a weights version, or none keeps it.
     """
 
-    def __init__(self, membership: EngineMembership) -> None:
-        self._engines = membership
+    def __init__(self, engines: EngineMembership) -> None:
+        self._engines = engines
 
     async def hold(self, key: object, mode: PauseMode) -> None:
-        """Pauses every engine, until `release` of the same key. A failure leaves it unpaused.
+        """Pauses every engine until `release` of the same key. A failed call leaves them unpaused.
 
         Raises:
-            EngineDeadError: they died, and do not return.
+            EngineDeadError: all engines died, and none returns.
         """
         async with self._engines.changing:
             self._engines.holds.add(key)
             try:
                 await self._pause(mode)
             except BaseException:
-                await self._let_go(key)
+                await self._release(key)
                 raise
 
     async def release(self, key: object) -> None:
-        """Ends a pause; the engines go on when no other one holds them. Again: nothing."""
+        """Ends a pause; the engines resume when no other pause is in force. Idempotent."""
         async with self._engines.changing:
-            await self._let_go(key)
+            await self._release(key)
 
     async def update(
         self, version: WeightsVersion, mode: PauseMode, commit: Callable[[], Awaitable[None]], timeout_s: float
     ) -> None:
-        """Has every engine load a version of the model's own weights, while nothing is sampled.
+        """Loads a weights version on every engine while sampling is paused.
 
-        Guarantees: if it raises, the engines have the version before, and nobody stays paused by it.
-        Guarantees: engines that die on the way do not fail it, as long as one is left; they come back with what is
-            current.
+        Guarantees:
+            If it raises, the engines have the previous version, and this call leaves none of them paused.
+            Engines that die on the way do not fail it, as long as one is left; they return with the current version.
 
         Args:
-            mode: what becomes of running samples.
-            commit: records that the version is current; called when the engines have it.
+            mode: fate of running samples.
+            commit: records the version as current; called once the engines have it.
 
         Raises:
-            WeightsError: an engine does not take it.
-            EngineError: an engine failed on it, or engines ended with different weights.
-            EngineDeadError: all died.
-            DeadlineError: it took longer than `timeout_s`, waiting for another pause or update included.
+            WeightsError: an engine refuses the weights.
+            EngineError: an engine failed, or engines ended with different weights.
+            EngineDeadError: all engines died.
+            DeadlineError: it took longer than `timeout_s`, including the wait for another pause or update.
         """
         deadline = asyncio.get_running_loop().time() + timeout_s
         try:
@@ -74,35 +92,42 @@ class PauseCoordinator:
         finally:
             self._engines.changing.release()
 
-    async def change(self, method: str, *args: Any) -> None:
-        """A control call to every engine in use, `sleep` or `wake_up`, while nothing else changes what they load.
+    async def change(self, what: str, call: Callable[[EngineClient], Awaitable[None]]) -> None:
+        """Makes a control call to every engine in use, for `sleep` and `wake_up`, while no weights or pauses change.
 
-        One that wakes up holds no version until it has loaded it, and is not to be taken for one that has lost it.
+        An engine that wakes up holds no version until it has loaded one, and must not be taken for a broken one.
+
+        Args:
+            what: name of the call, for errors.
 
         Raises:
-            TwinkleServeError: an engine refused, with its name.
-            DeadlineError: they took longer than a load may.
+            TwinkleServeError: an engine refused; the message has its name.
+            DeadlineError: it took longer than a load of weights may.
         """
         limit_s = self._engines.load_timeout_s
         try:
             async with asyncio.timeout(limit_s):
                 await self._engines.wait_for_info()
                 async with self._engines.changing:
-                    await self._broadcast(method, *args)
+                    await self._broadcast(what, call)
         except TimeoutError:
-            raise DeadlineError(f"the engines did not {method} within startup_timeout_s={limit_s:g}.") from None
+            raise DeadlineError(f"the engines did not {what} within startup_timeout_s={limit_s:g}.") from None
 
-    async def _let_go(self, key: object) -> None:
-        self._engines.holds.discard(key)
-        # What another one holds may have run meanwhile: to drain it, or in a pause that was given up.
-        await self._broadcast_or_evict(PROBE_TIMEOUT_S, *(("pause", "keep") if self._engines.holds else ("resume",)))
-        for name in self._engines.active:
-            self._engines.states[name] = "ready"
+    async def _release(self, key: object) -> None:
+        engines = self._engines
+        engines.holds.discard(key)
+        # Under another pause engines may have run meanwhile: draining for it, or after an expired lease.
+        if engines.holds:
+            await self._broadcast_or_evict(timing.PROBE_TIMEOUT_S, lambda client: client.pause("keep"))
+        else:
+            await self._broadcast_or_evict(timing.PROBE_TIMEOUT_S, lambda client: client.resume())
+        for name in engines.active:
+            engines.states[name] = "ready"
 
     async def _pause(self, mode: PauseMode) -> None:
         if mode == "wait":
             self._engines.states |= dict.fromkeys(self._engines.active, "draining")
-        await self._broadcast("pause", mode)
+        await self._broadcast("pause", lambda client: client.pause(mode))
 
     async def _update(
         self,
@@ -112,24 +137,25 @@ class PauseCoordinator:
         timeout_s: float,
         deadline: float,
     ) -> None:
-        key, loading = object(), False
-        self._engines.holds.add(key)
+        engines, key, loading = self._engines, object(), False
+        engines.holds.add(key)
         try:
             async with asyncio.timeout_at(deadline):
                 await self._pause(mode)
                 loading = True
-                checksums = await self._broadcast("load_weights", version)
+                checksums = await self._broadcast("load_weights", lambda client: client.load_weights(version))
             if not checksums:
                 raise EngineDeadError(f"every engine died while it loaded {version.label!r}.")
             if len(set(checksums.values())) > 1:
-                found = ", ".join(f"{name} {checksum}" for name, checksum in checksums.items())
-                raise EngineError(f"engines have different weights after they loaded {version.label!r}: {found}.")
+                each = ", ".join(f"{name} {checksum}" for name, checksum in checksums.items())
+                raise EngineError(f"engines have different weights after they loaded {version.label!r}: {each}.")
             await commit()
-            self._engines.weights_version = version
+            engines.weights_version = version
         except BaseException as error:
+            current = engines.weights_version
             if loading:
-                await self._broadcast_or_evict(timeout_s, "load_weights", self._engines.weights_version)
-            where = f"{self._engines.weights_version.label!r} is current"
+                await self._broadcast_or_evict(timeout_s, lambda client: client.load_weights(current))
+            where = f"{current.label!r} is current"
             if isinstance(error, TimeoutError):
                 step = "loaded" if loading else "paused"
                 raise DeadlineError(
@@ -139,41 +165,112 @@ class PauseCoordinator:
                 raise type(error)(f"{error} {where}.") from None
             raise
         finally:
-            await self._let_go(key)
+            await self._release(key)
 
-    async def _broadcast_or_evict(self, timeout_s: float, method: str, *args: Any) -> None:
-        """A control call to every engine in use. One that does not take it is not used until it has caught up."""
+    async def _broadcast_or_evict(self, timeout_s: float, call: Callable[[EngineClient], Awaitable[object]]) -> None:
+        """Makes a control call to every engine in use. An engine that fails it is not used until it has caught up."""
 
-        async def tell(name: str, use: ActiveEngine) -> None:
+        async def call_one(engine: ActiveEngine) -> None:
             try:
                 async with asyncio.timeout(timeout_s):
-                    await self._engines.control(name, use, method, *args)
+                    await engine.unless_lost(call(engine.client))
             except Exception as error:
-                self._engines.lose(name, use, error)
+                self._engines.lose(engine, error)
 
-        await asyncio.gather(*(tell(name, use) for name, use in list(self._engines.active.items())))
+        await asyncio.gather(*map(call_one, list(self._engines.active.values())))
 
-    async def _broadcast(self, method: str, *args: Any) -> dict[str, Any]:
-        """A control call to every engine in use; returns when all have answered, with the answers of the living.
+    async def _broadcast(self, what: str, call: Callable[[EngineClient], Awaitable[T]]) -> dict[str, T]:
+        """Makes a control call to every engine in use. Returns the answers by engine once all have answered or died.
 
         Raises:
-            TwinkleServeError: an engine refused, with its name.
+            TwinkleServeError: an engine refused; the message has its name.
         """
-        active = dict(self._engines.active)
-        calls = (self._engines.control(name, use, method, *args) for name, use in active.items())
-        answers: dict[str, Any] = {}
+        active = list(self._engines.active.values())
+        results = await asyncio.gather(
+            *(engine.unless_lost(call(engine.client)) for engine in active), return_exceptions=True
+        )
+        answers: dict[str, T] = {}
         failure: BaseException | None = None
-        for (name, use), answer in zip(
-            active.items(), await asyncio.gather(*calls, return_exceptions=True), strict=True
-        ):
-            if isinstance(answer, EngineDeadError):
-                self._engines.lose(name, use, answer)
-            elif isinstance(answer, TwinkleServeError):
-                failure = type(answer)(f"{name}: {answer}")
-            elif isinstance(answer, BaseException):
-                failure = EngineError(f"{name} failed at {method}: {answer!r}")
+        for engine, result in zip(active, results, strict=True):
+            if isinstance(result, EngineDeadError):
+                self._engines.lose(engine, result)
+            elif isinstance(result, TwinkleServeError):
+                failure = type(result)(f"{engine.name}: {result}")
+            elif isinstance(result, BaseException):
+                failure = EngineError(f"{engine.name} failed at {what}: {result!r}")
             else:
-                answers[name] = answer
+                answers[engine.name] = result
         if failure is not None:
             raise failure
         return answers
+
+
+class CallerPauses:
+    """Pauses that callers ask for. Each lasts while its caller renews it.
+
+    Guarantees:
+        A caller that is gone leaves no engine paused for longer than its lease.
+    Does not guarantee:
+        That samples held by one pause stay where they are when a later one says `wait` or `abort`.
+    """
+
+    def __init__(self, engines: EngineMembership, coordinator: PauseCoordinator) -> None:
+        self._engines, self._coordinator = engines, coordinator
+        self._ids = itertools.count(1)
+        self._leases: dict[int, Lease] = {}
+
+    async def pause(self, mode: PauseMode, lease_s: float) -> int:
+        """Pauses every engine. Returns the id of the pause.
+
+        Raises:
+            RequestError: unknown mode or invalid lease.
+        """
+        require_mode(mode)
+        if (
+            isinstance(lease_s, bool)
+            or not isinstance(lease_s, (int, float))
+            or not 0 < lease_s <= timing.MAX_PAUSE_LEASE_S
+        ):
+            raise RequestError(
+                f"lease_s must be a number of seconds above 0, at most {timing.MAX_PAUSE_LEASE_S:g}, got {lease_s!r}."
+            )
+        pause = next(self._ids)
+        await self._coordinator.hold(("pause", pause), mode)
+        self._leases[pause] = Lease(lambda: self._expire(pause))
+        self._leases[pause].renew(lease_s)
+        return pause
+
+    async def renew(self, pause: int, lease_s: float) -> None:
+        """Extends the lease of a pause.
+
+        Raises:
+            LeaseExpiredError: the pause has ended.
+        """
+        self._lease_of(pause).renew(lease_s)
+
+    async def resume(self, pause: int) -> None:
+        """Ends a pause.
+
+        Raises:
+            LeaseExpiredError: it had ended before, and sampling went on meanwhile.
+        """
+        self._lease_of(pause).end()
+        del self._leases[pause]
+        # A caller who stops waiting has ended the pause all the same.
+        await asyncio.shield(self._engines.spawn(self._coordinator.release(("pause", pause))))
+
+    def _lease_of(self, pause: int) -> Lease:
+        if pause not in self._leases:
+            raise LeaseExpiredError("the pause is over: it was not renewed in time, or the router was restarted.")
+        return self._leases[pause]
+
+    def _expire(self, pause: int) -> None:
+        logger.warning(f"pause {pause} was not renewed: the engines resume")
+        del self._leases[pause]
+        self._engines.spawn(self._coordinator.release(("pause", pause)))
+
+
+def require_mode(mode: object) -> None:
+    """Raises RequestError for an unknown PauseMode."""
+    if mode not in PAUSE_MODES:
+        raise RequestError(f"mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r}.")

@@ -59,7 +59,7 @@ class Request:
         self._inputs = inputs
         self._params = params
         self._header = header
-        self._adapter = adapter
+        self.adapter = adapter
         self._sample_timeout_s = sample_timeout_s
         self._missing = dict.fromkeys(self.ids, params.num_samples)
         """Samples still to come, by group id; those of dropped groups are not in it."""
@@ -80,7 +80,7 @@ class Request:
                 params=self._params,
                 count=self._params.num_samples,
                 seed=None if seed is None else prompt_seed(seed, prompt.index),
-                adapter=self._adapter,
+                adapter=self.adapter,
                 sample_timeout_s=self._sample_timeout_s,
                 urgent=self._to_complete < len(self._prompts),
                 index=index,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
 from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.engines.base import PartialUpdate, most_new_tokens
+from twinkle_serve.engines.group_runner import PartialUpdate
+from twinkle_serve.engines.protocol import most_new_tokens
 
 
 def can_resume(params: SamplingParams) -> bool:

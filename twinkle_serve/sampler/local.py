@@ -4,44 +4,50 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import concurrent.futures
 import contextlib
 import copy
-import functools
 import os
-import queue
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
+from twinkle_serve.data_format import SampleResponse
+from twinkle_serve.data_format.sample_request import SampleRequest
+from twinkle_serve.data_format.samples import StopReason
+from twinkle_serve.data_format.weights import Bucket, BucketArgument
 from twinkle_serve.engines import build_engine, check_engine_args
 from twinkle_serve.engines.server import EngineServer
-from twinkle_serve.errors import ConfigError, EngineDeadError, EngineError, MeshError, PromptError
+from twinkle_serve.errors import ConfigError, EngineError, MeshError, PromptError
 from twinkle_serve.placement import NodeResources, place
+from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.routing.router import Router
+from twinkle_serve.sampler.loop_thread import LoopThread
+from twinkle_serve.sampler.router_client import RouterClient
 from twinkle_serve.weights import LocalStore, WeightStore
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 ENGINE = "local"
 """Name of the engine, in `SampledSequence.engine`."""
 
 STOP_TIMEOUT_S = 30.0
-ITEMS_AHEAD = 64
-"""Items that an iterator's producer may be ahead of its reader."""
 
 
-class LocalBackend:
+class LocalClient(RouterClient):
     """A router and one engine in this process."""
 
     def __init__(self, args: ServiceArgs) -> None:
-        """Loads the model; returns when it can sample.
+        """Loads the model; returns when it is ready.
 
         Raises:
             MeshError: more than one data-parallel replica, or more devices than this machine has.
-            ConfigError: as the service's own.
+            ConfigError: as of the service.
         """
         mesh = args.device_mesh.mesh()
         if mesh.dp_size > 1:
@@ -52,108 +58,81 @@ class LocalBackend:
         if args.device_group is not None:
             raise ConfigError("device_group is for a service on Ray. Give remote_group instead.")
         check_engine_args(args.engine, args.engine_args)
-        self._life = life = _Life()
+        self._service = service = _Service()
+        self.loop = service.loop
         # Also when the last reference goes: vLLM's processes must not outlive it.
-        self._end = weakref.finalize(self, life.end)
+        self._end = weakref.finalize(self, service.end)
         try:
-            self._router = life.run(life.start(args)).result()
+            self._router = self.loop.call(service.start(args))
         except BaseException:
             self._end()
             raise
-        # Registered now, so that it runs before multiprocessing's own exit, which waits for vLLM's processes for ever.
+        # Registered now, so that it runs before multiprocessing's own exit, which waits forever for vLLM's processes.
         atexit.register(self._end)
 
-    def _method(self, name: str, args: Any) -> Any:
-        """A method of the router with its arguments, copied: a service's are pickled, and no caller's change later."""
-        self._life.require()
-        try:
-            copied = copy.deepcopy(args)
-        except Exception as error:  # whatever a caller's own class raises
-            if not name.startswith("sample"):
-                raise
-            raise PromptError(f"inputs cannot be copied: {type(error).__name__}: {error}") from error
-        return functools.partial(getattr(self._router, name), *copied)
+    def run(self, request: SampleRequest) -> Coroutine[Any, Any, SampleResponse]:
+        self.loop.require_running()
+        return self._router.run(_copied(request))
 
-    def call(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
-        future = self._life.run(self._bounded(method, self._method(method, args), timeout_s, options))
-        try:
-            return future.result()
-        except concurrent.futures.CancelledError:
-            raise EngineDeadError(SHUT_DOWN) from None
-        except BaseException:
-            future.cancel()
-            raise
+    def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
+        self.loop.require_running()
+        return self._alive(self._router.run_iter(_copied(request)))
 
-    async def call_async(self, method: str, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
-        future = self._life.run(self._bounded(method, self._method(method, args), timeout_s, options))
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            if self._end.alive:  # it is this task that was cancelled
-                raise
-            raise EngineDeadError(SHUT_DOWN) from None
+    def run_stream(self, request: SampleRequest) -> AsyncGenerator[tuple[str, StopReason | None], None]:
+        self.loop.require_running()
+        return self._alive(self._router.run_stream(_copied(request)))
 
-    async def _bounded(self, name: str, method: Any, timeout_s: float | None, options: dict[str, Any]) -> Any:
-        if name == "sample":  # keeps its own deadline, in its own words
-            return await method(timeout_s=timeout_s, **options)
+    async def _alive(self, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """Yields the same items, and keeps this client from being collected meanwhile."""
+        async with contextlib.aclosing(items):
+            async for item in items:
+                yield item
+
+    async def call(
+        self,
+        timeout_s: float,
+        method: Callable[Concatenate[RouterAPI, P], Awaitable[T]],
+        *args: P.args,
+        **options: P.kwargs,
+    ) -> T:
         try:
             async with asyncio.timeout(timeout_s):
-                return await method(**options)
+                answer: T = await getattr(self._router, method.__name__)(*args, **options)
+                return answer
         except TimeoutError:
-            raise EngineError(f"{name} did not end within {timeout_s:g} s.") from None
+            raise EngineError(f"{method.__name__} did not end within {timeout_s:g} s.") from None
 
-    def iterate(self, method: str, *args: Any, **options: Any) -> Iterator[Any]:
-        return _Items(self, self._life, self._method(method, args)(**options))
+    async def cancel(self, request_id: str, inputs: list[int] | None) -> int:
+        return await self._router.cancel(request_id, inputs)
 
-    async def iterate_async(self, method: str, *args: Any, **options: Any) -> AsyncIterator[Any]:
-        items = _Items(self, self._life, self._method(method, args)(**options))
-        try:
-            while (item := await asyncio.to_thread(items.next_or_end)) is not END:
-                yield item
-        finally:
-            items.close()
-
-    def put_large(self, data: Any) -> Any:
-        return data
+    def put_large(self, bucket: Bucket) -> BucketArgument:
+        return bucket
 
     def shutdown(self) -> None:
         self._end()
 
 
-SHUT_DOWN = "the sampler was shut down. Make a new one."
+def _copied(request: SampleRequest) -> SampleRequest:
+    """Returns the request with its inputs as they are now."""
+    try:
+        return replace(request, inputs=copy.deepcopy(request.inputs))
+    except Exception as error:  # raised by a class of the caller's
+        raise PromptError(f"inputs cannot be copied: {type(error).__name__}: {error}") from error
 
 
-class _Life:
-    """An event loop in a thread, and what lives on it. It knows nothing of the backend, which may be forgotten."""
+class _Service:
+    """Store, engine and router on an event loop. It does not refer to its client, which may be collected."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="sampler", daemon=True)
-        self._thread.start()
-        self._process = os.getpid()
-        self._ended = False
-        self._host: EngineServer | None = None
+        self.loop = LoopThread("sampler")
+        self._server: EngineServer | None = None
         self._router: Router | None = None
-
-    def require(self) -> None:
-        """Raises EngineDeadError if nothing can run here any more."""
-        if self._ended:
-            raise EngineDeadError(SHUT_DOWN)
-        if os.getpid() != self._process:
-            raise EngineDeadError("the sampler lives in the process that this one was forked from. Make one here.")
-
-    def run(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def soon(self, callback: Any, *args: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(callback, *args)
 
     async def start(self, args: ServiceArgs) -> Router:
         mesh = args.device_mesh.mesh()
         placement = place(mesh, [NodeResources(cpus=os.cpu_count() or 1, gpus=_gpus())])
         model = await asyncio.to_thread(hub.resolve, args.model_id, revision=args.revision)
-        # One core a device is what tensor parallelism needs on CPU; else the engine shares this process's cores.
+        # Tensor parallelism on CPU needs one core per device; otherwise the engine shares this process's cores.
         bound = placement.device == "cpu" and mesh.devices_per_replica > 1
         cores = sorted(os.sched_getaffinity(0))[: mesh.devices_per_replica] if bound else []
         engine = build_engine(
@@ -170,34 +149,31 @@ class _Life:
             trust_remote_code=args.trust_remote_code,
         )
         store = LocalStore(WeightStore(args.model_id, args.state_dir))
-        self._host = EngineServer(engine, model, store)
-        await self._host.start(ENGINE, args.startup_timeout_s)
-        self._router = Router(args, model, {ENGINE: self._host}, store, engines_return=False)
+        self._server = EngineServer(engine, model, store)
+        await self._server.start(ENGINE, args.startup_timeout_s)
+        self._router = Router(args, model, {ENGINE: self._server}, store, engines_return=False)
         await self._router.start()
         return self._router
 
     def end(self) -> None:
-        """Stops the engine and the loop. Calls that are running raise."""
-        self._ended = True
-        if os.getpid() != self._process:
+        """Stops the engine and the loop. Running calls raise EngineDeadError."""
+        self.loop.refuse_calls()
+        if not self.loop.in_own_process:
             return
-        if threading.current_thread() is self._thread:  # collected there: a loop cannot wait for itself
+        if threading.current_thread() is self.loop.thread:  # collected there: a loop cannot wait for itself
             threading.Thread(target=self.end, daemon=True).start()
             return
         try:
             with contextlib.suppress(TimeoutError):
-                self.run(self._stop()).result(STOP_TIMEOUT_S)
+                self.loop.start(self._stop()).result(STOP_TIMEOUT_S)
         finally:
-            self.soon(self._loop.stop)
-            self._thread.join(STOP_TIMEOUT_S)
-            if not self._thread.is_alive():
-                self._loop.close()
+            self.loop.stop(STOP_TIMEOUT_S)
 
     async def _stop(self) -> None:
         if self._router is not None:
             self._router.close()
-        if self._host is not None:
-            await self._host.stop()
+        if self._server is not None:
+            await self._server.stop()
         rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in rest:
             task.cancel()
@@ -205,75 +181,9 @@ class _Life:
 
 
 def _gpus() -> int:
-    """GPUs that this process sees, without loading torch where there is none."""
+    """Returns the number of GPUs of this process, without loading torch where there is none."""
     if not Path("/dev/nvidia0").exists():
         return 0
     import torch
 
     return int(torch.cuda.device_count())
-
-
-END = object()
-
-
-class _Items:
-    """Items of an async generator on the sampler's loop, for a reader in another thread.
-
-    One task runs the generator from beginning to end, begins at once, and waits while it is ITEMS_AHEAD. It is
-    cancelled when the reader closes this or forgets it. What has arrived is read in order, whatever came after it.
-    """
-
-    def __init__(self, backend: LocalBackend, life: _Life, items: AsyncGenerator[Any, None]) -> None:
-        self._backend = backend  # which must not be collected while this is read
-        self._life = life
-        self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._room = asyncio.Semaphore(ITEMS_AHEAD)
-        self._ended = False
-        self._future = life.run(_drain(items, self._arrived, self._room))
-        weakref.finalize(self, self._future.cancel)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        item = self.next_or_end()
-        if item is END:
-            raise StopIteration
-        return item
-
-    def next_or_end(self) -> Any:
-        """The next item, or END; raises what ended the generator."""
-        if self._ended:
-            return END
-        item = self._arrived.get()
-        if item is END or isinstance(item, _Raised):
-            self._ended = True
-            if isinstance(item, _Raised):
-                raise item.error
-            return END
-        self._life.soon(self._room.release)
-        return item
-
-    def close(self) -> None:
-        """Cancels the call; it aborts what it had running."""
-        self._ended = True
-        self._future.cancel()
-
-
-class _Raised:
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-
-async def _drain(items: AsyncGenerator[Any, None], arrived: queue.SimpleQueue[Any], room: asyncio.Semaphore) -> None:
-    try:
-        async with contextlib.aclosing(items):
-            async for item in items:
-                await room.acquire()
-                arrived.put(item)
-        arrived.put(END)
-    except asyncio.CancelledError:
-        arrived.put(_Raised(EngineDeadError(SHUT_DOWN)))
-        raise
-    except BaseException as error:
-        arrived.put(_Raised(error))

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 from twinkle_serve.config import MeshArgs, ServiceArgs, mesh_args
 from twinkle_serve.engines import EngineKind
 from twinkle_serve.mesh import DeviceMesh
-from twinkle_serve.sampler.base import Backend, RunningSampler
+from twinkle_serve.sampler.base import RunningSampler
+from twinkle_serve.sampler.router_client import RouterClient
 
 BUILDER = "graphs.sampler:build"
-"""What wires the service: the `import_path` of its YAML."""
+"""Builder of the service: the `import_path` of its YAML."""
 
 
 class _EngineSampler(RunningSampler):
@@ -28,7 +29,7 @@ class _EngineSampler(RunningSampler):
         remote_group: str | None = None,
         **service_args: Any,
     ) -> None:
-        """Starts the sampler; returns when it can sample.
+        """Starts the sampler; returns when it is ready.
 
         Args:
             model_id: demo, a path, ms://org/name, hf://org/name, or org/name of ModelScope.
@@ -41,7 +42,7 @@ class _EngineSampler(RunningSampler):
                 request_timeout_s, startup_timeout_s.
 
         Raises:
-            ConfigError: an argument that does not exist or cannot be; MeshError, ModelNotFoundError, EngineArgsError.
+            ConfigError: an unknown or invalid argument; MeshError, ModelNotFoundError, EngineArgsError.
             EngineStartError: the engine did not start.
         """
         mesh = MeshArgs() if device_mesh is None else mesh_args(device_mesh)
@@ -54,7 +55,7 @@ class _EngineSampler(RunningSampler):
                 **service_args,
             }
         )
-        super().__init__(_backend(args, remote_group))
+        super().__init__(_client(args, remote_group))
 
 
 class vLLMSampler(_EngineSampler):  # upstream's name
@@ -68,27 +69,27 @@ VLLMSampler = vLLMSampler
 
 
 class TorchSampler(_EngineSampler):
-    """Samples on plain PyTorch, by transformers: slow, easy to step through, and what to check vLLM against."""
+    """Samples on plain PyTorch, by transformers: slow, easy to step through, and a reference to check vLLM against."""
 
     engine = "torch"
 
 
-def _backend(args: ServiceArgs, remote_group: str | None) -> Backend:
-    """Where the sampler runs; engines, Ray and Serve are loaded here, when one is made."""
+def _client(args: ServiceArgs, remote_group: str | None) -> RouterClient:
+    """Starts the sampler. Engines, Ray and Serve are imported here, when one is made."""
     from twinkle_serve import remote
 
     if remote_group is None or remote.mode() == "local":
-        from twinkle_serve.sampler.local import LocalBackend
+        from twinkle_serve.sampler.local import LocalClient
 
-        return LocalBackend(args)
+        return LocalClient(args)
     from twinkle_serve.remote.session import session
-    from twinkle_serve.sampler.service import deploy
+    from twinkle_serve.sampler.connect import deploy
 
     if remote.mode() == "ray" and remote.known_groups():
         remote.group_devices(remote_group)  # an unknown group is named before anything starts
         args = args.model_copy(update={"device_group": remote_group})
     module, _, function = BUILDER.partition(":")
-    backend = deploy(remote_group, args, getattr(import_module(module), function))
+    client = deploy(remote_group, args, getattr(import_module(module), function))
     if args.device_group is not None:
-        session.samplers.add(backend)  # its engines must end before their devices are anybody's
-    return backend
+        session.samplers.add(client)  # its engines must end before their devices are given away
+    return client

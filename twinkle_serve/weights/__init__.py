@@ -1,4 +1,4 @@
-"""Versions of weights: kept whole, under names that mean one of them."""
+"""Versions of adapters and of the model's own weights, each complete or absent."""
 
 from twinkle_serve.weights.client import LocalStore, StoreClient
 from twinkle_serve.weights.store import WeightStore

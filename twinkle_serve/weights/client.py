@@ -1,68 +1,95 @@
-"""How routers and engines reach the store."""
+"""The interface of the store as routers and engines see it."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
-from twinkle_serve.checkpoint import Bucket
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.weights import WeightsVersion
-from twinkle_serve.weights.model import CALLS
+from twinkle_serve.data_format.weights import Bucket, BucketArgument, WeightsVersion
 from twinkle_serve.weights.store import WeightStore
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class StoreClient(Protocol):
-    """The store of a service, in this process (`LocalStore`) or in another. Methods are those of `WeightStore`.
+    """The store of a service, in this process (`LocalStore`) or behind a handle. See `WeightStore`, `ModelWeights`.
 
-    Every call raises StoreError where the store is gone; what it was about holds after all, or not at all.
+    Every call raises StoreError where the store is gone; its effect may or may not have happened.
     """
 
     async def published(self) -> dict[str, list[AdapterVersion]]:
-        """See `WeightStore.published`."""
+        """Returns the published adapter versions by name, newest last; see `WeightStore.published`."""
+        ...
 
     async def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
-        """See `WeightStore.put`."""
+        """Stores an adapter as the next version of a name; see `WeightStore.put`."""
+        ...
 
     async def publish(self, version: AdapterVersion) -> None:
-        """See `WeightStore.publish`."""
+        """Makes a name mean a version; see `WeightStore.publish`."""
 
     async def withdraw(self, name: str) -> None:
-        """See `WeightStore.withdraw`."""
+        """Removes an adapter name; see `WeightStore.withdraw`."""
 
     async def drop(self, versions: Sequence[AdapterVersion]) -> None:
-        """See `WeightStore.drop`."""
+        """Deletes adapter versions; see `WeightStore.drop`."""
 
     async def files(self, version: AdapterVersion) -> AdapterFiles:
-        """See `WeightStore.files`."""
+        """Returns the files of an adapter version; see `WeightStore.files`."""
+        ...
 
-    async def base(self, method: str, *args: Any) -> Any:
-        """Calls one of the CALLS of `ModelWeights`. A bucket comes as the sampler's backend made a parcel of it."""
+    async def recover_weights(self) -> tuple[WeightsVersion, list[str]]:
+        """Returns the current version and all labels so far, for a router that starts; see `ModelWeights.recover`."""
+        ...
+
+    async def current_weights(self) -> WeightsVersion:
+        """Returns the current weights version."""
+        ...
+
+    async def begin_weights(self, label: str, expected: Mapping[str, tuple[int, ...]], tied: set[str]) -> int:
+        """Starts an upload and returns its id; see `ModelWeights.begin`."""
+        ...
+
+    async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
+        """Stores the next bucket of an upload; see `ModelWeights.append`."""
+
+    async def seal_weights(self, upload: int) -> WeightsVersion:
+        """Completes an upload; see `ModelWeights.seal`."""
+        ...
+
+    async def commit_weights(self, version: WeightsVersion) -> None:
+        """Makes a sealed version the current one; see `ModelWeights.commit`."""
+
+    async def discard_weights(self, upload: int) -> None:
+        """Deletes an upload that was not committed; see `ModelWeights.discard`."""
+
+    async def purge_weights(self) -> None:
+        """Makes the model's own files current again and frees all labels; see `ModelWeights.purge`."""
 
     async def bucket(self, version: WeightsVersion, index: int) -> Bucket:
-        """See `ModelWeights.bucket`."""
+        """Returns a bucket of a version; see `ModelWeights.bucket`."""
+        ...
 
 
-class LocalStore:
-    """A store in this process, off the event loop: it reads, writes and sums up whole files.
+class LocalStore(StoreClient):
+    """A store in this process. It reads, writes and checksums whole files off the event loop.
 
-    In a thread of its own, since a store is not for several: a call that is abandoned still ends before the next one.
+    Its calls run in one thread, since a store is not thread-safe: an abandoned call ends before the next one starts.
     """
 
     def __init__(self, store: WeightStore) -> None:
         self._store = store
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
 
-    async def _run(self, call: Callable[..., T], *args: Any, **options: Any) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, functools.partial(call, *args, **options))
+    async def _run(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(call, *args, **options))
 
     async def published(self) -> dict[str, list[AdapterVersion]]:
         return await self._run(self._store.published)
@@ -82,9 +109,30 @@ class LocalStore:
     async def files(self, version: AdapterVersion) -> AdapterFiles:
         return await self._run(self._store.files, version)
 
-    async def base(self, method: str, *args: Any) -> Any:
-        assert method in CALLS, method
-        return await self._run(getattr(self._store.base, method), *args)
+    async def recover_weights(self) -> tuple[WeightsVersion, list[str]]:
+        return await self._run(self._store.model.recover)
+
+    async def current_weights(self) -> WeightsVersion:
+        return await self._run(self._store.model.current)
+
+    async def begin_weights(self, label: str, expected: Mapping[str, tuple[int, ...]], tied: set[str]) -> int:
+        return await self._run(self._store.model.begin, label, expected, tied)
+
+    async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
+        data = await bucket[0] if isinstance(bucket, list) else bucket
+        await self._run(self._store.model.append, upload, index, data)
+
+    async def seal_weights(self, upload: int) -> WeightsVersion:
+        return await self._run(self._store.model.seal, upload)
+
+    async def commit_weights(self, version: WeightsVersion) -> None:
+        await self._run(self._store.model.commit, version)
+
+    async def discard_weights(self, upload: int) -> None:
+        await self._run(self._store.model.discard, upload)
+
+    async def purge_weights(self) -> None:
+        await self._run(self._store.model.purge)
 
     async def bucket(self, version: WeightsVersion, index: int) -> Bucket:
-        return np.frombuffer(await self._run(self._store.base.bucket, version, index), np.uint8)
+        return np.frombuffer(await self._run(self._store.model.bucket, version, index), np.uint8)

@@ -10,8 +10,8 @@ from typing import Any
 
 import blake3
 
-from twinkle_serve.checkpoint import Bucket, bucket_shapes
-from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, WeightsVersion
+from twinkle_serve.checkpoint import bucket_shapes
+from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, WeightsVersion
 from twinkle_serve.errors import ConfigError, StoreError, WeightsError
 from twinkle_serve.weights.disk import Disk
 
@@ -19,9 +19,6 @@ logger = logging.getLogger("ray.serve")
 
 MANIFEST = "base.json"
 FORMAT = 1
-
-CALLS = frozenset({"recover", "begin", "append", "seal", "commit", "discard", "current", "purge"})
-"""Methods of ModelWeights that a router or an engine calls through `StoreClient.base`."""
 
 
 @dataclass(slots=True)

@@ -59,7 +59,7 @@ class WeightStore:
         self._disk = None if state_dir is None else Disk(state_dir)
         if self._disk is not None:
             self._recover(self._disk)
-        self.base = ModelWeights(self._disk)
+        self.model = ModelWeights(self._disk)
         """The model's own weights."""
 
     def published(self) -> dict[str, list[AdapterVersion]]:

@@ -1,0 +1,121 @@
+"""The store behind a Serve handle."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Concatenate, ParamSpec, TypeVar
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from tenacity import AsyncRetrying, retry_if_exception, wait_fixed
+
+from deployments.handles import send
+from deployments.store import Store
+from twinkle_serve import timing
+from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.weights import Bucket, BucketArgument, WeightsVersion
+from twinkle_serve.errors import StoreError, TwinkleServeError
+from twinkle_serve.remote.errors import raised_error
+from twinkle_serve.weights import StoreClient
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+RETRY_PAUSE_S = 0.2
+
+
+class ServeStoreClient(StoreClient):
+    """Calls a `Store` through a Serve handle, again while it is being replaced: a new one has the state of the old."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def published(self) -> dict[str, list[AdapterVersion]]:
+        return await self._call(Store.published)
+
+    async def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
+        return await self._call(Store.put, name, files, is_path=is_path)
+
+    async def publish(self, version: AdapterVersion) -> None:
+        await self._call(Store.publish, version)
+
+    async def withdraw(self, name: str) -> None:
+        await self._call(Store.withdraw, name)
+
+    async def drop(self, versions: Sequence[AdapterVersion]) -> None:
+        if versions:
+            await self._call(Store.drop, list(versions))
+
+    async def files(self, version: AdapterVersion) -> AdapterFiles:
+        async def fetch() -> AdapterFiles:
+            (reference,) = await send(self._handle, Store.files_ref, version)
+            return await reference
+
+        return await _until_answered(fetch)
+
+    async def recover_weights(self) -> tuple[WeightsVersion, list[str]]:
+        return await self._call(Store.recover_weights)
+
+    async def current_weights(self) -> WeightsVersion:
+        return await self._call(Store.current_weights)
+
+    async def begin_weights(self, label: str, expected: Mapping[str, tuple[int, ...]], tied: set[str]) -> int:
+        return await self._call(Store.begin_weights, label, expected, tied)
+
+    async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
+        await self._call(Store.append_weights, upload, index, bucket)
+
+    async def seal_weights(self, upload: int) -> WeightsVersion:
+        return await self._call(Store.seal_weights, upload)
+
+    async def commit_weights(self, version: WeightsVersion) -> None:
+        await self._call(Store.commit_weights, version)
+
+    async def discard_weights(self, upload: int) -> None:
+        await self._call(Store.discard_weights, upload)
+
+    async def purge_weights(self) -> None:
+        await self._call(Store.purge_weights)
+
+    async def bucket(self, version: WeightsVersion, index: int) -> Bucket:
+        async def fetch() -> Bucket:
+            (reference,) = await send(self._handle, Store.bucket_ref, version, index)
+            return await reference
+
+        return await _until_answered(fetch)
+
+    async def _call(
+        self, method: Callable[Concatenate[Store, P], Awaitable[T]], *args: P.args, **options: P.kwargs
+    ) -> T:
+        return await _until_answered(lambda: send(self._handle, method, *args, **options))
+
+
+async def _until_answered(call: Callable[[], Awaitable[T]]) -> T:
+    """Repeats a call until a store answers.
+
+    Raises:
+        StoreError: none answered in time.
+        TwinkleServeError: raised by the store itself.
+    """
+    try:
+        async with asyncio.timeout(timing.STORE_TIMEOUT_S):
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception(_is_store_death), wait=wait_fixed(RETRY_PAUSE_S), reraise=True
+            ):
+                with attempt:
+                    return await call()
+    except TimeoutError:
+        raise StoreError(
+            f"the store of weights did not answer within {timing.STORE_TIMEOUT_S:g} s. See `serve status`."
+        ) from None
+    except RayError as error:
+        if isinstance(raised := raised_error(error), TwinkleServeError):
+            raise raised from None
+        raise
+    raise AssertionError("unreachable")
+
+
+def _is_store_death(error: BaseException) -> bool:
+    return isinstance(error, (RayError, RayServeException)) and raised_error(error) is None

@@ -1,0 +1,164 @@
+"""A call that samples, as it travels from the caller to the router."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypedDict, TypeVar, cast, get_type_hints
+
+from twinkle_serve.data_format.inputs import PackedInputs, as_list
+from twinkle_serve.data_format.sampling_params import UNSET, SamplingParams, Unset
+from twinkle_serve.errors import AdapterError, RequestError, unknown_name
+from twinkle_serve.validation import seconds
+
+Inputs: TypeAlias = Any
+"""A Trajectory, an InputFeature, a list of either kind, or PackedInputs; validated where prompts are encoded."""
+
+SamplingParamsLike: TypeAlias = SamplingParams | Mapping[str, Any]
+
+TemplateChoice: TypeAlias = str | bytes | None
+"""A registered name, the result of `pack_template`, or None for the config's template."""
+
+
+class StreamOptions(TypedDict, total=False):
+    """Keywords of `sample_stream`."""
+
+    use_base_model: bool
+    """Sample with the base model; refused together with an adapter."""
+    timeout_s: float | None
+    """Deadline of the call in seconds, queueing included; None: the config's request_timeout_s."""
+
+
+class SampleOptions(StreamOptions, total=False):
+    """Keywords of `sample`, `sample_async`, `sample_iter` and `sample_iter_async`."""
+
+    num_samples: int | None
+    """Samples of each prompt; None: as in sampling_params, whose default is 1."""
+    logprobs: int | Unset | None
+    """As in sampling_params, whose default is 0: of each sampled token."""
+    sample_timeout_s: float | None
+    """Seconds that each sample may take on its engine, waiting and pauses included; then it ends, with stop_reason
+    abort."""
+    min_groups: int | None
+    """Return once this many prompts are complete and cancel the others: `prompt_indices` lists the complete ones.
+    None: wait for all."""
+
+
+class HandleOptions(SampleOptions, total=False):
+    """Keywords of the router's methods, by handle: the other fields of `SampleRequest`."""
+
+    template: TemplateChoice
+    request_id: str
+    caller: str
+    lease_s: float | None
+    done: Sequence[int]
+    cancelled: Sequence[int] | None
+    return_inputs: bool
+
+
+IGNORED_OPTIONS: set[str] = set()
+"""Keywords of other samplers that have no effect here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRequest:
+    """A call that samples; fields as in `RunningSampler.sample`."""
+
+    inputs: Inputs
+    sampling_params: SamplingParamsLike | None = None
+    adapter_name: str = ""
+    adapter_path: str | None = None
+    num_samples: int | None = None
+    logprobs: int | Unset | None = UNSET
+    use_base_model: bool = False
+    template: TemplateChoice = None
+    timeout_s: float | None = None
+    sample_timeout_s: float | None = None
+    min_groups: int | None = None
+    request_id: str = ""
+    """Id by which the caller cancels the call. It replaces a running call with the same id."""
+    caller: str = ""
+    """Id of the caller; callers take turns."""
+    lease_s: float | None = None
+    """The call is given up when `renew` has not been called for so long; None: never."""
+    done: Sequence[int] = ()
+    """Indices of the inputs that the caller already has responses for, from another router."""
+    cancelled: Sequence[int] | None = ()
+    """Indices of the inputs that the caller has cancelled; None: all that are not done."""
+    return_inputs: bool = True
+    """Whether responses hold the inputs; a caller that keeps them spares the router the copy."""
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Inputs,
+        sampling_params: SamplingParamsLike | None,
+        adapter_name: str,
+        adapter_path: str | None,
+        options: HandleOptions,
+    ) -> SampleRequest:
+        """Creates a request from the arguments of a call."""
+        return cls(
+            inputs=inputs,
+            sampling_params=sampling_params,
+            adapter_name=adapter_name,
+            adapter_path=adapter_path,
+            **options,
+        )
+
+    @property
+    def input_count(self) -> int:
+        """Number of inputs; 0 where `inputs` is not valid."""
+        if isinstance(self.inputs, PackedInputs):
+            return len(self.inputs)
+        return len(as_list(self.inputs) or ())
+
+    def check_limits(self, prompts: int) -> None:
+        """Validates sample_timeout_s, and min_groups against the number of prompts.
+
+        Raises:
+            RequestError
+        """
+        if self.sample_timeout_s is not None:
+            seconds("sample_timeout_s", self.sample_timeout_s)
+        groups = self.min_groups
+        if groups is not None and (
+            isinstance(groups, bool) or not isinstance(groups, int) or not 1 <= groups <= prompts
+        ):
+            raise RequestError(f"min_groups must be a number from 1 to the call's {prompts} prompts, got {groups!r}.")
+
+    def adapter(self) -> tuple[str, str]:
+        """Returns (name, path) of the adapter, of which at most one is not empty.
+
+        Raises:
+            AdapterError: more than one of adapter_name, adapter_path and use_base_model is given.
+        """
+        choices = {
+            "adapter_name": self.adapter_name,
+            "adapter_path": self.adapter_path,
+            "use_base_model": self.use_base_model,
+        }
+        given = {key: value for key, value in choices.items() if value}
+        if len(given) > 1:
+            both = " and ".join(f"{key}={value!r}" for key, value in given.items())
+            raise AdapterError(f"{both} contradict each other. Give one of them.")
+        for key, value in (("adapter_name", self.adapter_name), ("adapter_path", self.adapter_path or "")):
+            if not isinstance(value, str):
+                raise AdapterError(f"{key} must be a string, got {value!r}.")
+        return self.adapter_name, self.adapter_path or ""
+
+
+OptionsT = TypeVar("OptionsT", bound=StreamOptions)
+
+
+def check_options(options: OptionsT, allowed: type[OptionsT]) -> OptionsT:
+    """Returns the keywords of a call without the ignored ones.
+
+    Raises:
+        TypeError: a keyword that the call does not take.
+    """
+    kept = {name: value for name, value in options.items() if name not in IGNORED_OPTIONS}
+    for name in kept:
+        if name not in get_type_hints(allowed):
+            raise TypeError(f"unexpected keyword argument: {unknown_name('option', name, get_type_hints(allowed))}")
+    return cast(OptionsT, kept)

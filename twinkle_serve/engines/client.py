@@ -1,0 +1,93 @@
+"""The interface of an engine as its router sees it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from typing import Protocol
+
+from twinkle_serve.data_format.adapters import AdapterVersion
+from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
+from twinkle_serve.data_format.weights import PauseMode, WeightsVersion
+from twinkle_serve.engines.group_runner import Finished
+
+
+class EngineClient(Protocol):
+    """One engine, in this process (`engines.server.EngineServer`) or behind a Serve handle.
+
+    Every call raises EngineDeadError where the engine's process or its sampling core is gone, and any other
+    TwinkleServeError that the engine raises.
+    """
+
+    async def describe(self, router: str) -> EngineInfo:
+        """Returns the engine's state, and renews the lease of this router and of a pause.
+
+        An engine aborts the groups of a router that has not called this for ROUTER_LEASE_S.
+        """
+        ...
+
+    async def submit(self, session: Session, groups: Sequence[Group], more: bool = False) -> None:
+        """Starts sampling a chunk; its samples arrive in `results` of the same session.
+
+        Args:
+            more: whether further groups wait at the router for places.
+
+        Raises:
+            EngineDeadError: the session belongs to another process, or is over.
+        """
+
+    def results(self, session: Session) -> AsyncGenerator[Finished, None]:
+        """Yields samples of submitted groups as they end, until the engine has been idle for LINGER_S.
+
+        Every sample is in one item, unless its group failed or was aborted. One reader at a time; closing the iterator
+        aborts whatever still runs.
+        """
+        ...
+
+    def stream(self, session: Session, group: Group) -> AsyncGenerator[TextDelta, None]:
+        """Samples a group of one sample and yields its text as it arrives. Closing the iterator aborts the sample."""
+        ...
+
+    async def abort(self, session: Session, attempts: Iterable[Attempt]) -> None:
+        """Aborts groups that still run. They appear in no item of `results`."""
+
+    async def load_adapter(self, version: AdapterVersion) -> None:
+        """Fetches an adapter version from the store, checks it against the model and loads it. Idempotent.
+
+        Raises:
+            AdapterError: LoRA is off, the rank is too large, or the adapter is not of this model.
+        """
+
+    async def drop_adapter(self, version: AdapterVersion) -> None:
+        """Unloads a version: at once for new groups, in the engine when its last group has ended. Idempotent."""
+
+    async def keep_adapters(self, ids: Sequence[int]) -> None:
+        """Drops all adapter versions but these: whatever an earlier router had loaded."""
+
+    async def weight_shapes(self) -> tuple[Mapping[str, tuple[int, ...]], set[str]]:
+        """Returns the shape of each of the model's weights by name, and the names of tied weights."""
+        ...
+
+    async def load_weights(self, version: WeightsVersion) -> str:
+        """Fetches a weights version from the store and loads it; the engine must be paused. Returns a checksum.
+
+        If it raises, the engine holds no version until the next load succeeds.
+        """
+        ...
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Stops sampling until `resume`, or until no router has called `describe` for ENGINE_PAUSE_LEASE_S."""
+
+    async def resume(self) -> None:
+        """Ends a pause. Idempotent."""
+
+    async def reset_prefix_cache(self) -> None:
+        """Drops the cached keys and values of earlier prompts."""
+
+    async def sleep(self, level: int) -> None:
+        """Frees device memory; see `engines.protocol.Engine.sleep`."""
+
+    async def wake_up(self, tags: Sequence[str] | None) -> None:
+        """Ends `sleep`; see `engines.protocol.Engine.wake_up`."""
+
+    async def retire(self, incarnation: str, reason: str) -> None:
+        """Makes the health checks of this incarnation fail, so that Serve replaces its process."""

@@ -1,0 +1,287 @@
+"""Runs groups on an engine and hands their samples back in batches."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from cachetools import LRUCache
+
+from twinkle_serve.data_format.groups import Attempt, Group, GroupKey
+from twinkle_serve.data_format.samples import PartialSample, SampleColumns
+from twinkle_serve.errors import EngineDeadError, EngineError, TwinkleServeError
+
+logger = logging.getLogger(__name__)
+
+MAX_EARLY_ABORTS = 10_000
+"""Aborts remembered for groups that have not arrived; the oldest are dropped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartialUpdate:
+    """New tokens of a running sample since the last report."""
+
+    attempt: Attempt
+    """Attempt of its group at the router."""
+    sample: int
+    """Index of the sample in its prompt."""
+    offset: int
+    """Tokens reported before."""
+    partial: PartialSample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """Finished samples and failed groups, of one or more chunks."""
+
+    columns: SampleColumns | None = None
+    failures: dict[GroupKey, TwinkleServeError] = field(default_factory=dict)
+    """Errors of groups that failed by themselves; the others go on."""
+    partial_updates: Sequence[PartialUpdate] = ()
+    """New tokens of running samples."""
+
+
+SampleGroup: TypeAlias = Callable[[Group], Awaitable[SampleColumns]]
+"""`Engine.sample_group`, or a wrapper of it."""
+PartialOutput: TypeAlias = Callable[[Group, int], PartialSample | None]
+"""`Engine.partial_output`, or a wrapper of it."""
+
+PARTIAL_UPDATES_PERIOD_S = 0.5
+"""How often new tokens of running samples are reported: a resumed sample loses at most this much work."""
+
+
+def split_by_sample(group: Group) -> list[Group]:
+    """Splits a group into one part per sample, so that each comes back when it ends.
+
+    A greedy group stays whole, since its samples are equal; so does one whose prompt is scored, which happens once.
+    """
+    if group.params.greedy or group.params.prompt_logprobs is not None:
+        return [group]
+    return [group.part(sample, 1) for sample in group.samples]
+
+
+MIN_FLUSH_S, MAX_FLUSH_S = 0.05, 1.0
+FLUSH_SHARE = 0.02
+"""A finished sample waits for others to share an item: for this share of its running time, within these limits."""
+
+STARVING_FLUSH_S = 0.01
+"""The wait where the engine has free places and the router has more groups for it."""
+
+LINGER_S = 1.0
+"""How long `results` stays open when nothing runs."""
+
+
+@dataclass(slots=True, eq=False)
+class _Chunk:
+    """Groups that arrived together."""
+
+    left: int = 0
+    """Running parts."""
+
+
+@dataclass(slots=True, eq=False)
+class _Part:
+    """A unit of work for the engine; see `split_by_sample`."""
+
+    chunk: _Chunk
+    group: Group
+    """The whole group, as the router placed it."""
+    part: Group
+    began_at: float
+    reported: int
+    """Tokens reported so far, where it may be resumed."""
+
+
+class GroupRunner:
+    """Runs groups on an engine for one router and yields samples as they end, across chunks.
+
+    An item costs its receiver about half a millisecond, so a sample waits for others, except the last one of a chunk.
+    """
+
+    def __init__(
+        self,
+        sample_group: SampleGroup,
+        partial_output: PartialOutput = lambda group, offset: None,
+        max_num_seqs: int = 1,
+    ) -> None:
+        """Binds to the running event loop.
+
+        Args:
+            max_num_seqs: places of the engine.
+        """
+        self._sample_group = sample_group
+        self._partial_output = partial_output
+        self._max_num_seqs = max_num_seqs
+        self._more = False
+        """Whether the router has more groups than it has sent."""
+        self._loop = asyncio.get_running_loop()
+        self._parts: dict[asyncio.Task[SampleColumns], _Part] = {}
+        """Running parts, and ended ones that were not yielded yet."""
+        self._running: dict[Attempt, list[asyncio.Task[SampleColumns]]] = {}
+        self._ended: list[asyncio.Task[SampleColumns]] = []
+        """In order of their end."""
+        self._due = math.inf
+        """When the ended parts are due."""
+        self._changed = asyncio.Event()
+        self._aborted_early: LRUCache[Attempt, None] = LRUCache(MAX_EARLY_ABORTS)
+        self._resumable: dict[asyncio.Task[SampleColumns], _Part] = {}
+        self._report_at = 0.0
+
+    @property
+    def running(self) -> int:
+        """Number of groups that have not ended."""
+        return len(self._running)
+
+    def submit(self, groups: Iterable[Group], *, more: bool = False) -> None:
+        """Starts a chunk; `more` says that other groups wait for places."""
+        self._more = more
+        chunk, now = _Chunk(), self._loop.time()
+        for group in groups:
+            if group.attempt in self._aborted_early:
+                del self._aborted_early[group.attempt]
+                continue
+            tasks = self._running[group.attempt] = []
+            for part in split_by_sample(group):
+                task = asyncio.ensure_future(self._sample_group(part))
+                tasks.append(task)
+                reported = 0 if part.partial is None else len(part.partial)
+                self._parts[task] = _Part(chunk, group, part, now, reported)
+                if group.resume:
+                    self._resumable[task] = self._parts[task]
+                task.add_done_callback(self._end)
+            chunk.left += len(tasks)
+        self._changed.set()
+
+    def _end(self, task: asyncio.Task[SampleColumns]) -> None:
+        if (part := self._parts.get(task)) is None:
+            if not task.cancelled():
+                task.exception()  # or asyncio would log it
+            return
+        part.chunk.left -= 1
+        self._ended.append(task)
+        now = self._loop.time()
+        if not part.chunk.left:
+            wait_s = 0.0
+        elif self._more and len(self._parts) - len(self._ended) < self._max_num_seqs:
+            wait_s = STARVING_FLUSH_S
+        else:
+            longest = MIN_FLUSH_S if part.group.urgent else MAX_FLUSH_S
+            wait_s = min(max(MIN_FLUSH_S, FLUSH_SHARE * (now - part.began_at)), longest)
+        self._due = min(self._due, now + wait_s)
+        self._changed.set()
+
+    async def results(self) -> AsyncGenerator[Finished, None]:
+        """Yields samples as they end, until nothing has run for LINGER_S. Takes one reader.
+
+        Guarantees:
+            Every sample is in one item, unless its group failed or was aborted; a failure is in one item.
+            Partial updates of a sample come before its end, each token once.
+            Closing the iterator, or cancelling its consumer, aborts all running groups.
+
+        Raises:
+            EngineDeadError: the engine is gone; samples that were not yielded are lost.
+        """
+        try:
+            while await self._something_is_due():
+                ended, self._ended, self._due = self._ended, [], math.inf
+                for task in ended:
+                    self._resumable.pop(task, None)
+                if updates := self._partial_updates():
+                    yield Finished(partial_updates=updates)
+                items, dead = _collect([(self._take(task).key, task) for task in ended])
+                for item in items:
+                    yield item
+                if dead is not None:
+                    raise dead
+        finally:
+            self.close()
+
+    async def _something_is_due(self) -> bool:
+        """Waits until something is due; returns False when nothing has run for LINGER_S."""
+        idle_at = self._loop.time() + LINGER_S
+        while True:
+            self._changed.clear()
+            due = self._due
+            if self._resumable:
+                due = min(due, self._report_at)
+            until = due if self._parts else idle_at
+            if until <= self._loop.time():
+                return bool(self._parts)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(until if until < math.inf else None):
+                    await self._changed.wait()
+
+    def _take(self, task: asyncio.Task[SampleColumns]) -> Group:
+        """Removes an ended part. Returns its group, whose other parts are aborted if it failed."""
+        group = self._parts.pop(task).group
+        if not task.cancelled() and task.exception() is not None:
+            self.abort([group.attempt])
+        tasks = self._running[group.attempt]
+        tasks.remove(task)
+        if not tasks:
+            del self._running[group.attempt]
+        return group
+
+    def _partial_updates(self) -> list[PartialUpdate]:
+        """Returns new tokens of running samples, when a report is due."""
+        now = self._loop.time()
+        if not self._resumable or now < self._report_at:
+            return []
+        self._report_at = now + PARTIAL_UPDATES_PERIOD_S
+        updates = []
+        for resumable in self._resumable.values():
+            part, offset = resumable.part, resumable.reported
+            if (partial := self._partial_output(part, offset)) is not None:
+                updates.append(
+                    PartialUpdate(
+                        attempt=resumable.group.attempt, sample=part.first_sample, offset=offset, partial=partial
+                    )
+                )
+                resumable.reported += len(partial)
+        return updates
+
+    def abort(self, attempts: Iterable[Attempt]) -> None:
+        """Aborts groups that still run. They appear in no item."""
+        for attempt in attempts:
+            if attempt in self._running:
+                for task in self._running[attempt]:
+                    task.cancel()
+            else:
+                # It has ended, or has not arrived: an abort may overtake its chunk.
+                self._aborted_early[attempt] = None
+
+    def close(self) -> None:
+        """Aborts and removes everything."""
+        for task in self._parts:
+            task.cancel()
+        self._parts, self._running, self._resumable, self._ended, self._due = {}, {}, {}, [], math.inf
+        self._changed.set()
+
+
+def _collect(
+    done: Iterable[tuple[GroupKey, asyncio.Task[SampleColumns]]],
+) -> tuple[list[Finished], EngineDeadError | None]:
+    """Returns one item per width of logprobs, one for the failures, and the error by which the engine died, if any."""
+    death: EngineDeadError | None = None
+    failures: dict[GroupKey, TwinkleServeError] = {}
+    by_width: dict[int, list[SampleColumns]] = {}
+    for key, task in done:
+        if task.cancelled():
+            continue
+        match task.exception():
+            case None:
+                by_width.setdefault(task.result().logprobs_width, []).append(task.result())
+            case EngineDeadError() as dead:
+                death = dead
+            case TwinkleServeError() as failure:
+                failures[key] = failure
+            case bug:
+                logger.error(f"a bug in sampling group {key}", exc_info=bug)
+                failures[key] = EngineError(f"a bug in the engine: {bug!r}")
+    items = [Finished(columns=SampleColumns.concat(parts)) for parts in by_width.values()]
+    return ([*items, Finished(failures=failures)] if failures else items), death

@@ -1,0 +1,245 @@
+"""The interface of an engine, which vllm, torch and fake implement, and functions that they share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+
+from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.groups import EngineInfo, Group
+from twinkle_serve.data_format.samples import (
+    NO_SEED,
+    STOP_REASONS,
+    FloatArray,
+    PartialSample,
+    PromptScores,
+    SampleColumns,
+    StopReason,
+)
+from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.weights import Bucket, PauseMode, Spans
+from twinkle_serve.errors import EngineArgsError, PromptError, SamplingParamsError, unknown_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenDelta:
+    """New tokens of a streamed sample."""
+
+    tokens: Sequence[int]
+    stop_reason: StopReason | None = None
+    """Set on the last item; None before."""
+    by_stop_string: bool = False
+    """Set on the last item: whether a stop string ended the sample, and so cuts its text. An end-of-sequence token
+    whose text equals a stop string does not count."""
+
+
+class Engine(Protocol):
+    """Samples groups of one model.
+
+    Guarantees:
+        A group comes back whole, `count` samples in order, or the call raises.
+        Cancelling the call aborts the group and no other.
+        With a seed, a sample does not depend on the rest of the batch.
+        A group with an adapter is sampled by that version's weights, or the call raises.
+        A sample that has run for `sample_timeout_s` ends where it is, with stop_reason abort.
+    Does not guarantee:
+        The order in which groups finish.
+    """
+
+    info: EngineInfo
+    """Set by `start`."""
+
+    async def start(self) -> None:
+        """Loads the model. Raises EngineArgsError, ModelNotFoundError or EngineStartError."""
+
+    async def sample_group(self, group: Group) -> SampleColumns:
+        """Samples one group. Raises RequestError for an unsupported request, EngineDeadError if the engine is gone."""
+        ...
+
+    def partial_output(self, group: Group, offset: int) -> PartialSample | None:
+        """Returns the tokens of a running one-sample group with `resume` set, from token `offset` on.
+
+        Returns None once the sample has ended, so the last token never ends it. An engine may always return None; a
+        sample that it loses then restarts from its beginning.
+        """
+        ...
+
+    def stream_tokens(self, group: Group) -> AsyncGenerator[TokenDelta, None]:
+        """Samples a group of one sample and yields its tokens as they arrive; the last item has a stop reason.
+
+        Raises as `sample_group`. Closing the iterator aborts the sample.
+        """
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Decodes tokens to text, special tokens included."""
+        ...
+
+    async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
+        """Loads an adapter version beside the loaded ones.
+
+        Raises:
+            AdapterError: LoRA is off, the rank is too large, or the model lacks a module of it. Nothing is loaded.
+        """
+
+    async def drop_adapter(self, version: AdapterVersion) -> None:
+        """Unloads an adapter version that no group uses."""
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Stops sampling until `resume`; returns when it has stopped. Calling it again changes the mode.
+
+        New groups wait. With `abort`, samples without a token yet are not aborted, and wait too.
+        """
+
+    async def resume(self) -> None:
+        """Ends a pause."""
+
+    async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
+        """Replaces the model's own weights, all that its checkpoint names. The engine must be paused.
+
+        Drops the prefix cache and the KV cache of running samples, which are recomputed. Adapters stay loaded. If it
+        raises, the engine holds no version until another load succeeds.
+
+        Args:
+            label: stamped on samples from now on.
+
+        Returns:
+            A checksum of the loaded weights, the same on every engine of the same kind and arguments.
+
+        Raises:
+            WeightsError: the engine refuses the weights.
+            EngineDeadError: the engine is gone.
+        """
+        ...
+
+    async def reset_prefix_cache(self) -> None:
+        """Drops the cached keys and values of earlier prompts, if any."""
+
+    async def sleep(self, level: int) -> None:
+        """Frees device memory: level 1 keeps the weights in host memory, level 2 drops them. Nothing may be running.
+
+        Raises:
+            UnsupportedError: not available for this engine on this device.
+        """
+
+    async def wake_up(self, tags: Sequence[str] | None) -> None:
+        """Ends `sleep`. The tags "weights" and "kv_cache" wake only these; None wakes everything."""
+
+    def progress(self) -> int:
+        """Changes whenever tokens are produced."""
+        ...
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError if the engine can no longer sample."""
+
+    async def stop(self) -> None:
+        """Frees all resources. Nothing may be called afterwards."""
+
+
+def columns_of_group(
+    group: Group,
+    engine: str,
+    tokens: Sequence[Sequence[int] | NDArray[np.int32]],
+    decoded: list[str],
+    stop_reasons: Iterable[StopReason],
+    logprobs: FloatArray | None,
+    logprob_tokens: NDArray[np.int32] | None,
+    scores: PromptScores | None,
+    weight_versions: Sequence[Spans],
+) -> SampleColumns:
+    """Builds the columns of a finished group. `tokens` holds `group.count` sequences; the rest as in SampleColumns."""
+    assert len(tokens) == len(decoded) == group.count, (len(tokens), len(decoded), group.count)
+    seeds = [group.seed_of(j) for j in range(group.count)]
+    return SampleColumns(
+        group=np.full(group.count, group.id, np.int64),
+        sample=np.arange(group.first_sample, group.first_sample + group.count, dtype=np.int32),
+        lengths=np.array([len(row) for row in tokens], np.int32),
+        tokens=np.concatenate([np.asarray(row, np.int32) for row in tokens]),
+        logprobs=logprobs,
+        logprob_tokens=logprob_tokens,
+        stop_reason=np.array([STOP_REASONS.index(reason) for reason in stop_reasons], np.uint8),
+        decoded=decoded,
+        seed=np.array([NO_SEED if seed is None else seed for seed in seeds], np.int64),
+        engine=[engine] * group.count,
+        adapter=["" if group.adapter is None else group.adapter.label] * group.count,
+        weight_versions=list(weight_versions),
+        scores={} if scores is None else {group.id: scores},
+    )
+
+
+def check_fits(info: EngineInfo, prompt_ids: NDArray[np.int32], params: SamplingParams, where: str = "prompt") -> None:
+    """Checks a prompt and its parameters against the limits of an engine.
+
+    Raises:
+        PromptError: empty, too long for the context, or ids outside the vocabulary.
+        SamplingParamsError: more top logprobs than the engine returns.
+    """
+    length = len(prompt_ids)
+    if not length:
+        raise PromptError(f"{where} is empty. Give it at least one token.")
+    room = 0 if params.max_tokens == 0 and info.scores_full_context else 1
+    if length > info.max_model_len - room:
+        raise PromptError(
+            f"{where} has {length} tokens, the context holds {info.max_model_len}"
+            f"{', one of them for a sampled token' if room else ''}. "
+            "Shorten it, or raise engine_args.max_model_len."
+        )
+    low, high = int(prompt_ids.min()), int(prompt_ids.max())
+    if low < 0 or high >= info.vocab_size:
+        bad = low if low < 0 else high
+        raise PromptError(
+            f"{where} holds token id {bad}, the model's vocabulary is 0 to {info.vocab_size - 1}. "
+            "Tokenise it with this model's tokenizer."
+        )
+    for name, k in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if k is not None and k > info.max_logprobs:
+            raise SamplingParamsError(
+                f"{name}={k}, the engine returns at most {info.max_logprobs}. "
+                "Lower it, or raise engine_args.max_logprobs."
+            )
+
+
+ArgsT = TypeVar("ArgsT", bound=BaseModel)
+
+
+def parse_engine_args(model: type[ArgsT], kind: str, engine_args: Mapping[str, object]) -> ArgsT:
+    """Validates `engine_args` with the model of an engine's arguments.
+
+    Raises:
+        EngineArgsError
+    """
+    for name in engine_args:
+        if name not in model.model_fields:
+            raise EngineArgsError(unknown_name(f"{kind} engine argument", name, model.model_fields) + ".")
+    try:
+        return model.model_validate(dict(engine_args))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise EngineArgsError(f"engine_args.{first['loc'][0]}={first['input']!r}: {first['msg']}.") from None
+
+
+def stop_cut(text: str, stop_strings: Sequence[str]) -> int | None:
+    """Returns where to cut the text: before the stop string that completes first, as in vLLM; None without one.
+
+    Of two that complete at the same character, the first one named counts.
+    """
+    found = [(at + len(stop), i, at) for i, stop in enumerate(stop_strings) if (at := text.find(stop)) >= 0]
+    return min(found)[2] if found else None
+
+
+def most_new_tokens(info: EngineInfo, group: Group) -> int:
+    """Returns the token limit of each sample of the group: max_tokens, or less where the context ends first."""
+    room = info.max_model_len - len(group.prompt_ids)
+    return room if group.params.max_tokens is None else min(group.params.max_tokens, room)
+
+
+def spans_from(spans: Sequence[tuple[str, int]], offset: int) -> Spans:
+    """Returns the spans of a sample's tokens from `offset` on."""
+    later = [(label, start - offset) for label, start in spans if start > offset]
+    before = [(label, 0) for label, start in spans if start <= offset]
+    return (*before[-1:], *later)

@@ -1,0 +1,132 @@
+"""Adds and removes adapters of a router. Free of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+from twinkle_serve.adapters import read_adapter
+from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.errors import DeadlineError, StoreError
+from twinkle_serve.routing.adapter_loading import AdapterLoader
+from twinkle_serve.routing.adapters import Adapters, fingerprint
+from twinkle_serve.routing.membership import EngineMembership
+from twinkle_serve.weights import StoreClient
+
+logger = logging.getLogger(__name__)
+
+MAX_PATHS = 16
+"""Number of adapters kept that are known by their path alone; the least recently used one is dropped."""
+
+
+class AdapterPublisher:
+    """Publishes adapter versions to the store and the engines, and drops those that are no longer used."""
+
+    def __init__(
+        self,
+        adapters: Adapters,
+        store: StoreClient,
+        engines: EngineMembership,
+        loader: AdapterLoader,
+        timeout_s: float,
+    ) -> None:
+        """
+        Args:
+            timeout_s: deadline for loading an adapter on all engines.
+        """
+        self._adapters, self._store, self._engines, self._loader = adapters, store, engines, loader
+        self._timeout_s = timeout_s
+        self._paths: OrderedDict[str, tuple[tuple[int, int], ...]] = OrderedDict()
+        """Fingerprints of adapters that are known by path, as they were read; the last used is last."""
+        self._adding = asyncio.Lock()
+        """Adapters are added one after the other, so that versions of a name are published in order."""
+
+    async def add(self, name: str, source: AdapterFiles | str) -> str:
+        """See `RouterAPI.add_adapter`."""
+        try:
+            async with asyncio.timeout(self._timeout_s), self._adding:
+                return await self._add(name, source)
+        except TimeoutError:
+            raise DeadlineError(
+                f"adapter {name!r} was not loaded within startup_timeout_s={self._timeout_s:g}; "
+                f"{self._engines.ready} of {self._engines.size} engines are up. Its name means what it meant."
+            ) from None
+
+    async def _add(self, name: str, source: AdapterFiles | str, *, is_path: bool = False) -> str:
+        await self._engines.wait_for_info()
+        files = source if isinstance(source, AdapterFiles) else await asyncio.to_thread(read_adapter, source)
+        version = await self._store.put(name, files, is_path=is_path)
+        try:
+            await self._loader.load(version)
+            await self._store.publish(version)
+        except BaseException:
+            self._drop([version])
+            raise
+        self._drop(self._adapters.publish(version))
+        return version.label
+
+    async def remove(self, name: str) -> None:
+        """See `RouterAPI.remove_adapter`."""
+        self._adapters.require(name)
+        await self._store.withdraw(name)
+        self._drop(self._adapters.remove(name))
+        self._paths.pop(name, None)
+
+    def require(self, name: str) -> None:
+        """Raises AdapterError for an unknown name or version."""
+        self._adapters.resolve(name)
+
+    async def resolve(self, name: str, path: str) -> AdapterVersion | None:
+        """Returns the version that a name or a path means; None, the base model, for neither.
+
+        Raises:
+            AdapterError: no such adapter, or it cannot be loaded.
+        """
+        if path:
+            return await self._resolve_path(path)
+        return self._adapters.resolve(name) if name else None
+
+    async def _resolve_path(self, path: str) -> AdapterVersion:
+        """Returns the adapter in a directory, which is read again only after its files have changed."""
+        path, current = await asyncio.to_thread(fingerprint, path)
+        if self._paths.get(path) != current or not current:
+            async with self._adding:
+                if self._paths.get(path) != current or not current:  # another call may have just read it
+                    await self._add(path, path, is_path=True)
+                    self._paths[path] = current
+        self._paths.move_to_end(path)
+        version = self._adapters.resolve(path)
+        while len(self._paths) > MAX_PATHS:
+            await self.remove(next(iter(self._paths)))
+        return version
+
+    @contextlib.contextmanager
+    def holding(self, adapter: AdapterVersion | None) -> Iterator[None]:
+        """Keeps a version loaded while a request uses it."""
+        if adapter is None:
+            yield
+            return
+        self._adapters.acquire(adapter)
+        try:
+            yield
+        finally:
+            self._drop(self._adapters.release(adapter))
+
+    def staleness(self, adapter: AdapterVersion) -> int | None:
+        """Returns how many newer versions its name has; None for an adapter that is known by path."""
+        return None if adapter.name in self._paths else self._adapters.staleness(adapter)
+
+    def _drop(self, versions: Sequence[AdapterVersion]) -> None:
+        """Drops unused versions from engines and store, in the background."""
+        if versions:
+            self._loader.drop(versions)
+            self._engines.spawn(self._drop_from_store(versions))
+
+    async def _drop_from_store(self, versions: Sequence[AdapterVersion]) -> None:
+        try:
+            await self._store.drop(versions)
+        except StoreError as error:  # the next router drops them
+            logger.warning(f"the store keeps {', '.join(version.label for version in versions)}: {error}")

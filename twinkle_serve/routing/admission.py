@@ -1,0 +1,305 @@
+"""Admits requests: validates them, bounds the queue, enforces deadlines. Free of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+from twinkle_serve.config import ServiceArgs
+from twinkle_serve.data_format import SamplingParams
+from twinkle_serve.data_format.adapters import AdapterVersion
+from twinkle_serve.data_format.groups import EngineInfo, Group
+from twinkle_serve.data_format.inputs import as_list
+from twinkle_serve.data_format.sample_request import SampleRequest, TemplateChoice
+from twinkle_serve.engines.protocol import check_fits
+from twinkle_serve.errors import DeadlineError, QueueFullError, RequestError, SamplingParamsError, TwinkleServeError
+from twinkle_serve.routing.adapter_publishing import AdapterPublisher
+from twinkle_serve.routing.calls import ActiveCall, CallRegistry, Rate
+from twinkle_serve.routing.membership import EngineMembership
+from twinkle_serve.routing.request import Request, ResponseHeader
+from twinkle_serve.routing.scheduler import GroupScheduler
+from twinkle_serve.routing.seeds import SPACING
+from twinkle_serve.routing.templates import TemplateCache
+from twinkle_serve.template import Template
+from twinkle_serve.template.prompts import Prompt, encode_inputs
+from twinkle_serve.validation import seconds
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Admission:
+    """Turns calls into requests, and ends requests.
+
+    Guarantees:
+        The queue is bounded; a call beyond its limits is refused at once.
+        A request ends at its deadline, when it is cancelled, when its caller is silent, or when it is complete; its
+            unfinished groups are aborted then.
+    """
+
+    def __init__(
+        self,
+        args: ServiceArgs,
+        templates: TemplateCache,
+        engines: EngineMembership,
+        scheduler: GroupScheduler,
+        publisher: AdapterPublisher,
+        requests: dict[int, Request],
+        rate: Rate,
+        on_complete: Callable[[AdapterVersion | None, set[str]], None],
+    ) -> None:
+        """
+        Args:
+            requests: live requests by the ids of the groups that they wait for; filled by this.
+            rate: tokens that engines return.
+            on_complete: receives the adapter and the labels of the weights that sampled a request.
+        """
+        self._args, self._templates, self._engines = args, templates, engines
+        self._scheduler, self._publisher, self._requests = scheduler, publisher, requests
+        self._rate, self._on_complete = rate, on_complete
+        # A random start, so that ids do not repeat those of the router that this one replaces.
+        self._next_id = random.getrandbits(40) << 20
+        # One thread: tokenizers are not thread-safe, and the event loop must not wait for them.
+        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._calls = CallRegistry(self.fail)
+        self._streams = 0
+        """Number of running streams; they are in no queue."""
+        self.asleep = False
+        """Whether requests are refused because the engines sleep."""
+
+    def close(self) -> None:
+        """Stops encoding; running calls are cancelled by their callers."""
+        self._encoding.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def running(self) -> int:
+        """Number of running requests and streams."""
+        return len(self._calls) + self._streams
+
+    # -- calls -------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def admitted(self, call: SampleRequest) -> AsyncGenerator[Request, None]:
+        """Yields a request whose groups are queued; aborts its unfinished groups at the end."""
+        limit_s = self._limit_s(call)
+        lease_s = None if call.lease_s is None else seconds("lease_s", call.lease_s)
+        self._require_room()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + limit_s
+        with contextlib.ExitStack() as stack:
+            active = stack.enter_context(self._calls.holding(call.input_count, call.request_id, lease_s))
+            # No timeout is held across the yield: it would cancel the caller's task in whatever it does then.
+            try:
+                async with asyncio.timeout_at(deadline):
+                    request, groups = await self._prepared(call, stack)
+            except TimeoutError:
+                raise DeadlineError(self._late(limit_s, None)) from None
+            self._enqueue(active, request, groups)
+            expiry = loop.call_at(deadline, self._expire, request, limit_s)
+            try:
+                yield request
+            finally:
+                expiry.cancel()
+                self._dismiss(request)
+                if request.complete:
+                    self._on_complete(request.adapter, request.weight_versions)
+
+    @asynccontextmanager
+    async def admitted_stream(self, call: SampleRequest) -> AsyncGenerator[tuple[Group, float], None]:
+        """Yields the only group of a stream, and its deadline by the event loop's clock."""
+        limit_s = self._limit_s(call)
+        self._require_room()
+        deadline = asyncio.get_running_loop().time() + limit_s
+        with contextlib.ExitStack() as stack:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    request, groups = await self._prepared(call, stack)
+                samples = request.samples_wanted // max(1, len(groups))
+                if len(groups) != 1 or samples != 1:
+                    raise RequestError(
+                        f"sample_stream takes one prompt and one sample, got {len(groups)} and {samples}. "
+                        "Use sample_iter for more."
+                    )
+                self.require_awake()
+                self._streams += 1
+                stack.callback(self._end_stream)
+                yield groups[0], deadline
+            except TimeoutError:
+                raise DeadlineError(f"timeout_s={limit_s:g} passed in a stream. Raise it or ask for less.") from None
+
+    def _end_stream(self) -> None:
+        self._streams -= 1
+
+    def cancel(self, request_id: str, inputs: Sequence[int] | None) -> int:
+        """See `RouterAPI.cancel`."""
+        if (call := self._calls.get(request_id)) is None:
+            return 0
+        if (request := call.request) is None:
+            return call.cancel(inputs)
+        return self.drop(request, request.ids if inputs is None else request.ids_of(inputs))
+
+    def renew(self, request_ids: Sequence[str], lease_s: float) -> None:
+        """See `RouterAPI.renew`."""
+        self._calls.renew(request_ids, lease_s)
+
+    def require_awake(self) -> None:
+        """Raises RequestError while the engines sleep."""
+        if self.asleep:
+            raise RequestError("the sampler is asleep. Call wake_up() first.")
+
+    def _limit_s(self, call: SampleRequest) -> float:
+        return self._args.request_timeout_s if call.timeout_s is None else seconds("timeout_s", call.timeout_s)
+
+    # -- validation --------------------------------------------------------------------------------
+
+    async def _prepared(self, call: SampleRequest, stack: contextlib.ExitStack) -> tuple[Request, list[Group]]:
+        """Validates a call and encodes its prompts. Its adapter version is held until the stack closes."""
+        params = SamplingParams.of(call.sampling_params, call.num_samples, call.logprobs)
+        if params.num_samples > SPACING:
+            raise SamplingParamsError(f"num_samples must be at most {SPACING}, got {params.num_samples}.")
+        self.require_awake()
+        name, path = call.adapter()
+        if name:
+            self._publisher.require(name)  # refused before waiting for engines
+        template = await self.template(call.template)
+        # A conversation that is only scored does not open a turn for the assistant.
+        prompts = await self._in_thread(encode_inputs, call.inputs, template, params.max_tokens != 0)
+        info = await self._engines.wait_for_info()
+        await self._in_thread(_check_all, info, prompts, params)
+        call.check_limits(len(prompts))
+        if call.cancelled is None or (call.min_groups is not None and len(call.done) >= call.min_groups):
+            prompts = []
+        elif excluded := {*call.done, *call.cancelled}:
+            prompts = [prompt for prompt in prompts if prompt.index not in excluded]
+        adapter = await self._publisher.resolve(name, path)
+        stack.enter_context(self._publisher.holding(adapter))
+        header = ResponseHeader(logprobs_mode=info.logprobs_mode, parser=template.message_parser())
+        # Building 10,000 groups takes long enough to delay other calls.
+        return await self._in_thread(_build, self._take_ids(len(prompts)), prompts, params, header, adapter, call)
+
+    async def template(self, choice: TemplateChoice) -> Template:
+        """Returns the template of a call, built on first use. Raises TemplateError."""
+        if choice is not None and not self._templates.has(choice):
+            # A download must not occupy the one encoding thread.
+            await asyncio.to_thread(self._templates.fetch, choice)
+        return await self._in_thread(self._templates.get, choice)
+
+    async def _in_thread(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        call = partial(function, *args, **options)
+        return await asyncio.get_running_loop().run_in_executor(self._encoding, call)
+
+    def _take_ids(self, count: int) -> int:
+        """Reserves consecutive group ids. Returns the first."""
+        self._next_id += count
+        return self._next_id - count
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def _enqueue(self, active: ActiveCall, request: Request, groups: list[Group]) -> None:
+        """Queues a request's groups, except inputs that were cancelled while the call was being validated."""
+        self.require_awake()
+        self._require_room(active)
+        if active.error is not None:
+            raise active.error
+        active.request = request
+        self._requests.update(dict.fromkeys(request.ids, request))
+        self._scheduler.enqueue(groups)
+        if active.cancelled:
+            self.drop(request, request.ids_of(active.cancelled))
+
+    def _require_room(self, active: ActiveCall | None = None) -> None:
+        """Refuses a call that would make the queue too long; the first call is taken, however large.
+
+        Args:
+            active: the call itself, if it is counted already.
+
+        Raises:
+            QueueFullError
+        """
+        args, waiting, tokens = self._args, self._scheduler.waiting, self._scheduler.waiting_tokens
+        counted, limit = active is not None, args.max_queued_requests
+        calls, outside_queue = self.running - counted, self._calls.arriving - counted + self._streams
+        full = waiting and (calls >= limit or tokens >= args.max_queued_tokens)
+        if not full and outside_queue < limit:
+            return
+        rate = self._rate.per_s()
+        retry_after_s = min(60.0, max(1.0, tokens / rate / 4 if rate else 1.0))
+        raise QueueFullError(
+            f"{waiting} prompts of {calls} calls wait, {tokens:.0f} tokens by guess; the service takes "
+            f"max_queued_requests={args.max_queued_requests} and max_queued_tokens={args.max_queued_tokens}. "
+            f"Send the call again in {retry_after_s:.0f} s.",
+            retry_after_s,
+        )
+
+    def _expire(self, request: Request, limit_s: float) -> None:
+        """Ends a request at its deadline."""
+        if not request.settled:
+            self.fail(request, DeadlineError(self._late(limit_s, request)))
+
+    def fail(self, request: Request, error: TwinkleServeError) -> None:
+        """Ends a request with an error: samples that have arrived can still be read, nothing more is sampled."""
+        request.fail(error)
+        self._withdraw(request, request.ids)
+
+    def drop(self, request: Request, group_ids: Sequence[int]) -> int:
+        """Stops sampling groups of a request that are not complete. Returns how many there were."""
+        dropped = request.drop(group_ids)
+        self._withdraw(request, dropped)
+        return len(dropped)
+
+    def _withdraw(self, request: Request, group_ids: Sequence[int]) -> None:
+        for group_id in group_ids:
+            self._requests.pop(group_id, None)
+        self._scheduler.withdraw(request.caller, group_ids)
+
+    def _dismiss(self, request: Request) -> None:
+        if request.settled:
+            for group_id in request.ids:
+                self._requests.pop(group_id, None)
+        else:
+            self._withdraw(request, request.ids)
+
+    def _late(self, limit_s: float, request: Request | None) -> str:
+        if request is None:
+            state = "no engine was ready"
+        else:
+            done = request.samples_wanted - request.samples_missing
+            state = f"{done} of {request.samples_wanted} samples were done"
+        return (
+            f"timeout_s={limit_s:g} passed when {state}; {self._engines.ready} of {self._engines.size} engines are up. "
+            "Raise timeout_s, or send less in a call."
+        )
+
+
+def _check_all(info: EngineInfo, prompts: Sequence[Prompt], params: SamplingParams) -> None:
+    """See `check_fits`."""
+    for prompt in prompts:
+        check_fits(info, prompt.ids, params, f"inputs[{prompt.index}]")
+
+
+def _build(
+    first_id: int,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    header: ResponseHeader,
+    adapter: AdapterVersion | None,
+    call: SampleRequest,
+) -> tuple[Request, list[Group]]:
+    request = Request(
+        first_id,
+        prompts,
+        params,
+        header,
+        adapter,
+        inputs=as_list(call.inputs) if call.return_inputs else None,
+        caller=call.caller,
+        sample_timeout_s=call.sample_timeout_s,
+        min_groups=None if call.min_groups is None else max(0, call.min_groups - len(call.done)),
+    )
+    return request, request.groups()

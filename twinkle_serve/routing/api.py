@@ -1,0 +1,133 @@
+"""The interface of a router as its callers see it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
+
+from twinkle_serve.data_format import SampleResponse
+from twinkle_serve.data_format.adapters import AdapterFiles
+from twinkle_serve.data_format.sample_request import SampleRequest, TemplateChoice
+from twinkle_serve.data_format.samples import StopReason
+from twinkle_serve.data_format.status import SamplerStatus
+from twinkle_serve.data_format.weights import BucketArgument, PauseMode
+
+
+class RouterAPI(Protocol):
+    """A router, in this process (`routing.router.Router`) or behind a Serve handle."""
+
+    async def run(self, request: SampleRequest) -> SampleResponse:
+        """Samples each input of a request.
+
+        Raises:
+            RequestError: the request cannot be served.
+            DeadlineError: it took longer than its timeout_s.
+            EngineError: engines failed.
+        """
+        ...
+
+    def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
+        """As `run`, but yields responses over prompts as they finish: each prompt once, in any order."""
+        ...
+
+    def run_stream(self, request: SampleRequest) -> AsyncGenerator[tuple[str, StopReason | None], None]:
+        """Samples one prompt once and yields (text, finish_reason); finish_reason is None until the last item.
+
+        Closing the iterator aborts the sample. If its engine dies before the first text, another one takes over;
+        afterwards it raises EngineDeadError.
+        """
+        ...
+
+    async def cancel(self, request_id: str, inputs: Sequence[int] | None = None) -> int:
+        """Drops prompts of a call, by index, or all that are not complete. Returns how many were not complete.
+
+        The call continues without them. A call that is over or unknown has none.
+        """
+        ...
+
+    async def renew(self, request_ids: Sequence[str], lease_s: float) -> None:
+        """Extends the leases of calls by `lease_s` from now."""
+
+    async def add_adapter(self, name: str, source: AdapterFiles | str) -> str:
+        """Loads an adapter on every engine, then makes its name mean it. Returns `name@version`.
+
+        Guarantees:
+            Either all engines in use load it, or none keeps it. Until the call returns, and if it raises, the name
+                keeps its meaning.
+
+        Args:
+            source: a directory on the router's node, or the files themselves.
+
+        Raises:
+            AdapterError: unreadable, not of this model, too large, or LoRA is off.
+        """
+        ...
+
+    async def remove_adapter(self, name: str) -> None:
+        """Removes an adapter name. Requests that were admitted with it finish on it.
+
+        Raises:
+            AdapterError: no such adapter.
+            StoreError: the store cannot be reached or written; the name keeps its meaning.
+        """
+
+    async def check_template(self, template: TemplateChoice) -> None:
+        """Builds a template, so that errors show before it is used. Raises TemplateError."""
+
+    async def begin_weights(self, label: str, mode: PauseMode) -> int:
+        """Starts an update of weights. Returns the id of the upload. See `WeightUpdates.begin`."""
+        ...
+
+    async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
+        """Stores the next bucket of an update. See `WeightUpdates.append`."""
+
+    async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
+        """Loads an update on all engines or on none. Returns its label. See `WeightUpdates.publish`."""
+        ...
+
+    async def abandon_weights(self, upload: int) -> None:
+        """Gives an update up. Idempotent. See `WeightUpdates.abandon`."""
+
+    async def pause(self, mode: PauseMode, lease_s: float) -> int:
+        """Pauses all engines. Returns the id of the pause. See `CallerPauses.pause`."""
+        ...
+
+    async def renew_pause(self, pause: int, lease_s: float) -> None:
+        """Extends the lease of a pause. See `CallerPauses.renew`."""
+
+    async def resume(self, pause: int) -> None:
+        """Ends a pause. See `CallerPauses.resume`."""
+
+    async def state_keys(self) -> list[str]:
+        """Returns the names of the model's weights, as in its checkpoint."""
+        ...
+
+    async def reset_prefix_cache(self) -> None:
+        """Drops the cached keys and values of earlier prompts on every engine."""
+
+    async def sleep(self, level: int = 1) -> None:
+        """Frees the engines' device memory until `wake_up`; calls are refused meanwhile.
+
+        Raises:
+            RequestError: requests are running.
+            UnsupportedError: not available for these engines.
+        """
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Ends `sleep`; with `tags`, of "weights" and "kv_cache", wakes only these."""
+
+    async def drain_engine(self, name: str, timeout_s: float) -> None:
+        """Gives an engine no new groups, and returns when it has none. See `EngineLifecycle.drain`."""
+
+    async def undrain_engine(self, name: str) -> None:
+        """Ends `drain_engine`. See `EngineLifecycle.undrain`."""
+
+    async def restart_engine(self, name: str, drain_timeout_s: float, timeout_s: float) -> None:
+        """Drains an engine and has its process replaced. See `EngineLifecycle.restart`."""
+
+    async def status(self) -> SamplerStatus:
+        """Returns the state of engines, adapters and queues, as plain values."""
+        ...
+
+    async def purge(self) -> None:
+        """Drops all adapters and weights from the store, unless the config has a state_dir. Called before deletion."""

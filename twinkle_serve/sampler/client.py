@@ -1,0 +1,340 @@
+"""Calls the router of a running service through its Serve handle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+import ray
+from ray import serve
+from ray.exceptions import (
+    ActorDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    TaskCancelledError,
+)
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, RequestCancelledError
+
+from twinkle_serve import timing
+from twinkle_serve.data_format import SampleResponse
+from twinkle_serve.data_format.inputs import PackedInputs
+from twinkle_serve.data_format.sample_request import SampleRequest
+from twinkle_serve.data_format.samples import StopReason
+from twinkle_serve.data_format.weights import Bucket, BucketArgument
+from twinkle_serve.errors import DeadlineError, QueueFullError, ServiceError, TwinkleServeError
+from twinkle_serve.remote.errors import raised_error
+from twinkle_serve.routing.api import RouterAPI
+from twinkle_serve.sampler.lease_keeper import keep_renewed
+from twinkle_serve.sampler.loop_thread import service_loop
+from twinkle_serve.sampler.retry import RETRY_PAUSES_S, Attempts, pack_inputs
+from twinkle_serve.sampler.router_client import RouterClient
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+REPEATED = frozenset({RouterAPI.cancel, RouterAPI.status, RouterAPI.state_keys, RouterAPI.check_template})
+"""Control calls that are sent again when the router dies: they are idempotent. Calls that sample are, too."""
+
+ROUTER_DEATHS = (
+    RayActorError,
+    NodeDiedError,
+    ObjectLostError,
+    DeploymentUnavailableError,
+    RequestCancelledError,
+    TaskCancelledError,
+)
+
+
+class ServiceClient(RouterClient):
+    """A router behind a Serve handle.
+
+    Guarantees:
+        A call that samples outlives the router: it is sent again, under the same id, within its remaining time, and
+            without the prompts whose responses have arrived.
+        A caller that stops waiting cancels its call in the service.
+    Does not guarantee:
+        That a text stream outlives the router once it has begun.
+    """
+
+    def __init__(self, handle: DeploymentHandle, name: str) -> None:
+        """
+        Args:
+            handle: of the application's ingress.
+            name: of the application.
+        """
+        self.loop = service_loop()
+        self._handle = handle
+        self._streams = handle.options(stream=True)
+        self._name = name
+        self._caller = uuid.uuid4().hex
+        self._running: dict[str, Attempts] = {}
+        """Calls that sample, by request id."""
+        self._keeper: asyncio.Task[None] | None = None
+        """Renews the leases of running calls."""
+        self._request_timeout_s: float | None = None
+        """The service's default deadline, once it is known."""
+
+    # -- sampling --------------------------------------------------------------------------------
+
+    def run(self, request: SampleRequest) -> Coroutine[Any, Any, SampleResponse]:
+        return self._run(self._packed(request))
+
+    async def _run(self, request: SampleRequest) -> SampleResponse:
+        async with self._attempts(request) as attempts:
+            while True:
+                response = self._send(self._handle, RouterAPI.run, attempts.next_request())
+                try:
+                    async with asyncio.timeout(attempts.patience_s):
+                        return attempts.received(await response)
+                except BaseException as error:
+                    self._abandon(attempts, response, error)
+                    await self._pause(attempts, error)
+
+    def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
+        return self._run_iter(self._packed(request))
+
+    async def _run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
+        async with (
+            self._attempts(request) as attempts,
+            contextlib.aclosing(self._items(attempts, RouterAPI.run_iter)) as responses,
+        ):
+            async for response in responses:
+                yield attempts.received(response)
+
+    def run_stream(self, request: SampleRequest) -> AsyncGenerator[tuple[str, StopReason | None], None]:
+        return self._run_stream(self._packed(request))
+
+    async def _run_stream(self, request: SampleRequest) -> AsyncGenerator[tuple[str, StopReason | None], None]:
+        async with (
+            self._attempts(request) as attempts,
+            contextlib.aclosing(self._items(attempts, RouterAPI.run_stream)) as deltas,
+        ):
+            async for delta in deltas:
+                attempts.may_repeat = False
+                yield delta
+
+    async def _items(
+        self, attempts: Attempts, method: Callable[[RouterAPI, SampleRequest], AsyncGenerator[T, None]]
+    ) -> AsyncGenerator[T, None]:
+        """Yields items of a streaming call, over all its attempts."""
+        stream = self._send(self._streams, method, attempts.next_request())
+        try:
+            while True:
+                try:
+                    # A slow reader may ask long after the deadline for items that have arrived: each wait has a grace.
+                    async with asyncio.timeout(max(timing.ROUTER_GRACE_S, attempts.patience_s)):
+                        try:
+                            item: T = await anext(stream)
+                        except StopAsyncIteration:
+                            return
+                except (Exception, asyncio.CancelledError) as error:
+                    failure = _own_cancellation(error)
+                    _cancel(stream)
+                    await self._pause(attempts, failure)
+                    stream = self._send(self._streams, method, attempts.next_request())
+                    continue
+                yield item
+        except (GeneratorExit, asyncio.CancelledError) as closed:
+            self._abandon(attempts, stream, closed)
+            raise
+        finally:
+            _cancel(stream)
+
+    def _packed(self, request: SampleRequest) -> SampleRequest:
+        """Returns the request as it is sent, under an id and a lease."""
+        inputs = pack_inputs(request.inputs)
+        return replace(
+            request,
+            inputs=inputs,
+            request_id=request.request_id or uuid.uuid4().hex,
+            caller=self._caller,
+            lease_s=timing.CALL_LEASE_S,
+            return_inputs=not isinstance(inputs, PackedInputs),
+        )
+
+    @contextlib.asynccontextmanager
+    async def _attempts(self, request: SampleRequest) -> AsyncGenerator[Attempts, None]:
+        """Registers a call that samples, and keeps its lease, while it runs."""
+        attempts = Attempts(request, await self._limit_s(request.timeout_s))
+        self._running[request.request_id] = attempts
+        if self._keeper is None:
+            self._keeper = asyncio.create_task(keep_renewed(self._renew_leases, timing.CALL_LEASE_S / 4))
+        try:
+            yield attempts
+        finally:
+            del self._running[request.request_id]
+            if not self._running and self._keeper is not None:
+                self._keeper.cancel()
+                self._keeper = None
+
+    async def _renew_leases(self) -> None:
+        async with asyncio.timeout(timing.CALL_LEASE_S / 4):
+            await self._send(self._handle, RouterAPI.renew, list(self._running), timing.CALL_LEASE_S)
+
+    async def _limit_s(self, timeout_s: float | None) -> float:
+        """Returns the deadline of a call in seconds. The router enforces it, or refuses an invalid one."""
+        if timeout_s is None:
+            if self._request_timeout_s is None:
+                status = await self.call(timing.CONTROL_TIMEOUT_S, RouterAPI.status)
+                self._request_timeout_s = status["request_timeout_s"]
+            return self._request_timeout_s
+        valid = isinstance(timeout_s, (int, float)) and 0 < timeout_s < float("inf")
+        return timeout_s if valid else timing.CONTROL_TIMEOUT_S
+
+    # -- control calls ---------------------------------------------------------------------------
+
+    async def call(
+        self,
+        timeout_s: float,
+        method: Callable[Concatenate[RouterAPI, P], Awaitable[T]],
+        *args: P.args,
+        **options: P.kwargs,
+    ) -> T:
+        deadline = asyncio.get_running_loop().time() + timeout_s + timing.ROUTER_GRACE_S
+        count = 0
+        while True:
+            response = self._send(self._handle, method, *args, **options)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    answer: T = await response
+                    return answer
+            except BaseException as error:
+                _cancel(response)
+                error = _own_cancellation(error)
+                left_s = deadline - asyncio.get_running_loop().time()
+                repeat = method in REPEATED and _is_death(error) and left_s > 0 and count < len(RETRY_PAUSES_S)
+                if not (repeat and await self._is_deployed(left_s)):
+                    raise self._translated(error) from None
+            logger.warning(f"the router of {self._name!r} died; {method.__name__} is sent again")
+            await asyncio.sleep(RETRY_PAUSES_S[count])
+            count += 1
+
+    async def cancel(self, request_id: str, inputs: list[int] | None) -> int:
+        if (attempts := self._running.get(request_id)) is not None:
+            attempts.cancel(inputs)  # later attempts leave them out
+        return await self.call(timing.ANSWER_TIMEOUT_S, RouterAPI.cancel, request_id, inputs)
+
+    def put_large(self, bucket: Bucket) -> BucketArgument:
+        return [ray.put(bucket)]
+
+    def shutdown(self) -> None:
+        if ray.is_initialized() and self._name in serve.status().applications:
+            with contextlib.suppress(TwinkleServeError):  # an unreachable service is deleted all the same
+                self.loop.call(self.call(timing.ROUTER_GRACE_S, RouterAPI.purge))
+            serve.delete(self._name)
+
+    # -- failures --------------------------------------------------------------------------------
+
+    def _send(self, handle: DeploymentHandle, method: Callable[..., object], *args: object, **options: object) -> Any:
+        """Calls a method of the router, named by a method of `RouterAPI`. Returns Serve's response or its stream."""
+        try:
+            return getattr(handle, method.__name__).remote(*args, **options)
+        except Exception as error:
+            raise self._translated(error) from error
+
+    def _abandon(self, attempts: Attempts, response: Any, reason: BaseException) -> None:
+        """Ends a call. If its caller gave it up, the router is told directly: Serve takes long to pass that on."""
+        _cancel(response)
+        if not isinstance(reason, Exception):
+            with contextlib.suppress(Exception):
+                self._send(self._handle, RouterAPI.cancel, attempts.request.request_id)
+
+    async def _pause(self, attempts: Attempts, error: BaseException) -> None:
+        """Waits until a call may be sent again. Raises its error where a repetition does not help."""
+        error = _own_cancellation(error)
+        translated = self._translated(error)
+        if isinstance(error, TimeoutError) and raised_error(error) is None:
+            # The router counts from the arrival of the call, which waits for it while it is being replaced.
+            translated = DeadlineError(
+                f"timeout_s={attempts.limit_s:g} passed, and the router of {self._name!r} did not say so within "
+                f"{timing.ROUTER_GRACE_S:g} s: it is busy, or was replaced meanwhile (the call was sent "
+                f"{attempts.count + 1} times). Raise timeout_s, or ask for less."
+            )
+        if attempts.count and attempts.left_s > 0 and isinstance(translated, QueueFullError):
+            await asyncio.sleep(translated.retry_after_s)  # the previous router had accepted it
+            return
+        repeat = attempts.may_repeat and _is_death(error) and attempts.left_s > 0
+        if not (repeat and attempts.count < len(RETRY_PAUSES_S) and await self._is_deployed(attempts.patience_s)):
+            raise translated from None
+        attempts.count += 1
+        logger.warning(f"the router of {self._name!r} died; a call is sent again ({attempts.count})")
+        await asyncio.sleep(RETRY_PAUSES_S[attempts.count - 1])
+
+    async def _is_deployed(self, patience_s: float) -> bool:
+        """Whether the application has not been deleted, as far as is known; False if nothing answers in time."""
+        answer: Future[bool] = Future()
+
+        answer.set_running_or_notify_cancel()  # a caller that stops waiting does not cancel it
+
+        def ask() -> None:
+            try:
+                answer.set_result(self._name in serve.status().applications)
+            except Exception:  # the controller is being replaced
+                answer.set_result(True)
+
+        # serve.status has no timeout; a daemon thread lets the process end without its answer.
+        threading.Thread(target=ask, name="status", daemon=True).start()
+        try:
+            async with asyncio.timeout(min(timing.CONTROLLER_TIMEOUT_S, patience_s)):
+                return await asyncio.wrap_future(answer)
+        except TimeoutError:
+            return False
+
+    def _translated(self, error: BaseException) -> BaseException:
+        """Returns our own error for one that Ray or Serve raised."""
+        if (raised := raised_error(error)) is not None:
+            if isinstance(raised, TwinkleServeError):
+                return raised
+            cause: object = getattr(raised, "cause", raised)
+            return ServiceError(f"a bug in the router of {self._name!r}: {type(cause).__name__}: {cause}")
+        if isinstance(error, TimeoutError):
+            return ServiceError(
+                f"the router of {self._name!r} did not answer in time. See `serve status`; send it again."
+            )
+        from_ray: bool = isinstance(error, (RayError, RayServeException))
+        if from_ray:
+            return ServiceError(
+                f"the router of {self._name!r} did not answer: {type(error).__name__}: {error}. It is restarted by "
+                "itself where its service still runs, as `serve status` tells; then send the call again."
+            )
+        return error
+
+
+def _own_cancellation(error: BaseException) -> BaseException:
+    """Returns the error of a call; re-raises the cancellation of the caller.
+
+    Serve raises CancelledError for some errors of its own; a real cancellation is counted by the task.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise error
+        return ActorDiedError()
+    if not isinstance(error, Exception):
+        raise error
+    return error
+
+
+def _is_death(error: BaseException) -> bool:
+    """Whether a call failed because its router is gone."""
+    return raised_error(error) is None and isinstance(error, ROUTER_DEATHS)
+
+
+def _cancel(call: DeploymentResponse | DeploymentResponseGenerator) -> None:
+    """Cancels a call. Ignored if it is over; its caller has the error of a call that failed to be sent."""
+    with contextlib.suppress(Exception):
+        call.cancel()

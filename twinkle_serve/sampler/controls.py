@@ -1,0 +1,183 @@
+"""Control calls of a sampler whose engines run."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from twinkle_serve import timing
+from twinkle_serve.checkpoint import BUCKET_BYTES, buckets, named_tensors
+from twinkle_serve.data_format.status import SamplerStatus
+from twinkle_serve.data_format.weights import PauseMode
+from twinkle_serve.errors import RequestError
+from twinkle_serve.routing.api import RouterAPI
+from twinkle_serve.sampler.pause import Pause
+from twinkle_serve.sampler.router_client import RouterClient
+from twinkle_serve.sampler.weight_upload import upload_weights
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class EngineControls:
+    """Weights, pauses and the lifecycle of engines. The calls block."""
+
+    def __init__(self, client: RouterClient) -> None:
+        """
+        Args:
+            client: reaches the router of the engines.
+        """
+        self._client = client
+
+    def _control(
+        self, method: Callable[Concatenate[RouterAPI, P], Awaitable[T]], *args: P.args, **options: P.kwargs
+    ) -> T:
+        """Calls a method of the router, given as `RouterAPI.name`, and waits for its answer."""
+        call = self._client.call(timing.CONTROL_TIMEOUT_S, method, *args, **options)
+        return self._client.loop.call(call)
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    def update_weights(
+        self,
+        weights: Any,
+        version: str,
+        mode: PauseMode = "keep",
+        *,
+        allow_nonfinite: bool = False,
+        bucket_bytes: int = BUCKET_BYTES,
+        timeout_s: float = timing.CONTROL_TIMEOUT_S,
+    ) -> str:
+        """Replaces the model's own weights on every engine. Returns `version`, which is stamped on later samples.
+
+        The weights are sent first, while the engines sample; then the engines pause, load them and resume. Adapters
+        stay loaded. Engines that start later load them too.
+
+        Args:
+            weights: every weight of the model by its name in the checkpoint: a `state_dict`, an iterable of pairs of
+                name and tensor, or a directory with safetensors files, on this machine.
+            version: label of these weights; unique.
+            mode: fate of running samples. keep: they continue, and their `weight_versions` say which tokens come from
+                which weights; their KV cache is recomputed. wait: they end first. abort: they end where they are, with
+                stop_reason abort; those without a token start anew.
+            allow_nonfinite: accept NaN and infinite values.
+            bucket_bytes: approximate size of one transfer; at least one weight. A few buckets are in memory here, two
+                at each engine.
+            timeout_s: limit of each step in seconds: sending a bucket, and the engines' part.
+
+        Raises:
+            WeightsError: invalid names, shapes or values, missing weights, a version that exists, or another update
+                under way.
+            EngineError: an engine failed.
+            StoreError: the store failed.
+            DeadlineError: the engines were not done within `timeout_s`.
+                After each, the previous weights are current on all engines, and none is paused.
+            UnsupportedError: a model without safetensors files.
+            RequestError: another invalid argument, or a sampler that is asleep.
+        """
+        for name, value in (("timeout_s", timeout_s), ("bucket_bytes", bucket_bytes)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise RequestError(f"{name} must be a number above 0, got {value!r}.")
+        parts = buckets(named_tensors(weights), bucket_bytes, allow_nonfinite=allow_nonfinite)
+        return upload_weights(self._client, version, mode, parts, timeout_s)
+
+    def pause(self, mode: PauseMode = "keep", *, lease_s: float = 30.0) -> Pause:
+        """Stops all engines until the pause is ended. Calls wait meanwhile, within their deadlines.
+
+        The pause is renewed in the background while this process lives; if it dies, the engines resume within
+        `lease_s`.
+
+        Args:
+            mode: fate of running samples, as in `update_weights`.
+
+        Returns:
+            The pause: `resume()` ends it, or a `with` block around it.
+
+        Raises:
+            RequestError: unknown mode or invalid lease.
+        """
+        return Pause(self._client, mode, lease_s)
+
+    # -- control ---------------------------------------------------------------------------------
+
+    def get_state_keys(self) -> list[str]:
+        """Returns the names of the model's weights, as in its checkpoint."""
+        return self._control(RouterAPI.state_keys)
+
+    def reset_prefix_cache(self) -> None:
+        """Drops the cached keys and values of earlier prompts on every engine."""
+        self._control(RouterAPI.reset_prefix_cache)
+
+    def sleep(self, level: int = 1) -> None:
+        """Frees the engines' device memory until `wake_up`; calls are refused meanwhile.
+
+        Args:
+            level: 1 keeps the weights in host memory; 2 drops them, and `wake_up` loads the current ones.
+
+        Raises:
+            UnsupportedError: an engine on CPU, torch, or vllm without engine_args.enable_sleep_mode.
+            RequestError: calls are running.
+        """
+        self._control(RouterAPI.sleep, level)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Ends `sleep`.
+
+        Args:
+            tags: "weights" or "kv_cache" wake only these; None wakes everything.
+        """
+        self._control(RouterAPI.wake_up, tags)
+
+    def drain_engine(self, name: str, *, timeout_s: float = 600.0) -> None:
+        """Gives an engine no new prompts, and returns when it has finished its own. It stays out of use, even if its
+        process is replaced, until `undrain_engine` or `restart_engine`, or until the router is restarted.
+
+        Samples that are unfinished after `timeout_s` are sampled by the other engines, with the same seeds; a text
+        stream fails. Without another engine in use, calls wait for one, within their deadlines.
+
+        Args:
+            name: as in `status()["engines"]`.
+
+        Raises:
+            RequestError: no such engine.
+            UnsupportedError: an engine in this process.
+        """
+        client = self._client
+        client.loop.call(client.call(_patience_s(timeout_s), RouterAPI.drain_engine, name, timeout_s))
+
+    def undrain_engine(self, name: str) -> None:
+        """Uses a drained engine again, as soon as it has the current weights. Idempotent.
+
+        Raises:
+            RequestError: no such engine.
+            UnsupportedError: an engine in this process.
+        """
+        self._client.loop.call(self._client.call(timing.ANSWER_TIMEOUT_S, RouterAPI.undrain_engine, name))
+
+    def restart_engine(self, name: str, *, drain_timeout_s: float = 60.0, timeout_s: float = 1800.0) -> None:
+        """Drains an engine for at most `drain_timeout_s`, replaces its process, and returns when it is in use.
+
+        Args:
+            timeout_s: limit of the whole call in seconds.
+
+        Raises:
+            RequestError: no such engine.
+            UnsupportedError: an engine in this process.
+            DeadlineError: it was not in use again within `timeout_s`; it will be as soon as it can.
+        """
+        limit_s, client = _patience_s(timeout_s), self._client
+        client.loop.call(client.call(limit_s, RouterAPI.restart_engine, name, drain_timeout_s, timeout_s))
+
+    def status(self) -> SamplerStatus:
+        """Returns the state of engines, adapters and queues, as plain values."""
+        return self._control(RouterAPI.status)
+
+    def shutdown(self) -> None:
+        """Ends the sampler and frees its devices, for every caller of it. Idempotent."""
+        self._client.shutdown()
+
+
+def _patience_s(timeout_s: float) -> float:
+    """Returns how long to wait for a router that enforces a deadline, or refuses an invalid one."""
+    valid = isinstance(timeout_s, (int, float)) and timeout_s > 0
+    return (timeout_s if valid else 0.0) + timing.ANSWER_TIMEOUT_S

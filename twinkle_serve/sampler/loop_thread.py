@@ -1,0 +1,207 @@
+"""An event loop in a thread: the one bridge between blocking callers and async code."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import os
+import queue
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from typing import Any, Generic, TypeVar
+
+from twinkle_serve.errors import EngineDeadError
+
+T = TypeVar("T")
+
+ITEMS_AHEAD = 64
+"""Items that the producer of an iterator may be ahead of its reader."""
+
+SHUT_DOWN = "the sampler was shut down. Make a new one."
+
+
+class LoopThread:
+    """Runs coroutines on an event loop in a daemon thread, for callers in any other thread.
+
+    Guarantees:
+        A caller that stops waiting cancels its coroutine.
+        After `stop`, running and later calls raise EngineDeadError.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self.thread.start()
+        self._process = os.getpid()
+        self._stopped = False
+
+    def require_running(self) -> None:
+        """Raises EngineDeadError if nothing can run here any more."""
+        if self._stopped:
+            raise EngineDeadError(SHUT_DOWN)
+        if not self.in_own_process:
+            raise EngineDeadError("the sampler lives in the process that this one was forked from. Make one here.")
+
+    @property
+    def in_own_process(self) -> bool:
+        """False in a process that was forked from the one with the thread."""
+        return os.getpid() == self._process
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Starts a coroutine and returns its future."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine and blocks until it ends."""
+        self._require_or_close(coroutine)
+        return self.wait(self.start(coroutine))
+
+    def wait(self, future: concurrent.futures.Future[T]) -> T:
+        """Blocks until a started coroutine ends."""
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise EngineDeadError(SHUT_DOWN) from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def call_async(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine and awaits it on the caller's own event loop."""
+        self._require_or_close(coroutine)
+        try:
+            return await asyncio.wrap_future(self.start(coroutine))
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            raise EngineDeadError(SHUT_DOWN) from None
+
+    def iterate(self, items: AsyncGenerator[T, None]) -> Items[T]:
+        """Starts an async generator and returns its items as a blocking iterator."""
+        self.require_running()
+        return Items(self, items)
+
+    async def iterate_async(self, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """Yields the items of an async generator, which runs here, on the caller's own event loop."""
+        self.require_running()
+        try:
+            while (item := await self.call_async(_next_of(items))) is not None:
+                yield item.value
+        finally:
+            self.start(_close(items))
+
+    def soon(self, callback: Callable[[], object]) -> None:
+        """Calls back on the loop; does nothing once it has ended."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback)
+
+    def refuse_calls(self) -> None:
+        """Makes later calls raise, ahead of `stop`."""
+        self._stopped = True
+
+    def stop(self, timeout_s: float) -> None:
+        """Stops the loop, and waits for its thread."""
+        self._stopped = True
+        self.soon(self._loop.stop)
+        self.thread.join(timeout_s)
+        if not self.thread.is_alive():
+            self._loop.close()
+
+    def _require_or_close(self, coroutine: Coroutine[Any, Any, T]) -> None:
+        try:
+            self.require_running()
+        except BaseException:
+            coroutine.close()  # or Python warns that it was never awaited
+            raise
+
+
+class Items(Iterator[T], Generic[T]):
+    """Items of an async generator that runs on a `LoopThread`, for a reader in another thread.
+
+    One task runs the generator from start to end. It starts at once, waits while it is ITEMS_AHEAD, and is cancelled
+    when the reader closes this or drops it. Items that have arrived are read in order, before any error.
+    """
+
+    def __init__(self, loop: LoopThread, items: AsyncGenerator[T, None]) -> None:
+        self._loop = loop
+        self._arrived: queue.SimpleQueue[_Item[T] | _End] = queue.SimpleQueue()
+        self._room = asyncio.Semaphore(ITEMS_AHEAD)
+        self._ended = False
+        self._future = loop.start(_drain(items, self._arrived, self._room))
+        weakref.finalize(self, self._future.cancel)
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        item = self._next()
+        if item is None:
+            raise StopIteration
+        return item.value
+
+    def _next(self) -> _Item[T] | None:
+        if self._ended:
+            return None
+        item = self._arrived.get()
+        if isinstance(item, _Item):
+            self._loop.soon(self._room.release)
+            return item
+        self._ended = True
+        if item.error is not None:
+            raise item.error
+        return None
+
+    def close(self) -> None:
+        """Cancels the generator; its call aborts everything that it runs."""
+        self._ended = True
+        self._future.cancel()
+
+
+class _Item(Generic[T]):
+    def __init__(self, value: T) -> None:
+        self.value = value
+
+
+class _End:
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+
+
+async def _next_of(items: AsyncGenerator[T, None]) -> _Item[T] | None:
+    async for item in items:
+        return _Item(item)
+    return None
+
+
+async def _close(items: AsyncGenerator[T, None]) -> None:
+    with contextlib.suppress(RuntimeError):  # a cancelled step may be ending it at this moment
+        await items.aclose()
+
+
+async def _drain(
+    items: AsyncGenerator[T, None], arrived: queue.SimpleQueue[_Item[T] | _End], room: asyncio.Semaphore
+) -> None:
+    try:
+        async with contextlib.aclosing(items):
+            async for item in items:
+                await room.acquire()
+                arrived.put(_Item(item))
+        arrived.put(_End())
+    except asyncio.CancelledError:
+        arrived.put(_End(EngineDeadError(SHUT_DOWN)))
+        raise
+    except BaseException as error:
+        arrived.put(_End(error))
+
+
+@functools.cache
+def _service_loop(process: int) -> LoopThread:
+    return LoopThread("twinkle-serve")
+
+
+def service_loop() -> LoopThread:
+    """Returns the loop of this process that all clients of services share."""
+    return _service_loop(os.getpid())

@@ -1,0 +1,62 @@
+"""The interface by which a sampler reaches its router, in this process or behind a Serve handle."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from twinkle_serve.data_format import SampleResponse
+from twinkle_serve.data_format.sample_request import SampleRequest
+from twinkle_serve.data_format.samples import StopReason
+from twinkle_serve.data_format.weights import Bucket, BucketArgument
+from twinkle_serve.routing.api import RouterAPI
+from twinkle_serve.sampler.loop_thread import LoopThread
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class RouterClient(Protocol):
+    """Calls a router. Requests are copied when a method is called; the coroutines run on `loop`.
+
+    Every call raises a TwinkleServeError; an abandoned one is cancelled at the router.
+    """
+
+    loop: LoopThread
+
+    def run(self, request: SampleRequest) -> Coroutine[Any, Any, SampleResponse]:
+        """See `RouterAPI.run`."""
+        ...
+
+    def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
+        """See `RouterAPI.run_iter`."""
+        ...
+
+    def run_stream(self, request: SampleRequest) -> AsyncGenerator[tuple[str, StopReason | None], None]:
+        """See `RouterAPI.run_stream`."""
+        ...
+
+    def call(
+        self,
+        timeout_s: float,
+        method: Callable[Concatenate[RouterAPI, P], Awaitable[T]],
+        *args: P.args,
+        **options: P.kwargs,
+    ) -> Coroutine[Any, Any, T]:
+        """Calls another method of the router, given as `RouterAPI.name`.
+
+        Args:
+            timeout_s: bounds the call, where the method does not bound itself.
+        """
+        ...
+
+    def cancel(self, request_id: str, inputs: list[int] | None) -> Coroutine[Any, Any, int]:
+        """See `RouterAPI.cancel`."""
+        ...
+
+    def put_large(self, bucket: Bucket) -> BucketArgument:
+        """Returns a reference to a large argument."""
+        ...
+
+    def shutdown(self) -> None:
+        """Ends the sampler and frees its devices. Idempotent."""

@@ -1,0 +1,34 @@
+"""Background tasks of an event loop that belong to no request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class BackgroundTasks:
+    """Runs coroutines until they end or `cancel` is called."""
+
+    def __init__(self) -> None:
+        # The event loop holds tasks weakly; the set keeps them from being collected halfway.
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Starts a coroutine on the running event loop.
+
+        Its context is empty: Serve takes a task with a request's context for a child of the request, and cancels both
+        together.
+        """
+        task = asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def cancel(self) -> None:
+        """Cancels all tasks."""
+        for task in self._tasks:
+            task.cancel()
