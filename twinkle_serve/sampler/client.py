@@ -305,8 +305,7 @@ class ServiceClient(RouterClient):
             return ServiceError(
                 f"the router of {self._name!r} did not answer in time. See `serve status`; send it again."
             )
-        from_ray: bool = isinstance(error, (RayError, RayServeException))
-        if from_ray:
+        if isinstance(error, (RayError, RayServeException)):
             return ServiceError(
                 f"the router of {self._name!r} did not answer: {type(error).__name__}: {error}. It is restarted by "
                 "itself where its service still runs, as `serve status` tells; then send the call again."
@@ -323,7 +322,8 @@ def _own_cancellation(error: BaseException) -> BaseException:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise error
-        return ActorDiedError()
+        died: BaseException = ActorDiedError()
+        return died
     if not isinstance(error, Exception):
         raise error
     return error
