@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import ray
 from ray import serve
-from twinkle_serve.sampler.service import deploy as deploy_service
+from twinkle_serve.sampler.connect import deploy as deploy_service
 
 from graphs.sampler import build
 from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
