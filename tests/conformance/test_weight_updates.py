@@ -165,7 +165,7 @@ def breaks_off(weights: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (nan, WeightsError, "model.norm.weight' holds 1 values of 128 that are not finite"),
+        (nan, WeightsError, "model.norm.weight' has 1 values of 128 that are not finite"),
         (unknown, WeightsError, "the model has no weight 'model.layers.99.mlp.up_proj.weight'"),
         (shape, WeightsError, r"has the shape \(5,\), the model's has \(128,\)"),
         (missing, WeightsError, "lacks 1 of the model's 46 weights, such as model.norm.weight"),

@@ -1,4 +1,4 @@
-"""The engines, by name. Importing this loads none of them."""
+"""The engines, by name. Importing this imports none of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ENGINES: tuple[EngineKind, ...] = get_args(EngineKind)
 
 
 def check_engine_args(kind: EngineKind, engine_args: Mapping[str, Any]) -> None:
-    """Refuses arguments that the engine does not have.
+    """Rejects arguments that the engine does not have.
 
     Raises:
         EngineArgsError
@@ -46,7 +46,7 @@ def build_engine(
     devices_on_node: int = 1,
     trust_remote_code: bool = False,
 ) -> Engine:
-    """An engine that is not started yet.
+    """Builds an engine; `start` loads its model.
 
     Args:
         model: directory of the model.

@@ -1,7 +1,7 @@
 """The fake engine: a deterministic toy model, for tests of everything above an engine.
 
 Its "model" maps a hash of all tokens so far to one of a few fixed rows of logits, so that every token depends on the
-whole prefix, logprobs re-score exactly, and nothing has to be loaded. An adapter adds noise that its weights seed.
+whole prefix, logprobs re-score exactly, and there is nothing to load. An adapter adds noise seeded by its weights.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from twinkle_serve.engines.base import (
 from twinkle_serve.errors import EngineError, WeightsError
 
 ROWS = 257
-"""Distinct next-token distributions of the toy model."""
+"""Number of distinct next-token distributions of the toy model."""
 
 
 class FakeArgs(BaseModel):
-    """What `engine_args` holds for the fake engine."""
+    """`engine_args` of the fake engine."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -54,16 +54,16 @@ class FakeArgs(BaseModel):
     enable_lora: bool = True
     max_lora_rank: PositiveInt = 16
     token_latency_s: NonNegativeFloat = 0.0
-    """Time that each token of a sample takes; samples of a group run side by side."""
+    """Time per token of a sample; the samples of a group run in parallel."""
 
 
 def check_engine_args(engine_args: Mapping[str, Any]) -> FakeArgs:
-    """The arguments, parsed; see `parse_engine_args`."""
+    """Parses the arguments; see `parse_engine_args`."""
     return parse_engine_args(FakeArgs, "fake", engine_args)
 
 
 class FakeEngine:
-    """A toy model with the tokenizer of a real one. See `Engine` for what is guaranteed."""
+    """Runs groups on a toy model with a real model's tokenizer. See `Engine` for the guarantees."""
 
     info: EngineInfo
 
@@ -73,19 +73,19 @@ class FakeEngine:
         self._args = check_engine_args(engine_args)
         self._slots = asyncio.Semaphore(self._args.max_num_seqs)
         self._adapters: dict[int, FloatArray] = {}
-        """What each adapter version adds to the logits, by its id."""
+        """Added to the logits by each adapter version, by version id. Shape [ROWS, V]."""
         self._asleep = False
         self._label = INITIAL_LABEL
         self._sampling = 0
-        """Groups that run."""
+        """Number of running groups."""
         self._idle, self._resumed, self._unheld = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        """Set while nothing runs; while new groups may begin; while running ones may go on."""
+        """Set while nothing runs; while new groups may start; while running groups may continue."""
         for event in (self._idle, self._resumed, self._unheld):
             event.set()
         self._aborting = False
         self._progress = 0
         self._drafts: dict[Attempt, _Sample] = {}
-        """Of groups of one sample that may be resumed."""
+        """Running samples of one-sample groups that may be resumed."""
 
     async def start(self) -> None:
         from tokenizers import Tokenizer
@@ -113,7 +113,7 @@ class FakeEngine:
         )
 
     def _logits_of(self, adapter: AdapterVersion | None) -> FloatArray:
-        """The model's table, shape [ROWS, V], with what the adapter adds."""
+        """Returns the model's logits, with the adapter's added. Shape [ROWS, V]."""
         if self._asleep:
             raise EngineError(f"{self._name} is asleep.")
         if adapter is None:
@@ -174,7 +174,7 @@ class FakeEngine:
 
     @contextlib.asynccontextmanager
     async def _running(self) -> AsyncGenerator[None, None]:
-        """A place among the sequences that run, when there is one and nothing is paused."""
+        """Waits for a free slot and the end of a pause, then holds the slot."""
         async with self._slots:
             await self._resumed.wait()
             self._sampling += 1
@@ -187,7 +187,7 @@ class FakeEngine:
                     self._idle.set()
 
     async def _steps(self, group: Group, samples: Sequence[_Sample]) -> AsyncGenerator[None, None]:
-        """Gives each sample its tokens, one a step, side by side."""
+        """Advances all samples in parallel, by one token per step."""
         clock = asyncio.get_running_loop().time
         end = math.inf if group.sample_timeout_s is None else clock() + group.sample_timeout_s
         while unfinished := [sample for sample in samples if sample.reason is None and sample.most_tokens]:
@@ -277,7 +277,7 @@ class FakeEngine:
 
 @dataclass(slots=True, kw_only=True)
 class _Sample:
-    """One sample while it is drawn."""
+    """A sample being drawn."""
 
     prompt_ids: NDArray[np.int32]
     params: SamplingParams
@@ -293,7 +293,7 @@ class _Sample:
     weight_versions: list[tuple[str, int]] = field(default_factory=list)
     reason: StopReason | None = None
     cut: str | None = None
-    """Its text, where a stop string cut it."""
+    """The text, if a stop string cut it."""
 
     def step(self, table: FloatArray, label: str, *, aborted: bool) -> None:
         """Draws the next token."""
@@ -355,7 +355,7 @@ def _log_softmax(logits: FloatArray) -> FloatArray:
 def _draw(
     raw: FloatArray, params: SamplingParams, prompt: Sequence[int] | NDArray[np.int32], tokens: list[int], rng: Any
 ) -> int:
-    """One token; the steps and their order are vLLM's."""
+    """Draws one token; the steps and their order are vLLM's."""
     logits = raw
     if params.repetition_penalty != 1.0:
         seen = np.unique(np.concatenate([np.asarray(prompt, np.int64), np.asarray(tokens, np.int64)]))

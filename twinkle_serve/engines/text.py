@@ -1,4 +1,4 @@
-"""Text of a sample while it is being sampled."""
+"""Incremental text of a streamed sample."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from twinkle_serve.engines.base import stop_cut
 
 UNFINISHED = "\ufffd"
-"""What a tokenizer writes for bytes that are no character, or not yet one."""
+"""Written by tokenizers for bytes that are not a character, or not yet a complete one."""
 
 
 class TextStream:
-    """Turns tokens into text as they come.
+    """Turns tokens into text as they arrive.
 
-    Guarantees: no delta splits a character, or holds a part of what becomes a stop string.
-    Guarantees: all deltas together are the sample's `decoded`.
+    Guarantees:
+        No delta splits a character or contains part of a stop string.
+        All deltas joined are the sample's `decoded`.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str]) -> None:
@@ -22,16 +23,16 @@ class TextStream:
         self._stops = stop_strings
         self._tokens: list[int] = []
         self._before = self._settled = 0
-        """Tokens are decoded from `_before`, as some depend on the one in front; text up to `_settled` is known."""
+        """Decoding starts at `_before`, since text may depend on the preceding token; up to `_settled` it is final."""
         self._text = ""
         self._sent = 0
 
     def push(self, tokens: Sequence[int], *, last: bool = False, by_stop_string: bool = False) -> str:
-        """The text that is certain now and was not before.
+        """Adds tokens and returns the text that became final with them.
 
         Args:
-            last: releases what was held back.
-            by_stop_string: the sample ended at a stop string, which is cut off with what follows it.
+            last: releases the text that was held back.
+            by_stop_string: the sample ended at a stop string; the text is cut before it.
         """
         self._tokens.extend(tokens)
         known = self._decode(self._tokens[self._before : self._settled])
@@ -48,7 +49,7 @@ class TextStream:
         return delta
 
     def _may_become_a_stop(self) -> int:
-        """Length of the longest end of the text that a stop string begins with."""
+        """Returns the length of the longest end of the text that is the start of a stop string."""
         longest = 0
         for stop in self._stops:
             for length in range(min(len(stop) - 1, len(self._text)), longest, -1):

@@ -1,4 +1,4 @@
-"""The torch engine: transformers' generate, batched. For debugging, and to check vllm against."""
+"""The torch engine: batched transformers generate, for debugging and as a reference for vllm."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ from twinkle_serve.errors import (
 
 
 class TorchArgs(BaseModel):
-    """What `engine_args` holds for the torch engine; named and meant as vLLM's."""
+    """`engine_args` of the torch engine, named as vLLM's and with their meaning."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: PositiveInt | None = None
-    """None: the model's own."""
+    """None: the model's own limit."""
     max_num_seqs: PositiveInt = 64
-    """Rows of one batch."""
+    """Largest number of rows in a batch."""
     max_logprobs: PositiveInt = 20
     logprobs_mode: LogprobsMode = "raw_logprobs"
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     enable_lora: bool = True
-    """It costs nothing until an adapter is loaded."""
+    """Costs nothing until an adapter is loaded."""
     max_lora_rank: PositiveInt = 512
 
 
 def check_engine_args(engine_args: Mapping[str, Any]) -> TorchArgs:
-    """The arguments, parsed; see `parse_engine_args`."""
+    """Parses the arguments; see `parse_engine_args`."""
     return parse_engine_args(TorchArgs, "torch", engine_args)
 
 
@@ -72,11 +72,11 @@ class _Job:
     group: Group
     done: asyncio.Future[SampleColumns]
     stream: asyncio.Queue[TokenDelta] | None = None
-    """Where its tokens go as they come, if somebody reads them."""
+    """Receives the tokens of a streamed sample."""
 
 
 class TorchEngine:
-    """One transformers model on one device. See `Engine` for what is guaranteed.
+    """Runs groups on one transformers model and one device. See `Engine` for the guarantees.
 
     A batch runs to its end before the next one starts.
     """
@@ -103,26 +103,26 @@ class TorchEngine:
         self._batch: list[_Job] = []
         self._arrived = asyncio.Event()
         self._peft: Any = None
-        """peft's wrapper, from the first adapter on; it puts its layers into the model in place."""
+        """peft's wrapper, created with the first adapter; it changes the model in place."""
         self._active: str | None = None
-        """peft's name of the adapter of the running batch; None is the base model."""
+        """peft's name of the running batch's adapter; None for the base model."""
         self._between_tokens: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        """What is to be done to the model, by its own thread, while no token is being computed."""
+        """Changes to the model, made by its thread between two tokens."""
         self._label = INITIAL_LABEL
-        """Of the weights that the model has."""
+        """Label of the loaded weights."""
         self._computed_is_stale = False
         """Whether the model's weights have changed under the running batch."""
         self._held = False
-        """Whether the model's thread stands still between two tokens."""
+        """Whether the model's thread is paused between two tokens."""
         self._steps = 0
-        """That the model's thread has done."""
+        """Number of steps that the model's thread has run."""
         self._aborting = False
-        """Whether running samples are to end where they are."""
+        """Whether running samples must end with the tokens that they have."""
         self._may_begin = asyncio.Event()
-        """Whether a new batch may begin."""
+        """Set while new batches may start."""
         self._may_begin.set()
         self._idle = asyncio.Event()
-        """Whether no batch runs."""
+        """Set while no batch runs."""
         self._idle.set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._loop: asyncio.Task[None] | None = None
@@ -134,7 +134,7 @@ class TorchEngine:
             raise EngineStartError(f"{self._name}: transformers could not load {self._path!r}: {error}") from error
         longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         if longest is None:
-            raise EngineStartError(f"{self._name}: {self._path!r} does not say how many positions its model has.")
+            raise EngineStartError(f"{self._name}: the config of {self._path!r} has no max_position_embeddings.")
         if self._args.max_model_len is not None and self._args.max_model_len > longest:
             raise EngineArgsError(
                 f"engine_args.max_model_len={self._args.max_model_len}, the model has {longest} positions. Lower it."
@@ -162,7 +162,7 @@ class TorchEngine:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
         if self._device == "cpu" and self._cpus:
-            # Threads started from here on, torch's pool among them, inherit the binding of this one.
+            # Threads started from here on, including torch's pool, inherit this thread's affinity.
             os.sched_setaffinity(0, self._cpus)
             torch.set_num_threads(len(self._cpus))
         self._tokenizer = AutoTokenizer.from_pretrained(self._path, trust_remote_code=self._trust_remote_code)
@@ -175,7 +175,7 @@ class TorchEngine:
         self._model.to(self._device).eval()
         eos = self._model.generation_config.eos_token_id
         self._eos = {*(eos if isinstance(eos, list) else [eos]), self._tokenizer.eos_token_id} - {None}
-        # generate fills in what a call leaves open from here: the model's own end-of-sequence ids and temperature.
+        # generate takes its defaults from here, such as the model's end-of-sequence ids and temperature.
         self._model.generation_config = GenerationConfig()
 
     async def sample_group(self, group: Group) -> SampleColumns:
@@ -201,7 +201,7 @@ class TorchEngine:
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
                 if not delta.done():
                     delta.cancel()
-                    # Over without a token, or by an error.
+                    # Ended without a token, or failed.
                     columns = await job.done
                     yield TokenDelta(tokens=[], stop_reason=STOP_REASONS[int(columns.stop_reason[0])])
                     return
@@ -240,10 +240,10 @@ class TorchEngine:
                     job.done.set_result(result)
 
     def _next_batch(self) -> list[_Job]:
-        """The oldest jobs of the oldest one's adapter that fit side by side, at least one.
+        """Takes the oldest jobs that use the oldest one's adapter and fit in one batch, at least one.
 
-        Prompts are padded to the longest, and the batch runs for as many steps as its longest sample: together these
-        must stay within the context.
+        Prompts are padded to the longest one, and the batch runs for as many steps as its longest sample: the sum of
+        the two must stay within the context.
         """
         self._waiting = [job for job in self._waiting if not job.done.done()]
         batch: list[_Job] = []
@@ -262,7 +262,7 @@ class TorchEngine:
         return batch
 
     def _sample(self, batch: list[_Job]) -> list[SampleColumns]:
-        """Runs in the engine's thread."""
+        """Samples a batch, in the engine's thread."""
         import torch
 
         adapter = batch[0].group.adapter
@@ -274,7 +274,7 @@ class TorchEngine:
             while running:
                 self._computed_is_stale = False
                 self._generate(running)
-                # Those that are left were sampled from weights that are no more: they go on from what they have.
+                # The weights changed under the remaining rows: they continue from the tokens that they have.
                 running = [(job, row) for job, row in running if row.stop_reason is None]
             return [self._columns(*of_job) for of_job in zip([job.group for job in batch], rows, scores, strict=True)]
 
@@ -322,7 +322,7 @@ class TorchEngine:
             ids.to(self._device),
             attention_mask=mask.to(self._device),
             generation_config=GenerationConfig(
-                do_sample=False,  # the sampler below leaves one token to choose from
+                do_sample=False,  # the sampler below leaves one token to choose
                 max_new_tokens=max(row.most_tokens - len(row.tokens) for row in rows),
                 pad_token_id=0,
             ),
@@ -385,11 +385,11 @@ class TorchEngine:
     def _drop_adapter(self, name: str) -> None:
         if self._active == name:
             self._activate(None)
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that another one becomes active
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # another adapter becomes active
             self._peft.delete_adapter(name)
 
     async def _to_model(self, change: Callable[[], None]) -> None:
-        """Has the model's thread make a change: between two tokens of a running batch, or at once where none runs."""
+        """Makes a change in the model's thread: between two tokens of a running batch, or at once if none runs."""
         done = asyncio.get_running_loop().create_future()
 
         def settle(error: Exception | None) -> None:
@@ -401,7 +401,7 @@ class TorchEngine:
 
             error: Exception | None = None
             try:
-                with torch.inference_mode(False):  # a tensor made in that mode could not be changed outside of it
+                with torch.inference_mode(False):  # tensors created in inference mode cannot be changed outside it
                     change()
             except Exception as failure:
                 error = failure
@@ -412,7 +412,7 @@ class TorchEngine:
         await done
 
     def _run_between_tokens(self) -> bool:
-        """Returns whether what has been computed of the running batch is stale."""
+        """Makes pending changes, and waits while paused. Returns whether the running batch must be recomputed."""
         self._steps += 1
         while self._held or not self._between_tokens.empty():
             self._between_tokens.get()()
@@ -423,7 +423,7 @@ class TorchEngine:
         from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
         adapter = describe_adapter(files)
-        # The modules as the tensors name them: the config's own list may mean more or fewer.
+        # Modules as named by the tensors: the config's target_modules may match more or fewer.
         names = {name.replace(".base_layer", "") for name, _ in self._model.named_modules()}
         if left_out := adapter.modules - names:
             raise not_in_model(left_out)
@@ -445,10 +445,10 @@ class TorchEngine:
         finally:
             if not loaded and self._peft is not None and name in self._peft.peft_config:
                 self._peft.delete_adapter(name)
-            self._activate(self._active)  # peft makes a new adapter the active one
+            self._activate(self._active)  # peft activates a new adapter
 
     def _activate(self, name: str | None) -> None:
-        """Makes an adapter, or the base model, the one that the model computes with."""
+        """Switches the model to an adapter, or to the base model."""
         self._active = name
         if self._peft is None:
             return
@@ -477,7 +477,7 @@ class TorchEngine:
         self._may_begin.set()
 
     async def _release(self) -> None:
-        # Also where it is not held: a pause that was abandoned may be about to hold it.
+        # Even if not held: an abandoned pause may be about to hold it.
         await self._to_model(functools.partial(setattr, self, "_held", False))
 
     async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
@@ -498,32 +498,32 @@ class TorchEngine:
         return checksum[0]
 
     def _own_weights(self) -> dict[str, Any]:
-        """The model's parameters without adapters, by the names that they have without adapters."""
+        """Returns the model's parameters without those of adapters, under their names without adapters."""
         parameters = self._model.named_parameters()
         return {name.replace(".base_layer.", "."): value for name, value in parameters if ".lora_" not in name}
 
     def _load_weights(self, tensors: dict[str, Any], renamed: dict[str, Any]) -> None:
-        """Copies weights into the model; those that it has by other names than the checkpoint are put aside."""
+        """Copies weights into the model; those that it knows by other names than the checkpoint go to `renamed`."""
         own = self._own_weights()
         for name, tensor in tensors.items():
             if name not in own:
                 renamed[name] = tensor
             elif own[name].shape != tensor.shape:
                 raise WeightsError(
-                    f"weight {name!r} has the shape {tuple(tensor.shape)}, the model's {own[name].shape}."
+                    f"weight {name!r} has the shape {tuple(tensor.shape)}, the model's has {own[name].shape}."
                 )
             else:
                 own[name].data.copy_(tensor)
 
     def _load_renamed(self, renamed: dict[str, Any]) -> None:
-        """Has transformers make its own weights of a checkpoint's, such as the stacked experts of a mixture."""
+        """Lets transformers convert checkpoint weights to its own, such as the stacked experts of a MoE model."""
         if not renamed or (set(renamed) <= {"lm_head.weight"} and self._model.config.tie_word_embeddings):
             return
         fresh, info = type(self._model).from_pretrained(
             None, config=self._model.config, state_dict=renamed, dtype=self._model.dtype, output_loading_info=True
         )
         if info["unexpected_keys"] or info["mismatched_keys"]:
-            raise WeightsError(f"transformers has no place for {sorted(info['unexpected_keys'])[:3]} of the weights.")
+            raise WeightsError(f"transformers cannot load the weights {sorted(info['unexpected_keys'])[:3]}.")
         own, missing = self._own_weights(), set(info["missing_keys"])
         for name, value in fresh.named_parameters():
             if name not in missing:
@@ -539,7 +539,7 @@ class TorchEngine:
         return digest.hexdigest()
 
     async def reset_prefix_cache(self) -> None:
-        """There is none: every batch computes its prompts anew."""
+        """Does nothing: there is no cache, every batch recomputes its prompts."""
 
     async def sleep(self, level: int) -> None:
         raise UnsupportedError("the torch engine does not sleep. Use engine: vllm on a GPU.")
@@ -561,7 +561,7 @@ class TorchEngine:
         if self._loop is not None:
             self._loop.cancel()
         self._held = False
-        self._between_tokens.put(lambda: None)  # a thread that is held looks again
+        self._between_tokens.put(lambda: None)  # wakes a held thread
         for job in [*self._batch, *self._waiting]:
             if not job.done.done():
                 job.done.set_exception(EngineDeadError(f"{self._name}: the torch engine was stopped."))
@@ -569,7 +569,7 @@ class TorchEngine:
 
 
 PEFT_KEYS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
-"""What of a LoraConfig has a part in computing with it."""
+"""Keys of a LoraConfig that affect the adapter's output."""
 
 
 def _peft_name(version: AdapterVersion) -> str:

@@ -1,4 +1,4 @@
-"""How the torch engine draws and ends the samples of a batch, each by its own parameters."""
+"""Draws and ends the samples of the torch engine's batch, each by its own parameters."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ class Row:
     params: SamplingParams
     most_tokens: int
     generator: Any
-    """torch.Generator of this sample alone."""
+    """The sample's own torch.Generator."""
     aborted: Callable[[], bool]
-    """Whether nobody waits for it any more."""
+    """Whether the sample was cancelled, aborted or has run out of time."""
     on_token: Callable[[int, StopReason | None, bool], None] | None = None
-    """Told each token, and with the last one why it is the last, and whether a stop string cut it."""
+    """Called with each token; for the last one with its stop reason, and whether a stop string cut the text."""
     tokens: list[int] = field(default_factory=list)
     weight_versions: list[tuple[str, int]] = field(default_factory=list)
-    """Versions that have sampled its tokens, each with the first of them."""
+    """Weights versions that sampled the tokens, each with the index of its first token."""
     logprobs: list[Any] = field(default_factory=list)
     """Tensors of shape [1 + k]."""
     logprob_tokens: list[Any] = field(default_factory=list)
     stop_reason: StopReason | None = None
     decoded: str | None = None
-    """Set where a stop string cut it."""
+    """The text, if a stop string cut it."""
 
     def sampled_by(self, label: str) -> None:
-        """The next token is of this version."""
+        """Records that the next token is sampled by this weights version."""
         if self.weight_versions and self.weight_versions[-1][1] == len(self.tokens):
             self.weight_versions.pop()
         if not self.weight_versions or self.weight_versions[-1][0] != label:
@@ -44,10 +44,10 @@ class Row:
 
 
 class RowSampler:
-    """A logits processor that samples each row by its own parameters and its own random stream.
+    """A logits processor that samples each row with its own parameters and random generator.
 
-    It hands generate logits with one finite entry a row. Order of the steps as in vLLM: repetition penalty,
-    temperature, top-k, top-p.
+    It returns logits with one finite entry per row. The order of the steps is vLLM's: repetition penalty, temperature,
+    top-k, top-p.
     """
 
     def __init__(self, rows: Sequence[Row], prompt_mask: Any, logprobs_mode: LogprobsMode) -> None:
@@ -99,7 +99,7 @@ class RowSampler:
 
 
 def _truncated(logits: Any, top_k: int, top_p: float) -> Any:
-    """Logits outside the k likeliest, and outside the smallest set that reaches top_p, at −inf. Shape [V]."""
+    """Sets logits outside the top k, or outside the smallest set that reaches top_p, to −inf. Shape [V]."""
     if 0 < top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
     if top_p < 1:
@@ -110,7 +110,7 @@ def _truncated(logits: Any, top_k: int, top_p: float) -> Any:
 
 
 class RowStopper:
-    """A stopping criterion that says for each row whether it is done, and records why."""
+    """A stopping criterion that reports which rows are done, and records their stop reasons."""
 
     def __init__(
         self,
@@ -121,8 +121,8 @@ class RowStopper:
     ) -> None:
         """
         Args:
-            between_tokens: called once a step, while the model computes nothing; returns whether what has been computed
-                of unfinished rows is to be computed anew, and so the batch must end here.
+            between_tokens: called once per step, while the model is idle; returns whether the batch must end here
+                because its unfinished rows must be recomputed.
         """
         self._rows = rows
         self._eos = eos

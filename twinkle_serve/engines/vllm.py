@@ -51,17 +51,17 @@ OURS = {
     "distributed_executor_backend": "device_mesh",
     "trust_remote_code": "trust_remote_code of args",
     "seed": "the seed of each request's sampling parameters",
-    "worker_extension_cls": "Twinkle Serve, which has one of its own",
+    "worker_extension_cls": "Twinkle Serve, which uses its own",
     "lora_modules": "adapters of args",
 }
-"""Engine arguments that something else decides."""
+"""Engine arguments that are set elsewhere, and where."""
 
 
 @functools.cache
 def argument_names() -> frozenset[str]:
-    """Names of the arguments of the installed vLLM's AsyncEngineArgs.
+    """Returns the argument names of the installed vLLM's AsyncEngineArgs.
 
-    Read from its source: importing it takes 10 s, and a misspelt argument should be named at once.
+    Parsed from its source, because importing vLLM takes 10 s and a misspelt argument should be reported at once.
 
     Raises:
         EngineArgsError: vLLM is not installed.
@@ -76,7 +76,7 @@ def argument_names() -> frozenset[str]:
 
 
 def check_engine_args(engine_args: Mapping[str, Any]) -> None:
-    """Refuses arguments that this vLLM does not have, and those that another key decides.
+    """Rejects arguments that the installed vLLM does not have, and arguments that are set elsewhere.
 
     Raises:
         EngineArgsError
@@ -84,18 +84,18 @@ def check_engine_args(engine_args: Mapping[str, Any]) -> None:
     known = argument_names()
     for name in engine_args:
         if name in OURS:
-            raise EngineArgsError(f"engine_args.{name} is decided by {OURS[name]}. Set that, and leave this out.")
+            raise EngineArgsError(f"engine_args.{name} is decided by {OURS[name]}. Set that and remove this.")
         if name not in known:
             close = unknown_name("vllm engine argument", name, known).split(" Known:")[0]
             raise EngineArgsError(f"{close} engine_args takes the {len(known)} arguments of vLLM's AsyncEngineArgs.")
 
 
 def cpu_defaults(model: str, engine_args: Mapping[str, Any], devices_on_node: int) -> dict[str, Any]:
-    """Arguments that vLLM's CPU backend needs and does not choose by itself; the config's own win.
+    """Returns `engine_args` with the defaults that vLLM's CPU backend needs and does not choose by itself.
 
-    Chunked prefill is off: together with a request seed it kills the engine (vllm 0.32, `get_offset` of a CPU
-    generator in gpu_model_runner). To be removed when that call is gone. KV cache: vLLM would give each engine 90% of
-    the node's memory. A model in float32 stays so: vLLM would make it bfloat16.
+    Chunked prefill is off: combined with a request seed it crashes the engine (vllm 0.32, `get_offset` of a CPU
+    generator in gpu_model_runner). Remove once that call is gone. KV cache: vLLM would give each engine 90% of the
+    node's memory. float32 models stay float32: vLLM would convert them to bfloat16.
     """
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     defaults: dict[str, Any] = {
@@ -110,28 +110,28 @@ def cpu_defaults(model: str, engine_args: Mapping[str, Any], devices_on_node: in
 
 
 def keep_log_handlers(files: MemoryDirectory) -> None:
-    """Has vLLM set up its logging without closing the handlers that this process has.
+    """Makes vLLM configure its logging without closing this process's handlers.
 
-    vLLM's own configuration closes them all, Serve's among them; a controller that is replaced then asks the replica
-    for its log file, gets an AttributeError, and kills it (vllm 0.32, ray 2.60; not needed when vLLM's is incremental).
+    vLLM's own configuration closes them all, including Serve's. A restarted controller then asks the replica for its
+    log file, gets an AttributeError, and kills the replica (vllm 0.32, ray 2.60). Remove once vLLM's configuration is
+    incremental.
     """
     level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     given = os.environ.get("VLLM_LOGGING_CONFIG_PATH", PREFIX)
-    if PREFIX in given:  # nobody's, or an earlier engine's
+    if PREFIX in given:  # unset, or set by an earlier engine
         config = {"version": 1, "incremental": True, "loggers": {"vllm": {"level": level}}}
-        # vLLM's own processes read it too.
+        # vLLM's child processes read it too.
         os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(files.write("logging.json", json.dumps(config)))
 
 
 FIRST_TOKEN_PERIOD_S = 0.01
-"""How often a sample whose time is over, and that has no token yet, is looked at."""
+"""Polling period for the first token of a sample that has timed out."""
 
 
 class AdapterSlots:
-    """Holds back groups of more adapters than may run at the same time, first come, first served.
+    """Limits how many adapters run at the same time; the groups of others wait, first come, first served.
 
-    On CPU vLLM has one slot more than it may fill (`WorkerExtension.keep_last_slot_empty`), and its scheduler does not
-    know.
+    On CPU vLLM has a slot that must stay empty (`WorkerExtension.keep_last_slot_empty`); its scheduler would fill it.
     """
 
     def __init__(self, slots: int) -> None:
@@ -141,7 +141,7 @@ class AdapterSlots:
 
     @contextlib.asynccontextmanager
     async def holding(self, adapter: AdapterVersion | None) -> AsyncGenerator[None, None]:
-        """Waits for a slot. The base model needs none."""
+        """Waits for a slot and holds it. The base model needs none."""
         if adapter is None:
             yield
             return
@@ -154,7 +154,7 @@ class AdapterSlots:
         finally:
             if turn.done() and not turn.cancelled():
                 self._running[adapter.id] -= 1
-                self._running += Counter()  # forgets those that nothing runs of
+                self._running += Counter()  # drops adapters that no group uses
             self._admit()
 
     def _admit(self) -> None:
@@ -169,7 +169,7 @@ class AdapterSlots:
 
 
 class VLLMEngine:
-    """One AsyncLLM. See `Engine` for what is guaranteed."""
+    """Runs groups on one AsyncLLM. See `Engine` for the guarantees."""
 
     info: EngineInfo
 
@@ -190,7 +190,7 @@ class VLLMEngine:
         """
         Args:
             model: directory of the model.
-            executor: mp (one node) or ray (a placement group over several).
+            executor: mp (one node) or ray (a placement group across several nodes).
             cpus: on CPU, the cores of each of the tp_size * pp_size workers.
             devices_on_node: on CPU, devices of all engines that share the node's memory.
         """
@@ -207,14 +207,14 @@ class VLLMEngine:
         self._request_ids = itertools.count()
         self._files: MemoryDirectory | None = None
         self._lora_requests: dict[int, Any] = {}
-        """vLLM's name of each adapter version, by its id."""
+        """LoRARequest of each adapter version, by version id."""
         self._label = INITIAL_LABEL
-        """Of the weights that it holds."""
+        """Label of the loaded weights."""
         self._slots: AdapterSlots | None = None
         self._resumable: dict[Attempt, str] = {}
-        """vLLM's request ids of the groups that run and may be resumed."""
+        """vLLM's request ids of running groups that may be resumed."""
         self._ended_tokens = 0
-        """Tokens of the samples that have ended."""
+        """Number of tokens of finished samples."""
 
     async def start(self) -> None:
         check_engine_args(self._given_args)
@@ -222,7 +222,7 @@ class VLLMEngine:
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, cores)) for cores in self._cpus)
         self._files = MemoryDirectory()
         keep_log_handlers(self._files)
-        # Workers are processes of their own: forked ones would inherit this process's threads and event loop.
+        # Forked workers would inherit this process's threads and event loop.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         await asyncio.to_thread(self._start)
         config = self._llm.vllm_config
@@ -269,7 +269,7 @@ class VLLMEngine:
                 pipeline_parallel_size=self._pp_size,
                 distributed_executor_backend=self._executor,
                 trust_remote_code=self._trust_remote_code,
-                # Engines of one seed would repeat each other's samples where a request has none.
+                # With equal seeds, engines would repeat each other's samples for requests without a seed.
                 seed=int.from_bytes(os.urandom(4), "big") >> 1,
                 **args,
             )
@@ -278,15 +278,15 @@ class VLLMEngine:
             raise EngineArgsError(f"vLLM refuses engine_args {self._given_args}: {error}") from error
         if self._device == "cuda" and config.lora_config and str(config.model_config.dtype) == "torch.float32":
             raise EngineArgsError(
-                "engine_args.enable_lora with dtype float32: on a GPU vLLM's LoRA kernels take float16 and bfloat16 "
-                "only. Set engine_args.dtype: bfloat16, or leave one of the two out."
+                "engine_args.enable_lora with dtype float32: on a GPU vLLM's LoRA kernels support float16 and bfloat16 "
+                "only. Set engine_args.dtype: bfloat16, or remove enable_lora."
             )
         scheduler = config.scheduler_config
         if self._device == "cpu" and scheduler.max_num_batched_tokens < config.model_config.max_model_len:
             raise EngineArgsError(
                 f"engine_args.max_num_batched_tokens={scheduler.max_num_batched_tokens} is below "
-                f"max_model_len={config.model_config.max_model_len}: on CPU a prompt is prefilled whole. "
-                "Raise the one or lower the other."
+                f"max_model_len={config.model_config.max_model_len}: on CPU a prompt is prefilled in one "
+                "batch. Raise max_num_batched_tokens or lower max_model_len."
             )
         try:
             self._llm = AsyncLLM.from_vllm_config(
@@ -296,7 +296,7 @@ class VLLMEngine:
             raise EngineStartError(f"{self._name}: vLLM did not start on {self._model!r}: {error}") from error
 
     async def _outputs(self, group: Group, *, as_they_come: bool) -> AsyncGenerator[Any, None]:
-        """vLLM's outputs of a group: the last one, whole, or one a step with what is new.
+        """Yields vLLM's outputs of a group: the complete one at the end, or the new tokens of each step.
 
         Raises:
             AdapterError, SamplingParamsError, EngineDeadError, EngineError
@@ -305,7 +305,7 @@ class VLLMEngine:
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
 
-        # The parts of a split group, and its later attempts, share its id; vLLM's request ids must differ.
+        # The parts and later attempts of a group share its id; vLLM's request ids must be unique.
         request_id = f"{group.id}-{next(self._request_ids)}"
         lora_request = None if group.adapter is None else self._lora_requests.get(group.adapter.id)
         if group.adapter is not None and lora_request is None:
@@ -332,7 +332,7 @@ class VLLMEngine:
 
     @contextlib.asynccontextmanager
     async def _limited(self, request_id: str, limit_s: float | None) -> AsyncGenerator[None, None]:
-        """Has a request end where it is, as if vLLM had aborted it, if it runs for longer."""
+        """Aborts the request in vLLM after `limit_s`; it ends with the tokens that it has."""
         if limit_s is None:
             yield
             return
@@ -344,9 +344,9 @@ class VLLMEngine:
 
     async def _abort_after(self, request_id: str, limit_s: float) -> None:
         await asyncio.sleep(limit_s)
-        while not self._has_tokens(request_id):  # noqa: ASYNC110  # vLLM has no event for it; a sample has one at least
+        while not self._has_tokens(request_id):  # noqa: ASYNC110  # vLLM has no event for it; a sample has at least one
             await asyncio.sleep(FIRST_TOKEN_PERIOD_S)
-        with contextlib.suppress(Exception):  # of an engine that died meanwhile
+        with contextlib.suppress(Exception):  # the engine may have died
             await self._llm.abort(request_id)
 
     def _has_tokens(self, request_id: str) -> bool:
@@ -355,10 +355,10 @@ class VLLMEngine:
         return all(state is None or state.detokenizer.num_output_tokens() for state in states)
 
     def _death(self) -> EngineDeadError:
-        """What ended vLLM's process: itself, or somebody else."""
+        """Returns the error for a dead engine process, which crashed or was killed from outside."""
         manager = self._llm.engine_core.resources.engine_manager
         codes = [process.exitcode for process in getattr(manager, "processes", [])]
-        # None: it has said that it failed, and is still on its way out.
+        # None: the process has reported its failure and is still exiting.
         by_itself = any(code not in (0, -signal.SIGKILL, -signal.SIGTERM) for code in codes)
         kind = EngineCrashedError if by_itself else EngineDeadError
         how = f", exit code {', '.join(map(str, codes))}" if by_itself else ""
@@ -370,9 +370,9 @@ class VLLMEngine:
         return self._ended_tokens + running
 
     def partial_output(self, group: Group, offset: int) -> PartialSample | None:
-        # To stream the tokens instead would cost an output a token, where one at the end is enough.
+        # Streaming the tokens instead would cost one output per token rather than one at the end.
         processor, k = self._llm.output_processor, group.params.logprobs
-        internal = processor.external_req_ids.get(self._resumable.get(group.attempt))  # one: the group is one sample
+        internal = processor.external_req_ids.get(self._resumable.get(group.attempt))  # one id: one sample
         state = processor.request_states.get(internal[0]) if internal else None
         if state is None or state.detokenizer.num_output_tokens() <= offset:
             return None
@@ -392,10 +392,10 @@ class VLLMEngine:
     async def sample_group(self, group: Group) -> SampleColumns:
         params = group.params
         output = await self._last_output(group)
-        while _was_not_begun(output, group):  # a pause ended it
+        while _was_not_begun(output, group):  # aborted by a pause
             output = await self._last_output(group)
         samples = await asyncio.gather(*(self._begun(group, j, sample) for j, sample in enumerate(output.outputs)))
-        if params.greedy:  # vLLM refuses n greedy samples of a prompt; they are n times the same
+        if params.greedy:  # vLLM refuses n > 1 when greedy; all n samples are the same
             samples = samples * group.count
         reasons: list[StopReason] = [sample.finish_reason for sample in samples]
         if unfinished := set(reasons) - {"stop", "length", "abort"}:
@@ -420,7 +420,7 @@ class VLLMEngine:
                 weight_versions,
             )
         tokens = [np.asarray(sample.token_ids, np.int32) for sample in samples]
-        # vLLM's own text lacks the end-of-sequence token, so the text is made here, and cut as vLLM cuts its own.
+        # vLLM's own text lacks the end-of-sequence token, so it is decoded here and cut at stop strings as vLLM does.
         decoded = self._tokenizer.batch_decode(tokens, skip_special_tokens=False)
         for j, sample in enumerate(samples):
             if isinstance(sample.stop_reason, str):  # the stop string; a stop token is an int
@@ -431,7 +431,7 @@ class VLLMEngine:
         )
 
     async def _last_output(self, group: Group) -> Any:
-        """vLLM's output of a group, whole."""
+        """Returns vLLM's complete output of a group."""
         output: Any = None
         async with contextlib.aclosing(self._outputs(group, as_they_come=False)) as outputs:
             async for latest in outputs:
@@ -439,20 +439,20 @@ class VLLMEngine:
         return output
 
     async def _begun(self, group: Group, j: int, sample: Any) -> Any:
-        """The j-th sample of a group; sampled anew where a pause ended it before its first token."""
+        """Returns the j-th sample of a group, resampled if a pause aborted it before its first token."""
         while sample.finish_reason == "abort" and not sample.token_ids:
             alone = replace(group, first_sample=group.first_sample + j, count=1, seed=group.seed_of(j))
             sample = (await self._last_output(alone)).outputs[0]
         return sample
 
     def _spans(self, sample: Any) -> Spans:
-        """Which weights sampled what; a sample without tokens has those that are there."""
+        """Returns the weights versions of a sample's tokens; the loaded version for a sample without tokens."""
         spans = tuple((span.version, span.start) for span in sample.weight_versions or ())
         return spans or ((self._label, 0),)
 
     async def stream_tokens(self, group: Group) -> AsyncGenerator[TokenDelta, None]:
         started = over = False
-        while not over:  # a pause may have ended it before it began
+        while not over:  # a pause may abort it before its first token
             async with contextlib.aclosing(self._outputs(group, as_they_come=True)) as outputs:
                 async for output in outputs:
                     sample = output.outputs[0]
@@ -468,7 +468,7 @@ class VLLMEngine:
                             stop_reason=sample.finish_reason,
                             by_stop_string=isinstance(sample.stop_reason, str),
                         )
-                    elif over:  # the token that vLLM samples nevertheless
+                    elif over:  # without the one token that vLLM samples anyway
                         yield TokenDelta(tokens=[], stop_reason="length")
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -482,13 +482,13 @@ class VLLMEngine:
         params = group.params
         return VLLMSamplingParams(
             n=1 if params.greedy else group.count,
-            # vLLM always samples one token; for a score it is thrown away.
+            # vLLM samples at least one token; a score discards it.
             max_tokens=max(1, most_new_tokens(self.info, group)),
             temperature=params.temperature,
             top_k=max(0, params.top_k),
             top_p=params.top_p,
             repetition_penalty=params.repetition_penalty,
-            # Child j of a request gets seed + j, as Group.seed_of.
+            # vLLM gives child j of a request seed + j, as Group.seed_of does.
             seed=group.seed,
             stop=list(params.stop_strings),
             stop_token_ids=list(params.stop_token_ids),
@@ -499,7 +499,7 @@ class VLLMEngine:
             detokenize=bool(params.stop_strings),
             skip_special_tokens=False,
             output_kind=RequestOutputKind.DELTA if as_they_come else RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,  # nobody else has it; a deep copy is a third of what a sample costs this process
+            skip_clone=True,  # not shared; a deep copy is a third of a sample's cost in this process
         )
 
     async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
@@ -509,9 +509,9 @@ class VLLMEngine:
         assert self._files is not None
         try:
             path = await asyncio.to_thread(self._files.put, version, files)
-            # The prefix cache and the worker tell adapters apart by name, path and id: each version has its own.
+            # The prefix cache and the worker tell adapters apart by name, path and id, so each version gets its own.
             request = LoRARequest(f"{version.label}#{version.id}", version.id, str(path))
-            # One call: between two, another adapter may push this one out of the worker's memory.
+            # One call, since between two another adapter could evict this one from the worker's memory.
             left_out = await self._llm.collective_rpc(
                 "add_adapter", args=(request.lora_name, request.lora_int_id, request.lora_path)
             )
@@ -526,7 +526,7 @@ class VLLMEngine:
                 size_bytes = len(files.config) + len(files.weights)
                 raise AdapterError(
                     f"adapter {version.name!r} of {size_bytes} bytes cannot be written to {self._files.root}: {error}. "
-                    "Make room there: with docker, --shm-size."
+                    "Free space there; with docker, raise --shm-size."
                 ) from error
             if isinstance(error, Exception) and not isinstance(error, AdapterError):
                 raise AdapterError(f"vLLM refuses adapter {version.name!r}: {error}") from error
@@ -541,7 +541,7 @@ class VLLMEngine:
 
     async def pause(self, mode: PauseMode) -> None:
         with self._dead_engines():
-            # The caches are as good as before, unless other weights come.
+            # The caches stay valid until the weights change.
             await self._llm.pause_generation(mode=mode, clear_cache=False)
 
     async def resume(self) -> None:
@@ -554,20 +554,20 @@ class VLLMEngine:
             begun = False
             async for bucket in buckets:
                 with self._files.holding(bucket) as path:
-                    if not begun:  # the model is whole until the first bucket is there
+                    if not begun:  # the old weights stay complete until the first bucket
                         await self._llm.collective_rpc("begin_weights")
                         begun = True
                     await self._llm.collective_rpc("load_weights", args=(str(path),))
             checksums = await self._llm.collective_rpc("finish_weights")
-            # Running samples compute anew what they had computed with the old weights.
+            # Running samples recompute the keys and values of the old weights.
             await self._llm.reset_prefix_cache(reset_running_requests=True)
             await self._llm.update_weight_version(label)
         except TwinkleServeError:
             raise
         except OSError as error:
             raise EngineError(
-                f"{self._name}: weights cannot be written to {self._files.root}: {error}. Make room there: with "
-                "docker, --shm-size."
+                f"{self._name}: weights cannot be written to {self._files.root}: {error}. Free space there; with "
+                "docker, raise --shm-size."
             ) from error
         except Exception as error:
             if self._llm.errored:
@@ -578,7 +578,7 @@ class VLLMEngine:
 
     @contextlib.contextmanager
     def _dead_engines(self) -> Iterator[None]:
-        """vLLM's error of a dead engine as ours."""
+        """Translates vLLM's error for a dead engine to ours."""
         from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
 
         try:
@@ -592,14 +592,14 @@ class VLLMEngine:
 
     async def sleep(self, level: int) -> None:
         if self._device == "cpu":
-            raise UnsupportedError(f"{self._name} runs on cpu, where sleep frees nothing. Leave it out.")
+            raise UnsupportedError(f"{self._name} runs on cpu, where sleep frees nothing. Remove the call.")
         if not self._llm.vllm_config.model_config.enable_sleep_mode:
             raise UnsupportedError("sleep needs engine_args.enable_sleep_mode: true. Start the service with it.")
         await self._llm.sleep(level)
 
     async def wake_up(self, tags: Sequence[str] | None) -> None:
         if self._device == "cpu":
-            raise UnsupportedError(f"{self._name} runs on cpu, where nothing sleeps. Leave wake_up out.")
+            raise UnsupportedError(f"{self._name} runs on cpu and never sleeps. Remove the call of wake_up.")
         await self._llm.wake_up(None if tags is None else list(tags))
 
     async def check_health(self) -> None:
@@ -611,7 +611,7 @@ class VLLMEngine:
         if llm is not None:
             try:
                 await asyncio.to_thread(llm.shutdown)
-            except RuntimeError:  # the interpreter is exiting, and starts no threads any more
+            except RuntimeError:  # the interpreter is exiting and starts no more threads
                 llm.shutdown()
         if self._files is not None:
             self._files.close()
@@ -619,7 +619,7 @@ class VLLMEngine:
 
 
 def _was_not_begun(output: Any, group: Group) -> bool:
-    """Whether an abort ended a group before anything of it was there."""
+    """Whether a group was aborted before it had any results."""
     if all(sample.finish_reason != "abort" for sample in output.outputs):
         return False
     if group.params.prompt_logprobs is not None and output.prompt_logprobs is None:
@@ -628,7 +628,7 @@ def _was_not_begun(output: Any, group: Group) -> bool:
 
 
 def _sample_logprobs(flat: Sequence[Any], k: int | None) -> tuple[FloatArray | None, NDArray[np.int32] | None]:
-    """vLLM's FlatLogprobs of each sample as columns: [T, 1 + k], the sampled token first."""
+    """Converts each sample's FlatLogprobs to columns. Shape [T, 1 + k], the sampled token first."""
     if k is None:
         return None, None
     logprobs = np.concatenate([np.asarray(part.logprobs, np.float32) for part in flat]).reshape(-1, 1 + k)
@@ -638,7 +638,7 @@ def _sample_logprobs(flat: Sequence[Any], k: int | None) -> tuple[FloatArray | N
 
 
 def _prompt_scores(flat: Any, prompt_ids: NDArray[np.int32], k: int) -> PromptScores:
-    """vLLM's FlatLogprobs of a prompt, nothing at position 0, then the prompt's token and the k likeliest."""
+    """Converts a prompt's FlatLogprobs: none for position 0, then the prompt token and the top k per position."""
     logprobs = np.asarray(flat.logprobs, np.float32).reshape(-1, 1 + k)
     tokens = np.asarray(flat.token_ids, np.int32).reshape(-1, 1 + k)
     assert len(tokens) == len(prompt_ids) - 1, (tokens.shape, len(prompt_ids))
