@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from twinkle_serve.data_format.samples import StopReason
+import numpy as np
+from numpy.typing import NDArray
+
+from twinkle_serve.data_format.groups import Group
+from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.engines.base import stop_cut
+from twinkle_serve.engines.base import columns_of_group, stop_cut
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 
@@ -152,3 +159,33 @@ class RowStopper:
                 row.decoded = text[:end]
                 return "stop"
         return "length" if len(row.tokens) >= row.most_tokens else None
+
+
+def group_columns(
+    group: Group, engine: str, rows: Sequence[Row], scores: PromptScores | None, tokenizer: PreTrainedTokenizerBase
+) -> SampleColumns:
+    """Converts the rows of a group, once they are done."""
+    import torch
+
+    params = group.params
+    logprobs: FloatArray | None = None
+    logprob_tokens: NDArray[np.int32] | None = None
+    if params.logprobs is not None:
+        width = 1 + params.logprobs
+        parts = [part for row in rows for part in row.logprobs]
+        logprobs = torch.stack(parts).numpy() if parts else np.empty((0, width), np.float32)
+        if width > 1:
+            ids = [part for row in rows for part in row.logprob_tokens]
+            logprob_tokens = torch.stack(ids).numpy().astype(np.int32) if ids else np.empty((0, width), np.int32)
+    texts = tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=False)
+    return columns_of_group(
+        group,
+        engine,
+        [row.tokens for row in rows],
+        [text if row.decoded is None else row.decoded for row, text in zip(rows, texts, strict=True)],
+        [row.stop_reason or "length" for row in rows],
+        logprobs,
+        logprob_tokens,
+        scores,
+        [tuple(row.weight_versions) for row in rows],
+    )
