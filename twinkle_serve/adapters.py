@@ -33,9 +33,9 @@ def read_adapter(path: str | Path) -> AdapterFiles:
         raise AdapterError(f"adapter {str(path)!r}: no directory at {directory.absolute()}. Check the path.")
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
-            there = sorted(item.name for item in directory.iterdir())[:8]
+            names = sorted(item.name for item in directory.iterdir())[:8]
             raise AdapterError(
-                f"adapter {str(path)!r}: {directory.absolute()} has no {name}, it has {', '.join(there) or 'nothing'}. "
+                f"adapter {str(path)!r}: {directory.absolute()} has no {name}, it has {', '.join(names) or 'nothing'}. "
                 "Save the adapter with peft's save_pretrained, as safetensors."
             )
     return AdapterFiles(config=(directory / CONFIG).read_bytes(), weights=(directory / WEIGHTS).read_bytes())
@@ -181,7 +181,7 @@ def describe_adapter(files: AdapterFiles) -> AdapterDescription:
 def _check_pairs(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> int:
     """Checks that each module has both halves, of a rank that the config names. Returns the largest rank."""
     ranks = []
-    named = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
+    config_ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
     for module in sorted({name.split(".lora_")[0] for name in shapes}):
         halves = [shapes.get(f"{module}.lora_{half}.weight") for half in "AB"]
         if halves[0] is None or halves[1] is None:
@@ -191,7 +191,7 @@ def _check_pairs(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any
             raise AdapterError(
                 f"{WEIGHTS}: {module} has lora_A of rank {halves[0][0]} and lora_B of rank {halves[1][1]}."
             )
-        if halves[0][0] not in named:
+        if halves[0][0] not in config_ranks:
             # The scale of an adapter is alpha / rank, with the config's rank.
             raise AdapterError(f"{module} has rank {halves[0][0]}, {CONFIG} says r={config.get('r')}. They must agree.")
         ranks.append(halves[0][0])
@@ -228,18 +228,18 @@ def check_shapes(adapter: AdapterDescription, weights: Mapping[str, tuple[int, .
         shape = weights.get(f"{module}.weight")
         if shape is None or len(shape) != 2:
             continue
-        have = adapter.shapes[f"{module}.lora_B.weight"][0], adapter.shapes[f"{module}.lora_A.weight"][1]
-        if have != shape:
+        adapter_shape = adapter.shapes[f"{module}.lora_B.weight"][0], adapter.shapes[f"{module}.lora_A.weight"][1]
+        if adapter_shape != shape:
             raise AdapterError(
                 f"the adapter belongs to another model: {module} is {shape[0]} x {shape[1]} here, in the adapter "
-                f"{have[0]} x {have[1]}. Use the model that it was trained on."
+                f"{adapter_shape[0]} x {adapter_shape[1]}. Use the model that it was trained on."
             )
 
 
 def not_in_model(modules: set[str]) -> AdapterError:
     """Returns the error for an adapter's modules that the model lacks."""
-    some = ", ".join(sorted(modules)[:3])
+    examples = ", ".join(sorted(modules)[:3])
     return AdapterError(
-        f"{len(modules)} modules of the adapter are not in the model, such as {some}, and would be ignored. "
+        f"{len(modules)} modules of the adapter are not in the model, such as {examples}, and would be ignored. "
         "Use the model that it was trained on, and only modules for which the engine supports LoRA."
     )

@@ -88,24 +88,24 @@ def buckets(
         if name in names:
             raise WeightsError(f"weight {name!r} comes twice.")
         names.add(name)
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        whole = torch.as_tensor(whole).detach()
-        if not allow_nonfinite and (bad := _nonfinite(whole)):
+        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        full = torch.as_tensor(full).detach()
+        if not allow_nonfinite and (bad := _count_nonfinite(full)):
             raise WeightsError(
-                f"weight {name!r} has {bad} values of {whole.numel()} that are not finite. "
+                f"weight {name!r} has {bad} values of {full.numel()} that are not finite. "
                 "Pass allow_nonfinite=True if that is intended."
             )
-        nbytes = whole.numel() * whole.element_size()
+        nbytes = full.numel() * full.element_size()
         if pending and size + nbytes > bucket_bytes:
-            yield _packed(pending)
+            yield _pack(pending)
             pending, size = {}, 0
-        pending[name] = whole.cpu().contiguous()
+        pending[name] = full.cpu().contiguous()
         size += nbytes
     if pending:
-        yield _packed(pending)
+        yield _pack(pending)
 
 
-def _nonfinite(tensor: Any) -> int:
+def _count_nonfinite(tensor: Any) -> int:
     """Counts the values that are NaN or infinite."""
     import torch
 
@@ -116,7 +116,7 @@ def _nonfinite(tensor: Any) -> int:
     return 0 if bool(torch.isfinite(tensor).all()) else int((~torch.isfinite(tensor)).sum())
 
 
-def _packed(tensors: dict[str, Any]) -> Bucket:
+def _pack(tensors: dict[str, Any]) -> Bucket:
     from safetensors.torch import save
 
     # safetensors refuses tensors that share memory with each other.

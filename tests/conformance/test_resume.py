@@ -30,10 +30,12 @@ async def test_engine_resumes_a_sample(engine: EngineHarness, prompts: Prompts) 
     task.cancel()
     await asyncio.wait({task})
     assert engine.engine.partial_output(group, 0) is None, "it is not running any more"
-    begun = PartialSample.concat(parts)
-    again = replace(group, attempts=1, partial=begun)
+    beginning = PartialSample.concat(parts)
+    again = replace(group, attempts=1, partial=beginning)
     columns = await engine.host._sample_group(again)
-    assert columns.lengths.tolist() == [TOKENS] and columns.tokens[: len(begun)].tolist() == begun.tokens.tolist()
+    assert (
+        columns.lengths.tolist() == [TOKENS] and columns.tokens[: len(beginning)].tolist() == beginning.tokens.tolist()
+    )
     assert columns.logprobs is not None and columns.logprobs.shape == (TOKENS, 3)
     assert columns.logprob_tokens is not None and (columns.logprob_tokens[:, 0] == columns.tokens).all()
     assert columns.weight_versions == [(("initial", 0),)]

@@ -52,9 +52,9 @@ def name() -> str:
 @pytest.fixture(scope="module")
 def reference() -> Iterator[RunningSampler]:
     """The torch engine in this process."""
-    made = make_sampler("torch")
-    yield made
-    made.shutdown()
+    sampler = make_sampler("torch")
+    yield sampler
+    sampler.shutdown()
 
 
 async def until_running(sampler: RunningSampler) -> None:

@@ -202,7 +202,9 @@ async def test_samples_without_tokens_survive_an_abort(
     assert labels[0] == {INITIAL_LABEL}
     assert {"one"} in labels, "every group had begun: the test shows nothing"
     assert all(part.lengths.min() > 0 for part in columns)
-    assert all((part.lengths == 40).all() for part, found in zip(columns, labels, strict=True) if found == {"one"})
+    assert all(
+        (part.lengths == 40).all() for part, sampled_by in zip(columns, labels, strict=True) if sampled_by == {"one"}
+    )
 
 
 async def test_cancelled_pause_has_no_effect(engine: EngineHarness, prompts: list[np.ndarray[Any, Any]]) -> None:

@@ -78,13 +78,13 @@ class FakeEngine:
         self._label = INITIAL_LABEL
         self._sampling = 0
         """Number of running groups."""
-        self._idle, self._resumed, self._unheld = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._idle, self._resumed, self._not_held = asyncio.Event(), asyncio.Event(), asyncio.Event()
         """Set while nothing runs; while new groups may start; while running groups may continue."""
-        for event in (self._idle, self._resumed, self._unheld):
+        for event in (self._idle, self._resumed, self._not_held):
             event.set()
         self._aborting = False
         self._progress = 0
-        self._drafts: dict[Attempt, _Sample] = {}
+        self._resumable: dict[Attempt, _Sample] = {}
         """Running samples of one-sample groups that may be resumed."""
 
     async def start(self) -> None:
@@ -122,19 +122,19 @@ class FakeEngine:
 
     async def sample_group(self, group: Group) -> SampleColumns:
         params = group.params
-        samples = [self._draft(group, j) for j in range(group.count)]
+        samples = [self._new_sample(group, j) for j in range(group.count)]
         async with self._running():
             scores = None
             if params.prompt_logprobs is not None:
                 self._progress += 1
                 scores = _score(group.prompt_ids, params.prompt_logprobs, self._logits_of(group.adapter))
             if group.resume:
-                self._drafts[group.attempt] = samples[0]
+                self._resumable[group.attempt] = samples[0]
             try:
                 async for _ in self._steps(group, samples):
                     pass
             finally:
-                self._drafts.pop(group.attempt, None)
+                self._resumable.pop(group.attempt, None)
         k = params.logprobs
         return columns_of_group(
             group,
@@ -149,7 +149,7 @@ class FakeEngine:
         )
 
     def partial_output(self, group: Group, offset: int) -> PartialSample | None:
-        sample = self._drafts.get(group.attempt)
+        sample = self._resumable.get(group.attempt)
         if sample is None or sample.reason is not None or len(sample.tokens) <= offset:
             return None
         k = group.params.logprobs
@@ -161,13 +161,13 @@ class FakeEngine:
         )
 
     async def stream_tokens(self, group: Group) -> AsyncGenerator[TokenDelta, None]:
-        sample = self._draft(group, 0)
+        sample = self._new_sample(group, 0)
         async with self._running():
             async for _ in self._steps(group, [sample]):
                 yield TokenDelta(
                     tokens=sample.tokens[-1:],
                     stop_reason=sample.reason,
-                    by_stop_string=sample.reason == "stop" and sample.cut is not None,
+                    by_stop_string=sample.reason == "stop" and sample.cut_text is not None,
                 )
             if not sample.tokens:
                 yield TokenDelta(tokens=[], stop_reason="length")
@@ -190,20 +190,20 @@ class FakeEngine:
         """Advances all samples in parallel, by one token per step."""
         clock = asyncio.get_running_loop().time
         end = math.inf if group.sample_timeout_s is None else clock() + group.sample_timeout_s
-        while unfinished := [sample for sample in samples if sample.reason is None and sample.most_tokens]:
+        while unfinished := [sample for sample in samples if sample.reason is None and sample.max_tokens]:
             await asyncio.sleep(self._args.token_latency_s)
-            await self._unheld.wait()
+            await self._not_held.wait()
             table = self._logits_of(group.adapter)
             for sample in unfinished:
                 sample.step(table, self._label, aborted=self._aborting or clock() >= end)
             self._progress += len(unfinished)
             yield
 
-    def _draft(self, group: Group, j: int) -> _Sample:
+    def _new_sample(self, group: Group, j: int) -> _Sample:
         return _Sample(
             prompt_ids=group.prompt_ids,
             params=group.params,
-            most_tokens=most_new_tokens(self.info, group),
+            max_tokens=most_new_tokens(self.info, group),
             rng=np.random.default_rng(group.seed_of(j)),
             state=zlib.crc32(group.prompt_ids.astype(np.int32).tobytes()),
             eos=self._eos,
@@ -215,8 +215,8 @@ class FakeEngine:
 
     async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
         adapter = describe_adapter(files)
-        if left_out := {module for module in adapter.modules if f"{module}.weight" not in self._weights}:
-            raise not_in_model(left_out)
+        if missing := {module for module in adapter.modules if f"{module}.weight" not in self._weights}:
+            raise not_in_model(missing)
         rng = np.random.default_rng(adapter.checksum)
         self._adapters[version.id] = rng.normal(0.0, 1.0, self._logits.shape).astype(np.float32)
 
@@ -226,9 +226,9 @@ class FakeEngine:
     async def pause(self, mode: PauseMode) -> None:
         self._resumed.clear()
         if mode == "keep":
-            self._unheld.clear()
+            self._not_held.clear()
             return
-        self._unheld.set()
+        self._not_held.set()
         self._aborting = mode == "abort"
         try:
             await self._idle.wait()
@@ -236,7 +236,7 @@ class FakeEngine:
             self._aborting = False
 
     async def resume(self) -> None:
-        self._unheld.set()
+        self._not_held.set()
         self._resumed.set()
 
     async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
@@ -281,7 +281,7 @@ class _Sample:
 
     prompt_ids: NDArray[np.int32]
     params: SamplingParams
-    most_tokens: int
+    max_tokens: int
     rng: np.random.Generator
     state: int
     """Hash of the prompt and all tokens so far."""
@@ -292,7 +292,7 @@ class _Sample:
     top_tokens: list[NDArray[np.int64]] = field(default_factory=list)
     weight_versions: list[tuple[str, int]] = field(default_factory=list)
     reason: StopReason | None = None
-    cut: str | None = None
+    cut_text: str | None = None
     """The text, if a stop string cut it."""
 
     def step(self, table: FloatArray, label: str, *, aborted: bool) -> None:
@@ -304,22 +304,22 @@ class _Sample:
         token = _draw(raw, params, self.prompt_ids, self.tokens, self.rng)
         self.state = zlib.crc32(np.int32(token).tobytes(), self.state)
         self.tokens.append(token)
-        likely = _log_softmax(raw)
-        top = np.argsort(-likely, kind="stable")[:k]
-        self.logprobs.append(np.concatenate([likely[token : token + 1], likely[top]]))
+        logprobs = _log_softmax(raw)
+        top = np.argsort(-logprobs, kind="stable")[:k]
+        self.logprobs.append(np.concatenate([logprobs[token : token + 1], logprobs[top]]))
         self.top_tokens.append(np.concatenate([[token], top]))
         if token in params.stop_token_ids or (token == self.eos and not params.ignore_eos):
             self.reason = "stop"
         elif params.stop_strings and (end := stop_cut(self.decode(self.tokens), params.stop_strings)) is not None:
-            self.reason, self.cut = "stop", self.decode(self.tokens)[:end]
-        elif len(self.tokens) >= self.most_tokens:
+            self.reason, self.cut_text = "stop", self.decode(self.tokens)[:end]
+        elif len(self.tokens) >= self.max_tokens:
             self.reason = "length"
         elif aborted:
             self.reason = "abort"
 
     @property
     def text(self) -> str:
-        return self.decode(self.tokens) if self.cut is None else self.cut
+        return self.decode(self.tokens) if self.cut_text is None else self.cut_text
 
     @property
     def logprob_array(self) -> FloatArray:
@@ -338,9 +338,9 @@ def _score(prompt_ids: NDArray[np.int32], k: int, table: FloatArray) -> PromptSc
     tokens = [np.full(k, -1, np.int32)]
     for before, token in itertools.pairwise(prompt_ids):
         state = zlib.crc32(np.int32(before).tobytes(), state)
-        likely = _log_softmax(table[state % ROWS])
-        top = np.argsort(-likely, kind="stable")[:k].astype(np.int32)
-        rows.append(np.concatenate([likely[token : token + 1], likely[top]]))
+        logprobs = _log_softmax(table[state % ROWS])
+        top = np.argsort(-logprobs, kind="stable")[:k].astype(np.int32)
+        rows.append(np.concatenate([logprobs[token : token + 1], logprobs[top]]))
         tokens.append(top)
     values = np.stack(rows)
     return PromptScores(logprobs=values[:, 0], top_tokens=np.stack(tokens), top_logprobs=values[:, 1:])

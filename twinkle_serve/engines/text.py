@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from twinkle_serve.engines.base import stop_cut
 
-UNFINISHED = "\ufffd"
+REPLACEMENT_CHARACTER = "\ufffd"
 """Written by tokenizers for bytes that are not a character, or not yet a complete one."""
 
 
@@ -22,8 +22,8 @@ class TextStream:
         self._decode = decode
         self._stops = stop_strings
         self._tokens: list[int] = []
-        self._before = self._settled = 0
-        """Decoding starts at `_before`, since text may depend on the preceding token; up to `_settled` it is final."""
+        self._decode_from = self._settled = 0
+        """Decoding starts at `_decode_from`, as text may depend on the preceding token; up to `_settled` it is final."""
         self._text = ""
         self._sent = 0
 
@@ -35,20 +35,20 @@ class TextStream:
             by_stop_string: the sample ended at a stop string; the text is cut before it.
         """
         self._tokens.extend(tokens)
-        known = self._decode(self._tokens[self._before : self._settled])
-        new = self._decode(self._tokens[self._before :])[len(known) :]
-        if last or not new.endswith(UNFINISHED):
+        known = self._decode(self._tokens[self._decode_from : self._settled])
+        new = self._decode(self._tokens[self._decode_from :])[len(known) :]
+        if last or not new.endswith(REPLACEMENT_CHARACTER):
             self._text += new
-            self._before, self._settled = self._settled, len(self._tokens)
+            self._decode_from, self._settled = self._settled, len(self._tokens)
         end = len(self._text)
         if by_stop_string and (cut := stop_cut(self._text, self._stops)) is not None:
             end = cut
         elif not last:
-            end -= self._may_become_a_stop()
+            end -= self._length_of_possible_stop()
         delta, self._sent = self._text[self._sent : end], max(self._sent, end)
         return delta
 
-    def _may_become_a_stop(self) -> int:
+    def _length_of_possible_stop(self) -> int:
         """Returns the length of the longest end of the text that is the start of a stop string."""
         longest = 0
         for stop in self._stops:

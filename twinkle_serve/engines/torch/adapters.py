@@ -39,10 +39,10 @@ class ModelAdapters:
         adapter = describe_adapter(files)
         # Modules as named by the tensors: the config's target_modules may match more or fewer.
         names = {name.replace(".base_layer", "") for name, _ in self._model.named_modules()}
-        if left_out := adapter.modules - names:
-            raise not_in_model(left_out)
-        known = {key: adapter.config[key] for key in PEFT_KEYS if adapter.config.get(key) is not None}
-        config = LoraConfig(target_modules=sorted(adapter.modules), inference_mode=True, **known)
+        if missing := adapter.modules - names:
+            raise not_in_model(missing)
+        options = {key: adapter.config[key] for key in PEFT_KEYS if adapter.config.get(key) is not None}
+        config = LoraConfig(target_modules=sorted(adapter.modules), inference_mode=True, **options)
         name = _peft_name(version)
         loaded = False
         try:

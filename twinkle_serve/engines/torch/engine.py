@@ -64,11 +64,11 @@ class TorchEngine:
         self._waiting: list[_Job] = []
         self._batch: list[_Job] = []
         self._arrived = asyncio.Event()
-        self._between_tokens: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._changes: SimpleQueue[Callable[[], None]] = SimpleQueue()
         """Changes to the model, made by its thread between two tokens."""
         self._label = INITIAL_LABEL
         """Label of the loaded weights."""
-        self._computed_is_stale = False
+        self._batch_is_stale = False
         """Whether the model's weights have changed under the running batch."""
         self._held = False
         """Whether the model's thread is paused between two tokens."""
@@ -76,14 +76,14 @@ class TorchEngine:
         """Number of steps that the model's thread has run."""
         self._aborting = False
         """Whether running samples must end with the tokens that they have."""
-        self._may_begin = asyncio.Event()
+        self._may_start = asyncio.Event()
         """Set while new batches may start."""
-        self._may_begin.set()
+        self._may_start.set()
         self._idle = asyncio.Event()
         """Set while no batch runs."""
         self._idle.set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._loop: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         try:
@@ -91,17 +91,17 @@ class TorchEngine:
         except (OSError, ValueError) as error:
             raise EngineStartError(f"{self._name}: transformers could not load {self._path!r}: {error}") from error
         self._adapters = ModelAdapters(self._model.causal_lm)
-        longest = self._model.max_positions
-        if longest is None:
+        max_positions = self._model.max_positions
+        if max_positions is None:
             raise EngineStartError(f"{self._name}: the config of {self._path!r} has no max_position_embeddings.")
-        if self._args.max_model_len is not None and self._args.max_model_len > longest:
+        if self._args.max_model_len is not None and self._args.max_model_len > max_positions:
             raise EngineArgsError(
-                f"engine_args.max_model_len={self._args.max_model_len}, the model has {longest} positions. Lower it."
+                f"engine_args.max_model_len={self._args.max_model_len}, the model has {max_positions} positions. Lower it."
             )
         self.info = EngineInfo(
             name=self._name,
             kind="torch",
-            max_model_len=self._args.max_model_len or longest,
+            max_model_len=self._args.max_model_len or max_positions,
             scores_full_context=True,
             vocab_size=self._model.vocab_size,
             max_num_seqs=self._args.max_num_seqs,
@@ -111,15 +111,15 @@ class TorchEngine:
             cpus=self._cpus,
             max_lora_rank=self._args.max_lora_rank if self._args.enable_lora else 0,
         )
-        self._events = asyncio.get_running_loop()
-        self._loop = asyncio.create_task(self._run())
+        self._event_loop = asyncio.get_running_loop()
+        self._task = asyncio.create_task(self._run())
 
     async def sample_group(self, group: Group) -> SampleColumns:
         # Cancelling this call cancels the future, which the batch sees at its next token.
         return await self._submit(group).done
 
     def _submit(self, group: Group, stream: asyncio.Queue[TokenDelta] | None = None) -> _Job:
-        if self._loop is None or self._loop.done():
+        if self._task is None or self._task.done():
             raise EngineDeadError(f"{self._name}: the torch engine is not running.")
         job = _Job(group, asyncio.get_running_loop().create_future(), stream)
         self._waiting.append(job)
@@ -156,7 +156,7 @@ class TorchEngine:
         loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
-            await self._may_begin.wait()
+            await self._may_start.wait()
             batch = self._batch = self._next_batch()
             if not batch:
                 self._arrived.clear()
@@ -205,9 +205,9 @@ class TorchEngine:
             self._adapters.activate(batch[0].group.adapter)
             rows = [[self._row(job, j) for j in range(job.group.count)] for job in batch]
             scores = [self._score(job.group) for job in batch]
-            running = [(job, row) for job, part in zip(batch, rows, strict=True) for row in part if row.most_tokens]
+            running = [(job, row) for job, part in zip(batch, rows, strict=True) for row in part if row.max_tokens]
             while running:
-                self._computed_is_stale = False
+                self._batch_is_stale = False
                 self._generate(running)
                 # The weights changed under the remaining rows: they continue from the tokens that they have.
                 running = [(job, row) for job, row in running if row.stop_reason is None]
@@ -226,19 +226,19 @@ class TorchEngine:
         else:
             generator.manual_seed(seed)
 
-        def tell(token: int, reason: StopReason | None, by_stop_string: bool) -> None:
+        def report_token(token: int, reason: StopReason | None, by_stop_string: bool) -> None:
             assert job.stream is not None
             delta = TokenDelta(tokens=[token], stop_reason=reason, by_stop_string=by_stop_string)
-            self._events.call_soon_threadsafe(job.stream.put_nowait, delta)
+            self._event_loop.call_soon_threadsafe(job.stream.put_nowait, delta)
 
         limit_s = job.group.sample_timeout_s
         end = math.inf if limit_s is None else time.monotonic() + limit_s
         return Row(
             params=job.group.params,
-            most_tokens=most_new_tokens(self.info, job.group),
+            max_tokens=most_new_tokens(self.info, job.group),
             generator=generator,
             aborted=lambda: self._aborting or job.done.done() or time.monotonic() >= end,
-            on_token=None if job.stream is None else tell,
+            on_token=None if job.stream is None else report_token,
             weight_versions=[(self._label, 0)],
         )
 
@@ -246,7 +246,7 @@ class TorchEngine:
         for _, row in running:
             row.sampled_by(self._label)
         prompts = [job.group.prompt_ids for job, _ in running]
-        self._model.generate(prompts, [row for _, row in running], self._run_between_tokens)
+        self._model.generate(prompts, [row for _, row in running], self._apply_changes)
 
     def _score(self, group: Group) -> PromptScores | None:
         if group.params.prompt_logprobs is None:
@@ -255,12 +255,12 @@ class TorchEngine:
         return self._model.score(group.prompt_ids, group.params.prompt_logprobs)
 
     async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
-        await self._to_model(lambda: self._adapters.load(version, files))
+        await self._change_model(lambda: self._adapters.load(version, files))
 
     async def drop_adapter(self, version: AdapterVersion) -> None:
-        await self._to_model(lambda: self._adapters.drop(version))
+        await self._change_model(lambda: self._adapters.drop(version))
 
-    async def _to_model(self, change: Callable[[], None]) -> None:
+    async def _change_model(self, change: Callable[[], None]) -> None:
         """Makes a change in the model's thread: between two tokens of a running batch, or at once if none runs."""
         done = asyncio.get_running_loop().create_future()
 
@@ -277,23 +277,23 @@ class TorchEngine:
                     change()
             except Exception as failure:
                 error = failure
-            self._events.call_soon_threadsafe(settle, error)
+            self._event_loop.call_soon_threadsafe(settle, error)
 
-        self._between_tokens.put(run)
-        self._thread.submit(self._run_between_tokens)
+        self._changes.put(run)
+        self._thread.submit(self._apply_changes)
         await done
 
-    def _run_between_tokens(self) -> bool:
+    def _apply_changes(self) -> bool:
         """Makes pending changes, and waits while paused. Returns whether the running batch must be recomputed."""
         self._steps += 1
-        while self._held or not self._between_tokens.empty():
-            self._between_tokens.get()()
-        return self._computed_is_stale
+        while self._held or not self._changes.empty():
+            self._changes.get()()
+        return self._batch_is_stale
 
     async def pause(self, mode: PauseMode) -> None:
-        self._may_begin.clear()
+        self._may_start.clear()
         if mode == "keep":
-            await self._to_model(functools.partial(setattr, self, "_held", True))
+            await self._change_model(functools.partial(setattr, self, "_held", True))
             return
         await self._release()
         self._aborting = mode == "abort"
@@ -304,11 +304,11 @@ class TorchEngine:
 
     async def resume(self) -> None:
         await self._release()
-        self._may_begin.set()
+        self._may_start.set()
 
     async def _release(self) -> None:
         # Even if not held: an abandoned pause may be about to hold it.
-        await self._to_model(functools.partial(setattr, self, "_held", False))
+        await self._change_model(functools.partial(setattr, self, "_held", False))
 
     async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
         import safetensors.torch
@@ -316,15 +316,15 @@ class TorchEngine:
         renamed: dict[str, Tensor] = {}
         async for bucket in buckets:
             tensors = safetensors.torch.load(bucket.tobytes())
-            await self._to_model(functools.partial(copy_weights, self._model.causal_lm, tensors, renamed))
+            await self._change_model(functools.partial(copy_weights, self._model.causal_lm, tensors, renamed))
         checksum: list[str] = []
 
         def finish() -> None:
             copy_renamed(self._model.causal_lm, renamed)
-            self._label, self._computed_is_stale = label, True
+            self._label, self._batch_is_stale = label, True
             checksum.append(weights_checksum(self._model.causal_lm))
 
-        await self._to_model(finish)
+        await self._change_model(finish)
         return checksum[0]
 
     async def reset_prefix_cache(self) -> None:
@@ -343,14 +343,14 @@ class TorchEngine:
         return self._steps
 
     async def check_health(self) -> None:
-        if self._loop is None or self._loop.done():
+        if self._task is None or self._task.done():
             raise EngineDeadError(f"{self._name}: the torch engine is not running.")
 
     async def stop(self) -> None:
-        if self._loop is not None:
-            self._loop.cancel()
+        if self._task is not None:
+            self._task.cancel()
         self._held = False
-        self._between_tokens.put(lambda: None)  # wakes a held thread
+        self._changes.put(lambda: None)  # wakes a held thread
         for job in [*self._batch, *self._waiting]:
             if not job.done.done():
                 job.done.set_exception(EngineDeadError(f"{self._name}: the torch engine was stopped."))

@@ -81,16 +81,16 @@ class TorchModel:
         ids = torch.zeros((len(rows), width), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-            so_far = torch.tensor([*prompt.tolist(), *row.tokens])
-            ids[i, width - len(so_far) :] = so_far
-            mask[i, width - len(so_far) :] = 1
+            tokens = torch.tensor([*prompt.tolist(), *row.tokens])
+            ids[i, width - len(tokens) :] = tokens
+            mask[i, width - len(tokens) :] = 1
         sampler = RowSampler(rows, mask, self._args.logprobs_mode)
         self.causal_lm.generate(
             ids.to(self._device),
             attention_mask=mask.to(self._device),
             generation_config=GenerationConfig(
                 do_sample=False,  # the sampler below leaves one token to choose
-                max_new_tokens=max(row.most_tokens - len(row.tokens) for row in rows),
+                max_new_tokens=max(row.max_tokens - len(row.tokens) for row in rows),
                 pad_token_id=0,
             ),
             logits_processor=LogitsProcessorList([sampler]),

@@ -25,7 +25,7 @@ class Row:
     """One sample in the running batch."""
 
     params: SamplingParams
-    most_tokens: int
+    max_tokens: int
     generator: Any
     """The sample's own torch.Generator."""
     aborted: Callable[[], bool]
@@ -144,8 +144,8 @@ class RowStopper:
                 row.stop_reason = "abort" if row.aborted() else self._reason(row)
                 if row.on_token is not None:
                     row.on_token(row.tokens[-1], row.stop_reason, row.decoded is not None)
-        anew = self._between_tokens()
-        done = [anew or row.stop_reason is not None for row in self._rows]
+        stale = self._between_tokens()
+        done = [stale or row.stop_reason is not None for row in self._rows]
         return torch.tensor(done, device=input_ids.device)
 
     def _reason(self, row: Row) -> StopReason | None:
@@ -158,7 +158,7 @@ class RowStopper:
             if (end := stop_cut(text, params.stop_strings)) is not None:
                 row.decoded = text[:end]
                 return "stop"
-        return "length" if len(row.tokens) >= row.most_tokens else None
+        return "length" if len(row.tokens) >= row.max_tokens else None
 
 
 def group_columns(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-OURS = {
+SET_ELSEWHERE = {
     "model": "model_id",
     "tokenizer": "model_id",
     "tensor_parallel_size": "device_mesh.tp_size",
@@ -59,8 +59,8 @@ def check_engine_args(engine_args: Mapping[str, Any]) -> None:
     """
     known = argument_names()
     for name in engine_args:
-        if name in OURS:
-            raise EngineArgsError(f"engine_args.{name} is decided by {OURS[name]}. Set that and remove this.")
+        if name in SET_ELSEWHERE:
+            raise EngineArgsError(f"engine_args.{name} is decided by {SET_ELSEWHERE[name]}. Set that and remove this.")
         if name not in known:
             close = unknown_name("vllm engine argument", name, known).split(" Known:")[0]
             raise EngineArgsError(f"{close} engine_args takes the {len(known)} arguments of vLLM's AsyncEngineArgs.")
@@ -79,8 +79,8 @@ def cpu_defaults(model: str, engine_args: Mapping[str, Any], devices_on_node: in
         "kv_cache_memory_bytes": min(4 * 2**30, memory_bytes // (4 * devices_on_node)),
         "enable_chunked_prefill": False,
     }
-    written = json.loads((Path(model) / "config.json").read_text())
-    if written.get("dtype", written.get("torch_dtype")) == "float32":
+    config = json.loads((Path(model) / "config.json").read_text())
+    if config.get("dtype", config.get("torch_dtype")) == "float32":
         defaults["dtype"] = "float32"
     return {**defaults, **engine_args}
 

@@ -19,7 +19,13 @@ from twinkle_serve.data_format.weights import INITIAL_LABEL, PauseMode
 from twinkle_serve.engines.base import TokenDelta
 from twinkle_serve.engines.vllm.args import build_config, check_engine_args, set_environment
 from twinkle_serve.engines.vllm.lora_slots import AdapterSlots
-from twinkle_serve.engines.vllm.outputs import group_columns, has_tokens, partial_sample, running_tokens, was_not_begun
+from twinkle_serve.engines.vllm.outputs import (
+    aborted_without_output,
+    group_columns,
+    has_tokens,
+    partial_sample,
+    running_tokens,
+)
 from twinkle_serve.engines.vllm.requests import sampling_params
 from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
 from twinkle_serve.errors import (
@@ -70,7 +76,7 @@ class VLLMEngine:
         """
         self._name = name
         self._model = model
-        self._given_args = dict(engine_args)
+        self._engine_args = dict(engine_args)
         self._device = device
         self._tp_size, self._pp_size = tp_size, pp_size
         self._executor = executor
@@ -87,11 +93,11 @@ class VLLMEngine:
         self._slots: AdapterSlots | None = None
         self._resumable: dict[Attempt, str] = {}
         """vLLM's request ids of running groups that may be resumed."""
-        self._ended_tokens = 0
+        self._finished_tokens = 0
         """Number of tokens of finished samples."""
 
     async def start(self) -> None:
-        check_engine_args(self._given_args)
+        check_engine_args(self._engine_args)
         self._files = MemoryDirectory()
         set_environment(self._files, self._cpus if self._device == "cpu" else ())
         await asyncio.to_thread(self._start)
@@ -124,7 +130,7 @@ class VLLMEngine:
 
         vllm_args, config = build_config(
             self._model,
-            self._given_args,
+            self._engine_args,
             device=self._device,
             tp_size=self._tp_size,
             pp_size=self._pp_size,
@@ -139,7 +145,7 @@ class VLLMEngine:
         except Exception as error:
             raise EngineStartError(f"{self._name}: vLLM did not start on {self._model!r}: {error}") from error
 
-    async def _outputs(self, group: Group, *, as_they_come: bool) -> AsyncGenerator[RequestOutput, None]:
+    async def _outputs(self, group: Group, *, streaming: bool) -> AsyncGenerator[RequestOutput, None]:
         """Yields vLLM's outputs of a group: the complete one at the end, or the new tokens of each step.
 
         Raises:
@@ -160,13 +166,13 @@ class VLLMEngine:
             slot = contextlib.nullcontext() if self._slots is None else self._slots.holding(group.adapter)
             async with slot:
                 prompt = tokens_input(group.prompt_ids.tolist())
-                params = sampling_params(self.info, group, as_they_come=as_they_come)
+                params = sampling_params(self.info, group, streaming=streaming)
                 stream = self._llm.generate(prompt, params, request_id, lora_request=lora_request)
-                async with contextlib.aclosing(stream), self._limited(request_id, group.sample_timeout_s):
+                async with contextlib.aclosing(stream), self._time_limit(request_id, group.sample_timeout_s):
                     async for output in stream:
                         yield output
         except VLLMEngineDeadError as error:
-            raise self._death() from error
+            raise self._dead_error() from error
         except (VLLMClientError, ValueError, TypeError) as error:
             raise SamplingParamsError(f"vLLM refuses the request: {error}") from error
         except Exception as error:
@@ -175,7 +181,7 @@ class VLLMEngine:
             self._resumable.pop(group.attempt, None)
 
     @contextlib.asynccontextmanager
-    async def _limited(self, request_id: str, limit_s: float | None) -> AsyncGenerator[None, None]:
+    async def _time_limit(self, request_id: str, limit_s: float | None) -> AsyncGenerator[None, None]:
         """Aborts the request in vLLM after `limit_s`; it ends with the tokens that it has."""
         if limit_s is None:
             yield
@@ -194,7 +200,7 @@ class VLLMEngine:
         with contextlib.suppress(Exception):  # the engine may have died
             await self._llm.abort(request_id)
 
-    def _death(self) -> EngineDeadError:
+    def _dead_error(self) -> EngineDeadError:
         """Returns the error for a dead engine process, which crashed or was killed from outside."""
         manager = self._llm.engine_core.resources.engine_manager
         codes = [process.exitcode for process in getattr(manager, "processes", [])]
@@ -205,7 +211,7 @@ class VLLMEngine:
         return kind(f"{self._name}: vLLM's engine process died{how}. It is being restarted.")
 
     def progress(self) -> int:
-        return self._ended_tokens + running_tokens(self._llm.output_processor)
+        return self._finished_tokens + running_tokens(self._llm.output_processor)
 
     def partial_output(self, group: Group, offset: int) -> PartialSample | None:
         request_id = self._resumable.get(group.attempt)
@@ -213,24 +219,26 @@ class VLLMEngine:
 
     async def sample_group(self, group: Group) -> SampleColumns:
         output = await self._last_output(group)
-        while was_not_begun(output, group):  # aborted by a pause
+        while aborted_without_output(output, group):  # by a pause
             output = await self._last_output(group)
-        samples = await asyncio.gather(*(self._begun(group, j, sample) for j, sample in enumerate(output.outputs)))
+        samples = await asyncio.gather(
+            *(self._resample_aborted(group, j, sample) for j, sample in enumerate(output.outputs))
+        )
         if group.params.greedy:  # vLLM refuses n > 1 when greedy; all n samples are the same
             samples = samples * group.count
         columns = group_columns(group, self._name, self._label, output, samples, self._tokenizer)
-        self._ended_tokens += sum(len(sample.token_ids) for sample in samples)
+        self._finished_tokens += sum(len(sample.token_ids) for sample in samples)
         return columns
 
     async def _last_output(self, group: Group) -> RequestOutput:
         """Returns vLLM's complete output of a group."""
         output: Any = None
-        async with contextlib.aclosing(self._outputs(group, as_they_come=False)) as outputs:
+        async with contextlib.aclosing(self._outputs(group, streaming=False)) as outputs:
             async for latest in outputs:
                 output = latest
         return output
 
-    async def _begun(self, group: Group, j: int, sample: CompletionOutput) -> CompletionOutput:
+    async def _resample_aborted(self, group: Group, j: int, sample: CompletionOutput) -> CompletionOutput:
         """Returns the j-th sample of a group, resampled if a pause aborted it before its first token."""
         while sample.finish_reason == "abort" and not sample.token_ids:
             alone = replace(group, first_sample=group.first_sample + j, count=1, seed=group.seed_of(j))
@@ -240,7 +248,7 @@ class VLLMEngine:
     async def stream_tokens(self, group: Group) -> AsyncGenerator[TokenDelta, None]:
         started = over = False
         while not over:  # a pause may abort it before its first token
-            async with contextlib.aclosing(self._outputs(group, as_they_come=True)) as outputs:
+            async with contextlib.aclosing(self._outputs(group, streaming=True)) as outputs:
                 async for output in outputs:
                     sample = output.outputs[0]
                     if sample.finish_reason == "abort" and not started and not sample.token_ids:
@@ -272,16 +280,16 @@ class VLLMEngine:
             # The prefix cache and the worker tell adapters apart by name, path and id, so each version gets its own.
             request = LoRARequest(f"{version.label}#{version.id}", version.id, str(path))
             # One call, since between two another adapter could evict this one from the worker's memory.
-            left_out = await self._llm.collective_rpc(
+            missing_by_worker = await self._llm.collective_rpc(
                 "add_adapter", args=(request.lora_name, request.lora_int_id, request.lora_path)
             )
-            if missing := set.intersection(*map(set, left_out)):
+            if missing := set.intersection(*map(set, missing_by_worker)):
                 await self._llm.remove_lora(version.id)
                 raise not_in_model(missing)
         except BaseException as error:
             self._files.drop(version)
             if isinstance(error, VLLMEngineDeadError):
-                raise self._death() from error
+                raise self._dead_error() from error
             if isinstance(error, OSError):
                 size_bytes = len(files.config) + len(files.weights)
                 raise AdapterError(
@@ -300,23 +308,23 @@ class VLLMEngine:
             self._files.drop(version)
 
     async def pause(self, mode: PauseMode) -> None:
-        with self._dead_engines():
+        with self._translated_errors():
             # The caches stay valid until the weights change.
             await self._llm.pause_generation(mode=mode, clear_cache=False)
 
     async def resume(self) -> None:
-        with self._dead_engines():
+        with self._translated_errors():
             await self._llm.resume_generation()
 
     async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
         assert self._files is not None
         try:
-            begun = False
+            started = False
             async for bucket in buckets:
-                with self._files.holding(bucket) as path:
-                    if not begun:  # the old weights stay complete until the first bucket
+                with self._files.bucket_file(bucket) as path:
+                    if not started:  # the old weights stay complete until the first bucket
                         await self._llm.collective_rpc("begin_weights")
-                        begun = True
+                        started = True
                     await self._llm.collective_rpc("load_weights", args=(str(path),))
             checksums = await self._llm.collective_rpc("finish_weights")
             # Running samples recompute the keys and values of the old weights.
@@ -331,20 +339,20 @@ class VLLMEngine:
             ) from error
         except Exception as error:
             if self._llm.errored:
-                raise self._death() from error
+                raise self._dead_error() from error
             raise WeightsError(f"vLLM refuses weights {label!r}: {error}") from error
         self._label = label
         return " ".join(checksums)
 
     @contextlib.contextmanager
-    def _dead_engines(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         """Translates vLLM's error for a dead engine to ours."""
         from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
 
         try:
             yield
         except VLLMEngineDeadError as error:
-            raise self._death() from error
+            raise self._dead_error() from error
 
     async def reset_prefix_cache(self) -> None:
         if not await self._llm.reset_prefix_cache():
@@ -364,7 +372,7 @@ class VLLMEngine:
 
     async def check_health(self) -> None:
         if self._llm is None or self._llm.errored:
-            raise self._death() if self._llm else EngineDeadError(f"{self._name} is stopped.")
+            raise self._dead_error() if self._llm else EngineDeadError(f"{self._name} is stopped.")
 
     async def stop(self) -> None:
         llm, self._llm = self._llm, None

@@ -75,7 +75,7 @@ def _spans(sample: CompletionOutput, label: str) -> Spans:
     return spans or ((label, 0),)
 
 
-def was_not_begun(output: RequestOutput, group: Group) -> bool:
+def aborted_without_output(output: RequestOutput, group: Group) -> bool:
     """Whether a group was aborted before it had any results."""
     if all(sample.finish_reason != "abort" for sample in output.outputs):
         return False

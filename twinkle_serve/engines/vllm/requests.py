@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 
-def sampling_params(info: EngineInfo, group: Group, *, as_they_come: bool) -> SamplingParams:
+def sampling_params(info: EngineInfo, group: Group, *, streaming: bool) -> SamplingParams:
     """Converts a group's parameters to vLLM's."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -34,6 +34,6 @@ def sampling_params(info: EngineInfo, group: Group, *, as_they_come: bool) -> Sa
         flat_logprobs=True,
         detokenize=bool(params.stop_strings),
         skip_special_tokens=False,
-        output_kind=RequestOutputKind.DELTA if as_they_come else RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.DELTA if streaming else RequestOutputKind.FINAL_ONLY,
         skip_clone=True,  # not shared; a deep copy is a third of a sample's cost in this process
     )

@@ -52,7 +52,7 @@ class MemoryDirectory:
         shutil.rmtree(self._path / str(version.id), ignore_errors=True)
 
     @contextlib.contextmanager
-    def holding(self, bucket: Bucket) -> Iterator[Path]:
+    def bucket_file(self, bucket: Bucket) -> Iterator[Path]:
         """Writes a bucket of the model's own weights to a file that exists for the length of the block."""
         path = self._path / "weights.safetensors"
         try:

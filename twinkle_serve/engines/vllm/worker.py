@@ -40,21 +40,21 @@ class WorkerExtension:
     add_lora: Any
     compute_weight_checksums: Any
 
-    _receiving = False
+    _loading = False
     """Whether a load is in progress, with the model holding both old and new weights."""
 
     def begin_weights(self) -> None:
         """Prepares the model to receive new weights layer by layer, under their checkpoint names."""
         with set_current_vllm_config(self.vllm_config):
             model = self.model_runner.get_model()
-            if self._receiving:  # the last load was interrupted or refused: reset half-loaded layers
+            if self._loading:  # the last load was interrupted or refused: reset half-loaded layers
                 for layer in model.modules():
                     info = get_layerwise_info(layer)
                     info.loaded_weights.clear()
                     info.load_numel = 0
                 finalize_layerwise_reload(model, self.vllm_config.model_config)
             initialize_layerwise_reload(model)
-        self._receiving = True
+        self._loading = True
 
     def load_weights(self, path: str) -> None:
         """Loads some of the weights from a safetensors file. A layer is updated once all its weights are loaded."""
@@ -69,7 +69,7 @@ class WorkerExtension:
         model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config):
             finalize_layerwise_reload(model, self.vllm_config.model_config)
-        self._receiving = False
+        self._loading = False
         if current_platform.is_cpu():
             # An output layer tied to the embedding receives no weights of its own and keeps its packed copy of the
             # old ones (vLLM 0.32). Remove once a reload repacks it.
