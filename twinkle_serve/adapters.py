@@ -8,12 +8,16 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
 from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.errors import AdapterError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -41,7 +45,7 @@ def read_adapter(path: str | Path) -> AdapterFiles:
     return AdapterFiles(config=(directory / CONFIG).read_bytes(), weights=(directory / WEIGHTS).read_bytes())
 
 
-def pack_adapter(config: Any, state_dict: Mapping[str, Any] | None) -> AdapterFiles:
+def pack_adapter(config: LoraConfig, state_dict: Mapping[str, Tensor] | None) -> AdapterFiles:
     """Packs an adapter from a trainer's memory.
 
     Args:
@@ -60,7 +64,7 @@ def pack_adapter(config: Any, state_dict: Mapping[str, Any] | None) -> AdapterFi
         )
     if not state_dict:
         raise AdapterError("a LoraConfig alone has no weights. Pass state_dict=get_peft_model_state_dict(model).")
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         if "lora_" in name:
             if (saved := _saved_name(name)) in tensors:
@@ -89,7 +93,7 @@ def _saved_name(name: str) -> str:
     return saved if saved.startswith(PREFIX) else PREFIX + saved
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Converts values of a LoraConfig that json cannot encode: sets, enums and dtypes."""
     return sorted(value) if isinstance(value, (set, frozenset)) else str(getattr(value, "value", value))
 
@@ -113,7 +117,7 @@ class AdapterDescription:
         return {name.split(".lora_")[0] for name in self.shapes}
 
 
-SUPPORTED: dict[str, tuple[Any, ...]] = {
+SUPPORTED: dict[str, tuple[object, ...]] = {
     "use_dora": (False, None),
     "bias": ("none", None),
     "lora_bias": (False, None),
@@ -133,6 +137,14 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 """Initialisations that leave the base model unchanged; others, such as PiSSA, change it."""
+
+
+class _RawTensor(TypedDict):
+    """A tensor as safetensors deserializes it."""
+
+    dtype: str
+    shape: list[int]
+    data: bytes
 
 
 def describe_adapter(files: AdapterFiles) -> AdapterDescription:
@@ -161,7 +173,7 @@ def describe_adapter(files: AdapterFiles) -> AdapterDescription:
             "path_initial_model_for_weight_conversion."
         )
     try:
-        tensors = dict(safetensors.deserialize(files.weights))  # type: ignore[no-untyped-call]
+        tensors: dict[str, _RawTensor] = dict(safetensors.deserialize(files.weights))  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise AdapterError(f"{WEIGHTS} cannot be read, it is cut off or damaged: {error}") from None
     shapes, checksum = {}, 0
@@ -198,7 +210,7 @@ def _check_pairs(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any
     return max(ranks)
 
 
-def _check_finite(name: str, tensor: Mapping[str, Any]) -> None:
+def _check_finite(name: str, tensor: _RawTensor) -> None:
     """Rejects NaN and infinite values. numpy cannot read bfloat16, which is the upper half of a float32."""
     kinds = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
     if tensor["dtype"] == "BF16":

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from twinkle_serve.data_format.weights import Bucket as Bucket
 from twinkle_serve.errors import WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BUCKET_BYTES = 256 * 2**20
 
@@ -30,7 +34,7 @@ def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def named_tensors(source: Any) -> Iterator[tuple[str, Any]]:
+def named_tensors(source: object) -> Iterator[tuple[str, Tensor]]:
     """Yields weights with their names, one at a time.
 
     Args:
@@ -40,7 +44,7 @@ def named_tensors(source: Any) -> Iterator[tuple[str, Any]]:
     Raises:
         WeightsError: no such directory, unreadable files, or a source of another type.
     """
-    if isinstance(source, str) or hasattr(source, "__fspath__"):
+    if isinstance(source, (str, os.PathLike)):
         yield from _tensors_in_files(Path(source).expanduser())
     elif isinstance(source, Mapping):
         yield from source.items()
@@ -53,7 +57,7 @@ def named_tensors(source: Any) -> Iterator[tuple[str, Any]]:
         raise WeightsError(f"weights must be a state_dict, pairs of name and tensor, or a path, got {source!r}.")
 
 
-def _tensors_in_files(path: Path) -> Iterator[tuple[str, Any]]:
+def _tensors_in_files(path: Path) -> Iterator[tuple[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
@@ -69,7 +73,7 @@ def _tensors_in_files(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def buckets(
-    tensors: Iterable[tuple[str, Any]], bucket_bytes: int = BUCKET_BYTES, *, allow_nonfinite: bool = False
+    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCKET_BYTES, *, allow_nonfinite: bool = False
 ) -> Iterator[Bucket]:
     """Packs weights into buckets of about `bucket_bytes`, each of at least one tensor; holds one in memory at a time.
 
@@ -80,7 +84,7 @@ def buckets(
     """
     import torch
 
-    pending: dict[str, Any] = {}
+    pending: dict[str, Tensor] = {}
     size, names = 0, set[str]()
     for name, tensor in tensors:
         if not isinstance(name, str) or not hasattr(tensor, "shape"):
@@ -105,7 +109,7 @@ def buckets(
         yield _pack(pending)
 
 
-def _count_nonfinite(tensor: Any) -> int:
+def _count_nonfinite(tensor: Tensor) -> int:
     """Counts the values that are NaN or infinite."""
     import torch
 
@@ -116,7 +120,7 @@ def _count_nonfinite(tensor: Any) -> int:
     return 0 if bool(torch.isfinite(tensor).all()) else int((~torch.isfinite(tensor)).sum())
 
 
-def _pack(tensors: dict[str, Any]) -> Bucket:
+def _pack(tensors: dict[str, Tensor]) -> Bucket:
     from safetensors.torch import save
 
     # safetensors refuses tensors that share memory with each other.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from twinkle_serve.engines.base import Engine
 from twinkle_serve.errors import ConfigError
@@ -12,7 +12,7 @@ EngineKind = Literal["vllm", "torch", "fake"]
 ENGINES: tuple[EngineKind, ...] = get_args(EngineKind)
 
 
-def check_engine_args(kind: EngineKind, engine_args: Mapping[str, Any]) -> None:
+def check_engine_args(kind: EngineKind, engine_args: Mapping[str, object]) -> None:
     """Rejects arguments that the engine does not have.
 
     Raises:
@@ -36,7 +36,7 @@ def build_engine(
     kind: EngineKind,
     name: str,
     model: str,
-    engine_args: Mapping[str, Any],
+    engine_args: Mapping[str, object],
     *,
     device: str = "cpu",
     tp_size: int = 1,

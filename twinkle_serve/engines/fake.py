@@ -15,7 +15,6 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -57,7 +56,7 @@ class FakeArgs(BaseModel):
     """Time per token of a sample; the samples of a group run in parallel."""
 
 
-def check_engine_args(engine_args: Mapping[str, Any]) -> FakeArgs:
+def check_engine_args(engine_args: Mapping[str, object]) -> FakeArgs:
     """Parses the arguments; see `parse_engine_args`."""
     return parse_engine_args(FakeArgs, "fake", engine_args)
 
@@ -67,7 +66,7 @@ class FakeEngine:
 
     info: EngineInfo
 
-    def __init__(self, name: str, model: str, engine_args: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, model: str, engine_args: Mapping[str, object]) -> None:
         self._name = name
         self._path = Path(model)
         self._args = check_engine_args(engine_args)
@@ -353,7 +352,7 @@ def _log_softmax(logits: FloatArray) -> FloatArray:
 
 
 def _draw(
-    raw: FloatArray, params: SamplingParams, prompt: Sequence[int] | NDArray[np.int32], tokens: list[int], rng: Any
+    raw: FloatArray, params: SamplingParams, prompt: NDArray[np.int32], tokens: list[int], rng: np.random.Generator
 ) -> int:
     """Draws one token; the steps and their order are vLLM's."""
     logits = raw

@@ -23,7 +23,7 @@ class TextStream:
         self._stops = stop_strings
         self._tokens: list[int] = []
         self._decode_from = self._settled = 0
-        """Decoding starts at `_decode_from`, as text may depend on the preceding token; up to `_settled` it is final."""
+        """Decoding starts at `_decode_from`, as text may depend on the previous token; up to `_settled` it is final."""
         self._text = ""
         self._sent = 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
@@ -29,6 +29,6 @@ class TorchArgs(BaseModel):
     max_lora_rank: PositiveInt = 512
 
 
-def check_engine_args(engine_args: Mapping[str, Any]) -> TorchArgs:
+def check_engine_args(engine_args: Mapping[str, object]) -> TorchArgs:
     """Parses the arguments; see `parse_engine_args`."""
     return parse_engine_args(TorchArgs, "torch", engine_args)

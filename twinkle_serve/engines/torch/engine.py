@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from twinkle_serve.checkpoint import Bucket
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
@@ -49,7 +49,7 @@ class TorchEngine:
         self,
         name: str,
         model: str,
-        engine_args: Mapping[str, Any],
+        engine_args: Mapping[str, object],
         *,
         device: str,
         cpus: Sequence[Sequence[int]] = (),
@@ -96,7 +96,8 @@ class TorchEngine:
             raise EngineStartError(f"{self._name}: the config of {self._path!r} has no max_position_embeddings.")
         if self._args.max_model_len is not None and self._args.max_model_len > max_positions:
             raise EngineArgsError(
-                f"engine_args.max_model_len={self._args.max_model_len}, the model has {max_positions} positions. Lower it."
+                f"engine_args.max_model_len={self._args.max_model_len}, the model has {max_positions} positions. "
+                "Lower it."
             )
         self.info = EngineInfo(
             name=self._name,
@@ -133,8 +134,8 @@ class TorchEngine:
         try:
             while True:
                 delta = asyncio.ensure_future(arrived.get())
-                waited: set[asyncio.Future[Any]] = {delta, job.done}
-                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+                either: set[asyncio.Future[TokenDelta] | asyncio.Future[SampleColumns]] = {delta, job.done}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if not delta.done():
                     delta.cancel()
                     # Ended without a token, or failed.

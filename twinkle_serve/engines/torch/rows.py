@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from twinkle_serve.data_format.sampling_params import SamplingParams
 from twinkle_serve.engines.base import columns_of_group, stop_cut
 
 if TYPE_CHECKING:
+    from torch import Generator, Tensor
     from transformers import PreTrainedTokenizerBase
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
@@ -26,8 +27,8 @@ class Row:
 
     params: SamplingParams
     max_tokens: int
-    generator: Any
-    """The sample's own torch.Generator."""
+    generator: Generator
+    """The sample's own."""
     aborted: Callable[[], bool]
     """Whether the sample was cancelled, aborted or has run out of time."""
     on_token: Callable[[int, StopReason | None, bool], None] | None = None
@@ -35,9 +36,10 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     weight_versions: list[tuple[str, int]] = field(default_factory=list)
     """Weights versions that sampled the tokens, each with the index of its first token."""
-    logprobs: list[Any] = field(default_factory=list)
-    """Tensors of shape [1 + k]."""
-    logprob_tokens: list[Any] = field(default_factory=list)
+    logprobs: list[Tensor] = field(default_factory=list)
+    """Each of shape [1 + k]."""
+    logprob_tokens: list[Tensor] = field(default_factory=list)
+    """Each of shape [1 + k]."""
     stop_reason: StopReason | None = None
     decoded: str | None = None
     """The text, if a stop string cut it."""
@@ -57,12 +59,12 @@ class RowSampler:
     top-k, top-p.
     """
 
-    def __init__(self, rows: Sequence[Row], prompt_mask: Any, logprobs_mode: LogprobsMode) -> None:
+    def __init__(self, rows: Sequence[Row], prompt_mask: Tensor, logprobs_mode: LogprobsMode) -> None:
         self._rows = rows
         self._prompt_mask = prompt_mask
         self._logprobs_mode = logprobs_mode
 
-    def __call__(self, input_ids: Any, logits: Any) -> Any:
+    def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         import torch
 
         logits = logits.float().cpu()
@@ -76,7 +78,7 @@ class RowSampler:
             forced[i, token] = 0.0
         return forced.to(input_ids.device)
 
-    def _sample(self, row: Row, ids: Any, logits: Any, prompt_mask: Any) -> int:
+    def _sample(self, row: Row, ids: Tensor, logits: Tensor, prompt_mask: Tensor) -> int:
         import torch
 
         params = row.params
@@ -105,7 +107,7 @@ class RowSampler:
         return token
 
 
-def _truncated(logits: Any, top_k: int, top_p: float) -> Any:
+def _truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Sets logits outside the top k, or outside the smallest set that reaches top_p, to −inf. Shape [V]."""
     if 0 < top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
@@ -123,7 +125,7 @@ class RowStopper:
         self,
         rows: Sequence[Row],
         eos: set[int],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         between_tokens: Callable[[], bool],
     ) -> None:
         """
@@ -136,7 +138,7 @@ class RowStopper:
         self._tokenizer = tokenizer
         self._between_tokens = between_tokens
 
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         import torch
 
         for row in self._rows:

@@ -51,7 +51,7 @@ def argument_names() -> frozenset[str]:
     return frozenset(field.target.id for field in fields if isinstance(field.target, ast.Name))
 
 
-def check_engine_args(engine_args: Mapping[str, Any]) -> None:
+def check_engine_args(engine_args: Mapping[str, object]) -> None:
     """Rejects arguments that the installed vLLM does not have, and arguments that are set elsewhere.
 
     Raises:
@@ -66,7 +66,7 @@ def check_engine_args(engine_args: Mapping[str, Any]) -> None:
             raise EngineArgsError(f"{close} engine_args takes the {len(known)} arguments of vLLM's AsyncEngineArgs.")
 
 
-def cpu_defaults(model: str, engine_args: Mapping[str, Any], devices_on_node: int) -> dict[str, Any]:
+def cpu_defaults(model: str, engine_args: Mapping[str, object], devices_on_node: int) -> dict[str, Any]:
     """Returns `engine_args` with the defaults that vLLM's CPU backend needs and does not choose by itself.
 
     Chunked prefill is off: combined with a request seed it crashes the engine (vllm 0.32, `get_offset` of a CPU
@@ -74,7 +74,7 @@ def cpu_defaults(model: str, engine_args: Mapping[str, Any], devices_on_node: in
     node's memory. float32 models stay float32: vLLM would convert them to bfloat16.
     """
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    defaults: dict[str, Any] = {
+    defaults: dict[str, object] = {
         "enforce_eager": True,
         "kv_cache_memory_bytes": min(4 * 2**30, memory_bytes // (4 * devices_on_node)),
         "enable_chunked_prefill": False,
@@ -115,7 +115,7 @@ def set_environment(files: MemoryDirectory, cpus: Sequence[Sequence[int]]) -> No
 
 def build_config(
     model: str,
-    engine_args: Mapping[str, Any],
+    engine_args: Mapping[str, object],
     *,
     device: str,
     tp_size: int,
@@ -131,7 +131,7 @@ def build_config(
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    args = dict(engine_args)
+    args: dict[str, Any] = dict(engine_args)
     if device == "cpu":
         args = cpu_defaults(model, args, devices_on_node)
         if args.get("enable_lora"):

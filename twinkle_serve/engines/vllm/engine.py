@@ -8,7 +8,7 @@ import itertools
 import signal
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from twinkle_serve.adapters import not_in_model
 from twinkle_serve.checkpoint import Bucket
@@ -43,6 +43,7 @@ from twinkle_serve.errors import (
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 FIRST_TOKEN_PERIOD_S = 0.01
 """Polling period for the first token of a sample that has timed out."""
@@ -57,7 +58,7 @@ class VLLMEngine:
         self,
         name: str,
         model: str,
-        engine_args: Mapping[str, Any],
+        engine_args: Mapping[str, object],
         *,
         device: str,
         tp_size: int = 1,
@@ -83,7 +84,8 @@ class VLLMEngine:
         self._cpus = [tuple(cores) for cores in cpus]
         self._devices_on_node = devices_on_node
         self._trust_remote_code = trust_remote_code
-        self._llm: Any = None
+        self._llm: AsyncLLM = None
+        """None before `start` and after `stop`."""
         self._request_ids = itertools.count()
         self._files: MemoryDirectory | None = None
         self._lora_requests: dict[int, LoRARequest] = {}
@@ -232,11 +234,8 @@ class VLLMEngine:
 
     async def _last_output(self, group: Group) -> RequestOutput:
         """Returns vLLM's complete output of a group."""
-        output: Any = None
         async with contextlib.aclosing(self._outputs(group, streaming=False)) as outputs:
-            async for latest in outputs:
-                output = latest
-        return output
+            return [output async for output in outputs][-1]
 
     async def _resample_aborted(self, group: Group, j: int, sample: CompletionOutput) -> CompletionOutput:
         """Returns the j-th sample of a group, resampled if a pause aborted it before its first token."""

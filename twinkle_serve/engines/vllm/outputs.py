@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from twinkle_serve.errors import EngineError
 if TYPE_CHECKING:
     from vllm.logprobs import FlatLogprobs
     from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.tokenizers import TokenizerLike
     from vllm.v1.engine.output_processor import OutputProcessor
 
 
@@ -26,7 +27,7 @@ def group_columns(
     label: str,
     output: RequestOutput,
     samples: Sequence[CompletionOutput],
-    tokenizer: Any,
+    tokenizer: TokenizerLike,
 ) -> SampleColumns:
     """Converts the samples of a group.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.lora.layers import fused_moe
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
@@ -14,6 +15,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 
 def _experts_without_lora() -> None:
@@ -35,10 +39,10 @@ if current_platform.is_cpu():
 class WorkerExtension:
     """Mixin for vLLM's worker class, set by `worker_extension_cls`."""
 
-    model_runner: Any
-    vllm_config: Any
-    add_lora: Any
-    compute_weight_checksums: Any
+    model_runner: GPUModelRunner
+    vllm_config: VllmConfig
+    add_lora: Callable[[LoRARequest], bool]
+    compute_weight_checksums: Callable[[], dict[str, str]]
 
     _loading = False
     """Whether a load is in progress, with the model holding both old and new weights."""
