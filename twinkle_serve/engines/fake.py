@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
 
 from twinkle_serve.adapters import describe_adapter, not_in_model
-from twinkle_serve.checkpoint import Bucket, weight_shapes
+from twinkle_serve.checkpoint import weight_shapes
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
 from twinkle_serve.data_format.samples import FloatArray, PartialSample, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.data_format.weights import INITIAL_LABEL, PauseMode
-from twinkle_serve.engines.base import (
+from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
+from twinkle_serve.engines.protocol import (
     TokenDelta,
     columns_of_group,
     most_new_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from twinkle_serve.engines.base import stop_cut
+from twinkle_serve.engines.protocol import stop_cut
 
 REPLACEMENT_CHARACTER = "\ufffd"
 """Written by tokenizers for bytes that are not a character, or not yet a complete one."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from twinkle_serve.engines.base import parse_engine_args
+from twinkle_serve.engines.protocol import parse_engine_args
 from twinkle_serve.engines.torch.rows import LogprobsMode
 
 

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from twinkle_serve.checkpoint import Bucket
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.samples import STOP_REASONS, PartialSample, PromptScores, SampleColumns, StopReason
-from twinkle_serve.data_format.weights import INITIAL_LABEL, PauseMode
-from twinkle_serve.engines.base import TokenDelta, most_new_tokens
+from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
+from twinkle_serve.engines.protocol import TokenDelta, most_new_tokens
 from twinkle_serve.engines.torch.adapters import ModelAdapters
 from twinkle_serve.engines.torch.args import check_engine_args
 from twinkle_serve.engines.torch.model import TorchModel

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.engines.base import columns_of_group, stop_cut
+from twinkle_serve.engines.protocol import columns_of_group, stop_cut
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor

@@ -11,12 +11,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from twinkle_serve.adapters import not_in_model
-from twinkle_serve.checkpoint import Bucket
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
-from twinkle_serve.data_format.weights import INITIAL_LABEL, PauseMode
-from twinkle_serve.engines.base import TokenDelta
+from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
+from twinkle_serve.engines.protocol import TokenDelta
 from twinkle_serve.engines.vllm.args import build_config, check_engine_args, set_environment
 from twinkle_serve.engines.vllm.lora_slots import AdapterSlots
 from twinkle_serve.engines.vllm.outputs import (

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.samples import FloatArray, PartialSample, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.weights import Spans
-from twinkle_serve.engines.base import columns_of_group, spans_from, stop_cut
+from twinkle_serve.engines.protocol import columns_of_group, spans_from, stop_cut
 from twinkle_serve.errors import EngineError
 
 if TYPE_CHECKING:

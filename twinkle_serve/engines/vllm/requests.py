@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from twinkle_serve.data_format.groups import EngineInfo, Group
-from twinkle_serve.engines.base import most_new_tokens
+from twinkle_serve.engines.protocol import most_new_tokens
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
