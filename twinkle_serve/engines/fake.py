@@ -31,7 +31,7 @@ from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
 from twinkle_serve.engines.protocol import (
     TokenDelta,
     columns_of_group,
-    most_new_tokens,
+    max_new_tokens,
     parse_engine_args,
     spans_from,
     stop_cut,
@@ -202,7 +202,7 @@ class FakeEngine:
         return _Sample(
             prompt_ids=group.prompt_ids,
             params=group.params,
-            max_tokens=most_new_tokens(self.info, group),
+            max_tokens=max_new_tokens(self.info, group),
             rng=np.random.default_rng(group.seed_of(j)),
             state=zlib.crc32(group.prompt_ids.astype(np.int32).tobytes()),
             eos=self._eos,

@@ -16,7 +16,7 @@ from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.samples import STOP_REASONS, PartialSample, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
-from twinkle_serve.engines.protocol import TokenDelta, most_new_tokens
+from twinkle_serve.engines.protocol import TokenDelta, max_new_tokens
 from twinkle_serve.engines.torch.adapters import ModelAdapters
 from twinkle_serve.engines.torch.args import check_engine_args
 from twinkle_serve.engines.torch.model import TorchModel
@@ -189,7 +189,7 @@ class TorchEngine:
                 continue
             rows += job.group.count
             width = max(width, len(job.group.prompt_ids))
-            steps = max(steps, most_new_tokens(self.info, job.group))
+            steps = max(steps, max_new_tokens(self.info, job.group))
             if batch and (rows > self._args.max_num_seqs or width + steps > self.info.max_model_len):
                 break
             batch.append(job)
@@ -235,7 +235,7 @@ class TorchEngine:
         end = math.inf if limit_s is None else time.monotonic() + limit_s
         return Row(
             params=job.group.params,
-            max_tokens=most_new_tokens(self.info, job.group),
+            max_tokens=max_new_tokens(self.info, job.group),
             generator=generator,
             aborted=lambda: self._aborting or job.done.done() or time.monotonic() >= end,
             on_token=None if job.stream is None else report_token,

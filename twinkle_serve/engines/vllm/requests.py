@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from twinkle_serve.data_format.groups import EngineInfo, Group
-from twinkle_serve.engines.protocol import most_new_tokens
+from twinkle_serve.engines.protocol import max_new_tokens
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -19,7 +19,7 @@ def sampling_params(info: EngineInfo, group: Group, *, streaming: bool) -> Sampl
     return SamplingParams(
         n=1 if params.greedy else group.count,
         # vLLM samples at least one token; a score discards it.
-        max_tokens=max(1, most_new_tokens(info, group)),
+        max_tokens=max(1, max_new_tokens(info, group)),
         temperature=params.temperature,
         top_k=max(0, params.top_k),
         top_p=params.top_p,
