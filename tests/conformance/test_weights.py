@@ -200,7 +200,7 @@ async def test_samples_without_tokens_survive_an_abort(
     columns = await asyncio.gather(first, *tasks)
     labels = [{label for spans in part.weight_versions for label, _ in spans} for part in columns]
     assert labels[0] == {INITIAL_LABEL}
-    assert {"one"} in labels, "every group had begun: the test shows nothing"
+    assert {"one"} in labels, "every group had started: the test shows nothing"
     assert all(part.lengths.min() > 0 for part in columns)
     assert all(
         (part.lengths == 40).all() for part, sampled_by in zip(columns, labels, strict=True) if sampled_by == {"one"}

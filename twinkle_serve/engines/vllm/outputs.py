@@ -1,4 +1,4 @@
-"""vLLM's outputs as samples, and what its output processor knows of running requests."""
+"""Converts vLLM's outputs to samples, and reads its output processor for running requests."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from twinkle_serve.engines.protocol import columns_of_group, spans_from, stop_cu
 from twinkle_serve.errors import EngineError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
     from vllm.logprobs import FlatLogprobs
     from vllm.outputs import CompletionOutput, RequestOutput
-    from vllm.tokenizers import TokenizerLike
     from vllm.v1.engine.output_processor import OutputProcessor
 
 
@@ -27,7 +27,7 @@ def group_columns(
     label: str,
     output: RequestOutput,
     samples: Sequence[CompletionOutput],
-    tokenizer: TokenizerLike,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> SampleColumns:
     """Converts the samples of a group.
 

@@ -1,4 +1,4 @@
-"""Groups as requests of vLLM."""
+"""Converts groups to requests of vLLM."""
 
 from __future__ import annotations
 

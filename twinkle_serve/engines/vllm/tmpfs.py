@@ -21,7 +21,7 @@ PREFIX = "twinkle-serve-"
 class MemoryDirectory:
     """A directory on tmpfs where the system has one, with a subdirectory for each adapter version.
 
-    Holds a file lock while the process lives, so that later processes can find what killed ones left behind.
+    Holds a file lock while the process lives, so that later processes can remove the directories of killed ones.
     """
 
     def __init__(self) -> None:
