@@ -1,26 +1,30 @@
-"""A model's weights, as its checkpoint names them: what its directory says of them, and parts of them as bytes."""
+"""A model's weights under their checkpoint names: their shapes on disk, and buckets of them as bytes."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from twinkle_serve.data_format.weights import Bucket as Bucket
 from twinkle_serve.errors import WeightsError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 BUCKET_BYTES = 256 * 2**20
 
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "U8": 1, "I8": 1}
-"""Bytes of a value, by safetensors' name of its type."""
+"""Bytes per value, by safetensors' name of the dtype."""
 
 
 def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of each weight, from the headers of the safetensors files; empty where the model has none."""
+    """Reads the shape of each weight from the headers of the safetensors files; empty if there are none."""
     from safetensors import safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
@@ -30,30 +34,30 @@ def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def named_tensors(source: Any) -> Iterator[tuple[str, Any]]:
-    """Weights by name, one after the other.
+def named_tensors(source: object) -> Iterator[tuple[str, Tensor]]:
+    """Yields weights with their names, one at a time.
 
     Args:
         source: a directory with safetensors files or one such file; a mapping of names to tensors, such as a
-            `state_dict`; or pairs of them, made as they are taken.
+            `state_dict`; or an iterable of such pairs, which may be lazy.
 
     Raises:
-        WeightsError: no such directory, or files that cannot be read.
+        WeightsError: no such directory, unreadable files, or a source of another type.
     """
-    if isinstance(source, str) or hasattr(source, "__fspath__"):
+    if isinstance(source, (str, os.PathLike)):
         yield from _tensors_in_files(Path(source).expanduser())
     elif isinstance(source, Mapping):
         yield from source.items()
     elif isinstance(source, Iterable):
         for item in source:
             if not isinstance(item, (tuple, list)) or len(item) != 2:
-                raise WeightsError(f"weights are pairs of a name and a tensor, got {type(item).__name__}.")
+                raise WeightsError(f"weights must be pairs of name and tensor, got {type(item).__name__}.")
             yield item[0], item[1]
     else:
-        raise WeightsError(f"weights are a state_dict, pairs of name and tensor, or a path, got {source!r}.")
+        raise WeightsError(f"weights must be a state_dict, pairs of name and tensor, or a path, got {source!r}.")
 
 
-def _tensors_in_files(path: Path) -> Iterator[tuple[str, Any]]:
+def _tensors_in_files(path: Path) -> Iterator[tuple[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
@@ -69,57 +73,57 @@ def _tensors_in_files(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def buckets(
-    tensors: Iterable[tuple[str, Any]], bucket_bytes: int = BUCKET_BYTES, *, allow_nonfinite: bool = False
+    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCKET_BYTES, *, allow_nonfinite: bool = False
 ) -> Iterator[Bucket]:
-    """Weights as buckets of about `bucket_bytes`, and never less than one tensor; no more than one is in memory.
+    """Packs weights into buckets of about `bucket_bytes`, each of at least one tensor; holds one in memory at a time.
 
-    A sharded tensor (DTensor) is gathered when its turn comes, so every rank of its mesh has to take part.
+    A sharded tensor (DTensor) is gathered when its turn comes, so every rank of its mesh must take part.
 
     Raises:
-        WeightsError: what is not a tensor, a name that comes twice, or values that are not finite.
+        WeightsError: an item that is not a tensor, a repeated name, or values that are not finite.
     """
     import torch
 
-    pending: dict[str, Any] = {}
+    pending: dict[str, Tensor] = {}
     size, names = 0, set[str]()
     for name, tensor in tensors:
         if not isinstance(name, str) or not hasattr(tensor, "shape"):
-            raise WeightsError(f"weights are pairs of a name and a tensor, got {name!r} and {type(tensor).__name__}.")
+            raise WeightsError(f"weights must be pairs of name and tensor, got {name!r} and {type(tensor).__name__}.")
         if name in names:
             raise WeightsError(f"weight {name!r} comes twice.")
         names.add(name)
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        whole = torch.as_tensor(whole).detach()
-        if not allow_nonfinite and (bad := _nonfinite(whole)):
+        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        full = torch.as_tensor(full).detach()
+        if not allow_nonfinite and (bad := _count_nonfinite(full)):
             raise WeightsError(
-                f"weight {name!r} holds {bad} values of {whole.numel()} that are not finite. "
-                "Give allow_nonfinite=True if that is meant."
+                f"weight {name!r} has {bad} values of {full.numel()} that are not finite. "
+                "Pass allow_nonfinite=True if that is intended."
             )
-        nbytes = whole.numel() * whole.element_size()
+        nbytes = full.numel() * full.element_size()
         if pending and size + nbytes > bucket_bytes:
-            yield _packed(pending)
+            yield _pack(pending)
             pending, size = {}, 0
-        pending[name] = whole.cpu().contiguous()
+        pending[name] = full.cpu().contiguous()
         size += nbytes
     if pending:
-        yield _packed(pending)
+        yield _pack(pending)
 
 
-def _nonfinite(tensor: Any) -> int:
-    """How many values are NaN or infinite."""
+def _count_nonfinite(tensor: Tensor) -> int:
+    """Counts the values that are NaN or infinite."""
     import torch
 
     if not tensor.is_floating_point():
         return 0
-    if tensor.element_size() == 1:  # torch asks this of no 8-bit float
+    if tensor.element_size() == 1:  # torch.isfinite does not take 8-bit floats
         tensor = tensor.half()
     return 0 if bool(torch.isfinite(tensor).all()) else int((~torch.isfinite(tensor)).sum())
 
 
-def _packed(tensors: dict[str, Any]) -> Bucket:
+def _pack(tensors: dict[str, Tensor]) -> Bucket:
     from safetensors.torch import save
 
-    # Tensors that share memory with each other cannot be saved side by side.
+    # safetensors refuses tensors that share memory with each other.
     storages: set[int] = set()
     for name, tensor in tensors.items():
         if tensor.untyped_storage().data_ptr() in storages:
@@ -129,10 +133,10 @@ def _packed(tensors: dict[str, Any]) -> Bucket:
 
 
 def bucket_shapes(bucket: Bucket) -> dict[str, tuple[int, ...]]:
-    """Shape of each weight in a bucket, from its header.
+    """Reads the shape of each weight in a bucket from its header.
 
     Raises:
-        WeightsError: it is no safetensors file, or not the whole of one.
+        WeightsError: not a complete safetensors file.
     """
     try:
         start = 8 + int.from_bytes(bucket[:8].tobytes(), "little")
@@ -144,7 +148,7 @@ def bucket_shapes(bucket: Bucket) -> dict[str, tuple[int, ...]]:
             if end - begin != math.prod(shapes[name]) * DTYPES[entry["dtype"]]:
                 raise ValueError(f"{name} of shape {shapes[name]} has {end - begin} bytes")
         if (size := max(entry["data_offsets"][1] for entry in header.values())) != len(bucket) - start:
-            raise ValueError(f"it holds {len(bucket) - start} bytes of {size}")
+            raise ValueError(f"it has {len(bucket) - start} bytes of {size}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"a bucket of weights is cut off or damaged: {type(error).__name__}: {error}") from None
     return shapes

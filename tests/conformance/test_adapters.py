@@ -1,4 +1,4 @@
-"""What every engine guarantees of LoRA adapters: the very weights that are named, or an error."""
+"""LoRA adapters on every engine: the weights of the named version, or an error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[AdapterFiles]:
-    """Three of them, of ranks 4, 8 and 16."""
+    """Three adapters, of ranks 4, 8 and 16."""
     directory = tmp_path_factory.mktemp("adapters")
     return [
         read_adapter(save_adapter(directory / str(seed), seed=seed, rank=rank))
@@ -30,10 +30,10 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[AdapterFiles]:
     ]
 
 
-async def test_engine_samples_from_the_adapter_that_is_named(
+async def test_engine_samples_from_the_named_adapter(
     engine: EngineHarness, prompts: Prompts, adapters: list[AdapterFiles]
 ) -> None:
-    """Three adapters and the base model in one batch, more than there are slots, each as it samples alone."""
+    """Three adapters and the base model in one batch, more than there are slots; each samples as it does alone."""
     versions = [await engine.add(f"lora{i}", files) for i, files in enumerate(adapters)]
     everyone = [None, *versions]
     alone = [(await engine.sample(prompts, adapter=version, **GREEDY)).columns for version in everyone]
@@ -60,7 +60,7 @@ async def test_engine_drops_an_adapter(engine: EngineHarness, prompts: Prompts, 
 async def test_engine_scores_with_an_adapter(
     engine: EngineHarness, prompts: Prompts, adapters: list[AdapterFiles]
 ) -> None:
-    """A sample re-scores to its own logprobs under its adapter, and to no others."""
+    """A sample re-scores to its own logprobs under its own adapter only."""
     version, other = await engine.add("scored", adapters[1]), await engine.add("other", adapters[2])
     sample = await engine.one(prompts[0], adapter=version, **GREEDY)
     whole = np.concatenate([prompts[0], sample.token_array])
@@ -75,7 +75,7 @@ async def test_engine_scores_with_an_adapter(
 async def test_engine_takes_a_new_version_under_an_old_name(
     engine: EngineHarness, prompts: Prompts, adapters: list[AdapterFiles]
 ) -> None:
-    """No cache mixes them: the prompt was sampled with the old version just before."""
+    """No cache mixes the two: the prompt was sampled with the old version just before."""
     old = await engine.add("policy", adapters[0])
     first = await engine.sample(prompts, adapter=old, **GREEDY)
     new = await engine.add("policy", adapters[1])
@@ -86,10 +86,10 @@ async def test_engine_takes_a_new_version_under_an_old_name(
     await engine.host.drop_adapter(new)
 
 
-async def test_engine_refuses_an_adapter_that_is_not_of_its_model(
+async def test_engine_refuses_an_adapter_of_another_model(
     engine: EngineHarness, prompts: Prompts, adapters: list[AdapterFiles]
 ) -> None:
-    """Modules that the model lacks, all or one; other widths; too large a rank. Nothing is loaded, and it goes on."""
+    """Missing modules, all or one; other widths; too large a rank. Nothing is loaded, and the engine still works."""
     tensors = safetensors.numpy.load(adapters[0].weights)
     config = json.loads(adapters[0].config)
 
@@ -136,7 +136,7 @@ async def test_vllm_and_torch_agree_with_an_adapter(
 
 
 def test_state_dict_of_several_adapters_is_refused() -> None:
-    """One of them would pass for the other."""
+    """One would be mistaken for the other."""
     from peft import LoraConfig, get_peft_model_state_dict
 
     from twinkle_serve.adapters import describe_adapter, pack_adapter
@@ -150,8 +150,8 @@ def test_state_dict_of_several_adapters_is_refused() -> None:
     assert describe_adapter(alone).rank == 8
 
 
-def test_adapter_config_that_is_no_lora_is_refused(adapters: list[AdapterFiles], tmp_path: Path) -> None:
-    """A directory without its files, other kinds, and parts of an adapter that an engine would leave out."""
+def test_unsupported_adapter_is_refused(adapters: list[AdapterFiles], tmp_path: Path) -> None:
+    """A directory without the files, other kinds of adapter, and options that an engine would ignore."""
     from twinkle_serve.adapters import describe_adapter
 
     config = json.loads(adapters[0].config)

@@ -1,4 +1,4 @@
-"""vllm and torch say the same of other architectures: base model and LoRA, in float32, on tiny random models."""
+"""vllm and torch agree on other architectures: base model and LoRA, in float32, on tiny random models."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "llama": ("LlamaConfig", {"head_dim": 32}, LINEAR),
     "qwen3_moe": ("Qwen3MoeConfig", MIXTURE, ATTENTION),
 }
-"""transformers' config, what it has beyond SIZES, and the modules of its adapter."""
+"""transformers' config class, its keys beyond SIZES, and the modules of the adapter."""
 
 
 def random_model(path: Path, config_class: str, sizes: dict[str, Any]) -> Path:
-    """A model of that architecture with random weights and the demo model's tokenizer."""
+    """Saves a model of this architecture with random weights and the demo model's tokenizer."""
     import torch
     import transformers
 
@@ -56,7 +56,7 @@ def random_model(path: Path, config_class: str, sizes: dict[str, Any]) -> Path:
     config = getattr(transformers, config_class)(**SIZES, **sizes)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # transformers starts them at 0, where nobody would miss them
+        if name.endswith("bias"):  # transformers initialises them to 0, which would hide a missing one
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -65,7 +65,7 @@ def random_model(path: Path, config_class: str, sizes: dict[str, Any]) -> Path:
 
 
 async def answers_of(architecture: str, path: Path) -> list[list[SampleResponse]]:
-    """Base model and adapter on vllm, and on torch."""
+    """Returns the answers of base model and adapter on vllm, and on torch."""
     config_class, sizes, modules = ARCHITECTURES[architecture]
     model = random_model(path / "model", config_class, sizes)
     files = read_adapter(save_adapter(path / "lora", model=model, rank=8, modules=modules))
@@ -80,7 +80,7 @@ async def answers_of(architecture: str, path: Path) -> list[list[SampleResponse]
 
 @pytest.fixture(scope="module")
 async def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[SampleResponse]]]:
-    """By architecture. Two at a time: what a vLLM engine does to start, it does on one core."""
+    """By architecture. Two start at a time, since a starting vLLM engine uses one core."""
     at_a_time = asyncio.Semaphore(2)
 
     async def one(architecture: str) -> list[list[SampleResponse]]:

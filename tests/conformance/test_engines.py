@@ -1,4 +1,4 @@
-"""What every engine guarantees."""
+"""Guarantees of every engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def test_engine_returns_count_samples_of_each_prompt_in_order(engine: Engi
 
 
 async def test_engine_keeps_max_tokens(engine: EngineHarness, prompts: Prompts) -> None:
-    """Exactly max_tokens where eos is ignored, and the reason is length."""
+    """Exactly max_tokens if eos is ignored, with stop reason length."""
     for max_tokens in (1, 7):
         response = await engine.sample(prompts, max_tokens=max_tokens, ignore_eos=True)
         assert [len(seq.tokens) for seq in response.sequences] == [max_tokens] * len(prompts)
@@ -38,7 +38,7 @@ async def test_engine_keeps_max_tokens(engine: EngineHarness, prompts: Prompts) 
 
 
 async def test_engine_stops_at_the_end_of_the_context(engine: EngineHarness, prompts: Prompts) -> None:
-    """Without max_tokens a sample ends where the context does."""
+    """Without max_tokens a sample ends where the context ends."""
     room = 3
     prompt = np.resize(prompts[0], engine.info.max_model_len - room)
     seq = await engine.one(prompt, ignore_eos=True)
@@ -46,7 +46,7 @@ async def test_engine_stops_at_the_end_of_the_context(engine: EngineHarness, pro
     assert seq.stop_reason == "length"
 
 
-async def test_engine_scores_as_long_a_prompt_as_it_says(engine: EngineHarness, prompts: Prompts) -> None:
+async def test_engine_scores_the_longest_prompt_that_it_allows(engine: EngineHarness, prompts: Prompts) -> None:
     """The whole context, or one token less."""
     length = engine.info.max_model_len - (not engine.info.scores_full_context)
     prompt = np.resize(prompts[0], length)
@@ -56,7 +56,7 @@ async def test_engine_scores_as_long_a_prompt_as_it_says(engine: EngineHarness, 
 
 
 async def test_engine_cuts_at_the_stop_string_that_is_complete_first(engine: EngineHarness, prompts: Prompts) -> None:
-    """A longer one that began earlier and a shorter one that ended earlier: the shorter one cuts."""
+    """A longer one begins earlier and a shorter one ends earlier: the shorter one cuts."""
     free = await engine.one(prompts[1], temperature=0, max_tokens=8, ignore_eos=True)
     text = free.decoded
     seq = await engine.one(prompts[1], temperature=0, max_tokens=8, ignore_eos=True, stop=[text[:4], text[1:3]])
@@ -75,14 +75,14 @@ async def test_engine_greedy_is_the_likeliest_token_every_time(engine: EngineHar
 
 
 async def test_engine_top_k_1_is_greedy(engine: EngineHarness, prompts: Prompts) -> None:
-    """At any temperature, top_k=1 leaves the likeliest token alone."""
+    """At any temperature, top_k=1 leaves only the likeliest token."""
     greedy = await engine.sample(prompts, temperature=0, max_tokens=5, ignore_eos=True)
     top = await engine.sample(prompts, temperature=2.0, top_k=1, max_tokens=5, ignore_eos=True, seed=3)
     assert [seq.tokens for seq in top.sequences] == [seq.tokens for seq in greedy.sequences]
 
 
 async def test_engine_top_k_samples_from_the_k_likeliest_only(engine: EngineHarness, prompts: Prompts) -> None:
-    """And from more than one of them."""
+    """And from several of them."""
     response = await engine.sample(
         prompts[:2], count=32, temperature=2.0, top_k=3, max_tokens=4, logprobs=3, ignore_eos=True, seed=11
     )
@@ -93,7 +93,7 @@ async def test_engine_top_k_samples_from_the_k_likeliest_only(engine: EngineHarn
 
 
 async def test_engine_tiny_top_p_is_greedy(engine: EngineHarness, prompts: Prompts) -> None:
-    """A nucleus smaller than any token's probability holds the likeliest token alone."""
+    """A nucleus smaller than any token's probability has only the likeliest token."""
     greedy = await engine.sample(prompts, temperature=0, max_tokens=5, ignore_eos=True)
     nucleus = await engine.sample(prompts, temperature=1.0, top_p=1e-6, max_tokens=5, ignore_eos=True, seed=3)
     assert [seq.tokens for seq in nucleus.sequences] == [seq.tokens for seq in greedy.sequences]
@@ -126,7 +126,7 @@ async def test_engine_samples_follow_the_logprobs(engine: EngineHarness, prompts
 async def test_engine_repetition_penalty_covers_the_prompt_and_the_sample(
     engine: EngineHarness, prompts: Prompts
 ) -> None:
-    """A penalty near 0 blows up the logits of seen tokens, so that greedy keeps to those of prompt and sample."""
+    """A penalty near 0 inflates the logits of seen tokens, so that greedy picks only tokens of prompt and sample."""
     plain = await engine.one(prompts[1], temperature=0, max_tokens=12, ignore_eos=True)
     assert set(plain.tokens) - set(prompts[1].tolist()), "nothing new without a penalty: the test shows nothing"
     seq = await engine.one(prompts[1], temperature=0, repetition_penalty=0.01, max_tokens=12, ignore_eos=True)
@@ -147,8 +147,8 @@ async def test_engine_same_seed_gives_same_samples_in_any_batch(engine: EngineHa
 
 
 async def test_engine_different_seeds_give_different_samples(engine: EngineHarness) -> None:
-    """Sample j of a group has a stream of its own, seeded or not."""
-    nonsense = np.arange(40, 60)  # the demo model is sure of the answer to a sum, and of nothing here
+    """Each sample of a group has its own random stream, seeded or not."""
+    nonsense = np.arange(40, 60)  # the demo model is certain about sums, but not about this
     for seed in (None, 5):
         response = await engine.sample([nonsense], count=8, temperature=2.0, max_tokens=24, ignore_eos=True, seed=seed)
         assert len({tuple(seq.tokens) for seq in response.sequences}) == 8
@@ -179,7 +179,7 @@ async def test_engine_ends_at_a_stop_string(engine: EngineHarness, prompts: Prom
 
 
 async def test_engine_stop_string_is_not_any_of_its_tokens(engine: EngineHarness, prompts: Prompts) -> None:
-    """A string that does not come up stops nothing, though each of its characters does."""
+    """A string that does not occur stops nothing, even if each of its characters occurs."""
     free = await engine.one(prompts[1], temperature=0, max_tokens=8, ignore_eos=True)
     backwards = free.decoded[:3][::-1] + free.decoded[:3]
     seq = await engine.one(prompts[1], temperature=0, max_tokens=8, ignore_eos=True, stop=backwards)
@@ -188,7 +188,7 @@ async def test_engine_stop_string_is_not_any_of_its_tokens(engine: EngineHarness
 
 
 async def test_engine_decodes_special_tokens(engine: EngineHarness, prompts: Prompts) -> None:
-    """decoded keeps special tokens, the end of sequence among them, with stop strings and without."""
+    """decoded keeps special tokens, including the end of sequence, with and without stop strings."""
     response = await engine.sample(prompts, count=12, temperature=1.0, max_tokens=200, seed=2)
     stopped = [seq for seq in response.sequences if seq.stop_reason == "stop"]
     assert stopped
@@ -198,7 +198,7 @@ async def test_engine_decodes_special_tokens(engine: EngineHarness, prompts: Pro
 
 
 async def test_engine_logprobs_put_the_sampled_token_first(engine: EngineHarness, prompts: Prompts) -> None:
-    """k entries best first after it, no token twice; k=0 is the sampled token alone; None is none."""
+    """Then the top k, best first, no token twice; k=0 gives only the sampled token, None no logprobs."""
     response = await engine.sample(prompts, temperature=2.0, max_tokens=5, logprobs=4, seed=8)
     for seq in response.sequences:
         assert seq.logprobs is not None
@@ -215,7 +215,7 @@ async def test_engine_logprobs_put_the_sampled_token_first(engine: EngineHarness
 
 
 async def test_engine_logprobs_do_not_depend_on_temperature(engine: EngineHarness, prompts: Prompts) -> None:
-    """raw_logprobs: of the model's own distribution."""
+    """raw_logprobs are those of the model's own distribution."""
     assert engine.info.logprobs_mode == "raw_logprobs"
     cold = await engine.sample(prompts, top_k=1, temperature=0.5, max_tokens=4, ignore_eos=True)
     hot = await engine.sample(prompts, top_k=1, temperature=2.0, max_tokens=4, ignore_eos=True)
@@ -249,8 +249,8 @@ async def test_engine_prompt_logprobs_give_the_k_likeliest(engine: EngineHarness
         assert len(part.sequences[0].tokens) == 3
 
 
-async def test_engine_goes_on_after_an_abort(engine: EngineHarness, prompts: Prompts) -> None:
-    """Cancelling a group ends it; a bystander in the same batch finishes, and so does the next request."""
+async def test_engine_continues_after_an_abort(engine: EngineHarness, prompts: Prompts) -> None:
+    """Cancelling a group ends it; another one in the same batch finishes, and so does the next request."""
     expected = await engine.one(prompts[1], temperature=0, max_tokens=100, ignore_eos=True)
     long = engine.start(engine.group(prompts[0], count=4, ignore_eos=True))
     bystander = engine.start(engine.group(prompts[1], temperature=0, max_tokens=100, ignore_eos=True))
@@ -264,7 +264,7 @@ async def test_engine_goes_on_after_an_abort(engine: EngineHarness, prompts: Pro
 
 
 async def test_group_runner_returns_every_group_once(engine: EngineHarness, prompts: Prompts) -> None:
-    """Groups of different parameters share a chunk; an aborted one comes back in no item."""
+    """Groups with different parameters share a chunk; an aborted one is in no item."""
     groups = [engine.group(p, count=2, max_tokens=3, logprobs=k) for p in prompts for k in (None, 0, 2)]
     aborted = engine.group(prompts[0], ignore_eos=True)
     runner = GroupRunner(engine.engine.sample_group)
@@ -276,7 +276,7 @@ async def test_group_runner_returns_every_group_once(engine: EngineHarness, prom
         items.append(item)
     assert all(not item.failures for item in items)
     rows = Counter(int(group) for item in items if item.columns for group in item.columns.group)
-    if engine.info.kind == "vllm":  # the others may have ended it before the first item
+    if engine.info.kind == "vllm":  # other engines may finish it before the first item
         assert aborted.id not in rows
     rows.pop(aborted.id, None)
     assert rows == Counter({group.id: 2 for group in groups})
@@ -308,8 +308,8 @@ async def test_vllm_argument_names_are_those_of_the_class(vllm_engine: EngineHar
     assert argument_names() == {field.name for field in dataclasses.fields(AsyncEngineArgs)}
 
 
-async def test_sample_that_runs_for_too_long_ends_where_it_is(engine: EngineHarness, prompts: Prompts) -> None:
-    """With the tokens and logprobs that it has, which are those of the whole sample; one beside it runs to its end."""
+async def test_sample_that_times_out_keeps_its_tokens(engine: EngineHarness, prompts: Prompts) -> None:
+    """Its tokens are the beginning of the whole sample, with their logprobs; one beside it runs to its end."""
     options: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
     before = engine.engine.progress()
     whole = await engine.one(prompts[0], **options)
@@ -325,7 +325,7 @@ async def test_sample_that_runs_for_too_long_ends_where_it_is(engine: EngineHarn
 
 
 async def test_a_score_is_progress(engine: EngineHarness, prompts: Prompts) -> None:
-    """Or an engine that only scores would be taken for hung."""
+    """Otherwise an engine that only scores would seem hung."""
     before = engine.engine.progress()
     await engine.sample([prompts[0]], max_tokens=0, logprobs=None, prompt_logprobs=0)
     assert engine.engine.progress() != before

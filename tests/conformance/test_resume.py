@@ -1,4 +1,4 @@
-"""A sample that one engine began and another one ends."""
+"""Samples that one engine begins and another one finishes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from twinkle_serve.data_format.samples import PartialSample
 TOKENS = 100
 
 
-async def test_engine_goes_on_with_a_sample_that_has_begun(engine: EngineHarness, prompts: Prompts) -> None:
-    """What it tells of a running sample is its beginning, piece by piece; the whole re-scores, both sides of the
-    break, as one sample would."""
+async def test_engine_resumes_a_sample(engine: EngineHarness, prompts: Prompts) -> None:
+    """Partial outputs are the beginning of the sample, and the resumed sample re-scores as one, before and after the
+    break."""
     group = replace(engine.group(prompts[0], max_tokens=TOKENS, ignore_eos=True, logprobs=2), resume=True)
     task = engine.start(group)
     parts: list[PartialSample] = []
@@ -24,16 +24,18 @@ async def test_engine_goes_on_with_a_sample_that_has_begun(engine: EngineHarness
         if (part := engine.engine.partial_output(group, sum(map(len, parts)))) is not None:
             parts.append(part)
         await asyncio.sleep(0)
-    if engine.info.kind == "torch":  # it never says
+    if engine.info.kind == "torch":  # it has no partial output
         assert not parts and len((await task).tokens) == TOKENS
         return
     task.cancel()
     await asyncio.wait({task})
-    assert engine.engine.partial_output(group, 0) is None, "it does not run any more"
-    begun = PartialSample.concat(parts)
-    again = replace(group, attempts=1, partial=begun)
+    assert engine.engine.partial_output(group, 0) is None, "it is not running any more"
+    beginning = PartialSample.concat(parts)
+    again = replace(group, attempts=1, partial=beginning)
     columns = await engine.host._sample_group(again)
-    assert columns.lengths.tolist() == [TOKENS] and columns.tokens[: len(begun)].tolist() == begun.tokens.tolist()
+    assert (
+        columns.lengths.tolist() == [TOKENS] and columns.tokens[: len(beginning)].tolist() == beginning.tokens.tolist()
+    )
     assert columns.logprobs is not None and columns.logprobs.shape == (TOKENS, 3)
     assert columns.logprob_tokens is not None and (columns.logprob_tokens[:, 0] == columns.tokens).all()
     assert columns.weight_versions == [(("initial", 0),)]

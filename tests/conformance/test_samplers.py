@@ -1,4 +1,4 @@
-"""What every sampler guarantees: vllm, torch and fake, in this process and as a service with dp_size 2."""
+"""Guarantees of every sampler: vllm, torch and fake, in this process and as a service with dp_size 2."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def name() -> str:
 @pytest.fixture(scope="module")
 def reference() -> Iterator[RunningSampler]:
     """The torch engine in this process."""
-    made = make_sampler("torch")
-    yield made
-    made.shutdown()
+    sampler = make_sampler("torch")
+    yield sampler
+    sampler.shutdown()
 
 
 async def until_running(sampler: RunningSampler) -> None:
-    """Until a call has been admitted."""
+    """Waits until a call has been admitted."""
     async with asyncio.timeout(30):
         while not (await asyncio.to_thread(sampler.status))["requests"]:
             pass
@@ -69,7 +69,7 @@ def tokens(response: SampleResponse) -> list[list[int]]:
 
 
 def test_sampler_answers_flat_and_prompt_by_prompt(sampler: RunningSampler) -> None:
-    """Both generations of the API from one response: p0s0, p0s1, p1s0, …, and one response a prompt."""
+    """One response serves both versions of the API: p0s0, p0s1, p1s0, …, and one response per prompt."""
     response = sampler.sample(QUESTIONS, SamplingParams(max_tokens=6), num_samples=3)
     assert [sequence.prompt_index for sequence in response.sequences] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert len(response) == 3
@@ -92,7 +92,7 @@ def test_sampler_takes_parameters_in_either_place(sampler: RunningSampler) -> No
 
 @pytest.mark.parametrize("kind", [list, np.asarray, torch.tensor])
 def test_sampler_takes_ids_of_any_kind(sampler: RunningSampler, kind: Any) -> None:
-    """Lists, numpy and torch; the response is the same, and the input is left as it was."""
+    """Lists, numpy and torch; the response is the same, and the input is unchanged."""
     ids = sampler.sample(QUESTIONS[0], GREEDY).prompt_token_ids
     feature = {"input_ids": kind(ids), "attention_mask": kind([1] * len(ids)), "user_data": {"id": [1]}}
     before = copy.deepcopy(feature)
@@ -103,7 +103,7 @@ def test_sampler_takes_ids_of_any_kind(sampler: RunningSampler, kind: Any) -> No
 
 
 def test_sampler_repeats_a_seed_in_any_batch(sampler: RunningSampler) -> None:
-    """The first prompt alone and beside others, on one engine or two: the same samples. Another seed: others."""
+    """The first prompt alone or beside others, on one engine or two: the same samples. Another seed gives others."""
     params = SamplingParams(max_tokens=8, temperature=1.5, seed=11, ignore_eos=True)
     together = sampler.sample(QUESTIONS, params, num_samples=4)
     assert tokens(sampler.sample(QUESTIONS, params, num_samples=4)) == tokens(together)
@@ -125,7 +125,7 @@ def test_sampler_iterates_prompt_by_prompt(sampler: RunningSampler) -> None:
 
 
 def test_sampler_works_in_async_code(sampler: RunningSampler) -> None:
-    """Calls run side by side, and agree with those that wait."""
+    """Calls run concurrently, with the same results as blocking calls."""
 
     async def run() -> tuple[Any, Any, str]:
         both = await asyncio.gather(*(sampler.sample_async(question, GREEDY) for question in QUESTIONS[:2]))
@@ -140,8 +140,8 @@ def test_sampler_works_in_async_code(sampler: RunningSampler) -> None:
     assert text == expected.sequences[0].decoded
 
 
-def test_sampler_streams_text_as_it_comes(sampler: RunningSampler) -> None:
-    """(delta_text, finish_reason): together the sample's text. A reader that leaves does not wedge the sampler."""
+def test_sampler_streams_text_as_it_is_sampled(sampler: RunningSampler) -> None:
+    """(delta_text, finish_reason): joined, the sample's text. A reader that leaves does not block the sampler."""
     params = {"max_tokens": 20, "ignore_eos": True, "seed": 4}
     whole = sampler.sample(QUESTIONS[1], params).sequences[0]
     deltas = list(sampler.sample_stream(QUESTIONS[1], params))
@@ -157,7 +157,7 @@ def test_sampler_streams_text_as_it_comes(sampler: RunningSampler) -> None:
 
 
 def test_sampler_scores_given_sequences(sampler: RunningSampler) -> None:
-    """A sample's own logprobs come back, for ids and for messages; top_logprobs has the likeliest, best first."""
+    """A sample's own logprobs are reproduced, for ids and for messages; top_logprobs are sorted best first."""
     response = sampler.sample(QUESTIONS, {"max_tokens": 8, "seed": 3, "ignore_eos": True})
     features = [sequence.new_input_feature for sequence in response.sequences]
     scored = sampler.score([{"input_ids": feature["input_ids"]} for feature in features], top_logprobs=2)
@@ -172,7 +172,7 @@ def test_sampler_scores_given_sequences(sampler: RunningSampler) -> None:
     assert sampler.score(said).prompt_token_ids[-4:] == [22, 24, 2, 201], "no turn is opened for the assistant"
 
 
-def test_sampler_samples_from_the_adapter_that_a_call_names(
+def test_sampler_samples_from_the_adapter_named_in_a_call(
     sampler: RunningSampler, adapters: list[Path], name: str
 ) -> None:
     """By name, by path and by version; the base model beside it, in one batch or with use_base_model."""
@@ -201,7 +201,7 @@ def test_sampler_samples_from_the_adapter_that_a_call_names(
 def test_sampler_takes_an_adapter_from_memory_as_a_new_version(
     sampler: RunningSampler, adapters: list[Path], name: str
 ) -> None:
-    """LoraConfig and tensors under an old name: the name means the new version, and no cache mixes them."""
+    """LoraConfig and tensors under an old name: the name refers to the new version, and no cache mixes the two."""
     from peft import get_peft_model_state_dict
 
     sampler.add_adapter_to_model(name, adapters[0])
@@ -220,7 +220,7 @@ def test_sampler_takes_an_adapter_from_memory_as_a_new_version(
 def test_sampler_reads_an_adapter_path_again_when_its_files_change(
     sampler: RunningSampler, adapters: list[Path], tmp_path: Path
 ) -> None:
-    """And only then: the version stays while the files do."""
+    """And only then: while the files stay, the version stays."""
     import shutil
 
     path = tmp_path / "policy"
@@ -238,7 +238,7 @@ def test_sampler_reads_an_adapter_path_again_when_its_files_change(
 def test_sampler_never_answers_for_an_adapter_with_the_base_model(
     sampler: RunningSampler, adapters: list[Path], tmp_path: Path, name: str
 ) -> None:
-    """Unknown, misspelt, nowhere, of another model, too large, contradictory: an error each; the next call works."""
+    """Unknown, misspelt, missing, of another model, too large, contradictory: an error each; the next call works."""
     sampler.add_adapter_to_model(name, adapters[0])
     big = save_adapter(tmp_path / "big", rank=32)
     other = save_adapter(tmp_path / "other", rank=8, modules=("q_proj",))
@@ -264,8 +264,8 @@ def test_sampler_never_answers_for_an_adapter_with_the_base_model(
     sampler.remove_adapter(name)
 
 
-def test_sampler_has_a_template_of_its_own(sampler: RunningSampler) -> None:
-    """By name, class and instance; by this object's calls alone. What cannot be is refused, and changes nothing."""
+def test_sampler_has_its_own_template(sampler: RunningSampler) -> None:
+    """By name, class or instance, for this object's calls only. Invalid templates are refused and change nothing."""
     plain = sampler.sample(QUESTIONS[0], GREEDY).prompt_token_ids
     sampler.set_template("Template", system="Be exact.")
     with_system = sampler.sample(QUESTIONS[0], GREEDY).prompt_token_ids
@@ -289,8 +289,8 @@ def test_sampler_has_a_template_of_its_own(sampler: RunningSampler) -> None:
     assert sampler.sample(QUESTIONS[0], GREEDY).prompt_token_ids == plain
 
 
-def test_sampler_deletes_prompts_that_are_too_long_if_told_to(sampler: RunningSampler) -> None:
-    """The others keep their places in the call, and their seeds."""
+def test_sampler_deletes_prompts_that_are_too_long_with_that_strategy(sampler: RunningSampler) -> None:
+    """The others keep their indices in the call, and their seeds."""
     sampler.set_template("Template", max_length=14, truncation_strategy="delete")
     params = {"max_tokens": 4, "seed": 5, "temperature": 1.0}
     kept = sampler.sample(QUESTIONS, params)
@@ -303,7 +303,7 @@ def test_sampler_deletes_prompts_that_are_too_long_if_told_to(sampler: RunningSa
 
 
 def test_sampler_keeps_tokens_over_several_turns(sampler: RunningSampler) -> None:
-    """The ids of a turn are a prefix of the next turn's prompt; labels of all turns are kept."""
+    """A turn's ids are a prefix of the next turn's prompt; labels of all turns are kept."""
     feature: Any = QUESTIONS[0]
     ids: list[int] = []
     for turn in range(3):
@@ -320,7 +320,7 @@ def test_sampler_keeps_tokens_over_several_turns(sampler: RunningSampler) -> Non
 
 
 def test_sampler_verifies_its_samples_against_itself(sampler: RunningSampler, adapters: list[Path], name: str) -> None:
-    """Base and adapter, several samples a prompt, parts of a response. Other weights are told apart."""
+    """Base and adapter, several samples per prompt, parts of a response. Other weights are detected."""
     sampler.add_adapter_to_model(name, adapters[0])
     params = SamplingParams(max_tokens=8, seed=1, ignore_eos=True)
     for which in ("", name):
@@ -341,7 +341,7 @@ def test_sampler_verifies_its_samples_against_itself(sampler: RunningSampler, ad
         wrong.max_abs_difference, abs=1e-3
     )
     sampler.add_adapter_to_model(name, adapters[1])
-    with pytest.raises(AdapterError, match=f"{name}@1"):  # given up: the newer one is not what has sampled them
+    with pytest.raises(AdapterError, match=f"{name}@1"):  # dropped, and the newer version has not sampled them
         sampler.verify(response, against=sampler)
     with pytest.raises(RequestError, match="no logprobs to verify"):
         sampler.verify(sampler.sample(QUESTIONS, params, logprobs=None), against=sampler)
@@ -351,7 +351,7 @@ def test_sampler_verifies_its_samples_against_itself(sampler: RunningSampler, ad
 def test_sampler_verifies_against_a_second_engine(
     sampler: RunningSampler, reference: RunningSampler, adapters: list[Path], name: str
 ) -> None:
-    """The torch engine in float32 says the same of what was sampled, base and adapter; versions are never mixed up."""
+    """The torch engine in float32 agrees on all samples, base and adapter; versions are never mixed up."""
     params = SamplingParams(max_tokens=12, seed=1, ignore_eos=True)
     if next(iter(sampler.status()["engines"].values()))["engine"] == "fake":
         assert sampler.verify(sampler.sample(QUESTIONS, params), against=reference).max_abs_difference > 0.05
@@ -368,10 +368,10 @@ def test_sampler_verifies_against_a_second_engine(
         used.remove_adapter(name)
 
 
-def test_sampler_keeps_the_version_that_a_call_was_admitted_with(
+def test_sampler_keeps_the_adapter_version_of_an_admitted_call(
     sampler: RunningSampler, adapters: list[Path], name: str
 ) -> None:
-    """A version is replaced, and its name taken away, in the middle of a call: that ends on it, token for token."""
+    """The version is replaced and the name removed during a call, which finishes on its version, token for token."""
     params = {"max_tokens": 150, "ignore_eos": True, "seed": 9, "temperature": 1.0}
     sampler.add_adapter_to_model(name, adapters[0])
     expected = sampler.sample(QUESTIONS, params, name, num_samples=4)
@@ -385,7 +385,7 @@ def test_sampler_keeps_the_version_that_a_call_was_admitted_with(
         return await running, in_time
 
     response, in_time = asyncio.run(run())
-    assert in_time or "vllm" not in str(sampler.status()["engines"]), "the call was over too early to show anything"
+    assert in_time or "vllm" not in str(sampler.status()["engines"]), "the call ended too early to show anything"
     assert {sequence.adapter for sequence in response.sequences} == {f"{name}@1"}
     assert tokens(response) == tokens(expected)
     with pytest.raises(AdapterError, match="unknown adapter"):
@@ -393,7 +393,7 @@ def test_sampler_keeps_the_version_that_a_call_was_admitted_with(
 
 
 def test_sampler_answers_control_calls(sampler: RunningSampler) -> None:
-    """Weights' names, prefix cache, and sleep: where the engine has none, it says so, and goes on."""
+    """Weight names, prefix cache, and sleep, which an engine without it refuses; the next call works."""
     assert "model.layers.0.self_attn.q_proj.weight" in sampler.get_state_keys()
     before = sampler.sample(QUESTIONS, GREEDY)
     sampler.reset_prefix_cache()
@@ -431,10 +431,10 @@ def test_sampler_answers_control_calls(sampler: RunningSampler) -> None:
         (QUESTIONS, {"stop": [""]}, SamplingParamsError),
     ],
 )
-def test_sampler_refuses_bad_calls_and_goes_on(
+def test_sampler_refuses_bad_calls_and_still_works(
     sampler: RunningSampler, inputs: Any, params: dict[str, Any], error: type[TwinkleServeError]
 ) -> None:
-    """A typed error, at once, in every way of calling; the next call works."""
+    """A typed error at once from every kind of call; the next call works."""
     with pytest.raises(error):
         sampler.sample(inputs, params)
     with pytest.raises(error):
@@ -442,8 +442,8 @@ def test_sampler_refuses_bad_calls_and_goes_on(
     assert len(tokens(sampler.sample(QUESTIONS, {"max_tokens": 1}))) == 3
 
 
-def test_sampler_keeps_a_deadline(sampler: RunningSampler) -> None:
-    """timeout_s ends a call that takes longer, in every way of calling; the next call works."""
+def test_sampler_enforces_a_deadline(sampler: RunningSampler) -> None:
+    """timeout_s ends every kind of call that takes longer; the next call works."""
     endless = {"max_tokens": 200, "ignore_eos": True}
     with pytest.raises(DeadlineError, match=r"timeout_s=0\.001"):
         sampler.sample(QUESTIONS * 20, endless, num_samples=4, timeout_s=0.001)

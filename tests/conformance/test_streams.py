@@ -1,4 +1,4 @@
-"""What every engine guarantees of streamed samples."""
+"""Streamed samples on every engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Prompts = list[np.ndarray]
 
 @pytest.mark.parametrize("stop", [None, "second", "never this"])
 async def test_stream_is_the_sample(engine: EngineHarness, prompts: Prompts, stop: str | None) -> None:
-    """All deltas together are `decoded` of the same call, and the last alone has a reason."""
+    """All deltas joined are `decoded` of the same call, and only the last one has a reason."""
     options: dict[str, Any] = {"temperature": 1.0, "max_tokens": 24, "ignore_eos": True, "seed": 5}
     free = await engine.one(prompts[1], **options)
     if stop == "second":
@@ -31,8 +31,8 @@ async def test_stream_is_the_sample(engine: EngineHarness, prompts: Prompts, sto
     assert stop == "second" or len(deltas) > 3
 
 
-async def test_stream_ends_with_the_end_of_sequence_whatever_stops(engine: EngineHarness, prompts: Prompts) -> None:
-    """Where the text of that token is a stop string too, the token has ended the sample, and its text is kept."""
+async def test_stream_keeps_an_end_of_sequence_that_is_a_stop_string(engine: EngineHarness, prompts: Prompts) -> None:
+    """The token ends the sample, not the stop string, so its text is kept."""
     options: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "stop": ["<|im_end|>"]}
     whole = await engine.one(prompts[0], **options)
     deltas = await engine.stream(prompts[0], **options)
@@ -41,7 +41,7 @@ async def test_stream_ends_with_the_end_of_sequence_whatever_stops(engine: Engin
 
 
 async def test_stream_never_splits_a_character(engine: EngineHarness) -> None:
-    """Random bytes are mostly no characters, some of them several bytes long; the text is that of the whole."""
+    """Random bytes include invalid and multi-byte characters; the text is that of the whole sample."""
     nonsense = np.arange(150, 190)
     options: dict[str, Any] = {"temperature": 2.0, "max_tokens": 80, "ignore_eos": True, "seed": 3}
     whole = await engine.one(nonsense, **options)

@@ -1,7 +1,7 @@
-"""Defects known from Twinkle's own samplers, one test each: none of them can happen here.
+"""Known defects of Twinkle's own samplers, one test each: none of them can happen here.
 
-Those of its collecting of results from workers (every result twice, a dict split, a small batch) are tested for users'
-classes too, in tests/unit/test_remote_dispatch.py.
+Defects in collecting results from workers (every result twice, a dict split, a small batch) are also tested for users'
+classes, in tests/unit/test_remote_dispatch.py.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def tokens(response: Any) -> list[list[int]]:
     return [sequence.tokens for sequence in response.sequences]
 
 
-def test_an_unknown_adapter_is_no_base_model(sampler: RunningSampler) -> None:
-    """Neither by name nor by path."""
+def test_an_unknown_adapter_is_refused(sampler: RunningSampler) -> None:
+    """By name and by path; the base model never answers in its place."""
     with pytest.raises(AdapterError, match="unknown adapter 'nobody'"):
         sampler.sample(QUESTIONS, GREEDY, "nobody")
     with pytest.raises(AdapterError, match="no directory"):
@@ -40,8 +40,8 @@ def test_an_unknown_adapter_is_no_base_model(sampler: RunningSampler) -> None:
 
 
 @pytest.mark.parametrize("engine", ["fake", "torch"])
-def test_an_adapter_is_refused_where_lora_is_off(engine: str, tmp_path: Path) -> None:
-    """When it is added, by name or per call; and in a config that names it."""
+def test_an_adapter_is_refused_if_lora_is_off(engine: str, tmp_path: Path) -> None:
+    """When it is added by name, per call, or in a config."""
     args = {"model_id": "demo", "engine": engine, "engine_args": {"enable_lora": False}}
     sampler = RunningSampler(LocalClient(ServiceArgs.model_validate(args)))
     path = save_adapter(tmp_path / "lora")
@@ -57,7 +57,7 @@ def test_an_adapter_is_refused_where_lora_is_off(engine: str, tmp_path: Path) ->
     sampler.shutdown()
 
 
-def test_documented_samplers_and_calls_are_there() -> None:
+def test_documented_samplers_and_calls_exist() -> None:
     """TorchSampler, and add_adapter_to_model on both."""
     for kind in (vLLMSampler, TorchSampler):
         assert issubclass(kind, Sampler)
@@ -65,14 +65,14 @@ def test_documented_samplers_and_calls_are_there() -> None:
 
 
 def test_no_result_comes_twice(sampler: RunningSampler) -> None:
-    """Exactly num_samples of each prompt, whatever the engines."""
+    """Exactly num_samples of each prompt, on any number of engines."""
     response = sampler.sample(QUESTIONS, GREEDY, num_samples=3)
     assert [seq.prompt_index for seq in response.sequences] == [i for i in range(len(QUESTIONS)) for _ in range(3)]
     assert response.columns.sample.tolist() == [0, 1, 2] * len(QUESTIONS)
 
 
 def test_one_dict_is_one_prompt(sampler: RunningSampler) -> None:
-    """Its messages are never shared out to engines."""
+    """Its messages are never split among engines."""
     dialogue = {
         "messages": [
             {"role": "system", "content": "Be exact."},
@@ -87,7 +87,7 @@ def test_one_dict_is_one_prompt(sampler: RunningSampler) -> None:
 
 
 def test_a_batch_smaller_than_the_engines_is_answered_and_an_empty_one_refused(sampler: RunningSampler) -> None:
-    """One prompt on two engines; none is a PromptError at once."""
+    """One prompt works on two engines; no prompt is a PromptError at once."""
     assert len(tokens(sampler.sample(QUESTIONS[:1], GREEDY))) == 1
     with pytest.raises(PromptError, match="inputs is empty"):
         sampler.sample([], GREEDY)
@@ -102,8 +102,8 @@ def test_greedy_is_greedy(sampler: RunningSampler) -> None:
         assert (response.columns.logprob_tokens[:, 0] == response.columns.logprob_tokens[:, 1]).all()
 
 
-def test_a_seed_is_honoured_and_no_layout_changes_it(sampler: RunningSampler) -> None:
-    """The same samples again; and one by one what they are together, which places them on other engines."""
+def test_a_seed_is_honoured_on_any_layout(sampler: RunningSampler) -> None:
+    """The same samples again, also in a smaller batch, which places them on other engines."""
     params = {"temperature": 1.5, "max_tokens": 8, "seed": 3, "ignore_eos": True}
     together = sampler.sample(QUESTIONS, params, num_samples=4)
     assert tokens(sampler.sample(QUESTIONS, params, num_samples=4)) == tokens(together)
@@ -113,7 +113,7 @@ def test_a_seed_is_honoured_and_no_layout_changes_it(sampler: RunningSampler) ->
 
 
 def test_requests_do_not_queue_behind_one_another(sampler: RunningSampler) -> None:
-    """On vllm a short call is answered while a long one runs; on every engine all that come together are answered."""
+    """On vllm a short call is answered while a long one runs; every engine answers all concurrent calls."""
 
     async def run() -> tuple[bool, int]:
         long = asyncio.create_task(
@@ -130,8 +130,8 @@ def test_requests_do_not_queue_behind_one_another(sampler: RunningSampler) -> No
     assert overtaken or kind != "vllm"
 
 
-def test_a_reader_that_leaves_does_not_wedge_the_sampler(sampler: RunningSampler) -> None:
-    """Streams are closed in the middle, one after the other; calls go on."""
+def test_a_reader_that_leaves_does_not_block_the_sampler(sampler: RunningSampler) -> None:
+    """Streams are closed midway, one after the other; later calls work."""
     for question in QUESTIONS:
         stream = sampler.sample_stream(question, {"max_tokens": 200, "ignore_eos": True})
         next(stream)
@@ -140,7 +140,7 @@ def test_a_reader_that_leaves_does_not_wedge_the_sampler(sampler: RunningSampler
 
 
 def test_a_stop_string_is_not_any_of_its_tokens(sampler: RunningSampler) -> None:
-    """A string that does not come up stops nothing, though its characters do come up."""
+    """A string that does not occur stops nothing, even if its characters occur."""
     free = sampler.sample(QUESTIONS[0], {**GREEDY, "max_tokens": 8}).sequences[0]
     never = free.decoded[::-1] + free.decoded
     stopped = sampler.sample(QUESTIONS[0], {**GREEDY, "max_tokens": 8, "stop": [never]}).sequences[0]
@@ -148,22 +148,22 @@ def test_a_stop_string_is_not_any_of_its_tokens(sampler: RunningSampler) -> None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, "hot", True])
-def test_a_temperature_that_is_none_is_refused(sampler: RunningSampler, value: Any) -> None:
-    """By a typed error, before anything runs."""
+def test_an_invalid_temperature_is_refused(sampler: RunningSampler, value: Any) -> None:
+    """With a typed error, before anything runs."""
     with pytest.raises(SamplingParamsError, match="temperature"):
         sampler.sample(QUESTIONS, {"temperature": value})
 
 
 def test_an_unknown_parameter_is_named(sampler: RunningSampler) -> None:
-    """With what it may have meant."""
+    """With the parameter that was probably meant."""
     with pytest.raises(SamplingParamsError, match="'temprature', did you mean 'temperature'"):
         sampler.sample(QUESTIONS, {"temprature": 0.5})
     with pytest.raises(TypeError, match="best_of"):
         sampler.sample(QUESTIONS, best_of=3)  # type: ignore[call-arg]
 
 
-def test_the_callers_dicts_stay_as_they_are(sampler: RunningSampler) -> None:
-    """Messages, tools and user data, at any depth; a feature shares nothing with them."""
+def test_the_callers_dicts_stay_unchanged(sampler: RunningSampler) -> None:
+    """Messages, tools and user data, at any depth; a returned feature shares nothing with them."""
     inputs = [
         {
             "messages": [{"role": "user", "content": "12+34="}],
@@ -173,7 +173,7 @@ def test_the_callers_dicts_stay_as_they_are(sampler: RunningSampler) -> None:
     ]
     before = copy.deepcopy(inputs)
     sequence = sampler.sample(inputs, GREEDY).sequences[0]
-    inputs[0]["messages"].append({"role": "assistant", "content": "46"})  # of no concern to what was answered before
+    inputs[0]["messages"].append({"role": "assistant", "content": "46"})  # must not change the earlier answer
     feature: Any = sequence.new_input_feature
     assert [message["role"] for message in feature["messages"]] == ["user", "assistant"]
     inputs[0]["messages"].pop()
@@ -184,7 +184,7 @@ def test_the_callers_dicts_stay_as_they_are(sampler: RunningSampler) -> None:
 
 
 def test_a_models_own_code_is_not_run(tmp_path: Path) -> None:
-    """trust_remote_code is off: a model that brings code is refused, and the code has not run."""
+    """trust_remote_code is off: a model with its own code is refused, and the code does not run."""
     model = tmp_path / "model"
     shutil.copytree(hub.DEMO, model)
     proof = tmp_path / "it-ran"

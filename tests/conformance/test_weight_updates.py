@@ -50,7 +50,7 @@ def labels_of(response: SampleResponse) -> set[str]:
 
 
 def check_logprobs(sampler: RunningSampler, reference: Reference, weights: Any, response: SampleResponse) -> None:
-    """The samples are of these weights, by transformers; for the toy model, by the sampler itself."""
+    """Checks that these weights sampled the response: with transformers, for the toy model with the sampler itself."""
     assert labels_of(response) == {sampler.status()["weights"]}
     assert sampler.verify(response, against=sampler).max_abs_difference < 1e-3
     if kind(sampler) != "fake":
@@ -75,7 +75,7 @@ def as_directory(weights: dict[str, Any], path: Path) -> Any:
 
 
 def as_state_dict(weights: dict[str, Any], path: Path) -> Any:
-    """As a model with a tied output layer has it: one tensor under two names."""
+    """With a tied output layer: one tensor under two names."""
     return {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
 
 
@@ -83,7 +83,7 @@ def as_state_dict(weights: dict[str, Any], path: Path) -> Any:
 def test_update_replaces_the_weights_of_every_engine(
     sampler: RunningSampler, weights: dict[str, Any], reference: Reference, tmp_path: Path, form: Any
 ) -> None:
-    """From whatever a trainer has, in many buckets; both engines of a service sample from them."""
+    """From any form that a trainer has, in many buckets; both engines of a service sample from them."""
     label = next(LABELS)
     before = sampler.sample(QUESTIONS, {"temperature": 0, "max_tokens": 4})
     assert sampler.update_weights(form(weights, tmp_path), label, bucket_bytes=2**19) == label
@@ -100,7 +100,7 @@ def test_update_replaces_the_weights_of_every_engine(
 
 @pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
 def test_update_under_running_samples(sampler: RunningSampler, weights: dict[str, Any], mode: Any) -> None:
-    """None is lost; what each holds is what its mode says."""
+    """No sample is lost, and each has the tokens and versions that the mode promises."""
     before, label = sampler.status()["weights"], next(LABELS)
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(sampler.sample, QUESTIONS, LONG, num_samples=4)
@@ -165,21 +165,21 @@ def breaks_off(weights: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (nan, WeightsError, "model.norm.weight' holds 1 values of 128 that are not finite"),
+        (nan, WeightsError, "model.norm.weight' has 1 values of 128 that are not finite"),
         (unknown, WeightsError, "the model has no weight 'model.layers.99.mlp.up_proj.weight'"),
         (shape, WeightsError, r"has the shape \(5,\), the model's has \(128,\)"),
         (missing, WeightsError, "lacks 1 of the model's 46 weights, such as model.norm.weight"),
         (twice, WeightsError, "'model.norm.weight' comes twice"),
-        (no_pairs, WeightsError, "pairs of a name and a tensor, got str"),
+        (no_pairs, WeightsError, "pairs of name and tensor, got str"),
         (nothing, WeightsError, "a state_dict, pairs of name and tensor, or a path, got None"),
-        (no_tensor, WeightsError, "pairs of a name and a tensor"),
+        (no_tensor, WeightsError, "pairs of name and tensor, got 'model.norm.weight' and str"),
         (breaks_off, RuntimeError, "the trainer failed"),
     ],
 )
-def test_weights_that_cannot_be_are_refused(
+def test_invalid_weights_are_refused(
     sampler: RunningSampler, weights: dict[str, Any], make: Any, error: type[Exception], message: str
 ) -> None:
-    """Nothing of them is visible, and the next update, of the same label, is taken."""
+    """They have no visible effect, and the next update with the same label succeeds."""
     before, label = sampler.status()["weights"], next(LABELS)
     with pytest.raises(error, match=message):
         sampler.update_weights(make(weights), label, bucket_bytes=2**19)
@@ -189,7 +189,7 @@ def test_weights_that_cannot_be_are_refused(
 
 
 def test_files_that_are_cut_off_are_refused(sampler: RunningSampler, weights: dict[str, Any], tmp_path: Path) -> None:
-    """And a directory without any."""
+    """So is a directory without files."""
     path = Path(as_directory(weights, tmp_path)) / "model-1.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(WeightsError, match="cut off or damaged"):
@@ -221,16 +221,16 @@ def test_bad_arguments_are_refused(sampler: RunningSampler, weights: dict[str, A
     assert not sampler.status()["paused"]
 
 
-def test_nan_is_taken_where_that_is_meant(sampler: RunningSampler, weights: dict[str, Any]) -> None:
-    """Whoever looks for a bug may want it."""
+def test_nan_is_accepted_with_allow_nonfinite(sampler: RunningSampler, weights: dict[str, Any]) -> None:
+    """Useful when looking for a bug."""
     label = next(LABELS)
     if kind(sampler) == "fake":
         assert sampler.update_weights(nan(weights), label, allow_nonfinite=True) == label
     sampler.update_weights(weights, next(LABELS))
 
 
-def test_two_updates_at_a_time_are_refused(sampler: RunningSampler, weights: dict[str, Any]) -> None:
-    """The second one, while the first one's trainer is still sending."""
+def test_second_update_at_a_time_is_refused(sampler: RunningSampler, weights: dict[str, Any]) -> None:
+    """While the first one's trainer is still sending."""
     entered, go_on = threading.Event(), threading.Event()
 
     def slow() -> Iterator[tuple[str, Any]]:
@@ -241,7 +241,7 @@ def test_two_updates_at_a_time_are_refused(sampler: RunningSampler, weights: dic
     label = next(LABELS)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(sampler.update_weights, slow(), label)
-        # A generator is entered by the first bucket, which comes after the update has begun.
+        # The first bucket starts the generator, after the update has begun.
         assert entered.wait(30)
         with pytest.raises(WeightsError, match=f"an update to '{label}' is under way"):
             sampler.update_weights(weights, next(LABELS))
@@ -250,14 +250,14 @@ def test_two_updates_at_a_time_are_refused(sampler: RunningSampler, weights: dic
 
 
 def test_pause_holds_samples_until_it_ends(sampler: RunningSampler) -> None:
-    """A call that comes meanwhile waits, within its own deadline; the block's end resumes."""
+    """A call during the pause waits, within its own deadline; the end of the block resumes."""
     with ThreadPoolExecutor(1) as pool:
         with sampler.pause():
             assert sampler.status()["paused"]
             with pytest.raises(DeadlineError):
                 sampler.sample(QUESTIONS, {"max_tokens": 2}, timeout_s=0.5)
             call = pool.submit(sampler.sample, QUESTIONS, {"max_tokens": 2})
-            with sampler.pause("wait"):  # one inside another: both have to end
+            with sampler.pause("wait"):  # nested: both have to end
                 pass
             assert sampler.status()["paused"] and not call.done()
         assert not sampler.status()["paused"]
@@ -265,7 +265,7 @@ def test_pause_holds_samples_until_it_ends(sampler: RunningSampler) -> None:
 
 
 def test_update_in_a_pause_leaves_it_paused(sampler: RunningSampler, weights: dict[str, Any]) -> None:
-    """Whoever paused has the say over when samples go on."""
+    """Only the caller of the pause resumes."""
     label = next(LABELS)
     with sampler.pause():
         sampler.update_weights(weights, label)
@@ -273,14 +273,14 @@ def test_update_in_a_pause_leaves_it_paused(sampler: RunningSampler, weights: di
     assert labels_of(sampler.sample(QUESTIONS, {"max_tokens": 2})) == {label}
 
 
-def test_pause_of_a_caller_that_is_gone_ends(sampler: RunningSampler, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not renewed any more: samples go on, and the caller, if it lives after all, is told."""
+def test_pause_ends_when_its_caller_is_gone(sampler: RunningSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without renewal sampling resumes; a caller that is still alive gets an error."""
     monkeypatch.setattr("twinkle_serve.sampler.pause.keep_renewed", lambda renew, period_s: asyncio.sleep(0))
     pause = sampler.pause(lease_s=0.3)
     assert len(sampler.sample(QUESTIONS, {"max_tokens": 2}, timeout_s=30).sequences) == len(QUESTIONS)
     with pytest.raises(LeaseExpiredError, match="the pause is over"):
         pause.resume()
-    pause.resume()  # again: nothing
+    pause.resume()  # idempotent
 
 
 def test_cancelled_update_leaves_nothing_behind(

@@ -1,4 +1,4 @@
-"""New weights of the model's own, in every engine: spans are exact, adapters stay, what is refused leaves no trace."""
+"""Replacing the model's own weights in every engine: exact spans, adapters stay, refused weights leave no trace."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def versions() -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-async def as_it_was(engine: EngineHarness) -> AsyncIterator[None]:
+async def initial_weights_afterwards(engine: EngineHarness) -> AsyncIterator[None]:
     yield
     await engine.host.pause("keep")
     await engine.host.load_weights(CHECKPOINT_VERSION)
@@ -44,7 +44,7 @@ async def as_it_was(engine: EngineHarness) -> AsyncIterator[None]:
 async def logprobs_under(
     engine: EngineHarness, reference: Reference, weights: Any, label: str, ids: list[int], adapter: Path | None = None
 ) -> np.ndarray[Any, Any]:
-    """What a version says of a sequence: transformers, or for the toy model the engine itself, which then has it."""
+    """Scores a sequence under a version: with transformers, or for the toy model by loading it into the engine."""
     if engine.info.kind != "fake":
         return reference.logprobs(weights, ids, adapter)
     assert adapter is None
@@ -58,7 +58,7 @@ async def logprobs_under(
 async def check_spans(
     engine: EngineHarness, reference: Reference, versions: dict[str, Any], sequence: SampledSequence
 ) -> None:
-    """Each token has the logprob of the version that its span names, and its span has not that of any other."""
+    """Checks that each span has the logprobs of the version that it names, and of no other."""
     prompt = sequence.response.prompts[sequence.prompt_index].tolist()
     spans = sequence.weight_versions
     assert [span.start for span in spans] == [0, *(span.end for span in spans[:-1])]
@@ -75,7 +75,7 @@ async def check_spans(
 
 
 async def running(engine: EngineHarness, prompt: np.ndarray[Any, Any]) -> asyncio.Task[Any]:
-    """A group of long samples, once it has tokens: so has a stream that was sent with it."""
+    """Starts a group of long samples; returns once it has tokens, as a stream that was sent with it has."""
     task = engine.start(engine.group(prompt, count=4, seed=5, **LONG))
     stream = engine.engine.stream_tokens(engine.group(prompt, max_tokens=8, ignore_eos=True))
     async with contextlib.aclosing(stream):
@@ -88,14 +88,14 @@ async def running(engine: EngineHarness, prompt: np.ndarray[Any, Any]) -> asynci
 
 
 @pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
-async def test_every_token_has_the_logprob_of_the_weights_that_it_names(
+async def test_every_token_has_the_logprob_of_its_weights_version(
     engine: EngineHarness,
     prompts: list[np.ndarray[Any, Any]],
     reference: Reference,
     versions: dict[str, Any],
     mode: PauseMode,
 ) -> None:
-    """An update under running samples, another right behind it, and a group that was asked for in the pause."""
+    """With an update under running samples, and a group that is requested during the pause."""
     task = await running(engine, prompts[0])
     await engine.host.pause(mode)
     later = engine.start(engine.group(prompts[1], count=1, max_tokens=4, ignore_eos=True, logprobs=0))
@@ -116,10 +116,10 @@ async def test_every_token_has_the_logprob_of_the_weights_that_it_names(
     await check_spans(engine, reference, versions, after)
 
 
-async def test_prompt_that_is_known_is_computed_anew(
+async def test_cached_prompt_is_recomputed(
     engine: EngineHarness, prompts: list[np.ndarray[Any, Any]], reference: Reference, versions: dict[str, Any]
 ) -> None:
-    """No key or value of the old weights is left in a prefix cache."""
+    """No key or value of the old weights stays in a prefix cache."""
     long = np.concatenate([*prompts, *prompts])
     await engine.one(long, max_tokens=8, ignore_eos=True)
     await engine.host.pause("keep")
@@ -136,7 +136,7 @@ async def test_adapters_stay_loaded(
     versions: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    """An adapter answers with its own weights on the new ones of the model, beside the model itself."""
+    """An adapter answers with its own weights on top of the model's new ones, beside the model itself."""
     paths = {name: save_adapter(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2))}
     added = {name: await engine.add(f"stays-{name}", read_adapter(path)) for name, path in paths.items()}
     await engine.host.pause("keep")
@@ -157,8 +157,8 @@ async def test_adapters_stay_loaded(
         await engine.host.drop_adapter(version)
 
 
-async def test_checksum_is_that_of_the_weights(engine: EngineHarness, versions: dict[str, Any]) -> None:
-    """However they were cut into buckets, and whatever was loaded before."""
+async def test_checksum_depends_on_the_weights_only(engine: EngineHarness, versions: dict[str, Any]) -> None:
+    """Not on their buckets, nor on earlier loads."""
     await engine.host.pause("keep")
     one = await engine.load("one", versions["one"])
     two = await engine.load("two", versions["two"])
@@ -167,10 +167,10 @@ async def test_checksum_is_that_of_the_weights(engine: EngineHarness, versions: 
     await engine.host.resume()
 
 
-async def test_weights_that_do_not_fit_are_refused_and_others_taken_afterwards(
+async def test_weights_that_do_not_fit_are_refused_and_later_ones_loaded(
     engine: EngineHarness, prompts: list[np.ndarray[Any, Any]], reference: Reference, versions: dict[str, Any]
 ) -> None:
-    """Halfway through, when some layers are new already: until it has a whole version, it says that it has none."""
+    """Refused halfway, with some layers replaced: the engine reports no version until another load succeeds."""
     bad = dict(versions["two"])
     name = list(bad)[-2]
     bad[name] = bad[name][:1]
@@ -184,10 +184,10 @@ async def test_weights_that_do_not_fit_are_refused_and_others_taken_afterwards(
     await check_spans(engine, reference, versions, await engine.one(prompts[0], max_tokens=8, ignore_eos=True))
 
 
-async def test_samples_that_had_not_begun_are_sampled_after_an_abort(
+async def test_samples_without_tokens_survive_an_abort(
     engine: EngineHarness, prompts: list[np.ndarray[Any, Any]], versions: dict[str, Any]
 ) -> None:
-    """Of more groups than run side by side none is without tokens, and those that waited have the new weights alone."""
+    """With more groups than the engine runs at once, each gets tokens, those that waited from the new weights only."""
     groups = [
         engine.group(prompts[i % 6], count=3, **{**LONG, "max_tokens": 40}) for i in range(engine.info.max_num_seqs + 8)
     ]
@@ -200,15 +200,15 @@ async def test_samples_that_had_not_begun_are_sampled_after_an_abort(
     columns = await asyncio.gather(first, *tasks)
     labels = [{label for spans in part.weight_versions for label, _ in spans} for part in columns]
     assert labels[0] == {INITIAL_LABEL}
-    assert {"one"} in labels, "every group had begun: the test shows nothing"
+    assert {"one"} in labels, "every group had started: the test shows nothing"
     assert all(part.lengths.min() > 0 for part in columns)
-    assert all((part.lengths == 40).all() for part, found in zip(columns, labels, strict=True) if found == {"one"})
+    assert all(
+        (part.lengths == 40).all() for part, sampled_by in zip(columns, labels, strict=True) if sampled_by == {"one"}
+    )
 
 
-async def test_pause_that_is_given_up_leaves_nothing(
-    engine: EngineHarness, prompts: list[np.ndarray[Any, Any]]
-) -> None:
-    """At any moment of it, with samples running or none."""
+async def test_cancelled_pause_has_no_effect(engine: EngineHarness, prompts: list[np.ndarray[Any, Any]]) -> None:
+    """Cancelled at any moment, with samples running or none."""
     for delay_s in (0.0, 0.001, 0.01):
         for running_too in (True, False):
             task = await running(engine, prompts[0]) if running_too else None
@@ -224,14 +224,14 @@ async def test_pause_that_is_given_up_leaves_nothing(
 async def test_pause_ends_without_a_router(
     engine: EngineHarness, prompts: list[np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A lease: nobody asks after the engine any more, and it goes on."""
+    """Its lease expires when no router contacts the engine."""
     monkeypatch.setattr("twinkle_serve.timing.ENGINE_PAUSE_LEASE_S", 0.2)
     await engine.host.pause("keep")
     assert len((await engine.one(prompts[0], max_tokens=2)).tokens) > 0
 
 
 def test_demo_model_has_all_its_weights() -> None:
-    """The changed weights of these tests are all of the model's."""
+    """The changed weights in these tests are all of the model's weights."""
     from twinkle_serve.checkpoint import weight_shapes
 
     assert set(changed_weights(1)) == set(weight_shapes(hub.DEMO))

@@ -1,19 +1,19 @@
-"""The engines, by name. Importing this loads none of them."""
+"""The engines, by name. Importing this imports none of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from twinkle_serve.engines.base import Engine
+from twinkle_serve.engines.protocol import Engine
 from twinkle_serve.errors import ConfigError
 
 EngineKind = Literal["vllm", "torch", "fake"]
 ENGINES: tuple[EngineKind, ...] = get_args(EngineKind)
 
 
-def check_engine_args(kind: EngineKind, engine_args: Mapping[str, Any]) -> None:
-    """Refuses arguments that the engine does not have.
+def check_engine_args(kind: EngineKind, engine_args: Mapping[str, object]) -> None:
+    """Rejects arguments that the engine does not have.
 
     Raises:
         EngineArgsError
@@ -36,7 +36,7 @@ def build_engine(
     kind: EngineKind,
     name: str,
     model: str,
-    engine_args: Mapping[str, Any],
+    engine_args: Mapping[str, object],
     *,
     device: str = "cpu",
     tp_size: int = 1,
@@ -46,7 +46,7 @@ def build_engine(
     devices_on_node: int = 1,
     trust_remote_code: bool = False,
 ) -> Engine:
-    """An engine that is not started yet.
+    """Builds an engine; `start` loads its model.
 
     Args:
         model: directory of the model.

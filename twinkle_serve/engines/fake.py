@@ -1,7 +1,7 @@
 """The fake engine: a deterministic toy model, for tests of everything above an engine.
 
 Its "model" maps a hash of all tokens so far to one of a few fixed rows of logits, so that every token depends on the
-whole prefix, logprobs re-score exactly, and nothing has to be loaded. An adapter adds noise that its weights seed.
+whole prefix, logprobs re-score exactly, and there is nothing to load. An adapter adds noise seeded by its weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -23,16 +22,16 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
 
 from twinkle_serve.adapters import describe_adapter, not_in_model
-from twinkle_serve.checkpoint import Bucket, weight_shapes
+from twinkle_serve.checkpoint import weight_shapes
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
 from twinkle_serve.data_format.samples import FloatArray, PartialSample, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.data_format.weights import INITIAL_LABEL, PauseMode
-from twinkle_serve.engines.base import (
+from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
+from twinkle_serve.engines.protocol import (
     TokenDelta,
     columns_of_group,
-    most_new_tokens,
+    max_new_tokens,
     parse_engine_args,
     spans_from,
     stop_cut,
@@ -40,11 +39,11 @@ from twinkle_serve.engines.base import (
 from twinkle_serve.errors import EngineError, WeightsError
 
 ROWS = 257
-"""Distinct next-token distributions of the toy model."""
+"""Number of distinct next-token distributions of the toy model."""
 
 
 class FakeArgs(BaseModel):
-    """What `engine_args` holds for the fake engine."""
+    """`engine_args` of the fake engine."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -54,38 +53,38 @@ class FakeArgs(BaseModel):
     enable_lora: bool = True
     max_lora_rank: PositiveInt = 16
     token_latency_s: NonNegativeFloat = 0.0
-    """Time that each token of a sample takes; samples of a group run side by side."""
+    """Time per token of a sample; the samples of a group run in parallel."""
 
 
-def check_engine_args(engine_args: Mapping[str, Any]) -> FakeArgs:
-    """The arguments, parsed; see `parse_engine_args`."""
+def check_engine_args(engine_args: Mapping[str, object]) -> FakeArgs:
+    """Parses the arguments; see `parse_engine_args`."""
     return parse_engine_args(FakeArgs, "fake", engine_args)
 
 
 class FakeEngine:
-    """A toy model with the tokenizer of a real one. See `Engine` for what is guaranteed."""
+    """Runs groups on a toy model with a real model's tokenizer. See `Engine` for the guarantees."""
 
     info: EngineInfo
 
-    def __init__(self, name: str, model: str, engine_args: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, model: str, engine_args: Mapping[str, object]) -> None:
         self._name = name
         self._path = Path(model)
         self._args = check_engine_args(engine_args)
         self._slots = asyncio.Semaphore(self._args.max_num_seqs)
         self._adapters: dict[int, FloatArray] = {}
-        """What each adapter version adds to the logits, by its id."""
+        """Added to the logits by each adapter version, by version id. Shape [ROWS, V]."""
         self._asleep = False
         self._label = INITIAL_LABEL
         self._sampling = 0
-        """Groups that run."""
-        self._idle, self._resumed, self._unheld = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        """Set while nothing runs; while new groups may begin; while running ones may go on."""
-        for event in (self._idle, self._resumed, self._unheld):
+        """Number of running groups."""
+        self._idle, self._resumed, self._not_held = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        """Set while nothing runs; while new groups may start; while running groups may continue."""
+        for event in (self._idle, self._resumed, self._not_held):
             event.set()
         self._aborting = False
         self._progress = 0
-        self._drafts: dict[Attempt, _Sample] = {}
-        """Of groups of one sample that may be resumed."""
+        self._resumable: dict[Attempt, _Sample] = {}
+        """Running samples of one-sample groups that may be resumed."""
 
     async def start(self) -> None:
         from tokenizers import Tokenizer
@@ -113,7 +112,7 @@ class FakeEngine:
         )
 
     def _logits_of(self, adapter: AdapterVersion | None) -> FloatArray:
-        """The model's table, shape [ROWS, V], with what the adapter adds."""
+        """Returns the model's logits, with the adapter's added. Shape [ROWS, V]."""
         if self._asleep:
             raise EngineError(f"{self._name} is asleep.")
         if adapter is None:
@@ -122,19 +121,19 @@ class FakeEngine:
 
     async def sample_group(self, group: Group) -> SampleColumns:
         params = group.params
-        samples = [self._draft(group, j) for j in range(group.count)]
+        samples = [self._new_sample(group, j) for j in range(group.count)]
         async with self._running():
             scores = None
             if params.prompt_logprobs is not None:
                 self._progress += 1
                 scores = _score(group.prompt_ids, params.prompt_logprobs, self._logits_of(group.adapter))
             if group.resume:
-                self._drafts[group.attempt] = samples[0]
+                self._resumable[group.attempt] = samples[0]
             try:
                 async for _ in self._steps(group, samples):
                     pass
             finally:
-                self._drafts.pop(group.attempt, None)
+                self._resumable.pop(group.attempt, None)
         k = params.logprobs
         return columns_of_group(
             group,
@@ -149,7 +148,7 @@ class FakeEngine:
         )
 
     def partial_output(self, group: Group, offset: int) -> PartialSample | None:
-        sample = self._drafts.get(group.attempt)
+        sample = self._resumable.get(group.attempt)
         if sample is None or sample.reason is not None or len(sample.tokens) <= offset:
             return None
         k = group.params.logprobs
@@ -161,20 +160,20 @@ class FakeEngine:
         )
 
     async def stream_tokens(self, group: Group) -> AsyncGenerator[TokenDelta, None]:
-        sample = self._draft(group, 0)
+        sample = self._new_sample(group, 0)
         async with self._running():
             async for _ in self._steps(group, [sample]):
                 yield TokenDelta(
                     tokens=sample.tokens[-1:],
                     stop_reason=sample.reason,
-                    by_stop_string=sample.reason == "stop" and sample.cut is not None,
+                    by_stop_string=sample.reason == "stop" and sample.cut_text is not None,
                 )
             if not sample.tokens:
                 yield TokenDelta(tokens=[], stop_reason="length")
 
     @contextlib.asynccontextmanager
     async def _running(self) -> AsyncGenerator[None, None]:
-        """A place among the sequences that run, when there is one and nothing is paused."""
+        """Waits for a free slot and the end of a pause, then holds the slot."""
         async with self._slots:
             await self._resumed.wait()
             self._sampling += 1
@@ -187,23 +186,23 @@ class FakeEngine:
                     self._idle.set()
 
     async def _steps(self, group: Group, samples: Sequence[_Sample]) -> AsyncGenerator[None, None]:
-        """Gives each sample its tokens, one a step, side by side."""
+        """Advances all samples in parallel, by one token per step."""
         clock = asyncio.get_running_loop().time
         end = math.inf if group.sample_timeout_s is None else clock() + group.sample_timeout_s
-        while unfinished := [sample for sample in samples if sample.reason is None and sample.most_tokens]:
+        while unfinished := [sample for sample in samples if sample.reason is None and sample.max_tokens]:
             await asyncio.sleep(self._args.token_latency_s)
-            await self._unheld.wait()
+            await self._not_held.wait()
             table = self._logits_of(group.adapter)
             for sample in unfinished:
                 sample.step(table, self._label, aborted=self._aborting or clock() >= end)
             self._progress += len(unfinished)
             yield
 
-    def _draft(self, group: Group, j: int) -> _Sample:
+    def _new_sample(self, group: Group, j: int) -> _Sample:
         return _Sample(
             prompt_ids=group.prompt_ids,
             params=group.params,
-            most_tokens=most_new_tokens(self.info, group),
+            max_tokens=max_new_tokens(self.info, group),
             rng=np.random.default_rng(group.seed_of(j)),
             state=zlib.crc32(group.prompt_ids.astype(np.int32).tobytes()),
             eos=self._eos,
@@ -215,8 +214,8 @@ class FakeEngine:
 
     async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
         adapter = describe_adapter(files)
-        if left_out := {module for module in adapter.modules if f"{module}.weight" not in self._weights}:
-            raise not_in_model(left_out)
+        if missing := {module for module in adapter.modules if f"{module}.weight" not in self._weights}:
+            raise not_in_model(missing)
         rng = np.random.default_rng(adapter.checksum)
         self._adapters[version.id] = rng.normal(0.0, 1.0, self._logits.shape).astype(np.float32)
 
@@ -226,9 +225,9 @@ class FakeEngine:
     async def pause(self, mode: PauseMode) -> None:
         self._resumed.clear()
         if mode == "keep":
-            self._unheld.clear()
+            self._not_held.clear()
             return
-        self._unheld.set()
+        self._not_held.set()
         self._aborting = mode == "abort"
         try:
             await self._idle.wait()
@@ -236,7 +235,7 @@ class FakeEngine:
             self._aborting = False
 
     async def resume(self) -> None:
-        self._unheld.set()
+        self._not_held.set()
         self._resumed.set()
 
     async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
@@ -277,11 +276,11 @@ class FakeEngine:
 
 @dataclass(slots=True, kw_only=True)
 class _Sample:
-    """One sample while it is drawn."""
+    """A sample being drawn."""
 
     prompt_ids: NDArray[np.int32]
     params: SamplingParams
-    most_tokens: int
+    max_tokens: int
     rng: np.random.Generator
     state: int
     """Hash of the prompt and all tokens so far."""
@@ -292,8 +291,8 @@ class _Sample:
     top_tokens: list[NDArray[np.int64]] = field(default_factory=list)
     weight_versions: list[tuple[str, int]] = field(default_factory=list)
     reason: StopReason | None = None
-    cut: str | None = None
-    """Its text, where a stop string cut it."""
+    cut_text: str | None = None
+    """The text, if a stop string cut it."""
 
     def step(self, table: FloatArray, label: str, *, aborted: bool) -> None:
         """Draws the next token."""
@@ -304,22 +303,22 @@ class _Sample:
         token = _draw(raw, params, self.prompt_ids, self.tokens, self.rng)
         self.state = zlib.crc32(np.int32(token).tobytes(), self.state)
         self.tokens.append(token)
-        likely = _log_softmax(raw)
-        top = np.argsort(-likely, kind="stable")[:k]
-        self.logprobs.append(np.concatenate([likely[token : token + 1], likely[top]]))
+        logprobs = _log_softmax(raw)
+        top = np.argsort(-logprobs, kind="stable")[:k]
+        self.logprobs.append(np.concatenate([logprobs[token : token + 1], logprobs[top]]))
         self.top_tokens.append(np.concatenate([[token], top]))
         if token in params.stop_token_ids or (token == self.eos and not params.ignore_eos):
             self.reason = "stop"
         elif params.stop_strings and (end := stop_cut(self.decode(self.tokens), params.stop_strings)) is not None:
-            self.reason, self.cut = "stop", self.decode(self.tokens)[:end]
-        elif len(self.tokens) >= self.most_tokens:
+            self.reason, self.cut_text = "stop", self.decode(self.tokens)[:end]
+        elif len(self.tokens) >= self.max_tokens:
             self.reason = "length"
         elif aborted:
             self.reason = "abort"
 
     @property
     def text(self) -> str:
-        return self.decode(self.tokens) if self.cut is None else self.cut
+        return self.decode(self.tokens) if self.cut_text is None else self.cut_text
 
     @property
     def logprob_array(self) -> FloatArray:
@@ -338,9 +337,9 @@ def _score(prompt_ids: NDArray[np.int32], k: int, table: FloatArray) -> PromptSc
     tokens = [np.full(k, -1, np.int32)]
     for before, token in itertools.pairwise(prompt_ids):
         state = zlib.crc32(np.int32(before).tobytes(), state)
-        likely = _log_softmax(table[state % ROWS])
-        top = np.argsort(-likely, kind="stable")[:k].astype(np.int32)
-        rows.append(np.concatenate([likely[token : token + 1], likely[top]]))
+        logprobs = _log_softmax(table[state % ROWS])
+        top = np.argsort(-logprobs, kind="stable")[:k].astype(np.int32)
+        rows.append(np.concatenate([logprobs[token : token + 1], logprobs[top]]))
         tokens.append(top)
     values = np.stack(rows)
     return PromptScores(logprobs=values[:, 0], top_tokens=np.stack(tokens), top_logprobs=values[:, 1:])
@@ -353,9 +352,9 @@ def _log_softmax(logits: FloatArray) -> FloatArray:
 
 
 def _draw(
-    raw: FloatArray, params: SamplingParams, prompt: Sequence[int] | NDArray[np.int32], tokens: list[int], rng: Any
+    raw: FloatArray, params: SamplingParams, prompt: NDArray[np.int32], tokens: list[int], rng: np.random.Generator
 ) -> int:
-    """One token; the steps and their order are vLLM's."""
+    """Draws one token; the steps and their order are vLLM's."""
     logits = raw
     if params.repetition_penalty != 1.0:
         seen = np.unique(np.concatenate([np.asarray(prompt, np.int64), np.asarray(tokens, np.int64)]))

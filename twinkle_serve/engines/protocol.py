@@ -232,7 +232,7 @@ def stop_cut(text: str, stop_strings: Sequence[str]) -> int | None:
     return min(found)[2] if found else None
 
 
-def most_new_tokens(info: EngineInfo, group: Group) -> int:
+def max_new_tokens(info: EngineInfo, group: Group) -> int:
     """Returns the token limit of each sample of the group: max_tokens, or less where the context ends first."""
     room = info.max_model_len - len(group.prompt_ids)
     return room if group.params.max_tokens is None else min(group.params.max_tokens, room)

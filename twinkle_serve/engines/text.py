@@ -1,54 +1,55 @@
-"""Text of a sample while it is being sampled."""
+"""Incremental text of a streamed sample."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from twinkle_serve.engines.base import stop_cut
+from twinkle_serve.engines.protocol import stop_cut
 
-UNFINISHED = "\ufffd"
-"""What a tokenizer writes for bytes that are no character, or not yet one."""
+REPLACEMENT_CHARACTER = "\ufffd"
+"""Written by tokenizers for bytes that are not a character, or not yet a complete one."""
 
 
 class TextStream:
-    """Turns tokens into text as they come.
+    """Turns tokens into text as they arrive.
 
-    Guarantees: no delta splits a character, or holds a part of what becomes a stop string.
-    Guarantees: all deltas together are the sample's `decoded`.
+    Guarantees:
+        No delta splits a character or contains part of a stop string.
+        All deltas joined are the sample's `decoded`.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str]) -> None:
         self._decode = decode
         self._stops = stop_strings
         self._tokens: list[int] = []
-        self._before = self._settled = 0
-        """Tokens are decoded from `_before`, as some depend on the one in front; text up to `_settled` is known."""
+        self._decode_from = self._settled = 0
+        """Decoding starts at `_decode_from`, as text may depend on the previous token; up to `_settled` it is final."""
         self._text = ""
         self._sent = 0
 
     def push(self, tokens: Sequence[int], *, last: bool = False, by_stop_string: bool = False) -> str:
-        """The text that is certain now and was not before.
+        """Adds tokens and returns the text that became final with them.
 
         Args:
-            last: releases what was held back.
-            by_stop_string: the sample ended at a stop string, which is cut off with what follows it.
+            last: releases the text that was held back.
+            by_stop_string: the sample ended at a stop string; the text is cut before it.
         """
         self._tokens.extend(tokens)
-        known = self._decode(self._tokens[self._before : self._settled])
-        new = self._decode(self._tokens[self._before :])[len(known) :]
-        if last or not new.endswith(UNFINISHED):
+        known = self._decode(self._tokens[self._decode_from : self._settled])
+        new = self._decode(self._tokens[self._decode_from :])[len(known) :]
+        if last or not new.endswith(REPLACEMENT_CHARACTER):
             self._text += new
-            self._before, self._settled = self._settled, len(self._tokens)
+            self._decode_from, self._settled = self._settled, len(self._tokens)
         end = len(self._text)
         if by_stop_string and (cut := stop_cut(self._text, self._stops)) is not None:
             end = cut
         elif not last:
-            end -= self._may_become_a_stop()
+            end -= self._length_of_possible_stop()
         delta, self._sent = self._text[self._sent : end], max(self._sent, end)
         return delta
 
-    def _may_become_a_stop(self) -> int:
-        """Length of the longest end of the text that a stop string begins with."""
+    def _length_of_possible_stop(self) -> int:
+        """Returns the length of the longest end of the text that is the start of a stop string."""
         longest = 0
         for stop in self._stops:
             for length in range(min(len(stop) - 1, len(self._text)), longest, -1):

@@ -9,7 +9,7 @@ from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
 from twinkle_serve.data_format.sampling_params import SamplingParams
 from twinkle_serve.engines.group_runner import PartialUpdate
-from twinkle_serve.engines.protocol import most_new_tokens
+from twinkle_serve.engines.protocol import max_new_tokens
 
 
 def can_resume(params: SamplingParams) -> bool:
@@ -106,7 +106,7 @@ class PartialSamples:
         with their neighbours."""
         if not group.resume:
             return [group]
-        most, parts = most_new_tokens(info, group), list[Group]()
+        most, parts = max_new_tokens(info, group), list[Group]()
         for sample in group.samples:
             partial = self._partial_of(group, sample, most)
             if partial is None and parts and parts[-1].partial is None:

@@ -1,12 +1,13 @@
-"""What vLLM's worker processes are asked beyond their own methods. Imported there alone, by name, before the model."""
+"""Methods added to vLLM's workers. Only vLLM's worker processes import this, by name, before they build the model."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.lora.layers import fused_moe
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
@@ -15,13 +16,16 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
 
 def _experts_without_lora() -> None:
-    """Keeps LoRA off the experts of a mixture, whose kernels for it need Triton, so that the model runs without.
+    """Turns LoRA off for the experts of MoE models, whose LoRA kernels need Triton.
 
-    With LoRA on, vLLM (0.32, fused_moe/oracle) takes those kernels for every mixture, on CPU too, and the first forward
-    pass fails. To be removed when it looks for a kernel that the platform has. An adapter of experts is refused, as
-    `add_adapter` says.
+    With LoRA on, vLLM (0.32, fused_moe/oracle) uses these kernels for every MoE model, on CPU too, where the first
+    forward pass then fails. Remove once vLLM picks a kernel that the platform supports. Adapters of experts are
+    refused, see `add_adapter`.
     """
     FusedMoEConfig.is_lora_enabled = property(lambda config: False, lambda config, value: None)
     for name in ("FusedMoEWithLoRA", "FusedMoE3DWithLoRA"):
@@ -33,46 +37,46 @@ if current_platform.is_cpu():
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker by `worker_extension_cls`."""
+    """Mixin for vLLM's worker class, set by `worker_extension_cls`."""
 
-    model_runner: Any
-    vllm_config: Any
-    add_lora: Any
-    compute_weight_checksums: Any
+    model_runner: GPUModelRunner
+    vllm_config: VllmConfig
+    add_lora: Callable[[LoRARequest], bool]
+    compute_weight_checksums: Callable[[], dict[str, str]]
 
-    _receiving = False
-    """Whether the model is being given weights, and holds some of the old and some of the new."""
+    _loading = False
+    """Whether a load is in progress, with the model holding both old and new weights."""
 
     def begin_weights(self) -> None:
-        """Prepares the model for new weights of its own, layer by layer, as its checkpoint names them."""
+        """Prepares the model to receive new weights layer by layer, under their checkpoint names."""
         with set_current_vllm_config(self.vllm_config):
             model = self.model_runner.get_model()
-            if self._receiving:  # what came last was cut off, or refused: layers that are half loaded go back
+            if self._loading:  # the last load was interrupted or refused: reset half-loaded layers
                 for layer in model.modules():
                     info = get_layerwise_info(layer)
                     info.loaded_weights.clear()
                     info.load_numel = 0
                 finalize_layerwise_reload(model, self.vllm_config.model_config)
             initialize_layerwise_reload(model)
-        self._receiving = True
+        self._loading = True
 
     def load_weights(self, path: str) -> None:
-        """Loads a part of the weights, a safetensors file. A layer is in place once all its weights have come."""
+        """Loads some of the weights from a safetensors file. A layer is updated once all its weights are loaded."""
         with set_current_vllm_config(self.vllm_config):
             self.model_runner.get_model().load_weights(load_file(path).items())
 
     def finish_weights(self) -> str:
-        """Ends what `begin_weights` began. Returns a checksum of what the model computes with.
+        """Finishes a load. Returns a checksum of the tensors that the model computes with.
 
-        Adapters leave the worker's memory; vLLM loads each again when a request needs it.
+        Evicts all adapters from the worker; vLLM reloads each when a request needs it.
         """
         model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config):
             finalize_layerwise_reload(model, self.vllm_config.model_config)
-        self._receiving = False
+        self._loading = False
         if current_platform.is_cpu():
-            # An output layer that shares the embedding's weights gets none of its own, and goes on with its packed
-            # copy of the old ones (vLLM 0.32). To be removed when a reload packs it again.
+            # An output layer tied to the embedding receives no weights of its own and keeps its packed copy of the
+            # old ones (vLLM 0.32). Remove once a reload repacks it.
             for module in model.modules():
                 if isinstance(module, ParallelLMHead):
                     module.quant_method.process_weights_after_loading(module)
@@ -83,10 +87,10 @@ class WorkerExtension:
         return digest.hexdigest()
 
     def add_adapter(self, name: str, adapter_id: int, path: str) -> list[str]:
-        """Loads an adapter. Returns its modules that this worker's part of the model has no place for.
+        """Loads an adapter. Returns the adapter's modules that this worker's part of the model lacks.
 
-        vLLM (0.32, #34186) loads such an adapter without an error and answers without them. Workers of a pipeline
-        hold different parts: a module is left out where it is so at every one.
+        vLLM (0.32, #34186) loads such an adapter without an error and ignores those modules. Pipeline workers hold
+        different parts of the model: a module is ignored if every worker lacks it.
         """
         self.add_lora(LoRARequest(name, adapter_id, path))
         manager = self.model_runner.lora_manager._adapter_manager
@@ -95,11 +99,11 @@ class WorkerExtension:
         return [name for name, weights in adapter.loras.items() if id(weights) not in applied]
 
     def keep_last_slot_empty(self) -> None:
-        """Has adapters use all slots but the last, which stays zero.
+        """Limits adapters to all slots but the last, which stays zero.
 
-        vLLM's CPU kernels (0.32, lora/ops/torch_ops) give rows of the base model index −1, and with it the last slot's
-        adapter. Slots stay taken by adapters that no longer run, so a slot to spare must be one that is never filled.
-        To be removed when those kernels leave rows of index −1 out.
+        vLLM's CPU kernels (0.32, lora/ops/torch_ops) give base model rows index −1, which selects the last slot's
+        adapter. Slots stay occupied by adapters that no longer run, so the spare slot must never be filled. Remove
+        once those kernels skip rows with index −1.
         """
         manager = self.model_runner.lora_manager._adapter_manager
         last = manager.lora_config.max_loras - 1
@@ -108,11 +112,11 @@ class WorkerExtension:
             module.reset_lora(last)
 
     def take_lora_off_the_head(self) -> None:
-        """Undoes vLLM's wrapping of the output layer.
+        """Removes vLLM's LoRA wrapper from the output layer.
 
-        It adds an adapter to the logits of sampled rows, whatever rows it is given (0.32, LogitsProcessorWithLoRA):
-        prompt logprobs beside a running sequence end the engine on CPU. To be removed when rows of a prompt are told
-        apart there. An adapter of the output layer is refused, as `add_adapter` says.
+        The wrapper (0.32, LogitsProcessorWithLoRA) treats all rows as sampled ones: prompt logprobs beside a running
+        sequence crash the engine on CPU. Remove once it distinguishes prompt rows. Adapters of the output layer are
+        refused, see `add_adapter`.
         """
         manager = self.model_runner.lora_manager._adapter_manager
         heads = [name for name in manager.modules if name.rpartition(".")[2] == "lm_head"]

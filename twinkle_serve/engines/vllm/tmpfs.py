@@ -1,4 +1,4 @@
-"""Files of this process in memory: vLLM's workers are handed paths."""
+"""In-memory files of this process, for vLLM's workers, which take paths."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ PREFIX = "twinkle-serve-"
 
 
 class MemoryDirectory:
-    """A directory, in memory where the system has that, with one subdirectory an adapter version.
+    """A directory on tmpfs where the system has one, with a subdirectory for each adapter version.
 
-    Holds a lock for as long as the process lives, so that the next one can tell what a killed one left.
+    Holds a file lock while the process lives, so that later processes can remove the directories of killed ones.
     """
 
     def __init__(self) -> None:
         root = MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
         _sweep(root)
         self.root = root
-        # Locked before it has the name that others sweep.
+        # Locked before it gets the name that other processes sweep.
         new = Path(tempfile.mkdtemp(prefix=f"new-{PREFIX}", dir=root))
         self._lock = os.open(new / "lock", os.O_CREAT | os.O_RDWR)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._path = new.rename(root / new.name.removeprefix("new-"))
 
     def write(self, name: str, text: str) -> Path:
-        """Writes a small file of its own; returns its path."""
+        """Writes a small file and returns its path."""
         path = self._path / name
         path.write_text(text)
         return path
 
     def put(self, version: AdapterVersion, files: AdapterFiles) -> Path:
-        """Writes a version's files; returns their directory."""
+        """Writes the files of an adapter version and returns their directory."""
         directory = self._path / str(version.id)
         directory.mkdir(exist_ok=True)
         (directory / CONFIG).write_bytes(files.config)
@@ -52,8 +52,8 @@ class MemoryDirectory:
         shutil.rmtree(self._path / str(version.id), ignore_errors=True)
 
     @contextlib.contextmanager
-    def holding(self, bucket: Bucket) -> Iterator[Path]:
-        """A file with some of the model's own weights, for as long as it is needed."""
+    def bucket_file(self, bucket: Bucket) -> Iterator[Path]:
+        """Writes a bucket of the model's own weights to a file that exists for the length of the block."""
         path = self._path / "weights.safetensors"
         try:
             path.write_bytes(bucket.data)
@@ -67,9 +67,9 @@ class MemoryDirectory:
 
 
 def _sweep(root: Path) -> None:
-    """Removes directories whose process is gone: nobody holds their lock."""
+    """Removes directories of dead processes, whose locks are free."""
     for path in root.glob(f"{PREFIX}*"):
-        # Another user's, or one that another process is just sweeping.
+        # Locked by its owner, another user's, or being swept by another process.
         with contextlib.suppress(OSError):
             lock = os.open(path / "lock", os.O_RDWR)
             try:

@@ -1,0 +1,34 @@
+"""Arguments of the torch engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+from twinkle_serve.engines.protocol import parse_engine_args
+from twinkle_serve.engines.torch.rows import LogprobsMode
+
+
+class TorchArgs(BaseModel):
+    """`engine_args` of the torch engine, named as vLLM's and with their meaning."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: PositiveInt | None = None
+    """None: the model's own limit."""
+    max_num_seqs: PositiveInt = 64
+    """Largest number of rows in a batch."""
+    max_logprobs: PositiveInt = 20
+    logprobs_mode: LogprobsMode = "raw_logprobs"
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    enable_lora: bool = True
+    """Costs nothing until an adapter is loaded."""
+    max_lora_rank: PositiveInt = 512
+
+
+def check_engine_args(engine_args: Mapping[str, object]) -> TorchArgs:
+    """Parses the arguments; see `parse_engine_args`."""
+    return parse_engine_args(TorchArgs, "torch", engine_args)

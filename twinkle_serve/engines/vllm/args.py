@@ -1,0 +1,174 @@
+"""Arguments and environment that vLLM starts with."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twinkle_serve.engines.vllm.tmpfs import PREFIX, MemoryDirectory
+from twinkle_serve.errors import EngineArgsError, unknown_name
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+SET_ELSEWHERE = {
+    "model": "model_id",
+    "tokenizer": "model_id",
+    "tensor_parallel_size": "device_mesh.tp_size",
+    "pipeline_parallel_size": "device_mesh.pp_size",
+    "data_parallel_size": "device_mesh.dp_size",
+    "distributed_executor_backend": "device_mesh",
+    "trust_remote_code": "trust_remote_code of args",
+    "seed": "the seed of each request's sampling parameters",
+    "worker_extension_cls": "Twinkle Serve, which uses its own",
+    "lora_modules": "adapters of args",
+}
+"""Engine arguments that are set elsewhere, and where."""
+
+
+@functools.cache
+def argument_names() -> frozenset[str]:
+    """Returns the argument names of the installed vLLM's AsyncEngineArgs.
+
+    Parsed from its source, because importing vLLM takes 10 s and a misspelt argument should be reported at once.
+
+    Raises:
+        EngineArgsError: vLLM is not installed.
+    """
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        raise EngineArgsError("engine: vllm, but vLLM is not installed. Run scripts/install, or set engine: torch.")
+    tree = ast.parse((Path(spec.origin).parent / "engine" / "arg_utils.py").read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("EngineArgs")]
+    fields = (statement for node in classes for statement in node.body if isinstance(statement, ast.AnnAssign))
+    return frozenset(field.target.id for field in fields if isinstance(field.target, ast.Name))
+
+
+def check_engine_args(engine_args: Mapping[str, object]) -> None:
+    """Rejects arguments that the installed vLLM does not have, and arguments that are set elsewhere.
+
+    Raises:
+        EngineArgsError
+    """
+    known = argument_names()
+    for name in engine_args:
+        if name in SET_ELSEWHERE:
+            raise EngineArgsError(f"engine_args.{name} is decided by {SET_ELSEWHERE[name]}. Set that and remove this.")
+        if name not in known:
+            close = unknown_name("vllm engine argument", name, known).split(" Known:")[0]
+            raise EngineArgsError(f"{close} engine_args takes the {len(known)} arguments of vLLM's AsyncEngineArgs.")
+
+
+def cpu_defaults(model: str, engine_args: Mapping[str, object], devices_on_node: int) -> dict[str, Any]:
+    """Returns `engine_args` with the defaults that vLLM's CPU backend needs and does not choose by itself.
+
+    Chunked prefill is off: combined with a request seed it crashes the engine (vllm 0.32, `get_offset` of a CPU
+    generator in gpu_model_runner). Remove once that call is gone. KV cache: vLLM would give each engine 90% of the
+    node's memory. float32 models stay float32: vLLM would convert them to bfloat16.
+    """
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    defaults: dict[str, object] = {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": min(4 * 2**30, memory_bytes // (4 * devices_on_node)),
+        "enable_chunked_prefill": False,
+    }
+    config = json.loads((Path(model) / "config.json").read_text())
+    if config.get("dtype", config.get("torch_dtype")) == "float32":
+        defaults["dtype"] = "float32"
+    return {**defaults, **engine_args}
+
+
+def keep_log_handlers(files: MemoryDirectory) -> None:
+    """Makes vLLM configure its logging without closing this process's handlers.
+
+    vLLM's own configuration closes them all, including Serve's. A restarted controller then asks the replica for its
+    log file, gets an AttributeError, and kills the replica (vllm 0.32, ray 2.60). Remove once vLLM's configuration is
+    incremental.
+    """
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    given = os.environ.get("VLLM_LOGGING_CONFIG_PATH", PREFIX)
+    if PREFIX in given:  # unset, or set by an earlier engine
+        config = {"version": 1, "incremental": True, "loggers": {"vllm": {"level": level}}}
+        # vLLM's child processes read it too.
+        os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(files.write("logging.json", json.dumps(config)))
+
+
+def set_environment(files: MemoryDirectory, cpus: Sequence[Sequence[int]]) -> None:
+    """Sets the environment variables that vLLM reads.
+
+    Args:
+        cpus: the cores of each worker; empty leaves them unbound.
+    """
+    if cpus:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, cores)) for cores in cpus)
+    keep_log_handlers(files)
+    # Forked workers would inherit this process's threads and event loop.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
+def build_config(
+    model: str,
+    engine_args: Mapping[str, object],
+    *,
+    device: str,
+    tp_size: int,
+    pp_size: int,
+    executor: str,
+    devices_on_node: int,
+    trust_remote_code: bool,
+) -> tuple[AsyncEngineArgs, VllmConfig]:
+    """Builds vLLM's arguments, and its configuration from them. The parameters are those of `VLLMEngine`.
+
+    Raises:
+        EngineArgsError: vLLM refuses the arguments, or would fail with them after its start.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    args: dict[str, Any] = dict(engine_args)
+    if device == "cpu":
+        args = cpu_defaults(model, args, devices_on_node)
+        if args.get("enable_lora"):
+            args["max_loras"] = args.get("max_loras", 1) + 1  # see AdapterSlots
+            if args.get("max_cpu_loras") is not None:
+                args["max_cpu_loras"] = max(args["max_cpu_loras"], args["max_loras"])
+    args.setdefault("disable_log_stats", True)
+    args["worker_extension_cls"] = "twinkle_serve.engines.vllm.worker.WorkerExtension"
+    try:
+        vllm_args = AsyncEngineArgs(
+            model=model,
+            tensor_parallel_size=tp_size,
+            pipeline_parallel_size=pp_size,
+            distributed_executor_backend=executor,
+            trust_remote_code=trust_remote_code,
+            # With equal seeds, engines would repeat each other's samples for requests without a seed.
+            seed=int.from_bytes(os.urandom(4), "big") >> 1,
+            **args,
+        )
+        config = vllm_args.create_engine_config()
+    except (ValueError, TypeError) as error:
+        raise EngineArgsError(f"vLLM refuses engine_args {dict(engine_args)}: {error}") from error
+    _check_config(config, device)
+    return vllm_args, config
+
+
+def _check_config(config: VllmConfig, device: str) -> None:
+    """Rejects configurations that would fail after vLLM's start."""
+    if device == "cuda" and config.lora_config and str(config.model_config.dtype) == "torch.float32":
+        raise EngineArgsError(
+            "engine_args.enable_lora with dtype float32: on a GPU vLLM's LoRA kernels support float16 and bfloat16 "
+            "only. Set engine_args.dtype: bfloat16, or remove enable_lora."
+        )
+    scheduler = config.scheduler_config
+    if device == "cpu" and scheduler.max_num_batched_tokens < config.model_config.max_model_len:
+        raise EngineArgsError(
+            f"engine_args.max_num_batched_tokens={scheduler.max_num_batched_tokens} is below "
+            f"max_model_len={config.model_config.max_model_len}: on CPU a prompt is prefilled in one "
+            "batch. Raise max_num_batched_tokens or lower max_model_len."
+        )

@@ -1,0 +1,384 @@
+"""One AsyncLLM as an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import signal
+from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from twinkle_serve.adapters import not_in_model
+from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
+from twinkle_serve.data_format.samples import PartialSample, SampleColumns
+from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
+from twinkle_serve.engines.protocol import TokenDelta
+from twinkle_serve.engines.vllm.args import build_config, check_engine_args, set_environment
+from twinkle_serve.engines.vllm.lora_slots import AdapterSlots
+from twinkle_serve.engines.vllm.outputs import (
+    aborted_without_output,
+    group_columns,
+    has_tokens,
+    partial_sample,
+    running_tokens,
+)
+from twinkle_serve.engines.vllm.requests import sampling_params
+from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
+from twinkle_serve.errors import (
+    AdapterError,
+    EngineCrashedError,
+    EngineDeadError,
+    EngineError,
+    EngineStartError,
+    SamplingParamsError,
+    TwinkleServeError,
+    UnsupportedError,
+    WeightsError,
+)
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+FIRST_TOKEN_PERIOD_S = 0.01
+"""Polling period for the first token of a sample that has timed out."""
+
+
+class VLLMEngine:
+    """Runs groups on one AsyncLLM. See `Engine` for the guarantees."""
+
+    info: EngineInfo
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        engine_args: Mapping[str, object],
+        *,
+        device: str,
+        tp_size: int = 1,
+        pp_size: int = 1,
+        executor: str = "mp",
+        cpus: Sequence[Sequence[int]] = (),
+        devices_on_node: int = 1,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """
+        Args:
+            model: directory of the model.
+            executor: mp (one node) or ray (a placement group across several nodes).
+            cpus: on CPU, the cores of each of the tp_size * pp_size workers.
+            devices_on_node: on CPU, devices of all engines that share the node's memory.
+        """
+        self._name = name
+        self._model = model
+        self._engine_args = dict(engine_args)
+        self._device = device
+        self._tp_size, self._pp_size = tp_size, pp_size
+        self._executor = executor
+        self._cpus = [tuple(cores) for cores in cpus]
+        self._devices_on_node = devices_on_node
+        self._trust_remote_code = trust_remote_code
+        self._llm: AsyncLLM = None
+        """None before `start` and after `stop`."""
+        self._request_ids = itertools.count()
+        self._files: MemoryDirectory | None = None
+        self._lora_requests: dict[int, LoRARequest] = {}
+        """LoRARequest of each adapter version, by version id."""
+        self._label = INITIAL_LABEL
+        """Label of the loaded weights."""
+        self._slots: AdapterSlots | None = None
+        self._resumable: dict[Attempt, str] = {}
+        """vLLM's request ids of running groups that may be resumed."""
+        self._finished_tokens = 0
+        """Number of tokens of finished samples."""
+
+    async def start(self) -> None:
+        check_engine_args(self._engine_args)
+        self._files = MemoryDirectory()
+        set_environment(self._files, self._cpus if self._device == "cpu" else ())
+        await asyncio.to_thread(self._start)
+        config = self._llm.vllm_config
+        lora = config.lora_config
+        await self._llm.update_weight_version(INITIAL_LABEL)
+        if lora is not None:
+            await self._llm.collective_rpc("take_lora_off_the_head")
+            if self._device == "cpu":
+                await self._llm.collective_rpc("keep_last_slot_empty")
+                self._slots = AdapterSlots(lora.max_loras - 1)
+        vocab_size = config.model_config.get_vocab_size()
+        self.info = EngineInfo(
+            name=self._name,
+            kind="vllm",
+            max_model_len=config.model_config.max_model_len,
+            scores_full_context=False,
+            vocab_size=vocab_size,
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_logprobs=vocab_size if config.model_config.max_logprobs == -1 else config.model_config.max_logprobs,
+            logprobs_mode=config.model_config.logprobs_mode,
+            device=self._device,
+            cpus=tuple(sorted({core for cores in self._cpus for core in cores})),
+            max_lora_rank=0 if lora is None else lora.max_lora_rank,
+        )
+        self._tokenizer = self._llm.get_tokenizer()
+
+    def _start(self) -> None:
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        vllm_args, config = build_config(
+            self._model,
+            self._engine_args,
+            device=self._device,
+            tp_size=self._tp_size,
+            pp_size=self._pp_size,
+            executor=self._executor,
+            devices_on_node=self._devices_on_node,
+            trust_remote_code=self._trust_remote_code,
+        )
+        try:
+            self._llm = AsyncLLM.from_vllm_config(
+                config, enable_log_requests=vllm_args.enable_log_requests, disable_log_stats=vllm_args.disable_log_stats
+            )
+        except Exception as error:
+            raise EngineStartError(f"{self._name}: vLLM did not start on {self._model!r}: {error}") from error
+
+    async def _outputs(self, group: Group, *, streaming: bool) -> AsyncGenerator[RequestOutput, None]:
+        """Yields vLLM's outputs of a group: the complete one at the end, or the new tokens of each step.
+
+        Raises:
+            AdapterError, SamplingParamsError, EngineDeadError, EngineError
+        """
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
+
+        # The parts and later attempts of a group share its id; vLLM's request ids must be unique.
+        request_id = f"{group.id}-{next(self._request_ids)}"
+        lora_request = None if group.adapter is None else self._lora_requests.get(group.adapter.id)
+        if group.adapter is not None and lora_request is None:
+            raise AdapterError(f"{self._name} has no adapter {group.adapter.label}.")
+        if group.resume:
+            self._resumable[group.attempt] = request_id
+        try:
+            slot = contextlib.nullcontext() if self._slots is None else self._slots.holding(group.adapter)
+            async with slot:
+                prompt = tokens_input(group.prompt_ids.tolist())
+                params = sampling_params(self.info, group, streaming=streaming)
+                stream = self._llm.generate(prompt, params, request_id, lora_request=lora_request)
+                async with contextlib.aclosing(stream), self._time_limit(request_id, group.sample_timeout_s):
+                    async for output in stream:
+                        yield output
+        except VLLMEngineDeadError as error:
+            raise self._dead_error() from error
+        except (VLLMClientError, ValueError, TypeError) as error:
+            raise SamplingParamsError(f"vLLM refuses the request: {error}") from error
+        except Exception as error:
+            raise EngineError(f"{self._name}: vLLM failed on a request: {error.__cause__ or error}") from error
+        finally:
+            self._resumable.pop(group.attempt, None)
+
+    @contextlib.asynccontextmanager
+    async def _time_limit(self, request_id: str, limit_s: float | None) -> AsyncGenerator[None, None]:
+        """Aborts the request in vLLM after `limit_s`; it ends with the tokens that it has."""
+        if limit_s is None:
+            yield
+            return
+        timer = asyncio.create_task(self._abort_after(request_id, limit_s))
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    async def _abort_after(self, request_id: str, limit_s: float) -> None:
+        await asyncio.sleep(limit_s)
+        # Every sample gets at least one token, and vLLM has no event for it.
+        while not has_tokens(self._llm.output_processor, request_id):  # noqa: ASYNC110
+            await asyncio.sleep(FIRST_TOKEN_PERIOD_S)
+        with contextlib.suppress(Exception):  # the engine may have died
+            await self._llm.abort(request_id)
+
+    def _dead_error(self) -> EngineDeadError:
+        """Returns the error for a dead engine process, which crashed or was killed from outside."""
+        manager = self._llm.engine_core.resources.engine_manager
+        codes = [process.exitcode for process in getattr(manager, "processes", [])]
+        # None: the process has reported its failure and is still exiting.
+        by_itself = any(code not in (0, -signal.SIGKILL, -signal.SIGTERM) for code in codes)
+        kind = EngineCrashedError if by_itself else EngineDeadError
+        how = f", exit code {', '.join(map(str, codes))}" if by_itself else ""
+        return kind(f"{self._name}: vLLM's engine process died{how}. It is being restarted.")
+
+    def progress(self) -> int:
+        return self._finished_tokens + running_tokens(self._llm.output_processor)
+
+    def partial_output(self, group: Group, offset: int) -> PartialSample | None:
+        request_id = self._resumable.get(group.attempt)
+        return partial_sample(self._llm.output_processor, request_id, group.params.logprobs, offset, self._label)
+
+    async def sample_group(self, group: Group) -> SampleColumns:
+        output = await self._last_output(group)
+        while aborted_without_output(output, group):  # by a pause
+            output = await self._last_output(group)
+        samples = await asyncio.gather(
+            *(self._resample_aborted(group, j, sample) for j, sample in enumerate(output.outputs))
+        )
+        if group.params.greedy:  # vLLM refuses n > 1 when greedy; all n samples are the same
+            samples = samples * group.count
+        columns = group_columns(group, self._name, self._label, output, samples, self._tokenizer)
+        self._finished_tokens += sum(len(sample.token_ids) for sample in samples)
+        return columns
+
+    async def _last_output(self, group: Group) -> RequestOutput:
+        """Returns vLLM's complete output of a group."""
+        async with contextlib.aclosing(self._outputs(group, streaming=False)) as outputs:
+            return [output async for output in outputs][-1]
+
+    async def _resample_aborted(self, group: Group, j: int, sample: CompletionOutput) -> CompletionOutput:
+        """Returns the j-th sample of a group, resampled if a pause aborted it before its first token."""
+        while sample.finish_reason == "abort" and not sample.token_ids:
+            alone = replace(group, first_sample=group.first_sample + j, count=1, seed=group.seed_of(j))
+            sample = (await self._last_output(alone)).outputs[0]
+        return sample
+
+    async def stream_tokens(self, group: Group) -> AsyncGenerator[TokenDelta, None]:
+        started = over = False
+        while not over:  # a pause may abort it before its first token
+            async with contextlib.aclosing(self._outputs(group, streaming=True)) as outputs:
+                async for output in outputs:
+                    sample = output.outputs[0]
+                    if sample.finish_reason == "abort" and not started and not sample.token_ids:
+                        continue
+                    over = sample.finish_reason is not None
+                    if sample.finish_reason not in (None, "stop", "length", "abort"):
+                        raise EngineError(f"{self._name}: vLLM ended a sample with {sample.finish_reason!r}.")
+                    if group.params.max_tokens != 0:
+                        started = True
+                        yield TokenDelta(
+                            tokens=list(sample.token_ids),
+                            stop_reason=sample.finish_reason,
+                            by_stop_string=isinstance(sample.stop_reason, str),
+                        )
+                    elif over:  # without the one token that vLLM samples anyway
+                        yield TokenDelta(tokens=[], stop_reason="length")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
+        return text
+
+    async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
+        from vllm.lora.request import LoRARequest
+        from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
+
+        assert self._files is not None
+        try:
+            path = await asyncio.to_thread(self._files.put, version, files)
+            # The prefix cache and the worker tell adapters apart by name, path and id, so each version gets its own.
+            request = LoRARequest(f"{version.label}#{version.id}", version.id, str(path))
+            # One call, since between two another adapter could evict this one from the worker's memory.
+            missing_by_worker = await self._llm.collective_rpc(
+                "add_adapter", args=(request.lora_name, request.lora_int_id, request.lora_path)
+            )
+            if missing := set.intersection(*map(set, missing_by_worker)):
+                await self._llm.remove_lora(version.id)
+                raise not_in_model(missing)
+        except BaseException as error:
+            self._files.drop(version)
+            if isinstance(error, VLLMEngineDeadError):
+                raise self._dead_error() from error
+            if isinstance(error, OSError):
+                size_bytes = len(files.config) + len(files.weights)
+                raise AdapterError(
+                    f"adapter {version.name!r} of {size_bytes} bytes cannot be written to {self._files.root}: {error}. "
+                    "Free space there; with docker, raise --shm-size."
+                ) from error
+            if isinstance(error, Exception) and not isinstance(error, AdapterError):
+                raise AdapterError(f"vLLM refuses adapter {version.name!r}: {error}") from error
+            raise
+        self._lora_requests[version.id] = request
+
+    async def drop_adapter(self, version: AdapterVersion) -> None:
+        assert self._files is not None
+        if self._lora_requests.pop(version.id, None) is not None:
+            await self._llm.remove_lora(version.id)
+            self._files.drop(version)
+
+    async def pause(self, mode: PauseMode) -> None:
+        with self._translated_errors():
+            # The caches stay valid until the weights change.
+            await self._llm.pause_generation(mode=mode, clear_cache=False)
+
+    async def resume(self) -> None:
+        with self._translated_errors():
+            await self._llm.resume_generation()
+
+    async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
+        assert self._files is not None
+        try:
+            started = False
+            async for bucket in buckets:
+                with self._files.bucket_file(bucket) as path:
+                    if not started:  # the old weights stay complete until the first bucket
+                        await self._llm.collective_rpc("begin_weights")
+                        started = True
+                    await self._llm.collective_rpc("load_weights", args=(str(path),))
+            checksums = await self._llm.collective_rpc("finish_weights")
+            # Running samples recompute the keys and values of the old weights.
+            await self._llm.reset_prefix_cache(reset_running_requests=True)
+            await self._llm.update_weight_version(label)
+        except TwinkleServeError:
+            raise
+        except OSError as error:
+            raise EngineError(
+                f"{self._name}: weights cannot be written to {self._files.root}: {error}. Free space there; with "
+                "docker, raise --shm-size."
+            ) from error
+        except Exception as error:
+            if self._llm.errored:
+                raise self._dead_error() from error
+            raise WeightsError(f"vLLM refuses weights {label!r}: {error}") from error
+        self._label = label
+        return " ".join(checksums)
+
+    @contextlib.contextmanager
+    def _translated_errors(self) -> Iterator[None]:
+        """Translates vLLM's error for a dead engine to ours."""
+        from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
+
+        try:
+            yield
+        except VLLMEngineDeadError as error:
+            raise self._dead_error() from error
+
+    async def reset_prefix_cache(self) -> None:
+        if not await self._llm.reset_prefix_cache():
+            raise EngineError(f"{self._name}: vLLM did not reset its prefix cache: its blocks are in use. Try again.")
+
+    async def sleep(self, level: int) -> None:
+        if self._device == "cpu":
+            raise UnsupportedError(f"{self._name} runs on cpu, where sleep frees nothing. Remove the call.")
+        if not self._llm.vllm_config.model_config.enable_sleep_mode:
+            raise UnsupportedError("sleep needs engine_args.enable_sleep_mode: true. Start the service with it.")
+        await self._llm.sleep(level)
+
+    async def wake_up(self, tags: Sequence[str] | None) -> None:
+        if self._device == "cpu":
+            raise UnsupportedError(f"{self._name} runs on cpu and never sleeps. Remove the call of wake_up.")
+        await self._llm.wake_up(None if tags is None else list(tags))
+
+    async def check_health(self) -> None:
+        if self._llm is None or self._llm.errored:
+            raise self._dead_error() if self._llm else EngineDeadError(f"{self._name} is stopped.")
+
+    async def stop(self) -> None:
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            try:
+                await asyncio.to_thread(llm.shutdown)
+            except RuntimeError:  # the interpreter is exiting and starts no more threads
+                llm.shutdown()
+        if self._files is not None:
+            self._files.close()
+            self._files = None
