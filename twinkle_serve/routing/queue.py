@@ -1,4 +1,4 @@
-"""Groups that no engine has yet, in the order in which they are to be sent."""
+"""The queue of groups that wait for an engine."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from twinkle_serve.data_format.groups import Group, GroupKey
 class _Caller:
     groups: OrderedDict[GroupKey, Group] = field(default_factory=OrderedDict)
     turn: float = 0.0
-    """Tokens that were sent for it: the caller with the fewest is next."""
+    """Tokens sent for it so far; the caller with the fewest is next."""
 
 
 MAX_LEFT = 1000
-"""Callers without anything waiting whose turns are remembered before those that are past are forgotten."""
+"""Callers with nothing waiting whose turns are remembered; beyond that, turns in the past are dropped."""
 
 
 class FairQueue:
-    """Callers take turns by tokens; each one's groups go in the order in which they came.
+    """A fair queue: callers take turns by tokens, and each caller's groups leave in order of arrival.
 
-    Guarantees: a caller waits for no more than what each other one has sent at a time, however much they have waiting.
-    Guarantees: what was put in front is next, whosever it is.
+    Guarantees:
+        - A caller waits for at most one group of each other caller at a time, however many those have waiting.
+        - Groups put in front are next, whoever their caller is.
 
     Source: start-time fair queueing (Goyal et al., 1996), each caller of the same weight.
     """
@@ -33,22 +34,22 @@ class FairQueue:
     def __init__(self, cost: Callable[[Group], float]) -> None:
         """
         Args:
-            cost: of a group, in tokens.
+            cost: estimates the tokens of a group.
         """
         self._cost = cost
         self._front: deque[Group] = deque()
         self._callers: dict[str, _Caller] = {}
-        """Those that have something waiting."""
+        """Callers with groups waiting."""
         self._turns: list[tuple[float, int, str]] = []
-        """Heap of the callers: turn, a tie-breaker, name."""
+        """Heap of callers: turn, tie-breaker, name."""
         self._turns_left: dict[str, float] = {}
-        """Of callers that have nothing waiting, where it may lie ahead of `_now`."""
+        """Turns of callers with nothing waiting, which may be ahead of `_now`."""
         self._now = 0.0
-        """Turn of the caller that was served last."""
+        """Turn of the last caller served."""
         self._entries = 0
         self._length = 0
         self.tokens = 0.0
-        """What waits costs so much, as it was guessed when it came."""
+        """Cost of the waiting groups, as estimated on arrival."""
         self._costs: dict[GroupKey, float] = {}
 
     def __len__(self) -> int:
@@ -59,7 +60,7 @@ class FairQueue:
         for group in groups:
             caller = self._callers.get(group.caller)
             if caller is None:
-                # One that was away has saved nothing up, and owes what it owed.
+                # An absent caller accumulates no credit and keeps its debt.
                 turn = max(self._now, self._turns_left.pop(group.caller, 0.0))
                 caller = self._callers[group.caller] = _Caller(turn=turn)
                 self._enter(group.caller)
@@ -67,7 +68,7 @@ class FairQueue:
             self._count(group)
 
     def extend_front(self, groups: Iterable[Group]) -> None:
-        """Puts groups in front of all others, the first one first."""
+        """Puts groups in front of all others, in the given order."""
         groups = list(groups)
         self._front.extendleft(reversed(groups))
         for group in groups:
@@ -89,7 +90,7 @@ class FairQueue:
         heapq.heappush(self._turns, (self._callers[name].turn, self._entries, name))
 
     def _next(self) -> str:
-        """The caller whose turn it is; there must be one."""
+        """Returns the caller whose turn it is; the queue must not be empty."""
         while True:
             turn, _, name = self._turns[0]
             caller = self._callers.get(name)
@@ -98,13 +99,13 @@ class FairQueue:
             heapq.heappop(self._turns)
 
     def first(self) -> Group:
-        """The next group, which stays; there must be one."""
+        """Returns the next group without removing it; the queue must not be empty."""
         if self._front:
             return self._front[0]
         return next(iter(self._callers[self._next()].groups.values()))
 
     def pop(self) -> Group:
-        """Takes the next group."""
+        """Removes and returns the next group."""
         if self._front:
             group = self._front.popleft()
             self._uncount(group)
@@ -122,7 +123,7 @@ class FairQueue:
         return group
 
     def _leave(self, name: str) -> None:
-        """A caller has nothing waiting any more."""
+        """Removes a caller with nothing left waiting."""
         self._turns_left[name] = self._callers.pop(name).turn
         if len(self._turns_left) > MAX_LEFT:
             self._turns_left = {name: turn for name, turn in self._turns_left.items() if turn > self._now}
@@ -130,24 +131,24 @@ class FairQueue:
     def withdraw(self, caller: str, group_ids: Sequence[int]) -> None:
         """Drops groups of a caller."""
         if self._front:
-            gone = set(group_ids)
+            withdrawn = set(group_ids)
             for group in self._front:
-                if group.id in gone:
+                if group.id in withdrawn:
                     self._uncount(group)
-            self._front = deque(group for group in self._front if group.id not in gone)
-        if (theirs := self._callers.get(caller)) is None:
+            self._front = deque(group for group in self._front if group.id not in withdrawn)
+        if (queued := self._callers.get(caller)) is None:
             return
-        # A group that waits here has not been cut into parts: those are in front.
+        # Groups that wait here are whole: parts of split groups are in front.
         for group_id in group_ids:
-            if (group_id, 0) in theirs.groups:
-                self._uncount(theirs.groups.pop((group_id, 0)))
-        if not theirs.groups:
+            if (group_id, 0) in queued.groups:
+                self._uncount(queued.groups.pop((group_id, 0)))
+        if not queued.groups:
             self._leave(caller)
             self._turns = [entry for entry in self._turns if entry[2] in self._callers]
             heapq.heapify(self._turns)
 
     def clear(self) -> list[Group]:
-        """Takes all."""
+        """Removes and returns all groups."""
         groups = list(self._front)
         for caller in self._callers.values():
             groups.extend(caller.groups.values())

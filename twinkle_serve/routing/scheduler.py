@@ -67,7 +67,7 @@ class GroupScheduler:
         self._dispatcher = Dispatcher(policy)
         """Knows the engines in use."""
         self._resume = resume
-        self._drafts = PartialSamples()
+        self._partials = PartialSamples()
         self._pump_due = False
         engines.start(self)
 
@@ -137,7 +137,7 @@ class GroupScheduler:
 
     def withdraw(self, caller: str, group_ids: Sequence[int]) -> None:
         """Drops groups of a caller from the queue and from the engines that have them."""
-        self._drafts.drop(group_ids)
+        self._partials.drop(group_ids)
         for name, groups in self._dispatcher.withdraw(caller, group_ids).items():
             self._engines.spawn(self._abort(self._engines.active[name], groups))
         self._pump_soon()  # other groups may fit now
@@ -208,7 +208,7 @@ class GroupScheduler:
             self._watch_suspect(engine, groups)
             by_adapter: dict[AdapterVersion | None, list[Group]] = defaultdict(list)
             for group in groups:
-                self._drafts.begin(group)
+                self._partials.start(group)
                 # Groups whose adapter is not loaded yet delay no others, and fail alone.
                 by_adapter[None if engine.has_adapter(group.adapter) else group.adapter].append(group)
             for missing, part in by_adapter.items():
@@ -268,7 +268,7 @@ class GroupScheduler:
             self._pump_soon()
 
     def _deliver(self, name: str, finished: Finished) -> None:
-        self._drafts.gain(finished.partial_updates)
+        self._partials.extend(finished.partial_updates)
         failed = self._dispatcher.finish(name, finished.failures)
         for group_id in {group.id: None for group in failed}:
             self._fail(group_id, next(error for key, error in finished.failures.items() if key[0] == group_id))
@@ -278,7 +278,7 @@ class GroupScheduler:
             return
         self._dispatcher.ended(name, zip(columns.group.tolist(), columns.sample.tolist(), strict=True))
         self._dispatcher.learn(columns.lengths)
-        self._drafts.end(columns)
+        self._partials.finish(columns)
         self._deliver_columns(columns)
         self._pump_soon()
 
@@ -293,7 +293,7 @@ class GroupScheduler:
                 self._fail(group.id, EngineError(f"{named(group)} was begun {group.attempts} times, and never ended."))
             else:
                 assert self._engines.info is not None
-                again.extend(self._drafts.resumed(group, self._engines.info))
+                again.extend(self._partials.resume(group, self._engines.info))
         self._dispatcher.enqueue(again, first=True)
 
     # -- suspects ----------------------------------------------------------------------------------
