@@ -14,11 +14,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks._policies import PolicyName, build_policy
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.engines.group_runner import FLUSH_SHARE, MAX_FLUSH_S, MIN_FLUSH_S
 from twinkle_serve.routing.dispatch import Dispatcher
-from twinkle_serve.routing.policies import PolicyName
 
 DELIVERY_S = 0.003
 """What an engine hands back is at the router so much later."""
@@ -108,7 +108,7 @@ def simulate(
 ) -> Result:
     """A call with len(lengths) prompts, each of lengths.shape[1] samples."""
     prompts, samples = lengths.shape
-    dispatcher = Dispatcher(policy, rng=random.Random(seed))
+    dispatcher = Dispatcher(build_policy(policy, prompts, random.Random(seed)))
     made = {f"e{number:04d}": Engine(f"e{number:04d}", slots, step_s) for number in range(engines)}
     for name in made:
         dispatcher.add_engine(name, slots)
@@ -120,8 +120,6 @@ def simulate(
             prompt_ids=rng.integers(0, 1000, PROMPT_TOKENS - 1).astype(np.int32),
             params=params,
             count=samples,
-            index=i,
-            prompts=prompts,
         )
         for i in range(prompts)
     ]

@@ -29,11 +29,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._policies import POLICIES
 from benchmarks._simulated import SHAPES, bound_s, lengths_of, pooled, simulate
 from benchmarks.overhead import commit, cpu_model
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group
-from twinkle_serve.routing.policies import POLICIES
 
 STEP_S = (0.0026, 0.000082)
 """Of the demo model on two cores, float32, by `--measure`."""
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", default=default, help="ENGINESxWAVES")
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES))
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--step-s", type=float, nargs=2, default=STEP_S, metavar=("BASE_S", "SEQUENCE_S"))
     parser.add_argument("--rpc-ms", type=float, nargs=3, default=RPC_MS, metavar=("PROMPT", "CHUNK", "ITEM"))
     parser.add_argument("--measure", action="store_true", help="measure the step here first")

@@ -5,7 +5,7 @@ Importing this loads neither torch nor vllm nor ray.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -19,6 +19,8 @@ from pydantic import (
 
 from twinkle_serve.errors import ConfigError, MeshError, unknown_name
 from twinkle_serve.mesh import DeviceMesh
+
+PolicyName: TypeAlias = Literal["balanced"]
 
 
 def describe_errors(error: ValidationError, model: type[BaseModel]) -> str:
@@ -140,7 +142,7 @@ class ServiceArgs(Strict):
     """Handed to the engine as they are."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
-    policy: Literal["balanced", "round_robin", "static"] = "balanced"
+    policy: PolicyName = "balanced"
     """Which engine a prompt goes to."""
     failover: Literal["restart", "resume"] = "restart"
     """What becomes of a sample whose engine ends: it is sampled again from its start, or goes on from the last tokens

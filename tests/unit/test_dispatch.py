@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.routing.dispatch import HEADROOM, Dispatcher
+from twinkle_serve.routing.policies import Balanced
 from twinkle_serve.routing.seeds import SPACING, prompt_seed
 
 PARAMS = SamplingParams()
@@ -23,7 +24,7 @@ def group(number: int, count: int = 1, seed: int | None = None) -> Group:
 
 
 def dispatcher(engines: dict[str, int]) -> Dispatcher:
-    made = Dispatcher(rng=random.Random(0))
+    made = Dispatcher(Balanced(random.Random(0)))
     for name, slots in engines.items():
         made.add_engine(name, slots)
     return made
@@ -112,7 +113,7 @@ def test_lone_prompts_do_not_all_go_to_the_first_engine() -> None:
     assert set(seen.values()) == {100}
     firsts = set()
     for seed in range(20):
-        made = Dispatcher(rng=random.Random(seed))
+        made = Dispatcher(Balanced(random.Random(seed)))
         for name in "abc":
             made.add_engine(name, 8)
         made.enqueue([group(0)])

@@ -8,10 +8,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from benchmarks._policies import POLICIES, PolicyName, build_policy
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.routing.dispatch import Dispatcher
-from twinkle_serve.routing.policies import BLOCK, POLICIES, Lengths, PolicyName
+from twinkle_serve.routing.policies import BLOCK, Lengths
 
 RNG = np.random.default_rng(0)
 
@@ -25,8 +26,8 @@ def group(number: int, prompt: np.ndarray | None = None, **options: int) -> Grou
     return Group(id=number, prompt_ids=ids(8) if prompt is None else prompt, params=params, **options)
 
 
-def dispatcher(policy: PolicyName, engines: dict[str, int]) -> Dispatcher:
-    made = Dispatcher(policy, rng=random.Random(0))
+def dispatcher(policy: PolicyName, engines: dict[str, int], prompts: int = 64) -> Dispatcher:
+    made = Dispatcher(build_policy(policy, prompts, random.Random(0)))
     for name, slots in engines.items():
         made.add_engine(name, slots)
     return made
@@ -42,11 +43,11 @@ def placed(made: Dispatcher, groups: list[Group]) -> dict[int, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_uses_every_engine_and_survives_their_loss(policy: PolicyName) -> None:
     """A call of 64 prompts, an engine that goes, another that comes."""
     made = dispatcher(policy, dict.fromkeys("abcd", 64))
-    groups = [group(i, index=i, prompts=64) for i in range(64)]
+    groups = [group(i) for i in range(64)]
     assert Counter(name for names in placed(made, groups).values() for name in names) == dict.fromkeys("abcd", 16)
     lost = made.remove_engine("b")
     made.enqueue(lost, first=True)
@@ -59,10 +60,9 @@ def test_every_policy_uses_every_engine_and_survives_their_loss(policy: PolicyNa
 
 def test_static_cuts_a_call_into_slices_in_order() -> None:
     """As upstream does, whatever the engines have to do already."""
-    made = dispatcher("static", dict.fromkeys("abcd", 1))
-    for first in (0, 100):
-        found = placed(made, [group(first + i, index=i, prompts=8) for i in range(8)])
-        assert [found[first + i] for i in range(8)] == [{name} for name in "aabbccdd"]
+    made = dispatcher("static", dict.fromkeys("abcd", 1), prompts=16)
+    found = placed(made, [group(i) for i in range(8)]) | placed(made, [group(i) for i in range(8, 16)])
+    assert [found[i] for i in range(16)] == [{name} for name in "aaaabbbbccccdddd"]
 
 
 def test_round_robin_takes_turns() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.groups import Group, GroupKey
-from twinkle_serve.routing.policies import POLICIES, EngineLoad, Lengths, PolicyName
+from twinkle_serve.routing.policies import EngineLoad, Lengths, Policy
 from twinkle_serve.routing.queue import FairQueue
 
 HEADROOM = 1.25
@@ -30,7 +29,7 @@ class Dispatcher:
         - An engine has at most one suspect at a time.
     """
 
-    def __init__(self, policy: PolicyName = "balanced", rng: random.Random | None = None) -> None:
+    def __init__(self, policy: Policy) -> None:
         self._engines: dict[str, EngineLoad] = {}
         self._closed: set[str] = set()
         """Engines that finish their groups and get no new ones. They are removed from the policy."""
@@ -40,7 +39,7 @@ class Dispatcher:
         """Groups that may have ended an engine, waiting for one without another suspect."""
         self._placed: defaultdict[int, dict[GroupKey, EngineLoad]] = defaultdict(dict)
         """Engine of each part of a group, by group id."""
-        self._policy = POLICIES[policy](rng or random.Random())
+        self._policy = policy
         self._too_large = 0
         """Samples of the next group if no engine has room for them; 0: unknown. Saves asking the policy in vain each
         time a sample ends."""

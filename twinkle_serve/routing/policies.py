@@ -8,14 +8,13 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from twinkle_serve.config import PolicyName
 from twinkle_serve.data_format.groups import Group, GroupKey
-
-PolicyName: TypeAlias = Literal["balanced", "round_robin", "static"]
 
 
 @dataclass(slots=True, eq=False)
@@ -78,8 +77,8 @@ class Balanced:
     it, unless that engine is much fuller than the others.
     """
 
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
+    def __init__(self, rng: random.Random | None = None) -> None:
+        self._rng = rng or random.Random()
         self._engines: dict[str, EngineLoad] = {}
         self._order: list[tuple[float, float, str]] = []
         """Heap of engines with room: relative load, version, name. An entry is stale if its version is not the
@@ -173,59 +172,7 @@ AFFINITY_MARGIN = 0.25
 cached prefix."""
 
 
-class RoundRobin:
-    """Places each group on the next engine at once, whatever its load."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self._engines: list[EngineLoad] = []
-        self._next = 0
-
-    def add(self, engine: EngineLoad) -> None:
-        self._engines.append(engine)
-
-    def remove(self, engine: EngineLoad) -> None:
-        self._engines.remove(engine)
-
-    def changed(self, engine: EngineLoad) -> None:
-        pass
-
-    def choose(self, group: Group, waiting: int) -> tuple[EngineLoad, int] | None:
-        return self.choose_now(group), group.count
-
-    def choose_now(self, group: Group) -> EngineLoad:
-        self._next += 1
-        return self._engines[self._next % len(self._engines)]
-
-
-class Static:
-    """Splits the prompts of a call into one slice per engine, in order, as upstream's sampler does. For comparison."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self._engines: dict[str, EngineLoad] = {}
-
-    def add(self, engine: EngineLoad) -> None:
-        self._engines[engine.name] = engine
-        self._engines = dict(sorted(self._engines.items()))
-
-    def remove(self, engine: EngineLoad) -> None:
-        del self._engines[engine.name]
-
-    def changed(self, engine: EngineLoad) -> None:
-        pass
-
-    def choose(self, group: Group, waiting: int) -> tuple[EngineLoad, int] | None:
-        return self.choose_now(group), group.count
-
-    def choose_now(self, group: Group) -> EngineLoad:
-        engines = list(self._engines.values())
-        return engines[group.index * len(engines) // group.prompts]
-
-
-POLICIES: dict[PolicyName, Callable[[random.Random], Policy]] = {
-    "balanced": Balanced,
-    "round_robin": RoundRobin,
-    "static": Static,
-}
+POLICIES: dict[PolicyName, Callable[[], Policy]] = {"balanced": Balanced}
 
 
 BLOCK = 64

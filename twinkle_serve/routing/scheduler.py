@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import replace
 
 from twinkle_serve import timing
+from twinkle_serve.config import PolicyName
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Group, GroupKey, TextDelta
 from twinkle_serve.data_format.samples import SampleColumns
@@ -20,7 +21,7 @@ from twinkle_serve.routing.adapter_loading import AdapterLoader
 from twinkle_serve.routing.dispatch import Dispatcher
 from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.poison import MAX_CRASHES, classify, named, poison_error, suspicion_s
-from twinkle_serve.routing.policies import PolicyName
+from twinkle_serve.routing.policies import POLICIES
 from twinkle_serve.routing.resume import PartialSamples, can_resume
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class GroupScheduler:
         """
         self._engines, self._loader = engines, loader
         self._wanted, self._deliver_columns, self._fail = wanted, deliver, fail
-        self._dispatcher = Dispatcher(policy)
+        self._dispatcher = Dispatcher(POLICIES[policy]())
         """Knows the engines in use."""
         self._resume = resume
         self._partials = PartialSamples()
