@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks._policies import PolicyName, build_policy
-from twinkle_serve.data_format import SamplingParams
-from twinkle_serve.data_format.groups import Group
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines.group_runner import FLUSH_SHARE, MAX_FLUSH_S, MIN_FLUSH_S
 from twinkle_serve.routing.dispatch import Dispatcher
+from twinkle_serve.routing.groups import RoutedGroup
 
 DELIVERY_S = 0.003
 """What an engine hands back is at the router so much later."""
@@ -112,10 +112,10 @@ def simulate(
     made = {f"e{number:04d}": Engine(f"e{number:04d}", slots, step_s) for number in range(engines)}
     for name in made:
         dispatcher.add_engine(name, slots)
-    params = SamplingParams(max_tokens=LONGEST)
+    params = DecodingParams(max_tokens=LONGEST)
     rng = np.random.default_rng(seed)
     groups = [
-        Group(
+        RoutedGroup(
             id=i,
             prompt_ids=rng.integers(0, 1000, PROMPT_TOKENS - 1).astype(np.int32),
             params=params,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks._policies import POLICIES, PolicyName, build_policy
-from twinkle_serve.data_format import SamplingParams
-from twinkle_serve.data_format.groups import Group
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.routing.dispatch import Dispatcher
+from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.policies import BLOCK, Lengths
 
 RNG = np.random.default_rng(0)
@@ -21,9 +21,9 @@ def ids(length: int) -> np.ndarray:
     return RNG.integers(0, 1000, length).astype(np.int32)
 
 
-def group(number: int, prompt: np.ndarray | None = None, **options: int) -> Group:
-    params = SamplingParams(max_tokens=options.pop("max_tokens", 64))
-    return Group(id=number, prompt_ids=ids(8) if prompt is None else prompt, params=params, **options)
+def group(number: int, prompt: np.ndarray | None = None, max_tokens: int = 64) -> RoutedGroup:
+    params = DecodingParams(max_tokens=max_tokens)
+    return RoutedGroup(id=number, prompt_ids=ids(8) if prompt is None else prompt, params=params)
 
 
 def dispatcher(policy: PolicyName, engines: dict[str, int], prompts: int = 64) -> Dispatcher:
@@ -33,7 +33,7 @@ def dispatcher(policy: PolicyName, engines: dict[str, int], prompts: int = 64) -
     return made
 
 
-def placed(made: Dispatcher, groups: list[Group]) -> dict[int, set[str]]:
+def placed(made: Dispatcher, groups: list[RoutedGroup]) -> dict[int, set[str]]:
     """Engines by group."""
     made.enqueue(groups)
     found: dict[int, set[str]] = {}

@@ -12,11 +12,11 @@ import pytest
 
 from tests.unit.test_failover import PROMPTS, Service, exact
 from tests.unit.test_weight_updates import eventually
-from twinkle_serve import SamplingParams
-from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.samples import PartialSample
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines.group_runner import PartialUpdate
 from twinkle_serve.errors import EngineDeadError
+from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.resume import PartialSamples, can_resume, rejoined
 
 LONG: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "logprobs": 2}
@@ -170,8 +170,9 @@ async def test_restart_is_the_default_and_has_nothing_reported() -> None:
     await service.stop()
 
 
-def group(**fields: Any) -> Group:
-    return Group(id=1, prompt_ids=np.zeros(2, np.int32), params=SamplingParams(max_tokens=4, stop=[9]), **fields)
+def group(**fields: Any) -> RoutedGroup:
+    params = DecodingParams(max_tokens=4, stop=(9,))
+    return RoutedGroup(id=1, prompt_ids=np.zeros(2, np.int32), **{"params": params, **fields})
 
 
 def begun(*tokens: int) -> PartialSample:
@@ -209,4 +210,4 @@ def test_suspects_are_prompts_and_not_samples() -> None:
 
 def test_stop_tokens_and_penalties_do_not_keep_a_sample_from_going_on() -> None:
     """What an engine needs for them is in the tokens."""
-    assert can_resume(SamplingParams(stop=[3], repetition_penalty=1.2, top_p=0.5, logprobs=3))
+    assert can_resume(group(params=DecodingParams(stop=(3,), repetition_penalty=1.2, top_p=0.5, logprobs=3)))

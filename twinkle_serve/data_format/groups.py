@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.samples import PartialSample, StopReason
-from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.data_format.weights import WeightsVersion
 
 GroupKey: TypeAlias = tuple[int, int]
@@ -28,8 +28,7 @@ class Group:
     """Id of the prompt, unique in the lifetime of the router."""
     prompt_ids: NDArray[np.int32]
     """Shape [P]."""
-    params: SamplingParams
-    """`num_samples` and `seed` are of the request: a group has `count` and `seed` of its own."""
+    params: DecodingParams
     first_sample: int = 0
     """Index in the prompt of the first sample; not 0 in later parts of a split prompt."""
     count: int = 1
@@ -45,22 +44,8 @@ class Group:
     """Tokens to continue from, for a group of one sample."""
     attempts: int = 0
     """Number of earlier attempts."""
-    lost: tuple[str, ...] = ()
-    """Engines that ended while it was on them, and that it may have ended."""
-    crashes: int = 0
-    """Number of those that crashed, by an error or signal of their own, rather than being killed from outside."""
-    ran_s: float = 0.0
-    """Time that it had run on the last of them."""
     urgent: bool = False
     """Whether its call waits for single samples, rather than for all of them."""
-    caller: str = ""
-    """Callers take turns."""
-    index: int = 0
-    """Index of its prompt among its request's."""
-    prompts: int = 1
-    """Number of prompts of its request."""
-    input: int = 0
-    """Index of its input in the call."""
 
     @property
     def key(self) -> GroupKey:
@@ -78,7 +63,7 @@ class Group:
     def seed_of(self, j: int) -> int | None:
         return None if self.seed is None else self.seed + j
 
-    def part(self, first_sample: int, count: int) -> Group:
+    def part(self, first_sample: int, count: int) -> Self:
         """Returns a part of the group, whose samples keep their seeds."""
         seed = self.seed_of(first_sample - self.first_sample)
         return replace(self, first_sample=first_sample, count=count, seed=seed)

@@ -27,7 +27,7 @@ from twinkle_serve.checkpoint import Bucket, weight_shapes
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
 from twinkle_serve.data_format.samples import FloatArray, PartialSample, PromptScores, SampleColumns, StopReason
-from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.data_format.weights import INITIAL_LABEL, PauseMode
 from twinkle_serve.engines.base import (
     TokenDelta,
@@ -280,7 +280,7 @@ class _Sample:
     """One sample while it is drawn."""
 
     prompt_ids: NDArray[np.int32]
-    params: SamplingParams
+    params: DecodingParams
     most_tokens: int
     rng: np.random.Generator
     state: int
@@ -353,7 +353,7 @@ def _log_softmax(logits: FloatArray) -> FloatArray:
 
 
 def _draw(
-    raw: FloatArray, params: SamplingParams, prompt: Sequence[int] | NDArray[np.int32], tokens: list[int], rng: Any
+    raw: FloatArray, params: DecodingParams, prompt: Sequence[int] | NDArray[np.int32], tokens: list[int], rng: Any
 ) -> int:
     """One token; the steps and their order are vLLM's."""
     logits = raw

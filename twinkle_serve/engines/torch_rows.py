@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from twinkle_serve.data_format.samples import StopReason
-from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines.base import stop_cut
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
@@ -17,7 +17,7 @@ LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 class Row:
     """One sample in the running batch."""
 
-    params: SamplingParams
+    params: DecodingParams
     most_tokens: int
     generator: Any
     """torch.Generator of this sample alone."""

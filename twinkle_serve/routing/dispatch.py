@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from twinkle_serve.data_format.groups import Group, GroupKey
+from twinkle_serve.data_format.groups import GroupKey
+from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.policies import EngineLoad, Lengths, Policy
 from twinkle_serve.routing.queue import FairQueue
 
@@ -35,7 +36,7 @@ class Dispatcher:
         """Engines that finish their groups and get no new ones. They are removed from the policy."""
         self._lengths = Lengths()
         self._waiting = FairQueue(lambda group: self._lengths.cost(group, group.count))
-        self._suspects: deque[Group] = deque()
+        self._suspects: deque[RoutedGroup] = deque()
         """Groups that may have ended an engine, waiting for one without another suspect."""
         self._placed: defaultdict[int, dict[GroupKey, EngineLoad]] = defaultdict(dict)
         """Engine of each part of a group, by group id."""
@@ -52,7 +53,7 @@ class Dispatcher:
             self._policy.add(self._engines[name])
             self._too_large = 0
 
-    def remove_engine(self, name: str) -> list[Group]:
+    def remove_engine(self, name: str) -> list[RoutedGroup]:
         """Removes an engine. Returns its unfinished groups, without queueing them again."""
         engine = self._engines.pop(name, None)
         if engine is None:
@@ -95,11 +96,11 @@ class Dispatcher:
         """Number of unfinished sequences on an engine."""
         return self._engines[name].sequences
 
-    def groups(self, name: str) -> Iterable[Group]:
+    def groups(self, name: str) -> Iterable[RoutedGroup]:
         """Unfinished groups of an engine."""
         return self._engines[name].groups.values()
 
-    def enqueue(self, groups: Iterable[Group], *, first: bool = False) -> None:
+    def enqueue(self, groups: Iterable[RoutedGroup], *, first: bool = False) -> None:
         """Adds groups at the end of the queue, or at the front if `first`, as for groups of a lost engine."""
         self._too_large = 0
         if first:
@@ -107,7 +108,7 @@ class Dispatcher:
         else:
             self._waiting.extend(groups)
 
-    def place(self, group: Group) -> str:
+    def place(self, group: RoutedGroup) -> str:
         """Places a group at once, bypassing the queue. Needs an open engine. Returns its name."""
         engine = self._policy.choose_now(group)
         self._give(engine, group)
@@ -132,7 +133,7 @@ class Dispatcher:
         if changed:
             self._settle(engine)
 
-    def finish(self, name: str, keys: Iterable[GroupKey]) -> list[Group]:
+    def finish(self, name: str, keys: Iterable[GroupKey]) -> list[RoutedGroup]:
         """Removes groups from an engine, finished or not. Returns their unfinished samples, as groups."""
         engine = self._engines.get(name)
         if engine is None:
@@ -142,7 +143,7 @@ class Dispatcher:
             self._settle(engine)
         return rest
 
-    def _take(self, engine: EngineLoad, key: GroupKey) -> list[Group]:
+    def _take(self, engine: EngineLoad, key: GroupKey) -> list[RoutedGroup]:
         """Removes a group from an engine. Returns its unfinished samples, consecutive ones as one group."""
         group, left, cost = engine.groups.pop(key), engine.left.pop(key), engine.costs.pop(key)
         placed = self._placed[key[0]]
@@ -172,27 +173,27 @@ class Dispatcher:
         """Updates the estimated length of samples from the token counts of finished ones."""
         self._lengths.learn(lengths)
 
-    def withdraw(self, caller: str, group_ids: Sequence[int]) -> dict[str, list[Group]]:
+    def withdraw(self, caller: str, group_ids: Sequence[int]) -> dict[str, list[RoutedGroup]]:
         """Drops waiting groups. Returns those on engines, by engine."""
         self._too_large = 0
         self._waiting.withdraw(caller, group_ids)
         if self._suspects:
             withdrawn = set(group_ids)
             self._suspects = deque(group for group in self._suspects if group.id not in withdrawn)
-        held: dict[str, list[Group]] = {}
+        held: dict[str, list[RoutedGroup]] = {}
         for group_id in group_ids:
             for key, engine in self._placed.get(group_id, {}).items():
                 held.setdefault(engine.name, []).append(engine.groups[key])
         return held
 
-    def withdraw_waiting(self) -> list[Group]:
+    def withdraw_waiting(self) -> list[RoutedGroup]:
         """Removes and returns all waiting groups."""
         suspects, self._suspects = list(self._suspects), deque()
         return suspects + self._waiting.clear()
 
     # -- suspects --------------------------------------------------------------------------------
 
-    def suspect(self, group: Group) -> None:
+    def suspect(self, group: RoutedGroup) -> None:
         """Queues a suspect: it is placed on an engine without another suspect."""
         self._suspects.append(group)
 
@@ -214,9 +215,9 @@ class Dispatcher:
 
     # -- placing ---------------------------------------------------------------------------------
 
-    def assign(self) -> dict[str, list[Group]]:
+    def assign(self) -> dict[str, list[RoutedGroup]]:
         """Places waiting groups, each until `ended` or `finish`. Returns the groups to send, by engine."""
-        chunks: dict[str, list[Group]] = {}
+        chunks: dict[str, list[RoutedGroup]] = {}
         for engine, group in self._assign_suspects():
             chunks.setdefault(engine.name, []).append(group)
         while self._waiting and len(self._engines) > len(self._closed) and not self._too_large:
@@ -235,7 +236,7 @@ class Dispatcher:
             chunks.setdefault(engine.name, []).append(group)
         return chunks
 
-    def _assign_suspects(self) -> list[tuple[EngineLoad, Group]]:
+    def _assign_suspects(self) -> list[tuple[EngineLoad, RoutedGroup]]:
         placed = []
         while self._suspects:
             free = [
@@ -249,7 +250,7 @@ class Dispatcher:
             placed.append((engine, group))
         return placed
 
-    def _give(self, engine: EngineLoad, group: Group) -> None:
+    def _give(self, engine: EngineLoad, group: RoutedGroup) -> None:
         engine.groups[group.key] = group
         engine.left[group.key] = set(group.samples)
         for sample in group.samples:
@@ -263,9 +264,9 @@ class Dispatcher:
         self._policy.changed(engine)
 
 
-def _runs(group: Group, left: set[int]) -> list[Group]:
+def _runs(group: RoutedGroup, left: set[int]) -> list[RoutedGroup]:
     """Samples of a group as groups of consecutive samples."""
-    parts: list[Group] = []
+    parts: list[RoutedGroup] = []
     for sample in sorted(left):
         if parts and parts[-1].samples.stop == sample:
             parts[-1] = replace(parts[-1], count=parts[-1].count + 1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from twinkle_serve.data_format.groups import Group, GroupKey
+from twinkle_serve.data_format.groups import GroupKey
 from twinkle_serve.errors import PoisonPromptError
+from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.resume import rejoined
 
 SUSPECT_AFTER = 2
@@ -26,13 +27,13 @@ MAX_SUSPICION_S = 10.0
 class Verdict:
     """The groups of an engine that ended, classified."""
 
-    innocent: list[Group] = field(default_factory=list)
-    suspects: list[Group] = field(default_factory=list)
+    innocent: list[RoutedGroup] = field(default_factory=list)
+    suspects: list[RoutedGroup] = field(default_factory=list)
     """Shortest running time first: a poisoned group mostly ends its engine at the first step."""
-    poisoned: list[Group] = field(default_factory=list)
+    poisoned: list[RoutedGroup] = field(default_factory=list)
 
 
-def classify(name: str, suspect: GroupKey | None, lost: Sequence[Group], *, crashed: bool) -> Verdict:
+def classify(name: str, suspect: GroupKey | None, lost: Sequence[RoutedGroup], *, crashed: bool) -> Verdict:
     """Classifies the groups of an engine that ended.
 
     With a suspect on it, only groups that had lost an engine before may have ended it; without one, any group may have.
@@ -64,19 +65,19 @@ def classify(name: str, suspect: GroupKey | None, lost: Sequence[Group], *, cras
     return verdict
 
 
-def suspicion_s(group: Group) -> float:
+def suspicion_s(group: RoutedGroup) -> float:
     """Seconds until a suspect is cleared, unless it ends before."""
     return min(group.ran_s, MAX_SUSPICION_S) + CLEARED_AFTER_S
 
 
-def named(group: Group) -> str:
+def named(group: RoutedGroup) -> str:
     """Describes a prompt in its caller's terms."""
     first = ", ".join(map(str, group.prompt_ids[:8].tolist()))
     more = ", …" if len(group.prompt_ids) > 8 else ""
     return f"inputs[{group.input}] ({len(group.prompt_ids)} tokens: {first}{more})"
 
 
-def poison_error(group: Group) -> PoisonPromptError:
+def poison_error(group: RoutedGroup) -> PoisonPromptError:
     """The error of a poisoned group."""
     return PoisonPromptError(
         f"{named(group)} was on {', '.join(group.lost)} when they ended, the last time as the only suspect. "

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from twinkle_serve.config import PolicyName
 from twinkle_serve.data_format.groups import Group, GroupKey
+from twinkle_serve.routing.groups import RoutedGroup
 
 
 @dataclass(slots=True, eq=False)
@@ -27,7 +28,7 @@ class EngineLoad:
     low: int
     """A full engine gets no groups until it is down to this many sequences; then several at once."""
     full: bool = False
-    groups: dict[GroupKey, Group] = field(default_factory=dict)
+    groups: dict[GroupKey, RoutedGroup] = field(default_factory=dict)
     left: dict[GroupKey, set[int]] = field(default_factory=dict)
     """Unfinished samples of each group."""
     parts: dict[tuple[int, int], GroupKey] = field(default_factory=dict)

@@ -7,12 +7,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from twinkle_serve.data_format.groups import Group, GroupKey
+from twinkle_serve.data_format.groups import GroupKey
+from twinkle_serve.routing.groups import RoutedGroup
 
 
 @dataclass(slots=True)
 class _Caller:
-    groups: OrderedDict[GroupKey, Group] = field(default_factory=OrderedDict)
+    groups: OrderedDict[GroupKey, RoutedGroup] = field(default_factory=OrderedDict)
     turn: float = 0.0
     """Tokens sent for it so far; the caller with the fewest is next."""
 
@@ -31,13 +32,13 @@ class FairQueue:
     Source: start-time fair queueing (Goyal et al., 1996), each caller of the same weight.
     """
 
-    def __init__(self, cost: Callable[[Group], float]) -> None:
+    def __init__(self, cost: Callable[[RoutedGroup], float]) -> None:
         """
         Args:
             cost: estimates the tokens of a group.
         """
         self._cost = cost
-        self._front: deque[Group] = deque()
+        self._front: deque[RoutedGroup] = deque()
         self._callers: dict[str, _Caller] = {}
         """Callers with groups waiting."""
         self._turns: list[tuple[float, int, str]] = []
@@ -55,7 +56,7 @@ class FairQueue:
     def __len__(self) -> int:
         return self._length
 
-    def extend(self, groups: Iterable[Group]) -> None:
+    def extend(self, groups: Iterable[RoutedGroup]) -> None:
         """Adds groups at the end of their callers' queues."""
         for group in groups:
             caller = self._callers.get(group.caller)
@@ -67,19 +68,19 @@ class FairQueue:
             caller.groups[group.key] = group
             self._count(group)
 
-    def extend_front(self, groups: Iterable[Group]) -> None:
+    def extend_front(self, groups: Iterable[RoutedGroup]) -> None:
         """Puts groups in front of all others, in the given order."""
         groups = list(groups)
         self._front.extendleft(reversed(groups))
         for group in groups:
             self._count(group)
 
-    def _count(self, group: Group) -> None:
+    def _count(self, group: RoutedGroup) -> None:
         self._length += 1
         self._costs[group.key] = cost = self._cost(group)
         self.tokens += cost
 
-    def _uncount(self, group: Group) -> float:
+    def _uncount(self, group: RoutedGroup) -> float:
         self._length -= 1
         cost = self._costs.pop(group.key)
         self.tokens = self.tokens - cost if self._length else 0.0
@@ -98,13 +99,13 @@ class FairQueue:
                 return name
             heapq.heappop(self._turns)
 
-    def first(self) -> Group:
+    def first(self) -> RoutedGroup:
         """Returns the next group without removing it; the queue must not be empty."""
         if self._front:
             return self._front[0]
         return next(iter(self._callers[self._next()].groups.values()))
 
-    def pop(self) -> Group:
+    def pop(self) -> RoutedGroup:
         """Removes and returns the next group."""
         if self._front:
             group = self._front.popleft()
@@ -147,7 +148,7 @@ class FairQueue:
             self._turns = [entry for entry in self._turns if entry[2] in self._callers]
             heapq.heapify(self._turns)
 
-    def clear(self) -> list[Group]:
+    def clear(self) -> list[RoutedGroup]:
         """Removes and returns all groups."""
         groups = list(self._front)
         for caller in self._callers.values():

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinkle_serve.data_format.adapters import AdapterVersion
-from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.messages import MessageParser
 from twinkle_serve.data_format.response import SampleResponse
 from twinkle_serve.data_format.samples import SampleColumns
-from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.sampling_params import DecodingParams, SamplingParams
 from twinkle_serve.errors import RequestError, TwinkleServeError
+from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.seeds import prompt_seed
 from twinkle_serve.template.prompts import Prompt
 
@@ -71,25 +71,23 @@ class Request:
         """Labels of the model weights that have sampled for it."""
         self._arrived: asyncio.Queue[tuple[SampleColumns, list[int]] | TwinkleServeError | None] = asyncio.Queue()
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[RoutedGroup]:
         """Makes one group per prompt."""
-        seed = self._params.seed
+        params, seed = DecodingParams.of(self._params), self._params.seed
         return [
-            Group(
+            RoutedGroup(
                 id=group_id,
                 prompt_ids=prompt.ids,
-                params=self._params,
+                params=params,
                 count=self._params.num_samples,
                 seed=None if seed is None else prompt_seed(seed, prompt.index),
                 adapter=self.adapter,
                 sample_timeout_s=self._sample_timeout_s,
                 urgent=self._to_complete < len(self._prompts),
-                index=index,
-                prompts=len(self._prompts),
                 input=prompt.index,
                 caller=self.caller,
             )
-            for index, (group_id, prompt) in enumerate(zip(self.ids, self._prompts, strict=True))
+            for group_id, prompt in zip(self.ids, self._prompts, strict=True)
         ]
 
     @property

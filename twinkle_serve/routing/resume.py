@@ -7,26 +7,27 @@ from dataclasses import dataclass, field, replace
 
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
-from twinkle_serve.data_format.sampling_params import SamplingParams
 from twinkle_serve.engines.group_runner import PartialUpdate
 from twinkle_serve.engines.protocol import most_new_tokens
+from twinkle_serve.routing.groups import RoutedGroup
 
 
-def can_resume(params: SamplingParams) -> bool:
-    """Whether samples can continue on another engine without changing their distribution.
+def can_resume(group: Group) -> bool:
+    """Whether samples of a group can continue on another engine without changing their distribution.
 
     Not with a seed: a seeded generator cannot be resumed mid-stream. Not with stop strings: one may span the break.
     Not with prompt logprobs or greedy samples: such a group is sampled as one.
     """
-    return params.seed is None and not (params.stop_strings or params.greedy or params.prompt_logprobs is not None)
+    params = group.params
+    return group.seed is None and not (params.stop_strings or params.greedy or params.prompt_logprobs is not None)
 
 
-def rejoined(groups: Iterable[Group]) -> list[Group]:
+def rejoined(groups: Iterable[RoutedGroup]) -> list[RoutedGroup]:
     """Joins groups of consecutive samples of a prompt, to be sampled from their start.
 
     Suspects run one at a time on an engine, so there should be one per prompt, not one per sample.
     """
-    joined: list[Group] = []
+    joined: list[RoutedGroup] = []
     for group in sorted(groups, key=lambda group: group.key):
         last = joined[-1] if joined else None
         if last is None or last.id != group.id or last.samples.stop != group.first_sample:
@@ -102,12 +103,12 @@ class PartialSamples:
         for group_id in group_ids:
             self._partials.pop(group_id, None)
 
-    def resume(self, group: Group, info: EngineInfo) -> list[Group]:
+    def resume(self, group: RoutedGroup, info: EngineInfo) -> list[RoutedGroup]:
         """Splits a group that an engine did not finish into groups to sample next: each partial sample by itself, other
         consecutive samples together."""
         if not group.resume:
             return [group]
-        max_tokens, parts = most_new_tokens(info, group), list[Group]()
+        max_tokens, parts = most_new_tokens(info, group), list[RoutedGroup]()
         for sample in group.samples:
             partial = self._partial_of(group, sample, max_tokens)
             if partial is None and parts and parts[-1].partial is None:

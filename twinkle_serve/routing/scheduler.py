@@ -12,13 +12,14 @@ from dataclasses import replace
 from twinkle_serve import timing
 from twinkle_serve.config import PolicyName
 from twinkle_serve.data_format.adapters import AdapterVersion
-from twinkle_serve.data_format.groups import Group, GroupKey, TextDelta
+from twinkle_serve.data_format.groups import GroupKey, TextDelta
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.engines.group_runner import Finished
 from twinkle_serve.errors import EngineCrashedError, EngineDeadError, EngineError, TwinkleServeError
 from twinkle_serve.routing.active_engine import ActiveEngine
 from twinkle_serve.routing.adapter_loading import AdapterLoader
 from twinkle_serve.routing.dispatch import Dispatcher
+from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.poison import MAX_CRASHES, classify, named, poison_error, suspicion_s
 from twinkle_serve.routing.policies import POLICIES
@@ -107,10 +108,10 @@ class GroupScheduler:
 
     # -- groups ----------------------------------------------------------------------------------
 
-    def enqueue(self, groups: Iterable[Group]) -> None:
+    def enqueue(self, groups: Iterable[RoutedGroup]) -> None:
         """Queues groups; each starts as soon as an engine has room."""
         if self._resume:
-            groups = [replace(group, resume=can_resume(group.params)) for group in groups]
+            groups = [replace(group, resume=can_resume(group)) for group in groups]
         self._dispatcher.enqueue(groups)
         self._fail_without_hope("the engine")
         self._pump_soon()
@@ -143,7 +144,7 @@ class GroupScheduler:
             self._engines.spawn(self._abort(self._engines.active[name], groups))
         self._pump_soon()  # other groups may fit now
 
-    async def _abort(self, engine: ActiveEngine, groups: list[Group]) -> None:
+    async def _abort(self, engine: ActiveEngine, groups: list[RoutedGroup]) -> None:
         """Aborts groups on an engine and releases their load, unless this use of the engine has ended."""
         try:
             async with asyncio.timeout(timing.PROBE_TIMEOUT_S):
@@ -154,7 +155,7 @@ class GroupScheduler:
             self._dispatcher.finish(engine.name, [group.key for group in groups])
             self._pump_soon()
 
-    async def stream(self, group: Group) -> AsyncGenerator[TextDelta, None]:
+    async def stream(self, group: RoutedGroup) -> AsyncGenerator[TextDelta, None]:
         """Samples a group of one sample past the queue and yields its text. Closing the iterator aborts the sample.
 
         Raises:
@@ -167,7 +168,7 @@ class GroupScheduler:
             try:
                 if group.adapter is not None:
                     await self._loader.load_on(engine, group.adapter)
-                async with contextlib.aclosing(engine.client.stream(engine.session, group)) as deltas:
+                async with contextlib.aclosing(engine.client.stream(engine.session, group.for_engine())) as deltas:
                     while (delta := await engine.unless_lost(anext(deltas, None))) is not None:
                         started = True
                         yield delta
@@ -207,7 +208,7 @@ class GroupScheduler:
             engine = self._engines.active[name]
             engine.placed_at.update(dict.fromkeys((group.id for group in groups), now))
             self._watch_suspect(engine, groups)
-            by_adapter: dict[AdapterVersion | None, list[Group]] = defaultdict(list)
+            by_adapter: dict[AdapterVersion | None, list[RoutedGroup]] = defaultdict(list)
             for group in groups:
                 self._partials.start(group)
                 # Groups whose adapter is not loaded yet delay no others, and fail alone.
@@ -219,10 +220,10 @@ class GroupScheduler:
                 engine.placed_at = {group_id: at for group_id, at in engine.placed_at.items() if group_id in held}
         self._engines.mark_idle()
 
-    async def _send(self, engine: ActiveEngine, groups: list[Group], missing: AdapterVersion | None) -> None:
+    async def _send(self, engine: ActiveEngine, groups: list[RoutedGroup], missing: AdapterVersion | None) -> None:
         """Sends a chunk to an engine, after it has loaded the missing adapter. Groups that the engine refuses fail;
         those of an engine that is gone are placed elsewhere."""
-        keys = [group.key for group in groups]
+        keys, sent = [group.key for group in groups], [group.for_engine() for group in groups]
         try:
             if missing is not None:
                 if not any(self._wanted(group.id) for group in groups):  # no request may hold the version any more
@@ -230,7 +231,7 @@ class GroupScheduler:
                     self._pump_soon()
                     return
                 await self._loader.load_on(engine, missing)
-            await engine.unless_lost(engine.client.submit(engine.session, groups, self._dispatcher.waiting > 0))
+            await engine.unless_lost(engine.client.submit(engine.session, sent, self._dispatcher.waiting > 0))
         except EngineDeadError as error:
             self._engines.lose(engine, error)
         except Exception as error:
@@ -283,7 +284,7 @@ class GroupScheduler:
         self._deliver_columns(columns)
         self._pump_soon()
 
-    def _requeue(self, groups: list[Group]) -> None:
+    def _requeue(self, groups: list[RoutedGroup]) -> None:
         """Puts groups that an engine did not finish at the front of the queue, resuming their samples if possible."""
         again = []
         for group in groups:
@@ -299,7 +300,9 @@ class GroupScheduler:
 
     # -- suspects ----------------------------------------------------------------------------------
 
-    def _classify(self, name: str, suspect: GroupKey | None, lost: list[Group], crashed: bool) -> list[Group]:
+    def _classify(
+        self, name: str, suspect: GroupKey | None, lost: list[RoutedGroup], crashed: bool
+    ) -> list[RoutedGroup]:
         """Fails the poisoned groups of an engine that ended, queues its suspects, and returns the innocent ones."""
         verdict = classify(name, suspect, lost, crashed=crashed)
         for group in verdict.poisoned:
@@ -311,14 +314,14 @@ class GroupScheduler:
                 self._dispatcher.suspect(replace(group, attempts=group.attempts + 1))
         return verdict.innocent
 
-    def _watch_suspect(self, engine: ActiveEngine, groups: list[Group]) -> None:
+    def _watch_suspect(self, engine: ActiveEngine, groups: list[RoutedGroup]) -> None:
         """Clears a suspect that was sent to an engine once it has run for longer than before its last engine ended."""
         key = self._dispatcher.suspect_of(engine.name)
         for group in groups:
             if group.key == key:
                 self._engines.spawn(self._clear_suspect(engine, group))
 
-    async def _clear_suspect(self, engine: ActiveEngine, group: Group) -> None:
+    async def _clear_suspect(self, engine: ActiveEngine, group: RoutedGroup) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(suspicion_s(group)):
                 await engine.lost.wait()

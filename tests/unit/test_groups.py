@@ -1,0 +1,36 @@
+"""What engines are sent of a group."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any
+
+import numpy as np
+
+from twinkle_serve.data_format import SamplingParams
+from twinkle_serve.data_format.groups import Group
+from twinkle_serve.data_format.sampling_params import DecodingParams
+from twinkle_serve.routing.groups import RoutedGroup
+
+
+def test_engine_gets_every_field_of_a_group_and_no_bookkeeping() -> None:
+    """Also of a part of it."""
+    shared: dict[str, Any] = {"id": 7, "prompt_ids": np.arange(3, dtype=np.int32), "params": DecodingParams()}
+    shared |= {"count": 4, "attempts": 2, "urgent": True}
+    routed = RoutedGroup(**shared, seed=100, caller="a", input=3, lost=("x",), crashes=1, ran_s=2.0)
+    sent = routed.part(1, 2).for_engine()
+    assert type(sent) is Group
+    expected = Group(**{**shared, "count": 2}, first_sample=1, seed=101)
+    assert [getattr(sent, field.name) for field in fields(Group)] == [
+        getattr(expected, field.name) for field in fields(Group)
+    ]
+
+
+def test_groups_of_a_request_share_all_its_parameters_but_count_and_seed() -> None:
+    """Those are each group's own."""
+    params = SamplingParams(max_tokens=3, temperature=0.5, top_k=4, seed=6, stop="x", logprobs=None, num_samples=5)
+    assert asdict(DecodingParams.of(params)) == {
+        name: value for name, value in asdict(params).items() if name not in ("num_samples", "seed")
+    }
+    assert asdict(DecodingParams()) == asdict(DecodingParams.of(SamplingParams()))
+    assert DecodingParams.of(params).stop_strings == ("x",) and DecodingParams(temperature=0).greedy
