@@ -14,16 +14,20 @@ from twinkle_serve.routing.groups import RoutedGroup
 
 
 def test_engine_gets_every_field_of_a_group_and_no_bookkeeping() -> None:
-    """Also of a part of it."""
-    shared: dict[str, Any] = {"id": 7, "prompt_ids": np.arange(3, dtype=np.int32), "params": DecodingParams()}
-    shared |= {"count": 4, "attempts": 2, "urgent": True}
-    routed = RoutedGroup(**shared, seed=100, caller="a", input=3, lost=("x",), crashes=1, ran_s=2.0)
-    sent = routed.part(1, 2).for_engine()
+    """Whatever fields there are."""
+    values: dict[str, Any] = {field.name: object() for field in fields(Group)}
+    sent = RoutedGroup(**values, caller="a", input=3, lost=("x",), crashes=1, ran_s=2.0).for_engine()
     assert type(sent) is Group
-    expected = Group(**{**shared, "count": 2}, first_sample=1, seed=101)
-    assert [getattr(sent, field.name) for field in fields(Group)] == [
-        getattr(expected, field.name) for field in fields(Group)
-    ]
+    assert {name: getattr(sent, name) for name in values} == values
+
+
+def test_part_of_a_group_keeps_its_seeds_and_the_bookkeeping() -> None:
+    """Wherever it is split."""
+    whole = RoutedGroup(
+        id=1, prompt_ids=np.zeros(1, np.int32), params=DecodingParams(), count=4, seed=100, lost=("x",), caller="a"
+    )
+    part = whole.part(1, 2)
+    assert (part.seed, list(part.samples), part.lost, part.caller) == (101, [1, 2], ("x",), "a")
 
 
 def test_groups_of_a_request_share_all_its_parameters_but_count_and_seed() -> None:

@@ -251,12 +251,13 @@ class Dispatcher:
         return placed
 
     def _give(self, engine: EngineLoad, group: RoutedGroup) -> None:
-        engine.groups[group.key] = group
-        engine.left[group.key] = set(group.samples)
-        for sample in group.samples:
-            engine.parts[group.id, sample] = group.key
-        self._placed[group.id][group.key] = engine
-        engine.costs[group.key] = cost = self._lengths.cost(group, group.count) / group.count
+        key, samples = group.key, group.samples
+        engine.groups[key] = group
+        engine.left[key] = set(samples)
+        for sample in samples:
+            engine.parts[group.id, sample] = key
+        self._placed[group.id][key] = engine
+        engine.costs[key] = cost = self._lengths.cost(group, group.count) / group.count
         engine.sequences += group.count
         engine.tokens += cost * group.count
         # Another group of the same size would not fit.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from twinkle_serve.data_format.groups import Group
 
@@ -24,7 +24,17 @@ class RoutedGroup(Group):
 
     def for_engine(self) -> Group:
         """Returns the group without the bookkeeping."""
-        return Group(**{name: getattr(self, name) for name in _SENT})
-
-
-_SENT = tuple(field.name for field in fields(Group))
+        return Group(
+            id=self.id,
+            prompt_ids=self.prompt_ids,
+            params=self.params,
+            first_sample=self.first_sample,
+            count=self.count,
+            seed=self.seed,
+            adapter=self.adapter,
+            sample_timeout_s=self.sample_timeout_s,
+            resume=self.resume,
+            partial=self.partial,
+            attempts=self.attempts,
+            urgent=self.urgent,
+        )
