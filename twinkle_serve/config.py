@@ -17,6 +17,8 @@ from pydantic import (
     model_validator,
 )
 
+from twinkle_serve.data_format.groups import EngineKind
+from twinkle_serve.data_format.prompts import TruncationStrategy
 from twinkle_serve.errors import ConfigError, MeshError, unknown_name
 from twinkle_serve.mesh import DeviceMesh
 
@@ -103,7 +105,7 @@ class TemplateArgs(Strict):
     """System prompt of conversations that have none."""
     max_length: int | None = Field(default=None, gt=0)
     """Most tokens of a prompt."""
-    truncation_strategy: Literal["raise", "left", "right", "delete"] = "raise"
+    truncation_strategy: TruncationStrategy = "raise"
     """What becomes of a longer prompt: an error, its last or first tokens, or nothing at all."""
     enable_thinking: bool | None = None
     """Handed to the chat template; None leaves it to that."""
@@ -125,7 +127,7 @@ class ServiceArgs(Strict):
     """demo, a path, ms://org/name or hf://org/name."""
     revision: str | None = Field(default=None, min_length=1)
     """Branch, tag or commit of a model on a hub; None is the hub's default."""
-    engine: Literal["vllm", "torch", "fake"] = "vllm"
+    engine: EngineKind = "vllm"
     device_mesh: MeshArgs = MeshArgs()
     template: Annotated[
         TemplateArgs, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.samples import PartialSample, StopReason
 from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.data_format.weights import WeightsVersion
+
+EngineKind: TypeAlias = Literal["vllm", "torch", "fake"]
 
 GroupKey: TypeAlias = tuple[int, int]
 """(id, first sample) of a group, which tells parts of a split prompt apart."""
@@ -96,8 +98,7 @@ class EngineInfo:
     """Facts about an engine that the router needs to admit requests."""
 
     name: str
-    kind: str
-    """vllm, torch or fake."""
+    kind: EngineKind
     max_model_len: int
     """Maximum number of tokens of a prompt and its sample together."""
     scores_full_context: bool
