@@ -12,7 +12,7 @@ from benchmarks._policies import POLICIES, PolicyName, build_policy
 from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.routing.dispatch import Dispatcher
 from twinkle_serve.routing.groups import RoutedGroup
-from twinkle_serve.routing.policies import BLOCK, Lengths
+from twinkle_serve.routing.policies import BLOCK, Lengths, Prefixes
 
 RNG = np.random.default_rng(0)
 
@@ -120,3 +120,15 @@ def test_system_prompt_that_all_share_draws_nobody_together() -> None:
     system = ids(2 * BLOCK)
     found = placed(made, [group(i, np.concatenate([system, ids(3 * BLOCK)])) for i in range(64)])
     assert Counter(name for names in found.values() for name in names) == dict.fromkeys("abcd", 16)
+
+
+def test_prefixes_that_no_prompt_had_for_longest_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that comes again counts as new; one that is only looked up does not."""
+    monkeypatch.setattr("twinkle_serve.routing.policies.MAX_PREFIXES", 2)
+    prefixes = Prefixes()
+    first, second, third = (group(number, ids(BLOCK)) for number in range(3))
+    for each in (first, second, first):
+        prefixes.learn(each, "a")
+    assert prefixes.engine_of(second) == "a"
+    prefixes.learn(third, "b")
+    assert [prefixes.engine_of(each) for each in (first, second, third)] == ["a", None, "b"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import heapq
 import random
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from cachetools import FIFOCache
 from numpy.typing import NDArray
 
 from twinkle_serve.config import PolicyName
@@ -185,16 +185,13 @@ class Prefixes:
     """Remembers which engine computed which prompts, by hashes of their prefixes; the oldest are dropped."""
 
     def __init__(self) -> None:
-        self._engines: OrderedDict[int, str] = OrderedDict()
+        self._engines: FIFOCache[int, str] = FIFOCache(MAX_PREFIXES)
 
     def learn(self, group: Group, engine: str) -> None:
         """Records that an engine gets a prompt."""
         *_, whole = [None, *_blocks(group.prompt_ids)]
         if whole is not None:
             self._engines[whole] = engine
-            self._engines.move_to_end(whole)
-            if len(self._engines) > MAX_PREFIXES:
-                self._engines.popitem(last=False)
 
     def engine_of(self, group: Group) -> str | None:
         """Returns the engine that computed an earlier prompt which is at least the first half of this one. A shorter
