@@ -181,7 +181,7 @@ def simulate(
             delivered, engine.ended, engine.due = engine.ended, [], math.inf
             items += 1
             started = time.process_time()
-            dispatcher.ended(name, delivered)
+            dispatcher.finish_samples(name, delivered)
             dispatcher.learn(lengths[tuple(zip(*delivered, strict=True))])
             cpu += time.process_time() - started
             send(now)

@@ -17,7 +17,7 @@ from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines.group_runner import PartialUpdate
 from twinkle_serve.errors import EngineDeadError
 from twinkle_serve.routing.groups import RoutedGroup
-from twinkle_serve.routing.resume import PartialSamples, can_resume, rejoined
+from twinkle_serve.routing.resume import PartialSamples, can_resume, rejoin
 
 LONG: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "logprobs": 2}
 
@@ -203,9 +203,9 @@ async def test_partial_samples_that_are_complete_stale_or_have_a_gap_are_not_res
 def test_suspects_are_prompts_and_not_samples() -> None:
     """Neighbours are one group again, with the worst that is known of each."""
     alone = [group(first_sample=0, partial=begun(5), lost=("a",)), group(first_sample=1, count=2, lost=("a", "b"))]
-    (joined,) = rejoined(alone)
+    (joined,) = rejoin(alone)
     assert (joined.first_sample, joined.count, joined.partial, joined.lost) == (0, 3, None, ("a", "b"))
-    assert len(rejoined([group(first_sample=0), group(first_sample=2)])) == 2
+    assert len(rejoin([group(first_sample=0), group(first_sample=2)])) == 2
 
 
 def test_stop_tokens_and_penalties_do_not_keep_a_sample_from_going_on() -> None:

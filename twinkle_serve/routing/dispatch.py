@@ -114,7 +114,7 @@ class Dispatcher:
         self._give(engine, group)
         return engine.name
 
-    def ended(self, name: str, samples: Iterable[tuple[int, int]]) -> None:
+    def finish_samples(self, name: str, samples: Iterable[tuple[int, int]]) -> None:
         """Removes finished samples, given as (group id, index), from an engine; unknown ones are ignored."""
         engine = self._engines.get(name)
         if engine is None:
@@ -156,7 +156,7 @@ class Dispatcher:
             del engine.parts[key[0], sample]
         engine.sequences -= len(left)
         engine.tokens -= cost * len(left)
-        return _runs(group, left)
+        return _consecutive(group, left)
 
     def _settle(self, engine: EngineLoad) -> None:
         if not engine.groups:  # rounding errors would make idle engines differ
@@ -216,7 +216,7 @@ class Dispatcher:
     # -- placing ---------------------------------------------------------------------------------
 
     def assign(self) -> dict[str, list[RoutedGroup]]:
-        """Places waiting groups, each until `ended` or `finish`. Returns the groups to send, by engine."""
+        """Places waiting groups, each until `finish_samples` or `finish`. Returns the groups to send, by engine."""
         chunks: dict[str, list[RoutedGroup]] = {}
         for engine, group in self._assign_suspects():
             chunks.setdefault(engine.name, []).append(group)
@@ -265,7 +265,7 @@ class Dispatcher:
         self._policy.changed(engine)
 
 
-def _runs(group: RoutedGroup, left: set[int]) -> list[RoutedGroup]:
+def _consecutive(group: RoutedGroup, left: set[int]) -> list[RoutedGroup]:
     """Samples of a group as groups of consecutive samples."""
     parts: list[RoutedGroup] = []
     for sample in sorted(left):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from twinkle_serve.data_format.groups import GroupKey
 from twinkle_serve.errors import PoisonPromptError
 from twinkle_serve.routing.groups import RoutedGroup
-from twinkle_serve.routing.resume import rejoined
+from twinkle_serve.routing.resume import rejoin
 
 SUSPECT_AFTER = 2
 """A group is a suspect after this many of its engines ended, apparently killed from outside; a suspect is placed on an
@@ -61,7 +61,7 @@ def classify(name: str, suspect: GroupKey | None, lost: Sequence[RoutedGroup], *
             suspects.append(group)
         else:
             verdict.innocent.append(group)
-    verdict.suspects.extend(sorted(rejoined(suspects), key=lambda group: group.ran_s))
+    verdict.suspects.extend(sorted(rejoin(suspects), key=lambda group: group.ran_s))
     return verdict
 
 
@@ -70,7 +70,7 @@ def suspicion_s(group: RoutedGroup) -> float:
     return min(group.ran_s, MAX_SUSPICION_S) + CLEARED_AFTER_S
 
 
-def named(group: RoutedGroup) -> str:
+def describe_prompt(group: RoutedGroup) -> str:
     """Describes a prompt in its caller's terms."""
     first = ", ".join(map(str, group.prompt_ids[:8].tolist()))
     more = ", …" if len(group.prompt_ids) > 8 else ""
@@ -80,6 +80,6 @@ def named(group: RoutedGroup) -> str:
 def poison_error(group: RoutedGroup) -> PoisonPromptError:
     """The error of a poisoned group."""
     return PoisonPromptError(
-        f"{named(group)} was on {', '.join(group.lost)} when they ended, the last time as the only suspect. "
+        f"{describe_prompt(group)} was on {', '.join(group.lost)} when they ended, the last time as the only suspect. "
         "Leave it out, or see those engines' logs."
     )

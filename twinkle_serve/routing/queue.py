@@ -18,7 +18,7 @@ class _Caller:
     """Tokens sent for it so far; the caller with the fewest is next."""
 
 
-MAX_LEFT = 1000
+MAX_ABSENT = 1000
 """Callers with nothing waiting whose turns are remembered; beyond that, turns in the past are dropped."""
 
 
@@ -43,7 +43,7 @@ class FairQueue:
         """Callers with groups waiting."""
         self._turns: list[tuple[float, int, str]] = []
         """Heap of callers: turn, tie-breaker, name."""
-        self._turns_left: dict[str, float] = {}
+        self._absent_turns: dict[str, float] = {}
         """Turns of callers with nothing waiting, which may be ahead of `_now`."""
         self._now = 0.0
         """Turn of the last caller served."""
@@ -62,7 +62,7 @@ class FairQueue:
             caller = self._callers.get(group.caller)
             if caller is None:
                 # An absent caller accumulates no credit and keeps its debt.
-                turn = max(self._now, self._turns_left.pop(group.caller, 0.0))
+                turn = max(self._now, self._absent_turns.pop(group.caller, 0.0))
                 caller = self._callers[group.caller] = _Caller(turn=turn)
                 self._enter(group.caller)
             caller.groups[group.key] = group
@@ -125,9 +125,9 @@ class FairQueue:
 
     def _leave(self, name: str) -> None:
         """Removes a caller with nothing left waiting."""
-        self._turns_left[name] = self._callers.pop(name).turn
-        if len(self._turns_left) > MAX_LEFT:
-            self._turns_left = {name: turn for name, turn in self._turns_left.items() if turn > self._now}
+        self._absent_turns[name] = self._callers.pop(name).turn
+        if len(self._absent_turns) > MAX_ABSENT:
+            self._absent_turns = {name: turn for name, turn in self._absent_turns.items() if turn > self._now}
 
     def withdraw(self, caller: str, group_ids: Sequence[int]) -> None:
         """Drops groups of a caller."""

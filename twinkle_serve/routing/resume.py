@@ -22,7 +22,7 @@ def can_resume(group: Group) -> bool:
     return group.seed is None and not (params.stop_strings or params.greedy or params.prompt_logprobs is not None)
 
 
-def rejoined(groups: Iterable[RoutedGroup]) -> list[RoutedGroup]:
+def rejoin(groups: Iterable[RoutedGroup]) -> list[RoutedGroup]:
     """Joins groups of consecutive samples of a prompt, to be sampled from their start.
 
     Suspects run one at a time on an engine, so there should be one per prompt, not one per sample.

@@ -21,7 +21,7 @@ from twinkle_serve.routing.adapter_loading import AdapterLoader
 from twinkle_serve.routing.dispatch import Dispatcher
 from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.membership import EngineMembership
-from twinkle_serve.routing.poison import MAX_CRASHES, classify, named, poison_error, suspicion_s
+from twinkle_serve.routing.poison import MAX_CRASHES, classify, describe_prompt, poison_error, suspicion_s
 from twinkle_serve.routing.policies import POLICIES
 from twinkle_serve.routing.resume import PartialSamples, can_resume
 
@@ -278,7 +278,7 @@ class GroupScheduler:
             self._pump_soon()
         if (columns := finished.columns) is None:
             return
-        self._dispatcher.ended(name, zip(columns.group.tolist(), columns.sample.tolist(), strict=True))
+        self._dispatcher.finish_samples(name, zip(columns.group.tolist(), columns.sample.tolist(), strict=True))
         self._dispatcher.learn(columns.lengths)
         self._partials.finish(columns)
         self._deliver_columns(columns)
@@ -292,7 +292,10 @@ class GroupScheduler:
                 continue
             group = replace(group, attempts=group.attempts + 1)
             if group.attempts > MAX_ATTEMPTS:
-                self._fail(group.id, EngineError(f"{named(group)} was begun {group.attempts} times, and never ended."))
+                self._fail(
+                    group.id,
+                    EngineError(f"{describe_prompt(group)} was begun {group.attempts} times, and never ended."),
+                )
             else:
                 assert self._engines.info is not None
                 again.extend(self._partials.resume(group, self._engines.info))
