@@ -13,6 +13,7 @@ from twinkle_serve import hub
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.samples import SampleColumns
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines import build_engine
 
 
@@ -26,7 +27,8 @@ class OneEngine:
         await self._engine.start()
 
     async def sample(self, prompt_ids: Any, params: SamplingParams) -> SampleColumns:
-        return await self._engine.sample_group(Group(id=next(self._ids), prompt_ids=prompt_ids, params=params))
+        group = Group(id=next(self._ids), prompt_ids=prompt_ids, params=DecodingParams.of(params))
+        return await self._engine.sample_group(group)
 
 
 @serve.deployment(max_ongoing_requests=100_000, logging_config=QUIET)

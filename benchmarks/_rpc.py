@@ -11,9 +11,9 @@ from ray import serve
 
 from deployments.engine_client import ServeEngineClient
 from deployments.log_config import QUIET
-from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group, Session
 from twinkle_serve.data_format.samples import SampleColumns
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines.group_runner import Finished
 
 GROUPS, SAMPLES, TOKENS = 4, 8, 300
@@ -56,7 +56,7 @@ class Caller:
 
     async def submits(self, count: int) -> float:
         """CPU ms of a chunk that is sent."""
-        params = SamplingParams()
+        params = DecodingParams()
         ids = np.random.default_rng(0).integers(0, 1000, (GROUPS, 256)).astype(np.int32)
         groups = [Group(id=i, prompt_ids=row, params=params, count=SAMPLES) for i, row in enumerate(ids)]
         started = time.process_time()

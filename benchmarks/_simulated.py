@@ -14,11 +14,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from twinkle_serve.data_format import SamplingParams
-from twinkle_serve.data_format.groups import Group
+from benchmarks._policies import PolicyName, build_policy
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines.group_runner import FLUSH_SHARE, MAX_FLUSH_S, MIN_FLUSH_S
 from twinkle_serve.routing.dispatch import Dispatcher
-from twinkle_serve.routing.policies import PolicyName
+from twinkle_serve.routing.groups import RoutedGroup
 
 DELIVERY_S = 0.003
 """What an engine hands back is at the router so much later."""
@@ -108,20 +108,18 @@ def simulate(
 ) -> Result:
     """A call with len(lengths) prompts, each of lengths.shape[1] samples."""
     prompts, samples = lengths.shape
-    dispatcher = Dispatcher(policy, rng=random.Random(seed))
+    dispatcher = Dispatcher(build_policy(policy, prompts, random.Random(seed)))
     made = {f"e{number:04d}": Engine(f"e{number:04d}", slots, step_s) for number in range(engines)}
     for name in made:
         dispatcher.add_engine(name, slots)
-    params = SamplingParams(max_tokens=LONGEST)
+    params = DecodingParams(max_tokens=LONGEST)
     rng = np.random.default_rng(seed)
     groups = [
-        Group(
+        RoutedGroup(
             id=i,
             prompt_ids=rng.integers(0, 1000, PROMPT_TOKENS - 1).astype(np.int32),
             params=params,
             count=samples,
-            index=i,
-            prompts=prompts,
         )
         for i in range(prompts)
     ]
@@ -183,7 +181,7 @@ def simulate(
             delivered, engine.ended, engine.due = engine.ended, [], math.inf
             items += 1
             started = time.process_time()
-            dispatcher.ended(name, delivered)
+            dispatcher.finish_samples(name, delivered)
             dispatcher.learn(lengths[tuple(zip(*delivered, strict=True))])
             cpu += time.process_time() - started
             send(now)

@@ -121,9 +121,9 @@ async def one_round(
 
 async def prefill(host: EngineServer, count: int, length: int) -> float:
     """Seconds to the first token of so many new prompts of such a length."""
-    from twinkle_serve import SamplingParams
+    from twinkle_serve.data_format.sampling_params import DecodingParams
 
-    params, group = SamplingParams(max_tokens=1, ignore_eos=True), np.random.randint
+    params, group = DecodingParams(max_tokens=1, ignore_eos=True), np.random.randint
     groups = [Group(id=-2 - i, prompt_ids=group(20, 200, length).astype(np.int32), params=params) for i in range(count)]
     started = time.perf_counter()
     await asyncio.gather(*map(host._engine.sample_group, groups))

@@ -29,11 +29,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._policies import POLICIES
 from benchmarks._simulated import SHAPES, bound_s, lengths_of, pooled, simulate
 from benchmarks.overhead import commit, cpu_model
-from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group
-from twinkle_serve.routing.policies import POLICIES
+from twinkle_serve.data_format.sampling_params import DecodingParams
 
 STEP_S = (0.0026, 0.000082)
 """Of the demo model on two cores, float32, by `--measure`."""
@@ -53,7 +53,7 @@ async def measured_step_s() -> tuple[float, float]:
         "vllm", "measured", str(hub.DEMO), {"max_model_len": 256, "dtype": "float32", "kv_cache_memory_bytes": 2**27}
     )
     await engine.start()
-    params = SamplingParams(max_tokens=200, ignore_eos=True, logprobs=None)
+    params = DecodingParams(max_tokens=200, ignore_eos=True, logprobs=None)
     steps = {}
     for count in (1, 64, 1, 64):  # the first of each warms up
         started = time.process_time()
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", default=default, help="ENGINESxWAVES")
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES))
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--step-s", type=float, nargs=2, default=STEP_S, metavar=("BASE_S", "SEQUENCE_S"))
     parser.add_argument("--rpc-ms", type=float, nargs=3, default=RPC_MS, metavar=("PROMPT", "CHUNK", "ITEM"))
     parser.add_argument("--measure", action="store_true", help="measure the step here first")

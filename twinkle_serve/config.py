@@ -5,7 +5,7 @@ Importing this loads neither torch nor vllm nor ray.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -17,8 +17,12 @@ from pydantic import (
     model_validator,
 )
 
+from twinkle_serve.data_format.groups import EngineKind
+from twinkle_serve.data_format.prompts import TruncationStrategy
 from twinkle_serve.errors import ConfigError, MeshError, unknown_name
 from twinkle_serve.mesh import DeviceMesh
+
+PolicyName: TypeAlias = Literal["balanced"]
 
 
 def describe_errors(error: ValidationError, model: type[BaseModel]) -> str:
@@ -101,7 +105,7 @@ class TemplateArgs(Strict):
     """System prompt of conversations that have none."""
     max_length: int | None = Field(default=None, gt=0)
     """Most tokens of a prompt."""
-    truncation_strategy: Literal["raise", "left", "right", "delete"] = "raise"
+    truncation_strategy: TruncationStrategy = "raise"
     """What becomes of a longer prompt: an error, its last or first tokens, or nothing at all."""
     enable_thinking: bool | None = None
     """Handed to the chat template; None leaves it to that."""
@@ -123,7 +127,7 @@ class ServiceArgs(Strict):
     """demo, a path, ms://org/name or hf://org/name."""
     revision: str | None = Field(default=None, min_length=1)
     """Branch, tag or commit of a model on a hub; None is the hub's default."""
-    engine: Literal["vllm", "torch", "fake"] = "vllm"
+    engine: EngineKind = "vllm"
     device_mesh: MeshArgs = MeshArgs()
     template: Annotated[
         TemplateArgs, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
@@ -140,7 +144,7 @@ class ServiceArgs(Strict):
     """Handed to the engine as they are."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
-    policy: Literal["balanced", "round_robin", "static"] = "balanced"
+    policy: PolicyName = "balanced"
     """Which engine a prompt goes to."""
     failover: Literal["restart", "resume"] = "restart"
     """What becomes of a sample whose engine ends: it is sampled again from its start, or goes on from the last tokens

@@ -13,7 +13,8 @@ from tests.conformance.harness import EngineHarness, Files
 from tests.conformance.samplers import ENGINE_ARGS, KINDS, make_sampler
 from tests.integration.conftest import ray_cluster
 from twinkle_serve import hub
-from twinkle_serve.engines import EngineKind, build_engine
+from twinkle_serve.data_format.groups import EngineKind
+from twinkle_serve.engines import build_engine
 from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.sampler import RunningSampler
 

@@ -16,7 +16,7 @@ from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Group, Session, TextDelta
 from twinkle_serve.data_format.response import SampledSequence, SampleResponse
 from twinkle_serve.data_format.samples import SampleColumns
-from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.sampling_params import DecodingParams, SamplingParams
 from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, WeightsVersion
 from twinkle_serve.engines.protocol import Engine
 from twinkle_serve.engines.server import EngineServer
@@ -85,7 +85,7 @@ class EngineHarness:
         return Group(
             id=next(self._ids),
             prompt_ids=np.asarray(prompt, np.int32),
-            params=SamplingParams(**params),
+            params=DecodingParams.of(SamplingParams(**params)),
             count=count,
             first_sample=first_sample,
             seed=seed,

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.integration.conftest import deploy
 from twinkle_serve.config import ServiceArgs
-from twinkle_serve.engines import EngineKind
+from twinkle_serve.data_format.groups import EngineKind
 from twinkle_serve.sampler import RunningSampler
 from twinkle_serve.sampler.local import LocalClient
 

@@ -161,8 +161,9 @@ async def test_service_samples_what_the_torch_engine_does(service: Service, tmp_
 
     import numpy as np
 
-    from twinkle_serve import SamplingParams, hub
+    from twinkle_serve import hub
     from twinkle_serve.data_format.groups import Group
+    from twinkle_serve.data_format.sampling_params import DecodingParams
     from twinkle_serve.engines import build_engine
 
     out = tmp_path / "samples.json"
@@ -174,7 +175,7 @@ async def test_service_samples_what_the_torch_engine_does(service: Service, tmp_
     engine = build_engine("torch", "reference", str(hub.DEMO), {"dtype": "float32"})
     await engine.start()
     for i, prompt in enumerate(got["prompts"]):
-        params = SamplingParams(max_tokens=8, temperature=0)
+        params = DecodingParams(max_tokens=8, temperature=0)
         columns = await engine.sample_group(Group(id=i, prompt_ids=np.array(prompt, np.int32), params=params))
         assert columns.tokens.tolist() == got["greedy"][i]
         assert columns.logprobs is not None

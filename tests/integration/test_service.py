@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import ray
 from ray import serve
-from twinkle_serve.sampler.connect import deploy as deploy_service
 
 from graphs.sampler import build
 from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
@@ -34,6 +33,7 @@ from twinkle_serve.errors import (
     TwinkleServeError,
 )
 from twinkle_serve.sampler import RunningSampler
+from twinkle_serve.sampler.connect import deploy as deploy_service
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(12, 24)]
 TOKEN_S = 0.02

@@ -18,8 +18,9 @@ import ray
 
 from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
 from tests.lora import save_adapter
-from twinkle_serve import SamplingParams, hub
+from twinkle_serve import hub
 from twinkle_serve.data_format.groups import Group
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines import build_engine
 from twinkle_serve.errors import AdapterError, EngineArgsError, EngineCrashedError, EngineDeadError, SamplingParamsError
 
@@ -101,7 +102,7 @@ async def test_engine_that_ended_by_itself_is_told_from_one_that_was_killed(
     """By the exit code of vLLM's process: a prompt may be to blame for the one, and not for the other."""
     engine: Any = build_engine("vllm", "ended", str(hub.DEMO), VLLM_ARGS)
     await engine.start()
-    endless = SamplingParams(max_tokens=200, ignore_eos=True)
+    endless = DecodingParams(max_tokens=200, ignore_eos=True)
     call = asyncio.ensure_future(
         engine.sample_group(Group(id=1, prompt_ids=np.array([20, 21], np.int32), params=endless))
     )

@@ -10,26 +10,27 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinkle_serve.data_format import SamplingParams
-from twinkle_serve.data_format.groups import Group
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.routing.dispatch import HEADROOM, Dispatcher
+from twinkle_serve.routing.groups import RoutedGroup
+from twinkle_serve.routing.policies import Balanced
 from twinkle_serve.routing.seeds import SPACING, prompt_seed
 
-PARAMS = SamplingParams()
+PARAMS = DecodingParams()
 
 
-def group(number: int, count: int = 1, seed: int | None = None) -> Group:
-    return Group(id=number, prompt_ids=np.zeros(1, np.int32), params=PARAMS, count=count, seed=seed)
+def group(number: int, count: int = 1, seed: int | None = None) -> RoutedGroup:
+    return RoutedGroup(id=number, prompt_ids=np.zeros(1, np.int32), params=PARAMS, count=count, seed=seed)
 
 
 def dispatcher(engines: dict[str, int]) -> Dispatcher:
-    made = Dispatcher(rng=random.Random(0))
+    made = Dispatcher(Balanced(random.Random(0)))
     for name, slots in engines.items():
         made.add_engine(name, slots)
     return made
 
 
-def samples(chunks: dict[str, list[Group]]) -> Counter[tuple[int, int]]:
+def samples(chunks: dict[str, list[RoutedGroup]]) -> Counter[tuple[int, int]]:
     """(group, sample) to how often it was placed."""
     parts = [part for chunk in chunks.values() for part in chunk]
     return Counter((p.id, p.first_sample + j) for p in parts for j in range(p.count))
@@ -45,7 +46,7 @@ def test_every_sample_is_placed_once_whatever_the_engines(counts: list[int], slo
     made = dispatcher({f"e{i}": n for i, n in enumerate(slots)})
     limits = {f"e{i}": max(1, int(n * HEADROOM)) for i, n in enumerate(slots)}
     made.enqueue(group(i, count, seed=1000 * i) for i, count in enumerate(counts))
-    running: dict[str, list[Group]] = {name: [] for name in limits}
+    running: dict[str, list[RoutedGroup]] = {name: [] for name in limits}
     done: Counter[tuple[int, int]] = Counter()
     may_lose = len(slots) > 1
     while True:
@@ -112,7 +113,7 @@ def test_lone_prompts_do_not_all_go_to_the_first_engine() -> None:
     assert set(seen.values()) == {100}
     firsts = set()
     for seed in range(20):
-        made = Dispatcher(rng=random.Random(seed))
+        made = Dispatcher(Balanced(random.Random(seed)))
         for name in "abc":
             made.add_engine(name, 8)
         made.enqueue([group(0)])

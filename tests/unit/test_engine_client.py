@@ -10,12 +10,12 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from deployments.engine_client import ServeEngineClient
-from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import Group, Session
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.errors import EngineDeadError
 
 SESSION = Session(incarnation="life", router="router")
-GROUPS = [Group(id=i, prompt_ids=np.array([20, 21], np.int32), params=SamplingParams()) for i in range(3)]
+GROUPS = [Group(id=i, prompt_ids=np.array([20, 21], np.int32), params=DecodingParams()) for i in range(3)]
 
 
 class Handle:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.groups import Group, Session
 from twinkle_serve.data_format.samples import SampleColumns
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines.fake import FakeEngine
 from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import (
@@ -368,6 +369,22 @@ async def test_call_that_is_sent_again_takes_the_place_of_the_first(service: Ser
         assert part.columns.tokens.tolist() == whole[index].columns.tokens.tolist()
 
 
+async def test_engine_is_sent_nothing_of_the_routers_bookkeeping(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups are of the type that both share, whatever the router keeps of them."""
+    submit, sent = EngineServer.submit, list[Group]()
+
+    async def recorded(self: EngineServer, session: Session, groups: Sequence[Group], more: bool = False) -> None:
+        sent.extend(groups)
+        await submit(self, session, groups, more)
+
+    monkeypatch.setattr(EngineServer, "submit", recorded)
+    assert exact(await service.router.sample(PROMPTS[:2], {"max_tokens": 2, "seed": 4}, num_samples=2), 2, 2)
+    assert {type(group) for group in sent} == {Group}
+    assert {type(group.params) for group in sent} == {DecodingParams}
+
+
 async def test_engine_aborts_what_no_living_router_claims(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """A router that is gone asks after its engines no more."""
     monkeypatch.setattr("twinkle_serve.timing.ROUTER_LEASE_S", 0.2)
@@ -382,10 +399,8 @@ async def test_engine_aborts_what_no_living_router_claims(service: Service, monk
     assert not service.running()
 
 
-def service_params() -> Any:
-    from twinkle_serve import SamplingParams
-
-    return SamplingParams(max_tokens=4)
+def service_params() -> DecodingParams:
+    return DecodingParams(max_tokens=4)
 
 
 @pytest.fixture

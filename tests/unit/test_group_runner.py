@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from tests.unit.test_response import columns
-from twinkle_serve.data_format import SampleColumns, SamplingParams
+from twinkle_serve.data_format import SampleColumns
 from twinkle_serve.data_format.groups import EngineInfo, Group
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines.group_runner import Finished, GroupRunner
 from twinkle_serve.engines.protocol import stop_cut
 from twinkle_serve.errors import EngineDeadError, EngineError, SamplingParamsError, TwinkleServeError
@@ -47,7 +48,7 @@ class ScriptedEngine:
 
 
 def groups(count: int) -> list[Group]:
-    return [Group(id=i, prompt_ids=np.zeros(1, np.int32), params=SamplingParams()) for i in range(count)]
+    return [Group(id=i, prompt_ids=np.zeros(1, np.int32), params=DecodingParams()) for i in range(count)]
 
 
 async def collect(runner: GroupRunner) -> tuple[set[int], dict[int, TwinkleServeError]]:

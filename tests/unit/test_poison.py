@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from twinkle_serve.data_format import SamplingParams
-from twinkle_serve.data_format.groups import Group
+from twinkle_serve.data_format.sampling_params import DecodingParams
+from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.poison import MAX_ENGINES_LOST, classify
 
 
-def group(number: int, lost: tuple[str, ...] = (), crashes: int = 0, ran_s: float = 0.0) -> Group:
-    return Group(
-        id=number, prompt_ids=np.zeros(1, np.int32), params=SamplingParams(), lost=lost, crashes=crashes, ran_s=ran_s
+def group(number: int, lost: tuple[str, ...] = (), crashes: int = 0, ran_s: float = 0.0) -> RoutedGroup:
+    return RoutedGroup(
+        id=number, prompt_ids=np.zeros(1, np.int32), params=DecodingParams(), lost=lost, crashes=crashes, ran_s=ran_s
     )
 
 

@@ -8,10 +8,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from twinkle_serve.data_format import SamplingParams
-from twinkle_serve.data_format.groups import Group
+from benchmarks._policies import POLICIES, PolicyName, build_policy
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.routing.dispatch import Dispatcher
-from twinkle_serve.routing.policies import BLOCK, POLICIES, Lengths, PolicyName
+from twinkle_serve.routing.groups import RoutedGroup
+from twinkle_serve.routing.policies import BLOCK, Lengths, Prefixes
 
 RNG = np.random.default_rng(0)
 
@@ -20,19 +21,19 @@ def ids(length: int) -> np.ndarray:
     return RNG.integers(0, 1000, length).astype(np.int32)
 
 
-def group(number: int, prompt: np.ndarray | None = None, **options: int) -> Group:
-    params = SamplingParams(max_tokens=options.pop("max_tokens", 64))
-    return Group(id=number, prompt_ids=ids(8) if prompt is None else prompt, params=params, **options)
+def group(number: int, prompt: np.ndarray | None = None, max_tokens: int = 64) -> RoutedGroup:
+    params = DecodingParams(max_tokens=max_tokens)
+    return RoutedGroup(id=number, prompt_ids=ids(8) if prompt is None else prompt, params=params)
 
 
-def dispatcher(policy: PolicyName, engines: dict[str, int]) -> Dispatcher:
-    made = Dispatcher(policy, rng=random.Random(0))
+def dispatcher(policy: PolicyName, engines: dict[str, int], prompts: int = 64) -> Dispatcher:
+    made = Dispatcher(build_policy(policy, prompts, random.Random(0)))
     for name, slots in engines.items():
         made.add_engine(name, slots)
     return made
 
 
-def placed(made: Dispatcher, groups: list[Group]) -> dict[int, set[str]]:
+def placed(made: Dispatcher, groups: list[RoutedGroup]) -> dict[int, set[str]]:
     """Engines by group."""
     made.enqueue(groups)
     found: dict[int, set[str]] = {}
@@ -42,11 +43,11 @@ def placed(made: Dispatcher, groups: list[Group]) -> dict[int, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_uses_every_engine_and_survives_their_loss(policy: PolicyName) -> None:
     """A call of 64 prompts, an engine that goes, another that comes."""
     made = dispatcher(policy, dict.fromkeys("abcd", 64))
-    groups = [group(i, index=i, prompts=64) for i in range(64)]
+    groups = [group(i) for i in range(64)]
     assert Counter(name for names in placed(made, groups).values() for name in names) == dict.fromkeys("abcd", 16)
     lost = made.remove_engine("b")
     made.enqueue(lost, first=True)
@@ -59,10 +60,9 @@ def test_every_policy_uses_every_engine_and_survives_their_loss(policy: PolicyNa
 
 def test_static_cuts_a_call_into_slices_in_order() -> None:
     """As upstream does, whatever the engines have to do already."""
-    made = dispatcher("static", dict.fromkeys("abcd", 1))
-    for first in (0, 100):
-        found = placed(made, [group(first + i, index=i, prompts=8) for i in range(8)])
-        assert [found[first + i] for i in range(8)] == [{name} for name in "aabbccdd"]
+    made = dispatcher("static", dict.fromkeys("abcd", 1), prompts=16)
+    found = placed(made, [group(i) for i in range(8)]) | placed(made, [group(i) for i in range(8, 16)])
+    assert [found[i] for i in range(16)] == [{name} for name in "aaaabbbbccccdddd"]
 
 
 def test_round_robin_takes_turns() -> None:
@@ -120,3 +120,15 @@ def test_system_prompt_that_all_share_draws_nobody_together() -> None:
     system = ids(2 * BLOCK)
     found = placed(made, [group(i, np.concatenate([system, ids(3 * BLOCK)])) for i in range(64)])
     assert Counter(name for names in found.values() for name in names) == dict.fromkeys("abcd", 16)
+
+
+def test_prefixes_that_no_prompt_had_for_longest_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that comes again counts as new; one that is only looked up does not."""
+    monkeypatch.setattr("twinkle_serve.routing.policies.MAX_PREFIXES", 2)
+    prefixes = Prefixes()
+    first, second, third = (group(number, ids(BLOCK)) for number in range(3))
+    for each in (first, second, first):
+        prefixes.learn(each, "a")
+    assert prefixes.engine_of(second) == "a"
+    prefixes.learn(third, "b")
+    assert [prefixes.engine_of(each) for each in (first, second, third)] == ["a", None, "b"]

@@ -9,15 +9,15 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinkle_serve.data_format import SamplingParams
-from twinkle_serve.data_format.groups import Group
+from twinkle_serve.data_format.sampling_params import DecodingParams
+from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.queue import FairQueue
 
-PARAMS = SamplingParams()
+PARAMS = DecodingParams()
 
 
-def group(number: int, caller: str, count: int = 1) -> Group:
-    return Group(id=number, prompt_ids=np.zeros(1, np.int32), params=PARAMS, count=count, caller=caller)
+def group(number: int, caller: str, count: int = 1) -> RoutedGroup:
+    return RoutedGroup(id=number, prompt_ids=np.zeros(1, np.int32), params=PARAMS, count=count, caller=caller)
 
 
 def queue() -> FairQueue:
@@ -65,7 +65,7 @@ def test_caller_that_leaves_and_returns_has_saved_nothing_and_owes_what_it_owed(
 def test_every_group_comes_out_once_and_nothing_is_counted_that_is_gone(data: Any) -> None:
     """Whatever comes, is put in front, is withdrawn and is taken, in any order."""
     made = queue()
-    inside: dict[int, Group] = {}
+    inside: dict[int, RoutedGroup] = {}
     number = 0
     for _ in range(data.draw(st.integers(1, 40))):
         match data.draw(st.sampled_from(["extend", "front", "pop", "withdraw"])):

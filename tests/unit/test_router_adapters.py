@@ -15,7 +15,7 @@ def version(number: int, name: str = "policy") -> AdapterVersion:
 
 def test_newest_versions_can_be_named_and_older_ones_only_while_used() -> None:
     """Two are kept here; what a request holds goes when the request has ended, and not before."""
-    adapters = Adapters({"policy": [version(1)]}, kept=2)
+    adapters = Adapters({"policy": [version(1)]}, max_versions=2)
     adapters.acquire(version(1))
     assert adapters.publish(version(2)) == [] and adapters.publish(version(3)) == []
     assert adapters.resolve("policy") == version(3)
@@ -29,7 +29,7 @@ def test_newest_versions_can_be_named_and_older_ones_only_while_used() -> None:
 
 def test_name_that_is_taken_away_leaves_what_is_used() -> None:
     """Once each."""
-    adapters = Adapters({"policy": [version(1), version(2)], "other": [version(3, "other")]}, kept=2)
+    adapters = Adapters({"policy": [version(1), version(2)], "other": [version(3, "other")]}, max_versions=2)
     adapters.acquire(version(2))
     adapters.acquire(version(2))
     assert adapters.remove("policy") == [version(1)]

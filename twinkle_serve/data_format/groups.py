@@ -1,66 +1,53 @@
-"""What the router sends to an engine, and what it knows of one."""
+"""The types that router and engines exchange."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.samples import PartialSample, StopReason
-from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.data_format.weights import WeightsVersion
 
+EngineKind: TypeAlias = Literal["vllm", "torch", "fake"]
+
 GroupKey: TypeAlias = tuple[int, int]
-"""(id, first sample) of a group: what tells the parts of a split prompt apart."""
+"""(id, first sample) of a group, which tells parts of a split prompt apart."""
 
 Attempt: TypeAlias = tuple[int, int, int]
-"""A group's key and how often it was placed before: an abort that comes late must not meet the next attempt."""
+"""A group's key and its number of earlier attempts, so that a late abort does not hit the next attempt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """`count` samples of one prompt: what is placed on an engine, and what an engine returns whole."""
+    """`count` samples of one prompt, placed on one engine."""
 
     id: int
-    """Of the prompt: unique at the router for as long as it lives."""
+    """Id of the prompt, unique in the lifetime of the router."""
     prompt_ids: NDArray[np.int32]
     """Shape [P]."""
-    params: SamplingParams
-    """`num_samples` and `seed` are of the request: a group has `count` and `seed` of its own."""
+    params: DecodingParams
     first_sample: int = 0
-    """Index of this group's first sample among the prompt's; not 0 in the later parts of a split prompt."""
+    """Index in the prompt of the first sample; not 0 in later parts of a split prompt."""
     count: int = 1
     seed: int | None = None
-    """Seed of the first sample here; sample j has `seed + j`."""
+    """Seed of the first sample of this group; its sample j has `seed + j`."""
     adapter: AdapterVersion | None = None
-    """None is the base model."""
+    """None for the base model."""
     sample_timeout_s: float | None = None
-    """Seconds that each sample may take on its engine, waiting there and pauses included; then it ends where it is."""
+    """Seconds each sample may take on its engine, waiting and pauses included; then it ends with the tokens it has."""
     resume: bool = False
-    """Whether its samples go on from where they were when their engine ends; the engine reports their tokens then."""
+    """Whether samples continue from the tokens they have when their engine ends; the engine reports these if so."""
     partial: PartialSample | None = None
-    """What there is already of the only sample of this group: it goes on from there."""
+    """Tokens to continue from, for a group of one sample."""
     attempts: int = 0
-    """How often it was placed before."""
-    lost: tuple[str, ...] = ()
-    """Engines that ended with it on them, and that it may have ended."""
-    crashes: int = 0
-    """How many of these ended by themselves, by an error or a signal of their own, rather than from outside."""
-    ran_s: float = 0.0
-    """For how long it had run on the last of these."""
+    """Number of earlier attempts."""
     urgent: bool = False
-    """Whether somebody waits for each of its samples, rather than for all of its call's."""
-    caller: str = ""
-    """Whose it is; callers take turns."""
-    index: int = 0
-    """Which of its request's prompts it is of."""
-    prompts: int = 1
-    """Prompts of its request."""
-    input: int = 0
-    """Which of its call's inputs it is."""
+    """Whether its call waits for single samples, rather than for all of them."""
 
     @property
     def key(self) -> GroupKey:
@@ -72,70 +59,69 @@ class Group:
 
     @property
     def samples(self) -> range:
-        """Indices of its samples among the prompt's."""
+        """Indices of its samples in the prompt."""
         return range(self.first_sample, self.first_sample + self.count)
 
     def seed_of(self, j: int) -> int | None:
         return None if self.seed is None else self.seed + j
 
-    def part(self, first_sample: int, count: int) -> Group:
-        """Some of its samples, with the seeds that they have here."""
+    def part(self, first_sample: int, count: int) -> Self:
+        """Returns a part of the group, whose samples keep their seeds."""
         seed = self.seed_of(first_sample - self.first_sample)
         return replace(self, first_sample=first_sample, count=count, seed=seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """One router's use of one engine's process, from when it is found ready until it is lost."""
+    """The time in which one router uses one engine process, until it loses it."""
 
     incarnation: str
     """`EngineInfo.incarnation` of the process."""
     router: str
     """Id of the router."""
     epoch: int = 0
-    """Higher in later uses by the same router, which end the earlier ones."""
+    """Increases with each session of the same router; a later one ends the earlier ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextDelta:
-    """What a streamed sample has gained."""
+    """New text of a streamed sample."""
 
     text: str
-    """Whole characters, and nothing that may turn out to be the beginning of a stop string."""
+    """Whole characters, without what may be the beginning of a stop string."""
     finish_reason: StopReason | None = None
-    """Of the last delta; None in those before."""
+    """None before the last delta."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What the router must know to admit a request."""
+    """Facts about an engine that the router needs to admit requests."""
 
     name: str
-    kind: str
-    """vllm, torch or fake."""
+    kind: EngineKind
     max_model_len: int
-    """Most tokens of a prompt and its sample together."""
+    """Maximum number of tokens of a prompt and its sample together."""
     scores_full_context: bool
-    """Whether a prompt of max_model_len tokens can be scored. vLLM needs room for one more."""
+    """Whether a prompt of max_model_len tokens can be scored; vLLM needs room for one more."""
     vocab_size: int
-    """Token ids are below it."""
+    """Exclusive upper limit of token ids."""
     max_num_seqs: int
-    """Most sequences that run at the same time."""
+    """Maximum number of sequences running at the same time."""
     max_logprobs: int
-    """Most k of `logprobs` and `prompt_logprobs`."""
+    """Maximum k of `logprobs` and `prompt_logprobs`."""
     logprobs_mode: str
     """See `SampleResponse.logprobs_mode`."""
     device: str
     """cpu or cuda."""
     cpus: tuple[int, ...]
-    """Cores that its computing threads are bound to; empty where they are not."""
+    """Cores that its compute threads are pinned to; empty if not pinned."""
     max_lora_rank: int = 0
-    """Largest rank of an adapter; 0 where LoRA is switched off."""
+    """Maximum rank of an adapter; 0 if LoRA is off."""
     incarnation: str = ""
-    """Differs between an engine's process and the one that replaces it."""
+    """Id of the engine process; its replacement has another."""
     weights_version: WeightsVersion | None = None
-    """Version of the model's own weights that it holds; None while it holds none whole."""
+    """Version of the model weights that it holds; None while it holds no complete one."""
     progress: int = 0
-    """Another number whenever it has sampled, or scored, something."""
+    """Changes whenever tokens are sampled or scored."""
     running: int = 0
-    """Groups that it has begun and not finished, streams left out: those may wait for their readers."""
+    """Running groups, without streams, which may be waiting for their readers."""

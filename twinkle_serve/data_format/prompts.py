@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 from twinkle_serve.data_format.messages import Encoded
 
@@ -52,3 +52,6 @@ class InputFeature(TypedDict, total=False):
 
 
 Input: TypeAlias = Trajectory | InputFeature
+
+TruncationStrategy: TypeAlias = Literal["raise", "left", "right", "delete"]
+"""Treatment of a prompt that is too long: an error, its last or first tokens, or leaving it out of the call."""

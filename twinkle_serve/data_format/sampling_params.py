@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
@@ -69,8 +69,29 @@ def _stop(value: object) -> tuple[str, ...] | tuple[int, ...]:
     return tuple(_whole("stop", item, 0) for item in items)
 
 
+class _DerivedParams:
+    """Properties of SamplingParams and DecodingParams."""
+
+    __slots__ = ()
+
+    temperature: float
+    stop: Sequence[str] | Sequence[int] | None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return tuple(item for item in self.stop or () if isinstance(item, str))
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        return tuple(item for item in self.stop or () if isinstance(item, int))
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
+class SamplingParams(_DerivedParams):
     """How to sample one request. Immutable; plain dicts of the same keys are accepted wherever this is.
 
     Raises:
@@ -184,14 +205,21 @@ class SamplingParams:
         """As upstream's: `SamplingParams.from_dict({"max_tokens": 16})`. Raises as `of`."""
         return cls.of(params)
 
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return tuple(item for item in self.stop or () if isinstance(item, str))
 
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        return tuple(item for item in self.stop or () if isinstance(item, int))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodingParams(_DerivedParams):
+    """The fields of SamplingParams that all groups of a request share; each group has its own count and seed."""
 
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] | tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = 0
+    prompt_logprobs: int | None = None
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> DecodingParams:
+        return cls(**{field.name: getattr(params, field.name) for field in fields(cls)})

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
 
+from twinkle_serve.data_format.groups import EngineKind
 from twinkle_serve.engines.protocol import Engine
 from twinkle_serve.errors import ConfigError
-
-EngineKind = Literal["vllm", "torch", "fake"]
-ENGINES: tuple[EngineKind, ...] = get_args(EngineKind)
 
 
 def check_engine_args(kind: EngineKind, engine_args: Mapping[str, object]) -> None:

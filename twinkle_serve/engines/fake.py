@@ -26,7 +26,7 @@ from twinkle_serve.checkpoint import weight_shapes
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
 from twinkle_serve.data_format.samples import FloatArray, PartialSample, PromptScores, SampleColumns, StopReason
-from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
 from twinkle_serve.engines.protocol import (
     TokenDelta,
@@ -279,7 +279,7 @@ class _Sample:
     """A sample being drawn."""
 
     prompt_ids: NDArray[np.int32]
-    params: SamplingParams
+    params: DecodingParams
     max_tokens: int
     rng: np.random.Generator
     state: int
@@ -352,7 +352,7 @@ def _log_softmax(logits: FloatArray) -> FloatArray:
 
 
 def _draw(
-    raw: FloatArray, params: SamplingParams, prompt: NDArray[np.int32], tokens: list[int], rng: np.random.Generator
+    raw: FloatArray, params: DecodingParams, prompt: NDArray[np.int32], tokens: list[int], rng: np.random.Generator
 ) -> int:
     """Draws one token; the steps and their order are vLLM's."""
     logits = raw

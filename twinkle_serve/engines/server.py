@@ -16,10 +16,10 @@ import numpy as np
 from twinkle_serve import timing
 from twinkle_serve.adapters import check_shapes, describe_adapter
 from twinkle_serve.checkpoint import buckets, named_tensors, weight_shapes
-from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, PauseMode, WeightsVersion
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.engines.group_runner import Finished, GroupRunner
@@ -34,7 +34,7 @@ from twinkle_serve.weights import StoreClient
 
 logger = logging.getLogger(__name__)
 
-WARM_UP = Group(id=-1, prompt_ids=np.zeros(1, np.int32), params=SamplingParams(max_tokens=2))
+WARM_UP = Group(id=-1, prompt_ids=np.zeros(1, np.int32), params=DecodingParams(max_tokens=2))
 
 
 class EngineServer(EngineClient):

@@ -1,4 +1,4 @@
-"""What each adapter's name means at a router, and who still uses a version. No Ray, no awaiting."""
+"""Adapter names, versions and their uses at a router. No Ray, no awaiting."""
 
 from __future__ import annotations
 
@@ -12,99 +12,100 @@ from twinkle_serve.errors import AdapterError, unknown_name
 
 
 class Adapters:
-    """The adapters of a service, as its router knows them; the store has their files.
+    """The router's registry of adapter versions; their files are in the store.
 
-    Guarantees: a version that a request was admitted with is held until that request is over.
-    Guarantees: of each name, the `kept` newest versions are held.
+    Guarantees:
+        - A version is held until the last request that was admitted with it has ended.
+        - The `max_versions` newest versions of each name are held.
     """
 
-    def __init__(self, published: Mapping[str, Sequence[AdapterVersion]], kept: int = 1) -> None:
+    def __init__(self, published: Mapping[str, Sequence[AdapterVersion]], max_versions: int = 1) -> None:
         """
         Args:
             published: versions by name, the newest last.
-            kept: how many versions of a name can be asked for.
+            max_versions: versions of a name that requests can choose from.
         """
-        self._kept = kept
+        self._max_versions = max_versions
         self._versions = {name: list(versions) for name, versions in published.items()}
-        """Those that a name means or has meant and that can be asked for, the newest last."""
+        """Versions of each name that requests can choose from, the newest last."""
         self._held = {version.label: version for versions in published.values() for version in versions}
-        """All that there are, by label."""
+        """All versions by label, including old ones that requests still use."""
         self._uses: Counter[str] = Counter()
 
     def publish(self, version: AdapterVersion) -> list[AdapterVersion]:
-        """Makes it the version that its name means. Returns those that may be dropped now."""
+        """Makes a version the newest of its name. Returns versions to drop."""
         self._held[version.label] = version
         versions = self._versions.setdefault(version.name, [])
         versions.append(version)
-        self._versions[version.name] = versions[-self._kept :]
-        return self._forget(versions[: -self._kept])
+        self._versions[version.name] = versions[-self._max_versions :]
+        return self._drop_unused(versions[: -self._max_versions])
 
     def remove(self, name: str) -> list[AdapterVersion]:
-        """Takes a name away; running requests keep their version. Returns those that may be dropped now.
+        """Removes a name; running requests keep their version. Returns versions to drop.
 
         Raises:
-            AdapterError: no such adapter.
+            AdapterError: unknown adapter.
         """
         self.require(name)
-        return self._forget(self._versions.pop(name))
+        return self._drop_unused(self._versions.pop(name))
 
     def resolve(self, name: str) -> AdapterVersion:
-        """The version that a name, or `name@version`, means.
+        """Returns the newest version of a name, or the version of a label, `name@version`.
 
         Raises:
-            AdapterError: no such adapter.
+            AdapterError: unknown adapter.
         """
-        # Names first: a path may look like the label of another one.
+        # Names first: a path may look like the label of another adapter.
         if name not in self._versions and name in self._held:
             return self._held[name]
         self.require(name)
         return self._versions[name][-1]
 
     def require(self, name: str) -> None:
-        """Raises AdapterError if the name means nothing."""
+        """Raises AdapterError if the name is unknown."""
         if name not in self._versions:
             known = unknown_name("adapter", name, self._versions)
             raise AdapterError(f"{known}. Add it with add_adapter_to_model, or leave it out for the base model.")
 
     def acquire(self, version: AdapterVersion) -> None:
-        """A request uses a version from now on."""
+        """Counts a request that uses the version."""
         self._uses[version.label] += 1
 
     def release(self, version: AdapterVersion) -> list[AdapterVersion]:
-        """A request that used it is over. Returns the versions that may be dropped now."""
+        """Ends the use of a version by a request. Returns versions to drop."""
         self._uses[version.label] -= 1
-        return self._forget([version])
+        return self._drop_unused([version])
 
     def staleness(self, version: AdapterVersion) -> int:
-        """Versions that its name has come to mean since."""
+        """Number of versions of its name published since."""
         newest = self._versions.get(version.name)
         return newest[-1].version - version.version if newest else 0
 
-    def _forget(self, versions: Iterable[AdapterVersion]) -> list[AdapterVersion]:
-        """Gives up those that nothing uses and nobody can ask for."""
-        gone = []
+    def _drop_unused(self, versions: Iterable[AdapterVersion]) -> list[AdapterVersion]:
+        """Removes and returns versions that no request uses or can choose."""
+        dropped = []
         for version in versions:
             unused = not self._uses[version.label] and version not in self._versions.get(version.name, ())
             if unused and self._held.pop(version.label, None) is not None:
                 del self._uses[version.label]
-                gone.append(version)
-        return gone
+                dropped.append(version)
+        return dropped
 
     @property
     def newest(self) -> dict[str, AdapterVersion]:
-        """By name."""
+        """Newest version of each name."""
         return {name: versions[-1] for name, versions in self._versions.items()}
 
     @property
     def held(self) -> Iterable[AdapterVersion]:
-        """All versions, those that are in use and nobody means any more among them."""
+        """All versions, including removed ones still in use."""
         return self._held.values()
 
 
 def fingerprint(path: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """The whole path, and what changes when an adapter's files there are written anew: size and time of each.
+    """Returns the absolute path and (size, modification time) of each adapter file there.
 
-    Nothing where there are none.
+    The second is empty if a file is missing.
     """
     directory = Path(path).expanduser().absolute()
     try:

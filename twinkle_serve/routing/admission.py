@@ -14,13 +14,14 @@ from typing import ParamSpec, TypeVar
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.adapters import AdapterVersion
-from twinkle_serve.data_format.groups import EngineInfo, Group
+from twinkle_serve.data_format.groups import EngineInfo
 from twinkle_serve.data_format.inputs import as_list
 from twinkle_serve.data_format.sample_request import SampleRequest, TemplateChoice
 from twinkle_serve.engines.protocol import check_fits
 from twinkle_serve.errors import DeadlineError, QueueFullError, RequestError, SamplingParamsError, TwinkleServeError
 from twinkle_serve.routing.adapter_publishing import AdapterPublisher
 from twinkle_serve.routing.calls import ActiveCall, CallRegistry, Rate
+from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.request import Request, ResponseHeader
 from twinkle_serve.routing.scheduler import GroupScheduler
@@ -111,7 +112,7 @@ class Admission:
                     self._on_complete(request.adapter, request.weight_versions)
 
     @asynccontextmanager
-    async def admitted_stream(self, call: SampleRequest) -> AsyncGenerator[tuple[Group, float], None]:
+    async def admitted_stream(self, call: SampleRequest) -> AsyncGenerator[tuple[RoutedGroup, float], None]:
         """Yields the only group of a stream, and its deadline by the event loop's clock."""
         limit_s = self._limit_s(call)
         self._require_room()
@@ -158,7 +159,7 @@ class Admission:
 
     # -- validation --------------------------------------------------------------------------------
 
-    async def _prepared(self, call: SampleRequest, stack: contextlib.ExitStack) -> tuple[Request, list[Group]]:
+    async def _prepared(self, call: SampleRequest, stack: contextlib.ExitStack) -> tuple[Request, list[RoutedGroup]]:
         """Validates a call and encodes its prompts. Its adapter version is held until the stack closes."""
         params = SamplingParams.of(call.sampling_params, call.num_samples, call.logprobs)
         if params.num_samples > SPACING:
@@ -201,7 +202,7 @@ class Admission:
 
     # -- requests ----------------------------------------------------------------------------------
 
-    def _enqueue(self, active: ActiveCall, request: Request, groups: list[Group]) -> None:
+    def _enqueue(self, active: ActiveCall, request: Request, groups: list[RoutedGroup]) -> None:
         """Queues a request's groups, except inputs that were cancelled while the call was being validated."""
         self.require_awake()
         self._require_room(active)
@@ -290,7 +291,7 @@ def _build(
     header: ResponseHeader,
     adapter: AdapterVersion | None,
     call: SampleRequest,
-) -> tuple[Request, list[Group]]:
+) -> tuple[Request, list[RoutedGroup]]:
     request = Request(
         first_id,
         prompts,

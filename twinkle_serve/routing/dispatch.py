@@ -1,8 +1,7 @@
-"""Which group goes to which engine, and when. Bookkeeping alone: no Ray, no clock, no awaiting."""
+"""Decides which group goes to which engine, and when. Pure bookkeeping: no Ray, no clock, no awaiting."""
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -10,50 +9,52 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from twinkle_serve.data_format.groups import Group, GroupKey
-from twinkle_serve.routing.policies import POLICIES, EngineLoad, Lengths, PolicyName
+from twinkle_serve.data_format.groups import GroupKey
+from twinkle_serve.routing.groups import RoutedGroup
+from twinkle_serve.routing.policies import EngineLoad, Lengths, Policy
 from twinkle_serve.routing.queue import FairQueue
 
 HEADROOM = 1.25
 REFILL = 1.125
-"""Sequences sent to an engine per sequence that it runs at once: up to HEADROOM, and again when no more than REFILL are
-left, so that a chunk, which costs two milliseconds, is of several groups. What is over 1 waits inside the engine: a
-finished sequence is followed at the next step. What the engine cannot start soon waits here, for whoever is free."""
+"""Sequences sent to an engine per sequence that it runs at once: up to HEADROOM, then none until at most REFILL remain,
+so that a chunk, which costs two milliseconds, holds several groups. The excess over 1 waits inside the engine, which
+starts it at the step after a sequence finishes. The rest waits here for the first engine with room."""
 
 
 class Dispatcher:
-    """Keeps groups until the policy has an engine for them, and knows what each engine has.
+    """Queues groups until the policy has an engine for them, and tracks the groups on each engine.
 
-    Guarantees: a group, or each part of a split one, is with at most one engine at a time.
-    Guarantees: a caller's groups start in the order in which they came, and callers take turns.
-    Guarantees: an engine has one suspect at a time.
+    Guarantees:
+        - A group, or each part of a split group, is on at most one engine at a time.
+        - A caller's groups start in order of arrival, and callers take turns.
+        - An engine has at most one suspect at a time.
     """
 
-    def __init__(self, policy: PolicyName = "balanced", rng: random.Random | None = None) -> None:
+    def __init__(self, policy: Policy) -> None:
         self._engines: dict[str, EngineLoad] = {}
         self._closed: set[str] = set()
-        """Engines that finish what they have and are given nothing more. The policy does not know of them."""
+        """Engines that finish their groups and get no new ones. They are removed from the policy."""
         self._lengths = Lengths()
         self._waiting = FairQueue(lambda group: self._lengths.cost(group, group.count))
-        self._suspects: deque[Group] = deque()
-        """Groups that may end the engine that they are on, and wait for one without another suspect."""
+        self._suspects: deque[RoutedGroup] = deque()
+        """Groups that may have ended an engine, waiting for one without another suspect."""
         self._placed: defaultdict[int, dict[GroupKey, EngineLoad]] = defaultdict(dict)
-        """Where the parts of each group are, by its id."""
-        self._policy = POLICIES[policy](rng or random.Random())
+        """Engine of each part of a group, by group id."""
+        self._policy = policy
         self._too_large = 0
-        """Samples of the next group, when no engine has room for them; 0: not known. Else the policy would look for
-        room at each sample that ends, in vain."""
+        """Samples of the next group if no engine has room for them; 0: unknown. Saves asking the policy in vain each
+        time a sample ends."""
 
     def add_engine(self, name: str, max_num_seqs: int) -> None:
-        """Puts an engine into use; one that is in use already is left as it is."""
+        """Adds an engine. Idempotent."""
         if name not in self._engines:
             limit = max(1, int(max_num_seqs * HEADROOM))
             self._engines[name] = EngineLoad(name, limit=limit, low=min(limit - 1, int(max_num_seqs * REFILL)))
             self._policy.add(self._engines[name])
             self._too_large = 0
 
-    def remove_engine(self, name: str) -> list[Group]:
-        """Takes an engine out of use. Returns what it had not finished, which goes nowhere by itself."""
+    def remove_engine(self, name: str) -> list[RoutedGroup]:
+        """Removes an engine. Returns its unfinished groups, without queueing them again."""
         engine = self._engines.pop(name, None)
         if engine is None:
             return []
@@ -64,7 +65,7 @@ class Dispatcher:
         return [part for key in list(engine.groups) for part in self._take(engine, key)]
 
     def close_engine(self, name: str) -> None:
-        """Gives an engine nothing more; it goes on with what it has. Again, or one that is not in use: nothing."""
+        """Stops placing groups on an engine; it finishes those it has. Idempotent; unknown engines are ignored."""
         if name in self._engines and name not in self._closed:
             self._closed.add(name)
             self._policy.remove(self._engines[name])
@@ -83,39 +84,38 @@ class Dispatcher:
 
     @property
     def waiting(self) -> int:
-        """Groups that no engine has."""
+        """Number of groups that are not on an engine."""
         return len(self._waiting) + len(self._suspects)
 
     @property
     def waiting_tokens(self) -> float:
-        """Tokens that these will take, about."""
+        """Estimated tokens of the waiting groups."""
         return self._waiting.tokens
 
     def sequences(self, name: str) -> int:
-        """Sequences that an engine has been sent and has not finished."""
+        """Number of unfinished sequences on an engine."""
         return self._engines[name].sequences
 
-    def groups(self, name: str) -> Iterable[Group]:
-        """What an engine has, whole or the rest of it."""
+    def groups(self, name: str) -> Iterable[RoutedGroup]:
+        """Unfinished groups of an engine."""
         return self._engines[name].groups.values()
 
-    def enqueue(self, groups: Iterable[Group], *, first: bool = False) -> None:
-        """Adds groups at the end, or, where an engine has lost them, at the front."""
+    def enqueue(self, groups: Iterable[RoutedGroup], *, first: bool = False) -> None:
+        """Adds groups at the end of the queue, or at the front if `first`, as for groups of a lost engine."""
         self._too_large = 0
         if first:
             self._waiting.extend_front(groups)
         else:
             self._waiting.extend(groups)
 
-    def place(self, group: Group) -> str:
-        """Puts a group onto an engine at once, past the queue; there must be an open one. Returns its name."""
+    def place(self, group: RoutedGroup) -> str:
+        """Places a group at once, bypassing the queue. Needs an open engine. Returns its name."""
         engine = self._policy.choose_now(group)
         self._give(engine, group)
         return engine.name
 
-    def ended(self, name: str, samples: Iterable[tuple[int, int]]) -> None:
-        """An engine has finished samples, each by its group's id and its index; those it does not have are passed
-        over."""
+    def finish_samples(self, name: str, samples: Iterable[tuple[int, int]]) -> None:
+        """Removes finished samples, given as (group id, index), from an engine; unknown ones are ignored."""
         engine = self._engines.get(name)
         if engine is None:
             return
@@ -133,8 +133,8 @@ class Dispatcher:
         if changed:
             self._settle(engine)
 
-    def finish(self, name: str, keys: Iterable[GroupKey]) -> list[Group]:
-        """An engine is done with groups, whatever came of them. Returns what it had left of them, as groups."""
+    def finish(self, name: str, keys: Iterable[GroupKey]) -> list[RoutedGroup]:
+        """Removes groups from an engine, finished or not. Returns their unfinished samples, as groups."""
         engine = self._engines.get(name)
         if engine is None:
             return []
@@ -143,8 +143,8 @@ class Dispatcher:
             self._settle(engine)
         return rest
 
-    def _take(self, engine: EngineLoad, key: GroupKey) -> list[Group]:
-        """Takes a group from an engine. Returns the samples of it that are not finished, neighbours together."""
+    def _take(self, engine: EngineLoad, key: GroupKey) -> list[RoutedGroup]:
+        """Removes a group from an engine. Returns its unfinished samples, consecutive ones as one group."""
         group, left, cost = engine.groups.pop(key), engine.left.pop(key), engine.costs.pop(key)
         placed = self._placed[key[0]]
         del placed[key]
@@ -156,10 +156,10 @@ class Dispatcher:
             del engine.parts[key[0], sample]
         engine.sequences -= len(left)
         engine.tokens -= cost * len(left)
-        return _runs(group, left)
+        return _consecutive(group, left)
 
     def _settle(self, engine: EngineLoad) -> None:
-        if not engine.groups:  # or rounding would tell idle engines apart
+        if not engine.groups:  # rounding errors would make idle engines differ
             engine.tokens = 0.0
         if engine.sequences <= engine.low:
             engine.full = False
@@ -170,61 +170,61 @@ class Dispatcher:
         self._policy.changed(engine)
 
     def learn(self, lengths: NDArray[np.int32]) -> None:
-        """Samples of these many tokens have ended; what others will cost is guessed by them."""
+        """Updates the estimated length of samples from the token counts of finished ones."""
         self._lengths.learn(lengths)
 
-    def withdraw(self, caller: str, group_ids: Sequence[int]) -> dict[str, list[Group]]:
-        """Drops groups that no engine has yet; returns those that engines have, by engine."""
+    def withdraw(self, caller: str, group_ids: Sequence[int]) -> dict[str, list[RoutedGroup]]:
+        """Drops waiting groups. Returns those on engines, by engine."""
         self._too_large = 0
         self._waiting.withdraw(caller, group_ids)
         if self._suspects:
-            gone = set(group_ids)
-            self._suspects = deque(group for group in self._suspects if group.id not in gone)
-        held: dict[str, list[Group]] = {}
+            withdrawn = set(group_ids)
+            self._suspects = deque(group for group in self._suspects if group.id not in withdrawn)
+        held: dict[str, list[RoutedGroup]] = {}
         for group_id in group_ids:
             for key, engine in self._placed.get(group_id, {}).items():
                 held.setdefault(engine.name, []).append(engine.groups[key])
         return held
 
-    def withdraw_waiting(self) -> list[Group]:
-        """Takes all groups that no engine has out of the queue."""
+    def withdraw_waiting(self) -> list[RoutedGroup]:
+        """Removes and returns all waiting groups."""
         suspects, self._suspects = list(self._suspects), deque()
         return suspects + self._waiting.clear()
 
     # -- suspects --------------------------------------------------------------------------------
 
-    def suspect(self, group: Group) -> None:
-        """Adds a group that may end its engine: it is sent to one that has no other suspect."""
+    def suspect(self, group: RoutedGroup) -> None:
+        """Queues a suspect: it is placed on an engine without another suspect."""
         self._suspects.append(group)
 
     def suspect_of(self, name: str) -> GroupKey | None:
-        """The suspect that an engine has."""
+        """Key of the suspect on an engine, if any."""
         engine = self._engines.get(name)
         return None if engine is None else engine.suspect
 
     def clear(self, name: str, key: GroupKey) -> None:
-        """A group is no suspect any more, if it still is the engine's."""
+        """Clears a group of suspicion, if it is still the suspect of that engine."""
         engine = self._engines.get(name)
         if engine is not None and engine.suspect == key:
             engine.suspect = None
 
     def clear_waiting(self) -> None:
-        """Another one was poisoned: no group that waits is a suspect any more."""
+        """Clears all waiting groups of suspicion, after another group turned out to be poisoned."""
         suspects, self._suspects = self._suspects, deque()
         self.enqueue(suspects, first=True)
 
     # -- placing ---------------------------------------------------------------------------------
 
-    def assign(self) -> dict[str, list[Group]]:
-        """Groups to send now, by engine. They count as the engine's until they end or `finish`."""
-        chunks: dict[str, list[Group]] = {}
+    def assign(self) -> dict[str, list[RoutedGroup]]:
+        """Places waiting groups, each until `finish_samples` or `finish`. Returns the groups to send, by engine."""
+        chunks: dict[str, list[RoutedGroup]] = {}
         for engine, group in self._assign_suspects():
             chunks.setdefault(engine.name, []).append(group)
         while self._waiting and len(self._engines) > len(self._closed) and not self._too_large:
             chosen = self._policy.choose(self._waiting.first(), len(self._waiting))
             if chosen is None:
-                most = min(engine.limit for engine in self._engines.values() if engine.name not in self._closed)
-                self._too_large = self._waiting.first().count if self._waiting.first().count <= most else 1
+                limit = min(engine.limit for engine in self._engines.values() if engine.name not in self._closed)
+                self._too_large = self._waiting.first().count if self._waiting.first().count <= limit else 1
                 break
             engine, share = chosen
             group = self._waiting.pop()
@@ -236,7 +236,7 @@ class Dispatcher:
             chunks.setdefault(engine.name, []).append(group)
         return chunks
 
-    def _assign_suspects(self) -> list[tuple[EngineLoad, Group]]:
+    def _assign_suspects(self) -> list[tuple[EngineLoad, RoutedGroup]]:
         placed = []
         while self._suspects:
             free = [
@@ -250,23 +250,24 @@ class Dispatcher:
             placed.append((engine, group))
         return placed
 
-    def _give(self, engine: EngineLoad, group: Group) -> None:
-        engine.groups[group.key] = group
-        engine.left[group.key] = set(group.samples)
-        for sample in group.samples:
-            engine.parts[group.id, sample] = group.key
-        self._placed[group.id][group.key] = engine
-        engine.costs[group.key] = cost = self._lengths.cost(group, group.count) / group.count
+    def _give(self, engine: EngineLoad, group: RoutedGroup) -> None:
+        key, samples = group.key, group.samples
+        engine.groups[key] = group
+        engine.left[key] = set(samples)
+        for sample in samples:
+            engine.parts[group.id, sample] = key
+        self._placed[group.id][key] = engine
+        engine.costs[key] = cost = self._lengths.cost(group, group.count) / group.count
         engine.sequences += group.count
         engine.tokens += cost * group.count
-        # Whether another one like it has room.
+        # Another group of the same size would not fit.
         engine.full = engine.sequences + group.count > engine.limit
         self._policy.changed(engine)
 
 
-def _runs(group: Group, left: set[int]) -> list[Group]:
-    """Some samples of a group as groups of neighbours."""
-    parts: list[Group] = []
+def _consecutive(group: RoutedGroup, left: set[int]) -> list[RoutedGroup]:
+    """Samples of a group as groups of consecutive samples."""
+    parts: list[RoutedGroup] = []
     for sample in sorted(left):
         if parts and parts[-1].samples.stop == sample:
             parts[-1] = replace(parts[-1], count=parts[-1].count + 1)

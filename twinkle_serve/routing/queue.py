@@ -1,4 +1,4 @@
-"""Groups that no engine has yet, in the order in which they are to be sent."""
+"""The queue of groups that wait for an engine."""
 
 from __future__ import annotations
 
@@ -7,78 +7,80 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from twinkle_serve.data_format.groups import Group, GroupKey
+from twinkle_serve.data_format.groups import GroupKey
+from twinkle_serve.routing.groups import RoutedGroup
 
 
 @dataclass(slots=True)
 class _Caller:
-    groups: OrderedDict[GroupKey, Group] = field(default_factory=OrderedDict)
+    groups: OrderedDict[GroupKey, RoutedGroup] = field(default_factory=OrderedDict)
     turn: float = 0.0
-    """Tokens that were sent for it: the caller with the fewest is next."""
+    """Tokens sent for it so far; the caller with the fewest is next."""
 
 
-MAX_LEFT = 1000
-"""Callers without anything waiting whose turns are remembered before those that are past are forgotten."""
+MAX_ABSENT = 1000
+"""Callers with nothing waiting whose turns are remembered; beyond that, turns in the past are dropped."""
 
 
 class FairQueue:
-    """Callers take turns by tokens; each one's groups go in the order in which they came.
+    """A fair queue: callers take turns by tokens, and each caller's groups leave in order of arrival.
 
-    Guarantees: a caller waits for no more than what each other one has sent at a time, however much they have waiting.
-    Guarantees: what was put in front is next, whosever it is.
+    Guarantees:
+        - A caller waits for at most one group of each other caller at a time, however many those have waiting.
+        - Groups put in front are next, whoever their caller is.
 
     Source: start-time fair queueing (Goyal et al., 1996), each caller of the same weight.
     """
 
-    def __init__(self, cost: Callable[[Group], float]) -> None:
+    def __init__(self, cost: Callable[[RoutedGroup], float]) -> None:
         """
         Args:
-            cost: of a group, in tokens.
+            cost: estimates the tokens of a group.
         """
         self._cost = cost
-        self._front: deque[Group] = deque()
+        self._front: deque[RoutedGroup] = deque()
         self._callers: dict[str, _Caller] = {}
-        """Those that have something waiting."""
+        """Callers with groups waiting."""
         self._turns: list[tuple[float, int, str]] = []
-        """Heap of the callers: turn, a tie-breaker, name."""
-        self._turns_left: dict[str, float] = {}
-        """Of callers that have nothing waiting, where it may lie ahead of `_now`."""
+        """Heap of callers: turn, tie-breaker, name."""
+        self._absent_turns: dict[str, float] = {}
+        """Turns of callers with nothing waiting, which may be ahead of `_now`."""
         self._now = 0.0
-        """Turn of the caller that was served last."""
+        """Turn of the last caller served."""
         self._entries = 0
         self._length = 0
         self.tokens = 0.0
-        """What waits costs so much, as it was guessed when it came."""
+        """Cost of the waiting groups, as estimated on arrival."""
         self._costs: dict[GroupKey, float] = {}
 
     def __len__(self) -> int:
         return self._length
 
-    def extend(self, groups: Iterable[Group]) -> None:
+    def extend(self, groups: Iterable[RoutedGroup]) -> None:
         """Adds groups at the end of their callers' queues."""
         for group in groups:
             caller = self._callers.get(group.caller)
             if caller is None:
-                # One that was away has saved nothing up, and owes what it owed.
-                turn = max(self._now, self._turns_left.pop(group.caller, 0.0))
+                # An absent caller accumulates no credit and keeps its debt.
+                turn = max(self._now, self._absent_turns.pop(group.caller, 0.0))
                 caller = self._callers[group.caller] = _Caller(turn=turn)
                 self._enter(group.caller)
             caller.groups[group.key] = group
             self._count(group)
 
-    def extend_front(self, groups: Iterable[Group]) -> None:
-        """Puts groups in front of all others, the first one first."""
+    def extend_front(self, groups: Iterable[RoutedGroup]) -> None:
+        """Puts groups in front of all others, in the given order."""
         groups = list(groups)
         self._front.extendleft(reversed(groups))
         for group in groups:
             self._count(group)
 
-    def _count(self, group: Group) -> None:
+    def _count(self, group: RoutedGroup) -> None:
         self._length += 1
         self._costs[group.key] = cost = self._cost(group)
         self.tokens += cost
 
-    def _uncount(self, group: Group) -> float:
+    def _uncount(self, group: RoutedGroup) -> float:
         self._length -= 1
         cost = self._costs.pop(group.key)
         self.tokens = self.tokens - cost if self._length else 0.0
@@ -89,7 +91,7 @@ class FairQueue:
         heapq.heappush(self._turns, (self._callers[name].turn, self._entries, name))
 
     def _next(self) -> str:
-        """The caller whose turn it is; there must be one."""
+        """Returns the caller whose turn it is; the queue must not be empty."""
         while True:
             turn, _, name = self._turns[0]
             caller = self._callers.get(name)
@@ -97,14 +99,14 @@ class FairQueue:
                 return name
             heapq.heappop(self._turns)
 
-    def first(self) -> Group:
-        """The next group, which stays; there must be one."""
+    def first(self) -> RoutedGroup:
+        """Returns the next group without removing it; the queue must not be empty."""
         if self._front:
             return self._front[0]
         return next(iter(self._callers[self._next()].groups.values()))
 
-    def pop(self) -> Group:
-        """Takes the next group."""
+    def pop(self) -> RoutedGroup:
+        """Removes and returns the next group."""
         if self._front:
             group = self._front.popleft()
             self._uncount(group)
@@ -122,32 +124,32 @@ class FairQueue:
         return group
 
     def _leave(self, name: str) -> None:
-        """A caller has nothing waiting any more."""
-        self._turns_left[name] = self._callers.pop(name).turn
-        if len(self._turns_left) > MAX_LEFT:
-            self._turns_left = {name: turn for name, turn in self._turns_left.items() if turn > self._now}
+        """Removes a caller with nothing left waiting."""
+        self._absent_turns[name] = self._callers.pop(name).turn
+        if len(self._absent_turns) > MAX_ABSENT:
+            self._absent_turns = {name: turn for name, turn in self._absent_turns.items() if turn > self._now}
 
     def withdraw(self, caller: str, group_ids: Sequence[int]) -> None:
         """Drops groups of a caller."""
         if self._front:
-            gone = set(group_ids)
+            withdrawn = set(group_ids)
             for group in self._front:
-                if group.id in gone:
+                if group.id in withdrawn:
                     self._uncount(group)
-            self._front = deque(group for group in self._front if group.id not in gone)
-        if (theirs := self._callers.get(caller)) is None:
+            self._front = deque(group for group in self._front if group.id not in withdrawn)
+        if (queued := self._callers.get(caller)) is None:
             return
-        # A group that waits here has not been cut into parts: those are in front.
+        # Groups that wait here are whole: parts of split groups are in front.
         for group_id in group_ids:
-            if (group_id, 0) in theirs.groups:
-                self._uncount(theirs.groups.pop((group_id, 0)))
-        if not theirs.groups:
+            if (group_id, 0) in queued.groups:
+                self._uncount(queued.groups.pop((group_id, 0)))
+        if not queued.groups:
             self._leave(caller)
             self._turns = [entry for entry in self._turns if entry[2] in self._callers]
             heapq.heapify(self._turns)
 
-    def clear(self) -> list[Group]:
-        """Takes all."""
+    def clear(self) -> list[RoutedGroup]:
+        """Removes and returns all groups."""
         groups = list(self._front)
         for caller in self._callers.values():
             groups.extend(caller.groups.values())

@@ -1,4 +1,4 @@
-"""One accepted request: its groups on the way out, its samples on the way in."""
+"""One admitted request: makes its groups and gathers its samples."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinkle_serve.data_format.adapters import AdapterVersion
-from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.messages import MessageParser
 from twinkle_serve.data_format.response import SampleResponse
 from twinkle_serve.data_format.samples import SampleColumns
-from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.sampling_params import DecodingParams, SamplingParams
 from twinkle_serve.errors import RequestError, TwinkleServeError
+from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.seeds import prompt_seed
 from twinkle_serve.template.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseHeader:
-    """What all parts of a response share."""
+    """Fields that all parts of a response share."""
 
     logprobs_mode: str
     parser: MessageParser
@@ -29,8 +29,9 @@ class ResponseHeader:
 class Request:
     """Gathers the samples of one request.
 
-    Guarantees: `prompts_as_they_finish` yields each prompt that was not dropped once, with exactly `num_samples`
-        samples, or raises.
+    Guarantees:
+        - `prompts_as_they_finish` yields each prompt that was not dropped once, with exactly `num_samples` samples, or
+          raises.
     """
 
     def __init__(
@@ -48,12 +49,12 @@ class Request:
     ) -> None:
         """
         Args:
-            inputs: of the call, by the prompts' indices; None if the response is not to have them.
-            caller: whose it is, for taking turns.
-            min_groups: how many prompts are to be complete; the rest is dropped then.
+            inputs: the call's inputs, by prompt index; None leaves them out of the response.
+            caller: callers take turns.
+            min_groups: number of complete prompts after which the rest is dropped.
         """
         self.ids = range(first_id, first_id + len(prompts))
-        """Group id of each prompt."""
+        """Group ids of the prompts, in order."""
         self.caller = caller
         self._prompts = prompts
         self._inputs = inputs
@@ -62,33 +63,31 @@ class Request:
         self.adapter = adapter
         self._sample_timeout_s = sample_timeout_s
         self._missing = dict.fromkeys(self.ids, params.num_samples)
-        """Samples still to come, by group id; those of dropped groups are not in it."""
+        """Number of missing samples by group id; dropped groups are left out."""
         self._to_complete = len(prompts) if min_groups is None else min_groups
         self._complete: set[int] = set()
-        """Group ids of the prompts that have all their samples."""
+        """Group ids of complete prompts."""
         self.weight_versions: set[str] = set()
-        """Labels of the model's own weights that have sampled for it."""
+        """Labels of the model weights that have sampled for it."""
         self._arrived: asyncio.Queue[tuple[SampleColumns, list[int]] | TwinkleServeError | None] = asyncio.Queue()
 
-    def groups(self) -> list[Group]:
-        """What is to be placed: one group a prompt."""
-        seed = self._params.seed
+    def groups(self) -> list[RoutedGroup]:
+        """Makes one group per prompt."""
+        params, seed = DecodingParams.of(self._params), self._params.seed
         return [
-            Group(
+            RoutedGroup(
                 id=group_id,
                 prompt_ids=prompt.ids,
-                params=self._params,
+                params=params,
                 count=self._params.num_samples,
                 seed=None if seed is None else prompt_seed(seed, prompt.index),
                 adapter=self.adapter,
                 sample_timeout_s=self._sample_timeout_s,
                 urgent=self._to_complete < len(self._prompts),
-                index=index,
-                prompts=len(self._prompts),
                 input=prompt.index,
                 caller=self.caller,
             )
-            for index, (group_id, prompt) in enumerate(zip(self.ids, self._prompts, strict=True))
+            for group_id, prompt in zip(self.ids, self._prompts, strict=True)
         ]
 
     @property
@@ -106,11 +105,11 @@ class Request:
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is to come any more."""
+        """Whether no sample is missing."""
         return not self._missing
 
     def add(self, columns: SampleColumns) -> list[int]:
-        """Takes samples of this request's groups, each sample once. Returns groups that are not needed any more."""
+        """Adds samples of this request's groups, each sample once. Returns ids of groups that are no longer needed."""
         self.weight_versions.update(label for spans in set(columns.weight_versions) for label, _ in spans)
         complete = []
         for group_id in columns.group.tolist():
@@ -124,22 +123,22 @@ class Request:
         return list(self._missing) if len(self._complete) >= self._to_complete else []
 
     def drop(self, group_ids: Iterable[int]) -> list[int]:
-        """Waits no longer for groups. Returns those that were not complete; no sample of them may be added any more."""
+        """Drops groups; their samples must not be added afterwards. Returns ids of those that were incomplete."""
         dropped = [group_id for group_id in group_ids if self._missing.pop(group_id, None) is not None]
         self._arrived.put_nowait(None)
         return dropped
 
     def ids_of(self, inputs: Iterable[int]) -> list[int]:
-        """Group ids of prompts by their indices in the call; those that it does not have are passed over."""
+        """Group ids of prompts, by their indices in the call; unknown indices are ignored."""
         wanted = set(inputs)
         return [group_id for group_id, prompt in zip(self.ids, self._prompts, strict=True) if prompt.index in wanted]
 
     def fail(self, error: TwinkleServeError) -> None:
-        """Ends the request with an error."""
+        """Fails the request."""
         self._arrived.put_nowait(error)
 
     async def arrivals(self) -> AsyncGenerator[tuple[SampleColumns, list[int]], None]:
-        """Samples as they come, with the ids of the groups that they complete; ends when nothing is to come."""
+        """Yields samples as they arrive, with the ids of the groups they complete, until none is missing."""
         while not (self.settled and self._arrived.empty()):
             arrived = await self._arrived.get()
             if isinstance(arrived, TwinkleServeError):
@@ -148,31 +147,31 @@ class Request:
                 yield arrived
 
     async def response(self) -> SampleResponse:
-        """Every prompt that was not dropped, prompt-major.
+        """Waits for every prompt that is not dropped; the response is in order of prompts.
 
         Raises:
-            RequestError: all were dropped.
+            RequestError: every prompt was dropped.
         """
         parts = [columns async for columns, _ in self.arrivals()]
         if not self._complete:
             raise RequestError("every prompt of the call was cancelled.")
-        # Sorting what 10,000 prompts brought takes long enough to keep others waiting.
+        # Sorting the samples of 10,000 prompts would block the event loop for others.
         return await asyncio.to_thread(self._respond, parts, sorted(self._complete))
 
     async def prompts_as_they_finish(self) -> AsyncGenerator[SampleResponse, None]:
-        """Responses over the prompts that have just become complete, one or more each."""
+        """Yields responses over one or more prompts that have just become complete."""
         pending: list[tuple[set[int], SampleColumns]] = []
-        """What has arrived and not been yielded, each with the groups that it is of."""
+        """Samples that have arrived and not been yielded, with the ids of their groups."""
         async for columns, complete in self.arrivals():
             pending.append((set(columns.group.tolist()), columns))
             if complete:
-                ended = set(complete)
-                # Only what has a part in these: others may be long, and wait for long.
-                parts = [part for groups, part in pending if groups & ended]
+                done = set(complete)
+                # Other parts stay as they are: they may be large, and pending for long.
+                parts = [part for groups, part in pending if groups & done]
                 pending = [
-                    (groups - ended, part.without(ended) if groups & ended else part)
+                    (groups - done, part.without(done) if groups & done else part)
                     for groups, part in pending
-                    if groups - ended
+                    if groups - done
                 ]
                 yield self._respond(parts, complete)
 

@@ -1,4 +1,4 @@
-"""Samples that are broken off and go on from where they were. Free of Ray."""
+"""Samples that continue on another engine from the tokens they had. Free of Ray."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from dataclasses import dataclass, field, replace
 
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
-from twinkle_serve.data_format.sampling_params import SamplingParams
 from twinkle_serve.engines.group_runner import PartialUpdate
 from twinkle_serve.engines.protocol import max_new_tokens
+from twinkle_serve.routing.groups import RoutedGroup
 
 
-def can_resume(params: SamplingParams) -> bool:
-    """Whether samples may go on on another engine, and be what they would have been.
+def can_resume(group: Group) -> bool:
+    """Whether samples of a group can continue on another engine without changing their distribution.
 
-    Not with a seed: a random stream cannot be entered in its middle. Not with stop strings: one may lie across the
-    break. Not where the prompt is scored, or the samples are greedy: such a group is sampled as one.
+    Not with a seed: a seeded generator cannot be resumed mid-stream. Not with stop strings: one may span the break.
+    Not with prompt logprobs or greedy samples: such a group is sampled as one.
     """
-    return params.seed is None and not (params.stop_strings or params.greedy or params.prompt_logprobs is not None)
+    params = group.params
+    return group.seed is None and not (params.stop_strings or params.greedy or params.prompt_logprobs is not None)
 
 
-def rejoined(groups: Iterable[Group]) -> list[Group]:
-    """Groups with neighbours among the samples of a prompt as one, to be sampled from their start.
+def rejoin(groups: Iterable[RoutedGroup]) -> list[RoutedGroup]:
+    """Joins groups of consecutive samples of a prompt, to be sampled from their start.
 
-    Suspects run one by one on an engine: as many as there are prompts, not samples.
+    Suspects run one at a time on an engine, so there should be one per prompt, not one per sample.
     """
-    joined: list[Group] = []
+    joined: list[RoutedGroup] = []
     for group in sorted(groups, key=lambda group: group.key):
         last = joined[-1] if joined else None
         if last is None or last.id != group.id or last.samples.stop != group.first_sample:
@@ -48,7 +49,7 @@ class _Partial:
     attempt: Attempt
     parts: list[PartialSample] = field(default_factory=list)
     length: int = 0
-    """Tokens of all parts."""
+    """Number of tokens in all parts."""
 
     def add(self, part: PartialSample) -> None:
         self.parts.append(part)
@@ -56,69 +57,70 @@ class _Partial:
 
 
 class PartialSamples:
-    """What has arrived of samples that run.
+    """The tokens that have arrived of running samples.
 
-    Guarantees: a draft is the beginning of one sample as one attempt samples it; what comes of an earlier attempt, or
-        after a gap, is passed over.
+    Guarantees:
+        - A partial sample is the beginning of one sample by one attempt; updates from an earlier attempt, or after a
+          gap, are ignored.
     """
 
     def __init__(self) -> None:
-        self._drafts: dict[int, dict[int, _Partial]] = {}
-        """By group and index of the sample."""
+        self._partials: dict[int, dict[int, _Partial]] = {}
+        """By group id and sample index."""
 
     def __len__(self) -> int:
-        return sum(map(len, self._drafts.values()))
+        return sum(map(len, self._partials.values()))
 
-    def begin(self, group: Group) -> None:
-        """A group is sent to an engine."""
+    def start(self, group: Group) -> None:
+        """Starts to follow a group that is sent to an engine."""
         if not group.resume:
             return
-        samples = self._drafts.setdefault(group.id, {})
+        samples = self._partials.setdefault(group.id, {})
         for sample in group.samples:
-            samples[sample] = draft = _Partial(group.attempt)
+            samples[sample] = partial = _Partial(group.attempt)
             if group.partial is not None:
-                draft.add(group.partial)
+                partial.add(group.partial)
 
-    def gain(self, gains: Iterable[PartialUpdate]) -> None:
-        """Samples have got more tokens."""
-        for gain in gains:
-            draft = self._drafts.get(gain.attempt[0], {}).get(gain.sample)
-            if draft is not None and draft.attempt == gain.attempt and draft.length == gain.offset:
-                draft.add(gain.partial)
+    def extend(self, updates: Iterable[PartialUpdate]) -> None:
+        """Adds new tokens of samples."""
+        for update in updates:
+            partial = self._partials.get(update.attempt[0], {}).get(update.sample)
+            if partial is not None and partial.attempt == update.attempt and partial.length == update.offset:
+                partial.add(update.partial)
 
-    def end(self, columns: SampleColumns) -> None:
-        """Samples are there."""
-        if not self._drafts:
+    def finish(self, columns: SampleColumns) -> None:
+        """Drops samples that have finished."""
+        if not self._partials:
             return
         for group_id, sample in zip(columns.group.tolist(), columns.sample.tolist(), strict=True):
-            if (samples := self._drafts.get(group_id)) is not None:
+            if (samples := self._partials.get(group_id)) is not None:
                 samples.pop(sample, None)
                 if not samples:
-                    del self._drafts[group_id]
+                    del self._partials[group_id]
 
     def drop(self, group_ids: Sequence[int]) -> None:
-        """Nobody waits for groups any more."""
+        """Drops all samples of groups."""
         for group_id in group_ids:
-            self._drafts.pop(group_id, None)
+            self._partials.pop(group_id, None)
 
-    def resumed(self, group: Group, info: EngineInfo) -> list[Group]:
-        """A group that was broken off, as groups that go on: each sample that has begun by itself, the others together
-        with their neighbours."""
+    def resume(self, group: RoutedGroup, info: EngineInfo) -> list[RoutedGroup]:
+        """Splits a group that an engine did not finish into groups to sample next: each partial sample by itself, other
+        consecutive samples together."""
         if not group.resume:
             return [group]
-        most, parts = max_new_tokens(info, group), list[Group]()
+        max_tokens, parts = max_new_tokens(info, group), list[RoutedGroup]()
         for sample in group.samples:
-            partial = self._partial_of(group, sample, most)
+            partial = self._partial_of(group, sample, max_tokens)
             if partial is None and parts and parts[-1].partial is None:
                 parts[-1] = replace(parts[-1], count=parts[-1].count + 1)
             else:
                 parts.append(replace(group.part(sample, 1), partial=partial))
         return parts
 
-    def _partial_of(self, group: Group, sample: int, most: int) -> PartialSample | None:
-        """Of a sample that has tokens, and will have more."""
-        draft = self._drafts.get(group.id, {}).get(sample)
-        if draft is None or not 0 < draft.length < most:
+    def _partial_of(self, group: Group, sample: int, max_tokens: int) -> PartialSample | None:
+        """Returns a sample that has tokens and is not complete; None otherwise."""
+        arrived = self._partials.get(group.id, {}).get(sample)
+        if arrived is None or not 0 < arrived.length < max_tokens:
             return None
-        partial = PartialSample.concat(draft.parts)
+        partial = PartialSample.concat(arrived.parts)
         return None if int(partial.tokens[-1]) in group.params.stop_token_ids else partial

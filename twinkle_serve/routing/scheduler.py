@@ -10,17 +10,19 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import replace
 
 from twinkle_serve import timing
+from twinkle_serve.config import PolicyName
 from twinkle_serve.data_format.adapters import AdapterVersion
-from twinkle_serve.data_format.groups import Group, GroupKey, TextDelta
+from twinkle_serve.data_format.groups import GroupKey, TextDelta
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.engines.group_runner import Finished
 from twinkle_serve.errors import EngineCrashedError, EngineDeadError, EngineError, TwinkleServeError
 from twinkle_serve.routing.active_engine import ActiveEngine
 from twinkle_serve.routing.adapter_loading import AdapterLoader
 from twinkle_serve.routing.dispatch import Dispatcher
+from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.membership import EngineMembership
-from twinkle_serve.routing.poison import MAX_CRASHES, classify, named, poison_error, suspicion_s
-from twinkle_serve.routing.policies import PolicyName
+from twinkle_serve.routing.poison import MAX_CRASHES, classify, describe_prompt, poison_error, suspicion_s
+from twinkle_serve.routing.policies import POLICIES
 from twinkle_serve.routing.resume import PartialSamples, can_resume
 
 logger = logging.getLogger(__name__)
@@ -64,10 +66,10 @@ class GroupScheduler:
         """
         self._engines, self._loader = engines, loader
         self._wanted, self._deliver_columns, self._fail = wanted, deliver, fail
-        self._dispatcher = Dispatcher(policy)
+        self._dispatcher = Dispatcher(POLICIES[policy]())
         """Knows the engines in use."""
         self._resume = resume
-        self._drafts = PartialSamples()
+        self._partials = PartialSamples()
         self._pump_due = False
         engines.start(self)
 
@@ -106,10 +108,10 @@ class GroupScheduler:
 
     # -- groups ----------------------------------------------------------------------------------
 
-    def enqueue(self, groups: Iterable[Group]) -> None:
+    def enqueue(self, groups: Iterable[RoutedGroup]) -> None:
         """Queues groups; each starts as soon as an engine has room."""
         if self._resume:
-            groups = [replace(group, resume=can_resume(group.params)) for group in groups]
+            groups = [replace(group, resume=can_resume(group)) for group in groups]
         self._dispatcher.enqueue(groups)
         self._fail_without_hope("the engine")
         self._pump_soon()
@@ -137,12 +139,12 @@ class GroupScheduler:
 
     def withdraw(self, caller: str, group_ids: Sequence[int]) -> None:
         """Drops groups of a caller from the queue and from the engines that have them."""
-        self._drafts.drop(group_ids)
+        self._partials.drop(group_ids)
         for name, groups in self._dispatcher.withdraw(caller, group_ids).items():
             self._engines.spawn(self._abort(self._engines.active[name], groups))
         self._pump_soon()  # other groups may fit now
 
-    async def _abort(self, engine: ActiveEngine, groups: list[Group]) -> None:
+    async def _abort(self, engine: ActiveEngine, groups: list[RoutedGroup]) -> None:
         """Aborts groups on an engine and releases their load, unless this use of the engine has ended."""
         try:
             async with asyncio.timeout(timing.PROBE_TIMEOUT_S):
@@ -153,7 +155,7 @@ class GroupScheduler:
             self._dispatcher.finish(engine.name, [group.key for group in groups])
             self._pump_soon()
 
-    async def stream(self, group: Group) -> AsyncGenerator[TextDelta, None]:
+    async def stream(self, group: RoutedGroup) -> AsyncGenerator[TextDelta, None]:
         """Samples a group of one sample past the queue and yields its text. Closing the iterator aborts the sample.
 
         Raises:
@@ -166,7 +168,7 @@ class GroupScheduler:
             try:
                 if group.adapter is not None:
                     await self._loader.load_on(engine, group.adapter)
-                async with contextlib.aclosing(engine.client.stream(engine.session, group)) as deltas:
+                async with contextlib.aclosing(engine.client.stream(engine.session, group.for_engine())) as deltas:
                     while (delta := await engine.unless_lost(anext(deltas, None))) is not None:
                         started = True
                         yield delta
@@ -206,9 +208,9 @@ class GroupScheduler:
             engine = self._engines.active[name]
             engine.placed_at.update(dict.fromkeys((group.id for group in groups), now))
             self._watch_suspect(engine, groups)
-            by_adapter: dict[AdapterVersion | None, list[Group]] = defaultdict(list)
+            by_adapter: dict[AdapterVersion | None, list[RoutedGroup]] = defaultdict(list)
             for group in groups:
-                self._drafts.begin(group)
+                self._partials.start(group)
                 # Groups whose adapter is not loaded yet delay no others, and fail alone.
                 by_adapter[None if engine.has_adapter(group.adapter) else group.adapter].append(group)
             for missing, part in by_adapter.items():
@@ -218,10 +220,10 @@ class GroupScheduler:
                 engine.placed_at = {group_id: at for group_id, at in engine.placed_at.items() if group_id in held}
         self._engines.mark_idle()
 
-    async def _send(self, engine: ActiveEngine, groups: list[Group], missing: AdapterVersion | None) -> None:
+    async def _send(self, engine: ActiveEngine, groups: list[RoutedGroup], missing: AdapterVersion | None) -> None:
         """Sends a chunk to an engine, after it has loaded the missing adapter. Groups that the engine refuses fail;
         those of an engine that is gone are placed elsewhere."""
-        keys = [group.key for group in groups]
+        keys, sent = [group.key for group in groups], [group.for_engine() for group in groups]
         try:
             if missing is not None:
                 if not any(self._wanted(group.id) for group in groups):  # no request may hold the version any more
@@ -229,7 +231,7 @@ class GroupScheduler:
                     self._pump_soon()
                     return
                 await self._loader.load_on(engine, missing)
-            await engine.unless_lost(engine.client.submit(engine.session, groups, self._dispatcher.waiting > 0))
+            await engine.unless_lost(engine.client.submit(engine.session, sent, self._dispatcher.waiting > 0))
         except EngineDeadError as error:
             self._engines.lose(engine, error)
         except Exception as error:
@@ -268,7 +270,7 @@ class GroupScheduler:
             self._pump_soon()
 
     def _deliver(self, name: str, finished: Finished) -> None:
-        self._drafts.gain(finished.partial_updates)
+        self._partials.extend(finished.partial_updates)
         failed = self._dispatcher.finish(name, finished.failures)
         for group_id in {group.id: None for group in failed}:
             self._fail(group_id, next(error for key, error in finished.failures.items() if key[0] == group_id))
@@ -276,13 +278,13 @@ class GroupScheduler:
             self._pump_soon()
         if (columns := finished.columns) is None:
             return
-        self._dispatcher.ended(name, zip(columns.group.tolist(), columns.sample.tolist(), strict=True))
+        self._dispatcher.finish_samples(name, zip(columns.group.tolist(), columns.sample.tolist(), strict=True))
         self._dispatcher.learn(columns.lengths)
-        self._drafts.end(columns)
+        self._partials.finish(columns)
         self._deliver_columns(columns)
         self._pump_soon()
 
-    def _requeue(self, groups: list[Group]) -> None:
+    def _requeue(self, groups: list[RoutedGroup]) -> None:
         """Puts groups that an engine did not finish at the front of the queue, resuming their samples if possible."""
         again = []
         for group in groups:
@@ -290,15 +292,20 @@ class GroupScheduler:
                 continue
             group = replace(group, attempts=group.attempts + 1)
             if group.attempts > MAX_ATTEMPTS:
-                self._fail(group.id, EngineError(f"{named(group)} was begun {group.attempts} times, and never ended."))
+                self._fail(
+                    group.id,
+                    EngineError(f"{describe_prompt(group)} was begun {group.attempts} times, and never ended."),
+                )
             else:
                 assert self._engines.info is not None
-                again.extend(self._drafts.resumed(group, self._engines.info))
+                again.extend(self._partials.resume(group, self._engines.info))
         self._dispatcher.enqueue(again, first=True)
 
     # -- suspects ----------------------------------------------------------------------------------
 
-    def _classify(self, name: str, suspect: GroupKey | None, lost: list[Group], crashed: bool) -> list[Group]:
+    def _classify(
+        self, name: str, suspect: GroupKey | None, lost: list[RoutedGroup], crashed: bool
+    ) -> list[RoutedGroup]:
         """Fails the poisoned groups of an engine that ended, queues its suspects, and returns the innocent ones."""
         verdict = classify(name, suspect, lost, crashed=crashed)
         for group in verdict.poisoned:
@@ -310,14 +317,14 @@ class GroupScheduler:
                 self._dispatcher.suspect(replace(group, attempts=group.attempts + 1))
         return verdict.innocent
 
-    def _watch_suspect(self, engine: ActiveEngine, groups: list[Group]) -> None:
+    def _watch_suspect(self, engine: ActiveEngine, groups: list[RoutedGroup]) -> None:
         """Clears a suspect that was sent to an engine once it has run for longer than before its last engine ended."""
         key = self._dispatcher.suspect_of(engine.name)
         for group in groups:
             if group.key == key:
                 self._engines.spawn(self._clear_suspect(engine, group))
 
-    async def _clear_suspect(self, engine: ActiveEngine, group: Group) -> None:
+    async def _clear_suspect(self, engine: ActiveEngine, group: RoutedGroup) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(suspicion_s(group)):
                 await engine.lost.wait()

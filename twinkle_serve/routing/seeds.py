@@ -1,17 +1,17 @@
-"""Seeds belong to samples: they do not depend on engines, chunks or the other prompts' lengths."""
+"""Seeds of samples, independent of engines, chunks and the other prompts' lengths."""
 
 from __future__ import annotations
 
 _MASK = (1 << 64) - 1
 
 SPACING = 1 << 20
-"""Most samples of one prompt: seeds of sample i are the prompt's + i, so prompts lie this far apart or more."""
+"""Maximum number of samples per prompt. Sample i has the prompt's seed + i, so prompt seeds are multiples of this."""
 
 
 def prompt_seed(request_seed: int, prompt_index: int) -> int:
-    """Seed of sample 0 of a prompt, in [0, 2**62); sample i has the next i-th.
+    """Seed of sample 0 of a prompt, in [0, 2**62); sample i has this + i.
 
-    Two rounds of splitmix64 (Steele et al., 2014), so that requests of neighbouring seeds share no stream.
+    Two rounds of splitmix64 (Steele et al., 2014), so that requests with consecutive seeds share no random stream.
     """
     mixed = _splitmix(_splitmix(request_seed) ^ prompt_index)
     return (mixed & ((1 << 62) - 1)) // SPACING * SPACING

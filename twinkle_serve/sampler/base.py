@@ -24,11 +24,11 @@ from twinkle_serve.data_format.sample_request import (
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.errors import AdapterError, UnsupportedError
 from twinkle_serve.routing.api import RouterAPI
-from twinkle_serve.routing.templates import pack_template
 from twinkle_serve.sampler.controls import EngineControls
 from twinkle_serve.sampler.rollouts import AsyncRollouts, Rollouts
 from twinkle_serve.sampler.router_client import RouterClient
 from twinkle_serve.sampler.verification import Verification, verify
+from twinkle_serve.template.packing import pack_template
 
 if TYPE_CHECKING:
     from twinkle_serve.template import Template

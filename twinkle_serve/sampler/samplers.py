@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from twinkle_serve.config import MeshArgs, ServiceArgs, mesh_args
-from twinkle_serve.engines import EngineKind
+from twinkle_serve.data_format.groups import EngineKind
 from twinkle_serve.mesh import DeviceMesh
 from twinkle_serve.sampler.base import RunningSampler
 from twinkle_serve.sampler.router_client import RouterClient

@@ -8,17 +8,16 @@ import re
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.messages import MessageParser
+from twinkle_serve.data_format.prompts import TruncationStrategy
 from twinkle_serve.data_format.tool_calls import ToolParser, recognise_tool_parser, tool_parser
 from twinkle_serve.errors import ModelNotFoundError, PromptError, TemplateError, unknown_name
 from twinkle_serve.template.conversation import CallForm, conversation, find_call_form
-
-TruncationStrategy: TypeAlias = Literal["raise", "left", "right", "delete"]
 
 REASONING = ("<think>", "</think>")
 """Tags of the models that think before they answer: Qwen's, DeepSeek's and those that followed them."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, StopReason
-from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines.protocol import columns_of_group, stop_cut
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 class Row:
     """One sample in the running batch."""
 
-    params: SamplingParams
+    params: DecodingParams
     max_tokens: int
     generator: Generator
     """The sample's own."""
