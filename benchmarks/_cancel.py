@@ -1,13 +1,13 @@
-"""How soon an engine is free of what was cancelled, seen from outside: somebody else waits for the place.
+"""Measures how soon an engine frees the slot of a cancelled sequence, seen from outside: a stream waits for the slot.
 
-With one place: a call has two prompts. The first fills the context but for a few tokens and ends soon; the second runs
-until it is cancelled. A stream of one token, which goes past the router's queue, waits in the engine for the place. The
-time from the cancel to its token is an upper bound: the token's own step and its way back are in it. `alone` is what
-the stream takes on an engine that is free, its way there included.
+With one slot: a call has two prompts. The first fills the context except for a few tokens and ends soon; the second
+runs until it is cancelled. A stream of one token, which bypasses the router's queue, waits in the engine for the slot.
+The time from the cancel to its token is an upper bound: it includes the token's own step and its way back. `alone` is
+the time of that stream on an idle engine, its way there included.
 
-With two places, for `min_groups=1`: the first prompt leaves room for more tokens. Two streams wait, a long one and one
-of one token. The long one gets the place of the prompt that ends, the other the place of the one that is dropped. Both
-tokens come the same way, so the time between them is the one from the end of the first to the end of the second.
+With two slots, for `min_groups=1`: the first prompt leaves room for more tokens. Two streams wait, a long one and one
+of one token. The long one gets the slot of the prompt that ends, the short one the slot of the dropped prompt. Both
+tokens take the same way, so the time between them is the time between the ends of the two prompts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 
 
 class Waiter:
-    """A stream, read in a thread until its first delta; then it is closed."""
+    """A stream, read in a thread until its first delta, then closed."""
 
     def __init__(self, sampler: Any, tokens: int) -> None:
         self._sampler, self._tokens = sampler, tokens
@@ -41,7 +41,7 @@ class Waiter:
         deltas.close()
 
     def first(self) -> float:
-        """When the first delta came; the stream may go on."""
+        """Waits for the first delta and returns its time of arrival; the stream may go on."""
         while not self.arrived and self._thread.is_alive():
             time.sleep(0.001)
         return self.arrived
@@ -52,7 +52,12 @@ class Waiter:
 
 
 def cancels(sampler: Any, slots: int, context: int, rounds: int) -> dict[str, Any]:
-    """Times in ms, on an engine with so many places and so long a context."""
+    """Returns times in ms.
+
+    Args:
+        slots: sequences that the engine runs at once.
+        context: tokens of a prompt and its sample.
+    """
     if slots == 2:
         return {"min_groups": _ms([_min_groups(sampler, context) for _ in range(rounds)])}
     ways: dict[str, Callable[[Any], Any]] = {
@@ -76,11 +81,11 @@ def _alone(sampler: Any) -> float:
 def _cancelled(sampler: Any, context: int, act: Callable[[Any], Any]) -> float | None:
     _settle(sampler)
     rollouts = _two_prompts(sampler, context, 4, None)
-    next(rollouts)  # the second runs now, or is about to
+    next(rollouts)  # the second prompt runs now, or is about to
     _wait_for(sampler, 1)
     waiter = Waiter(sampler, 1)
     _wait_for(sampler, 2)
-    time.sleep(0.05)  # the stream is on its way from the router to the engine
+    time.sleep(0.05)  # lets the stream get from the router to the engine
     began = time.perf_counter()
     act(rollouts)
     taken = waiter.first() - began
@@ -105,7 +110,7 @@ def _min_groups(sampler: Any, context: int) -> float | None:
 
 
 def _two_prompts(sampler: Any, context: int, room: int, min_groups: int | None) -> Any:
-    """A call of a prompt that has room for so few tokens, and of one that has the whole context."""
+    """Starts a call of a prompt with room for `room` tokens and one with nearly the whole context."""
     rng = np.random.default_rng(time.time_ns())
     prompts = [{"input_ids": rng.integers(32, 127, length).astype(np.int32)} for length in (context - room, 4)]
     return sampler.sample_iter(prompts, {"max_tokens": None, "ignore_eos": True}, min_groups=min_groups)
@@ -126,7 +131,7 @@ def _sequences(sampler: Any) -> int:
 
 
 def _ms(taken: list[Any]) -> dict[str, Any]:
-    """None where the place was free before it was cancelled: that round says nothing."""
+    """Summarizes seconds. None marks a round whose slot was free before the cancel; those are counted as void."""
     values = sorted(seconds * 1e3 for seconds in taken if seconds is not None)
     if not values:
         return {"rounds": 0}

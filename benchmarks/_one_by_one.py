@@ -1,4 +1,4 @@
-"""What the router is measured against: a graph that calls the engine once a sample."""
+"""The baseline for the router: a graph that calls the engine once per sample."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from twinkle_serve.engines import build_engine
 
 @serve.deployment(max_ongoing_requests=100_000, logging_config=QUIET)
 class OneEngine:
-    """The reference's engine: a call is a sample."""
+    """The baseline's engine: one call, one sample."""
 
     async def __init__(self, kind: Any, engine_args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self._engine = build_engine(kind, "reference", str(hub.DEMO), engine_args)
@@ -31,7 +31,7 @@ class OneEngine:
 
 @serve.deployment(max_ongoing_requests=100_000, logging_config=QUIET)
 class OneByOne:
-    """The reference's router: each sample is a call of the engine."""
+    """The baseline's router: calls the engine for each sample."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine

@@ -1,4 +1,4 @@
-"""What the router's calls of an engine cost the router's process, with nothing done at either end."""
+"""CPU cost of the router's calls to an engine in the router's process, with no work done at either end."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.engines.group_runner import Finished
 
 GROUPS, SAMPLES, TOKENS = 4, 8, 300
-"""Of a chunk, which comes back in an item."""
+"""Size of a chunk, which comes back in one item."""
 SESSION = Session(incarnation="", router="")
 
 
 @serve.deployment(max_ongoing_requests=1000, logging_config=QUIET)
 class Callee:
-    """Takes chunks, and hands back as many items as it is asked for."""
+    """Accepts chunks, and returns as many items as the session's epoch."""
 
     async def submit(self, session: Session, groups: Sequence[Group], more: bool) -> None: ...
 
@@ -49,13 +49,13 @@ class Callee:
 
 @serve.deployment(max_ongoing_requests=1000, logging_config=QUIET)
 class Caller:
-    """Calls as the router does, and measures the CPU time of its own process."""
+    """Calls like the router, and measures the CPU time of its own process."""
 
     def __init__(self, callee: Any) -> None:
         self._link = ServeEngineClient(callee)
 
     async def submits(self, count: int) -> float:
-        """CPU ms of a chunk that is sent."""
+        """Returns CPU ms per sent chunk."""
         params = SamplingParams()
         ids = np.random.default_rng(0).integers(0, 1000, (GROUPS, 256)).astype(np.int32)
         groups = [Group(id=i, prompt_ids=row, params=params, count=SAMPLES) for i, row in enumerate(ids)]
@@ -65,7 +65,7 @@ class Caller:
         return (time.process_time() - started) / count * 1e3
 
     async def items(self, count: int) -> float:
-        """CPU ms of an item that is taken."""
+        """Returns CPU ms per received item."""
         started = time.process_time()
         async for _ in self._link.results(Session(incarnation="", router="", epoch=count)):
             pass

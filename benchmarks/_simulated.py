@@ -1,4 +1,4 @@
-"""Simulated engines, and the router's own dispatcher over them. No router, no RPC, no tokens: time is counted."""
+"""Simulated engines under the router's own dispatcher. No router, no RPC, no tokens: time is computed."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ from twinkle_serve.routing.dispatch import Dispatcher
 from twinkle_serve.routing.policies import PolicyName
 
 DELIVERY_S = 0.003
-"""What an engine hands back is at the router so much later."""
+"""From an engine's hand-over of samples to their arrival at the router."""
 PROMPT_TOKENS = 64
 LONGEST = 8192
 
 Sample: TypeAlias = tuple[int, int]
-"""Its group's id, and its index."""
+"""(group id, index of the sample)."""
 
 SHAPES = ("log-normal", "reasoning")
 
 
 def lengths_of(shape: str, count: int, rng: np.random.Generator) -> NDArray[np.int32]:
-    """Tokens of samples. log-normal: median 400, sigma 1. reasoning: most are done after hundreds, a quarter think for
-    thousands, and one in fifty runs into the limit."""
+    """Draws sample lengths, in tokens.
+
+    log-normal: median 400, sigma 1. reasoning: most end after hundreds, a quarter after thousands, and one in fifty
+    hits the limit.
+    """
     if shape == "log-normal":
         drawn = rng.lognormal(np.log(400), 1.0, count)
     else:
@@ -45,7 +48,7 @@ def lengths_of(shape: str, count: int, rng: np.random.Generator) -> NDArray[np.i
 
 @dataclass(slots=True, eq=False)
 class Engine:
-    """Sequences that progress together: each has had `progress` minus where it began tokens."""
+    """Sequences that advance together: each has `progress` minus its starting progress tokens."""
 
     name: str
     slots: int
@@ -53,15 +56,15 @@ class Engine:
     now: float = 0.0
     progress: float = 0.0
     running: list[tuple[float, int, Sample]] = field(default_factory=list)
-    """Heap: progress at which a sequence ends, a tie-breaker, its sample."""
+    """Heap of (progress at which a sequence ends, tie-breaker, sample)."""
     waiting: deque[tuple[int, Sample]] = field(default_factory=deque)
-    """Tokens, and which sample it is."""
+    """(tokens, sample)."""
     version: int = 0
     numbers: Any = field(default_factory=itertools.count)
     ended: list[Sample] = field(default_factory=list)
-    """What is to be handed back, and has not been."""
+    """Finished samples that are not handed back yet."""
     due: float = math.inf
-    """When it is."""
+    """Time at which they are handed back."""
 
     def advance(self, now: float) -> None:
         if self.running:
@@ -74,14 +77,14 @@ class Engine:
         return self.now + max(0.0, self.running[0][0] - self.progress) * (base + each * len(self.running))
 
     def start(self, delays: list[float]) -> None:
-        """Fills free slots."""
+        """Fills free slots from the queue, and records the time of each start."""
         while self.waiting and len(self.running) < self.slots:
             tokens, sample = self.waiting.popleft()
             heapq.heappush(self.running, (self.progress + tokens, next(self.numbers), sample))
             delays.append(self.now)
 
     def take_ended(self) -> list[Sample]:
-        """Takes what has all its tokens."""
+        """Removes and returns the samples that have all their tokens."""
         ended = []
         while self.running and self.running[0][0] <= self.progress + 1e-6:
             ended.append(heapq.heappop(self.running)[2])
@@ -90,23 +93,23 @@ class Engine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """Of one batch."""
+    """Figures of one batch."""
 
     makespan_s: float
     delays_s: list[float]
-    """Of each sample, from the call to its first step."""
+    """Seconds from the call to the first step, per sample."""
     cpu_us_per_prompt: float
-    """Of the dispatcher and its policy alone."""
+    """CPU of the dispatcher and its policy alone."""
     chunks: int
-    """That the router sent."""
+    """Chunks that the router sent."""
     items: int
-    """That engines handed back."""
+    """Items that engines handed back."""
 
 
 def simulate(
     policy: PolicyName, engines: int, slots: int, lengths: NDArray[np.int32], step_s: tuple[float, float], seed: int
 ) -> Result:
-    """A call with len(lengths) prompts, each of lengths.shape[1] samples."""
+    """Simulates one call. `lengths` has shape [prompts, samples]."""
     prompts, samples = lengths.shape
     dispatcher = Dispatcher(policy, rng=random.Random(seed))
     made = {f"e{number:04d}": Engine(f"e{number:04d}", slots, step_s) for number in range(engines)}
@@ -128,12 +131,12 @@ def simulate(
     cpu = 0.0
     delays: list[float] = []
     events: list[tuple[float, int, str, int | None]] = []
-    """When, a tie-breaker, of which engine, and the version of it whose step ends; None: something is delivered."""
+    """(time, tie-breaker, engine, engine version whose step ends; None for a delivery)."""
     order = itertools.count()
     chunk_left: list[int] = []
-    """Samples of each chunk that have not ended."""
+    """Unfinished samples of each chunk."""
     sent: dict[Sample, tuple[int, float]] = {}
-    """In which chunk, and when."""
+    """Chunk and send time of each sample."""
     items = 0
     last = 0.0
 
@@ -158,7 +161,7 @@ def simulate(
             heapq.heappush(events, (engine.next_end(), next(order), engine.name, engine.version))
 
     def hand_back(engine: Engine, ended: list[Sample], now: float) -> None:
-        """As `GroupRunner` does."""
+        """Schedules the delivery, as `GroupRunner` does."""
         due = engine.due
         for sample in ended:
             chunk, since = sent.pop(sample)
@@ -208,7 +211,7 @@ def simulate(
 
 
 def bound_s(lengths: NDArray[np.int32], engines: int, slots: int, step_s: tuple[float, float]) -> float:
-    """No batch is over sooner: all tokens at the rate of full engines, or the longest sample alone on one."""
+    """Lower bound on the makespan: all tokens at the rate of full engines, or the longest sample alone on one."""
     base, each = step_s
     return float(max(lengths.sum() * (base + each * slots) / slots / engines, lengths.max() * (base + each)))
 
@@ -216,15 +219,15 @@ def bound_s(lengths: NDArray[np.int32], engines: int, slots: int, step_s: tuple[
 def pooled(
     engines: int, slots: int, lengths: NDArray[np.int32], step_s: tuple[float, float]
 ) -> tuple[float, list[float]]:
-    """Makespan, s, of the same work where nothing is placed, and when each sample began.
+    """Simulates the same work without placement. Returns the makespan, s, and the start time of each sample.
 
-    All samples stand in one queue, in the order of their groups. A slot that is free takes the next one at that moment:
-    nothing is delivered late, nothing is sent ahead, and a group need not stay together. What has begun stays on its
-    engine, whose steps take what they take above; nobody knows lengths before. No router without such knowledge and
-    without moving what runs can be counted on to do better.
+    All samples wait in one queue, in the order of their groups. A free slot takes the next one at once: nothing is
+    delivered late, nothing is sent ahead, and a group need not stay together. A started sample stays on its engine,
+    whose steps take as long as above; lengths are unknown in advance. No router that knows no lengths and moves no
+    running samples can be counted on to do better.
     """
     waiting = deque((int(tokens), (i, 0)) for i, tokens in enumerate(lengths.ravel()))
-    # The first samples are dealt out one by one, so that engines are alike where there are fewer than slots.
+    # The first samples are dealt out one by one, so that engines are evenly loaded where samples are fewer than slots.
     first = [[waiting.popleft() for _ in range(min(engines, len(waiting)))] for _ in range(slots)]
     delays: list[float] = []
     made = []

@@ -1,4 +1,4 @@
-"""The part of `scripts/bench weights` that is about the model's own weights."""
+"""The half of `scripts/bench weights` that updates the model's own weights."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from twinkle_serve.engines.vllm import cpu_defaults
 
 PROMPT = [20, 21, 22, 23]
 STREAM_TOKENS = (80, 120, 160, 200)
-"""Of each caller's samples: they end at different times."""
+"""Sample length of each caller; they differ so that samples end at different times."""
 MIB = 2**20
 
 
 def service_of(model: str, engine_args: dict[str, Any]) -> Any:
-    """The service, with one engine, under the name that `part_of` knows."""
+    """Deploys the service with one engine, under the name that `part_of` looks for."""
     args = {"model_id": model, "device_mesh": {"dp_size": 1, "device_type": "cpu"}, "engine_args": engine_args}
     serve.run(build(ServiceArgs.model_validate(args)), name="sampler", route_prefix=None)
     return twinkle_serve.connect("sampler")
@@ -47,14 +47,14 @@ def processes(part_of: Callable[[psutil.Process], str | None]) -> list[psutil.Pr
 
 
 def noisy(weights: dict[str, Any]) -> dict[str, Any]:
-    """Other weights of the same model."""
+    """Returns new weights of the same model."""
     import torch
 
     return {name: tensor + 0.01 * torch.randn_like(tensor) * tensor.std() for name, tensor in weights.items()}
 
 
 def large_model(directory: Path) -> dict[str, Any]:
-    """A random model of 0.9 GB in float32, saved there. Returns its weights."""
+    """Saves a random model of 0.9 GB in float32 to a directory. Returns its weights."""
     import shutil
 
     import torch
@@ -82,7 +82,7 @@ def large_model(directory: Path) -> dict[str, Any]:
 
 
 class Bare:
-    """AsyncLLM in this process, which loads a model's weights from a directory by its own means."""
+    """AsyncLLM in this process, which reloads a model's weights from a directory."""
 
     def __init__(self, model: str, engine_args: dict[str, Any]) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -107,7 +107,7 @@ class Bare:
 
 
 class Peak(threading.Thread):
-    """The most memory that each part of the service takes, beyond what it had at the beginning."""
+    """Peak memory of each part of the service, beyond its memory at the beginning."""
 
     def __init__(self, service: list[psutil.Process], part_of: Callable[[psutil.Process], str | None]) -> None:
         super().__init__(daemon=True)
@@ -133,7 +133,7 @@ class Peak(threading.Thread):
 
 
 def memcpy_gb_s(size_bytes: int) -> float:
-    """Of one thread, from memory to memory, the best of five."""
+    """Copy rate of one thread, memory to memory, best of five."""
     source, target = np.ones(size_bytes, np.uint8), np.zeros(size_bytes, np.uint8)
     times = []
     for _ in range(5):
@@ -146,7 +146,7 @@ def memcpy_gb_s(size_bytes: int) -> float:
 async def first_sample(
     options: argparse.Namespace, directory: Path, part_of: Callable[[psutil.Process], str | None]
 ) -> dict[str, Any]:
-    """From tensors to the first token of them, of the demo model and of one of 0.9 GB, beside the bare engine, which
+    """Measures from tensors to their first token, with the demo model and a model of 0.9 GB. The bare engine beside it
     loads the same weights from files in memory."""
     from safetensors.torch import load_file, save_file
 
@@ -190,7 +190,7 @@ async def first_sample(
         del bare
         gc.collect()  # vLLM's own finalizer fails when it runs at interpreter exit
         if which != "demo":
-            # By itself: looking at memory so often takes a good part of a core.
+            # Apart from the timed rounds: polling memory this often takes a good part of a core.
             found["peak_memory_mib"] = {}
             for bucket_mib in (64, 256):
                 peak = Peak(service, part_of)
@@ -208,7 +208,7 @@ async def first_sample(
 async def update_and_sample(
     sampler: Any, label: str, weights: dict[str, Any], bucket_mib: int = 256
 ) -> tuple[float, float]:
-    """Seconds until the version was current, and until a token of it was there."""
+    """Returns seconds until the version was current, and until its first token arrived."""
     started = time.perf_counter()
     await asyncio.to_thread(sampler.update_weights, weights, label, bucket_bytes=bucket_mib * MIB)
     updated_s = time.perf_counter() - started
@@ -218,13 +218,13 @@ async def update_and_sample(
 
 
 def gaps(sampler: Any, weights: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Longest time that a caller who streams sample after sample waits for the next piece of text, around an update."""
+    """Longest wait for the next piece of text around an update, for callers that stream sample after sample."""
     found: dict[str, Any] = {}
     for mode in ("no update", "keep", "wait", "abort"):
         longest = []
         for number in range(rounds):
             with streaming(sampler) as waits:
-                time.sleep(0.3)  # of a benchmark: streams run, and the update falls into their middle
+                time.sleep(0.3)  # streams run, so that the update falls into their middle
                 if mode != "no update":
                     sampler.update_weights(noisy(weights), f"gap-{mode}-{number}", mode=mode)
                 time.sleep(0.3)
@@ -240,7 +240,8 @@ def gaps(sampler: Any, weights: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def streaming(sampler: Any) -> Iterator[list[float]]:
-    """As many callers as STREAM_TOKENS; the list fills with the seconds between pieces of text, across samples too."""
+    """Runs a streaming caller per entry of STREAM_TOKENS. The list collects seconds between pieces of text, across
+    samples too."""
     waits: list[float] = []
     end = threading.Event()
 
@@ -267,7 +268,7 @@ def streaming(sampler: Any) -> Iterator[list[float]]:
 
 
 async def many(versions: int, sampler: Any, weights: dict[str, Any], service: list[psutil.Process]) -> dict[str, Any]:
-    """Memory while one version follows another, each sampled from once."""
+    """Memory after many versions, each sampled from once."""
     from benchmarks.weights import memory_mib
 
     at = {}

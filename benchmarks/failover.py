@@ -1,10 +1,10 @@
-"""What a lost engine costs: samples that begin anew against samples that go on, `failover: restart` and `resume`.
+"""Cost of a lost engine: samples that start over against samples that continue, `failover: restart` and `resume`.
 
     scripts/bench failover [--rounds 5] [--samples 64] [--tokens 150] [--json FILE]
 
 Two vLLM engines and the router in this process, without Ray. When half of the tokens are sampled, one engine is cut
-off: its calls raise, as those of a process that died, until the round is over. So its load is lost and it need not be
-started again. Rounds without a loss say what the reports of running samples cost.
+off: its calls raise like those of a dead process until the round is over. So its work is lost without restarting it.
+Rounds without a loss show the cost of reporting partial samples.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ POLL_S = 0.01
 
 
 class Link:
-    """An engine that can be cut off."""
+    """A client of an engine that can be cut off."""
 
     def __init__(self, host: EngineServer) -> None:
         self._host = host
@@ -87,12 +87,12 @@ class Link:
 async def one_round(
     hosts: dict[str, EngineServer], store: LocalStore, failover: str, lose: bool, options: argparse.Namespace
 ) -> dict[str, float]:
-    """Seconds of a call, CPU seconds of this process in it, and tokens that were sampled and not handed out."""
+    """Returns the call's wall-clock seconds, this process's CPU seconds, and tokens that were sampled but discarded."""
     links = {name: Link(host) for name, host in hosts.items()}
     args = ServiceArgs.model_validate({"model_id": "demo", "failover": failover})
     router = Router(args, hub.DEMO, links, store)
     await router.start()
-    while router._engines.ready < len(links):  # noqa: ASYNC110  # nothing tells
+    while router._engines.ready < len(links):  # noqa: ASYNC110  # there is no event to wait for
         await asyncio.sleep(POLL_S)
     prompts = [{"input_ids": np.random.randint(20, 200, 8).tolist()} for _ in range(options.samples)]
     before = {name: host._engine.progress() for name, host in hosts.items()}
@@ -107,7 +107,7 @@ async def one_round(
     cpu_s, started = time.process_time(), time.perf_counter()
     call = asyncio.ensure_future(router.sample(prompts, {"max_tokens": options.tokens, "ignore_eos": True}))
     total = options.samples * options.tokens
-    while lose and look() < total / 2:  # noqa: ASYNC110  # nothing tells
+    while lose and look() < total / 2:  # noqa: ASYNC110  # there is no event to wait for
         await asyncio.sleep(POLL_S)
     if lose:
         next(iter(links.values())).cut.set()
@@ -120,7 +120,7 @@ async def one_round(
 
 
 async def prefill(host: EngineServer, count: int, length: int) -> float:
-    """Seconds to the first token of so many new prompts of such a length."""
+    """Returns seconds to the first token of `count` new prompts of `length` tokens."""
     from twinkle_serve import SamplingParams
 
     params, group = SamplingParams(max_tokens=1, ignore_eos=True), np.random.randint
@@ -143,7 +143,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
             for lose in (True, False):
                 found = await one_round(hosts, store, failover, lose, options)
                 print(f"{number}: {failover}, lost: {lose}: {found}", flush=True)
-                if number:  # the first one warms up
+                if number:  # the first round warms up
                     rounds[f"{failover}, {'one lost' if lose else 'none lost'}"].append(found)
     report: dict[str, Any] = {}
     for what, values in sorted(rounds.items()):

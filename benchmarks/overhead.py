@@ -1,10 +1,10 @@
-"""What the service costs over the bare engine: the same work through AsyncLLM and through the service, in turn.
+"""Overhead of the service over the bare engine: the same work through AsyncLLM and through the service, in turn.
 
     scripts/bench overhead [--rounds 8] [--prompts 64] [--samples 8] [--tokens 64] [--device cpu|cuda] [--json FILE]
 
-Both engines are up all the time with the same arguments and the same core for their computing thread, or the same GPU;
-one samples while the other idles. On cuda the model is a random one of 0.2 billion parameters. The ratio of each round
-compares neighbours in time, since the machine's speed drifts.
+Both engines stay up with the same arguments and the same core for their computing thread, or the same GPU; one samples
+while the other idles. On cuda the model is a random one of 0.2 billion parameters. Each round's ratio compares runs
+next to each other in time, since the machine's speed drifts.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Round:
     seconds: float
     tokens: int
     cpu_s: dict[str, float]
-    """CPU seconds of this round, by part of the system."""
+    """CPU seconds of this round by part of the system."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -63,7 +63,7 @@ class Round:
 
 
 class Bare:
-    """AsyncLLM in this process, called in the cheapest way it has."""
+    """AsyncLLM in this process, called in its cheapest way."""
 
     def __init__(self, model: str, device: str, engine_args: dict[str, Any]) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -110,7 +110,7 @@ async def through_service(sampler: Any, prompts: list[list[int]], samples: int, 
 
 def part_of(process: psutil.Process) -> str:
     title = " ".join(process.cmdline())
-    # Its title is not there on every run, its parents are.
+    # The process title is not always set, so look at the parents too.
     if "VLLM" in title or any(":engine-dp" in " ".join(parent.cmdline()) for parent in process.parents()):
         return "engine core and worker"
     if process.pid == os.getpid():
@@ -174,12 +174,12 @@ async def compare(options: argparse.Namespace, engine: Bare) -> tuple[list[Round
     rng = random.Random(0)
     bare, service = [], []
     for number in range(options.rounds + 1):
-        # New prompts each round, the same for both: nothing comes out of a prefix cache.
+        # New prompts each round, the same for both, so that the prefix cache gives nothing.
         questions = [f"{rng.randint(10, 999)}+{rng.randint(10, 999)}=" for _ in range(options.prompts)]
         prompts = [template.encode([{"role": "user", "content": q}], None, q).tolist() for q in questions]
         work = (prompts, options.samples, options.tokens)
         pair = {}
-        # Who goes first alternates too.
+        # The order alternates too.
         for who in ("bare", "service") if number % 2 else ("service", "bare"):
             pair[who] = await measured(engine.run(*work, number) if who == "bare" else through_service(sampler, *work))
         if number:  # the first round warms both up

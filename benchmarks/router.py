@@ -1,15 +1,14 @@
-"""The router on a real cluster: calls a second, CPU a prompt, latency of control calls, and how soon cancels act.
+"""The router on a real cluster: calls per second, CPU per prompt, latency of control calls, and of cancels.
 
     scripts/bench router [--engine fake] [--only calls cpu rpc control cancel] [--rounds 5] [--json FILE]
 
-- calls: `--calls` calls of one prompt and `--samples` samples each, 64 at a time, by `connect` and `sample_async`,
-  against a reference graph in turns: a trivial router, called by handle, 64 at a time, that calls a deployment of the
-  same engine kind once a sample and gathers the answers. It checks nothing, encodes nothing, keeps no load, and answers
-  with a list of columns. Both get the same token ids, and every sample has `--tokens` tokens.
+- calls: `--calls` calls of one prompt and `--samples` samples each, 64 at a time, through `connect` and `sample_async`,
+  in turn with a reference graph: a trivial router, called by handle, 64 at a time, that calls a deployment of the same
+  engine kind once per sample and gathers the answers. It checks nothing, encodes nothing, tracks no load, and returns a
+  list of columns. Both get the same token ids, and every sample has `--tokens` tokens.
 - cpu: CPU time of the processes during calls of 64 prompts of 8 samples.
-- rpc: CPU time that a chunk which is sent, and an item which comes back, cost the router by themselves.
-- control: `status` from a process of its own every 20 ms, from when 10,000 prompts are sent until none
-  waits, or 20 s.
+- rpc: the router's CPU time per sent chunk and per returned item, by themselves.
+- control: `status` from a separate process every 20 ms, from when 10,000 prompts are sent until none waits, or 20 s.
 - cancel: see `benchmarks/_cancel.py`.
 """
 
@@ -49,14 +48,14 @@ VLLM_ARGS = {"max_model_len": 256, "dtype": "float32", "max_num_seqs": 256, "kv_
 
 @ray.remote(num_cpus=0)
 class Prober:
-    """Calls `status`, in a process of its own."""
+    """Calls `status`, in a separate process."""
 
     def __init__(self, name: str) -> None:
         self._sampler = twinkle_serve.connect(name)
 
     async def watch(self, seconds: float, until_empty: bool) -> tuple[list[float], int]:
-        """Latencies, s, of a call every PERIOD_S, whether or not the last one was answered; and the most groups that
-        were seen to wait."""
+        """Calls every PERIOD_S, whether or not the last call was answered. Returns latencies, s, and the most groups
+        seen waiting."""
         latencies: list[float] = []
         waiting = [0]
         over = asyncio.Event()
@@ -95,7 +94,7 @@ def main() -> None:
         "machine": f"{os.cpu_count()} x {cpu_model()}, no GPU",
     }
     with tempfile.TemporaryDirectory(prefix="tsb") as temporary:
-        # Logical cores: the service and the reference stand side by side, and one of them works at a time.
+        # Logical cores: the service and the reference are deployed side by side, and one of them works at a time.
         ray.init(num_cpus=8, namespace="serve", _temp_dir=temporary, include_dashboard=False, log_to_driver=False)
         serve.start(http_options={"location": "NoServer"})
         for part in options.only:
@@ -112,7 +111,7 @@ def engine_args(options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def started(name: str, engine: str, engine_args: dict[str, Any]) -> Any:
-    """A sampler of a service of one engine."""
+    """Deploys a service with one engine and returns its sampler."""
     args = ServiceArgs.model_validate(
         {
             "model_id": "demo",
@@ -134,7 +133,7 @@ def prompts_of(count: int, seed: int, length: int = PROMPT_TOKENS) -> list[dict[
 
 
 async def each(prompts: Sequence[Any], call: Callable[[Any], Awaitable[Any]]) -> None:
-    """Calls for each prompt, AT_A_TIME at a time."""
+    """Calls with each prompt, AT_A_TIME at a time."""
     rest: Iterator[Any] = iter(prompts)
 
     async def worker() -> None:
@@ -145,7 +144,7 @@ async def each(prompts: Sequence[Any], call: Callable[[Any], Awaitable[Any]]) ->
 
 
 async def calls(options: argparse.Namespace) -> dict[str, Any]:
-    """Calls a second, through the service and through the reference, in turns."""
+    """Calls per second through the service and through the reference, in turn."""
     sampler = await started("sampler", options.engine, engine_args(options))
     one_by_one: Any = OneByOne
     one_engine: Any = OneEngine
@@ -189,7 +188,7 @@ async def counted(work: Awaitable[None], count: int) -> int:
 
 
 def cpu_ms(rounds: Sequence[Any], units: int) -> dict[str, float]:
-    """CPU of each part of the system, median of rounds, ms a unit."""
+    """CPU of each part of the system, median of rounds, ms per unit."""
     parts = sorted({part for each_round in rounds for part in each_round.cpu_s})
     return {part: round(statistics.median(r.cpu_s.get(part, 0.0) for r in rounds) / units * 1e3, 3) for part in parts}
 
@@ -200,8 +199,8 @@ def quartiles(values: Sequence[float]) -> dict[str, Any]:
 
 
 async def cpu(options: argparse.Namespace) -> dict[str, Any]:
-    """CPU a prompt, in calls of 64 prompts of 8 samples: all of one length, as cheap as it gets, and of lengths that
-    differ, by 16 tokens of the vocabulary that end a sample, so that they come back a few at a time."""
+    """CPU per prompt in calls of 64 prompts of 8 samples: `alike`, all of one length, the cheapest case; and `apart`,
+    of different lengths (16 tokens of the vocabulary end a sample), so that samples return a few at a time."""
     sampler = await started("sampler", options.engine, engine_args(options))
     repeats, result = 4, {}
     ways = {
@@ -227,7 +226,7 @@ async def cpu(options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def rpc(options: argparse.Namespace) -> dict[str, Any]:
-    """CPU of the router's process, ms; see `benchmarks/_rpc.py`."""
+    """CPU ms of the router's process; see `benchmarks/_rpc.py`."""
     caller, callee, count = Caller, Callee, 500
     graph = caller.bind(callee.bind())  # type: ignore[attr-defined]
     handle: Any = await asyncio.to_thread(serve.run, graph, name="rpc", route_prefix=None)
@@ -242,9 +241,9 @@ async def rpc(options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def control(options: argparse.Namespace) -> dict[str, Any]:
-    """Latency of `status` while nothing is done, and while 10,000 prompts wait, of one call or of ten.
+    """Latency of `status` on an idle service, and while 10,000 prompts wait, of one call or of ten.
 
-    A fake engine that does 500 prompts a second and needs little CPU for it: queues last for about 20 s.
+    The fake engine does 500 prompts per second with little CPU, so queues last for about 20 s.
     """
     name = "queued"
     sampler = await started(name, "fake", {"token_latency_s": 1.0, "max_num_seqs": 4000})
@@ -254,7 +253,7 @@ async def control(options: argparse.Namespace) -> dict[str, Any]:
         prompts = prompts_of(QUEUED, count)
         size = QUEUED // count
         watching = prober.watch.remote(WATCH_S, True)
-        await asyncio.sleep(5 * PERIOD_S)  # its calls are on their way
+        await asyncio.sleep(5 * PERIOD_S)  # the prober's calls are under way
         sent = [
             asyncio.create_task(sampler.sample_async(prompts[i : i + size], {"max_tokens": 1}, num_samples=8))
             for i in range(0, QUEUED, size)
@@ -273,7 +272,7 @@ def latencies(watched: tuple[Sequence[float], int]) -> dict[str, Any]:
 
 
 async def cancel(options: argparse.Namespace) -> dict[str, Any]:
-    """How soon an engine is free of what was cancelled."""
+    """How soon an engine frees the slots of cancelled sequences."""
     arguments: dict[str, Any] = {"max_model_len": 2048}
     arguments |= {"token_latency_s": 0.005} if options.engine == "fake" else {"dtype": "float32"}
     arguments |= {} if options.engine == "fake" else {"kv_cache_memory_bytes": 2**28}

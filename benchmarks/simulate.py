@@ -1,19 +1,19 @@
-"""How long a batch takes on many engines, by policy: the router's own dispatcher over simulated engines.
+"""Makespan of a batch on many engines, by policy: the router's own dispatcher over simulated engines.
 
     scripts/bench simulate [--batches 8x16 64x16 64x128 512x16 4096x2] [--slots 64] [--json FILE] [--plot FILE]
 
-A batch of 64x16 is on 64 engines, and has 16 times what all of them run at once, in groups of `--samples`. An engine
-runs up to `--slots` sequences side by side; a step gives each one token and takes BASE_S + b * SEQUENCE_S with b
-sequences (`--step-s`, by default as measured on the demo model; `--measure` does that again). It hands samples back
+A batch of 64x16 runs on 64 engines and has 16 times the samples that they run at once, in groups of `--samples`. An
+engine runs up to `--slots` sequences at once; a step gives each one token and takes BASE_S + b * SEQUENCE_S with b
+sequences (`--step-s`, by default as measured on the demo model; `--measure` measures it again). It hands samples back
 DELIVERY_S after they end.
 
 The lower bound is the larger of two: all tokens at the rate of full engines, and the longest sample alone on one. No
 router that does not know lengths gets near it while the longest sample takes a good part of the batch's time, so `pool`
-stands beside it, the same work where nothing is placed: see `benchmarks._simulated.pooled`.
+stands beside it, the same work without placement: see `benchmarks._simulated.pooled`.
 
-`router_ms_per_prompt` is the router's CPU: the dispatcher's, measured here, and `--rpc-ms`, which is what
-`scripts/bench router` has measured of a prompt that is encoded and answered, of a chunk that is sent and of an item
-that comes back. `saturates_at` is how many such engines keep one core busy with that.
+`router_ms_per_prompt` is the router's CPU: the dispatcher's, measured here, plus `--rpc-ms`, which `scripts/bench
+router` measured for a prompt (encoding and answer), a sent chunk and a returned item. `saturates_at` is the number of
+such engines that keep one core busy with that.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from twinkle_serve.data_format.groups import Group
 from twinkle_serve.routing.policies import POLICIES
 
 STEP_S = (0.0026, 0.000082)
-"""Of the demo model on two cores, float32, by `--measure`."""
+"""Measured on the demo model on two cores, float32, by `--measure`."""
 
 RPC_MS = (0.25, 2.0, 0.6)
-"""CPU of the router for a prompt, a chunk and an item, by `scripts/bench router --only cpu rpc`."""
+"""CPU of the router per prompt, chunk and item, by `scripts/bench router --only cpu rpc`."""
 
 POOL = "pool"
 
 
 async def measured_step_s() -> tuple[float, float]:
-    """Of a vLLM engine with the demo model on this machine: a line through the steps of 1 and of 64 sequences."""
+    """Measures a vLLM engine with the demo model on this machine: a line through the steps of 1 and of 64 sequences."""
     from twinkle_serve import hub
     from twinkle_serve.engines import build_engine
 
@@ -65,7 +65,7 @@ async def measured_step_s() -> tuple[float, float]:
 
 
 def batches(text: str) -> tuple[int, float]:
-    """Engines and waves of `64x16`."""
+    """Parses `64x16` into engines and waves."""
     engines, waves = text.split("x")
     return int(engines), float(waves)
 
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, step_s: tuple[float, float]) -> Iterator[dict[str, Any]]:
-    """A row for each batch, shape of lengths and policy; the pool's is the first of each."""
+    """Yields a row for each batch, shape of lengths and policy; the pool's comes first."""
     slots, samples = options.slots, options.samples
     for shape in SHAPES:
         for engines, waves in map(batches, options.batches):
@@ -150,7 +150,7 @@ def run(options: argparse.Namespace, step_s: tuple[float, float]) -> Iterator[di
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Makespan against the bound, and queueing delay as a share of it, by batch, for each policy and shape."""
+    """Plots makespan and queueing delay relative to the bound, by batch, for each policy and shape."""
     import matplotlib
 
     matplotlib.use("Agg")

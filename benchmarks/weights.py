@@ -1,10 +1,10 @@
-"""How soon samples come from new weights, what running samples see of it, and what it costs in memory.
+"""How soon samples come from new weights, how updates affect running samples, and their cost in memory.
 
     scripts/bench weights [--rounds 10] [--ranks 8 16 32 64] [--versions 200] [--only adapters | base] [--json FILE]
 
-An adapter goes from tensors in this process to the first token that it samples: through the service, which stores,
-checks and publishes it, and beside it, in turn, through the bare engine, which loads the same files from memory.
-Both engines are up all the time with the same arguments; one works while the other idles.
+Times an adapter from tensors in this process to its first sampled token: through the service, which stores, checks and
+publishes it, and in turn through the bare engine, which loads the same files from memory. Both engines stay up with the
+same arguments; one works while the other idles.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MEMORY = Path("/dev/shm")
 
 
 class Adapters:
-    """LoRA adapters of the demo model with random weights, new ones each time, as a trainer has them."""
+    """LoRA adapters of the demo model with new random weights each time, as tensors, as a trainer has them."""
 
     def __init__(self) -> None:
         import torch
@@ -56,7 +56,7 @@ class Adapters:
         self._by_rank: dict[int, tuple[Any, dict[str, Any]]] = {}
 
     def new(self, rank: int) -> tuple[Any, dict[str, Any]]:
-        """peft's config, and tensors with their names."""
+        """Returns peft's config, and tensors by name."""
         import torch
         from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
@@ -70,7 +70,7 @@ class Adapters:
 
 
 class Bare:
-    """AsyncLLM in this process, which loads adapters from paths."""
+    """AsyncLLM in this process, which loads adapters from directories."""
 
     def __init__(self, directory: Path) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -85,7 +85,7 @@ class Bare:
         )
 
     def written(self, files: AdapterFiles) -> str:
-        """The files in a directory of their own, in memory."""
+        """Writes the files to a new directory in memory and returns it."""
         self._loads += 1
         path = self._directory / str(self._loads)
         path.mkdir()
@@ -114,7 +114,7 @@ def part_of(process: psutil.Process) -> str | None:
 
 
 def memory_mib(service: list[psutil.Process]) -> dict[str, float]:
-    """Memory of the service's processes without what they share, of files in memory, and of Ray's object store."""
+    """Memory of the service's processes without shared pages, of files in memory, and of Ray's object store."""
     found: dict[str, float] = defaultdict(float)
     for process in service:
         full = process.memory_full_info()
@@ -173,7 +173,7 @@ async def measure(options: argparse.Namespace, memory: Path) -> dict[str, Any]:
 
 
 async def publish(rounds: int, rank: int, adapters: Adapters, bare: Bare, sampler: Any) -> dict[str, Any]:
-    """Milliseconds from tensors to the first token of them."""
+    """Returns milliseconds from tensors to their first token."""
     times: dict[str, list[float]] = defaultdict(list)
     size_bytes = 0
     for number in range(rounds + 1):
@@ -203,7 +203,7 @@ async def publish(rounds: int, rank: int, adapters: Adapters, bare: Bare, sample
 
 
 async def many(versions: int, adapters: Adapters, sampler: Any, service: list[psutil.Process]) -> dict[str, Any]:
-    """Memory while one version follows another, each sampled from once."""
+    """Memory after many versions, each sampled from once."""
     at = {}
     for number in range(1, versions + 1):
         config, tensors = adapters.new(64)

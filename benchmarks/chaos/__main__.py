@@ -1,10 +1,10 @@
-"""The service under fire: what is lost, and what it costs.
+"""Tests a service under faults: whether samples are lost, and the cost in throughput.
 
     scripts/chaos --minutes N [--seed S] [--json FILE] [--engine vllm | fake] [--kill-engines-only]
 
-A cluster of its own with two engines has a steady load of sampling calls on adapters and the model, new versions of
-both all the time, and about every --period-s an event: a process of the service or a trainer is killed or stopped, or
-Ray's object store is filled. Exit status 1 if any sample was lost, doubled or mislabelled, or a call failed or hung.
+A separate cluster with two engines gets a steady load of sampling calls on adapters and the model, a stream of new
+versions of both, and an event about every --period-s: a process of the service or a trainer is killed or stopped, or
+Ray's object store is filled. Exits with 1 if any sample was lost, doubled or mislabelled, or a call failed or hung.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from benchmarks.chaos.report import as_json, summary
 from benchmarks.chaos.run import run
 
 ENGINE_KILLS_S = 20.0
-"""Between kills, with --kill-engines-only."""
+"""Period of kills with --kill-engines-only."""
 
 
 def parsed(arguments: list[str]) -> tuple[Options, Path | None]:
-    """Options of the run, and where its figures go."""
+    """Returns the options of the run and the path for its figures."""
     default = Options()
     parser = argparse.ArgumentParser(
         prog="scripts/chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -41,8 +41,8 @@ def parsed(arguments: list[str]) -> tuple[Options, Path | None]:
     parser.add_argument(
         "--kill-engines-only", action="store_true", help=f"replicas and cores, every {ENGINE_KILLS_S:g} s"
     )
-    parser.add_argument("--overlapping", action="store_true", help="events come though engines are missing")
-    parser.add_argument("--share", type=float, default=default.share, help="of the samples that are scored")
+    parser.add_argument("--overlapping", action="store_true", help="do not wait for all engines between events")
+    parser.add_argument("--share", type=float, default=default.share, help="of the samples to score")
     given = parser.parse_args(arguments)
     kinds = tuple(given.kinds)
     if given.kill_engines_only:

@@ -1,4 +1,4 @@
-"""transformers in float32, which scores samples under the versions that they name. Nothing of the service's own."""
+"""Scores samples by transformers in float32, under the versions that label them. Uses nothing of the service."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from twinkle_serve import SampledSequence, hub
 from twinkle_serve.checkpoint import named_tensors
 
 AGREES = 1e-3
-"""Most |Δlogprob|, nats, of a token under the versions that it names."""
+"""Largest |Δlogprob| of a token, nats, under the versions that label it."""
 ROWS = 64
-"""Sequences in a batch."""
+"""Sequences per batch."""
 
 
 class Reference:
@@ -28,10 +28,10 @@ class Reference:
         self._history = history
         self._adapters = AdapterMaker()
         self.samples, self.tokens, self.largest = 0, 0, 0.0
-        """Samples and tokens that were scored, and the largest |Δlogprob| of those that agree, nats."""
+        """Scored samples and tokens, and the largest |Δlogprob| of those that agree, nats."""
 
     def check(self, calls: Iterable[Answered], share: float, rng: random.Random) -> list[Finding]:
-        """What does not agree, of a share of the samples that is drawn by `rng`."""
+        """Scores a share of the samples, drawn by `rng`. Returns the ones that do not agree."""
         findings = []
         for (base, adapter), found in sorted(by_versions(calls).items()):
             drawn = sorted((pair for pair in found if rng.random() < share), key=lambda pair: len(pair[1].tokens))
@@ -43,13 +43,13 @@ class Reference:
         index = self._history.base(base)
         seeds = [attempt.seed for attempt in self._history.adapter(adapter)] if adapter else [None]
         if index is None or not seeds:
-            return []  # labels of nothing are found elsewhere
+            return []  # unknown labels are found elsewhere
         remaining = [(answered, sequence, float("inf")) for answered, sequence in drawn]
-        for seed in seeds:  # more than one where an answer was lost, and it is not known which attempt it was
+        for seed in seeds:  # several where an answer was lost and the attempt is unknown
             self._load(self._history.attempts[BASE][index].seed, seed)
             remaining = self._not_agreeing(remaining, base)
         return [
-            answered.finding("mislabelled", f"{sequence!r} is not of {base!r} with {adapter!r}: |Δlogprob| {worst:.4f}")
+            answered.finding("mislabelled", f"{sequence!r} is not by {base!r} with {adapter!r}: |Δlogprob| {worst:.4f}")
             for answered, sequence, worst in remaining
         ]
 
@@ -72,7 +72,7 @@ class Reference:
         return others
 
     def _load(self, base: int | None, adapter: int | None) -> None:
-        """Gives the model the weights of these seeds, the adapter's added by the formula of LoRA."""
+        """Loads the weights of these seeds into the model, with the adapter's merged by LoRA's formula."""
         weights = dict(named_tensors(hub.DEMO)) if base is None else changed_weights(base)
         if adapter is not None:
             config, tensors = self._adapters.config, self._adapters.made(adapter)

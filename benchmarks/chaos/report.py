@@ -1,4 +1,4 @@
-"""What a run found, as JSON and to read."""
+"""Reports a run, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from benchmarks.chaos.record import ENGINES, Run
 from benchmarks.overhead import commit, cpu_model
 
 MAX_FINDINGS = 40
-"""That are listed; all are counted."""
+"""Findings to list; all are counted."""
 MAX_LETTERS = 300
-"""Of each: Ray's own messages are long."""
+"""Length of each: Ray's messages are long."""
 
 
 def as_json(done: Run, command: str) -> dict[str, Any]:
-    """All figures of a run."""
+    """Returns all figures of a run."""
     options = done.options
     good = [call for call in done.calls if not call.error]
     recovered = defaultdict(list)
@@ -70,7 +70,7 @@ def _line(finding: Finding) -> str:
 
 
 def _recovery(times: list[float | None]) -> dict[str, Any]:
-    """Of one kind of event; seconds."""
+    """Summarizes seconds to recovery of one kind of event."""
     known = [seconds for seconds in times if seconds is not None]
     if not known:
         return {"events": len(times), "recovered": 0}
@@ -83,7 +83,7 @@ def _recovery(times: list[float | None]) -> dict[str, Any]:
 
 
 def _goodput(done: Run) -> dict[str, float]:
-    """Calm and with events, and with events against what the engines that were ready could do."""
+    """Goodput in calm phases and with events, and the latter relative to the capacity of the ready engines."""
     calm, events = done.rate("calm before", "calm after"), done.rate("events")
     ready = done.ready_share("events")
     return {
@@ -98,7 +98,7 @@ def _goodput(done: Run) -> dict[str, float]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The same, to read."""
+    """Returns the same as text."""
     calls, goodput, published = result["calls"], result["goodput_tokens_per_s"], result["published"]
     failed = ", ".join(f"{count} {name}" for name, count in calls["failed"].items()) or "none"
     lines = [

@@ -1,4 +1,4 @@
-"""One run: a cluster of its own, load, events, and what is found when all is over."""
+"""Runs chaos once: a separate cluster, load, events, and the checks afterwards."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ ENGINE_ARGS: dict[str, dict[str, Any]] = {
 }
 OBJECT_STORE_BYTES = 2**27
 SETTLED_S = 5.0
-"""How long all engines must have been ready: a dead one is not always missed at once."""
+"""How long all engines must stay ready: a dead one is not always noticed at once."""
 POLL_S = 0.1
 WARM_UP_S = 5.0
 IDLE_S = 30.0
-"""Within which the service must have let go of everything after the last call."""
+"""Time after the last call within which the service must be idle."""
 
 
 def run(options: Options) -> Run:
-    """Deploys a service, has all of it happen, and checks every response."""
+    """Deploys a service, runs all phases, and checks every response."""
     done = Run(options)
     with tempfile.TemporaryDirectory(prefix="chaos-") as directory:
-        # Two cores more than the engines': router, store and trainers ask for next to nothing.
+        # Two cores more than the engines': router, store and trainers request next to nothing.
         with ray_cluster(num_cpus=ENGINES + 2, object_store_memory=OBJECT_STORE_BYTES):
             lives = _disturb(done, Path(directory))
         for life in lives:
@@ -60,7 +60,7 @@ def run(options: Options) -> Run:
 
 
 def _disturb(done: Run, directory: Path) -> list[Life]:
-    """Everything that needs the service."""
+    """Runs the phases that need the service. Returns all trainers."""
     options = done.options
     sampler = deploy(
         APPLICATION,
@@ -97,7 +97,7 @@ def _disturb(done: Run, directory: Path) -> list[Life]:
 
 
 def _events(done: Run, faults: Faults, watch: Watch, rng: random.Random) -> None:
-    """One event after the other. Each kind comes once before one comes again."""
+    """Causes one event after another. Each kind comes once before any repeats."""
     options = done.options
     end = time.monotonic() + options.minutes * 60
     kinds: list[str] = []
@@ -125,7 +125,7 @@ def _events(done: Run, faults: Faults, watch: Watch, rng: random.Random) -> None
 
 
 def _await_recovery(done: Run, event: Event, strike: Strike, watch: Watch) -> None:
-    """Until all engines are ready, and stay so, after what was struck is replaced; past the bound it is a finding."""
+    """Waits until the target is replaced and all engines are and stay ready; past the bound that is a finding."""
     over_at: float | None = None
     while (now := time.monotonic()) < event.at + done.options.bound_s:
         try:
@@ -159,7 +159,7 @@ def _tell(done: Run, event: Event) -> None:
 
 
 def _left_behind(watch: Watch, faults: Faults) -> str:
-    """What the service still holds, though nobody calls, and processes that it should not have; "" if it is nothing."""
+    """Describes work that an idle service still holds, and surplus processes; "" if there is nothing."""
     end = time.monotonic() + IDLE_S
     while True:
         status = watch.status()

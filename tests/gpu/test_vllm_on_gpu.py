@@ -1,4 +1,4 @@
-"""vLLM on a GPU, as a service: what no CPU can show."""
+"""vLLM on a GPU, as a service: behaviour that only a GPU shows."""
 
 from __future__ import annotations
 
