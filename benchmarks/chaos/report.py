@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections import Counter, defaultdict
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from benchmarks.chaos.checks import Finding
 from benchmarks.chaos.publisher import BASE
 from benchmarks.chaos.record import ENGINES, Run
-from benchmarks.overhead import commit, cpu_model
+from benchmarks.common.machine import commit, machine
 
 MAX_FINDINGS = 40
 """Findings to list; all are counted."""
@@ -29,7 +28,7 @@ def as_json(done: Run, command: str) -> dict[str, Any]:
     result = {
         "command": command,
         "commit": commit(),
-        "machine": f"{os.cpu_count()} x {cpu_model()}, no GPU",
+        "machine": machine(),
         "engine": options.engine,
         "seed": options.seed,
         "seconds": {phase.name: round(phase.end - phase.begin, 1) for phase in done.phases},

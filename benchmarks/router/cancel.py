@@ -12,19 +12,32 @@ tokens take the same way, so the time between them is the time between the ends 
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from ray import serve
+
+from benchmarks.router.service import started
+from twinkle_serve.sampler import Rollouts, RunningSampler
+
+CONTEXT = 2048
+LEAST_ROUNDS = 5
+ENGINE_ARGS: dict[str, dict[str, Any]] = {
+    "fake": {"token_latency_s": 0.005},
+    "vllm": {"dtype": "float32", "kv_cache_memory_bytes": 2**28},
+}
 
 
 class Waiter:
-    """A stream, read in a thread until its first delta, then closed."""
+    """A stream, read in a thread until its first delta, then abandoned."""
 
-    def __init__(self, sampler: Any, tokens: int) -> None:
+    def __init__(self, sampler: RunningSampler, tokens: int) -> None:
         self._sampler, self._tokens = sampler, tokens
         self.sent = time.perf_counter()
         self.arrived = 0.0
@@ -37,11 +50,10 @@ class Waiter:
         deltas = self._sampler.sample_stream(prompt, {"max_tokens": self._tokens, "ignore_eos": True})
         next(deltas)
         self.arrived = time.perf_counter()
-        self._may_end.wait()
-        deltas.close()
+        self._may_end.wait()  # and is cancelled as the iterator goes
 
     def first(self) -> float:
-        """Waits for the first delta and returns its time of arrival; the stream may go on."""
+        """Waits for the first delta and returns its time of arrival; the stream goes on."""
         while not self.arrived and self._thread.is_alive():
             time.sleep(0.001)
         return self.arrived
@@ -51,26 +63,34 @@ class Waiter:
         self._thread.join()
 
 
-def cancels(sampler: Any, slots: int, context: int, rounds: int) -> dict[str, Any]:
-    """Returns times in ms.
+async def cancel(options: argparse.Namespace) -> dict[str, Any]:
+    """Times in ms until an engine frees the slots of cancelled sequences."""
+    figures: dict[str, Any] = {}
+    rounds = max(LEAST_ROUNDS, options.rounds)
+    for slots, measure in ((1, _one_slot), (2, _two_slots)):
+        args = {"max_model_len": CONTEXT, "max_num_seqs": slots, **ENGINE_ARGS[options.engine]}
+        sampler = await started(f"slots{slots}", options.engine, args)
+        figures |= await asyncio.to_thread(measure, sampler, rounds)
+        await asyncio.to_thread(serve.delete, f"slots{slots}")
+    return figures
 
-    Args:
-        slots: sequences that the engine runs at once.
-        context: tokens of a prompt and its sample.
-    """
-    if slots == 2:
-        return {"min_groups": _ms([_min_groups(sampler, context) for _ in range(rounds)])}
-    ways: dict[str, Callable[[Any], Any]] = {
+
+def _one_slot(sampler: RunningSampler, rounds: int) -> dict[str, Any]:
+    ways: dict[str, Callable[[Rollouts], object]] = {
         "cancel": lambda rollouts: rollouts.cancel([1]),
         "close": lambda rollouts: rollouts.close(),
     }
-    result = {"alone": _ms([_alone(sampler) for _ in range(rounds)])}
+    figures = {"alone": _ms([_alone(sampler) for _ in range(rounds)])}
     for way, act in ways.items():
-        result[way] = _ms([_cancelled(sampler, context, act) for _ in range(rounds)])
-    return result
+        figures[way] = _ms([_cancelled(sampler, act) for _ in range(rounds)])
+    return figures
 
 
-def _alone(sampler: Any) -> float:
+def _two_slots(sampler: RunningSampler, rounds: int) -> dict[str, Any]:
+    return {"min_groups": _ms([_min_groups(sampler) for _ in range(rounds)])}
+
+
+def _alone(sampler: RunningSampler) -> float:
     _settle(sampler)
     waiter = Waiter(sampler, 1)
     taken = waiter.first() - waiter.sent
@@ -78,9 +98,9 @@ def _alone(sampler: Any) -> float:
     return taken
 
 
-def _cancelled(sampler: Any, context: int, act: Callable[[Any], Any]) -> float | None:
+def _cancelled(sampler: RunningSampler, act: Callable[[Rollouts], object]) -> float | None:
     _settle(sampler)
-    rollouts = _two_prompts(sampler, context, 4, None)
+    rollouts = _two_prompts(sampler, 4, None)
     next(rollouts)  # the second prompt runs now, or is about to
     _wait_for(sampler, 1)
     waiter = Waiter(sampler, 1)
@@ -94,11 +114,11 @@ def _cancelled(sampler: Any, context: int, act: Callable[[Any], Any]) -> float |
     return taken if taken > 0 else None
 
 
-def _min_groups(sampler: Any, context: int) -> float | None:
+def _min_groups(sampler: RunningSampler) -> float | None:
     _settle(sampler)
-    rollouts = _two_prompts(sampler, context, 120, 1)
+    rollouts = _two_prompts(sampler, 120, 1)
     _wait_for(sampler, 2)
-    long = Waiter(sampler, context - 8)
+    long = Waiter(sampler, CONTEXT - 8)
     _wait_for(sampler, 3)
     short = Waiter(sampler, 1)
     _wait_for(sampler, 4)
@@ -109,28 +129,28 @@ def _min_groups(sampler: Any, context: int) -> float | None:
     return taken if taken > 0 else None
 
 
-def _two_prompts(sampler: Any, context: int, room: int, min_groups: int | None) -> Any:
+def _two_prompts(sampler: RunningSampler, room: int, min_groups: int | None) -> Rollouts:
     """Starts a call of a prompt with room for `room` tokens and one with nearly the whole context."""
     rng = np.random.default_rng(time.time_ns())
-    prompts = [{"input_ids": rng.integers(32, 127, length).astype(np.int32)} for length in (context - room, 4)]
+    prompts = [{"input_ids": rng.integers(32, 127, length).astype(np.int32)} for length in (CONTEXT - room, 4)]
     return sampler.sample_iter(prompts, {"max_tokens": None, "ignore_eos": True}, min_groups=min_groups)
 
 
-def _settle(sampler: Any) -> None:
+def _settle(sampler: RunningSampler) -> None:
     while _sequences(sampler):
         time.sleep(0.01)
 
 
-def _wait_for(sampler: Any, sequences: int) -> None:
+def _wait_for(sampler: RunningSampler, sequences: int) -> None:
     while _sequences(sampler) < sequences:
         time.sleep(0.002)
 
 
-def _sequences(sampler: Any) -> int:
+def _sequences(sampler: RunningSampler) -> int:
     return sum(int(engine["sequences"]) for engine in sampler.status()["engines"].values())
 
 
-def _ms(taken: list[Any]) -> dict[str, Any]:
+def _ms(taken: Sequence[float | None]) -> dict[str, Any]:
     """Summarizes seconds. None marks a round whose slot was free before the cancel; those are counted as void."""
     values = sorted(seconds * 1e3 for seconds in taken if seconds is not None)
     if not values:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 from ray import serve
 
+from benchmarks.common.report import quartiles
 from deployments.engine_client import ServeEngineClient
 from deployments.log_config import QUIET
 from twinkle_serve.data_format import SamplingParams
@@ -18,6 +21,8 @@ from twinkle_serve.engines.group_runner import Finished
 
 GROUPS, SAMPLES, TOKENS = 4, 8, 300
 """Size of a chunk, which comes back in one item."""
+CALLS = 500
+"""Chunks and items in a round."""
 SESSION = Session(incarnation="", router="")
 
 
@@ -52,7 +57,7 @@ class Caller:
     """Calls like the router, and measures the CPU time of its own process."""
 
     def __init__(self, callee: Any) -> None:
-        self._link = ServeEngineClient(callee)
+        self._client = ServeEngineClient(callee)
 
     async def submits(self, count: int) -> float:
         """Returns CPU ms per sent chunk."""
@@ -61,12 +66,27 @@ class Caller:
         groups = [Group(id=i, prompt_ids=row, params=params, count=SAMPLES) for i, row in enumerate(ids)]
         started = time.process_time()
         for _ in range(count):
-            await self._link.submit(SESSION, groups)
+            await self._client.submit(SESSION, groups)
         return (time.process_time() - started) / count * 1e3
 
     async def items(self, count: int) -> float:
         """Returns CPU ms per received item."""
         started = time.process_time()
-        async for _ in self._link.results(Session(incarnation="", router="", epoch=count)):
+        async for _ in self._client.results(Session(incarnation="", router="", epoch=count)):
             pass
         return (time.process_time() - started) / count * 1e3
+
+
+async def rpc(options: argparse.Namespace) -> dict[str, Any]:
+    """CPU ms of the router's process per sent chunk and per returned item."""
+    caller: Any = Caller
+    callee: Any = Callee
+    handle = await asyncio.to_thread(serve.run, caller.bind(callee.bind()), name="rpc", route_prefix=None)
+    spent: dict[str, list[float]] = {"chunk_ms": [], "item_ms": []}
+    for number in range(options.rounds + 1):
+        chunk_ms, item_ms = await handle.submits.remote(CALLS), await handle.items.remote(CALLS)
+        if number:  # the first round warms both up
+            spent["chunk_ms"].append(chunk_ms)
+            spent["item_ms"].append(item_ms)
+    await asyncio.to_thread(serve.delete, "rpc")
+    return {name: quartiles(values) for name, values in spent.items()}
