@@ -33,6 +33,10 @@ class Options:
     """Duration of the calm phases before and after the events."""
     bound_s: float = 180.0
     """Longest wait for all engines after an event."""
+    warm_up_s: float = 5.0
+    """From the first calls to the first calm phase."""
+    settled_s: float = 5.0
+    """How long all engines must stay ready after an event: a dead one is not always noticed at once."""
     kinds: tuple[str, ...] = ()
     """Kinds of events; empty for all."""
     overlapping: bool = False
@@ -44,6 +48,21 @@ class Options:
     """Period of new versions of the model's own weights."""
     share: float = 1.0
     """Share of the samples to score."""
+
+
+SHORT = Options(
+    engine="fake",
+    minutes=0.2,
+    period_s=2.0,
+    calm_s=2.0,
+    bound_s=90.0,
+    warm_up_s=1.0,
+    kinds=("engine replica killed", "router killed", "trainer killed", "store killed", "controller killed"),
+    overlapping=True,
+    trainers=2,
+    publish_s=1.0,
+)
+"""A run of about half a minute: on the fake engine, with kills only, which do not wait for each other's recovery."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,7 +108,7 @@ class Run:
     compared: int = 0
     """Samples of repeated calls that were compared with others."""
     reference: Reference | None = None
-    """The model that scored the samples; None with the fake engine."""
+    """Set once the samples are scored."""
 
     def rate(self, *names: PhaseName) -> float:
         """Tokens per second of answered calls, each call's tokens spread evenly over its duration."""

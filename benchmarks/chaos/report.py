@@ -51,12 +51,11 @@ def as_json(done: Run, command: str) -> dict[str, Any]:
         "samples_of_repeated_calls_compared": done.compared,
         "goodput_tokens_per_s": _goodput(done),
         "findings": dict(Counter(finding.kind for finding in done.findings)),
-        "found": [
-            " ".join(f"{f.kind}: {f.where}: {f.what}".split())[:MAX_LETTERS] for f in done.findings[:MAX_FINDINGS]
-        ],
+        "found": [_line(finding) for finding in done.findings[:MAX_FINDINGS]],
     }
     if done.reference is not None:
         result["scored"] = {
+            "by": done.reference.name,
             "samples": done.reference.samples,
             "tokens": done.reference.tokens,
             "largest_difference_nats": round(done.reference.largest, 7),
@@ -111,7 +110,7 @@ def summary(result: dict[str, Any]) -> str:
     ]
     if scored := result.get("scored"):
         lines.append(
-            f"scored     {scored['samples']:,} spans of {scored['tokens']:,} tokens by transformers: "
+            f"scored     {scored['samples']:,} spans of {scored['tokens']:,} tokens by {scored['by']}: "
             f"|Δlogprob| at most {scored['largest_difference_nats']:.1e}"
         )
     lines.append(

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ray import serve
+
 from benchmarks.chaos.calls import TIMEOUT_S
 from benchmarks.chaos.checks import LATE_S, Finding, check, check_references
 from benchmarks.chaos.faults import Faults, NoVictim, Strike
@@ -15,6 +17,7 @@ from benchmarks.chaos.load import Life, Trainers
 from benchmarks.chaos.publisher import UPDATE_TIMEOUT_S, Publisher
 from benchmarks.chaos.record import ENGINES, Event, Options, Run, read
 from benchmarks.chaos.reference import Reference
+from benchmarks.chaos.scorers import FakeScorer, TransformersScorer
 from benchmarks.chaos.watch import Watch
 from tests.integration.conftest import deploy, ray_cluster
 
@@ -31,10 +34,7 @@ ENGINE_ARGS: dict[str, dict[str, Any]] = {
     "fake": {"max_model_len": 256, "token_latency_s": 0.02},
 }
 OBJECT_STORE_BYTES = 2**27
-SETTLED_S = 5.0
-"""How long all engines must stay ready: a dead one is not always noticed at once."""
 POLL_S = 0.1
-WARM_UP_S = 5.0
 IDLE_S = 30.0
 """Time after the last call within which the service must be idle."""
 
@@ -52,10 +52,9 @@ def run(options: Options) -> Run:
         done.findings += check(answered, done.history)
     differences, done.compared = check_references(done.calls)
     done.findings += differences
-    if options.engine == "vllm":
-        print(f"scoring the samples of {len(done.calls)} calls ...", flush=True)
-        done.reference = Reference(done.history)
-        done.findings += done.reference.check(done.calls, options.share, random.Random(options.seed))
+    print(f"scoring the samples of {len(done.calls)} calls ...", flush=True)
+    done.reference = Reference(done.history, TransformersScorer() if options.engine == "vllm" else FakeScorer())
+    done.findings += done.reference.check(done.calls, options.share, random.Random(options.seed))
     return done
 
 
@@ -72,12 +71,12 @@ def _disturb(done: Run, directory: Path) -> list[Life]:
     rng = random.Random(options.seed)
     faults = Faults(APPLICATION, ENGINES, trainers, rng, cores=options.engine == "vllm")
     publisher = Publisher(sampler, done.history, options.publish_s)
-    done.watch = watch = Watch(sampler, ENGINES)
+    done.watch = watch = Watch(serve.get_app_handle(APPLICATION), ENGINES)
     watch.start()
     publisher.start()
     for life in [trainers.add() for _ in range(options.trainers)]:
         assert trainers.connected(life, timeout_s=60), f"{life.path.stem} did not connect"
-    time.sleep(WARM_UP_S)
+    time.sleep(options.warm_up_s)
     with done.phase("calm before"):
         time.sleep(options.calm_s)
     try:
@@ -137,7 +136,7 @@ def _await_recovery(done: Run, event: Event, strike: Strike, watch: Watch) -> No
         since = watch.all_ready_since()
         if over_at is not None and since is not None:
             recovered_at = max(since, over_at)
-            if now - recovered_at > SETTLED_S:
+            if now - recovered_at > done.options.settled_s:
                 event.recovered_s = recovered_at - event.at
                 return
         time.sleep(POLL_S)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from twinkle_serve.errors import TwinkleServeError
-from twinkle_serve.sampler import RunningSampler
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 PERIOD_S = 0.2
-PATIENCE_S = 3.0
-"""Timeout of a poll, beside the grace that callers give a router."""
+PATIENCE_S = 5.0
+"""Timeout of a poll."""
 KNOWN_S = 2.0
 """How long an answer stays valid when the next one does not come: the router may be gone."""
 
@@ -36,9 +37,9 @@ class Poll:
 class Watch(threading.Thread):
     """Polls the service's status."""
 
-    def __init__(self, sampler: RunningSampler, engines: int) -> None:
+    def __init__(self, router: DeploymentHandle, engines: int) -> None:
         super().__init__(name="watch", daemon=True)
-        self._sampler, self._engines = sampler, engines
+        self._router, self._engines = router, engines
         self._end = threading.Event()
         self.polls: list[Poll] = []
 
@@ -51,8 +52,12 @@ class Watch(threading.Thread):
     def status(self) -> dict[str, Any] | None:
         """The service's status; None if it does not answer."""
         try:
-            status: dict[str, Any] = self._sampler._client.call("status", timeout_s=PATIENCE_S)
-        except TwinkleServeError:
+            answer = self._router.status.remote()
+            status: dict[str, Any] = answer.result(timeout_s=PATIENCE_S)
+        except TimeoutError:
+            answer.cancel()
+            return None
+        except (RayError, RayServeException):
             return None
         return status
 

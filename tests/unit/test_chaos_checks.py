@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import random
@@ -15,13 +16,18 @@ import setproctitle
 
 from benchmarks.chaos.calls import MAX_PROMPTS, MAX_SAMPLES, TIMEOUT_S, TOKENS, Call, draw, reference
 from benchmarks.chaos.checks import Answered, check, check_references
-from benchmarks.chaos.publisher import BASE, Attempt, History
+from benchmarks.chaos.publisher import BASE, RANK, AdapterMaker, Attempt, History
 from benchmarks.chaos.reference import Reference
+from benchmarks.chaos.scorers import FakeScorer, TransformersScorer, each_bucket
 from benchmarks.chaos.watch import Poll, Watch
-from tests import weights
-from tests.processes import core_processes
-from twinkle_serve import SampleResponse
+from tests.support import weights
+from tests.support.processes import core_processes
+from twinkle_serve import SampleResponse, SamplingParams, hub
+from twinkle_serve.adapters import pack_adapter
+from twinkle_serve.data_format.adapters import AdapterVersion
+from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.samples import NO_SEED, SampleColumns
+from twinkle_serve.engines.fake import FakeEngine
 
 PROMPTS, SAMPLES, LENGTH = 3, 2, 50
 CALL = Call(
@@ -200,10 +206,37 @@ def test_logprobs_tell_one_version_of_the_model_from_another(label: str, found: 
         logprobs=np.concatenate(logprobs)[:, None].astype(np.float32),
         weight_versions=[((label, 0),)] * 6,
     )
-    scorer = Reference(history())
+    scorer = Reference(history(), TransformersScorer())
     findings = scorer.check([answered(named, call)], 1.0, random.Random(0))
     assert {finding.kind for finding in findings} == found
     assert scorer.samples == (0 if found else 6)
+
+
+@pytest.mark.parametrize(
+    ("label", "adapter", "found"),
+    [("step-1", "left@1", set()), ("step-2", "left@1", {"mislabelled"}), ("step-1", "left@2", {"mislabelled"})],
+)
+async def test_fake_engine_tells_versions_from_one_another(label: str, adapter: str, found: set[str]) -> None:
+    """Samples of a fake engine with step-1 and left@1 agree with these versions only."""
+    engine, maker = FakeEngine("sampling", str(hub.DEMO), {}), AdapterMaker()
+    version = AdapterVersion(name="left", version=1, id=7, rank=RANK)
+    await engine.start()
+    await engine.load_weights("step-1", each_bucket(weights.changed_weights(1)))
+    await engine.load_adapter(version, pack_adapter(maker.config, maker.made(1)))
+    params = SamplingParams(max_tokens=LENGTH, ignore_eos=True)
+    parts = [
+        await engine.sample_group(
+            Group(id=i, prompt_ids=np.array(ids, np.int32), params=params, count=SAMPLES, adapter=version)
+        )
+        for i, ids in enumerate(CALL.prompts)
+    ]
+    sampled = replace(
+        SampleColumns.concat(parts), adapter=[adapter] * PROMPTS * SAMPLES, weight_versions=[((label, 0),)] * 6
+    )
+    scorer = Reference(history(), await asyncio.to_thread(FakeScorer))
+    findings = await asyncio.to_thread(scorer.check, [answered(sampled)], 1.0, random.Random(0))
+    assert {finding.kind for finding in findings} == found
+    assert scorer.samples == (0 if found else 6) and scorer.largest == 0.0
 
 
 def test_engines_are_not_ready_while_the_service_does_not_answer() -> None:
