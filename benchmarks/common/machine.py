@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """The short hash of the checkout's commit; "unknown" outside a git repository."""
-    return _output("git", "rev-parse", "--short", "HEAD") or "unknown"
+    """The short hash of the checkout's commit. Outside a git repository BENCHMARK_COMMIT, or "unknown"."""
+    return _output("git", "rev-parse", "--short", "HEAD") or os.environ.get("BENCHMARK_COMMIT", "unknown")
 
 
 def gpu_model() -> str:
