@@ -14,18 +14,19 @@ import asyncio
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from benchmarks.common.report import Report, command
 from twinkle_serve import SamplingParams, hub
 from twinkle_serve.config import ServiceArgs
-from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
+from twinkle_serve.data_format.groups import Group, Session, TextDelta
 from twinkle_serve.engines import build_engine
+from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.engines.group_runner import Finished
 from twinkle_serve.engines.protocol import Engine
 from twinkle_serve.engines.server import EngineServer
@@ -46,24 +47,23 @@ class Host:
     server: EngineServer
 
 
-class Client:
-    """A client of an engine that can be cut off."""
+class CutOffClient:
+    """An engine's server in this process, until it is cut off: then its calls raise."""
 
     def __init__(self, server: EngineServer) -> None:
         self._server = server
         self.cut = asyncio.Event()
 
-    def _require(self) -> None:
-        if self.cut.is_set():
-            raise EngineDeadError("cut off")
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        """A method of `EngineClient` that answers once."""
+        method: Callable[..., Awaitable[Any]] = getattr(self._server, name)
 
-    async def describe(self, router: str) -> EngineInfo:
-        self._require()
-        return await self._server.describe(router)
+        async def call(*args: Any) -> Any:
+            if self.cut.is_set():
+                raise EngineDeadError("cut off")
+            return await method(*args)
 
-    async def submit(self, session: Session, groups: Sequence[Group], more: bool = False) -> None:
-        self._require()
-        await self._server.submit(session, groups, more)
+        return call
 
     async def results(self, session: Session) -> AsyncGenerator[Finished, None]:
         items = self._server.results(session)
@@ -75,7 +75,7 @@ class Client:
                 if self.cut.is_set():
                     item.cancel()
                     await asyncio.wait({item})
-                    self._require()
+                    raise EngineDeadError("cut off")
                 if (finished := item.result()) is None:
                     return
                 yield finished
@@ -86,22 +86,14 @@ class Client:
     def stream(self, session: Session, group: Group) -> AsyncGenerator[TextDelta, None]:
         return self._server.stream(session, group)
 
-    async def abort(self, session: Session, attempts: Iterable[Attempt]) -> None:
-        self._require()
-        await self._server.abort(session, attempts)
-
-    async def control(self, method: str, *args: Any) -> Any:
-        self._require()
-        return await self._server.control(method, *args)
-
 
 async def one_round(
     hosts: dict[str, Host], store: LocalStore, failover: str, lose: bool, options: argparse.Namespace
 ) -> dict[str, float]:
     """Returns the call's wall-clock seconds, this process's CPU seconds, and tokens that were sampled but discarded."""
-    clients = {name: Client(host.server) for name, host in hosts.items()}
+    clients = {name: CutOffClient(host.server) for name, host in hosts.items()}
     args = ServiceArgs.model_validate({"model_id": "demo", "failover": failover})
-    router = Router(args, hub.DEMO, clients, store)
+    router = Router(args, hub.DEMO, cast(dict[str, EngineClient], clients), store)
     await router.start()
     while not await _all_ready(router):  # noqa: ASYNC110  # there is no event to wait for
         await asyncio.sleep(POLL_S)

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+
+from twinkle_serve.data_format.status import SamplerStatus
 
 PERIOD_S = 0.2
 PATIENCE_S = 5.0
@@ -49,11 +50,11 @@ class Watch(threading.Thread):
             states = {} if status is None else {name: e["state"] for name, e in status["engines"].items()}
             self.polls.append(Poll(time.monotonic(), states))
 
-    def status(self) -> dict[str, Any] | None:
+    def status(self) -> SamplerStatus | None:
         """The service's status; None if it does not answer."""
         try:
             answer = self._router.status.remote()
-            status: dict[str, Any] = answer.result(timeout_s=PATIENCE_S)
+            status: SamplerStatus = answer.result(timeout_s=PATIENCE_S)
         except TimeoutError:
             answer.cancel()
             return None
