@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from benchmarks.common.report import Report, command
+from benchmarks.common.report import Figures, Report, command
 from twinkle_serve import SamplingParams, hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.groups import Group, Session, TextDelta
@@ -161,7 +161,7 @@ async def run(options: argparse.Namespace, report: Report) -> None:
         await host.server.stop()
 
 
-def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
+def summary(rounds: list[dict[str, float]]) -> Figures:
     return {
         name: {
             "median": round(statistics.median(each[name] for each in rounds), 3),

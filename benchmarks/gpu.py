@@ -33,11 +33,12 @@ from collections import Counter
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import psutil
 
 from benchmarks.common.machine import commit, gpu_model, machine
+from benchmarks.common.report import Figures
 
 PARTS = ("tests", "overhead", "weights")
 State: TypeAlias = Literal["passed", "failed", "timed out"]
@@ -65,7 +66,7 @@ class Outcome:
     state: State
     seconds: float
     limit_s: float
-    figures: dict[str, Any]
+    figures: Figures
 
 
 def main() -> None:
@@ -163,7 +164,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def key_figures(part: str, written: dict[str, Any]) -> dict[str, Any]:
+def key_figures(part: str, written: Figures) -> Figures:
     """The figures of a part that the summary shows, out of those that it has written so far."""
     unfinished = {"unfinished": True} if written.get("unfinished") else {}
     if part == "tests":
@@ -185,7 +186,7 @@ def key_figures(part: str, written: dict[str, Any]) -> dict[str, Any]:
     return shown | unfinished
 
 
-def as_json(options: argparse.Namespace, outcomes: dict[str, Outcome]) -> dict[str, Any]:
+def as_json(options: argparse.Namespace, outcomes: dict[str, Outcome]) -> Figures:
     return {
         "commit": commit(),
         "card": gpu_model() if options.device == "cuda" else "none",
@@ -224,7 +225,7 @@ def print_log(path: Path) -> None:
     print("\n".join(f"  {line[:300]}" for line in lines[-LOG_LINES:]), flush=True)
 
 
-def summary(result: dict[str, Any]) -> str:
+def summary(result: Figures) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines = [f"commit {result['commit']}, {result['machine']}", versions]
     for part in PARTS:

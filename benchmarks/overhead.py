@@ -22,15 +22,15 @@ from typing import Any
 import uvloop
 
 from benchmarks.common.cpu_time import Round, measured
-from benchmarks.common.engines import AsyncLLM, side_by_side
+from benchmarks.common.engines import AsyncLLM, EngineArgs, side_by_side
 from benchmarks.common.models import large_model
-from benchmarks.common.report import Report, command, quartiles
+from benchmarks.common.report import Figures, Report, command, quartiles
 from tests.support.ray_cluster import ray_cluster
 from twinkle_serve import hub
 from twinkle_serve.sampler import RunningSampler
 from twinkle_serve.template import Template
 
-ENGINE_ARGS: dict[str, dict[str, Any]] = {
+ENGINE_ARGS: dict[str, EngineArgs] = {
     "cpu": {"max_model_len": 256, "dtype": "float32", "max_num_seqs": 256, "kv_cache_memory_bytes": 2**29},
     "cuda": {"max_model_len": 2048, "dtype": "bfloat16", "max_num_seqs": 512, "kv_cache_memory_bytes": 2**33},
 }
@@ -124,7 +124,7 @@ async def compare(options: argparse.Namespace, sampler: RunningSampler, llm: Asy
             )
 
 
-def figures(bare: list[Round], service: list[Round], samples: int) -> dict[str, Any]:
+def figures(bare: list[Round], service: list[Round], samples: int) -> Figures:
     """The figures of pairs of rounds, each of so many samples."""
     ratios = [s.units_per_s / b.units_per_s for b, s in zip(bare, service, strict=True)]
 

@@ -7,9 +7,9 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 from benchmarks.chaos.calls import ADAPTERS
+from benchmarks.common.models import Tensors
 from tests.support.lora import random_adapter
 from tests.support.weights import changed_weights
 from twinkle_serve.data_format.weights import INITIAL_LABEL
@@ -96,7 +96,7 @@ class AdapterMaker:
         self.config = adapter.peft_config["default"]
         self._shapes = {name: tensor.shape for name, tensor in get_peft_model_state_dict(adapter).items()}
 
-    def made(self, seed: int) -> dict[str, Any]:
+    def made(self, seed: int) -> Tensors:
         """Returns tensors by name, large enough that every version has other logprobs."""
         import torch
 

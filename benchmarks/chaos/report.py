@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from typing import Any
 
 from benchmarks.chaos.checks import Finding
 from benchmarks.chaos.publisher import BASE
 from benchmarks.chaos.record import ENGINES, Run
 from benchmarks.common.machine import commit, machine
+from benchmarks.common.report import Figures
 
 MAX_FINDINGS = 40
 """Findings to list; all are counted."""
@@ -17,7 +17,7 @@ MAX_LETTERS = 300
 """Length of each: Ray's messages are long."""
 
 
-def as_json(done: Run, command: str) -> dict[str, Any]:
+def as_json(done: Run, command: str) -> Figures:
     """Returns all figures of a run."""
     options = done.options
     good = [call for call in done.calls if not call.error]
@@ -67,7 +67,7 @@ def _line(finding: Finding) -> str:
     return " ".join(f"{finding.kind}: {finding.where}: {finding.what}".split())[:MAX_LETTERS]
 
 
-def _recovery(times: list[float | None]) -> dict[str, Any]:
+def _recovery(times: list[float | None]) -> Figures:
     """Summarizes seconds to recovery of one kind of event."""
     known = [seconds for seconds in times if seconds is not None]
     if not known:
@@ -95,7 +95,7 @@ def _goodput(done: Run) -> dict[str, float]:
     }
 
 
-def summary(result: dict[str, Any]) -> str:
+def summary(result: Figures) -> str:
     """Returns the same as text."""
     calls, goodput, published = result["calls"], result["goodput_tokens_per_s"], result["published"]
     failed = ", ".join(f"{count} {name}" for name, count in calls["failed"].items()) or "none"

@@ -6,7 +6,6 @@ import random
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from ray import serve
 
@@ -19,11 +18,12 @@ from benchmarks.chaos.record import ENGINES, Event, Options, Run, read
 from benchmarks.chaos.reference import Reference
 from benchmarks.chaos.scorers import FakeScorer, TransformersScorer
 from benchmarks.chaos.watch import Watch
+from benchmarks.common.engines import EngineArgs
 from tests.support.deploy import deploy
 from tests.support.ray_cluster import ray_cluster
 
 APPLICATION = "chaos"
-ENGINE_ARGS: dict[str, dict[str, Any]] = {
+ENGINE_ARGS: dict[str, EngineArgs] = {
     "vllm": {
         "dtype": "float32",
         "max_model_len": 256,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.chaos.publisher import AdapterMaker
+from benchmarks.common.models import Tensors
 from tests.support.weights import changed_weights, differences
 from twinkle_serve import SampledSequence, SamplingParams, hub
 from twinkle_serve.adapters import pack_adapter
@@ -104,7 +105,7 @@ class FakeScorer:
         return difference
 
 
-async def each_bucket(weights: dict[str, Any]) -> AsyncIterator[Bucket]:
+async def each_bucket(weights: Tensors) -> AsyncIterator[Bucket]:
     """The weights as an engine takes them."""
     for bucket in buckets(weights.items()):
         yield bucket

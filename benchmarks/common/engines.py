@@ -19,13 +19,15 @@ SERVICE = "sampler"
 SHARE_OF_GPU = 0.3
 """vLLM refuses to start where less than this part of the GPU's memory is free; two engines share the GPU."""
 
+EngineArgs: TypeAlias = dict[str, Any]
+"""Arguments of vLLM, by name."""
 AsyncLLM: TypeAlias = Any
 """vLLM's, which is imported with the first bare engine."""
 
 
 @asynccontextmanager
 async def side_by_side(
-    model: str, engine_args: dict[str, Any], device: str, *, same_core: bool = False
+    model: str, engine_args: EngineArgs, device: str, *, same_core: bool = False
 ) -> AsyncIterator[tuple[RunningSampler, AsyncLLM]]:
     """Starts both at the same time, and shuts both down.
 
@@ -52,7 +54,7 @@ async def side_by_side(
         gc.collect()  # vLLM's own finalizer fails when it runs at interpreter exit
 
 
-def _bare_engine(model: str, engine_args: dict[str, Any], device: str, *, same_core: bool) -> AsyncLLM:
+def _bare_engine(model: str, engine_args: EngineArgs, device: str, *, same_core: bool) -> AsyncLLM:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from twinkle_serve import hub
 
+Tensors: TypeAlias = dict[str, Any]
+"""torch tensors, by name."""
 
-def large_model(directory: Path, dtype: str = "float32") -> dict[str, Any]:
+
+def large_model(directory: Path, dtype: str = "float32") -> Tensors:
     """Saves a random model of 0.2 billion parameters, 0.9 GB in float32, to a directory. Returns its weights."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -35,7 +38,7 @@ def large_model(directory: Path, dtype: str = "float32") -> dict[str, Any]:
     return {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
 
 
-def noisy(weights: dict[str, Any]) -> dict[str, Any]:
+def noisy(weights: Tensors) -> Tensors:
     """Returns new weights of the same model."""
     import torch
 

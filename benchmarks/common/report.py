@@ -8,9 +8,12 @@ import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from benchmarks.common.machine import commit, machine
+
+Figures: TypeAlias = dict[str, Any]
+"""Numbers, texts, and lists and dicts of them, as JSON has them."""
 
 NOT_RECORDED = frozenset({"json", "plot"})
 """Options that change no figure."""
@@ -24,14 +27,14 @@ class Report:
 
     def __init__(self, command: str, path: Path | None = None, device: str = "cpu") -> None:
         self._path = path
-        self.figures: dict[str, Any] = {
+        self.figures: Figures = {
             "command": command,
             "commit": commit(),
             "machine": machine(device),
             "unfinished": True,
         }
 
-    def update(self, **figures: Any) -> None:
+    def update(self, **figures: object) -> None:
         self.figures |= figures
         self._write()
 
@@ -58,11 +61,11 @@ def command(name: str, options: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def _as_list(value: Any) -> Sequence[Any]:
+def _as_list(value: object) -> Sequence[object]:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-def quartiles(values: Sequence[float], digits: int = 3) -> dict[str, Any]:
+def quartiles(values: Sequence[float], digits: int = 3) -> Figures:
     """Median, and first and third quartile."""
     low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
     return {"median": round(middle, digits), "quartiles": [round(low, digits), round(high, digits)]}

@@ -11,7 +11,7 @@ from typing import Any
 from ray import serve
 
 from benchmarks.common.cpu_time import Round, cpu_ms, measured
-from benchmarks.common.report import quartiles
+from benchmarks.common.report import Figures, quartiles
 from benchmarks.router.one_by_one import OneByOne, OneEngine
 from benchmarks.router.service import engine_args, prompts_of, started
 from twinkle_serve import InputFeature, SamplingParams
@@ -19,7 +19,7 @@ from twinkle_serve import InputFeature, SamplingParams
 AT_A_TIME = 64
 
 
-async def calls(options: argparse.Namespace) -> dict[str, Any]:
+async def calls(options: argparse.Namespace) -> Figures:
     """Calls per second through the service and through the reference, in turn."""
     sampler = await started("sampler", options.engine, engine_args(options))
     one_by_one: Any = OneByOne
@@ -70,7 +70,7 @@ async def _each(prompts: Sequence[InputFeature], call: Callable[[InputFeature], 
     return len(prompts)
 
 
-async def cpu(options: argparse.Namespace) -> dict[str, Any]:
+async def cpu(options: argparse.Namespace) -> Figures:
     """CPU per prompt in calls of 64 prompts of 8 samples: `alike`, all of one length, the cheapest case; and `apart`,
     of different lengths (16 tokens of the vocabulary end a sample), so that samples return a few at a time."""
     sampler = await started("sampler", options.engine, engine_args(options))

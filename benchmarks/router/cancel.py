@@ -18,17 +18,18 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from ray import serve
 
+from benchmarks.common.engines import EngineArgs
+from benchmarks.common.report import Figures
 from benchmarks.router.service import started
 from twinkle_serve.sampler import Rollouts, RunningSampler
 
 CONTEXT = 2048
 LEAST_ROUNDS = 5
-ENGINE_ARGS: dict[str, dict[str, Any]] = {
+ENGINE_ARGS: dict[str, EngineArgs] = {
     "fake": {"token_latency_s": 0.005},
     "vllm": {"dtype": "float32", "kv_cache_memory_bytes": 2**28},
 }
@@ -63,9 +64,9 @@ class Waiter:
         self._thread.join()
 
 
-async def cancel(options: argparse.Namespace) -> dict[str, Any]:
+async def cancel(options: argparse.Namespace) -> Figures:
     """Times in ms until an engine frees the slots of cancelled sequences."""
-    figures: dict[str, Any] = {}
+    figures: Figures = {}
     rounds = max(LEAST_ROUNDS, options.rounds)
     for slots, measure in ((1, _one_slot), (2, _two_slots)):
         args = {"max_model_len": CONTEXT, "max_num_seqs": slots, **ENGINE_ARGS[options.engine]}
@@ -75,7 +76,7 @@ async def cancel(options: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def _one_slot(sampler: RunningSampler, rounds: int) -> dict[str, Any]:
+def _one_slot(sampler: RunningSampler, rounds: int) -> Figures:
     ways: dict[str, Callable[[Rollouts], object]] = {
         "cancel": lambda rollouts: rollouts.cancel([1]),
         "close": lambda rollouts: rollouts.close(),
@@ -86,7 +87,7 @@ def _one_slot(sampler: RunningSampler, rounds: int) -> dict[str, Any]:
     return figures
 
 
-def _two_slots(sampler: RunningSampler, rounds: int) -> dict[str, Any]:
+def _two_slots(sampler: RunningSampler, rounds: int) -> Figures:
     return {"min_groups": _ms([_min_groups(sampler) for _ in range(rounds)])}
 
 
@@ -150,7 +151,7 @@ def _sequences(sampler: RunningSampler) -> int:
     return sum(int(engine["sequences"]) for engine in sampler.status()["engines"].values())
 
 
-def _ms(taken: Sequence[float | None]) -> dict[str, Any]:
+def _ms(taken: Sequence[float | None]) -> Figures:
     """Summarizes seconds. None marks a round whose slot was free before the cancel; those are counted as void."""
     values = sorted(seconds * 1e3 for seconds in taken if seconds is not None)
     if not values:

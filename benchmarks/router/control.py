@@ -12,6 +12,7 @@ import numpy as np
 import ray
 from ray import serve
 
+from benchmarks.common.report import Figures
 from benchmarks.router.service import prompts_of, started
 
 QUEUED = 10_000
@@ -52,7 +53,7 @@ class Prober:
         return latencies, max(waiting)
 
 
-async def control(options: argparse.Namespace) -> dict[str, Any]:
+async def control(options: argparse.Namespace) -> Figures:
     """Latency of `status` on an idle service, and while 10,000 prompts wait, of one call or of ten.
 
     The fake engine does 500 prompts per second with little CPU, so queues last for about 20 s.
@@ -77,7 +78,7 @@ async def control(options: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def _latencies(watched: tuple[Sequence[float], int]) -> dict[str, Any]:
+def _latencies(watched: tuple[Sequence[float], int]) -> Figures:
     values, waiting = watched
     marks = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99, "max_ms": 100}
     percentiles = {mark: round(float(np.percentile(values, at)) * 1e3, 1) for mark, at in marks.items()}

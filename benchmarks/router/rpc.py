@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
-from benchmarks.common.report import quartiles
+from benchmarks.common.report import Figures, quartiles
 from deployments.engine_client import ServeEngineClient
 from deployments.log_config import QUIET
 from twinkle_serve.data_format import SamplingParams
@@ -56,7 +57,7 @@ class Callee:
 class Caller:
     """Calls like the router, and measures the CPU time of its own process."""
 
-    def __init__(self, callee: Any) -> None:
+    def __init__(self, callee: DeploymentHandle) -> None:
         self._client = ServeEngineClient(callee)
 
     async def submits(self, count: int) -> float:
@@ -77,7 +78,7 @@ class Caller:
         return (time.process_time() - started) / count * 1e3
 
 
-async def rpc(options: argparse.Namespace) -> dict[str, Any]:
+async def rpc(options: argparse.Namespace) -> Figures:
     """CPU ms of the router's process per sent chunk and per returned item."""
     caller: Any = Caller
     callee: Any = Callee

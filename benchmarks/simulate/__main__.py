@@ -23,11 +23,10 @@ import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from benchmarks.common.report import Report, command
+from benchmarks.common.report import Figures, Report, command
 from benchmarks.simulate.lengths import SHAPES, lengths_of
 from benchmarks.simulate.plot import plot
 from benchmarks.simulate.pool import bound_s, pooled
@@ -87,7 +86,7 @@ def main() -> None:
     if options.measure:
         options.step_s = asyncio.run(measured_step_s())
     report = Report(command("simulate", options), options.json)
-    rows: list[dict[str, Any]] = []
+    rows: list[Figures] = []
     for row in run(options):
         rows.append(row)
         report.update(batches=rows)
@@ -97,7 +96,7 @@ def main() -> None:
     report.finish()
 
 
-def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def run(options: argparse.Namespace) -> Iterator[Figures]:
     """Yields a row for each batch, shape of lengths and policy; the pool's comes first."""
     slots, samples, step_s = options.slots, options.samples, tuple(options.step_s)
     for shape in SHAPES:

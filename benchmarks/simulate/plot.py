@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from benchmarks.common.report import Figures
 from benchmarks.simulate.lengths import SHAPES
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[Figures], path: Path) -> None:
     """Plots makespan and queueing delay relative to the bound, by batch, for each policy and shape."""
     import matplotlib
 

@@ -21,19 +21,18 @@ import asyncio
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 
-from benchmarks.common.engines import side_by_side
+from benchmarks.common.engines import EngineArgs, side_by_side
 from benchmarks.common.models import large_model
-from benchmarks.common.report import Report, command
+from benchmarks.common.report import Figures, Report, command
 from benchmarks.weights import adapters, model
 from benchmarks.weights.memory import MEMORY, service_processes
 from tests.support.ray_cluster import ray_cluster
 from twinkle_serve import hub
 
-ENGINE_ARGS: dict[str, dict[str, Any]] = {
+ENGINE_ARGS: dict[str, EngineArgs] = {
     "cpu": {"max_model_len": 256, "dtype": "float32", "kv_cache_memory_bytes": 2**28},
     "cuda": {"max_model_len": 256, "dtype": "bfloat16", "kv_cache_memory_bytes": 2**32},
 }
@@ -68,7 +67,7 @@ async def main() -> None:
     report.finish()
 
 
-def engine_args(options: argparse.Namespace, *, lora: bool) -> dict[str, Any]:
+def engine_args(options: argparse.Namespace, *, lora: bool) -> EngineArgs:
     return (
         ENGINE_ARGS[options.device] | (LORA_ARGS if lora else {}) | ({"enforce_eager": True} if options.eager else {})
     )
@@ -101,7 +100,7 @@ async def measure_adapters(options: argparse.Namespace, memory: Path, report: Re
 
 
 async def measure_model(options: argparse.Namespace, memory: Path, report: Report) -> None:
-    arguments, figures = engine_args(options, lora=False), dict[str, Any]()
+    arguments, figures = engine_args(options, lora=False), Figures()
     weights = load_file(hub.DEMO / "model.safetensors")
     async with side_by_side(str(hub.DEMO), arguments, options.device) as (sampler, llm):
         bare = model.Bare(llm, hub.DEMO, memory)

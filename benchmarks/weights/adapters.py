@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.engines import AsyncLLM, first_token
-from benchmarks.common.report import quartiles
+from benchmarks.common.models import Tensors
+from benchmarks.common.report import Figures, quartiles
 from benchmarks.weights.memory import Processes, checkpoints, memory_mib
 from twinkle_serve.adapters import CONFIG, WEIGHTS, pack_adapter
 from twinkle_serve.data_format.adapters import AdapterFiles
@@ -29,9 +30,9 @@ class Adapters:
 
         torch.manual_seed(0)
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        self._by_rank: dict[int, tuple[Any, dict[str, Any]]] = {}
+        self._by_rank: dict[int, tuple[Any, Tensors]] = {}
 
-    def new(self, rank: int) -> tuple[Any, dict[str, Any]]:
+    def new(self, rank: int) -> tuple[Any, Tensors]:
         """Returns peft's config, and tensors by name."""
         import torch
         from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -69,9 +70,7 @@ class Bare:
         await first_token(self._llm, PROMPT, f"adapter-{self._loads}", request)
 
 
-async def first_sample(
-    rounds: int, rank: int, adapters: Adapters, bare: Bare, sampler: RunningSampler
-) -> dict[str, Any]:
+async def first_sample(rounds: int, rank: int, adapters: Adapters, bare: Bare, sampler: RunningSampler) -> Figures:
     """Returns milliseconds from tensors to their first token."""
     times: dict[str, list[float]] = defaultdict(list)
     size_bytes = 0

@@ -11,13 +11,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from safetensors.torch import save_file
 
 from benchmarks.common.engines import AsyncLLM, first_token
-from benchmarks.common.models import noisy
-from benchmarks.common.report import quartiles
+from benchmarks.common.models import Tensors, noisy
+from benchmarks.common.report import Figures, quartiles
 from benchmarks.weights.memory import MIB, PeakMemory, Processes, checkpoints, memcpy_gb_s, memory_mib
 from twinkle_serve.sampler import RunningSampler
 
@@ -37,7 +37,7 @@ class Bare:
         shutil.copy(model / "config.json", self._path)
         self._loads = 0
 
-    def write(self, weights: dict[str, Any]) -> None:
+    def write(self, weights: Tensors) -> None:
         """Writes the weights to a file in memory."""
         save_file(weights, self._path / "model.safetensors")
 
@@ -49,9 +49,7 @@ class Bare:
         await first_token(self._llm, PROMPT, f"model-{self._loads}")
 
 
-async def first_sample(
-    rounds: int, name: str, weights: dict[str, Any], bare: Bare, sampler: RunningSampler
-) -> dict[str, Any]:
+async def first_sample(rounds: int, name: str, weights: Tensors, bare: Bare, sampler: RunningSampler) -> Figures:
     """Returns seconds from tensors to their first token."""
     times: dict[str, list[float]] = defaultdict(list)
     for number in range(rounds + 1):
@@ -80,9 +78,7 @@ async def first_sample(
     return figures
 
 
-async def peak_memory(
-    sampler: RunningSampler, weights: dict[str, Any], service: Processes
-) -> dict[str, dict[str, float]]:
+async def peak_memory(sampler: RunningSampler, weights: Tensors, service: Processes) -> dict[str, dict[str, float]]:
     """Peak memory of an update, for two sizes of buckets."""
     peaks = {}
     for bucket_mib in (64, 256):
@@ -95,7 +91,7 @@ async def peak_memory(
 
 
 async def _update_and_sample(
-    sampler: RunningSampler, label: str, weights: dict[str, Any], bucket_mib: int = 256
+    sampler: RunningSampler, label: str, weights: Tensors, bucket_mib: int = 256
 ) -> tuple[float, float]:
     """Returns seconds until the version was current, and until its first token arrived."""
     started = time.perf_counter()
@@ -106,9 +102,9 @@ async def _update_and_sample(
     return updated_s, time.perf_counter() - started
 
 
-def gaps(sampler: RunningSampler, weights: dict[str, Any], rounds: int) -> dict[str, Any]:
+def gaps(sampler: RunningSampler, weights: Tensors, rounds: int) -> Figures:
     """Longest wait for the next piece of text around an update, for callers that stream sample after sample."""
-    found: dict[str, Any] = {}
+    found: Figures = {}
     for mode in (None, *MODES):
         longest = []
         for number in range(rounds):
@@ -153,7 +149,7 @@ def _streaming(sampler: RunningSampler) -> Iterator[list[float]]:
 
 
 async def memory_of_versions(
-    versions: int, sampler: RunningSampler, weights: dict[str, Any], service: Processes
+    versions: int, sampler: RunningSampler, weights: Tensors, service: Processes
 ) -> dict[str, dict[str, float]]:
     """Memory after many versions, each sampled from once."""
     at = {}
