@@ -1,1 +1,1 @@
-"""Measurements. Each prints its command's numbers and can write them to benchmarks/results/."""
+"""Measurements. Each prints its figures and can write them to benchmarks/results/."""

@@ -1,31 +1,35 @@
-"""What a lost engine costs: samples that begin anew against samples that go on, `failover: restart` and `resume`.
+"""Cost of a lost engine: samples that start over against samples that continue, `failover: restart` and `resume`.
 
     scripts/bench failover [--rounds 5] [--samples 64] [--tokens 150] [--json FILE]
 
 Two vLLM engines and the router in this process, without Ray. When half of the tokens are sampled, one engine is cut
-off: its calls raise, as those of a process that died, until the round is over. So its load is lost and it need not be
-started again. Rounds without a loss say what the reports of running samples cost.
+off: its calls raise like those of a dead process until the round is over. So its work is lost without restarting it.
+Rounds without a loss show the cost of reporting partial samples.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from benchmarks.common.report import Figures, Report, command
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
-from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
+from twinkle_serve.data_format.groups import Group, Session, TextDelta
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines import build_engine
+from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.engines.group_runner import Finished
+from twinkle_serve.engines.protocol import Engine
 from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import EngineDeadError
 from twinkle_serve.routing.router import Router
@@ -33,29 +37,37 @@ from twinkle_serve.weights import LocalStore, WeightStore
 
 ENGINE_ARGS = {"max_model_len": 256, "dtype": "float32", "max_num_seqs": 64, "kv_cache_memory_bytes": 2**28}
 POLL_S = 0.01
+START_S = 300
 
 
-class Link:
-    """An engine that can be cut off."""
+@dataclass(frozen=True, slots=True)
+class Host:
+    """An engine in this process, and its server."""
 
-    def __init__(self, host: EngineServer) -> None:
-        self._host = host
+    engine: Engine
+    server: EngineServer
+
+
+class CutOffClient:
+    """An engine's server in this process, until it is cut off: then its calls raise."""
+
+    def __init__(self, server: EngineServer) -> None:
+        self._server = server
         self.cut = asyncio.Event()
 
-    def _require(self) -> None:
-        if self.cut.is_set():
-            raise EngineDeadError("cut off")
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        """A method of `EngineClient` that answers once."""
+        method: Callable[..., Awaitable[Any]] = getattr(self._server, name)
 
-    async def describe(self, router: str) -> EngineInfo:
-        self._require()
-        return await self._host.describe(router)
+        async def call(*args: Any) -> Any:
+            if self.cut.is_set():
+                raise EngineDeadError("cut off")
+            return await method(*args)
 
-    async def submit(self, session: Session, groups: Sequence[Group], more: bool = False) -> None:
-        self._require()
-        await self._host.submit(session, groups, more)
+        return call
 
     async def results(self, session: Session) -> AsyncGenerator[Finished, None]:
-        items = self._host.results(session)
+        items = self._server.results(session)
         cut = asyncio.ensure_future(self.cut.wait())
         try:
             while True:
@@ -64,7 +76,7 @@ class Link:
                 if self.cut.is_set():
                     item.cancel()
                     await asyncio.wait({item})
-                    self._require()
+                    raise EngineDeadError("cut off")
                 if (finished := item.result()) is None:
                     return
                 yield finished
@@ -73,95 +85,91 @@ class Link:
             await items.aclose()
 
     def stream(self, session: Session, group: Group) -> AsyncGenerator[TextDelta, None]:
-        return self._host.stream(session, group)
-
-    async def abort(self, session: Session, attempts: Iterable[Attempt]) -> None:
-        self._require()
-        await self._host.abort(session, attempts)
-
-    async def control(self, method: str, *args: Any) -> Any:
-        self._require()
-        return await self._host.control(method, *args)
+        return self._server.stream(session, group)
 
 
 async def one_round(
-    hosts: dict[str, EngineServer], store: LocalStore, failover: str, lose: bool, options: argparse.Namespace
+    hosts: dict[str, Host], store: LocalStore, failover: str, lose: bool, options: argparse.Namespace
 ) -> dict[str, float]:
-    """Seconds of a call, CPU seconds of this process in it, and tokens that were sampled and not handed out."""
-    links = {name: Link(host) for name, host in hosts.items()}
+    """Returns the call's wall-clock seconds, this process's CPU seconds, and tokens that were sampled but discarded."""
+    clients = {name: CutOffClient(host.server) for name, host in hosts.items()}
     args = ServiceArgs.model_validate({"model_id": "demo", "failover": failover})
-    router = Router(args, hub.DEMO, links, store)
+    router = Router(args, hub.DEMO, cast(dict[str, EngineClient], clients), store)
     await router.start()
-    while router._engines.ready < len(links):  # noqa: ASYNC110  # nothing tells
+    while not await _all_ready(router):  # noqa: ASYNC110  # there is no event to wait for
         await asyncio.sleep(POLL_S)
     prompts = [{"input_ids": np.random.randint(20, 200, 8).tolist()} for _ in range(options.samples)]
-    before = {name: host._engine.progress() for name, host in hosts.items()}
-    gained = dict.fromkeys(hosts, 0)
+    before = {name: host.engine.progress() for name, host in hosts.items()}
+    sampled = dict.fromkeys(hosts, 0)
 
-    def look() -> int:
+    def count_sampled() -> int:
         for name, host in hosts.items():
-            if not links[name].cut.is_set():
-                gained[name] = host._engine.progress() - before[name]
-        return sum(gained.values())
+            if not clients[name].cut.is_set():
+                sampled[name] = host.engine.progress() - before[name]
+        return sum(sampled.values())
 
     cpu_s, started = time.process_time(), time.perf_counter()
     call = asyncio.ensure_future(router.sample(prompts, {"max_tokens": options.tokens, "ignore_eos": True}))
     total = options.samples * options.tokens
-    while lose and look() < total / 2:  # noqa: ASYNC110  # nothing tells
+    while lose and count_sampled() < total / 2:  # noqa: ASYNC110  # there is no event to wait for
         await asyncio.sleep(POLL_S)
     if lose:
-        next(iter(links.values())).cut.set()
+        next(iter(clients.values())).cut.set()
     response = await call
-    found = {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - cpu_s}
+    figures = {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - cpu_s}
     assert len(response.columns.tokens) == total
-    found["twice"] = look() - total
+    figures["twice"] = count_sampled() - total
     router.close()
-    return found
+    return figures
 
 
-async def prefill(host: EngineServer, count: int, length: int) -> float:
-    """Seconds to the first token of so many new prompts of such a length."""
-    from twinkle_serve.data_format.sampling_params import DecodingParams
+async def _all_ready(router: Router) -> bool:
+    status = await router.status()
+    return all(engine["state"] == "ready" for engine in status["engines"].values())
 
-    params, group = DecodingParams(max_tokens=1, ignore_eos=True), np.random.randint
-    groups = [Group(id=-2 - i, prompt_ids=group(20, 200, length).astype(np.int32), params=params) for i in range(count)]
+
+async def prefill(engine: Engine, count: int, length: int) -> float:
+    """Returns seconds to the first token of `count` new prompts of `length` tokens."""
+    params, random_ids = DecodingParams(max_tokens=1, ignore_eos=True), np.random.randint
+    groups = [
+        Group(id=-2 - i, prompt_ids=random_ids(20, 200, length).astype(np.int32), params=params) for i in range(count)
+    ]
     started = time.perf_counter()
-    await asyncio.gather(*map(host._engine.sample_group, groups))
+    await asyncio.gather(*map(engine.sample_group, groups))
     return time.perf_counter() - started
 
 
-async def run(options: argparse.Namespace) -> dict[str, Any]:
+async def run(options: argparse.Namespace, report: Report) -> None:
     store = LocalStore(WeightStore("demo"))
-    hosts = {}
+    hosts: dict[str, Host] = {}
     for core, name in enumerate(("a", "b")):
         engine = build_engine("vllm", name, str(hub.DEMO), ENGINE_ARGS, cpus=[(core,)], devices_on_node=2)
-        hosts[name] = EngineServer(engine, hub.DEMO, store)
-    await asyncio.gather(*(host.start(name, 300) for name, host in hosts.items()))
+        hosts[name] = Host(engine, EngineServer(engine, hub.DEMO, store))
+    await asyncio.gather(*(host.server.start(name, START_S) for name, host in hosts.items()))
     rounds: dict[str, list[dict[str, float]]] = defaultdict(list)
     for number in range(options.rounds + 1):
         for failover in ("restart", "resume") if number % 2 else ("resume", "restart"):
             for lose in (True, False):
-                found = await one_round(hosts, store, failover, lose, options)
-                print(f"{number}: {failover}, lost: {lose}: {found}", flush=True)
-                if number:  # the first one warms up
-                    rounds[f"{failover}, {'one lost' if lose else 'none lost'}"].append(found)
-    report: dict[str, Any] = {}
-    for what, values in sorted(rounds.items()):
-        report[what] = {
-            name: {
-                "median": round(statistics.median(value[name] for value in values), 3),
-                "all": [round(value[name], 3) for value in values],
-            }
-            for name in ("seconds", "cpu_s", "twice")
-        }
-        print(what, report[what], flush=True)
+                figures = await one_round(hosts, store, failover, lose, options)
+                print(f"{number}: {failover}, lost: {lose}: {figures}", flush=True)
+                if number:  # the first round warms up
+                    rounds[f"{failover}, {'one lost' if lose else 'none lost'}"].append(figures)
+        report.update(**{case: summary(rounds[case]) for case in sorted(rounds)})
     count, length = options.samples // 2, 8 + options.tokens // 2
-    times = [await prefill(hosts["b"], count, length) for _ in range(5)]
-    report["prefill_s"] = round(statistics.median(times), 3)
-    print(f"prefill of {count} prompts of {length} tokens: {report['prefill_s']} s")
+    times = [await prefill(hosts["b"].engine, count, length) for _ in range(5)]
+    report.update(prefill_s=round(statistics.median(times), 3), prefill=f"{count} prompts of {length} tokens")
     for host in hosts.values():
-        await host.stop()
-    return report
+        await host.server.stop()
+
+
+def summary(rounds: list[dict[str, float]]) -> Figures:
+    return {
+        name: {
+            "median": round(statistics.median(each[name] for each in rounds), 3),
+            "all": [round(each[name], 3) for each in rounds],
+        }
+        for name in ("seconds", "cpu_s", "twice")
+    }
 
 
 def main() -> None:
@@ -169,11 +177,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=150)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the figures here too, after every round")
     options = parser.parse_args()
-    report = asyncio.run(run(options))
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    report = Report(command("failover", options), options.json)
+    asyncio.run(run(options, report))
+    report.finish()
 
 
 if __name__ == "__main__":

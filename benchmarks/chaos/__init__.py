@@ -1,6 +1,6 @@
-"""Processes of a service are killed, stopped and starved while trainers sample, and every response is checked.
+"""Kills, stops and starves a service's processes while trainers sample, and checks every response.
 
-`run.py` has the order of it all, and `record.py` what is left of it. `load.py` makes the calls that `calls.py` draws,
-`publisher.py` the versions, `faults.py` the events; `watch.py` sees which engines are ready. `checks.py` and
-`reference.py` look at what came back, and `report.py` says what they found.
+`run.py` orders the phases of a run, and `record.py` holds its records. `load.py` makes the calls that `calls.py` draws,
+`publisher.py` publishes versions, `faults.py` causes the events, `watch.py` tracks which engines are ready. `checks.py`
+and `reference.py` check the responses, and `report.py` reports the findings.
 """

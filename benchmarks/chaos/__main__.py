@@ -1,10 +1,12 @@
-"""The service under fire: what is lost, and what it costs.
+"""Tests a service under faults: whether samples are lost, and the cost in throughput.
 
     scripts/chaos --minutes N [--seed S] [--json FILE] [--engine vllm | fake] [--kill-engines-only]
+    scripts/chaos --short [--seed S] [--json FILE]
 
-A cluster of its own with two engines has a steady load of sampling calls on adapters and the model, new versions of
-both all the time, and about every --period-s an event: a process of the service or a trainer is killed or stopped, or
-Ray's object store is filled. Exit status 1 if any sample was lost, doubled or mislabelled, or a call failed or hung.
+A separate cluster with two engines gets a steady load of sampling calls on adapters and the model, a stream of new
+versions of both, and an event about every --period-s: a process of the service or a trainer is killed or stopped, or
+Ray's object store is filled. Exits with 1 if any sample was lost, doubled or mislabelled, or a call failed or hung.
+Other options override those of --short.
 """
 
 from __future__ import annotations
@@ -13,52 +15,46 @@ import argparse
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.chaos.faults import ENGINE_KILLS
-from benchmarks.chaos.record import Options
+from benchmarks.chaos.record import SHORT, Options
 from benchmarks.chaos.report import as_json, summary
 from benchmarks.chaos.run import run
 
 ENGINE_KILLS_S = 20.0
-"""Between kills, with --kill-engines-only."""
+"""Period of kills with --kill-engines-only."""
 
 
 def parsed(arguments: list[str]) -> tuple[Options, Path | None]:
-    """Options of the run, and where its figures go."""
-    default = Options()
+    """Returns the options of the run and the path for its figures."""
     parser = argparse.ArgumentParser(
         prog="scripts/chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=default.minutes, help="of events")
-    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--short", action="store_true", help="half a minute on the fake engine, kills only")
+    parser.add_argument("--minutes", type=float, help="of events; 5")
+    parser.add_argument("--seed", type=int)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--engine", choices=["vllm", "fake"], default=default.engine)
+    parser.add_argument("--engine", choices=["vllm", "fake"], help="vllm")
     parser.add_argument("--period-s", type=float, help="between events, from when all engines are ready; 10")
-    parser.add_argument("--calm-s", type=float, default=default.calm_s, help="before the events, and after them")
-    parser.add_argument("--bound-s", type=float, default=default.bound_s, help="longest wait for all engines")
-    parser.add_argument("--kinds", nargs="+", default=[], metavar="KIND", help="of events, such as 'router killed'")
+    parser.add_argument("--calm-s", type=float, help="before the events, and after them; 30")
+    parser.add_argument("--bound-s", type=float, help="longest wait for all engines; 180")
+    parser.add_argument("--kinds", nargs="+", metavar="KIND", help="of events, such as 'router killed'; all")
     parser.add_argument(
         "--kill-engines-only", action="store_true", help=f"replicas and cores, every {ENGINE_KILLS_S:g} s"
     )
-    parser.add_argument("--overlapping", action="store_true", help="events come though engines are missing")
-    parser.add_argument("--share", type=float, default=default.share, help="of the samples that are scored")
-    given = parser.parse_args(arguments)
-    kinds = tuple(given.kinds)
-    if given.kill_engines_only:
-        kinds = ENGINE_KILLS if given.engine == "vllm" else ENGINE_KILLS[:1]
-    options = Options(
-        engine=given.engine,
-        minutes=given.minutes,
-        seed=given.seed,
-        period_s=given.period_s or (ENGINE_KILLS_S if given.kill_engines_only else default.period_s),
-        calm_s=given.calm_s,
-        bound_s=given.bound_s,
-        kinds=kinds,
-        overlapping=given.overlapping,
-        share=given.share,
-    )
-    return options, given.json
+    parser.add_argument("--overlapping", action="store_true", help="do not wait for all engines between events")
+    parser.add_argument("--share", type=float, help="of the samples to score; 1")
+    given = vars(parser.parse_args(arguments))
+    options, path = SHORT if given.pop("short") else Options(), given.pop("json")
+    if given.pop("kill_engines_only"):
+        with_cores = (given["engine"] or options.engine) == "vllm"
+        options = replace(options, kinds=ENGINE_KILLS if with_cores else ENGINE_KILLS[:1], period_s=ENGINE_KILLS_S)
+    if given["kinds"] is not None:
+        given["kinds"] = tuple(given["kinds"])
+    given["overlapping"] = given["overlapping"] or None
+    return replace(options, **{name: value for name, value in given.items() if value is not None}), path
 
 
 if __name__ == "__main__":

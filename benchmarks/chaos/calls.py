@@ -1,4 +1,4 @@
-"""Calls that trainers make, and what they keep of each."""
+"""Calls that trainers make, and their records of each."""
 
 from __future__ import annotations
 
@@ -16,60 +16,61 @@ MAX_PROMPTS, MAX_SAMPLES = 32, 8
 TOKENS = (16, 160)
 PROMPT_TOKENS = (4, 24)
 PROMPT_IDS = (10, 250)
-"""Token ids of prompts are drawn between these."""
+"""Range of the prompts' token ids."""
 TIMEOUT_S = 240.0
-"""Of a call. On two slow cores one that meets a hung engine, a killed router and a killed engine takes over 120 s."""
+"""Deadline of a call. On two slow cores, a call that meets a hung engine, a killed router and a killed engine takes
+over 120 s."""
 
 REFERENCES = 2
 REFERENCE_SHARE = 0.3
-"""Of the calls repeat one of REFERENCES calls that every trainer makes: same seed, so the same tokens. Few and often:
-only what is of the same versions can be compared, and versions last for seconds."""
+"""Share of the calls that repeat one of REFERENCES calls, which all trainers make: same seed, so the same tokens. Few
+and often, since only samples of the same versions can be compared, and versions last for seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """What a trainer asks for."""
+    """One sampling call of a trainer."""
 
     prompts: tuple[tuple[int, ...], ...]
     num_samples: int
     max_tokens: int
     ignore_eos: bool
-    """Every sample has exactly max_tokens."""
+    """If set, every sample has exactly max_tokens."""
     seed: int | None
     adapter: str
-    """Its name; "" is the base model."""
+    """Name of the adapter; "" for the base model."""
     iterated: bool
-    """By sample_iter."""
+    """Whether it is made by sample_iter."""
     reference: int | None = None
-    """Number of the call that is repeated."""
+    """Number of the repeated call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Begun:
-    """A call is about to be made."""
+    """Record of a call that is about to be made."""
 
     number: int
-    """Of the call among its trainer's."""
+    """Index of the call among its trainer's."""
     call: Call
     at: float
-    """Seconds, time.monotonic: one clock for all processes of a machine."""
+    """Seconds of time.monotonic, which all processes of a machine share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """A call has returned or raised."""
+    """Record of a call that has returned or raised."""
 
     number: int
     at: float
     responses: list[SampleResponse]
-    """One of `sample`; of `sample_iter` each in the order of its arrival, those before an error too."""
+    """One for `sample`; for `sample_iter` all in their order of arrival, including those before an error."""
     error: str = ""
-    """Name of what was raised; "" if nothing was."""
+    """Name of the exception's type; "" if none was raised."""
     message: str = ""
 
 
 def draw(rng: random.Random) -> Call:
-    """The next call. Sizes are drawn by their logarithm: most calls are small, and all sizes come."""
+    """Draws the next call. Sizes are log-uniform: most calls are small, and all sizes occur."""
     if rng.random() < REFERENCE_SHARE:
         return reference(rng.randrange(REFERENCES), rng.choice((*ADAPTERS, "")))
     return Call(
@@ -84,7 +85,7 @@ def draw(rng: random.Random) -> Call:
 
 
 def reference(number: int, adapter: str) -> Call:
-    """A seeded call that is the same whoever draws it; each trainer may make it in either way."""
+    """Returns a seeded call that is the same for all trainers."""
     rng = random.Random(number)
     return Call(
         prompts=_prompts(rng, 3),
@@ -99,7 +100,7 @@ def reference(number: int, adapter: str) -> Call:
 
 
 def _prompts(rng: random.Random, count: int) -> tuple[tuple[int, ...], ...]:
-    """Distinct for all that matters: a prompt that comes back in another's place is seen."""
+    """Draws prompts that are distinct for all practical purposes, so that swapped prompts are detected."""
     return tuple(tuple(rng.randrange(*PROMPT_IDS) for _ in range(rng.randint(*PROMPT_TOKENS))) for _ in range(count))
 
 
@@ -108,7 +109,7 @@ def _log_uniform(rng: random.Random, least: int, most: int) -> int:
 
 
 def recorded(path: Path) -> Iterator[Begun | Ended]:
-    """What a trainer kept. Its last record may be torn, where it was killed as it wrote it."""
+    """Reads a trainer's records. The last one may be torn, if the trainer was killed while writing it."""
     with path.open("rb") as file:
         while True:
             try:

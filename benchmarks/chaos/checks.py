@@ -1,4 +1,4 @@
-"""Whether a response is what was asked for: every sample once, in its place, under the name of what sampled it."""
+"""Checks responses: every sample once, in its place, labelled with the versions that sampled it."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from benchmarks.chaos.publisher import BASE, Attempt, History
 from twinkle_serve import SampledSequence, SampleResponse
 
 LATE_S = 15.0
-"""After its deadline a call hangs."""
+"""A call that takes this much longer than its deadline hangs."""
 IMPROBABLE = -30.0
-"""Log p of a whole sample, nats, below which nothing is sampled twice unless its random stream is. A model whose
-weights are noise may say one thing for ever, so no number of tokens would do."""
+"""Log p of a whole sample, nats, below which equal samples mean equal random streams. A number of tokens would not do:
+a model whose weights are noise may repeat itself for ever."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that must not be."""
+    """A violation of the service's guarantees."""
 
     kind: str
     """lost, doubled, mislabelled, wrong, failed, hang, left behind or not recovered."""
     where: str
-    """Which call, or what else it is of."""
+    """Name of the call or process."""
     what: str
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A call and what became of it."""
+    """A call and its outcome."""
 
     name: str
-    """trainer-0 call 12"""
+    """For example "trainer-0 call 12"."""
     call: Call
     begun_at: float
     ended_at: float
@@ -54,7 +54,7 @@ class Answered:
 
 
 def check(answered: Answered, history: History) -> Iterator[Finding]:
-    """All that one call says of itself."""
+    """Checks one call by itself."""
     if answered.ended_at - answered.begun_at > TIMEOUT_S + LATE_S:
         yield answered.finding("hang", f"took {answered.ended_at - answered.begun_at:.1f} s")
     yield from _prompts(answered)
@@ -65,7 +65,7 @@ def check(answered: Answered, history: History) -> Iterator[Finding]:
 
 
 def _prompts(answered: Answered) -> Iterator[Finding]:
-    """Each prompt once, with its own tokens and num_samples samples; in order, unless it was iterated over."""
+    """Checks that each prompt came once, with its own tokens and num_samples samples; in order, unless iterated."""
     call = answered.call
     indices = [index for response in answered.responses for index in response.prompt_indices]
     for index, times in Counter(indices).items():
@@ -79,7 +79,7 @@ def _prompts(answered: Answered) -> Iterator[Finding]:
         for prompt in response:
             index = prompt.prompt_index
             if not 0 <= index < len(call.prompts) or tuple(prompt.prompt_token_ids) != call.prompts[index]:
-                yield answered.finding("mislabelled", f"prompt {index} is another one")
+                yield answered.finding("mislabelled", f"prompt {index} is another prompt")
             samples = prompt.columns.sample.tolist()
             if samples != list(range(call.num_samples)):
                 kind = "lost" if len(samples) < call.num_samples else "doubled"
@@ -87,10 +87,10 @@ def _prompts(answered: Answered) -> Iterator[Finding]:
 
 
 def _streams(answered: Answered) -> Iterator[Finding]:
-    """No two samples of a prompt have one random stream: improbable ones would be the same, seeds would be."""
+    """Checks that no two samples share a random stream: no equal seeds, no equal improbable samples of a prompt."""
     seeds = [sequence.seed for sequence in answered.sequences]
     if (answered.call.seed is None) != (seeds.count(None) > 0) and seeds:
-        yield answered.finding("mislabelled", f"seed {answered.call.seed} was asked for, samples name {set(seeds)}")
+        yield answered.finding("mislabelled", f"seed {answered.call.seed} was requested, samples have {set(seeds)}")
     for seed, times in Counter(seed for seed in seeds if seed is not None).items():
         if times > 1:
             yield answered.finding("doubled", f"{times} samples have the seed {seed}")
@@ -101,14 +101,14 @@ def _streams(answered: Answered) -> Iterator[Finding]:
     for (index, *tokens), sequences in same.items():
         if len(sequences) > 1:
             of = [(int(s.response.columns.sample[s.row]), s.seed, s.engine, s.adapter) for s in sequences]
-            logprob = sequences[0].logprob_array.sum()  # type: ignore[union-attr]  # it has one, see above
+            logprob = sequences[0].logprob_array.sum()  # type: ignore[union-attr]  # not None, see above
             yield answered.finding(
                 "doubled", f"prompt {index} has the same {len(tokens)} tokens, of log p {logprob:.1f}, as samples {of}"
             )
 
 
 def _sample(call: Call, sequence: SampledSequence) -> Iterator[tuple[str, str]]:
-    """As many tokens as were asked for, each with a logprob."""
+    """Checks the number of tokens, the stop reason and the logprobs."""
     tokens, reason = len(sequence.tokens), sequence.stop_reason
     if reason not in ("length", "stop") or (reason == "stop" and call.ignore_eos):
         yield "wrong", f"ended by {reason}"
@@ -121,17 +121,17 @@ def _sample(call: Call, sequence: SampledSequence) -> Iterator[tuple[str, str]]:
 
 
 def _labels(answered: Answered, sequence: SampledSequence, history: History) -> Iterator[tuple[str, str]]:
-    """Versions that somebody published, of the name that was asked for, and none that was old when it was asked for."""
+    """Checks that all versions were published, belong to the requested name, and were not outdated at the call."""
     name, label = answered.call.adapter, sequence.adapter
     if label.rpartition("@")[0] != name:
-        yield "mislabelled", f"adapter {label!r}, {name!r} was asked for"
+        yield "mislabelled", f"adapter {label!r}, but {name!r} was requested"
     elif name:
         attempts = [attempt for attempt in history.adapter(label) if attempt.begun_at < answered.ended_at]
         current = history.current(name, answered.begun_at)
         if not attempts:
-            yield "mislabelled", f"adapter {label!r}, which nobody had published"
+            yield "mislabelled", f"adapter {label!r}, which was never published"
         elif current is not None and int(label.rpartition("@")[2]) < (old := history.attempts[name][current]).number:
-            yield "mislabelled", f"adapter {label!r} is older than {old.label!r}, which was current when it was called"
+            yield "mislabelled", f"adapter {label!r} is older than {old.label!r}, which was current at the call"
     spans = sequence.weight_versions
     ends = [0, *(span.end for span in spans)]
     if [span.start for span in spans] != ends[:-1] or ends[-1] != len(sequence.tokens):
@@ -139,17 +139,17 @@ def _labels(answered: Answered, sequence: SampledSequence, history: History) -> 
     found = [history.base(span.version) for span in spans]
     order = [index for index in found if index is not None]
     if len(order) < len(found) or any(history.attempts[BASE][index].begun_at > answered.ended_at for index in order):
-        yield "mislabelled", f"spans {spans} name a version that nobody had published"
+        yield "mislabelled", f"spans {spans} name a version that was never published"
     elif order != sorted(set(order)):
         yield "mislabelled", f"spans {spans} go back to an older version"
     elif order and (current := history.current(BASE, answered.begun_at)) is not None and order[0] < current:
         newest: Attempt = history.attempts[BASE][current]
-        yield "mislabelled", f"spans {spans} begin before {newest.label!r}, which was current when it was called"
+        yield "mislabelled", f"spans {spans} begin before {newest.label!r}, which was current at the call"
 
 
 def check_references(calls: Iterable[Answered]) -> tuple[list[Finding], int]:
-    """Whether repeated calls have the same tokens for as long as they are of the same versions. Also how many samples
-    were compared with another call's."""
+    """Checks that repeated calls have equal tokens for as long as their versions are equal. Returns the findings, and
+    how many samples were compared with another call's."""
     first: dict[tuple[object, ...], tuple[Answered, list[int]]] = {}
     findings: list[Finding] = []
     compared = 0
@@ -176,7 +176,7 @@ def check_references(calls: Iterable[Answered]) -> tuple[list[Finding], int]:
 
 
 def by_versions(calls: Iterable[Answered]) -> dict[tuple[str, str], list[tuple[Answered, SampledSequence]]]:
-    """Samples by what each span names: a version of the model's own weights, and one of an adapter."""
+    """Groups samples by (version of the model's weights, adapter version), once for each span's version."""
     found: dict[tuple[str, str], list[tuple[Answered, SampledSequence]]] = defaultdict(list)
     for answered in calls:
         for sequence in answered.sequences:

@@ -1,4 +1,4 @@
-"""What is done to a service: kills, stops and a full object store, each with a way to tell that it is over."""
+"""Faults: kills, stops and a full object store, each with a way to tell that it is over."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 import ray
+from tests.support.processes import core_processes, with_title
 
 from benchmarks.chaos.load import Trainers
-from tests.processes import core_processes, with_title
 
 STOPPED_S = (2.0, 45.0)
-"""How long a process stands still: some are back before anybody misses them, others are replaced meanwhile."""
+"""How long a process is stopped: some resume before anything notices, others are replaced meanwhile."""
 FILLED_S = (3.0, 20.0)
 """How long the object store is full."""
 FILLED_PART = 1.2
-"""Of the object store's capacity: what does not fit is spilled, that of others too."""
+"""Multiple of the object store's capacity: the excess is spilled, along with objects of others."""
 ARRAY_BYTES = 2**23
 
 ENGINE_KILLS = ("engine replica killed", "engine core killed")
 
 
 class NoVictim(Exception):
-    """There is no such process now."""
+    """The process to strike does not exist at the moment."""
 
 
 @dataclass(frozen=True, slots=True)
 class Strike:
-    """Something was done."""
+    """A fault that was caused."""
 
     target: str
     over: Callable[[], bool]
-    """Whether what it was done to is replaced, or goes on. Whether the service is well again is another question."""
+    """Whether the target is replaced or running again; the service may still be recovering."""
     seen: Callable[[], list[str]] = list
-    """What there is in its place, for whoever asks why it is not over."""
+    """Describes the processes in the target's place, to explain why it is not over."""
 
 
 class Faults:
-    """Draws and does things to the processes of one application, on this machine."""
+    """Causes faults in the processes of one application on this machine."""
 
     def __init__(self, application: str, engines: int, trainers: Trainers, rng: random.Random, *, cores: bool) -> None:
         """
         Args:
-            cores: whether engines have a process of vLLM's own under them.
+            cores: whether each engine has a core process of vLLM's as a child.
         """
         self._application, self._trainers, self._rng = application, trainers, rng
         self._engines = [f"engine-dp{rank}" for rank in range(engines)]
@@ -70,23 +70,23 @@ class Faults:
             }
 
     def strike(self, kind: str, ready: frozenset[str]) -> Strike:
-        """Does it.
+        """Causes a fault.
 
         Args:
-            ready: engines that are; what is done to engines is done to one of these.
+            ready: names of the ready engines; faults of engines strike one of these.
 
         Raises:
-            NoVictim: there is nothing to do it to, as of now.
+            NoVictim: the process to strike does not exist at the moment.
         """
         return self.kinds[kind](ready)
 
     def end(self) -> None:
-        """Lets everything go on that stands still: a stopped process cannot be asked to leave."""
+        """Resumes all stopped processes: a stopped process cannot shut down."""
         for process in list(self._stopped):
             self._resume(process)
 
     def doubled(self) -> str:
-        """Processes of deployments that have more than their one; "" if none has."""
+        """Describes the processes of deployments that have more than one; "" if none has."""
         seen = [self._replica(name).seen() for name in (*self._engines, "router", "store")]
         return "; ".join(itertools.chain.from_iterable(each for each in seen if len(each) > 1))
 
@@ -140,7 +140,7 @@ class Faults:
             over.set()
 
         def fill() -> None:
-            # Not all at once: what waits for room waits in the raylet, and others must get at it.
+            # One by one: requests for room wait in the raylet, and other processes' must get their turn.
             for _ in range(arrays):
                 held.append(ray.put(np.zeros(ARRAY_BYTES, np.uint8)))
             threading.Timer(seconds, empty).start()
@@ -151,15 +151,15 @@ class Faults:
 
 @dataclass(frozen=True, slots=True)
 class Victim:
-    """A process of the service, by its title."""
+    """A process of the service, found by its title."""
 
     name: str
     title: str
     core: bool = False
-    """Whether it is vLLM's core under the process of that title."""
+    """Whether it is vLLM's core process under the process of that title."""
 
     def process(self) -> psutil.Process:
-        """The newest one: an older one may not be gone yet.
+        """Returns the newest such process: an older one may not be gone yet.
 
         Raises:
             NoVictim: there is none.
@@ -172,14 +172,14 @@ class Victim:
         return _newest(found)
 
     def replaced(self, process: psutil.Process) -> bool:
-        """Whether there is another one in a process's place."""
+        """Whether another process has taken this one's place."""
         try:
-            return bool(self.process() != process)  # a process is its pid and when it began
+            return bool(self.process() != process)  # processes compare by pid and start time
         except NoVictim:
             return False
 
     def seen(self) -> list[str]:
-        """All processes of its title, and what is under them."""
+        """Describes all processes of its title, with their children."""
         return [_tree(process) for process in with_title(self.title)]
 
 

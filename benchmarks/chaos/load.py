@@ -1,4 +1,4 @@
-"""Trainers: actors that sample all the time, and are replaced when they are killed."""
+"""Trainers: actors that sample continuously, and are replaced when killed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from benchmarks.chaos.calls import TIMEOUT_S, Begun, Call, Ended, draw
 from twinkle_serve import SampleResponse, connect
 
 AFTER_FAILURE_S = 0.5
-"""Before the next call: a service that refuses everything is not to be asked a thousand times a second."""
+"""Pause after a failed call, so that a service that refuses everything is not called a thousand times per second."""
 
 
 class Trainer:
-    """One life of a trainer. Every call is in its file as it begins, and again, with all that came, as it ends."""
+    """A trainer process. It records each call in its file when the call begins, and with its responses when it ends."""
 
     def __init__(self, path: Path, seed: int) -> None:
         self._path, self._seed = path, seed
@@ -32,11 +32,11 @@ class Trainer:
         self._callers: list[threading.Thread] = []
 
     def process(self) -> int:
-        """Its pid."""
+        """Returns its pid."""
         return os.getpid()
 
     def start(self, application: str, callers: int) -> None:
-        """Connects, and has so many threads make one call after the other."""
+        """Connects, and starts `callers` threads that each make one call after another."""
         self._sampler = connect(application)
         self._file = self._path.open("wb")
         self._callers = [threading.Thread(target=self._run, args=(caller,), daemon=True) for caller in range(callers)]
@@ -44,7 +44,7 @@ class Trainer:
             thread.start()
 
     def stop(self) -> None:
-        """Waits for the last calls."""
+        """Ends the threads after their last calls."""
         self._end.set()
         for thread in self._callers:
             thread.join()
@@ -59,7 +59,7 @@ class Trainer:
             error, message = "", ""
             try:
                 self._make(call, responses)
-            except Exception as raised:  # whatever it is, it is looked at with the rest
+            except Exception as raised:  # recorded, and checked with the rest
                 error, message = type(raised).__name__, str(raised)
             self._keep(Ended(number=number, at=time.monotonic(), responses=responses, error=error, message=message))
             if error:
@@ -71,7 +71,7 @@ class Trainer:
         options: dict[str, Any] = {"num_samples": call.num_samples, "timeout_s": TIMEOUT_S}
         if call.iterated:
             for response in self._sampler.sample_iter(inputs, params, call.adapter, **options):
-                responses.append(response)  # one by one: what came before an error is looked at too
+                responses.append(response)  # one by one: responses before an error are checked too
         else:
             responses.append(self._sampler.sample(inputs, params, call.adapter, **options))
 
@@ -84,27 +84,27 @@ class Trainer:
 
 @dataclass(slots=True)
 class Life:
-    """A trainer from its start to its end, by itself or by us."""
+    """A trainer from its start to its end."""
 
     path: Path
     actor: Any
     pid: int
     started: Any
-    """A reference that is there when it has connected."""
+    """Object reference that is ready when the trainer has connected."""
     killed: bool = False
 
 
 @dataclass(slots=True)
 class Trainers:
-    """A number of trainers at any time."""
+    """A constant number of trainers."""
 
     application: str
     directory: Path
     seed: int
     callers: int
-    """Of each trainer: calls that it has in flight."""
+    """Calls that each trainer has in flight."""
     lives: list[Life] = field(default_factory=list)
-    """All that there were."""
+    """All trainers so far."""
 
     def add(self) -> Life:
         number = len(self.lives)
@@ -120,10 +120,10 @@ class Trainers:
         return [life for life in self.lives if not life.killed]
 
     def connected(self, life: Life, timeout_s: float = 0) -> bool:
-        """Whether it has begun to call.
+        """Whether it has connected.
 
         Raises:
-            Exception: what kept it from connecting.
+            Exception: connecting failed.
         """
         done, _ = ray.wait([life.started], timeout=timeout_s)
         if done:
@@ -131,7 +131,7 @@ class Trainers:
         return bool(done)
 
     def stop(self, timeout_s: float) -> list[str]:
-        """Ends all trainers. Returns what is wrong: those that died by themselves, and those with calls that hang."""
+        """Ends all trainers. Returns a description of each that died by itself or has hanging calls."""
         wrong = []
         stops = {life.actor.stop.remote(): life for life in self.living}
         ended, hanging = ray.wait(list(stops), num_returns=len(stops), timeout=timeout_s)

@@ -1,4 +1,4 @@
-"""Versions that are published while trainers sample, and what is known of each afterwards."""
+"""Publishes versions while trainers sample, and records each attempt."""
 
 from __future__ import annotations
 
@@ -7,43 +7,44 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+
+from tests.support.lora import random_adapter
+from tests.support.weights import changed_weights
 
 from benchmarks.chaos.calls import ADAPTERS
-from tests.lora import random_adapter
-from tests.weights import changed_weights
+from benchmarks.common.models import Tensors
 from twinkle_serve.data_format.weights import INITIAL_LABEL
 from twinkle_serve.sampler import RunningSampler
 
 BASE = ""
-"""The name that attempts to publish the model's own weights have."""
+"""Name under which attempts to publish the model's own weights are recorded."""
 RANK = 8
 UPDATE_TIMEOUT_S = 120.0
 
 
 @dataclass(slots=True, kw_only=True)
 class Attempt:
-    """One attempt to publish a version. One that raised may have come to pass all the same: its answer was lost."""
+    """One attempt to publish a version. One that raised may have succeeded all the same, with its answer lost."""
 
     name: str
     seed: int | None
-    """Of the weights; None is the model's own files."""
+    """Seed of the weights; None for the model's own files."""
     label: str = ""
-    """What it was published as. Of the model's own weights it is ours to choose, so it is known before."""
+    """Version label. We choose the labels of the model's weights, so those are known in advance."""
     begun_at: float
     published_at: float | None = None
-    """When the service said so."""
+    """When the service confirmed it."""
     error: str = ""
 
     @property
     def number(self) -> int:
-        """The version's."""
+        """Number of the adapter version."""
         return int(self.label.rpartition("@")[2])
 
 
 @dataclass(slots=True)
 class History:
-    """Every attempt of a run, by name, in their order. One at a time is made."""
+    """All attempts of a run by name, in order. They are made one at a time."""
 
     attempts: dict[str, list[Attempt]] = field(
         default_factory=lambda: {
@@ -53,14 +54,14 @@ class History:
     )
 
     def base(self, label: str) -> int | None:
-        """Which attempt a version of the model's own weights is of; None: nobody made such a version."""
+        """Index of the attempt that a version of the model's weights belongs to; None if there is none."""
         return next((i for i, attempt in enumerate(self.attempts[BASE]) if attempt.label == label), None)
 
     def adapter(self, label: str) -> list[Attempt]:
-        """Attempts that a version of an adapter may be of; none: nobody made such a version.
+        """Attempts that an adapter version may belong to; empty if there is none.
 
-        Attempts whose answers were lost, and their repetitions, take numbers that nobody was told: those between two
-        known ones are of the attempts between, or of the later one itself, made more than once.
+        Attempts with lost answers, and their retries, take numbers that were never reported: a number between two known
+        ones belongs to an attempt between them, or to the later one, made more than once.
         """
         name, _, number = label.rpartition("@")
         if not number.isdigit() or name not in self.attempts:
@@ -78,7 +79,7 @@ class History:
         return possible
 
     def current(self, name: str, at: float) -> int | None:
-        """Index of the newest attempt that was published by then; None: there was none."""
+        """Index of the newest attempt that was published by then; None if there was none."""
         known = [i for i, a in enumerate(self.attempts[name]) if a.published_at is not None and a.published_at <= at]
         return known[-1] if known else None
 
@@ -87,7 +88,7 @@ class History:
 
 
 class AdapterMaker:
-    """Adapters of the demo model with random weights, each the same for the same seed."""
+    """Adapters of the demo model with random weights, reproducible by seed."""
 
     def __init__(self) -> None:
         from peft import get_peft_model_state_dict
@@ -96,8 +97,8 @@ class AdapterMaker:
         self.config = adapter.peft_config["default"]
         self._shapes = {name: tensor.shape for name, tensor in get_peft_model_state_dict(adapter).items()}
 
-    def made(self, seed: int) -> dict[str, Any]:
-        """Tensors by name. Large enough that every version says something else."""
+    def made(self, seed: int) -> Tensors:
+        """Returns tensors by name, large enough that every version has other logprobs."""
         import torch
 
         generator = torch.Generator().manual_seed(seed)
@@ -105,7 +106,7 @@ class AdapterMaker:
 
 
 class Publisher(threading.Thread):
-    """Updates the model's own weights every period, and one adapter and the other by turns every other time."""
+    """Updates the model's own weights every period, and every other time one of the adapters, in turn."""
 
     def __init__(self, sampler: RunningSampler, history: History, period_s: float) -> None:
         super().__init__(name="publisher", daemon=True)
@@ -113,7 +114,7 @@ class Publisher(threading.Thread):
         self._adapters = AdapterMaker()
         self._end = threading.Event()
         self._seeds = itertools.count(1)
-        for name in ADAPTERS:  # before anybody asks for them
+        for name in ADAPTERS:  # before trainers use them
             self._publish_adapter(name)
 
     def run(self) -> None:
@@ -125,7 +126,7 @@ class Publisher(threading.Thread):
                 self._publish_adapter(ADAPTERS[turn // 2 % len(ADAPTERS)])
 
     def stop(self, timeout_s: float) -> bool:
-        """Whether it has ended."""
+        """Stops publishing. Returns whether it ended in time."""
         self._end.set()
         self.join(timeout_s)
         return not self.is_alive()

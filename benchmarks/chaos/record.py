@@ -1,4 +1,4 @@
-"""What a run is like, and all that is left of it."""
+"""Options and records of a run."""
 
 from __future__ import annotations
 
@@ -20,40 +20,61 @@ ENGINES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a run is like."""
+    """Options of a run."""
 
     engine: Literal["vllm", "fake"] = "vllm"
     minutes: float = 5.0
-    """Of events; what begins in this time is waited for."""
+    """Duration of the events; events that begin in it are waited for."""
     seed: int = 0
     period_s: float = 10.0
-    """Between one event and the next, drawn between half and one and a half of it, from when all engines are ready."""
+    """Mean pause before an event, counted from when all engines are ready; drawn between half and one and a half of
+    it."""
     calm_s: float = 30.0
-    """Before the events, and again after them."""
+    """Duration of the calm phases before and after the events."""
     bound_s: float = 180.0
-    """How long to wait for all engines after an event."""
+    """Longest wait for all engines after an event."""
+    warm_up_s: float = 5.0
+    """From the first calls to the first calm phase."""
+    settled_s: float = 5.0
+    """How long all engines must stay ready after an event: a dead one is not always noticed at once."""
     kinds: tuple[str, ...] = ()
-    """Of events; none: all that there are."""
+    """Kinds of events; empty for all."""
     overlapping: bool = False
-    """Whether an event comes when it is due, though engines are missing."""
+    """Whether events come on time even when engines are missing."""
     trainers: int = 3
     callers: int = 4
-    """Of each trainer."""
+    """Concurrent calls of each trainer."""
     publish_s: float = 4.0
-    """Between versions of the model's own weights."""
+    """Period of new versions of the model's own weights."""
     share: float = 1.0
-    """Of the samples that are scored."""
+    """Share of the samples to score."""
+
+
+SHORT = Options(
+    engine="fake",
+    minutes=0.2,
+    period_s=2.0,
+    calm_s=2.0,
+    bound_s=90.0,
+    warm_up_s=1.0,
+    kinds=("engine replica killed", "router killed", "trainer killed", "store killed", "controller killed"),
+    overlapping=True,
+    trainers=2,
+    publish_s=1.0,
+)
+"""A run of about half a minute: on the fake engine, with kills only, which do not wait for each other's recovery."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Event:
-    """Something that was done to the service."""
+    """A fault that the service went through."""
 
     kind: str
     target: str
     at: float
     recovered_s: float | None = None
-    """Until all engines were ready and what was struck was replaced; None: not within the bound, or not waited for."""
+    """Seconds until the target was replaced and all engines were ready; None if not within the bound, or not waited
+    for."""
 
 
 PhaseName: TypeAlias = Literal["calm before", "events", "calm after"]
@@ -61,7 +82,7 @@ PhaseName: TypeAlias = Literal["calm before", "events", "calm after"]
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A stretch of the run."""
+    """A phase of the run."""
 
     name: PhaseName
     begin: float
@@ -70,7 +91,7 @@ class Phase:
 
 @dataclass(slots=True)
 class Run:
-    """All that a run left."""
+    """All records of a run."""
 
     options: Options
     history: History = field(default_factory=History)
@@ -79,18 +100,18 @@ class Run:
     watch: Watch | None = None
     findings: list[Finding] = field(default_factory=list)
     calls: list[Answered] = field(default_factory=list)
-    """Those that ended, in their order of each trainer."""
+    """Calls that ended, by trainer, in order."""
     excused: int = 0
-    """Calls past their deadline in an outage."""
+    """Calls that missed their deadline because of an outage."""
     killed: int = 0
     """Calls that were killed with their trainer."""
     compared: int = 0
     """Samples of repeated calls that were compared with others."""
     reference: Reference | None = None
-    """What scored the samples; None with the fake engine."""
+    """Set once the samples are scored."""
 
     def rate(self, *names: PhaseName) -> float:
-        """Tokens a second of calls that were answered, each call's tokens spread evenly over the time that it took."""
+        """Tokens per second of answered calls, each call's tokens spread evenly over its duration."""
         phases = self._of(names)
         tokens = 0.0
         for call in self.calls:
@@ -100,7 +121,7 @@ class Run:
         return tokens / sum(p.end - p.begin for p in phases)
 
     def ready_share(self, *names: PhaseName) -> float:
-        """Of the engines' seconds, those in which the service said that they are ready."""
+        """Share of the engines' time in which the service reported them ready."""
         assert self.watch is not None
         phases = self._of(names)
         ready = sum(self.watch.engine_seconds(p.begin, p.end) for p in phases)
@@ -118,7 +139,7 @@ class Run:
 
 
 def read(done: Run, life: Life) -> None:
-    """What a trainer kept: its calls, those that failed, and those that never ended."""
+    """Reads a trainer's records: its calls, including those that failed or never ended."""
     begun: dict[int, Begun] = {}
     for record in recorded(life.path):
         if isinstance(record, Begun):
@@ -148,7 +169,7 @@ def read(done: Run, life: Life) -> None:
 
 
 def _is_excused(done: Run, answered: Answered) -> bool:
-    """Past its deadline, and for half of that time or more there was no engine to sample it."""
+    """Whether it missed its deadline, and no engine was ready for at least half of that time."""
     assert done.watch is not None
     outage_s = done.watch.outage_s(answered.begun_at, answered.ended_at)
     return answered.error == "DeadlineError" and outage_s > TIMEOUT_S / 2

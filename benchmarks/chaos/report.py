@@ -1,25 +1,24 @@
-"""What a run found, as JSON and to read."""
+"""Reports a run, as JSON and as text."""
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections import Counter, defaultdict
-from typing import Any
 
 from benchmarks.chaos.checks import Finding
 from benchmarks.chaos.publisher import BASE
 from benchmarks.chaos.record import ENGINES, Run
-from benchmarks.overhead import commit, cpu_model
+from benchmarks.common.machine import commit, machine
+from benchmarks.common.report import Figures
 
 MAX_FINDINGS = 40
-"""That are listed; all are counted."""
+"""Findings to list; all are counted."""
 MAX_LETTERS = 300
-"""Of each: Ray's own messages are long."""
+"""Length of each: Ray's messages are long."""
 
 
-def as_json(done: Run, command: str) -> dict[str, Any]:
-    """All figures of a run."""
+def as_json(done: Run, command: str) -> Figures:
+    """Returns all figures of a run."""
     options = done.options
     good = [call for call in done.calls if not call.error]
     recovered = defaultdict(list)
@@ -29,7 +28,7 @@ def as_json(done: Run, command: str) -> dict[str, Any]:
     result = {
         "command": command,
         "commit": commit(),
-        "machine": f"{os.cpu_count()} x {cpu_model()}, no GPU",
+        "machine": machine(),
         "engine": options.engine,
         "seed": options.seed,
         "seconds": {phase.name: round(phase.end - phase.begin, 1) for phase in done.phases},
@@ -52,12 +51,11 @@ def as_json(done: Run, command: str) -> dict[str, Any]:
         "samples_of_repeated_calls_compared": done.compared,
         "goodput_tokens_per_s": _goodput(done),
         "findings": dict(Counter(finding.kind for finding in done.findings)),
-        "found": [
-            " ".join(f"{f.kind}: {f.where}: {f.what}".split())[:MAX_LETTERS] for f in done.findings[:MAX_FINDINGS]
-        ],
+        "found": [_line(finding) for finding in done.findings[:MAX_FINDINGS]],
     }
     if done.reference is not None:
         result["scored"] = {
+            "by": done.reference.name,
             "samples": done.reference.samples,
             "tokens": done.reference.tokens,
             "largest_difference_nats": round(done.reference.largest, 7),
@@ -69,8 +67,8 @@ def _line(finding: Finding) -> str:
     return " ".join(f"{finding.kind}: {finding.where}: {finding.what}".split())[:MAX_LETTERS]
 
 
-def _recovery(times: list[float | None]) -> dict[str, Any]:
-    """Of one kind of event; seconds."""
+def _recovery(times: list[float | None]) -> Figures:
+    """Summarizes seconds to recovery of one kind of event."""
     known = [seconds for seconds in times if seconds is not None]
     if not known:
         return {"events": len(times), "recovered": 0}
@@ -83,7 +81,7 @@ def _recovery(times: list[float | None]) -> dict[str, Any]:
 
 
 def _goodput(done: Run) -> dict[str, float]:
-    """Calm and with events, and with events against what the engines that were ready could do."""
+    """Goodput in calm phases and with events, and the latter relative to the capacity of the ready engines."""
     calm, events = done.rate("calm before", "calm after"), done.rate("events")
     ready = done.ready_share("events")
     return {
@@ -97,8 +95,8 @@ def _goodput(done: Run) -> dict[str, float]:
     }
 
 
-def summary(result: dict[str, Any]) -> str:
-    """The same, to read."""
+def summary(result: Figures) -> str:
+    """Returns the same as text."""
     calls, goodput, published = result["calls"], result["goodput_tokens_per_s"], result["published"]
     failed = ", ".join(f"{count} {name}" for name, count in calls["failed"].items()) or "none"
     lines = [
@@ -112,7 +110,7 @@ def summary(result: dict[str, Any]) -> str:
     ]
     if scored := result.get("scored"):
         lines.append(
-            f"scored     {scored['samples']:,} spans of {scored['tokens']:,} tokens by transformers: "
+            f"scored     {scored['samples']:,} spans of {scored['tokens']:,} tokens by {scored['by']}: "
             f"|Δlogprob| at most {scored['largest_difference_nats']:.1e}"
         )
     lines.append(

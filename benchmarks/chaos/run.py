@@ -1,4 +1,4 @@
-"""One run: a cluster of its own, load, events, and what is found when all is over."""
+"""Runs chaos once: a separate cluster, load, events, and the checks afterwards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import random
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+
+from ray import serve
+from tests.support.deploy import deploy
+from tests.support.ray_cluster import ray_cluster
 
 from benchmarks.chaos.calls import TIMEOUT_S
 from benchmarks.chaos.checks import LATE_S, Finding, check, check_references
@@ -15,11 +18,12 @@ from benchmarks.chaos.load import Life, Trainers
 from benchmarks.chaos.publisher import UPDATE_TIMEOUT_S, Publisher
 from benchmarks.chaos.record import ENGINES, Event, Options, Run, read
 from benchmarks.chaos.reference import Reference
+from benchmarks.chaos.scorers import FakeScorer, TransformersScorer
 from benchmarks.chaos.watch import Watch
-from tests.integration.conftest import deploy, ray_cluster
+from benchmarks.common.engines import EngineArgs
 
 APPLICATION = "chaos"
-ENGINE_ARGS: dict[str, dict[str, Any]] = {
+ENGINE_ARGS: dict[str, EngineArgs] = {
     "vllm": {
         "dtype": "float32",
         "max_model_len": 256,
@@ -31,19 +35,16 @@ ENGINE_ARGS: dict[str, dict[str, Any]] = {
     "fake": {"max_model_len": 256, "token_latency_s": 0.02},
 }
 OBJECT_STORE_BYTES = 2**27
-SETTLED_S = 5.0
-"""How long all engines must have been ready: a dead one is not always missed at once."""
 POLL_S = 0.1
-WARM_UP_S = 5.0
 IDLE_S = 30.0
-"""Within which the service must have let go of everything after the last call."""
+"""Time after the last call within which the service must be idle."""
 
 
 def run(options: Options) -> Run:
-    """Deploys a service, has all of it happen, and checks every response."""
+    """Deploys a service, runs all phases, and checks every response."""
     done = Run(options)
     with tempfile.TemporaryDirectory(prefix="chaos-") as directory:
-        # Two cores more than the engines': router, store and trainers ask for next to nothing.
+        # Two cores more than the engines': router, store and trainers request next to nothing.
         with ray_cluster(num_cpus=ENGINES + 2, object_store_memory=OBJECT_STORE_BYTES):
             lives = _disturb(done, Path(directory))
         for life in lives:
@@ -52,15 +53,14 @@ def run(options: Options) -> Run:
         done.findings += check(answered, done.history)
     differences, done.compared = check_references(done.calls)
     done.findings += differences
-    if options.engine == "vllm":
-        print(f"scoring the samples of {len(done.calls)} calls ...", flush=True)
-        done.reference = Reference(done.history)
-        done.findings += done.reference.check(done.calls, options.share, random.Random(options.seed))
+    print(f"scoring the samples of {len(done.calls)} calls ...", flush=True)
+    done.reference = Reference(done.history, TransformersScorer() if options.engine == "vllm" else FakeScorer())
+    done.findings += done.reference.check(done.calls, options.share, random.Random(options.seed))
     return done
 
 
 def _disturb(done: Run, directory: Path) -> list[Life]:
-    """Everything that needs the service."""
+    """Runs the phases that need the service. Returns all trainers."""
     options = done.options
     sampler = deploy(
         APPLICATION,
@@ -72,12 +72,12 @@ def _disturb(done: Run, directory: Path) -> list[Life]:
     rng = random.Random(options.seed)
     faults = Faults(APPLICATION, ENGINES, trainers, rng, cores=options.engine == "vllm")
     publisher = Publisher(sampler, done.history, options.publish_s)
-    done.watch = watch = Watch(sampler, ENGINES)
+    done.watch = watch = Watch(serve.get_app_handle(APPLICATION), ENGINES)
     watch.start()
     publisher.start()
     for life in [trainers.add() for _ in range(options.trainers)]:
         assert trainers.connected(life, timeout_s=60), f"{life.path.stem} did not connect"
-    time.sleep(WARM_UP_S)
+    time.sleep(options.warm_up_s)
     with done.phase("calm before"):
         time.sleep(options.calm_s)
     try:
@@ -97,7 +97,7 @@ def _disturb(done: Run, directory: Path) -> list[Life]:
 
 
 def _events(done: Run, faults: Faults, watch: Watch, rng: random.Random) -> None:
-    """One event after the other. Each kind comes once before one comes again."""
+    """Causes one event after another. Each kind comes once before any repeats."""
     options = done.options
     end = time.monotonic() + options.minutes * 60
     kinds: list[str] = []
@@ -125,7 +125,7 @@ def _events(done: Run, faults: Faults, watch: Watch, rng: random.Random) -> None
 
 
 def _await_recovery(done: Run, event: Event, strike: Strike, watch: Watch) -> None:
-    """Until all engines are ready, and stay so, after what was struck is replaced; past the bound it is a finding."""
+    """Waits until the target is replaced and all engines are and stay ready; past the bound that is a finding."""
     over_at: float | None = None
     while (now := time.monotonic()) < event.at + done.options.bound_s:
         try:
@@ -137,7 +137,7 @@ def _await_recovery(done: Run, event: Event, strike: Strike, watch: Watch) -> No
         since = watch.all_ready_since()
         if over_at is not None and since is not None:
             recovered_at = max(since, over_at)
-            if now - recovered_at > SETTLED_S:
+            if now - recovered_at > done.options.settled_s:
                 event.recovered_s = recovered_at - event.at
                 return
         time.sleep(POLL_S)
@@ -159,7 +159,7 @@ def _tell(done: Run, event: Event) -> None:
 
 
 def _left_behind(watch: Watch, faults: Faults) -> str:
-    """What the service still holds, though nobody calls, and processes that it should not have; "" if it is nothing."""
+    """Describes work that an idle service still holds, and surplus processes; "" if there is nothing."""
     end = time.monotonic() + IDLE_S
     while True:
         status = watch.status()

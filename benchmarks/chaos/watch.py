@@ -1,4 +1,4 @@
-"""Which engines are ready, looked at all the time."""
+"""Tracks which engines are ready."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
-from twinkle_serve.errors import TwinkleServeError
-from twinkle_serve.sampler import RunningSampler
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from twinkle_serve.data_format.status import SamplerStatus
 
 PERIOD_S = 0.2
-PATIENCE_S = 3.0
-"""Of a poll, beside the grace that callers give a router."""
+PATIENCE_S = 5.0
+"""Timeout of a poll."""
 KNOWN_S = 2.0
-"""How long an answer holds when the next one does not come: the router may be gone."""
+"""How long an answer stays valid when the next one does not come: the router may be gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Poll:
-    """What the service said of its engines. One that did not answer says that none is ready."""
+    """The reported states of the engines. A service that does not answer has none ready."""
 
     at: float
-    """Seconds, time.monotonic."""
+    """Seconds of time.monotonic."""
     states: Mapping[str, str]
-    """Of each engine, by its name."""
+    """State of each engine, by name."""
 
     @property
     def ready(self) -> frozenset[str]:
@@ -36,9 +38,9 @@ class Poll:
 class Watch(threading.Thread):
     """Polls the service's status."""
 
-    def __init__(self, sampler: RunningSampler, engines: int) -> None:
+    def __init__(self, router: DeploymentHandle, engines: int) -> None:
         super().__init__(name="watch", daemon=True)
-        self._sampler, self._engines = sampler, engines
+        self._router, self._engines = router, engines
         self._end = threading.Event()
         self.polls: list[Poll] = []
 
@@ -48,11 +50,15 @@ class Watch(threading.Thread):
             states = {} if status is None else {name: e["state"] for name, e in status["engines"].items()}
             self.polls.append(Poll(time.monotonic(), states))
 
-    def status(self) -> dict[str, Any] | None:
-        """The service's own; None where it does not answer."""
+    def status(self) -> SamplerStatus | None:
+        """The service's status; None if it does not answer."""
         try:
-            status: dict[str, Any] = self._sampler._client.call("status", timeout_s=PATIENCE_S)
-        except TwinkleServeError:
+            answer = self._router.status.remote()
+            status: SamplerStatus = answer.result(timeout_s=PATIENCE_S)
+        except TimeoutError:
+            answer.cancel()
+            return None
+        except (RayError, RayServeException):
             return None
         return status
 
@@ -62,11 +68,11 @@ class Watch(threading.Thread):
 
     @property
     def ready(self) -> frozenset[str]:
-        """As of the last poll."""
+        """Names of the ready engines, as of the last poll."""
         return self.polls[-1].ready if self.polls else frozenset()
 
     def all_ready_since(self, now: float | None = None) -> float | None:
-        """When the service began to have all its engines ready, as it still has; None: it has not."""
+        """Time since which all engines have been ready; None if they are not."""
         since, after = None, time.monotonic() if now is None else now
         for poll in reversed(self.polls):
             if len(poll.ready) < self._engines or after - poll.at > KNOWN_S:
@@ -75,7 +81,7 @@ class Watch(threading.Thread):
         return since
 
     def told(self, begin: float) -> str:
-        """What the service said since then, from one change to the next: for whoever asks why it took so long."""
+        """Describes the changes of the engines' states since then, to explain a slow recovery."""
         polls = [poll for poll in self.polls if poll.at >= begin]
         changes = polls[:1]
         for before, poll in pairwise(polls):
@@ -86,15 +92,15 @@ class Watch(threading.Thread):
         return "; ".join(f"{poll.at - begin:.1f} s {_said(poll)}" for poll in changes)
 
     def engine_seconds(self, begin: float, end: float) -> float:
-        """Seconds that engines were ready, of all engines together."""
+        """Seconds that engines were ready, summed over engines."""
         return sum(len(poll.ready) * seconds for poll, seconds in self._spans(begin, end))
 
     def outage_s(self, begin: float, end: float) -> float:
-        """Seconds without an engine that is known to be ready."""
+        """Seconds without any engine that is known to be ready."""
         return (end - begin) - sum(seconds for poll, seconds in self._spans(begin, end) if poll.ready)
 
     def _spans(self, begin: float, end: float) -> Iterator[tuple[Poll, float]]:
-        """Polls, and for how many seconds of a stretch of time what each says holds."""
+        """Yields each poll with the seconds for which it is valid, within a period."""
         for poll, after in pairwise([*self.polls]):
             seconds = min(after.at, poll.at + KNOWN_S, end) - max(poll.at, begin)
             if seconds > 0:

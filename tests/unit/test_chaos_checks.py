@@ -1,7 +1,8 @@
-"""What the chaos suite looks for, it finds: a check that sees nothing would pass for a service that loses nothing."""
+"""Tests of the chaos suite's checks: a check that finds nothing would pass any service."""
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import random
@@ -15,13 +16,18 @@ import setproctitle
 
 from benchmarks.chaos.calls import MAX_PROMPTS, MAX_SAMPLES, TIMEOUT_S, TOKENS, Call, draw, reference
 from benchmarks.chaos.checks import Answered, check, check_references
-from benchmarks.chaos.publisher import BASE, Attempt, History
+from benchmarks.chaos.publisher import BASE, RANK, AdapterMaker, Attempt, History
 from benchmarks.chaos.reference import Reference
+from benchmarks.chaos.scorers import FakeScorer, TransformersScorer, each_bucket
 from benchmarks.chaos.watch import Poll, Watch
-from tests import weights
-from tests.processes import core_processes
-from twinkle_serve import SampleResponse
+from tests.support import weights
+from tests.support.processes import core_processes
+from twinkle_serve import SampleResponse, SamplingParams, hub
+from twinkle_serve.adapters import pack_adapter
+from twinkle_serve.data_format.adapters import AdapterVersion
+from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.samples import NO_SEED, SampleColumns
+from twinkle_serve.engines.fake import FakeEngine
 
 PROMPTS, SAMPLES, LENGTH = 3, 2, 50
 CALL = Call(
@@ -34,7 +40,7 @@ CALL = Call(
     iterated=False,
 )
 FIRST, SECOND = 100.0, 200.0
-"""When the second and third version of everything were published."""
+"""Times at which the second and third version of everything were published."""
 CALLED = 150.0
 
 
@@ -52,7 +58,7 @@ def history() -> History:
 
 
 def columns(call: Call = CALL, **changed: Any) -> SampleColumns:
-    """What a service that works gives."""
+    """The columns of a correct response."""
     count = len(call.prompts) * call.num_samples
     rng = np.random.default_rng(0)
     values: dict[str, Any] = {
@@ -96,8 +102,8 @@ def kinds(call: Answered) -> set[str]:
     return {finding.kind for finding in check(call, history())}
 
 
-def test_response_that_is_whole_is_fine() -> None:
-    """Of old versions that were current when it was called, and of new ones that came while it ran."""
+def test_correct_response_has_no_findings() -> None:
+    """With old versions that were current at the call, and with new ones published while it ran."""
     assert kinds(answered()) == set()
     mixed = columns(adapter=["left@2"] * 6, weight_versions=[(("step-1", 0), ("step-2", 20))] * 6)
     assert kinds(answered(mixed)) == set()
@@ -127,18 +133,18 @@ TWICE = np.tile(np.arange(10, 10 + LENGTH, dtype=np.int32), 6)
         ({"weight_versions": [(("step-1", 3),)] * 6}, "mislabelled"),
     ],
 )
-def test_sample_that_is_not_what_it_says_is_found(changed: dict[str, Any], kind: str) -> None:
-    """Each defect alone."""
+def test_defect_of_a_sample_is_found(changed: dict[str, Any], kind: str) -> None:
+    """Each defect is found by itself."""
     assert kind in kinds(answered(columns(**changed)))
 
 
-def test_adapter_that_was_old_when_it_was_called_is_found() -> None:
-    """left@2 had been published before the call."""
+def test_adapter_version_that_was_outdated_at_the_call_is_found() -> None:
+    """left@2 was published before the call, which got left@1."""
     assert kinds(answered(begun_at=SECOND + 1, ended_at=SECOND + 2)) == {"mislabelled"}
 
 
-def test_samples_and_prompts_that_are_missing_or_come_twice_are_found() -> None:
-    """A sample of a prompt, all of one, one prompt in another's place, and one of two parts that are the same."""
+def test_missing_doubled_and_swapped_samples_and_prompts_are_found() -> None:
+    """A missing sample, a missing prompt, a doubled prompt, and swapped prompts are all found."""
     whole = answered().responses[0]
     assert kinds(answered(whole.columns.take(np.arange(5)))) == {"lost"}
     parts = list(whole)
@@ -149,16 +155,16 @@ def test_samples_and_prompts_that_are_missing_or_come_twice_are_found() -> None:
     assert kinds(answered(responses=parts[::-1])) == {"mislabelled"}
     iterated = replace(CALL, iterated=True)
     assert kinds(answered(call=iterated, responses=parts[::-1])) == set()
-    assert kinds(answered(responses=parts[:1], error="EngineError")) == set()  # what failed is a finding of its own
+    assert kinds(answered(responses=parts[:1], error="EngineError")) == set()  # the failure is a separate finding
 
 
-def test_call_that_takes_longer_than_its_deadline_and_some_is_found() -> None:
-    """Whatever comes of it."""
+def test_call_that_ends_long_after_its_deadline_is_found() -> None:
+    """A call that hangs is a finding, whatever its result."""
     assert kinds(answered(ended_at=CALLED + TIMEOUT_S + 20)) == {"hang"}
 
 
-def test_repeated_call_of_the_same_versions_must_have_the_same_tokens() -> None:
-    """For as long as the first version of the weights goes, and no further."""
+def test_repeated_call_with_the_same_versions_must_have_the_same_tokens() -> None:
+    """Tokens are compared up to the first change of the weights, and no further."""
     call = reference(0, "left")
     one = columns(call, seed=np.arange(6))
     other = one.tokens.copy()
@@ -170,8 +176,8 @@ def test_repeated_call_of_the_same_versions_must_have_the_same_tokens() -> None:
     assert compared == 6 and {finding.kind for finding in differing} == {"wrong"}
 
 
-def test_version_whose_answer_was_lost_is_one_of_the_attempts_between() -> None:
-    """left@2 may be of the attempt that raised, or of the next one, made twice; left@4 of nobody."""
+def test_version_with_a_lost_answer_belongs_to_one_of_the_attempts_between() -> None:
+    """left@2 may belong to the attempt that raised, or to the next one, made twice; left@4 belongs to none."""
     made = history()
     one, three = made.attempts["left"]
     three.label = "left@3"
@@ -186,7 +192,7 @@ def test_version_whose_answer_was_lost_is_one_of_the_attempts_between() -> None:
     ("label", "found"), [("step-1", set()), ("step-2", {"mislabelled"}), ("initial", {"mislabelled"})]
 )
 def test_logprobs_tell_one_version_of_the_model_from_another(label: str, found: set[str]) -> None:
-    """Samples whose logprobs another reference has computed under step-1."""
+    """Samples whose logprobs another reference computed under step-1 agree with step-1 only."""
     call = replace(CALL, adapter="")
     made = columns(call, adapter=[""] * 6)
     other, changed = weights.Reference(), weights.changed_weights(1)
@@ -200,14 +206,41 @@ def test_logprobs_tell_one_version_of_the_model_from_another(label: str, found: 
         logprobs=np.concatenate(logprobs)[:, None].astype(np.float32),
         weight_versions=[((label, 0),)] * 6,
     )
-    scorer = Reference(history())
+    scorer = Reference(history(), TransformersScorer())
     findings = scorer.check([answered(named, call)], 1.0, random.Random(0))
     assert {finding.kind for finding in findings} == found
     assert scorer.samples == (0 if found else 6)
 
 
+@pytest.mark.parametrize(
+    ("label", "adapter", "found"),
+    [("step-1", "left@1", set()), ("step-2", "left@1", {"mislabelled"}), ("step-1", "left@2", {"mislabelled"})],
+)
+async def test_fake_engine_tells_versions_from_one_another(label: str, adapter: str, found: set[str]) -> None:
+    """Samples of a fake engine with step-1 and left@1 agree with these versions only."""
+    engine, maker = FakeEngine("sampling", str(hub.DEMO), {}), AdapterMaker()
+    version = AdapterVersion(name="left", version=1, id=7, rank=RANK)
+    await engine.start()
+    await engine.load_weights("step-1", each_bucket(weights.changed_weights(1)))
+    await engine.load_adapter(version, pack_adapter(maker.config, maker.made(1)))
+    params = SamplingParams(max_tokens=LENGTH, ignore_eos=True)
+    parts = [
+        await engine.sample_group(
+            Group(id=i, prompt_ids=np.array(ids, np.int32), params=params, count=SAMPLES, adapter=version)
+        )
+        for i, ids in enumerate(CALL.prompts)
+    ]
+    sampled = replace(
+        SampleColumns.concat(parts), adapter=[adapter] * PROMPTS * SAMPLES, weight_versions=[((label, 0),)] * 6
+    )
+    scorer = Reference(history(), await asyncio.to_thread(FakeScorer))
+    findings = await asyncio.to_thread(scorer.check, [answered(sampled)], 1.0, random.Random(0))
+    assert {finding.kind for finding in findings} == found
+    assert scorer.samples == (0 if found else 6) and scorer.largest == 0.0
+
+
 def test_engines_are_not_ready_while_the_service_does_not_answer() -> None:
-    """Two engines for a second, one for two, and then nothing for ten."""
+    """The watch sees two engines for a second, one for two, and then no answer for ten."""
     watch = Watch(None, 2)  # type: ignore[arg-type]  # it asks nobody here
     both, one = {"a": "ready", "b": "ready"}, {"a": "ready", "b": "dead"}
     watch.polls = [Poll(0, both), Poll(1, one), Poll(3, both), Poll(13, both)]
@@ -222,7 +255,7 @@ def test_engines_are_not_ready_while_the_service_does_not_answer() -> None:
 
 
 def titled(changed: bool, begun: Any, end: Any) -> None:
-    """A process that takes the title of vLLM's core, after the first variable of its environment was changed or not."""
+    """Takes the title of vLLM's core, after changing the first variable of the environment or not."""
     first = next(iter(os.environ))
     if changed:
         os.environ[first] = os.environ[first] + "x"
@@ -233,7 +266,7 @@ def titled(changed: bool, begun: Any, end: Any) -> None:
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_cores_are_found_with_and_without_their_title(changed: bool) -> None:
-    """Which cannot be set where that variable was changed; what multiprocessing starts for itself is none."""
+    """The title cannot be set once that variable has changed. multiprocessing's own helper processes do not count."""
     spawning = multiprocessing.get_context("spawn")
     begun, end = spawning.Event(), spawning.Event()
     process = spawning.Process(target=titled, args=(changed, begun, end), daemon=True)
@@ -249,8 +282,8 @@ def test_cores_are_found_with_and_without_their_title(changed: bool) -> None:
     assert core_processes(psutil.Process()) == []
 
 
-def test_calls_are_of_every_shape() -> None:
-    """The smallest and the largest of each, with and without seeds, of all adapters, in both ways."""
+def test_calls_have_every_shape() -> None:
+    """Draws reach the smallest and largest of each size, with and without seeds, all adapters, and both methods."""
     rng = random.Random(0)
     calls = [draw(rng) for _ in range(3000)]
     for values, least, most in (

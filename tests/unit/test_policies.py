@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from benchmarks._policies import POLICIES, PolicyName, build_policy
+from benchmarks.simulate.policies import POLICIES, PolicyName, build_policy
 from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.routing.dispatch import Dispatcher
 from twinkle_serve.routing.groups import RoutedGroup

@@ -1,14 +1,18 @@
-"""What the router's calls of an engine cost the router's process, with nothing done at either end."""
+"""CPU cost of the router's calls to an engine in the router's process, with no work done at either end."""
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import numpy as np
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
+from benchmarks.common.report import Figures, quartiles
 from deployments.engine_client import ServeEngineClient
 from deployments.log_config import QUIET
 from twinkle_serve.data_format.groups import Group, Session
@@ -17,13 +21,15 @@ from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines.group_runner import Finished
 
 GROUPS, SAMPLES, TOKENS = 4, 8, 300
-"""Of a chunk, which comes back in an item."""
+"""Size of a chunk, which comes back in one item."""
+CALLS = 500
+"""Chunks and items in a round."""
 SESSION = Session(incarnation="", router="")
 
 
 @serve.deployment(max_ongoing_requests=1000, logging_config=QUIET)
 class Callee:
-    """Takes chunks, and hands back as many items as it is asked for."""
+    """Accepts chunks, and returns as many items as the session's epoch."""
 
     async def submit(self, session: Session, groups: Sequence[Group], more: bool) -> None: ...
 
@@ -49,24 +55,39 @@ class Callee:
 
 @serve.deployment(max_ongoing_requests=1000, logging_config=QUIET)
 class Caller:
-    """Calls as the router does, and measures the CPU time of its own process."""
+    """Calls like the router, and measures the CPU time of its own process."""
 
-    def __init__(self, callee: Any) -> None:
-        self._link = ServeEngineClient(callee)
+    def __init__(self, callee: DeploymentHandle) -> None:
+        self._client = ServeEngineClient(callee)
 
     async def submits(self, count: int) -> float:
-        """CPU ms of a chunk that is sent."""
+        """Returns CPU ms per sent chunk."""
         params = DecodingParams()
         ids = np.random.default_rng(0).integers(0, 1000, (GROUPS, 256)).astype(np.int32)
         groups = [Group(id=i, prompt_ids=row, params=params, count=SAMPLES) for i, row in enumerate(ids)]
         started = time.process_time()
         for _ in range(count):
-            await self._link.submit(SESSION, groups)
+            await self._client.submit(SESSION, groups)
         return (time.process_time() - started) / count * 1e3
 
     async def items(self, count: int) -> float:
-        """CPU ms of an item that is taken."""
+        """Returns CPU ms per received item."""
         started = time.process_time()
-        async for _ in self._link.results(Session(incarnation="", router="", epoch=count)):
+        async for _ in self._client.results(Session(incarnation="", router="", epoch=count)):
             pass
         return (time.process_time() - started) / count * 1e3
+
+
+async def rpc(options: argparse.Namespace) -> Figures:
+    """CPU ms of the router's process per sent chunk and per returned item."""
+    caller: Any = Caller
+    callee: Any = Callee
+    handle = await asyncio.to_thread(serve.run, caller.bind(callee.bind()), name="rpc", route_prefix=None)
+    spent: dict[str, list[float]] = {"chunk_ms": [], "item_ms": []}
+    for number in range(options.rounds + 1):
+        chunk_ms, item_ms = await handle.submits.remote(CALLS), await handle.items.remote(CALLS)
+        if number:  # the first round warms both up
+            spent["chunk_ms"].append(chunk_ms)
+            spent["item_ms"].append(item_ms)
+    await asyncio.to_thread(serve.delete, "rpc")
+    return {name: quartiles(values) for name, values in spent.items()}

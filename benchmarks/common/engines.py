@@ -1,0 +1,80 @@
+"""A service with one vLLM engine, and a bare engine beside it with the same model and arguments."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias
+
+from tests.support.deploy import deploy
+
+from twinkle_serve.engines.vllm import cpu_defaults
+from twinkle_serve.placement import cores_of_engine
+from twinkle_serve.sampler import RunningSampler
+
+SERVICE = "sampler"
+"""Name of the application."""
+SHARE_OF_GPU = 0.3
+"""vLLM refuses to start where less than this part of the GPU's memory is free; two engines share the GPU."""
+
+EngineArgs: TypeAlias = dict[str, Any]
+"""Arguments of vLLM, by name."""
+AsyncLLM: TypeAlias = Any
+"""vLLM's, which is imported with the first bare engine."""
+
+
+@asynccontextmanager
+async def side_by_side(
+    model: str, engine_args: EngineArgs, device: str, *, same_core: bool = False
+) -> AsyncIterator[tuple[RunningSampler, AsyncLLM]]:
+    """Starts both at the same time, and shuts both down.
+
+    Args:
+        model: directory of the model.
+        device: cpu or cuda.
+        same_core: on cpu, binds the bare engine's computing thread to the core that the service's engine has.
+    """
+    if device == "cuda":
+        engine_args = {"gpu_memory_utilization": SHARE_OF_GPU, **engine_args}
+    mesh = {"dp_size": 1, "device_type": device}
+    deploying = asyncio.create_task(
+        asyncio.to_thread(deploy, SERVICE, model_id=model, device_mesh=mesh, engine_args=engine_args)
+    )
+    await asyncio.sleep(0)  # the thread starts; vLLM is constructed in this one, and blocks it
+    llm = _bare_engine(model, engine_args, device, same_core=same_core)
+    try:
+        sampler = await deploying
+        yield sampler, llm
+        await asyncio.to_thread(sampler.shutdown)
+    finally:
+        llm.shutdown()
+        del llm
+        gc.collect()  # vLLM's own finalizer fails when it runs at interpreter exit
+
+
+def _bare_engine(model: str, engine_args: EngineArgs, device: str, *, same_core: bool) -> AsyncLLM:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if device == "cpu":
+        engine_args = cpu_defaults(model, engine_args, 1)
+        if engine_args.get("enable_lora"):
+            engine_args["max_loras"] = engine_args.get("max_loras", 1) + 1  # as many slots as the service's engine has
+        if same_core:
+            cores = cores_of_engine(0, 1, 1, sorted(os.sched_getaffinity(0)))
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores[0]))
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, disable_log_stats=True, **engine_args))
+
+
+async def first_token(llm: AsyncLLM, prompt: list[int], request_id: str, lora_request: Any = None) -> None:
+    """Samples one token with a bare engine."""
+    from vllm.inputs import tokens_input
+    from vllm.sampling_params import SamplingParams
+
+    params = SamplingParams(max_tokens=1, detokenize=False)
+    async for _ in llm.generate(tokens_input(prompt), params, request_id, lora_request=lora_request):
+        pass

@@ -1,0 +1,1 @@
+"""Makespan of a batch on many simulated engines, by policy."""

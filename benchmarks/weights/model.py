@@ -1,0 +1,162 @@
+"""A model's own weights: from tensors to their first token, gaps in streams, and memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import statistics
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from safetensors.torch import save_file
+
+from benchmarks.common.engines import AsyncLLM, first_token
+from benchmarks.common.models import Tensors, noisy
+from benchmarks.common.report import Figures, quartiles
+from benchmarks.weights.memory import MIB, PeakMemory, Processes, checkpoints, memcpy_gb_s, memory_mib
+from twinkle_serve.sampler import RunningSampler
+
+PROMPT = [20, 21, 22, 23]
+STREAM_TOKENS = (80, 120, 160, 200)
+"""Sample length of each caller; they differ so that samples end at different times."""
+MODES: tuple[Literal["keep", "wait", "abort"], ...] = ("keep", "wait", "abort")
+
+
+class Bare:
+    """A bare engine that reloads its model's weights from a directory."""
+
+    def __init__(self, llm: AsyncLLM, model: Path, directory: Path) -> None:
+        self._llm = llm
+        self._path = directory / "reloaded"
+        self._path.mkdir(exist_ok=True)
+        shutil.copy(model / "config.json", self._path)
+        self._loads = 0
+
+    def write(self, weights: Tensors) -> None:
+        """Writes the weights to a file in memory."""
+        save_file(weights, self._path / "model.safetensors")
+
+    async def load_and_sample(self) -> None:
+        self._loads += 1
+        await self._llm.pause_generation(mode="keep")
+        await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._path)})
+        await self._llm.resume_generation()
+        await first_token(self._llm, PROMPT, f"model-{self._loads}")
+
+
+async def first_sample(rounds: int, name: str, weights: Tensors, bare: Bare, sampler: RunningSampler) -> Figures:
+    """Returns seconds from tensors to their first token."""
+    times: dict[str, list[float]] = defaultdict(list)
+    for number in range(rounds + 1):
+        fresh = noisy(weights)
+        for way in ("bare", "service") if number % 2 else ("service", "bare"):
+            if way == "service":
+                updated_s, sampled_s = await _update_and_sample(sampler, f"{name}-{number}", fresh)
+                times["update"].append(updated_s)
+                times["service"].append(sampled_s)
+            else:
+                bare.write(fresh)
+                started = time.perf_counter()
+                await bare.load_and_sample()
+                times["bare"].append(time.perf_counter() - started)
+    steady = {way: values[1:] for way, values in times.items()}  # the first round warms both up
+    ratios = [a / b for a, b in zip(steady["service"], steady["bare"], strict=True)]
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    figures = {
+        "bytes": size_bytes,
+        **{f"{way}_s": round(statistics.median(values), 3) for way, values in steady.items()},
+        "ratio": {"median": round(statistics.median(ratios), 2), "least": round(min(ratios), 2)},
+        "update_gb_s": round(size_bytes / statistics.median(steady["update"]) / 1e9, 3),
+        "memcpy_gb_s": round(memcpy_gb_s(min(size_bytes, 2**28)), 2),
+    }
+    print(f"{name}: {figures}", flush=True)
+    return figures
+
+
+async def peak_memory(sampler: RunningSampler, weights: Tensors, service: Processes) -> dict[str, dict[str, float]]:
+    """Peak memory of an update, for two sizes of buckets."""
+    peaks = {}
+    for bucket_mib in (64, 256):
+        peak = PeakMemory(service)
+        peak.start()
+        await _update_and_sample(sampler, f"peak-{bucket_mib}", noisy(weights), bucket_mib)
+        peaks[f"buckets of {bucket_mib} MiB"] = peak.stop()
+    print(f"peak memory: {peaks}", flush=True)
+    return peaks
+
+
+async def _update_and_sample(
+    sampler: RunningSampler, label: str, weights: Tensors, bucket_mib: int = 256
+) -> tuple[float, float]:
+    """Returns seconds until the version was current, and until its first token arrived."""
+    started = time.perf_counter()
+    await asyncio.to_thread(sampler.update_weights, weights, label, bucket_bytes=bucket_mib * MIB)
+    updated_s = time.perf_counter() - started
+    response = await sampler.sample_async({"input_ids": PROMPT}, {"max_tokens": 1})
+    assert response.sequences[0].weight_versions[0].version == label
+    return updated_s, time.perf_counter() - started
+
+
+def gaps(sampler: RunningSampler, weights: Tensors, rounds: int) -> Figures:
+    """Longest wait for the next piece of text around an update, for callers that stream sample after sample."""
+    found: Figures = {}
+    for mode in (None, *MODES):
+        longest = []
+        for number in range(rounds):
+            with _streaming(sampler) as waits:
+                time.sleep(0.3)  # streams run, so that the update falls into their middle
+                if mode is not None:
+                    sampler.update_weights(noisy(weights), f"gap-{mode}-{number}", mode=mode)
+                time.sleep(0.3)
+            longest.append(max(waits) * 1000)
+        found[mode or "no update"] = quartiles(longest, 1)
+        print(f"longest gap, {mode or 'no update'}: {found[mode or 'no update']} ms", flush=True)
+    return found
+
+
+@contextlib.contextmanager
+def _streaming(sampler: RunningSampler) -> Iterator[list[float]]:
+    """Runs a streaming caller per entry of STREAM_TOKENS. The list collects seconds between pieces of text, across
+    samples too."""
+    waits: list[float] = []
+    end = threading.Event()
+
+    def run(tokens: int) -> None:
+        last = None
+        while not end.is_set():
+            for _ in sampler.sample_stream({"input_ids": PROMPT}, {"max_tokens": tokens, "ignore_eos": True}):
+                now = time.perf_counter()
+                if last is not None:
+                    waits.append(now - last)
+                last = now
+                if end.is_set():
+                    break
+
+    threads = [threading.Thread(target=run, args=(tokens,)) for tokens in STREAM_TOKENS]
+    for thread in threads:
+        thread.start()
+    try:
+        yield waits
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join()
+
+
+async def memory_of_versions(
+    versions: int, sampler: RunningSampler, weights: Tensors, service: Processes
+) -> dict[str, dict[str, float]]:
+    """Memory after many versions, each sampled from once."""
+    at = {}
+    for number in range(1, versions + 1):
+        await asyncio.to_thread(sampler.update_weights, noisy(weights), f"many-{number}")
+        await sampler.sample_async({"input_ids": PROMPT}, {"max_tokens": 1})
+        if number in checkpoints(versions):
+            at[f"after {number} versions"] = memory_mib(service)
+            print(f"after {number} versions: {at[f'after {number} versions']}", flush=True)
+    return at
