@@ -14,10 +14,10 @@ from benchmarks.common.engines import EngineArgs
 from deployments.log_config import QUIET
 from twinkle_serve import hub
 from twinkle_serve.data_format import SamplingParams
-from twinkle_serve.data_format.groups import Group
+from twinkle_serve.data_format.groups import EngineKind, Group
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.sampling_params import DecodingParams
-from twinkle_serve.engines import EngineKind, build_engine
+from twinkle_serve.engines import build_engine
 
 
 @serve.deployment(max_ongoing_requests=100_000, logging_config=QUIET)
