@@ -14,6 +14,7 @@ import numpy as np
 
 from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.errors import AdapterError
+from twinkle_serve.tensors import gathered, on_host, to_safetensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -52,8 +53,6 @@ def pack_adapter(config: Any, state_dict: Mapping[str, Any] | None) -> AdapterFi
     Raises:
         AdapterError: no tensors, or not a LoraConfig.
     """
-    from safetensors.torch import save
-
     if not hasattr(config, "to_dict") or not hasattr(config, "peft_type"):
         raise AdapterError(
             f"an adapter is a directory or peft's LoraConfig with a state_dict, got {type(config).__name__}."
@@ -74,8 +73,8 @@ def pack_adapter(config: Any, state_dict: Mapping[str, Any] | None) -> AdapterFi
             f"state_dict holds no LoRA weights, its names are such as {next(iter(state_dict))!r}. "
             "Give state_dict=get_peft_model_state_dict(model)."
         )
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return AdapterFiles(config=json.dumps(config.to_dict(), default=_plain).encode(), weights=save(plain))
+    weights = to_safetensors({name: on_host(gathered(tensor)) for name, tensor in tensors.items()})
+    return AdapterFiles(config=json.dumps(config.to_dict(), default=_plain).encode(), weights=weights)
 
 
 def _saved_name(name: str) -> str:

@@ -12,6 +12,8 @@ import numpy as np
 
 from twinkle_serve.data_format.weights import Bucket as Bucket
 from twinkle_serve.errors import WeightsError
+from twinkle_serve.extras import require_extra
+from twinkle_serve.tensors import count_nonfinite, gathered, on_host, to_safetensors
 
 BUCKET_BYTES = 256 * 2**20
 
@@ -39,6 +41,7 @@ def named_tensors(source: Any) -> Iterator[tuple[str, Any]]:
 
     Raises:
         WeightsError: no such directory, or files that cannot be read.
+        ConfigError: a directory or a file, and torch is not installed.
     """
     if isinstance(source, str) or hasattr(source, "__fspath__"):
         yield from _tensors_in_files(Path(source).expanduser())
@@ -56,6 +59,7 @@ def named_tensors(source: Any) -> Iterator[tuple[str, Any]]:
 def _tensors_in_files(path: Path) -> Iterator[tuple[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
+    require_extra("reading weights from files", "server", "torch")
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         raise WeightsError(f"no safetensors files at {path.absolute()}. Save the model with save_pretrained.")
@@ -78,8 +82,6 @@ def buckets(
     Raises:
         WeightsError: what is not a tensor, a name that comes twice, or values that are not finite.
     """
-    import torch
-
     pending: dict[str, Any] = {}
     size, names = 0, set[str]()
     for name, tensor in tensors:
@@ -88,44 +90,22 @@ def buckets(
         if name in names:
             raise WeightsError(f"weight {name!r} comes twice.")
         names.add(name)
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        whole = torch.as_tensor(whole).detach()
-        if not allow_nonfinite and (bad := _nonfinite(whole)):
+        whole = gathered(tensor)
+        if isinstance(whole, np.ndarray) and whole.dtype.kind in "OSUMm":
+            raise WeightsError(f"weight {name!r} is an array of {whole.dtype}, not of numbers.")
+        if not allow_nonfinite and (bad := count_nonfinite(whole)):
             raise WeightsError(
-                f"weight {name!r} holds {bad} values of {whole.numel()} that are not finite. "
+                f"weight {name!r} holds {bad} values of {math.prod(whole.shape)} that are not finite. "
                 "Give allow_nonfinite=True if that is meant."
             )
-        nbytes = whole.numel() * whole.element_size()
+        nbytes = whole.nbytes
         if pending and size + nbytes > bucket_bytes:
-            yield _packed(pending)
+            yield np.frombuffer(to_safetensors(pending), np.uint8)
             pending, size = {}, 0
-        pending[name] = whole.cpu().contiguous()
+        pending[name] = on_host(whole)
         size += nbytes
     if pending:
-        yield _packed(pending)
-
-
-def _nonfinite(tensor: Any) -> int:
-    """How many values are NaN or infinite."""
-    import torch
-
-    if not tensor.is_floating_point():
-        return 0
-    if tensor.element_size() == 1:  # torch asks this of no 8-bit float
-        tensor = tensor.half()
-    return 0 if bool(torch.isfinite(tensor).all()) else int((~torch.isfinite(tensor)).sum())
-
-
-def _packed(tensors: dict[str, Any]) -> Bucket:
-    from safetensors.torch import save
-
-    # Tensors that share memory with each other cannot be saved side by side.
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        if tensor.untyped_storage().data_ptr() in storages:
-            tensors[name] = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
-    return np.frombuffer(save(tensors), np.uint8)
+        yield np.frombuffer(to_safetensors(pending), np.uint8)
 
 
 def bucket_shapes(bucket: Bucket) -> dict[str, tuple[int, ...]]:
