@@ -117,6 +117,7 @@ def run(sampler: ServiceSampler, with_torch: bool) -> dict[str, Any]:
     logprobs["after"] = score()
     adapter = sampler.add_adapter_to_model(name, trained.config, state_dict=trained.adapter)
     logprobs["adapter"] = score(name)
+    adapted = sampler.sample(QUESTIONS, PARAMS, name)
     with sampler.pause():
         engines = sampler.status()["engines"]
     return {
@@ -125,7 +126,7 @@ def run(sampler: ServiceSampler, with_torch: bool) -> dict[str, Any]:
         "versions": versions,
         "sampled_by": sorted({span.version for sequence in sampled.sequences for span in sequence.weight_versions}),
         "adapter": adapter,
-        "adapters_of_samples": sorted({sequence.adapter for sequence in sampler.sample(QUESTIONS, PARAMS, name)}),
+        "adapters_of_samples": sorted({sequence.adapter for sequence in adapted.sequences}),
         "samples": len(response.sequences),
         "prompts": sorted(part.prompt_index for part in sampler.sample_iter(QUESTIONS, PARAMS)),
         "prompts_async": len(asyncio.run(sampler.sample_async(QUESTIONS, PARAMS))),
