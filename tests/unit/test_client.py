@@ -102,6 +102,7 @@ print(MessageParser(tool_parser="hermes").message(call)["tool_calls"][0]["functi
 def test_what_needs_an_extra_names_it() -> None:
     """A ConfigError with the command that installs it."""
     code = """
+from importlib import import_module
 from twinkle_serve import Template, TorchSampler, hub, vLLMSampler
 from twinkle_serve.checkpoint import named_tensors
 from twinkle_serve.errors import ConfigError
@@ -109,6 +110,7 @@ from twinkle_serve.errors import ConfigError
 for feature in (
     lambda: TorchSampler("demo"),
     lambda: vLLMSampler("demo"),
+    lambda: import_module("graphs.sampler"),
     lambda: Template(hub.DEMO),
     lambda: list(named_tensors(hub.DEMO)),
     lambda: hub.resolve("hf://org/name"),
@@ -122,6 +124,7 @@ for feature in (
     assert run_without_extras(code).splitlines() == [
         "TorchSampler needs torch, transformers, blake3" + remedy,
         "vLLMSampler needs torch, transformers, blake3" + remedy,
+        "a service needs torch, transformers, blake3" + remedy,
         "a tokenizer needs transformers" + remedy,
         "reading weights from files needs torch" + remedy,
         "a download from a hub needs huggingface_hub" + remedy,
