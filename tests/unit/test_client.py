@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,12 +19,21 @@ from twinkle_serve.checkpoint import bucket_shapes, buckets, named_tensors
 from twinkle_serve.errors import ConfigError, WeightsError
 from twinkle_serve.extras import require_extra
 
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+
+
+def extra_modules() -> list[str]:
+    """Modules of the extras; Ray itself needs yaml."""
+    extras = PROJECT["optional-dependencies"]
+    names = {re.split("[>=<[]", name)[0].replace("-", "_") for kind in ("server", "cuda") for name in extras[kind]}
+    return sorted(names - {"twinkle_serve", "pyyaml"})
+
+
 WITHOUT_EXTRAS = """
 import sys
 from importlib.machinery import PathFinder
 
-EXTRAS = {"torch", "transformers", "peft", "modelscope", "modelscope_hub", "huggingface_hub", "vllm", "fsspec",
-          "blake3", "typer"}
+EXTRAS = set(%r)
 
 class WithoutExtras(PathFinder):
     @classmethod
@@ -36,7 +48,11 @@ sys.meta_path = [WithoutExtras if finder is PathFinder else finder for finder in
 def run_without_extras(code: str) -> str:
     """What the code prints in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_EXTRAS + code], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", WITHOUT_EXTRAS % extra_modules() + code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -57,13 +73,18 @@ def lora_arrays() -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
+def test_extras_are_what_the_client_does_without() -> None:
+    """The list that these tests hide is read from pyproject.toml."""
+    assert {"torch", "transformers", "peft", "modelscope", "huggingface_hub", "vllm"} <= {*extra_modules()}
+
+
 def test_client_imports_without_extras() -> None:
     """Every public name, and the modules that a call passes through in the caller's process."""
     code = """
 import twinkle_serve
 for name in twinkle_serve.__all__:
     getattr(twinkle_serve, name)
-import twinkle_serve.sampler.service, twinkle_serve.sampler.verification, twinkle_serve.config
+import twinkle_serve.sampler.connect, twinkle_serve.sampler.client, twinkle_serve.sampler.verification
 from twinkle_serve.errors import *
 from twinkle_serve.template import Qwen3Template
 print(sorted(EXTRAS & set(sys.modules)))

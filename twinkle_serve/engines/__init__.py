@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from twinkle_serve.engines.base import Engine
+from twinkle_serve.engines.protocol import Engine
 from twinkle_serve.errors import ConfigError
 
 EngineKind = Literal["vllm", "torch", "fake"]
