@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 import twinkle_serve
-from twinkle_serve import SamplingParams, ServiceSampler, connect
+from twinkle_serve import SamplingParams, connect
 from twinkle_serve.errors import AdapterError, ConfigError
+from twinkle_serve.sampler import RunningSampler
 
 MODEL = Path(twinkle_serve.__file__).parent / "demo"
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in (12, 34)]
@@ -97,7 +98,7 @@ def train_tensors(ids: Sequence[int]) -> Trained:
     return Trained(before=before, weights=weights, config=config, adapter=adapter, logprobs=said)
 
 
-def run(sampler: ServiceSampler, with_torch: bool) -> dict[str, Any]:
+def run(sampler: RunningSampler, with_torch: bool) -> dict[str, Any]:
     """What a trainer sees of the service."""
     name = "torch" if with_torch else "numpy"
     response = sampler.sample(QUESTIONS, PARAMS, num_samples=2)
@@ -134,7 +135,7 @@ def run(sampler: ServiceSampler, with_torch: bool) -> dict[str, Any]:
     }
 
 
-def errors(sampler: ServiceSampler) -> list[str]:
+def errors(sampler: RunningSampler) -> list[str]:
     """Names of the errors that wrong calls raise here."""
     raised = []
     for call in (
