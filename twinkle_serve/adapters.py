@@ -14,6 +14,7 @@ import numpy as np
 
 from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.errors import AdapterError
+from twinkle_serve.tensors import gathered, on_host, to_safetensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -56,8 +57,6 @@ def pack_adapter(config: LoraConfig, state_dict: Mapping[str, Tensor] | None) ->
     Raises:
         AdapterError: no LoRA tensors, tensors of several adapters, or not a LoraConfig.
     """
-    from safetensors.torch import save
-
     if not hasattr(config, "to_dict") or not hasattr(config, "peft_type"):
         raise AdapterError(
             f"an adapter must be a directory, or peft's LoraConfig with a state_dict, got {type(config).__name__}."
@@ -78,8 +77,8 @@ def pack_adapter(config: LoraConfig, state_dict: Mapping[str, Tensor] | None) ->
             f"state_dict has no LoRA weights, its first name is {next(iter(state_dict))!r}. "
             "Pass state_dict=get_peft_model_state_dict(model)."
         )
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return AdapterFiles(config=json.dumps(config.to_dict(), default=_plain).encode(), weights=save(plain))
+    weights = to_safetensors({name: on_host(gathered(tensor)) for name, tensor in tensors.items()})
+    return AdapterFiles(config=json.dumps(config.to_dict(), default=_plain).encode(), weights=weights)
 
 
 def _saved_name(name: str) -> str:

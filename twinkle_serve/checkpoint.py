@@ -13,6 +13,8 @@ import numpy as np
 
 from twinkle_serve.data_format.weights import Bucket as Bucket
 from twinkle_serve.errors import WeightsError
+from twinkle_serve.extras import require_extra
+from twinkle_serve.tensors import count_nonfinite, gathered, on_host, to_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +45,7 @@ def named_tensors(source: object) -> Iterator[tuple[str, Tensor]]:
 
     Raises:
         WeightsError: no such directory, unreadable files, or a source of another type.
+        ConfigError: a directory or a file, and torch is not installed.
     """
     if isinstance(source, (str, os.PathLike)):
         yield from _tensors_in_files(Path(source).expanduser())
@@ -60,6 +63,7 @@ def named_tensors(source: object) -> Iterator[tuple[str, Tensor]]:
 def _tensors_in_files(path: Path) -> Iterator[tuple[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
+    require_extra("reading weights from files", "server", "torch")
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         raise WeightsError(f"no safetensors files at {path.absolute()}. Save the model with save_pretrained.")
@@ -82,9 +86,7 @@ def buckets(
     Raises:
         WeightsError: an item that is not a tensor, a repeated name, or values that are not finite.
     """
-    import torch
-
-    pending: dict[str, Tensor] = {}
+    pending: dict[str, object] = {}
     size, names = 0, set[str]()
     for name, tensor in tensors:
         if not isinstance(name, str) or not hasattr(tensor, "shape"):
@@ -92,44 +94,22 @@ def buckets(
         if name in names:
             raise WeightsError(f"weight {name!r} comes twice.")
         names.add(name)
-        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        full = torch.as_tensor(full).detach()
-        if not allow_nonfinite and (bad := _count_nonfinite(full)):
+        whole = gathered(tensor)
+        if isinstance(whole, np.ndarray) and whole.dtype.kind in "OSUMm":
+            raise WeightsError(f"weight {name!r} is an array of {whole.dtype}, not of numbers.")
+        if not allow_nonfinite and (bad := count_nonfinite(whole)):
             raise WeightsError(
-                f"weight {name!r} has {bad} values of {full.numel()} that are not finite. "
+                f"weight {name!r} has {bad} values of {math.prod(whole.shape)} that are not finite. "
                 "Pass allow_nonfinite=True if that is intended."
             )
-        nbytes = full.numel() * full.element_size()
+        nbytes = whole.nbytes
         if pending and size + nbytes > bucket_bytes:
-            yield _pack(pending)
+            yield np.frombuffer(to_safetensors(pending), np.uint8)
             pending, size = {}, 0
-        pending[name] = full.cpu().contiguous()
+        pending[name] = on_host(whole)
         size += nbytes
     if pending:
-        yield _pack(pending)
-
-
-def _count_nonfinite(tensor: Tensor) -> int:
-    """Counts the values that are NaN or infinite."""
-    import torch
-
-    if not tensor.is_floating_point():
-        return 0
-    if tensor.element_size() == 1:  # torch.isfinite does not take 8-bit floats
-        tensor = tensor.half()
-    return 0 if bool(torch.isfinite(tensor).all()) else int((~torch.isfinite(tensor)).sum())
-
-
-def _pack(tensors: dict[str, Tensor]) -> Bucket:
-    from safetensors.torch import save
-
-    # safetensors refuses tensors that share memory with each other.
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        if tensor.untyped_storage().data_ptr() in storages:
-            tensors[name] = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
-    return np.frombuffer(save(tensors), np.uint8)
+        yield np.frombuffer(to_safetensors(pending), np.uint8)
 
 
 def bucket_shapes(bucket: Bucket) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from twinkle_serve.errors import HubUnreachableError, IncompleteModelError, ModelNotFoundError
+from twinkle_serve.extras import require_extra
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,8 @@ def _shards(index: Path, model_id: str) -> list[str]:
 
 def _download(wanted: _Wanted) -> Path:
     """From the hub; from the cache if the hub does not answer or may not be asked."""
+    modules = ("huggingface_hub", "modelscope") if wanted.hub == "ms" else ("huggingface_hub",)
+    require_extra("a download from a hub", "server", *modules)
     from huggingface_hub import is_offline_mode
 
     online, cached = {"hf": (_huggingface, _huggingface_cached), "ms": (_modelscope, _modelscope_cached)}[wanted.hub]

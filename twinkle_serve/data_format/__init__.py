@@ -1,9 +1,12 @@
 """What goes in and what comes out. Numpy only: neither torch nor vllm nor ray is loaded."""
 
+from twinkle_serve.data_format.numpy1 import read_arrays_of_numpy2
 from twinkle_serve.data_format.prompts import Input, InputFeature, Message, Trajectory
 from twinkle_serve.data_format.response import SampledSequence, SampleResponse
 from twinkle_serve.data_format.samples import PromptScores, SampleColumns
 from twinkle_serve.data_format.sampling_params import SamplingParams
+
+read_arrays_of_numpy2()
 
 __all__ = [
     "Input",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from twinkle_serve.config import MeshArgs, ServiceArgs, mesh_args
 from twinkle_serve.data_format.groups import EngineKind
+from twinkle_serve.extras import require_extra
 from twinkle_serve.mesh import DeviceMesh
 from twinkle_serve.sampler.base import RunningSampler
 from twinkle_serve.sampler.router_client import RouterClient
@@ -43,8 +44,10 @@ class _EngineSampler(RunningSampler):
 
         Raises:
             ConfigError: an unknown or invalid argument; MeshError, ModelNotFoundError, EngineArgsError.
+                Or the server extra is not installed.
             EngineStartError: the engine did not start.
         """
+        require_extra(type(self).__name__, "server", "torch", "transformers", "blake3")
         mesh = MeshArgs() if device_mesh is None else mesh_args(device_mesh)
         args = ServiceArgs.model_validate(
             {

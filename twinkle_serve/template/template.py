@@ -17,6 +17,7 @@ from twinkle_serve.data_format.messages import MessageParser
 from twinkle_serve.data_format.prompts import TruncationStrategy
 from twinkle_serve.data_format.tool_calls import ToolParser, recognise_tool_parser, tool_parser
 from twinkle_serve.errors import ModelNotFoundError, PromptError, TemplateError, unknown_name
+from twinkle_serve.extras import require_extra
 from twinkle_serve.template.conversation import CallForm, conversation, find_call_form
 
 REASONING = ("<think>", "</think>")
@@ -303,6 +304,7 @@ class Template:
 
 
 def _tokenizer(model: Path, trust_remote_code: bool) -> Any:
+    require_extra("a tokenizer", "server", "transformers")
     from transformers import AutoTokenizer
 
     try:

@@ -44,7 +44,10 @@ def argument_names() -> frozenset[str]:
     """
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
-        raise EngineArgsError("engine: vllm, but vLLM is not installed. Run scripts/install, or set engine: torch.")
+        raise EngineArgsError(
+            "engine: vllm, but vLLM is not installed. Run scripts/install or pip install 'twinkle-serve[cpu]' "
+            "(with a GPU: [cuda]), or set engine: torch."
+        )
     tree = ast.parse((Path(spec.origin).parent / "engine" / "arg_utils.py").read_text())
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("EngineArgs")]
     fields = (statement for node in classes for statement in node.body if isinstance(statement, ast.AnnAssign))
