@@ -103,7 +103,7 @@ from twinkle_serve.adapters import pack_adapter
 from twinkle_serve.checkpoint import buckets, named_tensors
 from twinkle_serve.data_format.inputs import PackedInputs
 from twinkle_serve.data_format.messages import MessageParser
-from twinkle_serve.routing.templates import pack_template
+from twinkle_serve.template.packing import pack_template
 
 class OwnTemplate(Template):
     pass
@@ -176,7 +176,7 @@ def test_arrays_make_the_same_buckets_as_tensors() -> None:
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.array([1.0, np.nan, np.inf], np.float16), "'w' holds 2 values of 3 that are not finite"),
+        (np.array([1.0, np.nan, np.inf], np.float16), "'w' has 2 values of 3 that are not finite"),
         (np.array(["a"]), "'w' is an array of <U1, not of numbers"),
     ],
 )

@@ -111,10 +111,10 @@ def test_bucket_that_does_not_follow_is_refused(disk: Disk | None) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda part: part[:-1], "it holds .* bytes of"),
+        (lambda part: part[:-1], "it has .* bytes of"),
         (lambda part: part[:100], "cut off or damaged"),
         (lambda part: part[:4], "cut off or damaged"),
-        (lambda part: np.concatenate([part, part[:8]]), "it holds .* bytes of"),
+        (lambda part: np.concatenate([part, part[:8]]), "it has .* bytes of"),
         (lambda part: np.zeros(64, np.uint8), "cut off or damaged"),
         (lambda part: np.full(64, 255, np.uint8), "cut off or damaged"),
     ],
