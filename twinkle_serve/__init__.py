@@ -1,6 +1,6 @@
 """Twinkle Serve: the sampler of an RL post-training run, as a Ray Serve application.
 
-Names are loaded when they are first used: importing this loads neither torch nor vllm nor ray.
+Names are loaded on first use: importing this package loads neither torch nor vllm nor ray.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ __all__ = [
 
 
 def get_logger(name: str = "twinkle_serve") -> logging.Logger:
-    """The logger of that name, as Twinkle's."""
+    """Returns the logger of that name, as Twinkle's function does."""
     return logging.getLogger(name)
 
 
