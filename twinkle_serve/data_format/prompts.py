@@ -1,4 +1,4 @@
-"""What callers hand in: trajectories and input features. Both are plain dicts."""
+"""Inputs of a call: trajectories and input features. Both are plain dicts."""
 
 from __future__ import annotations
 
@@ -11,44 +11,52 @@ class Message(TypedDict, total=False):
     """One turn of a conversation, as chat templates read it."""
 
     role: str
-    """system, user, assistant or tool. The only key that must be there."""
+    """system, user, assistant or tool. The only required key."""
     content: Any
-    """Text, or parts of type text."""
+    """Text, or a list of parts of type text."""
     reasoning_content: str
-    """What the assistant thought before it answered."""
+    """The assistant's reasoning before its answer."""
     tool_calls: list[dict[str, Any]]
-    """`{"type": "function", "function": {"name": …, "arguments": …}}`; arguments as a dict or its JSON."""
+    """`{"type": "function", "function": {"name": …, "arguments": …}}`; arguments as a dict or as JSON text."""
 
 
 class Trajectory(TypedDict, total=False):
     """A conversation, to be rendered by the template."""
 
     messages: list[dict[str, Any]]
-    """`{"role": …, "content": …}`, in order. The only key that must be there."""
+    """`{"role": …, "content": …}`, in order. The only required key."""
     tools: list[dict[str, Any]]
+    """Tools that the model may call, as its chat template reads them."""
     images: list[Any]
+    """Must be empty: the service samples from text only."""
     videos: list[Any]
+    """Must be empty: the service samples from text only."""
     user_data: Any
-    """Carried over untouched."""
+    """The caller's own data, passed through unchanged."""
 
 
 class InputFeature(TypedDict, total=False):
-    """A tokenised prompt. Values may be lists, numpy arrays or torch tensors of one dimension."""
+    """A tokenised prompt. Arrays may be lists, numpy arrays or torch tensors of one dimension."""
 
     input_ids: Any
-    """Token ids of the prompt, shape [P]. The only key that must be there."""
+    """Token ids of the prompt, shape [P]. The only required key."""
     attention_mask: Any
+    """1 for each token, shape [P]: padding is refused."""
     position_ids: Any
+    """Position of each token, shape [P]. Ignored as input."""
     labels: Any
-    """Token to predict at each position, IGNORED_LABEL where none. Those of earlier turns are kept."""
+    """Token to predict at each position (rolled left by one), IGNORED_LABEL for none. Shape [P]. Labels of earlier
+    turns are kept."""
     length: int
+    """P. Ignored as input."""
     messages: list[dict[str, Any]]
-    """What the tokens say, where they came from a Trajectory; more of them continue it."""
+    """The conversation of the tokens, if they came from a Trajectory; appended messages continue it."""
     tools: list[dict[str, Any]]
+    """Tools that the model may call, as its chat template reads them."""
     user_data: Any
-    """Carried over untouched."""
+    """The caller's own data, passed through unchanged."""
     encoded: Encoded
-    """What of `messages` the tokens hold, as `new_input_feature` wrote it."""
+    """The messages that the tokens cover, as written by `new_input_feature`."""
 
 
 Input: TypeAlias = Trajectory | InputFeature

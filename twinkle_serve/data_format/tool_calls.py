@@ -1,4 +1,4 @@
-"""Tool calls out of a sample's text, in the ways that models write them."""
+"""Parses tool calls from a sample's text, in the formats that models write."""
 
 from __future__ import annotations
 
@@ -16,37 +16,43 @@ class ToolCall:
     """One call of a function."""
 
     name: str
+    """Name of the function."""
     arguments: dict[str, Any]
+    """Parsed arguments by name."""
     id: str | None = None
-    """None where the model writes none."""
+    """Id that the model wrote; None if it wrote none."""
 
 
 Tools: TypeAlias = Sequence[Any]
-"""Tools of the conversation, as the caller gave them."""
+"""Tools of the conversation, as passed by the caller."""
 Parsed: TypeAlias = tuple[str, list[ToolCall]]
 Found: TypeAlias = tuple[list[ToolCall], int]
-"""Calls, and where in the text they end."""
+"""Calls, and the index in the text where they end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolParser:
-    """One way of writing tool calls."""
+    """A format of tool calls."""
 
     parse: Callable[[str, Tools], Parsed]
-    """(text, tools) to (text that is no call, calls in order). What is malformed stays in the text."""
+    """Maps (text, tools) to (text without the calls, calls in order). Malformed calls stay in the text."""
     markers: tuple[str, ...]
-    """Texts of the markup: `parse` gets them even where they are special tokens."""
+    """Texts of the markup. They are passed to `parse` even if they are special tokens."""
     sign: str = ""
-    """Text in a chat template that tells that the model writes its calls this way; "" is never recognised."""
+    """Text in a chat template by which the format is recognised; "" for never."""
 
 
 def register_tool_parser(name: str, parser: ToolParser) -> None:
-    """Makes a way of writing tool calls known, in this process.
+    """Registers a format of tool calls in this process.
 
-    The service looks the name up when a template is made, and the caller's process when a message is read.
+    The service looks the name up when it makes a template, and the caller's process when it parses a message.
+
+    Args:
+        name: new name in TOOL_PARSERS.
+        parser: the format.
 
     Raises:
-        TemplateError: the name is another parser's.
+        TemplateError: another parser has that name.
     """
     if TOOL_PARSERS.get(name, parser) != parser:
         raise TemplateError(f"tool parser {name!r} is registered already. Give yours another name.")
@@ -54,10 +60,10 @@ def register_tool_parser(name: str, parser: ToolParser) -> None:
 
 
 def tool_parser(name: str) -> ToolParser:
-    """The parser registered as `name`.
+    """Returns the parser registered as `name`.
 
     Raises:
-        TemplateError: there is none.
+        TemplateError: unknown name.
     """
     if name not in TOOL_PARSERS:
         raise TemplateError(f"{unknown_name('tool parser', name, TOOL_PARSERS)}. See register_tool_parser.")
@@ -65,7 +71,7 @@ def tool_parser(name: str) -> ToolParser:
 
 
 def recognise_tool_parser(chat_template: str) -> str:
-    """Name of the parser for the calls that a chat template writes; hermes where it writes none that is known."""
+    """Name of the parser for the tool calls of a chat template; hermes if it writes none in a known format."""
     return next((name for name, known in TOOL_PARSERS.items() if known.sign and known.sign in chat_template), "hermes")
 
 
@@ -73,10 +79,10 @@ def recognise_tool_parser(chat_template: str) -> str:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
-# Not strict: models write raw line ends into strings.
+# Not strict: models write raw line breaks into strings.
 _JSON = json.JSONDecoder(strict=False, parse_constant=_no_number)
 _SPACE = re.compile(r"\s*")
 
@@ -88,7 +94,7 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _json_at(text: str, at: int) -> tuple[Any, int] | None:
-    """The JSON value that begins at `at`, and where it ends. What follows it, and what its strings hold, is free."""
+    """Parses the JSON value that begins at `at`, whatever follows it. Returns it and its end; None if it is invalid."""
     try:
         return _JSON.raw_decode(text, _skip_space(text, at))
     except (ValueError, RecursionError):  # samples can nest deeper than Python
@@ -96,7 +102,7 @@ def _json_at(text: str, at: int) -> tuple[Any, int] | None:
 
 
 def _call_of(value: Any, keys: Sequence[str] = ("arguments",)) -> ToolCall | None:
-    """A call out of `{"name": …, "arguments": …}`, whose arguments may be JSON in a string."""
+    """Converts `{"name": …, "arguments": …}` to a call; the arguments may be JSON in a string. None if invalid."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return None
     arguments: Any = next((value[key] for key in keys if key in value), {})
@@ -110,7 +116,7 @@ def _call_of(value: Any, keys: Sequence[str] = ("arguments",)) -> ToolCall | Non
 
 
 def _scan(text: str, opening: re.Pattern[str], read: Callable[[re.Match[str]], Found | None]) -> Parsed:
-    """What `read` finds at each place where `opening` matches, and the text around it."""
+    """Applies `read` wherever `opening` matches. Returns the text around the calls, and the calls."""
     kept: list[str] = []
     calls: list[ToolCall] = []
     at = 0
@@ -128,7 +134,7 @@ def _scan(text: str, opening: re.Pattern[str], read: Callable[[re.Match[str]], F
 
 
 def _closed(text: str, at: int, tag: str) -> int | None:
-    """Where `tag` ends, space before it allowed; the end of the text closes too, since a stop string may have cut."""
+    """Index after `tag`, which space may precede; the end of the text counts too, as a stop string may have cut it."""
     at = _skip_space(text, at)
     if text.startswith(tag, at):
         return at + len(tag)
@@ -159,7 +165,7 @@ _PARAMETER = re.compile(r"<parameter=([^<>\n]+)>\n?(.*?)\n?</parameter>", re.DOT
 
 
 def _properties(tools: Tools, function: str) -> Mapping[str, Any]:
-    """The declared parameters of a function, `{}` where the tools do not say."""
+    """The declared parameters of a function, `{}` if the tools do not declare any."""
     for tool in tools:
         described = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if isinstance(described, Mapping) and described.get("name") == function:
@@ -170,7 +176,7 @@ def _properties(tools: Tools, function: str) -> Mapping[str, Any]:
 
 
 def _value(text: str, declared: Any) -> Any:
-    """A parameter's value: text where it is declared as a string, otherwise JSON if it is JSON."""
+    """A parameter's value: text if it is declared as a string, else parsed if it is JSON."""
     kind = declared.get("type") if isinstance(declared, Mapping) else None
     kinds = kind if isinstance(kind, list) else [kind]
     if "string" in kinds and not (text == "null" and "null" in kinds):
@@ -213,7 +219,7 @@ def _llama_calls(text: str) -> Iterator[ToolCall | None]:
 def _parse_llama3_json(text: str, tools: Tools) -> Parsed:
     before, tag, after = text.partition(_PYTHON_TAG)
     if not tag:
-        if not tools:  # JSON that nothing marks as a call is an answer, unless tools were offered
+        if not tools:  # unmarked JSON is an answer, unless tools were offered
             return text, []
         before, after = "", text
     calls = list(_llama_calls(after))
@@ -288,4 +294,4 @@ TOOL_PARSERS: dict[str, ToolParser] = {
     ),
     "llama3_json": ToolParser(parse=_parse_llama3_json, markers=(_PYTHON_TAG,), sign=_PYTHON_TAG),
 }
-"""Ways of writing tool calls, by name."""
+"""Formats of tool calls by name."""

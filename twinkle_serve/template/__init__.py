@@ -1,4 +1,4 @@
-"""Between messages and token ids."""
+"""Templates: messages to token ids and back."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ __all__ = ["TEMPLATES", "Template", "resolve_template"]
 
 
 def __getattr__(name: str) -> Any:
-    """Registered templates by name, so that `from twinkle_serve.template import Qwen3Template` works."""
+    """Looks up registered templates, so that `from twinkle_serve.template import Qwen3Template` works."""
     if name in TEMPLATES:
         return TEMPLATES[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,44 +11,45 @@ from twinkle_serve.template.template import Template
 
 TEMPLATES: dict[str, type[Template]] = {
     "Template": Template,
-    # Twinkle's names for text of models whose own chat template says all that there is to say.
+    # Twinkle's names for models whose own chat template is sufficient for text.
     "QwenTemplate": Template,
     "Qwen3Template": Template,
     "Qwen3_5Template": Template,
     "Gemma4Template": Template,
 }
-"""Templates that a call or a config can name. Others are handed in as a class or an instance."""
+"""Templates by the name that a call or a config gives. Others are passed as a class or an instance."""
 
 NOT_SUPPORTED = {
-    "DeepseekV4Template": "renders DeepSeek V4's messages by code of its own. Hand in input_ids, or a subclass of "
-    "Template with a render of yours",
-    "Qwen3VLTemplate": "is for images and videos: this service samples from text alone",
+    "DeepseekV4Template": "renders DeepSeek V4's messages with its own code. Pass input_ids, or a subclass of Template "
+    "that overrides render",
+    "Qwen3VLTemplate": "is for images and videos: this service samples from text only",
 }
-"""Twinkle's templates that are not here, and why."""
+"""Twinkle's unsupported templates, and the reason."""
 
 ALIASES = {"default_system": "system"}
-"""Twinkle's names of arguments, and ours."""
+"""Twinkle's names of arguments to the names here."""
 
 
 def resolve_template(
     template: str | type[Template] | Template, model: str | Path, *, trust_remote_code: bool = False, **arguments: Any
 ) -> Template:
-    """A template by its name, its class or itself.
+    """Makes a template from its name or class; returns an instance unchanged.
 
     Args:
+        template: name in TEMPLATES, subclass of Template, or instance.
         model: directory of the model, for a name or a class.
-        trust_remote_code: run code that comes with the tokenizer, where the class does not decide that itself.
-        arguments: of the template's class. An instance has its own.
+        trust_remote_code: run code that comes with the tokenizer, if the class has that parameter.
+        **arguments: keyword arguments of the template's class; none for an instance.
 
     Raises:
-        TemplateError: no such template, or an argument that it does not take.
+        TemplateError: unknown or unsupported template, or an argument that it does not accept.
         ModelNotFoundError: the model has no tokenizer.
     """
     if isinstance(template, Template):
         if arguments:
             raise TemplateError(
-                f"{', '.join(sorted(arguments))} cannot be set on a template that is made already. Give "
-                f"{type(template).__name__} itself, or make the instance with them."
+                f"{', '.join(sorted(arguments))} cannot be set on an existing template. Give the class "
+                f"{type(template).__name__}, or pass them when you make the instance."
             )
         return template
     made = TEMPLATES.get(template) if isinstance(template, str) else template
