@@ -1,4 +1,4 @@
-"""One result of the answers of several workers."""
+"""Joins the answers of several workers into one result."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from twinkle_serve.remote.dispatch import Collect
 
 
 def collect(method: Collect, answers: Sequence[Any], *, single: bool, mesh: DeviceMesh) -> Any:
-    """What the caller gets.
+    """Joins answers to the result of a call.
 
-    `flatten`, `mean` and `sum` return what one worker with the whole batch would: they go into dicts and tuples, and
-    the answer of a single worker is returned as it is. `mean` weighs workers alike, however many items each had.
+    The result of `flatten`, `mean` and `sum` is the same as that of one worker with the whole batch: they recurse into
+    dicts and tuples, and return the answer of a single worker unchanged. `mean` weighs workers equally, however many
+    items each had.
 
     Args:
-        answers: in the order of the data, each once.
-        single: no more than one worker ever answers.
+        method: a method of `remote_function`, or a function of (answers, mesh).
+        answers: answers in the order of the data, without repetitions.
+        single: whether only one worker answers, for any batch.
+        mesh: mesh of the workers.
 
     Raises:
-        RequestError: answers of a kind that the method cannot join.
+        RequestError: answers of a type that the method cannot join.
     """
     if callable(method):
         return method(list(answers), mesh)
@@ -45,7 +48,7 @@ def _joined(method: str, answers: Sequence[Any]) -> Any:
     if all(isinstance(answer, dict) for answer in answers):
         if any(answer.keys() != first.keys() for answer in answers):
             keys = [sorted(map(str, answer)) for answer in answers]
-            raise RequestError(f"collect={method!r} joins dicts that have the same keys, workers returned {keys}.")
+            raise RequestError(f"collect={method!r} joins dicts with the same keys, workers returned {keys}.")
         return {key: _joined(method, [answer[key] for answer in answers]) for key in first}
     if all(isinstance(answer, tuple) and len(answer) == len(first) for answer in answers) and len(kinds) == 1:
         items = [_joined(method, item) for item in zip(*answers, strict=True)]

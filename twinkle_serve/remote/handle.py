@@ -1,4 +1,4 @@
-"""The caller's side of a remote class: starts its workers, calls them, and collects."""
+"""The caller's side of a remote class: starts its workers, calls them, and collects the answers."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ from twinkle_serve.remote.session import session
 from twinkle_serve.remote.worker import Reply, Worker
 
 DUNDERS = ("__call__", "__contains__", "__getitem__", "__len__")
-"""Python looks these up on the type, so that a handle's type needs them."""
+"""Python looks these up on the type, so a handle's type needs them."""
 
 
 class Handle:
-    """Stands for an object that lives in the workers of a group; only its remote functions can be called.
+    """Handle to an object in the workers of a group; only its remote functions can be called.
 
-    Guarantees: a call returns when every worker that it called has answered, and raises at the first that failed; a
-        dead worker fails it.
-    Guarantees: calls from several threads reach all workers in one order.
-    Does not guarantee: that the other workers have stopped when a call raises. What they do comes before the next call.
+    Guarantees:
+        - A call returns when all called workers have answered, and raises when the first one fails or dies.
+        - Calls from several threads reach all workers in the same order.
+
+    Does not guarantee:
+        - That the other workers have stopped when a call raises. They finish before the next call.
     """
 
     def __init__(self, kind: type, group: str, layout: Layout, workers: Sequence[Any]) -> None:
@@ -51,8 +53,8 @@ class Handle:
         remote = getattr(getattr(self._kind, name, None), "remote", None)
         if remote is None:
             raise AttributeError(
-                f"{self._kind.__name__}.{name} is no remote function, and the object lives in the workers of group "
-                f"{self.remote_group!r}. Decorate what is called from here with @remote_function."
+                f"{self._kind.__name__}.{name} is not a remote function, and the object is in the workers of group "
+                f"{self.remote_group!r}. Decorate methods that are called from here with @remote_function."
             )
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -92,7 +94,7 @@ class Handle:
 
 
 class _Answers:
-    """Answers on their way, to be collected by whoever needs them."""
+    """Pending answers; calling it waits for them and collects them."""
 
     def __init__(
         self, refs: Sequence[Any], names: Sequence[str], method: Collect, mesh: DeviceMesh, single: bool
@@ -111,13 +113,15 @@ class _Answers:
 
 
 def _gather(refs: Sequence[Any], names: Sequence[str], deadline: float | None = None) -> list[Any]:
-    """The replies, in the order of `refs`.
+    """Waits for the replies and returns them in the order of `refs`.
 
     Args:
-        deadline: on the monotonic clock, in seconds.
+        refs: references to the replies.
+        names: names of the workers for messages.
+        deadline: on the monotonic clock, seconds. None: none.
 
     Raises:
-        Exception: what a worker raised, of the first that failed.
+        Exception: the exception of the first worker that failed.
         WorkerError: a worker died, or did not answer in time.
     """
     place = {ref: index for index, ref in enumerate(refs)}
@@ -144,13 +148,13 @@ def _gather(refs: Sequence[Any], names: Sequence[str], deadline: float | None = 
 
 
 def spawn(kind: type, execute: str, startup_timeout_s: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Handle:
-    """Starts the workers of an instance in its group, and constructs it in each.
+    """Starts the workers of an instance in its group, and constructs the object in each.
 
     Raises:
         MeshError: no such group, or a mesh that does not fit it.
-        TypeError: arguments that the constructor does not take.
-        WorkerError: a worker died or was not ready within `startup_timeout_s`. None is left then.
-        Exception: what the constructor raised.
+        TypeError: arguments that the constructor does not have.
+        WorkerError: a worker died or was not ready within `startup_timeout_s`. All workers are killed then.
+        Exception: the constructor's exception. All workers are killed then.
     """
     name = str(kwargs["remote_group"])
     group = group_devices(name)
@@ -173,7 +177,7 @@ def spawn(kind: type, execute: str, startup_timeout_s: float, args: tuple[Any, .
 
 
 def _rebuilt(kind: type, group: str, layout: Layout, workers: Sequence[Any]) -> Handle:
-    """A handle whose type has the dunder methods that are remote functions of the class."""
+    """Makes a handle whose type has the dunder methods that are remote functions of the class."""
 
     def method(name: str) -> Callable[..., Any]:
         def call(self: Handle, *args: Any, **kwargs: Any) -> Any:
@@ -192,7 +196,7 @@ def _caller() -> tuple[int, int]:
 
 
 def _shared_out(group: GroupDevices, execute: str, mesh: DeviceMesh | None) -> tuple[list[tuple[Device, ...]], Layout]:
-    """The devices of each worker, and where it stands in the mesh."""
+    """Returns the devices of each worker, and their layout."""
     size = group.gpus_per_worker
     shares = [group.devices[start : start + size] for start in range(0, len(group.devices), size)]
     if execute == "first":
@@ -219,13 +223,13 @@ def _shared_out(group: GroupDevices, execute: str, mesh: DeviceMesh | None) -> t
 def _started(
     kind: str, group: GroupDevices, devices: tuple[Device, ...], layout: Layout, rank: int, world_size: int
 ) -> Any:
-    """A worker's process; the group's holders have its devices in Ray's books, so it asks for none."""
+    """Starts a worker's process. The group's holders reserve its devices in Ray, so it requests none."""
     cuda = group.device_type == "cuda"
     environment: Mapping[str, str] = {
         "CUDA_VISIBLE_DEVICES": ",".join(device.id for device in devices) if cuda else "",
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
-        # A worker sees its own devices only: it is the first, and the only one, among those that see them.
+        # A worker sees only its own devices, so it is the only one on its "node".
         "LOCAL_RANK": "0",
         "LOCAL_WORLD_SIZE": "1",
         "CLUSTER_NAME": group.name,

@@ -1,4 +1,4 @@
-"""A result that stays with the workers until somebody needs it."""
+"""Results that stay with the workers until they are needed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import Any
 
 
 class LazyResult:
-    """Call it for the result.
+    """Result of a lazy remote function; call it to fetch the result.
 
-    Given to a remote function, it travels as references: the workers fetch it from those that made it.
+    Passed to a remote function, it is sent as references: the workers fetch it from those that made it.
 
-    Guarantees: the result is fetched and collected once in a process, however often it is called.
-    Does not guarantee: that it outlives the cluster, or the nodes that hold the answers.
+    Guarantees:
+        - The result is fetched and collected once per process, however often it is called.
+
+    Does not guarantee:
+        - That the result outlives the cluster, or the nodes that hold the answers.
     """
 
     def __init__(self, fetch: Callable[[], Any]) -> None:
@@ -22,16 +25,16 @@ class LazyResult:
 
     @classmethod
     def of(cls, value: Any) -> LazyResult:
-        """One that is there."""
+        """Wraps an existing value."""
         lazy = cls(_nothing)
         lazy._there, lazy._value = True, value
         return lazy
 
     def __call__(self) -> Any:
-        """The result.
+        """Returns the result.
 
         Raises:
-            Exception: what the method raised in a worker.
+            Exception: the exception of the method in a worker.
             WorkerError: a worker died.
         """
         if not self._there:
@@ -53,7 +56,7 @@ def is_lazy(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 
 def resolved(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with results in place of lazy ones."""
+    """Replaces lazy arguments by their results."""
 
     def result(value: Any) -> Any:
         return value() if isinstance(value, LazyResult) else value

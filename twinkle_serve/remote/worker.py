@@ -1,4 +1,4 @@
-"""What runs in the process of a worker: one object of the user's class, on devices of its own."""
+"""The actor of a worker: one object of the user's class, on its own devices."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from twinkle_serve.remote.session import seed_everything, session
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An exception on its way to the caller."""
+    """An exception to be raised in the caller."""
 
     pickled: bytes | None
-    """None where it does not survive pickling."""
+    """The pickled exception; None if it cannot be pickled."""
     text: str
+    """Type and message."""
     trace: str
+    """Traceback."""
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
@@ -40,7 +42,7 @@ class Failure:
         return cls(pickled, text, traceback.format_exc())
 
     def error(self, worker: str) -> Exception:
-        """The exception itself where this process can rebuild it, else a WorkerError with its text."""
+        """Returns the exception itself if this process can unpickle it, else a WorkerError with its text."""
         error: Exception = WorkerError(f"{worker} raised {self.text}")
         if self.pickled is not None:
             try:
@@ -55,20 +57,24 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a worker answers."""
+    """The answer of a worker."""
 
     order: int | None
-    """Place among the answers that are collected; None where it is not."""
+    """Position among the collected answers; None if it is not collected."""
     single: bool
+    """As `Plan.single`."""
     value: Any = None
+    """The returned value, if it is collected."""
     failure: Failure | None = None
+    """The exception raised, if any."""
 
 
 class Worker:
-    """The body of the actor.
+    """The actor's class.
 
-    Guarantees: the environment is complete before the user's class and its arguments are unpickled here, and with them
-    whatever they import.
+    Guarantees:
+        - The environment is complete before the user's class and its arguments are unpickled here, and before the
+          modules that they import.
     """
 
     def __init__(
@@ -83,8 +89,8 @@ class Worker:
         session.__dict__.update(state)
 
     def rendezvous(self) -> tuple[str, int]:
-        """Address and a free port of this node, where the workers of the instance can meet."""
-        # Below the range from which the kernel hands out ports, so that nobody is given this one meanwhile.
+        """Returns the address and a free port of this node, where the workers of the instance can rendezvous."""
+        # Below the kernel's range of ephemeral ports, so that no other process gets it meanwhile.
         for port in random.SystemRandom().sample(range(20000, 32000), 100):
             with socket.socket() as probe:
                 try:
@@ -95,7 +101,7 @@ class Worker:
         raise WorkerError("no free port between 20000 and 32000 on this node for MASTER_PORT.")
 
     def construct(self, master: tuple[str, int], kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reply:
-        """Makes the object."""
+        """Constructs the object."""
         os.environ.update({"MASTER_ADDR": master[0], "MASTER_PORT": str(master[1])})
         try:
             if session.seed is not None:
@@ -109,7 +115,7 @@ class Worker:
     def call(
         self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], order: int | None, single: bool, caller: Any
     ) -> Reply:
-        """Calls a remote function. Where an argument was lazy, slices here: the caller did not know what it is."""
+        """Calls a remote function. With lazy arguments it slices here, since the caller did not have their values."""
         try:
             remote = getattr(type(self._object), method).remote
             if is_lazy(args, kwargs):
