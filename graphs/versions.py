@@ -1,4 +1,4 @@
-"""Versions of deployments, so that what stays the same keeps its process when the application is deployed again."""
+"""Versions of deployments, so that unchanged ones keep their processes when the application is deployed again."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from twinkle_serve.placement import Placement
 
 
 def versioned(deployment: Deployment, *parts: Any) -> Deployment:
-    """The deployment with a version of its own: the same for the same parts, in every process.
+    """Returns the deployment with its own version: a hash of `parts`, the same in every process.
 
-    Serve gives all deployments of an application that comes from a config one version, a hash of import path, runtime
-    environment and args, and those of `serve.run` new ones each time: whatever changes, all processes are replaced. It
-    writes the version into the deployment's config at the very end, so this is a config that keeps its own. Resources
-    and runtime environment of the process Serve compares by itself.
+    Serve gives all deployments of a config file's application one version, a hash of import path, runtime environment
+    and args, and new ones to `serve.run` each time, so any change replaces all processes. It writes the version into
+    the deployment's config at the very end; hence a config that keeps its own. Serve compares resources and runtime
+    environment of the process by itself.
     """
     version = hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
     config = deployment._deployment_config
@@ -32,7 +32,7 @@ def versioned(deployment: Deployment, *parts: Any) -> Deployment:
 
 
 class _Versioned(DeploymentConfig):  # type: ignore[misc]  # untyped
-    """Keeps the version that it was made with."""
+    """A config whose version cannot be changed."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "version":
@@ -40,7 +40,7 @@ class _Versioned(DeploymentConfig):  # type: ignore[misc]  # untyped
 
 
 def common_parts(args: ServiceArgs) -> dict[str, Any]:
-    """What every deployment of a service is made of: its arguments, but for the number of its engines."""
+    """Parts that every deployment of a service depends on: its arguments except the number of engines."""
     parts = args.model_dump()
     for size in ("dp_size", "world_size"):
         del parts["device_mesh"][size]
@@ -48,6 +48,6 @@ def common_parts(args: ServiceArgs) -> dict[str, Any]:
 
 
 def engine_parts(placement: Placement, rank: int) -> dict[str, Any]:
-    """What an engine is made of besides. Not how many share its node: one that stays keeps the cores that it has."""
+    """Further parts of an engine. Not the number of devices on its node: a remaining engine keeps its cores."""
     own = dataclasses.replace(placement, devices_per_node=1, engines=placement.engines[rank : rank + 1])
     return {"rank": rank, "placement": dataclasses.asdict(own)}
