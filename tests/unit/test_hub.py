@@ -398,7 +398,7 @@ def test_model_is_incomplete_until_continued_when_its_download_was_killed(
 def test_download_that_was_not_confirmed_is_incomplete(world: World, cut_off: Client, online: Client) -> None:
     """All files exist with the right size, but unchecked: they may be from an earlier commit."""
     if world.scheme == "hf":
-        pytest.skip("huggingface_hub keeps each commit in a folder of its own")
+        pytest.skip("huggingface_hub keeps each commit in its own folder")
     world.serve("unchecked")
     online.whole(world.id("unchecked"))
     (kept,) = [path for path in world.cache.rglob(".twinkle_serve/*.json") if "unchecked" in path.name]

@@ -99,7 +99,7 @@ def test_slice_refuses_lists_of_different_lengths() -> None:
         plan(Modes("slice"), FOUR, ([1, 2, 3, 4],), {"stop": ["a", "b"]})
 
 
-def test_empty_batch_calls_nobody_when_the_result_is_a_list() -> None:
+def test_empty_batch_calls_no_worker_when_the_result_is_a_list() -> None:
     """And one replica if the result needs an answer."""
     assert plan(Modes("slice_dp", collect="flatten"), DP2_TP2, ([],), {}).calls == ()
     assert run(Modes("slice", collect="none"), FOUR, square, []) == []

@@ -276,7 +276,7 @@ def test_model_without_chat_template_accepts_only_ids(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=r"inputs\[0\]: the model has no chat template. Pass input_ids"):
         encode_inputs({"messages": [USER]}, template)
     assert encode_inputs({"input_ids": [1]}, template)[0].ids.tolist() == [1]
-    with pytest.raises(TemplateError, match="It reads: nothing, since there is none"):
+    with pytest.raises(TemplateError, match="It reads: nothing, there is none"):
         Template(tmp_path, enable_thinking=True)
 
 

@@ -63,7 +63,7 @@ def encode_inputs(inputs: Any, template: Template, generation_prompt: bool = Tru
         other = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
         raise PromptError(
             f"inputs mixes kinds: inputs[0] is {_article(kinds[0])}, inputs[{other}] is {_article(kinds[other])}. "
-            "Send each kind in a call of its own."
+            "Send each kind in a separate call."
         )
     encode = _from_messages if kinds[0] == "messages" else _from_ids
     made = [_fit(encode(item, i, template, generation_prompt), template) for i, item in enumerate(items)]

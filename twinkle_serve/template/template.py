@@ -96,7 +96,7 @@ class Template:
         if asked and "enable_thinking" not in self._variables:
             raise TemplateError(
                 f"enable_thinking={self.enable_thinking}: the chat template of {self.model} does not read it. "
-                f"Leave it out. It reads: {', '.join(sorted(self._variables)) or 'nothing, since there is none'}."
+                f"Leave it out. It reads: {', '.join(sorted(self._variables)) or 'nothing, there is none'}."
             )
         if self.tool_parser == "auto":
             self.tool_parser = recognise_tool_parser(self._source or "")
