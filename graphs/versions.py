@@ -24,11 +24,11 @@ def versioned(deployment: Deployment, *parts: Any) -> Deployment:
     """
     version = hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
     config = deployment._deployment_config
-    made = deployment.options()
-    made._deployment_config = _Versioned.model_construct(
+    copy = deployment.options()
+    copy._deployment_config = _Versioned.model_construct(
         config.model_fields_set | {"version"}, **{**dict(config), "version": version}
     )
-    return made
+    return copy
 
 
 class _Versioned(DeploymentConfig):  # type: ignore[misc]  # untyped

@@ -44,14 +44,13 @@ class _AsTwinkle(MetaPathFinder, Loader):
     ) -> ModuleSpec | None:
         if not name.startswith("twinkle."):
             return None
-        ours = _ours(name)
         try:
-            found = importlib.util.find_spec(ours)
+            original = importlib.util.find_spec(_ours(name))
         except ModuleNotFoundError:
             return None
-        return (
-            None if found is None else ModuleSpec(name, self, is_package=found.submodule_search_locations is not None)
-        )
+        if original is None:
+            return None
+        return ModuleSpec(name, self, is_package=original.submodule_search_locations is not None)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = importlib.import_module(_ours(spec.name))

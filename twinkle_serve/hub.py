@@ -164,7 +164,7 @@ def _huggingface(wanted: _Wanted) -> Path:
     import httpx2
     from huggingface_hub import HfApi, errors, snapshot_download
 
-    _bound_huggingface()
+    _set_huggingface_timeouts()
     try:
         # Called first: if this fails, snapshot_download silently uses the cache, and with a commit as revision it does
         # not call it at all but retries each missing file for half a minute.
@@ -218,7 +218,7 @@ def _huggingface_error(error: Exception, wanted: _Wanted) -> ModelNotFoundError:
     return HubUnreachableError(f"{endpoint} did not answer ({type(error).__name__}: {_first_line(error)})")
 
 
-def _bound_huggingface() -> None:
+def _set_huggingface_timeouts() -> None:
     """Gives every request of huggingface_hub a deadline.
 
     Workaround for huggingface_hub 2.4: `model_info` and the listing of files are requested with timeout=None, which
@@ -228,11 +228,11 @@ def _bound_huggingface() -> None:
     from huggingface_hub import get_session
 
     hooks = get_session().event_hooks["request"]
-    if _bound not in hooks:
-        hooks.append(_bound)
+    if _set_timeouts not in hooks:
+        hooks.append(_set_timeouts)
 
 
-def _bound(request: Any) -> None:
+def _set_timeouts(request: Any) -> None:
     from huggingface_hub import constants
 
     timeouts = request.extensions.get("timeout") or {}
@@ -258,11 +258,11 @@ def _modelscope(wanted: _Wanted) -> Path:
             # For an unknown revision the hub answers an empty list, and modelscope would create an empty directory.
             raise _no_revision(wanted, endpoint)
         listing = _Listing({file.path: file.size for file in files if file.type != "tree"})
-        if (before := _recorded(wanted)) is not None and before.sizes_bytes == listing.sizes_bytes:
+        if (before := _read_listing(wanted)) is not None and before.sizes_bytes == listing.sizes_bytes:
             listing = before
-        _record(wanted, listing)
+        _write_listing(wanted, listing)
         folder = Path(snapshot_download(wanted.name, revision=revision, ignore_patterns=ignored, endpoint=endpoint))
-        _record(wanted, replace(listing, ended=(*listing.ended, "weights" if wanted.weights else "rest")))
+        _write_listing(wanted, replace(listing, ended=(*listing.ended, "weights" if wanted.weights else "rest")))
         return folder
     except (HubError, requests.RequestException) as error:
         raise _modelscope_error(error, wanted) from error
@@ -281,7 +281,7 @@ def _modelscope_cached(wanted: _Wanted, why: str) -> Path:
     if folder.parent.name != "snapshots" and wanted.revision not in (None, MODELSCOPE_DEFAULT):
         why += f", and {folder} was written by modelscope before 1.38, which did not record the revision"
         raise _not_cached(wanted, why, get_default_config().cache_dir, "MODELSCOPE_CACHE")
-    listing = _recorded(wanted)
+    listing = _read_listing(wanted)
     if listing is None:
         # Downloaded by another tool: this suffix marks unfinished files.
         files = {str(path.relative_to(folder).with_suffix("")): -1 for path in folder.rglob("*.incomplete")}
@@ -340,7 +340,7 @@ class _Listing:
         return "weights" in self.ended or (not wanted.weights and "rest" in self.ended)
 
 
-def _record(wanted: _Wanted, listing: _Listing) -> None:
+def _write_listing(wanted: _Wanted, listing: _Listing) -> None:
     """Saves a listing, since modelscope's cache does not record whether a download completed."""
     path = _listing_path(wanted)
     part = path.with_name(f"{path.name}.{os.getpid()}")
@@ -352,7 +352,7 @@ def _record(wanted: _Wanted, listing: _Listing) -> None:
         logger.warning("%s: the list of its files could not be saved (%s)", wanted, error)
 
 
-def _recorded(wanted: _Wanted) -> _Listing | None:
+def _read_listing(wanted: _Wanted) -> _Listing | None:
     """The saved listing; None if it is missing or unreadable."""
     try:
         kept = json.loads(_listing_path(wanted).read_text())

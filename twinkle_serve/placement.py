@@ -216,8 +216,8 @@ def cores_of_engine(
         cores: ids of the node's cores that this process may use.
     """
     per_device = max(1, len(cores) // devices_per_node)
-    mine = []
+    shares = []
     for device in range(dp_rank * devices_per_replica, (dp_rank + 1) * devices_per_replica):
         share = tuple(cores[(device * per_device + i) % len(cores)] for i in range(per_device))
-        mine.append(share[:-1] if len(share) > 1 else share)
-    return mine
+        shares.append(share[:-1] if len(share) > 1 else share)
+    return shares

@@ -40,10 +40,10 @@ class PackedInputs:
             PromptError: an input cannot be pickled.
         """
         file = io.BytesIO()
-        made = pickler(file)
+        writer = pickler(file)
         for first in range(0, len(inputs), PIECE):
             try:
-                made.dump(inputs[first : first + PIECE])
+                writer.dump(inputs[first : first + PIECE])
             except Exception as error:  # a caller's class may raise anything
                 raise _refused("sent", first, len(inputs), error) from error
         return cls(file.getvalue(), len(inputs))
@@ -57,11 +57,11 @@ class PackedInputs:
         Raises:
             PromptError: an input cannot be unpickled here.
         """
-        made = pickle.Unpickler(io.BytesIO(self._pickles))
+        reader = pickle.Unpickler(io.BytesIO(self._pickles))
         inputs: list[Any] = []
         while (first := len(inputs)) < self._count:
             try:
-                inputs += made.load()
+                inputs += reader.load()
             except Exception as error:  # a caller's class may raise anything
                 raise _refused("read", first, self._count, error) from None
         return inputs

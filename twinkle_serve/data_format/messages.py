@@ -30,14 +30,14 @@ class Encoded(TypedDict):
     """Index in `input_ids` of the first token sampled for the last message; `ids` if none was sampled."""
 
 
-SAID = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+TEMPLATE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
 """Keys of a message that chat templates read."""
 
 
 def checksum(message: Mapping[str, Any]) -> int:
-    """Checksum of the keys in SAID; other keys that a caller adds, such as a reward, do not change it."""
-    said = json.dumps([message.get(key) or None for key in SAID], sort_keys=True, default=repr)
-    return zlib.crc32(said.encode())
+    """Checksum of the keys in TEMPLATE_KEYS; other keys that a caller adds, such as a reward, do not change it."""
+    content = json.dumps([message.get(key) or None for key in TEMPLATE_KEYS], sort_keys=True, default=repr)
+    return zlib.crc32(content.encode())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,5 +109,5 @@ class MessageParser:
 
 def _as_dict(call: ToolCall, number: int, i: int) -> dict[str, Any]:
     """The call in OpenAI's form, arguments parsed. Mistral's chat templates accept only ids of nine alphanumerics."""
-    made = call.id or f"call{number % 1000:03}{i % 100:02}"
-    return {"id": made, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    call_id = call.id or f"call{number % 1000:03}{i % 100:02}"
+    return {"id": call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

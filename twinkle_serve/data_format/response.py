@@ -282,12 +282,14 @@ class SampledSequence:
             "length": length,
         }
         if source.get("messages") is not None:
-            messages, start = self._continued(list(feature["messages"]), feature.get("tools") or (), turn, len(prompt))
+            messages, start = self._with_message(
+                list(feature["messages"]), feature.get("tools") or (), turn, len(prompt)
+            )
             feature["messages"] = messages
             feature["encoded"] = Encoded(ids=length, messages=[*map(checksum, messages)], assistant_start=start)
         return cast(InputFeature, feature)
 
-    def _continued(
+    def _with_message(
         self, messages: list[dict[str, Any]], tools: Tools, turn: Turn, prompt_length: int
     ) -> tuple[list[dict[str, Any]], int]:
         """Returns the messages with this sample's, and where its tokens begin. A sample without tokens adds none."""

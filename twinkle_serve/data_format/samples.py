@@ -166,11 +166,11 @@ class SampleColumns:
         """Selects the samples of the groups in `indices`, replaces ids by `indices[id]`, sorts by (index, sample)."""
         index = np.array([indices.get(group, -1) for group in self.group.tolist()], np.int64)
         order = np.lexsort((self.sample, index))
-        mine = self.take(order[index[order] >= 0])
+        selected = self.take(order[index[order] >= 0])
         return replace(
-            mine,
+            selected,
             group=index[order][index[order] >= 0],
-            scores={indices[group]: scores for group, scores in mine.scores.items()},
+            scores={indices[group]: scores for group, scores in selected.scores.items()},
         )
 
     def without(self, groups: set[int]) -> SampleColumns:

@@ -27,15 +27,15 @@ UNSET = Unset.UNSET
 ALIASES = {"max_new_tokens": "max_tokens"}
 
 
-def _whole(name: str, value: object, least: int, most: int | None = None) -> int:
+def _whole(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise SamplingParamsError(f"{name} must be a whole number, got {value!r} ({type(value).__name__}).") from None
-    if number < least or (most is not None and number > most):
-        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+    if number < minimum or (maximum is not None and number > maximum):
+        bounds = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
         raise SamplingParamsError(f"{name} must be {bounds}, got {number}.")
     return number
 
@@ -198,12 +198,12 @@ class SamplingParams(_DerivedParams):
 
     @classmethod
     def _known(cls, params: Mapping[str, Any]) -> dict[str, Any]:
-        known = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)}
         clean: dict[str, Any] = {}
         for key, value in params.items():
             name = ALIASES.get(key, key)
-            if name not in known:
-                raise SamplingParamsError(unknown_name("sampling parameter", key, known | set(ALIASES)) + ".")
+            if name not in names:
+                raise SamplingParamsError(unknown_name("sampling parameter", key, names | set(ALIASES)) + ".")
             if name in clean:
                 raise SamplingParamsError(f"{name} is given twice, as {name} and as {key}. Give it once.")
             clean[name] = value

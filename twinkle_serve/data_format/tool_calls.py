@@ -26,7 +26,7 @@ class ToolCall:
 Tools: TypeAlias = Sequence[Any]
 """Tools of the conversation, as passed by the caller."""
 Parsed: TypeAlias = tuple[str, list[ToolCall]]
-Found: TypeAlias = tuple[list[ToolCall], int]
+CallsAndEnd: TypeAlias = tuple[list[ToolCall], int]
 """Calls, and the index in the text where they end."""
 
 
@@ -72,7 +72,9 @@ def tool_parser(name: str) -> ToolParser:
 
 def recognise_tool_parser(chat_template: str) -> str:
     """Name of the parser for the tool calls of a chat template; hermes if it writes none in a known format."""
-    return next((name for name, known in TOOL_PARSERS.items() if known.sign and known.sign in chat_template), "hermes")
+    return next(
+        (name for name, parser in TOOL_PARSERS.items() if parser.sign and parser.sign in chat_template), "hermes"
+    )
 
 
 # -- JSON ----------------------------------------------------------------------------------------
@@ -107,28 +109,28 @@ def _call_of(value: Any, keys: Sequence[str] = ("arguments",)) -> ToolCall | Non
         return None
     arguments: Any = next((value[key] for key in keys if key in value), {})
     if isinstance(arguments, str):
-        found = _json_at(arguments, 0)
-        arguments = found[0] if found and not arguments[found[1] :].strip() else None
+        parsed = _json_at(arguments, 0)
+        arguments = parsed[0] if parsed and not arguments[parsed[1] :].strip() else None
     if not isinstance(arguments, dict):
         return None
-    made = value.get("id")
-    return ToolCall(value["name"], arguments, made if isinstance(made, str) and made else None)
+    call_id = value.get("id")
+    return ToolCall(value["name"], arguments, call_id if isinstance(call_id, str) and call_id else None)
 
 
-def _scan(text: str, opening: re.Pattern[str], read: Callable[[re.Match[str]], Found | None]) -> Parsed:
+def _scan(text: str, opening: re.Pattern[str], read: Callable[[re.Match[str]], CallsAndEnd | None]) -> Parsed:
     """Applies `read` wherever `opening` matches. Returns the text around the calls, and the calls."""
     kept: list[str] = []
     calls: list[ToolCall] = []
     at = 0
     while match := opening.search(text, at):
-        found = read(match)
-        if found is None:
+        result = read(match)
+        if result is None:
             kept.append(text[at : match.end()])
             at = match.end()
         else:
             kept.append(text[at : match.start()])
-            calls += found[0]
-            at = found[1]
+            calls += result[0]
+            at = result[1]
     kept.append(text[at:])
     return "".join(kept), calls
 
@@ -146,11 +148,11 @@ def _closed(text: str, at: int, tag: str) -> int | None:
 _HERMES = re.compile("<tool_call>")
 
 
-def _read_hermes(match: re.Match[str]) -> Found | None:
-    found = _json_at(match.string, match.end())
-    if found is None or (call := _call_of(found[0])) is None:
+def _read_hermes(match: re.Match[str]) -> CallsAndEnd | None:
+    parsed = _json_at(match.string, match.end())
+    if parsed is None or (call := _call_of(parsed[0])) is None:
         return None
-    end = _closed(match.string, found[1], "</tool_call>")
+    end = _closed(match.string, parsed[1], "</tool_call>")
     return None if end is None else ([call], end)
 
 
@@ -181,12 +183,12 @@ def _value(text: str, declared: Any) -> Any:
     kinds = kind if isinstance(kind, list) else [kind]
     if "string" in kinds and not (text == "null" and "null" in kinds):
         return text
-    found = _json_at(text, 0)
-    return found[0] if found and not text[found[1] :].strip() else text
+    parsed = _json_at(text, 0)
+    return parsed[0] if parsed and not text[parsed[1] :].strip() else text
 
 
 def _parse_qwen3_coder(text: str, tools: Tools) -> Parsed:
-    def read(match: re.Match[str]) -> Found | None:
+    def read(match: re.Match[str]) -> CallsAndEnd | None:
         name, body = match[1].strip(), match[2]
         if _PARAMETER.sub("", body).strip():
             return None
@@ -206,12 +208,12 @@ _PYTHON_TAG = "<|python_tag|>"
 def _llama_calls(text: str) -> Iterator[ToolCall | None]:
     at = _skip_space(text, 0)
     while at < len(text):
-        found = _json_at(text, at)
-        if found is None or not isinstance(found[0], dict) or not {"parameters", "arguments"} & set(found[0]):
+        parsed = _json_at(text, at)
+        if parsed is None or not isinstance(parsed[0], dict) or not {"parameters", "arguments"} & set(parsed[0]):
             yield None
             return
-        yield _call_of(found[0], ("parameters", "arguments"))
-        at = _skip_space(text, found[1])
+        yield _call_of(parsed[0], ("parameters", "arguments"))
+        at = _skip_space(text, parsed[1])
         if text.startswith(";", at):
             at = _skip_space(text, at + 1)
 
@@ -233,18 +235,18 @@ _MISTRAL = re.compile(r"\[TOOL_CALLS\]")
 _MISTRAL_NAME = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\](\w+))?(?:\[ARGS\])?")
 
 
-def _read_mistral(match: re.Match[str]) -> Found | None:
+def _read_mistral(match: re.Match[str]) -> CallsAndEnd | None:
     text = match.string
-    found = _json_at(text, match.end())
-    if found and isinstance(found[0], list):
-        calls = [_call_of(value) for value in found[0]]
+    parsed = _json_at(text, match.end())
+    if parsed and isinstance(parsed[0], list):
+        calls = [_call_of(value) for value in parsed[0]]
         whole = [call for call in calls if call is not None]
-        return (whole, found[1]) if whole and len(whole) == len(calls) else None
+        return (whole, parsed[1]) if whole and len(whole) == len(calls) else None
     name = _MISTRAL_NAME.match(text, match.end())
-    found = _json_at(text, name.end()) if name else None
-    if name is None or found is None or not isinstance(found[0], dict):
+    parsed = _json_at(text, name.end()) if name else None
+    if name is None or parsed is None or not isinstance(parsed[0], dict):
         return None
-    return [ToolCall(name[1], found[0], name[2])], found[1]
+    return [ToolCall(name[1], parsed[0], name[2])], parsed[1]
 
 
 def _parse_mistral(text: str, tools: Tools) -> Parsed:
@@ -257,17 +259,17 @@ _DEEPSEEK = re.compile(r"<｜tool▁call▁begin｜>([^<\n]*)<｜tool▁sep｜>(
 _DEEPSEEK_FRAME = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 
 
-def _read_deepseek(match: re.Match[str]) -> Found | None:
-    found = _json_at(match.string, match.end())
+def _read_deepseek(match: re.Match[str]) -> CallsAndEnd | None:
+    parsed = _json_at(match.string, match.end())
     name = (match[2] or match[1]).strip()
-    if found is None or not isinstance(found[0], dict) or not name:
+    if parsed is None or not isinstance(parsed[0], dict) or not name:
         return None
-    at = found[1]
+    at = parsed[1]
     if match[2]:
         fence = _skip_space(match.string, at)
         at = fence + 3 if match.string.startswith("```", fence) else at
     end = _closed(match.string, at, "<｜tool▁call▁end｜>")
-    return None if end is None else ([ToolCall(name, found[0])], end)
+    return None if end is None else ([ToolCall(name, parsed[0])], end)
 
 
 def _parse_deepseek(text: str, tools: Tools) -> Parsed:

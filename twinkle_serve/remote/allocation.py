@@ -9,7 +9,7 @@ from twinkle_serve.errors import MeshError
 from twinkle_serve.mesh import DeviceGroup
 from twinkle_serve.placement import Device
 
-SOMEBODY = "another process"
+OTHER_PROCESS = "another process"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,11 @@ def check_requests(groups: Sequence[DeviceGroup], totals: dict[str, int]) -> Non
                     f"rank {rank} is in two DeviceGroups, {other!r} and {group.name!r}. A device belongs to one group."
                 )
     for device_type, total in totals.items():
-        asked = [group for group in groups if group.device_type == device_type]
-        needed = sum(group.world_size for group in asked)
+        requests = [group for group in groups if group.device_type == device_type]
+        needed = sum(group.world_size for group in requests)
         if needed > total:
             raise MeshError(
-                f"the groups need {needed} {unit_of(device_type)} ({_listed(asked)}), the cluster has {total}. "
+                f"the groups need {needed} {unit_of(device_type)} ({_listed(requests)}), the cluster has {total}. "
                 "Lower their ranks, or start the cluster with more."
             )
 
@@ -134,7 +134,7 @@ def _listed_device(group: DeviceGroup, rank: int, slots: Sequence[Slot], free: _
     if visible is not None and slot.device.id not in visible:
         raise MeshError(f"{what} is not in its visible_devices={group.visible_devices!r}. Remove one of the two.")
     if not free.has(slot.device):
-        raise MeshError(f"{what} is held by {slot.holder or SOMEBODY}. List another rank, or free it.")
+        raise MeshError(f"{what} is held by {slot.holder or OTHER_PROCESS}. List another rank, or free it.")
     free.take(slot.device)
     return slot.device
 

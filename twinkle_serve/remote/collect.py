@@ -37,10 +37,10 @@ def collect(method: Collect, answers: Sequence[Any], *, single: bool, mesh: Devi
         return []
     if method == "first" or len(answers) == 1:
         return answers[0]
-    return _joined(method, answers)
+    return _join(method, answers)
 
 
-def _joined(method: str, answers: Sequence[Any]) -> Any:
+def _join(method: str, answers: Sequence[Any]) -> Any:
     first = answers[0]
     kinds = {type(answer) for answer in answers}
     if first is None and kinds == {type(None)}:
@@ -49,11 +49,11 @@ def _joined(method: str, answers: Sequence[Any]) -> Any:
         if any(answer.keys() != first.keys() for answer in answers):
             keys = [sorted(map(str, answer)) for answer in answers]
             raise RequestError(f"collect={method!r} joins dicts with the same keys, workers returned {keys}.")
-        return {key: _joined(method, [answer[key] for answer in answers]) for key in first}
+        return {key: _join(method, [answer[key] for answer in answers]) for key in first}
     if all(isinstance(answer, tuple) and len(answer) == len(first) for answer in answers) and len(kinds) == 1:
-        items = [_joined(method, item) for item in zip(*answers, strict=True)]
+        items = [_join(method, item) for item in zip(*answers, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else tuple(items)
-    join = _concatenated if method == "flatten" else _summed
+    join = _concatenate if method == "flatten" else _add
     joined = join(answers)
     if joined is None:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
@@ -65,7 +65,7 @@ def _joined(method: str, answers: Sequence[Any]) -> Any:
     return joined / len(answers) if method == "mean" else joined
 
 
-def _concatenated(answers: Sequence[Any]) -> Any:
+def _concatenate(answers: Sequence[Any]) -> Any:
     if all(isinstance(answer, list) for answer in answers):
         return [item for answer in answers for item in answer]
     if all(isinstance(answer, np.ndarray) and answer.ndim for answer in answers):
@@ -76,7 +76,7 @@ def _concatenated(answers: Sequence[Any]) -> Any:
     return None
 
 
-def _summed(answers: Sequence[Any]) -> Any:
+def _add(answers: Sequence[Any]) -> Any:
     torch = sys.modules.get("torch")
     numeric: tuple[type, ...] = (int, float, complex, np.ndarray, np.number)
     if torch is not None:

@@ -128,23 +128,23 @@ def remote_class(execute: str = "peer", *, startup_timeout_s: float = 600.0) -> 
         make: Any = kind.__new__
         construct: Any = kind.__init__  # type: ignore[misc]
 
-        def __new__(made: type, *args: Any, **kwargs: Any) -> Any:
-            if not _runs_here(made, kwargs.get("remote_group")):
+        def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:
+            if not _runs_here(cls, kwargs.get("remote_group")):
                 from twinkle_serve.remote.handle import spawn
 
-                return spawn(made, execute, startup_timeout_s, args, kwargs)
+                return spawn(cls, execute, startup_timeout_s, args, kwargs)
             if make is object.__new__:
-                return object.__new__(made)
-            args, kwargs = _plain_arguments(made, args, kwargs)
-            return make(made, *args, **kwargs)
+                return object.__new__(cls)
+            args, kwargs = _plain_arguments(cls, args, kwargs)
+            return make(cls, *args, **kwargs)
 
-        def __init_subclass__(made: Any, /, **kwargs: Any) -> None:
+        def __init_subclass__(cls: Any, /, **kwargs: Any) -> None:
             if own_hook is None:
-                super(cast("type[Any]", kind), made).__init_subclass__(**kwargs)
+                super(cast("type[Any]", kind), cls).__init_subclass__(**kwargs)
             else:
-                own_hook.__func__(made, **kwargs)
-            if "__init__" in vars(made):
-                made.__init__ = _plain_constructor(made, made.__init__)
+                own_hook.__func__(cls, **kwargs)
+            if "__init__" in vars(cls):
+                cls.__init__ = _plain_constructor(cls, cls.__init__)
 
         own_hook: Any = vars(kind).get("__init_subclass__")
         kind.__new__ = __new__  # type: ignore[method-assign, assignment]

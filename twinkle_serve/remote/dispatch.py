@@ -37,9 +37,9 @@ class Modes:
     """Whether the method is collective: every worker is called, even one without a share."""
 
     def __post_init__(self) -> None:
-        for what, value, known in (("dispatch", self.dispatch, DISPATCHES), ("collect", self.collect, COLLECTS)):
-            if not callable(value) and value not in known:
-                raise ConfigError(f"remote_function: {unknown_name(what, value, known)}, or a function.")
+        for what, value, names in (("dispatch", self.dispatch, DISPATCHES), ("collect", self.collect, COLLECTS)):
+            if not callable(value) and value not in names:
+                raise ConfigError(f"remote_function: {unknown_name(what, value, names)}, or a function.")
             if callable(value):
                 _require_arguments(what, value)
         if self.execute not in EXECUTES:
@@ -89,13 +89,13 @@ class Layout:
             )
         data_ranks, pp_ranks = [], []
         for first in range(0, mesh.world_size, gpus_per_worker):
-            mine = {_data_rank(mesh, rank) for rank in range(first, first + gpus_per_worker)}
-            if len(mine) > 1:
+            ranks = {_data_rank(mesh, rank) for rank in range(first, first + gpus_per_worker)}
+            if len(ranks) > 1:
                 raise MeshError(
-                    f"gpus_per_worker={gpus_per_worker} would put {len(mine)} data-parallel ranks of device_mesh into "
+                    f"gpus_per_worker={gpus_per_worker} would put {len(ranks)} data-parallel ranks of device_mesh into "
                     "one worker. Lower gpus_per_worker, or give the mesh a tp_size."
                 )
-            data_ranks.append(mine.pop())
+            data_ranks.append(ranks.pop())
             pp_ranks.append(_coordinates(mesh, first).get("pp", 0))
         return cls(mesh, tuple(data_ranks), tuple(pp_ranks))
 
@@ -212,7 +212,7 @@ def plan(
     order = {worker: place for place, worker in enumerate(answering)}
     return Plan(
         tuple(
-            Call(worker, *_sliced(args, kwargs, shares[share_of[worker]]), order=order.get(worker)) for worker in called
+            Call(worker, *_slice(args, kwargs, shares[share_of[worker]]), order=order.get(worker)) for worker in called
         ),
         single,
     )
@@ -265,7 +265,7 @@ def _batch_length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | Non
     return next(iter(lengths.values()), None)
 
 
-def _sliced(args: tuple[Any, ...], kwargs: Mapping[str, Any], share: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _slice(args: tuple[Any, ...], kwargs: Mapping[str, Any], share: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def cut(value: Any) -> Any:
         return value[share] if is_batch(value) else value
 

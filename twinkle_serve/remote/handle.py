@@ -63,7 +63,7 @@ class Handle:
         return call
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuilt, (self._kind, self.remote_group, self._layout, self._workers)
+        return _rebuild, (self._kind, self.remote_group, self._layout, self._workers)
 
     def __repr__(self) -> str:
         return f"<{self._kind.__name__} on {len(self._workers)} workers of group {self.remote_group!r}>"
@@ -159,11 +159,13 @@ def spawn(kind: type, execute: str, startup_timeout_s: float, args: tuple[Any, .
     name = str(kwargs["remote_group"])
     group = group_devices(name)
     mesh, arguments = take_mesh(kind, args, without_group(kind, kwargs))
-    devices, layout = _shared_out(group, execute, mesh or session.mesh)
+    devices, layout = _assign_devices(group, execute, mesh or session.mesh)
     args, kwargs = give_mesh(kind, arguments, layout.mesh)
     signature_of(kind).bind(*args, **kwargs)
-    workers = [_started(kind.__name__, group, mine, layout, rank, len(devices)) for rank, mine in enumerate(devices)]
-    handle = _rebuilt(kind, name, layout, workers)
+    workers = [
+        _start_worker(kind.__name__, group, share, layout, rank, len(devices)) for rank, share in enumerate(devices)
+    ]
+    handle = _rebuild(kind, name, layout, workers)
     try:
         deadline = time.monotonic() + startup_timeout_s
         master = _gather([workers[0].rendezvous.remote()], handle._names, deadline)[0]
@@ -176,7 +178,7 @@ def spawn(kind: type, execute: str, startup_timeout_s: float, args: tuple[Any, .
     return handle
 
 
-def _rebuilt(kind: type, group: str, layout: Layout, workers: Sequence[Any]) -> Handle:
+def _rebuild(kind: type, group: str, layout: Layout, workers: Sequence[Any]) -> Handle:
     """Makes a handle whose type has the dunder methods that are remote functions of the class."""
 
     def method(name: str) -> Callable[..., Any]:
@@ -195,7 +197,9 @@ def _caller() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _shared_out(group: GroupDevices, execute: str, mesh: DeviceMesh | None) -> tuple[list[tuple[Device, ...]], Layout]:
+def _assign_devices(
+    group: GroupDevices, execute: str, mesh: DeviceMesh | None
+) -> tuple[list[tuple[Device, ...]], Layout]:
     """Returns the devices of each worker, and their layout."""
     size = group.gpus_per_worker
     shares = [group.devices[start : start + size] for start in range(0, len(group.devices), size)]
@@ -220,7 +224,7 @@ def _shared_out(group: GroupDevices, execute: str, mesh: DeviceMesh | None) -> t
     return shares[: layout.workers], layout
 
 
-def _started(
+def _start_worker(
     kind: str, group: GroupDevices, devices: tuple[Device, ...], layout: Layout, rank: int, world_size: int
 ) -> Any:
     """Starts a worker's process. The group's holders reserve its devices in Ray, so it requests none."""

@@ -52,13 +52,13 @@ class Holder:
 def nodes_with(device_type: str, per_node: int | None) -> list[Node]:
     """Returns the living nodes with such devices, the head first, then by address."""
     resource = "GPU" if device_type == "cuda" else "CPU"
-    found = []
+    nodes = []
     for node in ray.nodes():
         devices = int(node["Resources"].get(resource, 0)) if node["Alive"] else 0
         if devices >= (per_node or 1):
             head = "node:__internal_head__" in node["Resources"]
-            found.append((not head, node["NodeManagerAddress"], node["NodeID"], per_node or devices))
-    return [Node(id_, ip, devices) for _, ip, id_, devices in sorted(found)]
+            nodes.append((not head, node["NodeManagerAddress"], node["NodeID"], per_node or devices))
+    return [Node(id_, ip, devices) for _, ip, id_, devices in sorted(nodes)]
 
 
 def wait_for(resource: str, needed: float, node_ids: Sequence[str]) -> None:
@@ -79,16 +79,18 @@ def take_gpus(nodes: Sequence[Node]) -> list[list[tuple[str, list[str] | None, A
         for index, node in enumerate(nodes)
         for _ in range(int(available.get(node.id, {}).get("GPU", 0.0)))
     ]
-    asked = {holder.gpus.remote(): (index, holder) for index, holder in started}
-    answered, late = ray.wait(list(asked), num_returns=len(asked), timeout=HOLDERS_START_S) if asked else ([], [])
-    kill([asked[ref][1] for ref in late])
-    found: list[list[tuple[str, list[str] | None, Any]]] = [[] for _ in nodes]
+    requests = {holder.gpus.remote(): (index, holder) for index, holder in started}
+    answered, late = (
+        ray.wait(list(requests), num_returns=len(requests), timeout=HOLDERS_START_S) if requests else ([], [])
+    )
+    kill([requests[ref][1] for ref in late])
+    gpus: list[list[tuple[str, list[str] | None, Any]]] = [[] for _ in nodes]
     for ref in answered:
-        index, holder = asked[ref]
+        index, holder = requests[ref]
         with contextlib.suppress(RayError):  # the node died with its GPUs
             gpu, visible = ray.get(ref)
-            found[index].append((gpu, visible, holder))
-    return found
+            gpus[index].append((gpu, visible, holder))
+    return gpus
 
 
 def hold_cores(groups: dict[str, tuple[Device, ...]]) -> dict[str, list[Any]]:
@@ -101,7 +103,7 @@ def hold_cores(groups: dict[str, tuple[Device, ...]]) -> dict[str, list[Any]]:
     for name, devices in groups.items():
         by_node = Counter(device.node_id for device in devices)
         holders[name] = [_start_holder(node, num_cpus=cpus_held(cores)) for node, cores in by_node.items()]
-    started = [holder for mine in holders.values() for holder in mine]
+    started = [holder for of_group in holders.values() for holder in of_group]
     try:
         ray.get([holder.ready.remote() for holder in started], timeout=HOLDERS_START_S)
     except RayError as error:

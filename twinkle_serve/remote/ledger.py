@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from twinkle_serve.errors import MeshError
 from twinkle_serve.mesh import DeviceGroup
 from twinkle_serve.placement import SIDE_CPUS, Device, GroupDevices, cpus_held
-from twinkle_serve.remote.allocation import SOMEBODY, Slot, allocate, check_requests, unit_of
+from twinkle_serve.remote.allocation import OTHER_PROCESS, Slot, allocate, check_requests, unit_of
 from twinkle_serve.remote.holders import (
     GRACE_S,
     HOLDERS_START_S,
@@ -105,7 +105,7 @@ class Ledger:
         nodes = {device_type: nodes_with(device_type, per_node[device_type]) for device_type in ("cpu", "cuda")}
         has_gpus = bool(nodes["cuda"])
         groups = [_resolved(group, has_gpus) for group in groups]
-        totals = {device_type: sum(node.devices for node in found) for device_type, found in nodes.items()}
+        totals = {device_type: sum(node.devices for node in of_type) for device_type, of_type in nodes.items()}
         _require_nodes(groups, totals, per_node)
         check_requests(groups, totals)
         kept = [group for group in groups if group.name in self._groups and self._groups[group.name].request == group]
@@ -115,10 +115,10 @@ class Ledger:
         self._reserve_new(new, nodes, job, owner)
         owned = [group.name for group in new]
         for group in kept:
-            standing = self._groups[group.name]
-            if not _lives(standing.job):
-                standing.job, standing.owner = job, owner
-            if standing.owner == owner:
+            existing = self._groups[group.name]
+            if not _is_running(existing.job):
+                existing.job, existing.owner = job, owner
+            if existing.owner == owner:
                 owned.append(group.name)
         return owned
 
@@ -139,20 +139,20 @@ class Ledger:
         Raises:
             MeshError: the group does not have these devices, or no longer has them.
         """
-        standing = self._groups.get(name)
-        if standing is None or not set(devices) <= set(standing.devices.devices):
+        existing = self._groups.get(name)
+        if existing is None or not set(devices) <= set(existing.devices.devices):
             raise MeshError(
                 f"DeviceGroup {name!r} was freed or replaced after application {application!r} got its devices. "
                 "Reserve the group with initialize('ray', groups=…) and deploy the application again."
             )
-        standing.applications.add(application)
+        existing.applications.add(application)
         return True
 
     def group(self, name: str) -> GroupDevices | None:
         """Returns the devices of a group; None if it is not reserved."""
         self._drop_broken()
-        standing = self._groups.get(name)
-        return standing.devices if standing else None
+        existing = self._groups.get(name)
+        return existing.devices if existing else None
 
     def names(self) -> list[str]:
         """Returns the names of the reserved groups."""
@@ -161,18 +161,20 @@ class Ledger:
 
     def _drop_broken(self) -> None:
         """Frees groups that lost a holder, since others may have its device by now."""
-        asked = {holder.ready.remote(): name for name, group in self._groups.items() for holder in group.holders}
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=HOLDERS_START_S) if asked else ([], [])
+        group_of = {holder.ready.remote(): name for name, group in self._groups.items() for holder in group.holders}
+        answered, _ = (
+            ray.wait(list(group_of), num_returns=len(group_of), timeout=HOLDERS_START_S) if group_of else ([], [])
+        )
         for ref in answered:
             try:
                 ray.get(ref)
             except RayError:
-                if asked[ref] in self._groups:
-                    kill(self._groups.pop(asked[ref]).holders)
+                if group_of[ref] in self._groups:
+                    kill(self._groups.pop(group_of[ref]).holders)
 
-    def _drop_abandoned(self, asked: Collection[str]) -> None:
+    def _drop_abandoned(self, requested: Collection[str]) -> None:
         for name, group in list(self._groups.items()):
-            if name not in asked and not _lives(group.job) and not _running(group):
+            if name not in requested and not _is_running(group.job) and not _live_applications(group):
                 logger.warning(f"DeviceGroup {name!r} is freed: its run has ended, and no application runs in it")
                 kill(self._groups.pop(name).holders)
 
@@ -182,7 +184,7 @@ class Ledger:
         Raises:
             MeshError: an application could not be deleted in time.
         """
-        for application in _running(group):
+        for application in _live_applications(group):
             logger.warning(f"application {application!r} is deleted: it runs in DeviceGroup {group.request.name!r}")
             try:
                 serve.delete(application)
@@ -193,21 +195,21 @@ class Ledger:
                 ) from error
 
     def _require_replaceable(self, group: DeviceGroup, job: str, occupied: Collection[str]) -> None:
-        standing = self._groups.get(group.name)
-        if standing is None:
+        existing = self._groups.get(group.name)
+        if existing is None:
             return
-        if standing.job == job:
-            runs = [f"application {name!r}" for name in _running(standing)]
+        if existing.job == job:
+            runs = [f"application {name!r}" for name in _live_applications(existing)]
             if runs := [*runs, *["remote objects"] * (group.name in occupied)]:
                 raise MeshError(
-                    f"DeviceGroup {group.name!r} has ranks={standing.request.ranks} of {standing.devices.device_type}, "
+                    f"DeviceGroup {group.name!r} has ranks={existing.request.ranks} of {existing.devices.device_type}, "
                     f"this asks for ranks={group.ranks} of {group.device_type}, and {' and '.join(runs)} of this run "
                     "are in it. End them first (a sampler with its shutdown()), or keep the group unchanged."
                 )
-        elif _lives(standing.job):
+        elif _is_running(existing.job):
             raise MeshError(
                 f"DeviceGroup {group.name!r} is reserved by another running job, with "
-                f"ranks={standing.request.ranks} of {standing.devices.device_type}; this run asks for "
+                f"ranks={existing.request.ranks} of {existing.devices.device_type}; this run asks for "
                 f"ranks={group.ranks} of {group.device_type}. Give the group another name, or end the other job."
             )
 
@@ -239,9 +241,9 @@ class Ledger:
                 pool.update(zip(old.devices.devices, old.holders, strict=True))
         for group in new:
             devices = gpus[group.name] if group.device_type == "cuda" else cores[group.name]
-            mine = holders.get(group.name) or [pool.pop(device) for device in devices]
+            group_holders = holders.get(group.name) or [pool.pop(device) for device in devices]
             shape = GroupDevices(group.name, cast(Any, group.device_type), devices, group.gpus_per_worker)
-            self._groups[group.name] = _Group(group, shape, mine, job, owner)
+            self._groups[group.name] = _Group(group, shape, group_holders, job, owner)
         kill(list(pool.values()))
 
     def _gpus(
@@ -252,13 +254,13 @@ class Ledger:
         needed = sum(group.world_size for group in groups) - len(given_back)
         wait_for("GPU", needed, [node.id for node in nodes])
         slots: list[Slot] = []
-        for node, found in zip(nodes, take_gpus(nodes), strict=True):
-            for _, visible, _ in found:
+        for node, gpus in zip(nodes, take_gpus(nodes), strict=True):
+            for _, visible, _ in gpus:
                 if visible:
                     self._visible[node.id] = visible
             # Without a list of ids, Ray numbers them from 0.
             ids = self._visible.get(node.id, [str(i) for i in range(node.devices)])
-            free = {gpu: holder for gpu, _, holder in found}
+            free = {gpu: holder for gpu, _, holder in gpus}
             for id_ in ids[: node.devices]:
                 device = Device(node.id, node.ip, id_)
                 if id_ in free:
@@ -292,7 +294,7 @@ class Ledger:
                 slots.append(Slot(device, None if device in given_back else self._holder_of("cpu", device, None)))
         return allocate(groups, slots, unit_of("cpu"), budgets)
 
-    def _holder_of(self, device_type: str, device: Device, otherwise: str | None = SOMEBODY) -> str | None:
+    def _holder_of(self, device_type: str, device: Device, otherwise: str | None = OTHER_PROCESS) -> str | None:
         for name, group in self._groups.items():
             if group.devices.device_type == device_type and device in group.devices.devices:
                 return f"group {name!r}"
@@ -334,17 +336,17 @@ def _require_nodes(groups: Sequence[DeviceGroup], totals: dict[str, int], per_no
     for device_type, argument in arguments.items():
         wanted = per_node[device_type]
         if wanted and not totals[device_type] and any(group.device_type == device_type for group in groups):
-            most = max((node.devices for node in nodes_with(device_type, None)), default=0)
+            largest = max((node.devices for node in nodes_with(device_type, None)), default=0)
             raise MeshError(
-                f"{argument}={wanted}, and no node of the cluster has more than {most} {unit_of(device_type)}. "
+                f"{argument}={wanted}, and no node of the cluster has more than {largest} {unit_of(device_type)}. "
                 f"Lower {argument} or leave it out."
             )
 
 
-def _running(group: _Group) -> list[str]:
+def _live_applications(group: _Group) -> list[str]:
     """Applications of a group that still exist."""
     return sorted(group.applications & serve.status().applications.keys())
 
 
-def _lives(job: str) -> bool:
+def _is_running(job: str) -> bool:
     return any(entry["JobID"] == job and not entry["IsDead"] for entry in jobs())

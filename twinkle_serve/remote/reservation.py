@@ -99,7 +99,7 @@ def _end_cluster() -> None:
 
 def _release(groups: list[str], token: str) -> None:
     if _in_cluster():
-        _ask("release", groups, token)
+        _call_ledger("release", groups, token)
 
 
 def is_initialized() -> bool:
@@ -119,7 +119,7 @@ def known_groups() -> list[str]:
         ConfigError: this process is not in a Ray cluster.
         MeshError: the cluster's ledger did not answer.
     """
-    return sorted(_ask("names") or [])
+    return sorted(_call_ledger("names") or [])
 
 
 def group_devices(name: str) -> GroupDevices:
@@ -129,7 +129,7 @@ def group_devices(name: str) -> GroupDevices:
         MeshError: no such group, or the cluster's ledger did not answer.
         ConfigError: this process is not in a Ray cluster.
     """
-    found = _ask("group", name)
+    found = _call_ledger("group", name)
     if found is None:
         unknown = unknown_name("device group", name, known_groups())
         raise MeshError(f"{unknown}. Reserve it with initialize('ray', groups=…).")
@@ -143,7 +143,7 @@ def enter_group(name: str, devices: Sequence[Device], application: str) -> None:
     Raises:
         MeshError: the group does not have these devices, or no longer has them.
     """
-    if _ask("enter", name, devices, application) is None:
+    if _call_ledger("enter", name, devices, application) is None:
         raise MeshError(f"DeviceGroup {name!r} is gone. Reserve it with initialize('ray', groups=…).")
 
 
@@ -209,13 +209,13 @@ def _reserve(groups: list[DeviceGroup], per_node: dict[str, int | None]) -> None
     job = ray.get_runtime_context().get_job_id()
     occupied = {instance.remote_group for instance in session.instances}
     try:
-        session.owned_groups |= set(_ask("reserve", groups, job, session.token, per_node, occupied))
+        session.owned_groups |= set(_call_ledger("reserve", groups, job, session.token, per_node, occupied))
     except _LedgerSilentError:  # it may still reserve them: `shutdown` frees those of this process
         session.owned_groups |= {group.name for group in groups}
         raise
 
 
-def _ask(method: str, *args: Any) -> Any:
+def _call_ledger(method: str, *args: Any) -> Any:
     """Calls the ledger, with a deadline. None if the cluster has no ledger; only `reserve` starts one."""
     import ray
     from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError

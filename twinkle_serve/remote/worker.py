@@ -106,8 +106,8 @@ class Worker:
         try:
             if session.seed is not None:
                 seed_everything(session.seed)
-            args, made = resolved(args, kwargs)
-            self._object = kind(*args, **made)
+            args, kwargs = resolved(args, kwargs)
+            self._object = kind(*args, **kwargs)
         except Exception as error:
             return Reply(None, True, failure=Failure.of(error))
         return Reply(None, True)
@@ -121,10 +121,10 @@ class Worker:
             if is_lazy(args, kwargs):
                 args, kwargs = resolved(args, kwargs)
                 planned = plan(remote.modes, self._layout, args, kwargs, caller)
-                mine = next((call for call in planned.calls if call.worker == self._rank), None)
-                if mine is None:
+                own_call = next((call for call in planned.calls if call.worker == self._rank), None)
+                if own_call is None:
                     return Reply(None, planned.single)
-                args, kwargs, order, single = mine.args, mine.kwargs, mine.order, planned.single
+                args, kwargs, order, single = own_call.args, own_call.kwargs, own_call.order, planned.single
             value = remote.function(self._object, *args, **kwargs)
         except Exception as error:
             return Reply(order, single, failure=Failure.of(error))

@@ -55,9 +55,9 @@ def find_call_form(render: Callable[[list[dict[str, Any]]], str]) -> CallForm:
     """The first form for which `render` writes a call's arguments as JSON or in tags; CallForm() if there is none."""
     call = {"id": "call00000", "type": "function", "function": {"name": "probe", "arguments": {PROBE: "-"}}}
     for form in CALL_FORMS:
-        said = form.of({"role": "assistant", "content": "", "tool_calls": [call]})
+        message = form.of({"role": "assistant", "content": "", "tool_calls": [call]})
         try:
-            text = render([{"role": "user", "content": "-"}, said])
+            text = render([{"role": "user", "content": "-"}, message])
         except Exception:  # a model's template may raise anything; only its form matters here
             continue
         # Neither the repr of a dict nor JSON within JSON.
@@ -110,5 +110,5 @@ def _call(call: Any, where: str) -> dict[str, Any]:
             raise PromptError(f"{where}: its arguments are not JSON ({error}): {arguments!r}.") from None
     if not isinstance(arguments, Mapping):
         raise PromptError(f"{where}: its arguments must be a dict or the JSON of one, got {arguments!r}.")
-    besides = {key: value for key, value in call.items() if key not in ("name", "arguments", "function")}
-    return {"type": "function", **besides, "function": {"name": function["name"], "arguments": dict(arguments)}}
+    extra = {key: value for key, value in call.items() if key not in ("name", "arguments", "function")}
+    return {"type": "function", **extra, "function": {"name": function["name"], "arguments": dict(arguments)}}

@@ -66,8 +66,8 @@ def encode_inputs(inputs: Any, template: Template, generation_prompt: bool = Tru
             "Send each kind in a separate call."
         )
     encode = _from_messages if kinds[0] == "messages" else _from_ids
-    made = [_fit(encode(item, i, template, generation_prompt), template) for i, item in enumerate(items)]
-    prompts = [prompt for prompt in made if prompt is not None]
+    fitted = [_fit(encode(item, i, template, generation_prompt), template) for i, item in enumerate(items)]
+    prompts = [prompt for prompt in fitted if prompt is not None]
     if not prompts:
         raise PromptError(
             f"each of the {len(items)} inputs is longer than max_length={template.max_length}, and "
@@ -149,7 +149,7 @@ def _from_ids(item: Mapping[str, Any], index: int, template: Template, generatio
         raise PromptError(f"{where}.input_ids contains {bad}, which is not a token id.")
     ids = ids.astype(np.int32)
     labels = _labels(item, ids, where)
-    start, following = _continued(item, ids, where, template, generation_prompt)
+    start, following = _continuation(item, ids, where, template, generation_prompt)
     whole = np.concatenate([ids, following]) if len(following) else ids
     if labels is not None:
         labels = np.concatenate([labels, np.full(len(following), IGNORED_LABEL, np.int64)])
@@ -190,7 +190,7 @@ def _labels(item: Mapping[str, Any], ids: NDArray[np.int32], where: str) -> NDAr
     return None if (labels == IGNORED_LABEL).all() else labels
 
 
-def _continued(
+def _continuation(
     item: Mapping[str, Any], ids: NDArray[np.int32], where: str, template: Template, generation_prompt: bool
 ) -> tuple[int | None, NDArray[np.int32]]:
     """Returns (index of the first token of the unfinished message, None if it is new; token ids to append to `ids`)."""
@@ -205,18 +205,18 @@ def _continued(
     if length != len(ids):
         return None, none
     messages = item["messages"]
-    anew = 'Pass {"messages": …} only to encode them again.'
+    remedy = 'Pass {"messages": …} only to encode them again.'
     if not isinstance(messages, Sequence) or len(messages) < len(sums):
         count = len(messages) if isinstance(messages, Sequence) else messages
-        raise PromptError(f"{where} has {count} messages, its input_ids cover {len(sums)}. {anew}")
-    for j, (message, known) in enumerate(zip(messages, sums, strict=False)):
-        if not isinstance(message, Mapping) or checksum(message) != known:
-            raise PromptError(f"{where}.messages[{j}] does not match its input_ids. {anew}")
+        raise PromptError(f"{where} has {count} messages, its input_ids cover {len(sums)}. {remedy}")
+    for j, (message, expected) in enumerate(zip(messages, sums, strict=False)):
+        if not isinstance(message, Mapping) or checksum(message) != expected:
+            raise PromptError(f"{where}.messages[{j}] does not match its input_ids. {remedy}")
     sampled = 0 <= start < len(ids)
     if len(messages) == len(sums):
         return (start if sampled else None), none
     if not sampled or messages[len(sums) - 1].get("role") != "assistant":
-        raise PromptError(f"{where}: its input_ids do not end with a sampled message that others can follow. {anew}")
+        raise PromptError(f"{where}: its input_ids do not end with a sampled message that others can follow. {remedy}")
     return None, template.encode_after(ids, messages, len(sums), _tools(item, where), where, generation_prompt)
 
 
@@ -226,20 +226,20 @@ def _fit(prompt: Prompt, template: Template) -> Prompt | None:
     Raises:
         PromptError: it is longer and the strategy is raise.
     """
-    most, length = template.max_length, len(prompt.ids)
-    if most is None or length <= most:
+    max_length, length = template.max_length, len(prompt.ids)
+    if max_length is None or length <= max_length:
         return prompt
     if template.truncation_strategy == "delete":
         return None
     if template.truncation_strategy == "raise":
         raise PromptError(
-            f"inputs[{prompt.index}] has {length} tokens, max_length is {most}. Shorten it, raise max_length, or set "
-            "truncation_strategy to left, right or delete."
+            f"inputs[{prompt.index}] has {length} tokens, max_length is {max_length}. Shorten it, raise max_length, or "
+            "set truncation_strategy to left, right or delete."
         )
     left = template.truncation_strategy == "left"
-    kept = slice(length - most, length) if left else slice(0, most)
+    kept = slice(length - max_length, length) if left else slice(0, max_length)
     turn, start = prompt.turn, prompt.turn.resumed_at
-    ids, start = prompt.ids[kept], None if start is None else min(max(start - kept.start, 0), most)
+    ids, start = prompt.ids[kept], None if start is None else min(max(start - kept.start, 0), max_length)
     return replace(
         prompt,
         ids=ids,

@@ -52,36 +52,36 @@ def resolve_template(
                 f"{type(template).__name__}, or pass them when you make the instance."
             )
         return template
-    made = TEMPLATES.get(template) if isinstance(template, str) else template
-    if made is None:
+    kind = TEMPLATES.get(template) if isinstance(template, str) else template
+    if kind is None:
         if template in NOT_SUPPORTED:
             raise TemplateError(f"{template} {NOT_SUPPORTED[str(template)]}.")
         raise TemplateError(f"{unknown_name('template', template, TEMPLATES)}. Or give a class or an instance.")
-    if not (isinstance(made, type) and issubclass(made, Template)):
+    if not (isinstance(kind, type) and issubclass(kind, Template)):
         raise TemplateError(f"template must be a name, a subclass of Template or an instance, got {template!r}.")
-    checked = _checked(made, arguments)
-    if trust_remote_code and "trust_remote_code" in inspect.signature(made).parameters:
+    checked = _check_arguments(kind, arguments)
+    if trust_remote_code and "trust_remote_code" in inspect.signature(kind).parameters:
         checked["trust_remote_code"] = True
     try:
-        inspect.signature(made).bind(model, **checked)
+        inspect.signature(kind).bind(model, **checked)
     except TypeError as error:
-        raise TemplateError(f"{made.__name__} cannot be made: {error}. Give its arguments with its name.") from None
-    return made(model, **checked)
+        raise TemplateError(f"{kind.__name__} cannot be made: {error}. Give its arguments with its name.") from None
+    return kind(model, **checked)
 
 
-def _checked(made: type[Template], arguments: dict[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(made).parameters
+def _check_arguments(kind: type[Template], arguments: dict[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(kind).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        known = parameters | inspect.signature(Template).parameters
+        accepted = parameters | inspect.signature(Template).parameters
     else:
-        known = dict(parameters)
-    known = {name: p for name, p in known.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-    known.pop("model", None)
+        accepted = dict(parameters)
+    accepted = {name: p for name, p in accepted.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    accepted.pop("model", None)
     clean: dict[str, Any] = {}
     for key, value in arguments.items():
         name = ALIASES.get(key, key)
-        if name not in known:
-            raise TemplateError(f"{unknown_name(f'argument of {made.__name__}', key, {*known, *ALIASES})}.")
+        if name not in accepted:
+            raise TemplateError(f"{unknown_name(f'argument of {kind.__name__}', key, {*accepted, *ALIASES})}.")
         if name in clean:
             raise TemplateError(f"{name} is given twice, as {name} and under another name. Give it once.")
         clean[name] = value

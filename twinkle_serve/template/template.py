@@ -77,7 +77,7 @@ class Template:
     def __reduce__(self) -> Any:
         """Pickles a template without its tokenizer, which is loaded again from the model's directory."""
         state = {name: value for name, value in vars(self).items() if name not in ("tokenizer", "_text_of")}
-        return _rebuilt, (type(self), state)
+        return _rebuild, (type(self), state)
 
     def _check(self) -> None:
         _check_type("system", self.system, str)
@@ -85,15 +85,15 @@ class Template:
         _check_type("enable_thinking", self.enable_thinking, bool)
         if self.max_length is not None and self.max_length < 1:
             raise TemplateError(f"max_length must be at least 1, got {self.max_length}.")
-        known: tuple[str, ...] = get_args(TruncationStrategy)
-        if self.truncation_strategy not in known:
+        strategies: tuple[str, ...] = get_args(TruncationStrategy)
+        if self.truncation_strategy not in strategies:
             raise TemplateError(
-                f"{unknown_name('truncation_strategy', self.truncation_strategy, known)}. A prompt is never split."
+                f"{unknown_name('truncation_strategy', self.truncation_strategy, strategies)}. A prompt is never split."
             )
         if self.max_length is None and self.truncation_strategy != "raise":
             raise TemplateError(f"truncation_strategy={self.truncation_strategy!r} needs max_length, which is not set.")
-        asked = self.enable_thinking is not None and not self._renders_itself
-        if asked and "enable_thinking" not in self._variables:
+        is_set = self.enable_thinking is not None and not self._renders_itself
+        if is_set and "enable_thinking" not in self._variables:
             raise TemplateError(
                 f"enable_thinking={self.enable_thinking}: the chat template of {self.model} does not read it. "
                 f"Leave it out. It reads: {', '.join(sorted(self._variables)) or 'nothing, there is none'}."
@@ -347,7 +347,7 @@ def _text(tokenizer: Any, ids: list[int]) -> str:
     return text
 
 
-def _rebuilt(kind: type[Template], state: dict[str, Any]) -> Template:
+def _rebuild(kind: type[Template], state: dict[str, Any]) -> Template:
     template = kind.__new__(kind)
     vars(template).update(state)
     template.tokenizer = _tokenizer(template.model, template.trust_remote_code)

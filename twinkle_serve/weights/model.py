@@ -212,10 +212,11 @@ class ModelWeights:
         if self._disk is None:
             return self._memory[version.number, index]
         data = self._disk.read(_path(version, index))
-        if (found := _checksum(data)) != version.buckets[index]:
+        if (checksum := _checksum(data)) != version.buckets[index]:
             raise StoreError(
-                f"{self._disk.root}/{_path(version, index)} has the checksum {found}, and had {version.buckets[index]} "
-                "when it was sent: the file was changed or truncated. Send the version again under another label."
+                f"{self._disk.root}/{_path(version, index)} has the checksum {checksum}, and had "
+                f"{version.buckets[index]} when it was sent: the file was changed or truncated. Send the version again "
+                "under another label."
             )
         return data
 

@@ -73,10 +73,10 @@ class WeightStore:
         """
         orphans = [entry.version for entry in self._entries.values() if entry.is_path or not entry.published]
         self.drop(orphans)
-        found: dict[str, list[AdapterVersion]] = {}
+        by_name: dict[str, list[AdapterVersion]] = {}
         for entry in sorted(self._entries.values(), key=lambda entry: entry.version.version):
-            found.setdefault(entry.version.name, []).append(entry.version)
-        return found
+            by_name.setdefault(entry.version.name, []).append(entry.version)
+        return by_name
 
     def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
         """Stores an adapter as the next version of a name. It is not published yet.
@@ -151,11 +151,11 @@ class WeightStore:
         Raises:
             StoreError: the state directory cannot be written.
         """
-        mine = [version for version in versions if self._entries.pop(version.id, None) is not None]
-        if not mine:
+        dropped = [version for version in versions if self._entries.pop(version.id, None) is not None]
+        if not dropped:
             return
         self._save()  # first: files that no manifest lists do no harm
-        for version in mine:
+        for version in dropped:
             self._memory.pop(version.id, None)
             if self._disk is not None:
                 self._disk.remove(_directory(version))
@@ -173,9 +173,9 @@ class WeightStore:
             config=self._disk.read(f"{_directory(version)}/{CONFIG}"),
             weights=self._disk.read(f"{_directory(version)}/{WEIGHTS}"),
         )
-        if (found := files.checksum()) != version.checksum:
+        if (checksum := files.checksum()) != version.checksum:
             raise StoreError(
-                f"adapter {version.label} in {self._disk.root} has the checksum {found}, and had {version.checksum} "
+                f"adapter {version.label} in {self._disk.root} has the checksum {checksum}, and had {version.checksum} "
                 "when it was added: its files were changed or truncated. Add it again."
             )
         return files
