@@ -23,8 +23,8 @@ TwinkleServeError
 │   ├── EngineDeadError           it died, and its work could not be moved to another engine
 │   │   └── EngineCrashedError    it ended by itself: by an exception, or a signal of its own
 │   └── StoreError                the weight store cannot be reached or written, or its files are damaged
-├── ServiceError                  the service's router or Serve itself failed, or cannot be reached
-├── LeaseExpiredError             a pause or a call was not renewed in time, or another one replaced it
+├── ServiceError                  the router or Serve itself cannot be reached, did not answer, or failed by a bug
+├── LeaseExpiredError             the lease of a pause or a call expired, or another call with its id replaced it
 └── WorkerError                   a worker of a remote_class failed
 
 A message says what is wrong, with both numbers and the remedy. Exceptions take positional arguments only: Ray rebuilds
@@ -141,11 +141,11 @@ class StoreError(EngineError):
 
 
 class ServiceError(TwinkleServeError):
-    """The service's router or Serve itself failed, or cannot be reached."""
+    """The service's router or Serve itself cannot be reached, did not answer, or failed by a bug."""
 
 
 class LeaseExpiredError(TwinkleServeError):
-    """A pause or a call was not renewed in time, or another one replaced it."""
+    """The lease of a pause or of a call expired, or a call was replaced by another with its id."""
 
 
 class WorkerError(TwinkleServeError):
