@@ -8,32 +8,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.errors import MeshError
+from twinkle_serve.validation import one_of, whole_number
 
-DEVICE_TYPES = ("auto", "cpu", "cuda")
+DeviceType: TypeAlias = Literal["auto", "cpu", "cuda"]
+DEVICE_TYPES: tuple[DeviceType, ...] = get_args(DeviceType)
 
 
 def _size(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise MeshError(f"device_mesh.{name} must be a whole number, got {value!r} ({type(value).__name__}).")
-    if value < 1:
-        raise MeshError(f"device_mesh.{name} must be at least 1, got {value}.")
-    return int(value)
+    return whole_number(f"device_mesh.{name}", value, 1, error=MeshError)
 
 
 DEVICE_ALIASES = {"GPU": "cuda", "gpu": "cuda", "CPU": "cpu"}
 """Twinkle's names for the device types."""
 
 
-def _device_type(where: str, value: object) -> str:
+def _device_type(where: str, value: object) -> DeviceType:
     value = DEVICE_ALIASES.get(value, value) if isinstance(value, str) else value
-    if value not in DEVICE_TYPES:
-        raise MeshError(f"{where}.device_type must be one of {', '.join(DEVICE_TYPES)}, got {value!r}.")
-    return str(value)
+    return one_of(f"{where}.device_type", value, DEVICE_TYPES, error=MeshError)
 
 
 @dataclass(frozen=True)
@@ -218,9 +215,8 @@ class DeviceGroup:
                 raise MeshError(f"{where}: ranks must be distinct whole numbers from 0, got {self.ranks!r}.")
         elif isinstance(self.ranks, bool) or not isinstance(self.ranks, int) or self.ranks < 1:
             raise MeshError(f"{where}: ranks must be a count of at least 1 or a list of ranks, got {self.ranks!r}.")
-        per_worker = self.gpus_per_worker
-        if isinstance(per_worker, bool) or not isinstance(per_worker, int) or per_worker < 1:
-            raise MeshError(f"{where}: gpus_per_worker must be a whole number of at least 1, got {per_worker!r}.")
+        per_worker = whole_number(f"{where}: gpus_per_worker", self.gpus_per_worker, 1, error=MeshError)
+        object.__setattr__(self, "gpus_per_worker", per_worker)
         if self.world_size % per_worker:
             raise MeshError(
                 f"{where}: {self.world_size} devices cannot be divided into workers of gpus_per_worker={per_worker}."

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from twinkle_serve.errors import MeshError
 from twinkle_serve.mesh import DeviceMesh
+
+DeviceKind: TypeAlias = Literal["cpu", "cuda"]
 
 SIDE_CPUS = 0.1
 """CPUs that a deployment with little computation requests from Ray, so that router and engines fit on two cores."""
@@ -47,7 +49,7 @@ class GroupDevices:
 
     name: str
     """Name of the group."""
-    device_type: Literal["cpu", "cuda"]
+    device_type: DeviceKind
     """cpu or cuda; auto is resolved."""
     devices: tuple[Device, ...]
     """In the order of the group's ranks."""
@@ -72,7 +74,8 @@ class GroupDevices:
 class Placement:
     """Resources of the engines of a mesh."""
 
-    device: Literal["cpu", "cuda"]
+    device: DeviceKind
+    """Device type of the engines."""
     executor: Literal["mp", "ray"]
     """vLLM's executor for a replica: mp within one node, ray in a placement group over several."""
     num_cpus: float
@@ -99,7 +102,7 @@ def place(mesh: DeviceMesh, nodes: Sequence[NodeResources]) -> Placement:
     """
     gpus = sum(node.gpus for node in nodes)
     cpus = sum(node.cpus for node in nodes)
-    device: Literal["cpu", "cuda"] = "cuda" if mesh.device_type == "cuda" else "cpu"
+    device: DeviceKind = "cuda" if mesh.device_type == "cuda" else "cpu"
     if mesh.device_type == "auto" and gpus:
         device = "cuda"
     have, unit = (gpus, "GPUs") if device == "cuda" else (cpus, "CPUs")

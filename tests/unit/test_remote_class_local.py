@@ -146,7 +146,7 @@ def test_initialize_seeds_the_imported_libraries() -> None:
     [
         ({"mode": "rey"}, ConfigError, "unknown mode 'rey', did you mean 'ray'"),
         ({"full_determinism": True}, ConfigError, "full_determinism is not supported"),
-        ({"nproc_per_node": 0}, ConfigError, "nproc_per_node must be a whole number of at least 1, got 0"),
+        ({"nproc_per_node": 0}, ConfigError, "nproc_per_node must be at least 1, got 0"),
         ({"groups": [{"name": "a"}]}, ConfigError, "groups must be DeviceGroup"),
         ({"groups": [DeviceGroup("a", 1), DeviceGroup("a", 2)]}, MeshError, "two DeviceGroups have the name 'a'"),
     ],

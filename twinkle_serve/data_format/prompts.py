@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 from twinkle_serve.data_format.messages import Encoded
+
+TruncationStrategy: TypeAlias = Literal["raise", "left", "right", "delete"]
+"""Treatment of a prompt longer than `max_length`: raise an error, cut it on the left or right, or leave it out."""
+
+TRUNCATION_STRATEGIES: tuple[TruncationStrategy, ...] = get_args(TruncationStrategy)
 
 
 class Message(TypedDict, total=False):
@@ -60,6 +65,3 @@ class InputFeature(TypedDict, total=False):
 
 
 Input: TypeAlias = Trajectory | InputFeature
-
-TruncationStrategy: TypeAlias = Literal["raise", "left", "right", "delete"]
-"""Treatment of a prompt that is too long: an error, its last or first tokens, or leaving it out of the call."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ IntArray: TypeAlias = NDArray[np.int32] | NDArray[np.int64]
 FloatArray: TypeAlias = NDArray[np.float32]
 StopReason: TypeAlias = Literal["length", "stop", "abort", "error"]
 
-STOP_REASONS: tuple[StopReason, ...] = ("length", "stop", "abort", "error")
+STOP_REASONS: tuple[StopReason, ...] = get_args(StopReason)
 """Name of each code in `SampleColumns.stop_reason`."""
 
 NO_SEED = -1

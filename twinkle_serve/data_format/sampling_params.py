@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from twinkle_serve.errors import SamplingParamsError, unknown_name
+from twinkle_serve.validation import finite_number, whole_number
 
 MAX_TEMPERATURE = 2.0
 MIN_TEMPERATURE = 0.01
@@ -27,29 +27,8 @@ UNSET = Unset.UNSET
 ALIASES = {"max_new_tokens": "max_tokens"}
 
 
-def _whole(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise SamplingParamsError(f"{name} must be a whole number, got {value!r} ({type(value).__name__}).") from None
-    if number < minimum or (maximum is not None and number > maximum):
-        bounds = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
-        raise SamplingParamsError(f"{name} must be {bounds}, got {number}.")
-    return number
-
-
-def _real(name: str, value: object) -> float:
-    try:
-        if isinstance(value, (bool, str, bytes)):
-            raise TypeError
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        raise SamplingParamsError(f"{name} must be a number, got {value!r} ({type(value).__name__}).") from None
-    if not math.isfinite(number):
-        raise SamplingParamsError(f"{name} must be finite, got {number}.")
-    return number
+_whole = partial(whole_number, error=SamplingParamsError)
+_real = partial(finite_number, error=SamplingParamsError)
 
 
 def _stop(value: object) -> tuple[str, ...] | tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ PauseMode: TypeAlias = Literal["keep", "wait", "abort"]
 """Treatment of running samples in a pause. keep: suspend them and continue afterwards. wait: let them finish first.
 abort: end them early, with the tokens that they have."""
 
-PAUSE_MODES: tuple[PauseMode, ...] = ("keep", "wait", "abort")
+PAUSE_MODES: tuple[PauseMode, ...] = get_args(PauseMode)
 
 Spans: TypeAlias = tuple[tuple[str, int], ...]
 """Versions that sampled one sequence, in order: label, and index of the first token, of each."""

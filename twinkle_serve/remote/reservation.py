@@ -6,16 +6,17 @@ import contextlib
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from twinkle_serve.errors import ConfigError, MeshError, TwinkleServeError, unknown_name
 from twinkle_serve.mesh import DeviceGroup, DeviceMesh
 from twinkle_serve.placement import Device, GroupDevices
 from twinkle_serve.remote.session import Mode, reset, seed_everything, session
+from twinkle_serve.validation import whole_number
 
 logger = logging.getLogger(__name__)
 
-MODES = ("local", "ray")
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 def initialize(
@@ -157,8 +158,8 @@ def _check_arguments(
     if mode not in MODES:
         raise ConfigError(f"initialize: {unknown_name('mode', mode, MODES)}.")
     for name, value in (("nproc_per_node", nproc_per_node), ("ncpu_proc_per_node", ncpu_proc_per_node)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError(f"initialize: {name} must be a whole number of at least 1, got {value!r}.")
+        if value is not None:
+            whole_number(f"initialize: {name}", value, 1, error=ConfigError)
     if full_determinism:
         raise ConfigError(
             "initialize: full_determinism is not supported. Call torch.use_deterministic_algorithms(True) in the class "

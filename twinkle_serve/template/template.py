@@ -8,17 +8,18 @@ import re
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.messages import MessageParser
-from twinkle_serve.data_format.prompts import TruncationStrategy
+from twinkle_serve.data_format.prompts import TRUNCATION_STRATEGIES, TruncationStrategy
 from twinkle_serve.data_format.tool_calls import ToolParser, recognise_tool_parser, tool_parser
 from twinkle_serve.errors import ModelNotFoundError, PromptError, TemplateError, unknown_name
 from twinkle_serve.extras import require_extra
 from twinkle_serve.template.conversation import CallForm, conversation, find_call_form
+from twinkle_serve.validation import whole_number
 
 REASONING = ("<think>", "</think>")
 """Tags of reasoning before an answer, as Qwen's, DeepSeek's and later models write them."""
@@ -83,13 +84,11 @@ class Template:
         _check_type("system", self.system, str)
         _check_type("max_length", self.max_length, int)
         _check_type("enable_thinking", self.enable_thinking, bool)
-        if self.max_length is not None and self.max_length < 1:
-            raise TemplateError(f"max_length must be at least 1, got {self.max_length}.")
-        strategies: tuple[str, ...] = get_args(TruncationStrategy)
-        if self.truncation_strategy not in strategies:
-            raise TemplateError(
-                f"{unknown_name('truncation_strategy', self.truncation_strategy, strategies)}. A prompt is never split."
-            )
+        if self.max_length is not None:
+            whole_number("max_length", self.max_length, 1, error=TemplateError)
+        if self.truncation_strategy not in TRUNCATION_STRATEGIES:
+            unknown = unknown_name("truncation_strategy", self.truncation_strategy, TRUNCATION_STRATEGIES)
+            raise TemplateError(f"{unknown}. A prompt is never split.")
         if self.max_length is None and self.truncation_strategy != "raise":
             raise TemplateError(f"truncation_strategy={self.truncation_strategy!r} needs max_length, which is not set.")
         is_set = self.enable_thinking is not None and not self._renders_itself

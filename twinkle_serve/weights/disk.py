@@ -8,7 +8,7 @@ from typing import Any
 
 from twinkle_serve.errors import ConfigError, StoreError
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 
 class Disk:

@@ -15,7 +15,7 @@ from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, Weight
 from twinkle_serve.errors import ConfigError, StoreError, WeightsError
 from twinkle_serve.weights.disk import Disk
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 MANIFEST = "base.json"
 FORMAT = 1

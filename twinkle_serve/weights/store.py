@@ -13,7 +13,7 @@ from twinkle_serve.errors import AdapterError, ConfigError, StoreError
 from twinkle_serve.weights.disk import Disk
 from twinkle_serve.weights.model import ModelWeights
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
