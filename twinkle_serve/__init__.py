@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from twinkle_serve.data_format import InputFeature, SampledSequence, SampleResponse, SamplingParams, Trajectory
@@ -67,7 +67,7 @@ def get_logger(name: str = "twinkle_serve") -> logging.Logger:
     return logging.getLogger(name)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

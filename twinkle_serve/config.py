@@ -43,15 +43,16 @@ def describe_errors(error: ValidationError, model: type[BaseModel]) -> str:
 
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """Field names of the model at `loc` inside `model`."""
-    current: Any = model
+    current = model
     for part in loc:
         if isinstance(part, int):
             continue
         annotation = current.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
-        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if current is None:
+        inner = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if inner is None:
             return []
+        current = inner
     return list(current.model_fields)
 
 
@@ -92,9 +93,9 @@ def mesh_args(mesh: DeviceMesh) -> MeshArgs:
     """
     if not isinstance(mesh, DeviceMesh):
         raise MeshError(f"device_mesh must be a DeviceMesh, got {mesh!r}. Make one with DeviceMesh.from_sizes.")
-    sizes: dict[str, Any] = {f"{name}_size": size for name, size in mesh.sizes}
+    sizes = {f"{name}_size": size for name, size in mesh.sizes}
     other = ("ulysses_size", "ep_size", "etp_size", "ep_fsdp_size", "vpp_size", "sequence_parallel", "device_type")
-    return MeshArgs(**sizes, **{name: getattr(mesh, name) for name in other})
+    return MeshArgs.model_validate({**sizes, **{name: getattr(mesh, name) for name in other}})
 
 
 class TemplateArgs(Strict):
@@ -167,7 +168,7 @@ class ServiceArgs(Strict):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _wrap_validation_error(cls, data: Any, parse: ModelWrapValidatorHandler[ServiceArgs]) -> ServiceArgs:
+    def _wrap_validation_error(cls, data: object, parse: ModelWrapValidatorHandler[ServiceArgs]) -> ServiceArgs:
         # ConfigError is not a ValueError, so pydantic does not wrap it, not even in Ray Serve's own parsing.
         try:
             args = parse(data)

@@ -12,11 +12,14 @@ import os
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from twinkle_serve.errors import HubUnreachableError, IncompleteModelError, ModelNotFoundError
 from twinkle_serve.extras import require_extra
+
+if TYPE_CHECKING:
+    import httpx2
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +235,7 @@ def _set_huggingface_timeouts() -> None:
         hooks.append(_set_timeouts)
 
 
-def _set_timeouts(request: Any) -> None:
+def _set_timeouts(request: httpx2.Request) -> None:
     from huggingface_hub import constants
 
     timeouts = request.extensions.get("timeout") or {}

@@ -7,12 +7,15 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.tool_calls import ToolCall, ToolParser, Tools, tool_parser
+
+ChatMessage: TypeAlias = dict[str, Any]
+"""A message as a plain dict: the keys of `Message`, and others of the caller's."""
 
 
 class Encoded(TypedDict):
@@ -34,7 +37,7 @@ TEMPLATE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_cal
 """Keys of a message that chat templates read."""
 
 
-def checksum(message: Mapping[str, Any]) -> int:
+def checksum(message: Mapping[str, object]) -> int:
     """Checksum of the keys in TEMPLATE_KEYS; other keys that a caller adds, such as a reward, do not change it."""
     content = json.dumps([message.get(key) or None for key in TEMPLATE_KEYS], sort_keys=True, default=repr)
     return zlib.crc32(content.encode())
@@ -65,7 +68,7 @@ class MessageParser:
     reasoning: tuple[str, str] | None = None
     """Opening and closing tag of the reasoning before an answer. None: reasoning is not parsed."""
 
-    def message(self, text: str, tools: Tools = (), number: int = 0) -> dict[str, Any]:
+    def message(self, text: str, tools: Tools = (), number: int = 0) -> ChatMessage:
         """Parses the text of a turn.
 
         Args:
@@ -81,7 +84,7 @@ class MessageParser:
         """
         parser = tool_parser(self.tool_parser) if isinstance(self.tool_parser, str) else self.tool_parser
         reasoning, content = self._split(self._stripped(text, parser))
-        message: dict[str, Any] = {"role": "assistant", "content": content}
+        message: ChatMessage = {"role": "assistant", "content": content}
         if reasoning:
             message["reasoning_content"] = reasoning
         if parser is not None:
@@ -107,7 +110,7 @@ class MessageParser:
         return reasoning.strip("\n"), rest.lstrip("\n")
 
 
-def _as_dict(call: ToolCall, number: int, i: int) -> dict[str, Any]:
+def _as_dict(call: ToolCall, number: int, i: int) -> dict[str, object]:
     """The call in OpenAI's form, arguments parsed. Mistral's chat templates accept only ids of nine alphanumerics."""
     call_id = call.id or f"call{number % 1000:03}{i % 100:02}"
     return {"id": call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
-from twinkle_serve.data_format.messages import Encoded
+from twinkle_serve.data_format.messages import ChatMessage, Encoded
+
+InputDict: TypeAlias = dict[str, Any]
+"""An input as a plain dict: the keys of `Trajectory` or `InputFeature`, and others of the caller's."""
+
+Vector: TypeAlias = Any
+"""A list, numpy array or torch tensor of one dimension."""
 
 TruncationStrategy: TypeAlias = Literal["raise", "left", "right", "delete"]
 """Treatment of a prompt longer than `max_length`: raise an error, cut it on the left or right, or leave it out."""
@@ -17,24 +24,24 @@ class Message(TypedDict, total=False):
 
     role: str
     """system, user, assistant or tool. The only required key."""
-    content: Any
+    content: str | Sequence[str | Mapping[str, object]] | None
     """Text, or a list of parts of type text."""
     reasoning_content: str
     """The assistant's reasoning before its answer."""
-    tool_calls: list[dict[str, Any]]
+    tool_calls: list[dict[str, object]]
     """`{"type": "function", "function": {"name": …, "arguments": …}}`; arguments as a dict or as JSON text."""
 
 
 class Trajectory(TypedDict, total=False):
     """A conversation, to be rendered by the template."""
 
-    messages: list[dict[str, Any]]
+    messages: list[ChatMessage]
     """`{"role": …, "content": …}`, in order. The only required key."""
-    tools: list[dict[str, Any]]
+    tools: list[dict[str, object]]
     """Tools that the model may call, as its chat template reads them."""
-    images: list[Any]
+    images: list[object]
     """Must be empty: the service samples from text only."""
-    videos: list[Any]
+    videos: list[object]
     """Must be empty: the service samples from text only."""
     user_data: Any
     """The caller's own data, passed through unchanged."""
@@ -43,20 +50,20 @@ class Trajectory(TypedDict, total=False):
 class InputFeature(TypedDict, total=False):
     """A tokenised prompt. Arrays may be lists, numpy arrays or torch tensors of one dimension."""
 
-    input_ids: Any
+    input_ids: Vector
     """Token ids of the prompt, shape [P]. The only required key."""
-    attention_mask: Any
+    attention_mask: Vector
     """1 for each token, shape [P]: padding is refused."""
-    position_ids: Any
+    position_ids: Vector
     """Position of each token, shape [P]. Ignored as input."""
-    labels: Any
+    labels: Vector
     """Token to predict at each position (rolled left by one), IGNORED_LABEL for none. Shape [P]. Labels of earlier
     turns are kept."""
     length: int
     """P. Ignored as input."""
-    messages: list[dict[str, Any]]
+    messages: list[ChatMessage]
     """The conversation of the tokens, if they came from a Trajectory; appended messages continue it."""
-    tools: list[dict[str, Any]]
+    tools: list[dict[str, object]]
     """Tools that the model may call, as its chat template reads them."""
     user_data: Any
     """The caller's own data, passed through unchanged."""

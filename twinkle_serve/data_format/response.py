@@ -6,13 +6,13 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, cast, overload
+from typing import cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from twinkle_serve.data_format.messages import Encoded, MessageParser, Turn, checksum
-from twinkle_serve.data_format.prompts import InputFeature
+from twinkle_serve.data_format.messages import ChatMessage, Encoded, MessageParser, Turn, checksum
+from twinkle_serve.data_format.prompts import InputDict, InputFeature
 from twinkle_serve.data_format.samples import (
     NO_SEED,
     STOP_REASONS,
@@ -41,7 +41,7 @@ class SampleResponse(Sequence["SampleResponse"]):
     """The samples as numpy columns. Column `group` is the index into `prompts`; rows are sorted by (group, sample)."""
     prompts: list[NDArray[np.int32]]
     """Token ids of each prompt, shape [P_i]."""
-    inputs: list[dict[str, Any]]
+    inputs: list[InputDict]
     """The input of each prompt, as it was when the call was sent; empty after a call with return_inputs=False."""
     logprobs_mode: str
     """Distribution of the logprobs. `raw_logprobs`: the model's own, before temperature, penalties, top-k and top-p.
@@ -53,14 +53,14 @@ class SampleResponse(Sequence["SampleResponse"]):
     prompt_indices: tuple[int, ...] = field(default=())
     """Index in the call of each prompt here; differs from 0, 1, … in parts of a response."""
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Packs prompts into one array, since each array costs Ray a few microseconds; leaves out cached properties."""
         state = {field.name: getattr(self, field.name) for field in fields(self)}
         lengths = [len(prompt) for prompt in self.prompts]
         return state | {"prompts": (np.concatenate([*self.prompts, np.empty(0, np.int32)]), lengths)}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        ids, lengths = state["prompts"]
+    def __setstate__(self, state: dict[str, object]) -> None:
+        ids, lengths = cast("tuple[NDArray[np.int32], list[int]]", state["prompts"])
         ends = np.cumsum(lengths).tolist()
         prompts = [ids[end - length : end] for end, length in zip(ends, lengths, strict=True)]
         self.__dict__.update(state, prompts=prompts)
@@ -290,8 +290,8 @@ class SampledSequence:
         return cast(InputFeature, feature)
 
     def _with_message(
-        self, messages: list[dict[str, Any]], tools: Tools, turn: Turn, prompt_length: int
-    ) -> tuple[list[dict[str, Any]], int]:
+        self, messages: list[ChatMessage], tools: Tools, turn: Turn, prompt_length: int
+    ) -> tuple[list[ChatMessage], int]:
         """Returns the messages with this sample's, and where its tokens begin. A sample without tokens adds none."""
         start = prompt_length if turn.resumed_at is None else turn.resumed_at
         if not self.tokens:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import partial
-from typing import Any
 
 from twinkle_serve.errors import SamplingParamsError, unknown_name
 from twinkle_serve.validation import finite_number, whole_number
@@ -139,7 +138,7 @@ class SamplingParams(_DerivedParams):
     @classmethod
     def of(
         cls,
-        params: SamplingParams | Mapping[str, Any] | None,
+        params: SamplingParams | Mapping[str, object] | None,
         num_samples: int | None = None,
         logprobs: int | Unset | None = UNSET,
     ) -> SamplingParams:
@@ -157,7 +156,7 @@ class SamplingParams(_DerivedParams):
         if params is None:
             params = cls()
         elif isinstance(params, Mapping):
-            params = cls(**cls._known(params))
+            params = cls(**cls._known(params))  # type: ignore[arg-type]  # the constructor validates them
         elif not isinstance(params, cls):
             raise SamplingParamsError(
                 f"sampling_params must be SamplingParams or a dict, got {type(params).__name__}. "
@@ -176,9 +175,9 @@ class SamplingParams(_DerivedParams):
         return replace(params, **given) if given else params  # type: ignore[arg-type]
 
     @classmethod
-    def _known(cls, params: Mapping[str, Any]) -> dict[str, Any]:
+    def _known(cls, params: Mapping[str, object]) -> dict[str, object]:
         names = {field.name for field in fields(cls)}
-        clean: dict[str, Any] = {}
+        clean: dict[str, object] = {}
         for key, value in params.items():
             name = ALIASES.get(key, key)
             if name not in names:
@@ -189,7 +188,7 @@ class SamplingParams(_DerivedParams):
         return clean
 
     @classmethod
-    def from_dict(cls, params: Mapping[str, Any]) -> SamplingParams:
+    def from_dict(cls, params: Mapping[str, object]) -> SamplingParams:
         """Converts a dict, as in Twinkle: `SamplingParams.from_dict({"max_tokens": 16})`.
 
         Raises:

@@ -23,7 +23,7 @@ class ToolCall:
     """Id that the model wrote; None if it wrote none."""
 
 
-Tools: TypeAlias = Sequence[Any]
+Tools: TypeAlias = Sequence[object]
 """Tools of the conversation, as passed by the caller."""
 Parsed: TypeAlias = tuple[str, list[ToolCall]]
 CallsAndEnd: TypeAlias = tuple[list[ToolCall], int]
@@ -95,7 +95,7 @@ def _skip_space(text: str, at: int) -> int:
     return match.end()
 
 
-def _json_at(text: str, at: int) -> tuple[Any, int] | None:
+def _json_at(text: str, at: int) -> tuple[object, int] | None:
     """Parses the JSON value that begins at `at`, whatever follows it. Returns it and its end; None if it is invalid."""
     try:
         return _JSON.raw_decode(text, _skip_space(text, at))
@@ -103,11 +103,11 @@ def _json_at(text: str, at: int) -> tuple[Any, int] | None:
         return None
 
 
-def _call_of(value: Any, keys: Sequence[str] = ("arguments",)) -> ToolCall | None:
+def _call_of(value: object, keys: Sequence[str] = ("arguments",)) -> ToolCall | None:
     """Converts `{"name": …, "arguments": …}` to a call; the arguments may be JSON in a string. None if invalid."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return None
-    arguments: Any = next((value[key] for key in keys if key in value), {})
+    arguments: object = next((value[key] for key in keys if key in value), {})
     if isinstance(arguments, str):
         parsed = _json_at(arguments, 0)
         arguments = parsed[0] if parsed and not arguments[parsed[1] :].strip() else None
@@ -166,7 +166,7 @@ _FUNCTION = re.compile(r"(?:<tool_call>\s*)?<function=([^<>\n]+)>(.*?)</function
 _PARAMETER = re.compile(r"<parameter=([^<>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
 
-def _properties(tools: Tools, function: str) -> Mapping[str, Any]:
+def _properties(tools: Tools, function: str) -> Mapping[str, object]:
     """The declared parameters of a function, `{}` if the tools do not declare any."""
     for tool in tools:
         described = tool.get("function", tool) if isinstance(tool, Mapping) else None
@@ -177,7 +177,7 @@ def _properties(tools: Tools, function: str) -> Mapping[str, Any]:
     return {}
 
 
-def _value(text: str, declared: Any) -> Any:
+def _value(text: str, declared: object) -> object:
     """A parameter's value: text if it is declared as a string, else parsed if it is JSON."""
     kind = declared.get("type") if isinstance(declared, Mapping) else None
     kinds = kind if isinstance(kind, list) else [kind]

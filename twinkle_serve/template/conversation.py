@@ -6,14 +6,14 @@ import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from twinkle_serve.data_format.messages import ChatMessage
 from twinkle_serve.errors import PromptError
 
 MEDIA = ("images", "videos", "audios")
 
 
-def conversation(messages: Any, where: str) -> list[dict[str, Any]]:
+def conversation(messages: object, where: str) -> list[ChatMessage]:
     """Returns deep copies of the messages, with tool calls in OpenAI's form and their arguments parsed.
 
     Raises:
@@ -33,14 +33,14 @@ class CallForm:
     as_json: bool = False
     """Whether the arguments are JSON text, inserted verbatim (DeepSeek's), or a dict (Qwen's)."""
 
-    def of(self, message: dict[str, Any]) -> dict[str, Any]:
+    def of(self, message: ChatMessage) -> ChatMessage:
         """Converts a message to this form."""
         if not message.get("tool_calls"):
             return message
         calls = [self._call(call) for call in message["tool_calls"]]
         return {**message, "content": message.get("content") or self.content, "tool_calls": calls}
 
-    def _call(self, call: dict[str, Any]) -> dict[str, Any]:
+    def _call(self, call: ChatMessage) -> ChatMessage:
         if not self.as_json:
             return call
         function = call["function"]
@@ -51,7 +51,7 @@ CALL_FORMS = (CallForm(), CallForm(as_json=True), CallForm(content=None), CallFo
 PROBE = "probe_key"
 
 
-def find_call_form(render: Callable[[list[dict[str, Any]]], str]) -> CallForm:
+def find_call_form(render: Callable[[list[ChatMessage]], str]) -> CallForm:
     """The first form for which `render` writes a call's arguments as JSON or in tags; CallForm() if there is none."""
     call = {"id": "call00000", "type": "function", "function": {"name": "probe", "arguments": {PROBE: "-"}}}
     for form in CALL_FORMS:
@@ -66,7 +66,7 @@ def find_call_form(render: Callable[[list[dict[str, Any]]], str]) -> CallForm:
     return CALL_FORMS[0]
 
 
-def _message(message: Any, where: str) -> dict[str, Any]:
+def _message(message: object, where: str) -> ChatMessage:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise PromptError(f"{where} must be a dict with a role, got {message!r}.")
     for key in MEDIA:
@@ -85,7 +85,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     return clean
 
 
-def _text(part: Any, where: str) -> str:
+def _text(part: object, where: str) -> str:
     """Text of a part of a message. The caller joins parts: many chat templates ignore content that is not a string."""
     if isinstance(part, Mapping):
         kind = part.get("type", "text")
@@ -97,9 +97,10 @@ def _text(part: Any, where: str) -> str:
     return part
 
 
-def _call(call: Any, where: str) -> dict[str, Any]:
+def _call(call: object, where: str) -> dict[str, object]:
     """Converts a call, nested in `function` or not, to `{"type": "function", "function": {"name", "arguments"}}`."""
-    function = call.get("function", call) if isinstance(call, Mapping) else None
+    entry: Mapping[str, object] = call if isinstance(call, Mapping) else {}
+    function = entry.get("function", entry)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise PromptError(f'{where} must be {{"function": {{"name": …, "arguments": …}}}}, got {call!r}.')
     arguments = function.get("arguments", {})
@@ -110,5 +111,5 @@ def _call(call: Any, where: str) -> dict[str, Any]:
             raise PromptError(f"{where}: its arguments are not JSON ({error}): {arguments!r}.") from None
     if not isinstance(arguments, Mapping):
         raise PromptError(f"{where}: its arguments must be a dict or the JSON of one, got {arguments!r}.")
-    extra = {key: value for key, value in call.items() if key not in ("name", "arguments", "function")}
+    extra = {key: value for key, value in entry.items() if key not in ("name", "arguments", "function")}
     return {"type": "function", **extra, "function": {"name": function["name"], "arguments": dict(arguments)}}

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.inputs import as_list
-from twinkle_serve.data_format.messages import Turn, checksum
+from twinkle_serve.data_format.messages import Encoded, Turn, checksum
 from twinkle_serve.data_format.response import IGNORED_LABEL
 from twinkle_serve.errors import PromptError, unknown_name
 from twinkle_serve.template.template import Template
@@ -34,7 +34,7 @@ class Prompt:
     """The beginning of the sampled turn that it contains, and the labels of earlier turns."""
 
 
-def encode_inputs(inputs: Any, template: Template, generation_prompt: bool = True) -> list[Prompt]:
+def encode_inputs(inputs: object, template: Template, generation_prompt: bool = True) -> list[Prompt]:
     """Converts inputs to prompts, in order; long ones are left out under `truncation_strategy="delete"`.
 
     A single dict is one input. The prompt of an InputFeature is its `input_ids`. If it was returned by
@@ -76,7 +76,7 @@ def encode_inputs(inputs: Any, template: Template, generation_prompt: bool = Tru
     return prompts
 
 
-def _kind(item: Any, i: int) -> str:
+def _kind(item: object, i: int) -> str:
     if not isinstance(item, Mapping):
         raise PromptError(
             f"inputs[{i}] is {type(item).__name__}, not a Trajectory (a dict with messages) or an InputFeature "
@@ -96,21 +96,21 @@ def _article(kind: str) -> str:
     return "a Trajectory (messages)" if kind == "messages" else "an InputFeature (input_ids)"
 
 
-def _refuse_pixels(item: Mapping[str, Any], where: str) -> None:
+def _refuse_pixels(item: Mapping[str, object], where: str) -> None:
     for key in PIXELS:
         value = item.get(key)
         if value is not None and not (isinstance(value, Sequence) and not value):
             raise PromptError(f"{where}.{key}: this service samples from text only. Leave it out.")
 
 
-def _tools(item: Mapping[str, Any], where: str) -> list[Any] | None:
+def _tools(item: Mapping[str, object], where: str) -> list[object] | None:
     tools = item.get("tools")
     if tools is not None and (isinstance(tools, (str, bytes)) or not isinstance(tools, Sequence)):
         raise PromptError(f"{where}.tools must be a list, got {tools!r}.")
     return list(tools) if tools else None
 
 
-def _from_messages(item: Mapping[str, Any], index: int, template: Template, generation_prompt: bool) -> Prompt:
+def _from_messages(item: Mapping[str, object], index: int, template: Template, generation_prompt: bool) -> Prompt:
     where = f"inputs[{index}]"
     for key in item:
         if key not in TRAJECTORY_KEYS:
@@ -120,14 +120,14 @@ def _from_messages(item: Mapping[str, Any], index: int, template: Template, gene
     return Prompt(ids, index, _opened_turn(template.opening(ids)))
 
 
-def _array(value: Any, where: str) -> NDArray[Any]:
+def _array(value: object, where: str) -> NDArray[Any]:
     try:
         return np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:  # rows of several lengths; a tensor on a GPU
         raise PromptError(f"{where} is not an array of numbers: {error}") from None
 
 
-def _from_ids(item: Mapping[str, Any], index: int, template: Template, generation_prompt: bool) -> Prompt:
+def _from_ids(item: Mapping[str, object], index: int, template: Template, generation_prompt: bool) -> Prompt:
     where = f"inputs[{index}]"
     _refuse_pixels(item, where)
     ids = _array(item["input_ids"], f"{where}.input_ids")
@@ -175,7 +175,7 @@ def _opening(template: Template, ids: NDArray[np.int32], start: int | None) -> s
     return template.opening(ids[:start]) + template.decode(ids[start:])
 
 
-def _labels(item: Mapping[str, Any], ids: NDArray[np.int32], where: str) -> NDArray[np.int64] | None:
+def _labels(item: Mapping[str, object], ids: NDArray[np.int32], where: str) -> NDArray[np.int64] | None:
     """Rolls the input's labels back to the positions of their tokens. None if all are ignored."""
     if item.get("labels") is None:
         return None
@@ -191,11 +191,11 @@ def _labels(item: Mapping[str, Any], ids: NDArray[np.int32], where: str) -> NDAr
 
 
 def _continuation(
-    item: Mapping[str, Any], ids: NDArray[np.int32], where: str, template: Template, generation_prompt: bool
+    item: Mapping[str, object], ids: NDArray[np.int32], where: str, template: Template, generation_prompt: bool
 ) -> tuple[int | None, NDArray[np.int32]]:
     """Returns (index of the first token of the unfinished message, None if it is new; token ids to append to `ids`)."""
     none = np.empty(0, np.int32)
-    encoded = item.get("encoded")
+    encoded = cast("Encoded | None", item.get("encoded"))
     if encoded is None or item.get("messages") is None:
         return None, none
     try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from twinkle_serve.errors import TemplateError, unknown_name
 from twinkle_serve.template.template import Template
@@ -31,7 +31,11 @@ ALIASES = {"default_system": "system"}
 
 
 def resolve_template(
-    template: str | type[Template] | Template, model: str | Path, *, trust_remote_code: bool = False, **arguments: Any
+    template: str | type[Template] | Template,
+    model: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    **arguments: object,
 ) -> Template:
     """Makes a template from its name or class; returns an instance unchanged.
 
@@ -66,10 +70,11 @@ def resolve_template(
         inspect.signature(kind).bind(model, **checked)
     except TypeError as error:
         raise TemplateError(f"{kind.__name__} cannot be made: {error}. Give its arguments with its name.") from None
-    return kind(model, **checked)
+    make: Callable[..., Template] = kind
+    return make(model, **checked)
 
 
-def _check_arguments(kind: type[Template], arguments: dict[str, Any]) -> dict[str, Any]:
+def _check_arguments(kind: type[Template], arguments: Mapping[str, object]) -> dict[str, object]:
     parameters = inspect.signature(kind).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         accepted = parameters | inspect.signature(Template).parameters
@@ -77,7 +82,7 @@ def _check_arguments(kind: type[Template], arguments: dict[str, Any]) -> dict[st
         accepted = dict(parameters)
     accepted = {name: p for name, p in accepted.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     accepted.pop("model", None)
-    clean: dict[str, Any] = {}
+    clean: dict[str, object] = {}
     for key, value in arguments.items():
         name = ALIASES.get(key, key)
         if name not in accepted:

@@ -8,18 +8,21 @@ import re
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from twinkle_serve.data_format.messages import MessageParser
+from twinkle_serve.data_format.messages import ChatMessage, MessageParser
 from twinkle_serve.data_format.prompts import TRUNCATION_STRATEGIES, TruncationStrategy
 from twinkle_serve.data_format.tool_calls import ToolParser, recognise_tool_parser, tool_parser
 from twinkle_serve.errors import ModelNotFoundError, PromptError, TemplateError, unknown_name
 from twinkle_serve.extras import require_extra
 from twinkle_serve.template.conversation import CallForm, conversation, find_call_form
 from twinkle_serve.validation import whole_number
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REASONING = ("<think>", "</think>")
 """Tags of reasoning before an answer, as Qwen's, DeepSeek's and later models write them."""
@@ -75,7 +78,7 @@ class Template:
         self.tool_parser: str | ToolParser | None = tool_parser
         self._check()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         """Pickles a template without its tokenizer, which is loaded again from the model's directory."""
         state = {name: value for name, value in vars(self).items() if name not in ("tokenizer", "_text_of")}
         return _rebuild, (type(self), state)
@@ -150,7 +153,7 @@ class Template:
             ends += stops if isinstance(stops, list) else [stops]
         return frozenset(end for end in ends if isinstance(end, int))
 
-    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, *, generation_prompt: bool = True) -> str:
+    def render(self, messages: list[ChatMessage], tools: list[object] | None, *, generation_prompt: bool = True) -> str:
         """Renders a conversation to text.
 
         Override it to render differently; exceptions become PromptErrors of the call.
@@ -178,7 +181,7 @@ class Template:
             messages = [self._call_form.of(message) for message in messages]
         return self._apply(messages, tools, generation_prompt)
 
-    def _apply(self, messages: list[dict[str, Any]], tools: list[Any] | None, generation_prompt: bool) -> str:
+    def _apply(self, messages: list[ChatMessage], tools: list[object] | None, generation_prompt: bool) -> str:
         thinking = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
         text: str = self.tokenizer.apply_chat_template(
             messages, tools=tools, add_generation_prompt=generation_prompt, tokenize=False, **thinking
@@ -194,7 +197,7 @@ class Template:
         return MessageParser(special_tokens=self.special_tokens, tool_parser=self.tool_parser, reasoning=REASONING)
 
     def encode(
-        self, messages: Any, tools: list[Any] | None, where: str, generation_prompt: bool = True
+        self, messages: object, tools: list[object] | None, where: str, generation_prompt: bool = True
     ) -> NDArray[np.int32]:
         """Renders and tokenises a conversation.
 
@@ -217,9 +220,9 @@ class Template:
     def encode_after(
         self,
         ids: NDArray[np.int32],
-        messages: Any,
+        messages: object,
         covered: int,
-        tools: list[Any] | None,
+        tools: list[object] | None,
         where: str,
         generation_prompt: bool = True,
     ) -> NDArray[np.int32]:
@@ -253,7 +256,7 @@ class Template:
             )
         return self._without_end(int(ids[-1]), self._tokenize(parts[1], where))
 
-    def _refuse_unread_calls(self, messages: list[dict[str, Any]], where: str, first: int = 0) -> None:
+    def _refuse_unread_calls(self, messages: list[ChatMessage], where: str, first: int = 0) -> None:
         """Refuses tool calls, in messages from `first` on, that the chat template would leave out."""
         if not self._source or self._renders_itself or "tool_calls" in self._source:
             return
@@ -274,7 +277,7 @@ class Template:
         return suffix[first + 1 :] if last == end or {last, end} <= self._end_ids else suffix
 
     def _rendered(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, where: str, generation_prompt: bool
+        self, messages: list[ChatMessage], tools: list[object] | None, where: str, generation_prompt: bool
     ) -> str:
         if self.system is not None and all(message["role"] != "system" for message in messages):
             messages = [{"role": "system", "content": self.system}, *messages]
@@ -329,7 +332,7 @@ class Template:
         return _text(self.tokenizer, ids.tolist())
 
 
-def _tokenizer(model: Path, trust_remote_code: bool) -> Any:
+def _tokenizer(model: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     require_extra("a tokenizer", "server", "transformers")
     from transformers import AutoTokenizer
 
@@ -341,12 +344,12 @@ def _tokenizer(model: Path, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def _text(tokenizer: Any, ids: list[int]) -> str:
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
 
 
-def _rebuild(kind: type[Template], state: dict[str, Any]) -> Template:
+def _rebuild(kind: type[Template], state: dict[str, object]) -> Template:
     template = kind.__new__(kind)
     vars(template).update(state)
     template.tokenizer = _tokenizer(template.model, template.trust_remote_code)
