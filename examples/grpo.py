@@ -20,12 +20,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
+from ray.actor import ActorHandle
 from train_demo_model import is_held_out, problem
 
-from twinkle_serve import SampledSequence, SamplingParams, connect, hub
+from twinkle_serve import SampledSequence, SamplingParams, Trajectory, connect, hub
+
+if TYPE_CHECKING:
+    import torch
 
 ADAPTER = "policy"
 ANSWER_TOKENS = 8
@@ -146,7 +150,7 @@ class Trainer:
         features = [sequence.new_input_feature for sequence in sequences]
         width = max(feature["length"] for feature in features)
 
-        def padded(rows: Sequence[Sequence[float]], value: float, dtype: Any) -> Any:
+        def padded(rows: Sequence[Sequence[float]], value: float, dtype: torch.dtype | None) -> torch.Tensor:
             return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=dtype)
 
         ids = padded([feature["input_ids"] for feature in features], 0, torch.long)
@@ -190,13 +194,12 @@ def _number(label: str) -> int:
     return int(label.rpartition("@")[2])
 
 
-def _prompts(drawn: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+def _prompts(drawn: Sequence[tuple[str, str]]) -> list[Trajectory]:
     return [{"messages": [{"role": "user", "content": question}]} for question, _ in drawn]
 
 
 def _answer(sequence: SampledSequence) -> str:
-    message: Any = sequence.new_input_feature["messages"][-1]
-    return str(message["content"])
+    return str(sequence.new_input_feature["messages"][-1]["content"])
 
 
 def reward(answer: str, truth: str) -> float:
@@ -207,7 +210,7 @@ def reward(answer: str, truth: str) -> float:
     return 0.5 * same / max(len(answer), len(truth), 1)
 
 
-def train(arguments: argparse.Namespace) -> dict[str, Any]:
+def train(arguments: argparse.Namespace) -> dict[str, float]:
     """Trains; writes metrics.jsonl, summary.json and reward.png to `--out`. Returns the summary."""
     arguments.out.mkdir(parents=True, exist_ok=True)
     connect(arguments.service)  # joins its cluster
@@ -264,7 +267,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
-def accuracies(trainer: Any, drawn: Sequence[tuple[str, str]]) -> tuple[float, float]:
+def accuracies(trainer: ActorHandle, drawn: Sequence[tuple[str, str]]) -> tuple[float, float]:
     """Accuracy of greedy answers, and of answers at temperature 1."""
     greedy, sampled = ray.get([trainer.accuracy.remote(drawn, temperature=temperature) for temperature in (0.0, 1.0)])
     return greedy, sampled
@@ -274,7 +277,7 @@ def _mean(steps: Sequence[Step], field: str) -> float:
     return float(sum(getattr(step, field) for step in steps) / len(steps))
 
 
-def plot(steps: Sequence[Step], summary: dict[str, Any], path: Path) -> None:
+def plot(steps: Sequence[Step], summary: dict[str, float], path: Path) -> None:
     """Plots the reward by step, and its mean over the last 20."""
     import matplotlib
 

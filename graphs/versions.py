@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import Any
 
 from ray.serve import Deployment
 from ray.serve._private.config import DeploymentConfig
@@ -14,7 +13,7 @@ from twinkle_serve.config import ServiceArgs
 from twinkle_serve.placement import Placement
 
 
-def versioned(deployment: Deployment, *parts: Any) -> Deployment:
+def versioned(deployment: Deployment, *parts: object) -> Deployment:
     """Returns the deployment with its own version: a hash of `parts`, the same in every process.
 
     Serve gives all deployments of a config file's application one version, a hash of import path, runtime environment
@@ -34,12 +33,12 @@ def versioned(deployment: Deployment, *parts: Any) -> Deployment:
 class _Versioned(DeploymentConfig):  # type: ignore[misc]  # untyped
     """A config whose version cannot be changed."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name != "version":
             super().__setattr__(name, value)
 
 
-def common_parts(args: ServiceArgs) -> dict[str, Any]:
+def common_parts(args: ServiceArgs) -> dict[str, object]:
     """Parts that every deployment of a service depends on: its arguments except the number of engines."""
     parts = args.model_dump()
     for size in ("dp_size", "world_size"):
@@ -47,7 +46,7 @@ def common_parts(args: ServiceArgs) -> dict[str, Any]:
     return parts
 
 
-def engine_parts(placement: Placement, rank: int) -> dict[str, Any]:
+def engine_parts(placement: Placement, rank: int) -> dict[str, object]:
     """Further parts of an engine. Not the number of devices on its node: a remaining engine keeps its cores."""
     own = dataclasses.replace(placement, devices_per_node=1, engines=placement.engines[rank : rank + 1])
     return {"rank": rank, "placement": dataclasses.asdict(own)}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from twinkle_serve.errors import RequestError
 from twinkle_serve.mesh import DeviceMesh
 from twinkle_serve.remote.dispatch import Collect
+from twinkle_serve.remote.lazy import Value
 
 
-def collect(method: Collect, answers: Sequence[Any], *, single: bool, mesh: DeviceMesh) -> Any:
+def collect(method: Collect, answers: Sequence[Value], *, single: bool, mesh: DeviceMesh) -> Value:
     """Joins answers to the result of a call.
 
     The result of `flatten`, `mean` and `sum` is the same as that of one worker with the whole batch: they recurse into
@@ -40,7 +40,7 @@ def collect(method: Collect, answers: Sequence[Any], *, single: bool, mesh: Devi
     return _join(method, answers)
 
 
-def _join(method: str, answers: Sequence[Any]) -> Any:
+def _join(method: str, answers: Sequence[Value]) -> Value:
     first = answers[0]
     kinds = {type(answer) for answer in answers}
     if first is None and kinds == {type(None)}:
@@ -65,7 +65,7 @@ def _join(method: str, answers: Sequence[Any]) -> Any:
     return joined / len(answers) if method == "mean" else joined
 
 
-def _concatenate(answers: Sequence[Any]) -> Any:
+def _concatenate(answers: Sequence[Value]) -> Value:
     if all(isinstance(answer, list) for answer in answers):
         return [item for answer in answers for item in answer]
     if all(isinstance(answer, np.ndarray) and answer.ndim for answer in answers):
@@ -76,7 +76,7 @@ def _concatenate(answers: Sequence[Any]) -> Any:
     return None
 
 
-def _add(answers: Sequence[Any]) -> Any:
+def _add(answers: Sequence[Value]) -> Value:
     torch = sys.modules.get("torch")
     numeric: tuple[type, ...] = (int, float, complex, np.ndarray, np.number)
     if torch is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TypeAlias
 
 from twinkle_serve.errors import MeshError
 from twinkle_serve.mesh import DeviceMesh
+from twinkle_serve.remote.lazy import Args, Kwargs
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments: TypeAlias = tuple[Args, Kwargs]
 
 
 def signature_of(kind: type) -> inspect.Signature:
@@ -25,13 +26,13 @@ def mesh_parameter(kind: type) -> str | None:
     return None
 
 
-def without_group(kind: type, kwargs: dict[str, Any]) -> dict[str, Any]:
+def without_group(kind: type, kwargs: Kwargs) -> Kwargs:
     """Removes remote_group from the keywords, unless the constructor has that parameter."""
     takes = "remote_group" in signature_of(kind).parameters
     return {name: value for name, value in kwargs.items() if takes or name != "remote_group"}
 
 
-def take_mesh(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[DeviceMesh | None, Arguments]:
+def take_mesh(kind: type, args: Args, kwargs: Kwargs) -> tuple[DeviceMesh | None, Arguments]:
     """Returns the mesh among the arguments, and the other arguments; positional ones after it become keywords.
 
     Raises:

@@ -17,23 +17,23 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from twinkle_serve.errors import ConfigError, unknown_name
 from twinkle_serve.remote.constructor import Arguments, give_mesh, take_mesh, without_group
 from twinkle_serve.remote.dispatch import EXECUTES, Collect, Dispatch, Modes
-from twinkle_serve.remote.lazy import LazyResult, resolved
+from twinkle_serve.remote.lazy import Args, Kwargs, LazyResult, Value, resolved
 from twinkle_serve.remote.session import current_group, session
 
 Class = TypeVar("Class", bound=type)
-Function = TypeVar("Function", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., object])
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFunction:
     """A method and the arguments of its `remote_function`."""
 
-    function: Callable[..., Any]
+    function: Callable[..., object]
     modes: Modes
     lazy_collect: bool | None
 
@@ -78,7 +78,7 @@ def remote_function(
         remote = RemoteFunction(function, modes, lazy_collect)
 
         @functools.wraps(function)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(self: object, *args: Value, **kwargs: Value) -> Value:
             args, kwargs = resolved(args, kwargs)
             result = function(self, *args, **kwargs)
             lazy = session.lazy_collect if lazy_collect is None else lazy_collect
@@ -125,10 +125,10 @@ def remote_class(execute: str = "peer", *, startup_timeout_s: float = 600.0) -> 
         raise ConfigError(f"remote_class: {unknown_name('execute', execute, EXECUTES)}.")
 
     def decorate(kind: Class) -> Class:
-        make: Any = kind.__new__
-        construct: Any = kind.__init__  # type: ignore[misc]
+        make: Callable[..., object] = kind.__new__
+        construct: Callable[..., None] = kind.__init__  # type: ignore[misc]
 
-        def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:
+        def __new__(cls: type, *args: Value, **kwargs: Value) -> object:
             if not _runs_here(cls, kwargs.get("remote_group")):
                 from twinkle_serve.remote.handle import spawn
 
@@ -138,15 +138,15 @@ def remote_class(execute: str = "peer", *, startup_timeout_s: float = 600.0) -> 
             args, kwargs = _plain_arguments(cls, args, kwargs)
             return make(cls, *args, **kwargs)
 
-        def __init_subclass__(cls: Any, /, **kwargs: Any) -> None:
+        def __init_subclass__(cls: type, /, **kwargs: Value) -> None:
             if own_hook is None:
-                super(cast("type[Any]", kind), cls).__init_subclass__(**kwargs)
+                super(cast("type[object]", kind), cls).__init_subclass__(**kwargs)  # type: ignore[misc]
             else:
                 own_hook.__func__(cls, **kwargs)
             if "__init__" in vars(cls):
-                cls.__init__ = _plain_constructor(cls, cls.__init__)
+                cls.__init__ = _plain_constructor(cls, cls.__init__)  # type: ignore[misc]
 
-        own_hook: Any = vars(kind).get("__init_subclass__")
+        own_hook: classmethod[object, ..., None] | None = vars(kind).get("__init_subclass__")
         kind.__new__ = __new__  # type: ignore[method-assign, assignment]
         takes_its_arguments_in_new = construct is object.__init__ and make is not object.__new__
         kind.__init__ = _plain_constructor(kind, None if takes_its_arguments_in_new else construct)  # type: ignore[misc]
@@ -156,11 +156,11 @@ def remote_class(execute: str = "peer", *, startup_timeout_s: float = 600.0) -> 
     return decorate
 
 
-def _plain_constructor(kind: type, construct: Any) -> Any:
+def _plain_constructor(kind: type, construct: Callable[..., None] | None) -> Callable[..., None]:
     """Wraps a constructor to drop the decorator's arguments. For None, a constructor that accepts and ignores all."""
 
     @functools.wraps(object.__init__ if construct is None else construct)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: object, *args: Value, **kwargs: Value) -> None:
         if construct is not None:
             args, kwargs = _plain_arguments(kind, args, kwargs)
             construct(self, *args, **kwargs)
@@ -179,7 +179,7 @@ def _runs_here(kind: type, group: str | None) -> bool:
     return False
 
 
-def _plain_arguments(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+def _plain_arguments(kind: type, args: Args, kwargs: Kwargs) -> Arguments:
     """Drops the decorator's arguments, and adds the global mesh if the class has a parameter for it and got none."""
     mesh, arguments = take_mesh(kind, args, without_group(kind, kwargs))
     return give_mesh(kind, arguments, mesh or session.mesh)

@@ -9,13 +9,14 @@ import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias, TypeGuard
 
 from twinkle_serve.errors import ConfigError, MeshError, RequestError, unknown_name
 from twinkle_serve.mesh import DeviceMesh
+from twinkle_serve.remote.lazy import Args, Kwargs, Value
 
-Dispatch = str | Callable[..., Any]
-Collect = str | Callable[..., Any]
+Dispatch: TypeAlias = str | Callable[..., object]
+Collect: TypeAlias = str | Callable[..., object]
 
 DISPATCHES = ("all", "slice", "slice_dp")
 EXECUTES = ("all", "first", "peer")
@@ -52,7 +53,7 @@ ARGUMENTS = {"dispatch": "length, i, args, kwargs, device_mesh", "collect": "all
 """Parameters of functions among the modes."""
 
 
-def _require_arguments(what: str, function: Callable[..., Any]) -> None:
+def _require_arguments(what: str, function: Callable[..., object]) -> None:
     try:
         signature = inspect.signature(function)
     except ValueError:  # some builtins have none
@@ -134,8 +135,8 @@ class Call:
     """The call of one worker."""
 
     worker: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: Args
+    kwargs: Kwargs
     order: int | None
     """Position of its answer among those collected; None if another worker answers for it."""
 
@@ -171,13 +172,13 @@ def split(length: int, parts: int) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
-def is_batch(value: object) -> bool:
+def is_batch(value: object) -> TypeGuard[list[Value] | tuple[Value, ...]]:
     """Whether an argument is sliced: a list or a tuple. A dict, a string, an array or a named tuple is one item."""
     return isinstance(value, list) or (isinstance(value, tuple) and not hasattr(value, "_fields"))
 
 
 def plan(
-    modes: Modes, layout: Layout, args: tuple[Any, ...], kwargs: Mapping[str, Any], caller: tuple[int, int] = (0, 1)
+    modes: Modes, layout: Layout, args: Args, kwargs: Mapping[str, Value], caller: tuple[int, int] = (0, 1)
 ) -> Plan:
     """Plans the calls of one invocation.
 
@@ -234,12 +235,12 @@ def _speakers(modes: Modes, layout: Layout, workers: list[int]) -> list[int]:
 
 
 def _by_function(
-    function: Callable[..., Any],
+    function: Callable[..., object],
     layout: Layout,
     workers: list[int],
     speakers: list[int],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    args: Args,
+    kwargs: Mapping[str, Value],
 ) -> tuple[Call, ...]:
     """Calls planned by a dispatch function. It may give every worker its own data, so all answers are collected."""
     calls = []
@@ -252,7 +253,7 @@ def _by_function(
     return tuple(calls)
 
 
-def _batch_length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+def _batch_length(args: Args, kwargs: Mapping[str, Value]) -> int | None:
     """Length of the lists to slice; None if there are none."""
     named = [*((f"argument {i}", value) for i, value in enumerate(args)), *kwargs.items()]
     lengths = {name: len(value) for name, value in named if is_batch(value)}
@@ -265,8 +266,8 @@ def _batch_length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | Non
     return next(iter(lengths.values()), None)
 
 
-def _slice(args: tuple[Any, ...], kwargs: Mapping[str, Any], share: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def cut(value: Any) -> Any:
+def _slice(args: Args, kwargs: Mapping[str, Value], share: slice) -> tuple[Args, Kwargs]:
+    def cut(value: Value) -> Value:
         return value[share] if is_batch(value) else value
 
     return tuple(cut(value) for value in args), {name: cut(value) for name, value in kwargs.items()}

@@ -6,9 +6,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -18,10 +19,13 @@ from twinkle_serve.placement import Device, GroupDevices
 from twinkle_serve.remote.collect import collect
 from twinkle_serve.remote.constructor import give_mesh, signature_of, take_mesh, without_group
 from twinkle_serve.remote.dispatch import Call, Collect, Layout, Plan, executing, peers, plan
-from twinkle_serve.remote.lazy import LazyResult, is_lazy
+from twinkle_serve.remote.lazy import Args, Kwargs, LazyResult, Value, is_lazy
 from twinkle_serve.remote.reservation import group_devices
 from twinkle_serve.remote.session import session
 from twinkle_serve.remote.worker import Reply, Worker
+
+if TYPE_CHECKING:
+    from twinkle_serve.remote.decorators import RemoteFunction
 
 DUNDERS = ("__call__", "__contains__", "__getitem__", "__len__")
 """Python looks these up on the type, so a handle's type needs them."""
@@ -38,7 +42,7 @@ class Handle:
         - That the other workers have stopped when a call raises. They finish before the next call.
     """
 
-    def __init__(self, kind: type, group: str, layout: Layout, workers: Sequence[Any]) -> None:
+    def __init__(self, kind: type, group: str, layout: Layout, workers: Sequence[ActorHandle]) -> None:
         self._kind = kind
         self._layout = layout
         self._workers = tuple(workers)
@@ -47,7 +51,7 @@ class Handle:
         self.remote_group = group
         self.device_mesh = layout.mesh
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Callable[..., Value]:
         if name.startswith("_") and name not in DUNDERS:
             raise AttributeError(name)
         remote = getattr(getattr(self._kind, name, None), "remote", None)
@@ -57,18 +61,18 @@ class Handle:
                 f"{self.remote_group!r}. Decorate methods that are called from here with @remote_function."
             )
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Value, **kwargs: Value) -> Value:
             return self._call(name, remote, args, kwargs)
 
         return call
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (self._kind, self.remote_group, self._layout, self._workers)
 
     def __repr__(self) -> str:
         return f"<{self._kind.__name__} on {len(self._workers)} workers of group {self.remote_group!r}>"
 
-    def _call(self, name: str, remote: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, name: str, remote: RemoteFunction, args: Args, kwargs: Kwargs) -> Value:
         caller = _caller()
         if is_lazy(args, kwargs):
             workers = executing(remote.modes.execute, len(self._workers), caller)
@@ -97,7 +101,7 @@ class _Answers:
     """Pending answers; calling it waits for them and collects them."""
 
     def __init__(
-        self, refs: Sequence[Any], names: Sequence[str], method: Collect, mesh: DeviceMesh, single: bool
+        self, refs: Sequence[ray.ObjectRef], names: Sequence[str], method: Collect, mesh: DeviceMesh, single: bool
     ) -> None:
         self._refs = list(refs)
         self._names = list(names)
@@ -105,14 +109,14 @@ class _Answers:
         self._mesh = mesh
         self._single = single
 
-    def __call__(self) -> Any:
+    def __call__(self) -> Value:
         replies = _gather(self._refs, self._names)
         single = replies[0].single if replies else self._single
         answers = {reply.order: reply.value for reply in replies if reply.order is not None}
         return collect(self._method, [answers[i] for i in sorted(answers)], single=single, mesh=self._mesh)
 
 
-def _gather(refs: Sequence[Any], names: Sequence[str], deadline: float | None = None) -> list[Any]:
+def _gather(refs: Sequence[ray.ObjectRef], names: Sequence[str], deadline: float | None = None) -> list[Any]:
     """Waits for the replies and returns them in the order of `refs`.
 
     Args:
@@ -147,7 +151,7 @@ def _gather(refs: Sequence[Any], names: Sequence[str], deadline: float | None = 
     return [replies[index] for index in range(len(refs))]
 
 
-def spawn(kind: type, execute: str, startup_timeout_s: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Handle:
+def spawn(kind: type, execute: str, startup_timeout_s: float, args: Args, kwargs: Kwargs) -> Handle:
     """Starts the workers of an instance in its group, and constructs the object in each.
 
     Raises:
@@ -178,11 +182,11 @@ def spawn(kind: type, execute: str, startup_timeout_s: float, args: tuple[Any, .
     return handle
 
 
-def _rebuild(kind: type, group: str, layout: Layout, workers: Sequence[Any]) -> Handle:
+def _rebuild(kind: type, group: str, layout: Layout, workers: Sequence[ActorHandle]) -> Handle:
     """Makes a handle whose type has the dunder methods that are remote functions of the class."""
 
-    def method(name: str) -> Callable[..., Any]:
-        def call(self: Handle, *args: Any, **kwargs: Any) -> Any:
+    def method(name: str) -> Callable[..., Value]:
+        def call(self: Handle, *args: Value, **kwargs: Value) -> Value:
             return self.__getattr__(name)(*args, **kwargs)
 
         return call
@@ -226,7 +230,7 @@ def _assign_devices(
 
 def _start_worker(
     kind: str, group: GroupDevices, devices: tuple[Device, ...], layout: Layout, rank: int, world_size: int
-) -> Any:
+) -> ActorHandle:
     """Starts a worker's process. The group's holders reserve its devices in Ray, so it requests none."""
     cuda = group.device_type == "cuda"
     environment: Mapping[str, str] = {

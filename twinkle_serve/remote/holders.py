@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import ray
 from ray._private.state import available_resources_per_node
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -49,6 +50,15 @@ class Holder:
         return str(ray.get_gpu_ids()[0]), visible.split(",") if visible else None
 
 
+class HeldGpu(NamedTuple):
+    """A reserved GPU."""
+
+    id: str
+    visible: list[str] | None
+    """Ids of all GPUs of its node, if Ray was started with a list of them."""
+    holder: ActorHandle
+
+
 def nodes_with(device_type: str, per_node: int | None) -> list[Node]:
     """Returns the living nodes with such devices, the head first, then by address."""
     resource = "GPU" if device_type == "cuda" else "CPU"
@@ -71,8 +81,8 @@ def wait_for(resource: str, needed: float, node_ids: Sequence[str]) -> None:
         time.sleep(0.05)
 
 
-def take_gpus(nodes: Sequence[Node]) -> list[list[tuple[str, list[str] | None, Any]]]:
-    """Reserves every free GPU. Returns by node, for each GPU: its id, all GPU ids of the node if known, its holder."""
+def take_gpus(nodes: Sequence[Node]) -> list[list[HeldGpu]]:
+    """Reserves every free GPU. Returns them by node."""
     available = available_resources_per_node()
     started = [
         (index, _start_holder(node.id, num_gpus=1))
@@ -84,22 +94,22 @@ def take_gpus(nodes: Sequence[Node]) -> list[list[tuple[str, list[str] | None, A
         ray.wait(list(requests), num_returns=len(requests), timeout=HOLDERS_START_S) if requests else ([], [])
     )
     kill([requests[ref][1] for ref in late])
-    gpus: list[list[tuple[str, list[str] | None, Any]]] = [[] for _ in nodes]
+    gpus: list[list[HeldGpu]] = [[] for _ in nodes]
     for ref in answered:
         index, holder = requests[ref]
         with contextlib.suppress(RayError):  # the node died with its GPUs
             gpu, visible = ray.get(ref)
-            gpus[index].append((gpu, visible, holder))
+            gpus[index].append(HeldGpu(gpu, visible, holder))
     return gpus
 
 
-def hold_cores(groups: dict[str, tuple[Device, ...]]) -> dict[str, list[Any]]:
+def hold_cores(groups: dict[str, tuple[Device, ...]]) -> dict[str, list[ActorHandle]]:
     """Starts holders for each group, one on each node of its devices.
 
     Raises:
         MeshError: other processes took the cores meanwhile.
     """
-    holders: dict[str, list[Any]] = {}
+    holders: dict[str, list[ActorHandle]] = {}
     for name, devices in groups.items():
         by_node = Counter(device.node_id for device in devices)
         holders[name] = [_start_holder(node, num_cpus=cpus_held(cores)) for node, cores in by_node.items()]
@@ -115,13 +125,13 @@ def hold_cores(groups: dict[str, tuple[Device, ...]]) -> dict[str, list[Any]]:
     return holders
 
 
-def _start_holder(node_id: str, **resources: float) -> Any:
+def _start_holder(node_id: str, **resources: float) -> ActorHandle:
     affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)
     options = {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": affinity, **resources}
     return ray.remote(Holder).options(**options).remote()
 
 
-def kill(holders: Sequence[Any]) -> None:
+def kill(holders: Sequence[ActorHandle]) -> None:
     """Kills holders; Ray counts their devices as free a moment later."""
     for holder in holders:
         ray.kill(holder)

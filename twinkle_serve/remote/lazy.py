@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
+
+Value: TypeAlias = Any
+"""An argument or the result of a user's method."""
+
+Args: TypeAlias = tuple[Value, ...]
+Kwargs: TypeAlias = dict[str, Value]
 
 
 class LazyResult:
@@ -18,19 +24,19 @@ class LazyResult:
         - That the result outlives the cluster, or the nodes that hold the answers.
     """
 
-    def __init__(self, fetch: Callable[[], Any]) -> None:
+    def __init__(self, fetch: Callable[[], Value]) -> None:
         self._fetch = fetch
         self._there = False
-        self._value: Any = None
+        self._value: Value = None
 
     @classmethod
-    def of(cls, value: Any) -> LazyResult:
+    def of(cls, value: Value) -> LazyResult:
         """Wraps an existing value."""
         lazy = cls(_nothing)
         lazy._there, lazy._value = True, value
         return lazy
 
-    def __call__(self) -> Any:
+    def __call__(self) -> Value:
         """Returns the result.
 
         Raises:
@@ -46,19 +52,19 @@ class LazyResult:
         return f"LazyResult({self._value if self._there else '…'!r})"
 
 
-def _nothing() -> Any:
+def _nothing() -> Value:
     raise AssertionError("it has a value")
 
 
-def is_lazy(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def is_lazy(args: Args, kwargs: Mapping[str, Value]) -> bool:
     """Whether an argument is a LazyResult."""
     return any(isinstance(value, LazyResult) for value in (*args, *kwargs.values()))
 
 
-def resolved(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def resolved(args: Args, kwargs: Mapping[str, Value]) -> tuple[Args, Kwargs]:
     """Replaces lazy arguments by their results."""
 
-    def result(value: Any) -> Any:
+    def result(value: Value) -> Value:
         return value() if isinstance(value, LazyResult) else value
 
     return tuple(result(value) for value in args), {name: result(value) for name, value in kwargs.items()}

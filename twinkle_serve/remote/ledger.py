@@ -10,16 +10,17 @@ import contextlib
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import cast
 
 import ray
 from ray import serve
 from ray._private.state import available_resources_per_node, jobs
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from twinkle_serve.errors import MeshError
 from twinkle_serve.mesh import DeviceGroup
-from twinkle_serve.placement import SIDE_CPUS, Device, GroupDevices, cpus_held
+from twinkle_serve.placement import SIDE_CPUS, Device, DeviceKind, GroupDevices, cpus_held
 from twinkle_serve.remote.allocation import OTHER_PROCESS, Slot, allocate, check_requests, unit_of
 from twinkle_serve.remote.holders import (
     GRACE_S,
@@ -48,7 +49,7 @@ LEDGER_ANSWERS_S = 2 * (3 * HOLDERS_START_S + 2 * GRACE_S + APPLICATION_ENDS_S)
 class _Group:
     request: DeviceGroup
     devices: GroupDevices
-    holders: list[Any]
+    holders: list[ActorHandle]
     job: str
     owner: str
     """Token of the process that frees it."""
@@ -217,7 +218,7 @@ class Ledger:
         replaced = [self._groups[group.name] for group in new if group.name in self._groups]
         cuda = [group for group in new if group.device_type == "cuda"]
         cpu = [group for group in new if group.device_type == "cpu"]
-        pool: dict[Device, Any] = {}
+        pool: dict[Device, ActorHandle] = {}
         try:
             gpus = self._gpus(cuda, nodes["cuda"], replaced, pool) if cuda else {}
             cores = self._cores(cpu, nodes["cpu"], replaced) if cpu else {}
@@ -242,12 +243,12 @@ class Ledger:
         for group in new:
             devices = gpus[group.name] if group.device_type == "cuda" else cores[group.name]
             group_holders = holders.get(group.name) or [pool.pop(device) for device in devices]
-            shape = GroupDevices(group.name, cast(Any, group.device_type), devices, group.gpus_per_worker)
+            shape = GroupDevices(group.name, cast(DeviceKind, group.device_type), devices, group.gpus_per_worker)
             self._groups[group.name] = _Group(group, shape, group_holders, job, owner)
         kill(list(pool.values()))
 
     def _gpus(
-        self, groups: list[DeviceGroup], nodes: list[Node], replaced: list[_Group], pool: dict[Device, Any]
+        self, groups: list[DeviceGroup], nodes: list[Node], replaced: list[_Group], pool: dict[Device, ActorHandle]
     ) -> dict[str, tuple[Device, ...]]:
         """Reserves every free GPU into `pool`, and allocates from it."""
         given_back = {d for group in replaced if group.devices.device_type == "cuda" for d in group.devices.devices}
@@ -301,7 +302,7 @@ class Ledger:
         return otherwise
 
 
-def ledger(*, create: bool = False) -> Any:
+def ledger(*, create: bool = False) -> ActorHandle | None:
     """Returns the cluster's ledger; None if no run has started one and `create` is False.
 
     It runs on the head node, and so as long as the cluster.

@@ -5,14 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, get_args
 
 from twinkle_serve.errors import ConfigError, MeshError, TwinkleServeError, unknown_name
 from twinkle_serve.mesh import DeviceGroup, DeviceMesh
 from twinkle_serve.placement import Device, GroupDevices
 from twinkle_serve.remote.session import Mode, reset, seed_everything, session
 from twinkle_serve.validation import whole_number
+
+if TYPE_CHECKING:
+    from twinkle_serve.remote.ledger import Ledger
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +106,9 @@ def _end_cluster() -> None:
 
 def _release(groups: list[str], token: str) -> None:
     if _in_cluster():
-        _call_ledger("release", groups, token)
+        from twinkle_serve.remote.ledger import Ledger
+
+        _call_ledger(Ledger.release, groups, token)
 
 
 def is_initialized() -> bool:
@@ -120,7 +128,9 @@ def known_groups() -> list[str]:
         ConfigError: this process is not in a Ray cluster.
         MeshError: the cluster's ledger did not answer.
     """
-    return sorted(_call_ledger("names") or [])
+    from twinkle_serve.remote.ledger import Ledger
+
+    return sorted(_call_ledger(Ledger.names) or [])
 
 
 def group_devices(name: str) -> GroupDevices:
@@ -130,11 +140,12 @@ def group_devices(name: str) -> GroupDevices:
         MeshError: no such group, or the cluster's ledger did not answer.
         ConfigError: this process is not in a Ray cluster.
     """
-    found = _call_ledger("group", name)
-    if found is None:
+    from twinkle_serve.remote.ledger import Ledger
+
+    devices = _call_ledger(Ledger.group, name)
+    if devices is None:
         unknown = unknown_name("device group", name, known_groups())
         raise MeshError(f"{unknown}. Reserve it with initialize('ray', groups=…).")
-    devices: GroupDevices = found
     return devices
 
 
@@ -144,7 +155,9 @@ def enter_group(name: str, devices: Sequence[Device], application: str) -> None:
     Raises:
         MeshError: the group does not have these devices, or no longer has them.
     """
-    if _call_ledger("enter", name, devices, application) is None:
+    from twinkle_serve.remote.ledger import Ledger
+
+    if _call_ledger(Ledger.enter, name, devices, application) is None:
         raise MeshError(f"DeviceGroup {name!r} is gone. Reserve it with initialize('ray', groups=…).")
 
 
@@ -183,7 +196,7 @@ def join_or_start(*, log_to_driver: bool) -> None:
 
     if ray.is_initialized():
         return
-    options: dict[str, Any] = {"namespace": "serve", "log_to_driver": log_to_driver, "logging_level": "warning"}
+    options: dict[str, object] = {"namespace": "serve", "log_to_driver": log_to_driver, "logging_level": "warning"}
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(**options)
         session.started_cluster = address == "local"
@@ -207,29 +220,36 @@ def _in_cluster() -> bool:
 def _reserve(groups: list[DeviceGroup], per_node: dict[str, int | None]) -> None:
     import ray
 
+    from twinkle_serve.remote.ledger import Ledger
+
     job = ray.get_runtime_context().get_job_id()
     occupied = {instance.remote_group for instance in session.instances}
     try:
-        session.owned_groups |= set(_call_ledger("reserve", groups, job, session.token, per_node, occupied))
+        owned = _call_ledger(Ledger.reserve, groups, job, session.token, per_node, occupied)
+        session.owned_groups |= set(owned or ())
     except _LedgerSilentError:  # it may still reserve them: `shutdown` frees those of this process
         session.owned_groups |= {group.name for group in groups}
         raise
 
 
-def _call_ledger(method: str, *args: Any) -> Any:
-    """Calls the ledger, with a deadline. None if the cluster has no ledger; only `reserve` starts one."""
+def _call_ledger(
+    method: Callable[Concatenate[Ledger, Params], Result], *args: Params.args, **kwargs: Params.kwargs
+) -> Result | None:
+    """Calls a method of the ledger, with a deadline. None if the cluster has no ledger; only `reserve` starts one."""
     import ray
     from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-    from twinkle_serve.remote.ledger import LEDGER_ANSWERS_S, ledger
+    from twinkle_serve.remote.ledger import LEDGER_ANSWERS_S, Ledger, ledger
 
     if not ray.is_initialized():
         raise ConfigError("this process is not in a Ray cluster. Call initialize('ray', …) first.")
-    actor = ledger(create=method == "reserve")
+    name = method.__name__
+    actor = ledger(create=name == Ledger.reserve.__name__)
     if actor is None:
         return None
     try:
-        return ray.get(getattr(actor, method).remote(*args), timeout=LEDGER_ANSWERS_S)
+        answer: Result = ray.get(getattr(actor, name).remote(*args, **kwargs), timeout=LEDGER_ANSWERS_S)
+        return answer
     except RayTaskError as error:
         if isinstance(error.cause, TwinkleServeError):
             raise error.cause from None

@@ -8,13 +8,22 @@ import sys
 import uuid
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import numpy as np
 
 from twinkle_serve.mesh import DeviceMesh
 
-Mode = Literal["local", "ray"]
+if TYPE_CHECKING:
+    from twinkle_serve.remote.handle import Handle
+
+Mode: TypeAlias = Literal["local", "ray"]
+
+
+class Closable(Protocol):
+    """A sampler whose service can be ended."""
+
+    def shutdown(self) -> None: ...
 
 
 @dataclass
@@ -33,9 +42,9 @@ class Session:
     """Groups that `shutdown` frees."""
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Identifies this process in the ledger."""
-    instances: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    instances: weakref.WeakSet[Handle] = field(default_factory=weakref.WeakSet)
     """Remote instances whose workers this process started."""
-    samplers: set[Any] = field(default_factory=set)
+    samplers: set[Closable] = field(default_factory=set)
     """Samplers that this process deployed into groups; each has a `shutdown`. Their engines outlive these objects."""
 
 

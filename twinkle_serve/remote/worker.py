@@ -8,7 +8,6 @@ import socket
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray import cloudpickle
@@ -16,7 +15,7 @@ from ray import cloudpickle
 from twinkle_serve.errors import WorkerError
 from twinkle_serve.placement import Device, cores_of_devices
 from twinkle_serve.remote.dispatch import Layout, plan
-from twinkle_serve.remote.lazy import is_lazy, resolved
+from twinkle_serve.remote.lazy import Args, Kwargs, Value, is_lazy, resolved
 from twinkle_serve.remote.session import seed_everything, session
 
 
@@ -63,7 +62,7 @@ class Reply:
     """Position among the collected answers; None if it is not collected."""
     single: bool
     """As `Plan.single`."""
-    value: Any = None
+    value: Value = None
     """The returned value, if it is collected."""
     failure: Failure | None = None
     """The exception raised, if any."""
@@ -78,7 +77,7 @@ class Worker:
     """
 
     def __init__(
-        self, environment: Mapping[str, str], devices: Sequence[Device], layout: Layout, state: Mapping[str, Any]
+        self, environment: Mapping[str, str], devices: Sequence[Device], layout: Layout, state: Mapping[str, object]
     ) -> None:
         os.environ.update(environment)
         if not environment["CUDA_VISIBLE_DEVICES"]:
@@ -100,7 +99,7 @@ class Worker:
                 return ray.util.get_node_ip_address(), port
         raise WorkerError("no free port between 20000 and 32000 on this node for MASTER_PORT.")
 
-    def construct(self, master: tuple[str, int], kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reply:
+    def construct(self, master: tuple[str, int], kind: type, args: Args, kwargs: Mapping[str, Value]) -> Reply:
         """Constructs the object."""
         os.environ.update({"MASTER_ADDR": master[0], "MASTER_PORT": str(master[1])})
         try:
@@ -113,7 +112,13 @@ class Worker:
         return Reply(None, True)
 
     def call(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], order: int | None, single: bool, caller: Any
+        self,
+        method: str,
+        args: Args,
+        kwargs: Kwargs,
+        order: int | None,
+        single: bool,
+        caller: tuple[int, int],
     ) -> Reply:
         """Calls a remote function. With lazy arguments it slices here, since the caller did not have their values."""
         try:

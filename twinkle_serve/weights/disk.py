@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 from twinkle_serve.errors import ConfigError, StoreError
 
 logger = logging.getLogger(__name__)
+
+Json: TypeAlias = Any
+"""Content of a JSON file, not validated."""
 
 
 class Disk:
@@ -28,7 +32,7 @@ class Disk:
             raise ConfigError(f"state_dir {state_dir!r} cannot be used: {type(error).__name__}: {error}") from error
         self._is_local = self._system.protocol in ("file", ("file", "local"))
 
-    def read_manifest(self, name: str) -> Any:
+    def read_manifest(self, name: str) -> Json:
         """Reads a manifest; None if there is none.
 
         Raises:
@@ -40,7 +44,7 @@ class Disk:
         except Exception as error:
             raise ConfigError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
-    def write_manifest(self, name: str, manifest: dict[str, Any]) -> None:
+    def write_manifest(self, name: str, manifest: Mapping[str, object]) -> None:
         """Replaces a manifest.
 
         Raises:
@@ -61,7 +65,7 @@ class Disk:
             raise StoreError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         return data
 
-    def write(self, name: str, data: Any) -> None:
+    def write(self, name: str, data: bytes | memoryview) -> None:
         """Writes bytes atomically: an object store does so by itself, a file system by renaming.
 
         Raises:

@@ -6,7 +6,6 @@ import logging
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import blake3
 
@@ -278,7 +277,7 @@ def _path(version: WeightsVersion, index: int) -> str:
     return f"base/{version.number}/{index}.safetensors"
 
 
-def _checksum(data: Any) -> str:
+def _checksum(data: bytes | memoryview) -> str:
     return str(blake3.blake3(data).hexdigest(length=16))
 
 
