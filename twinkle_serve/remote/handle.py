@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 from ray.actor import ActorHandle
@@ -116,7 +116,7 @@ class _Answers:
         return collect(self._method, [answers[i] for i in sorted(answers)], single=single, mesh=self._mesh)
 
 
-def _gather(refs: Sequence[ray.ObjectRef], names: Sequence[str], deadline: float | None = None) -> list[Any]:
+def _gather(refs: Sequence[ray.ObjectRef], names: Sequence[str], deadline: float | None = None) -> list[Reply]:
     """Waits for the replies and returns them in the order of `refs`.
 
     Args:
@@ -129,7 +129,7 @@ def _gather(refs: Sequence[ray.ObjectRef], names: Sequence[str], deadline: float
         WorkerError: a worker died, or did not answer in time.
     """
     place = {ref: index for index, ref in enumerate(refs)}
-    replies: dict[int, Any] = {}
+    replies: dict[int, Reply] = {}
     waiting = list(refs)
     while waiting:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -140,12 +140,12 @@ def _gather(refs: Sequence[ray.ObjectRef], names: Sequence[str], deadline: float
         for ref in done:
             name = names[place[ref]]
             try:
-                reply = ray.get(ref)
+                reply: Reply = ray.get(ref)
             except RayTaskError as error:
                 raise WorkerError(f"{name} failed: {type(error.cause).__name__}: {error.cause}") from error
             except RayError as error:
                 raise WorkerError(f"{name} died: {error}") from error
-            if isinstance(reply, Reply) and reply.failure is not None:
+            if reply.failure is not None:
                 raise reply.failure.error(name)
             replies[place[ref]] = reply
     return [replies[index] for index in range(len(refs))]
@@ -172,7 +172,7 @@ def spawn(kind: type, execute: str, startup_timeout_s: float, args: Args, kwargs
     handle = _rebuild(kind, name, layout, workers)
     try:
         deadline = time.monotonic() + startup_timeout_s
-        master = _gather([workers[0].rendezvous.remote()], handle._names, deadline)[0]
+        master = _gather([workers[0].rendezvous.remote()], handle._names, deadline)[0].value
         refs = [worker.construct.remote(master, kind, args, kwargs) for worker in workers]
         _gather(refs, handle._names, deadline)
     except BaseException:

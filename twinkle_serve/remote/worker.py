@@ -87,8 +87,8 @@ class Worker:
         self._layout = layout
         session.__dict__.update(state)
 
-    def rendezvous(self) -> tuple[str, int]:
-        """Returns the address and a free port of this node, where the workers of the instance can rendezvous."""
+    def rendezvous(self) -> Reply:
+        """Replies with the address and a free port of this node, where the workers of the instance can rendezvous."""
         # Below the kernel's range of ephemeral ports, so that no other process gets it meanwhile.
         for port in random.SystemRandom().sample(range(20000, 32000), 100):
             with socket.socket() as probe:
@@ -96,7 +96,7 @@ class Worker:
                     probe.bind(("", port))
                 except OSError:
                     continue
-                return ray.util.get_node_ip_address(), port
+                return Reply(None, True, (ray.util.get_node_ip_address(), port))
         raise WorkerError("no free port between 20000 and 32000 on this node for MASTER_PORT.")
 
     def construct(self, master: tuple[str, int], kind: type, args: Args, kwargs: Mapping[str, Value]) -> Reply:
