@@ -1,14 +1,14 @@
-"""GRPO against the running service: a trainer takes steps and publishes each one to the sampler from its memory.
+"""GRPO against the running service: a trainer publishes its weights to the sampler from memory after every step.
 
     scripts/serve                                    # in one terminal
     .venv/bin/python examples/grpo.py --out /tmp/grpo          # in another: trains a LoRA adapter
     .venv/bin/python examples/grpo.py --out /tmp/grpo --full   # trains the model itself
 
-Each step samples groups of answers to new problems from the newest version of the weights, rewards them,
-takes their advantages within the group, and makes an optimizer step on them. Prints and records, by step, the reward,
-which versions sampled it and how far the trainer's logprobs are from the sampler's: were that far from 0, samples would
-come from other weights than the trainer believes. Ends with the greedy accuracy on problems that it never saw, before
-and after, and a plot.
+Each step samples groups of answers to new problems from the newest version of the weights, rewards them, computes
+their advantages within the group, and takes optimizer steps on them. Prints and records for each step the reward, the
+staleness of the samples, and the difference between the trainer's and the sampler's logprobs: far from 0, the samples
+would be from other weights than the trainer assumes. Ends with the greedy accuracy on held-out problems, before and
+after, and a plot.
 """
 
 from __future__ import annotations
@@ -20,46 +20,50 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
+from ray.actor import ActorHandle
 from train_demo_model import is_held_out, problem
 
-from twinkle_serve import SampledSequence, SamplingParams, connect, hub
+from twinkle_serve import SampledSequence, SamplingParams, Trajectory, connect, hub
+
+if TYPE_CHECKING:
+    import torch
 
 ADAPTER = "policy"
 ANSWER_TOKENS = 8
 CLIP = (0.2, 0.28)
-"""PPO's: a token whose probability has fallen, or risen, by more takes no further part in the step. What rises may rise
-further: rare right answers are what there is to learn from. Source: DAPO, arXiv 2503.14476."""
+"""PPO's clip range, down and up: tokens whose probability ratio moved further get no gradient. Up is wider, so that
+rare right answers can gain probability. Source: DAPO, arXiv 2503.14476."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step was; one line of metrics.jsonl."""
+    """Metrics of a step; one line of metrics.jsonl."""
 
     step: int
     reward: float
-    """Mean over the samples."""
+    """Mean reward of the samples."""
     right: float
     """Share of right answers among the samples."""
     staleness: float
-    """Versions that have been published since the one that sampled, on average."""
+    """Mean number of versions published after the one that sampled."""
     logprob_difference: float
     """Mean |Δlogprob| of the sampled tokens between trainer and sampler, before the optimizer step, nats."""
     policy_change: float
-    """Mean |Δlogprob| of the same tokens between the first and the last of the inner steps: were the weights not to
-    reach the engines, the next step's `logprob_difference` would be of this size."""
+    """Mean |Δlogprob| of the same tokens between the first and the last inner step. If the weights did not reach the
+    engines, the next step's `logprob_difference` would be of this size."""
     groups_used: int
-    """Groups whose answers had different rewards; the others say nothing."""
+    """Number of groups whose answers had different rewards; the others have no gradient."""
     sample_s: float
     train_s: float
     publish_s: float
 
 
-@ray.remote(num_cpus=0)  # the service has asked for all; the two take turns
+@ray.remote(num_cpus=0)  # the service has reserved all; the two take turns
 class Trainer:
-    """Has the model, its LoRA adapter if that is what it trains, and the optimizer."""
+    """Holds the model, with a LoRA adapter unless `full`, and the optimizer."""
 
     def __init__(
         self, service: str, *, full: bool, rank: int, learning_rate: float, steps: int, inner_steps: int, seed: int
@@ -87,7 +91,7 @@ class Trainer:
         self._publish()
 
     def _publish(self) -> float:
-        """Has the sampler sample from the weights as they are now. Returns how long that took, seconds."""
+        """Publishes the current weights to the sampler. Returns the duration, seconds."""
         from peft import get_peft_model_state_dict
 
         started = time.perf_counter()
@@ -100,7 +104,7 @@ class Trainer:
         return time.perf_counter() - started
 
     def accuracy(self, drawn: Sequence[tuple[str, str]], *, temperature: float) -> float:
-        """Share of problems whose answer is right: the greedy one, or one that is drawn as the training draws them."""
+        """Share of problems with the right answer, sampled at a temperature."""
         params = {"max_tokens": ANSWER_TOKENS, "temperature": temperature, "seed": 0}
         response = self._sampler.sample(_prompts(drawn), params, self._adapter)
         return sum(_answer(s) == truth for s, (_, truth) in zip(response.sequences, drawn, strict=True)) / len(drawn)
@@ -123,7 +127,7 @@ class Trainer:
                 advantages += [(value - mean) / deviation for value in gained]
         difference, change = self._optimize(sequences, advantages) if sequences else (0.0, 0.0)
         trained = time.perf_counter()
-        # Each names what sampled it: an adapter's version, or those of the model's own weights.
+        # Each sample names its adapter's version, or the versions of the model's own weights.
         versions = [_number(s.adapter or s.weight_versions[0].version) for s in response.sequences]
         staleness = self._version - sum(versions) / len(versions)
         return Step(
@@ -140,20 +144,20 @@ class Trainer:
         )
 
     def _optimize(self, sequences: Sequence[SampledSequence], advantages: Sequence[float]) -> tuple[float, float]:
-        """Optimizer steps on the sampled tokens. Returns `logprob_difference` and `policy_change` of the step."""
+        """Takes optimizer steps on the sampled tokens. Returns `logprob_difference` and `policy_change` of the step."""
         import torch
 
         features = [sequence.new_input_feature for sequence in sequences]
         width = max(feature["length"] for feature in features)
 
-        def padded(rows: Sequence[Sequence[float]], value: float, dtype: Any) -> Any:
+        def padded(rows: Sequence[Sequence[float]], value: float, dtype: torch.dtype | None) -> torch.Tensor:
             return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=dtype)
 
         ids = padded([feature["input_ids"] for feature in features], 0, torch.long)
         labels = padded([feature["labels"] for feature in features], -100, torch.long)
         mask = labels != -100
         attended = (torch.arange(width) < torch.tensor([[feature["length"]] for feature in features])).long()
-        # At the places of their labels: the sampled tokens are the last of each row, and labels stand one before.
+        # Aligned with the labels: the sampled tokens are the last of each row, and labels are shifted left by one.
         before = [
             [0.0] * (feature["length"] - len(s.tokens) - 1) for feature, s in zip(features, sequences, strict=True)
         ]
@@ -178,7 +182,7 @@ class Trainer:
 
 
 def problems(rng: random.Random, count: int, *, held_out: bool) -> list[tuple[str, str]]:
-    """Questions with their answers, of those that are trained on or of those that never are."""
+    """Questions with their answers, from the training or the held-out problems."""
     drawn: list[tuple[str, str]] = []
     while len(drawn) < count:
         if is_held_out((candidate := problem(rng))[0]) == held_out:
@@ -190,25 +194,24 @@ def _number(label: str) -> int:
     return int(label.rpartition("@")[2])
 
 
-def _prompts(drawn: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+def _prompts(drawn: Sequence[tuple[str, str]]) -> list[Trajectory]:
     return [{"messages": [{"role": "user", "content": question}]} for question, _ in drawn]
 
 
 def _answer(sequence: SampledSequence) -> str:
-    message: Any = sequence.new_input_feature["messages"][-1]
-    return str(message["content"])
+    return str(sequence.new_input_feature["messages"][-1]["content"])
 
 
 def reward(answer: str, truth: str) -> float:
-    """1 for the right answer; up to a half for digits at their place, since most wrong answers have one digit wrong."""
+    """1 for the right answer; up to 0.5 for correct digits, since most wrong answers have one wrong digit."""
     if answer == truth:
         return 1.0
     same = sum(a == b for a, b in zip(reversed(answer), reversed(truth), strict=False))
     return 0.5 * same / max(len(answer), len(truth), 1)
 
 
-def train(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The run; writes metrics.jsonl, summary.json and reward.png to `--out`. Returns the summary."""
+def train(arguments: argparse.Namespace) -> dict[str, float]:
+    """Trains; writes metrics.jsonl, summary.json and reward.png to `--out`. Returns the summary."""
     arguments.out.mkdir(parents=True, exist_ok=True)
     connect(arguments.service)  # joins its cluster
     trainer = Trainer.remote(
@@ -241,7 +244,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
                     flush=True,
                 )
             if time.perf_counter() - started > arguments.time_limit_s:
-                print(f"stopped after step {number}: --time-limit-s {arguments.time_limit_s:g} is over")
+                print(f"stopped after step {number}: --time-limit-s {arguments.time_limit_s:g} is reached")
                 break
     after, drawn_after = accuracies(trainer, held_out)
     summary = {
@@ -264,8 +267,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
-def accuracies(trainer: Any, drawn: Sequence[tuple[str, str]]) -> tuple[float, float]:
-    """Greedy, and at temperature 1."""
+def accuracies(trainer: ActorHandle, drawn: Sequence[tuple[str, str]]) -> tuple[float, float]:
+    """Accuracy of greedy answers, and of answers at temperature 1."""
     greedy, sampled = ray.get([trainer.accuracy.remote(drawn, temperature=temperature) for temperature in (0.0, 1.0)])
     return greedy, sampled
 
@@ -274,8 +277,8 @@ def _mean(steps: Sequence[Step], field: str) -> float:
     return float(sum(getattr(step, field) for step in steps) / len(steps))
 
 
-def plot(steps: Sequence[Step], summary: dict[str, Any], path: Path) -> None:
-    """Reward by step, and its mean over the last 20."""
+def plot(steps: Sequence[Step], summary: dict[str, float], path: Path) -> None:
+    """Plots the reward by step, and its mean over the last 20."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -303,12 +306,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--service", default="sampler", help="name of the application")
     parser.add_argument("--out", type=Path, required=True, help="directory for metrics and plot")
     parser.add_argument("--full", action="store_true", help="train the model itself, not an adapter")
-    parser.add_argument("--steps", type=int, help="170, or 260 with --full, which samples faster")
-    parser.add_argument("--prompts", type=int, default=64, help="problems a step")
-    parser.add_argument("--samples", type=int, default=8, help="answers a problem")
+    parser.add_argument("--steps", type=int, help="default 170, or 260 with --full, which samples faster")
+    parser.add_argument("--prompts", type=int, default=64, help="problems per step")
+    parser.add_argument("--samples", type=int, default=8, help="answers per problem")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, help="of the first step; falls to a tenth")
-    parser.add_argument("--inner-steps", type=int, default=2, help="optimizer steps on the samples of a step")
+    parser.add_argument("--inner-steps", type=int, default=2, help="optimizer steps per step")
     parser.add_argument("--held-out", type=int, default=500)
     parser.add_argument("--print-every", type=int, default=10)
     parser.add_argument("--time-limit-s", type=float, default=540.0)

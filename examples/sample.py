@@ -1,4 +1,4 @@
-"""Asks the running service for sums, several answers each, and prints the right and the wrong ones.
+"""Asks the running service for sums, several answers each, and prints which answers are right.
 
 scripts/serve                          # in one terminal
 .venv/bin/python examples/sample.py    # in another

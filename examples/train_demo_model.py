@@ -2,10 +2,9 @@
 
     .venv/bin/python examples/train_demo_model.py --out /tmp/demo
 
-A few minutes on two cores. Training stops once the greedy answer is right more than half of the
-time: samples then mean something, and reinforcement learning has room to improve it.
-The tokenizer is byte level without merges, so any text round-trips and, but for the special tokens
-and the names of the roles, one token is one byte.
+A few minutes on two cores. Training stops once the greedy answer is right more than half of the time: samples are then
+meaningful, and reinforcement learning has room to improve the model. The tokenizer is byte level without merges, so any
+text round-trips, and one token is one byte except for special tokens and role names.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ROLES = ["system", "user", "assistant"]
-"""One token each, which nearly halves the length of a prompt."""
+"""One token each, which nearly halves the length of prompts."""
 VOCAB_SIZE = 320
 """256 bytes, the special tokens and the roles, rounded up so that tensor parallelism divides it."""
 
@@ -88,7 +87,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
             head_dim=32,
             max_position_embeddings=4096,
             tie_word_embeddings=True,
-            initializer_range=0.08,  # 1/sqrt(hidden_size): the default suits models ten times as wide
+            initializer_range=0.08,  # 1/sqrt(hidden_size): the default is for models ten times as wide
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,
@@ -103,12 +102,12 @@ def problem(rng: random.Random, fewest_digits: int = 2) -> tuple[str, str]:
 
 
 def is_held_out(question: str) -> bool:
-    """One problem in sixteen is never trained on. Depends on the text alone, so that others can repeat it."""
+    """Whether a problem is never trained on: one in sixteen, by its text only, so that others can reproduce it."""
     return sum(question.encode()) % 16 == 0
 
 
 def problems(rng: random.Random, count: int, held_out: bool) -> list[tuple[str, str]]:
-    """Training draws one-digit operands too: carrying is learnt on them first."""
+    """Draws problems; training ones have one-digit operands too, on which carrying is learnt first."""
     drawn: list[tuple[str, str]] = []
     while len(drawn) < count:
         candidate = problem(rng, fewest_digits=2 if held_out else 1)
@@ -118,7 +117,7 @@ def problems(rng: random.Random, count: int, held_out: bool) -> list[tuple[str, 
 
 
 class Encoder:
-    """Problems to padded ids and labels; the labels cover the answer and its end of turn alone."""
+    """Encodes problems as padded ids and labels; labels cover only the answer and its end of turn."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
@@ -142,7 +141,7 @@ class Encoder:
 
 @torch.inference_mode()
 def greedy_accuracy(model: Qwen3ForCausalLM, encoder: Encoder, drawn: list[tuple[str, str]]) -> float:
-    """Share of problems whose greedy answer is exactly right, generated token by token."""
+    """Share of problems with exactly the right greedy answer, generated token by token."""
     model.eval()
     right = 0
     for start in range(0, len(drawn), 250):

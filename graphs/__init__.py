@@ -1,4 +1,4 @@
-"""Wires deployments into applications. Nothing else knows who owns whom."""
+"""Wires deployments into applications. No other module knows which deployment owns which."""
 
 from twinkle_serve.extras import require_extra
 

@@ -1,4 +1,4 @@
-"""The sampler: every edge of the service is in `build`."""
+"""The sampler's application graph: every edge of the service is in `build`."""
 
 # No `from __future__ import annotations` here: Ray Serve reads the annotation of `args` to parse the config.
 
@@ -19,19 +19,19 @@ from twinkle_serve.placement import NodeResources, Placement, place, place_in_gr
 from twinkle_serve.remote import group_devices
 
 NODE_SHARE = 0.001
-"""Of the resource that names a node, which has 1 of it: to be there, without keeping others away."""
+"""Share of a node's own resource (each node has 1) that pins an engine there without excluding others."""
 
 
 def build(args: ServiceArgs) -> Application:
-    """store -> engine x dp_size -> router; store -> router.
+    """Builds the application: store -> engine x dp_size -> router; store -> router.
 
-    Deployed again with another dp_size, store, router and the engines that stay go on.
+    If it is deployed again with another dp_size, the store, the router and the remaining engines keep running.
 
     Raises:
-        MeshError: the mesh is larger than the cluster, or than its group.
-        EngineArgsError: engine_args that the engine does not have.
+        MeshError: the mesh does not fit the cluster or its group.
+        EngineArgsError: engine_args that the engine does not have or does not accept.
         ModelNotFoundError: no such model.
-        AdapterError: an adapter that cannot be read.
+        AdapterError: an adapter cannot be read.
     """
     mesh = args.device_mesh.mesh()
     if args.device_group is None:
@@ -42,7 +42,7 @@ def build(args: ServiceArgs) -> Application:
     check_engine_args(args.engine, args.engine_args)
     model = hub.resolve(args.model_id, revision=args.revision, weights=False)
     if hub.is_path(args.model_id):
-        # Replicas may run in another directory.
+        # Replicas may run in another working directory.
         args = args.model_copy(update={"model_id": str(model.absolute())})
     for path in args.adapters.values():
         describe_adapter(read_adapter(path))
@@ -55,15 +55,15 @@ def build(args: ServiceArgs) -> Application:
         options = engine_deployment.options(name=engine_name(rank), **engine_options(placement, rank))
         bound = versioned(options, common, engine_parts(placement, rank)).bind(args, rank, placement, weights)
         engines[engine_name(rank)] = bound
-    # user_config reaches a router that runs; the handles, one that starts.
+    # A running router gets the new names by user_config; a starting one gets the handles.
     router = router_deployment.options(user_config={"engines": list(engines)})
     application: Application = versioned(router, common).bind(args, engines, weights)
     return application
 
 
 def engine_options(placement: Placement, rank: int) -> dict[str, object]:
-    """What an engine's deployment asks of Ray: devices of one node, a placement group over several, or a place by its
-    group's devices, which the group holds."""
+    """Resources that an engine's deployment requests from Ray: devices of one node, a placement group over several
+    nodes, or only a place on the node of its group's devices, which the group holds."""
     resources: dict[str, object] = {"num_cpus": placement.num_cpus, "num_gpus": placement.num_gpus}
     if placement.engines:
         resources["resources"] = {placement.engines[rank][0].resource: NODE_SHARE}
@@ -78,7 +78,7 @@ def engine_options(placement: Placement, rank: int) -> dict[str, object]:
 
 
 def cluster() -> list[NodeResources]:
-    """What each living node has; starts or joins a cluster if this process is in none."""
+    """Returns the resources of each living node; joins or starts a cluster if this process is not in one."""
     if not ray.is_initialized():
         ray.init(namespace="serve")
     return [

@@ -1,4 +1,4 @@
-"""A hub on loopback: what huggingface_hub 2.4 and modelscope 1.40 ask of theirs, and ways for it to fail."""
+"""A hub on loopback with the endpoints that huggingface_hub 2.4 and modelscope 1.40 use, and ways to make it fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_REVISIONS = ("main", "master")
 """Hugging Face's and ModelScope's name of the directory `main`."""
 
 PATIENCE_S = 60.0
-"""How long a silent or held answer lasts if nobody releases it."""
+"""Maximum duration of a silent or held answer."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,21 @@ class Download:
 class HubServer:
     """Serves `root/org/name/revision/...` as both hubs do.
 
-    Guarantees: `downloads` holds every GET of a file that was answered, in the order in which they ended.
+    Guarantees:
+        - `downloads` holds every answered GET of a file, in the order in which they ended.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.downloads: list[Download] = []
         self.listings = 0
-        """Requests that were about repositories, not files."""
+        """Number of requests about repositories, not files."""
         self.gated: set[str] = set()
-        """Repositories whose files nobody may have."""
+        """Repositories whose files are refused."""
         self.held = threading.Event()
         """Set while a download is held."""
         self.released = threading.Event()
-        """Lets held and silent answers go on."""
+        """Set to let held and silent answers continue."""
         self._cuts: dict[str, int] = {}
         self._holds: dict[str, int] = {}
         self._silent: set[str] = set()
@@ -68,18 +69,18 @@ class HubServer:
         self._thread.join()
 
     def cut_once(self, repo: str, path: str, after_bytes: int) -> None:
-        """The next GET of a file loses its connection after so many bytes."""
+        """Cuts the connection of the next GET of a file after that many bytes."""
         self._cuts[f"{repo}/{path}"] = after_bytes
 
     def hold(self, repo: str, path: str, after_bytes: int) -> None:
-        """The next GET of a file pauses after so many bytes, until `released`."""
+        """Pauses the next GET of a file after that many bytes, until `released`."""
         self.held.clear()
         self.released.clear()
         self._holds[f"{repo}/{path}"] = after_bytes
 
     @contextmanager
     def silent(self, repo: str) -> Iterator[None]:
-        """Requests about a repository are accepted and never answered."""
+        """Accepts requests about a repository and never answers them."""
         self.released.clear()
         self._silent.add(repo)
         try:
@@ -93,7 +94,7 @@ class HubServer:
         return [load for load in self.downloads if load.repo == repo and path in (None, load.path)]
 
     def commit(self, repo: str, revision: str = "main") -> str | None:
-        """What a branch points to, which changes with its files; None if there is no such revision."""
+        """Commit of a branch, which changes with its files; None if there is no such revision."""
         folder = self._folder(repo, revision)
         return None if folder is None else _commit(folder)
 
@@ -156,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(200, {"id": repo, "sha": commit})
 
     def _modelscope_files(self, repo: str, revision: str) -> None:
-        """As the hub does: a revision that it does not have is an empty list, not an error."""
+        """Like the real hub, answers an empty list for an unknown revision, not an error."""
         if self._repo(repo):
             entries = [
                 {"Path": name, "Name": Path(name).name, "Type": "blob", "Size": len(body), "Sha256": _digest(body)}

@@ -1,13 +1,13 @@
 """Twinkle Serve: the sampler of an RL post-training run, as a Ray Serve application.
 
-Names are loaded when they are first used: importing this loads neither torch nor vllm nor ray.
+Names are loaded on first use: importing this package loads neither torch nor vllm nor ray.
 """
 
 from __future__ import annotations
 
 import logging
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from twinkle_serve.data_format import InputFeature, SampledSequence, SampleResponse, SamplingParams, Trajectory
@@ -63,11 +63,11 @@ __all__ = [
 
 
 def get_logger(name: str = "twinkle_serve") -> logging.Logger:
-    """The logger of that name, as Twinkle's."""
+    """Returns the logger of that name, as Twinkle's function does."""
     return logging.getLogger(name)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,8 +1,8 @@
-"""`import twinkle_serve.as_twinkle` makes `twinkle` mean this package, for the process that imports it.
+"""`import twinkle_serve.as_twinkle` makes `twinkle` an alias of this package in the importing process.
 
-Code written for Twinkle's sampler then runs as it stands: `from twinkle.sampler import vLLMSampler`. Where Twinkle
-itself is installed this is refused, unless TWINKLE_SERVE_AS_TWINKLE=override is set: half of one package and half of
-the other would be worse than an error.
+Code written for Twinkle's sampler then runs unchanged: `from twinkle.sampler import vLLMSampler`. If Twinkle itself is
+installed, the import raises ConfigError unless TWINKLE_SERVE_AS_TWINKLE=override is set: half of one package and half
+of the other would be worse than an error.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ MOVED = {
     "sampler.vllm_sampler": "sampler",
     "template.base": "template",
 }
-"""Twinkle's modules that have other names here."""
+"""Twinkle's modules that are named differently here."""
 
 
 class _AsTwinkle(MetaPathFinder, Loader):
-    """Has `twinkle.x` be the very module `twinkle_serve.x`: a second copy would have classes that are not ours."""
+    """Resolves `twinkle.x` to the module `twinkle_serve.x` itself: a second copy would have its own classes."""
 
     def __init__(self) -> None:
         self._specs: dict[str, ModuleSpec | None] = {}
@@ -44,14 +44,13 @@ class _AsTwinkle(MetaPathFinder, Loader):
     ) -> ModuleSpec | None:
         if not name.startswith("twinkle."):
             return None
-        ours = _ours(name)
         try:
-            found = importlib.util.find_spec(ours)
+            original = importlib.util.find_spec(_ours(name))
         except ModuleNotFoundError:
             return None
-        return (
-            None if found is None else ModuleSpec(name, self, is_package=found.submodule_search_locations is not None)
-        )
+        if original is None:
+            return None
+        return ModuleSpec(name, self, is_package=original.submodule_search_locations is not None)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = importlib.import_module(_ours(spec.name))

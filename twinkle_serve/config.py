@@ -1,6 +1,6 @@
-"""The arguments of the service: `args` of an application in serve_config.yaml, parsed once, strictly.
+"""Configuration of the service: `args` of an application in serve_config.yaml, parsed once, strictly.
 
-Importing this loads neither torch nor vllm nor ray.
+Importing this module loads neither torch nor vllm nor ray.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PolicyName: TypeAlias = Literal["balanced"]
 
 
 def describe_errors(error: ValidationError, model: type[BaseModel]) -> str:
-    """All that pydantic found, one sentence each, in our form."""
+    """Formats pydantic's errors, one sentence each."""
     sentences = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
@@ -42,30 +42,31 @@ def describe_errors(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """Field names of the model that lies at `loc` inside `model`."""
-    current: Any = model
+    """Field names of the model at `loc` inside `model`."""
+    current = model
     for part in loc:
         if isinstance(part, int):
             continue
         annotation = current.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
-        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if current is None:
+        inner = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if inner is None:
             return []
+        current = inner
     return list(current.model_fields)
 
 
 class Strict(BaseModel):
-    """A part of the config: frozen, unknown keys refused, no conversion between types."""
+    """Base of the config models: frozen, no unknown keys, no conversion between types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class MeshArgs(Strict):
-    """`device_mesh`: the sizes of DeviceMesh.from_sizes. dp_size replicas of tp_size x pp_size devices each."""
+    """`device_mesh`: the arguments of DeviceMesh.from_sizes. dp_size replicas of tp_size x pp_size devices each."""
 
     world_size: int = 1
-    """1: the product of the others."""
+    """Number of devices; 1 stands for the product of the other sizes."""
     dp_size: int = 1
     tp_size: int | None = None
     pp_size: int | None = None
@@ -78,94 +79,97 @@ class MeshArgs(Strict):
     vpp_size: int | None = None
     sequence_parallel: bool = False
     device_type: str = "auto"
-    """auto, cpu or cuda. auto: cuda where the cluster has GPUs, else cpu."""
+    """auto, cpu or cuda. auto: cuda if the cluster has GPUs, else cpu."""
 
     def mesh(self) -> DeviceMesh:
         return DeviceMesh.from_sizes(**self.model_dump()).require_sampling()
 
 
 def mesh_args(mesh: DeviceMesh) -> MeshArgs:
-    """`device_mesh` of the config for a mesh made in Python.
+    """Converts a mesh made in Python to `device_mesh` of the config.
 
     Raises:
-        MeshError: it is no DeviceMesh.
+        MeshError: `mesh` is not a DeviceMesh.
     """
     if not isinstance(mesh, DeviceMesh):
         raise MeshError(f"device_mesh must be a DeviceMesh, got {mesh!r}. Make one with DeviceMesh.from_sizes.")
-    sizes: dict[str, Any] = {f"{name}_size": size for name, size in mesh.sizes}
+    sizes = {f"{name}_size": size for name, size in mesh.sizes}
     other = ("ulysses_size", "ep_size", "etp_size", "ep_fsdp_size", "vpp_size", "sequence_parallel", "device_type")
-    return MeshArgs(**sizes, **{name: getattr(mesh, name) for name in other})
+    return MeshArgs.model_validate({**sizes, **{name: getattr(mesh, name) for name in other}})
 
 
 class TemplateArgs(Strict):
-    """`template`: how messages become tokens. A plain name stands for its `name`."""
+    """`template`: how messages are rendered and tokenised. A string is short for `{name: …}`."""
 
     name: str = "Template"
     system: str | None = None
-    """System prompt of conversations that have none."""
+    """System prompt for conversations without one."""
     max_length: int | None = Field(default=None, gt=0)
-    """Most tokens of a prompt."""
+    """Maximum length of a prompt, tokens."""
     truncation_strategy: TruncationStrategy = "raise"
-    """What becomes of a longer prompt: an error, its last or first tokens, or nothing at all."""
+    """Treatment of a longer prompt: raise an error, cut it on the left or right, or leave it out of the call."""
     enable_thinking: bool | None = None
-    """Handed to the chat template; None leaves it to that."""
+    """Passed to the chat template; None keeps the template's default."""
     tool_parser: str = "auto"
-    """How the model writes calls of tools, by name; auto: as its chat template does."""
+    """Name of the format of the model's tool calls; auto: detected from its chat template."""
     use_chat_template: bool = True
-    """False is for base models: the text of an only user message is the prompt."""
+    """False for base models: the prompt is the text of a single user message."""
 
 
 class ServiceArgs(Strict):
-    """What one sampler is.
+    """Configuration of one sampler service.
 
     Raises:
-        ConfigError: an unknown key or a value that cannot be, named with the keys or values that can.
-        MeshError: a device mesh that contradicts itself or that a sampler cannot use.
+        ConfigError: an unknown key or an invalid value; the message lists the valid ones.
+        MeshError: a device mesh that is inconsistent or has training-only dimensions.
     """
 
     model_id: str = Field(min_length=1)
     """demo, a path, ms://org/name or hf://org/name."""
     revision: str | None = Field(default=None, min_length=1)
-    """Branch, tag or commit of a model on a hub; None is the hub's default."""
+    """Branch, tag or commit of a model on a hub; None: the hub's default."""
     engine: EngineKind = "vllm"
+    """Engine that runs the model. fake: a deterministic toy model, for tests."""
     device_mesh: MeshArgs = MeshArgs()
+    """Number of engines and devices of each."""
     template: Annotated[
         TemplateArgs, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
     ] = TemplateArgs()
+    """Default template of calls."""
     device_group: str | None = Field(default=None, min_length=1)
-    """A DeviceGroup of twinkle_serve.initialize whose devices, and no others, the engines take."""
+    """Name of a DeviceGroup of twinkle_serve.initialize; the engines use its devices only. None: any device."""
     adapters: dict[str, str] = {}
     """LoRA adapters to load at start, name to directory."""
     adapter_versions: int = Field(default=1, ge=1)
-    """Newest versions of each adapter that a call can name; older ones live only as long as a request uses them."""
+    """Number of newest versions of each adapter that calls can name; older ones live only while a request uses them."""
     state_dir: str | None = Field(default=None, min_length=1)
-    """Directory or fsspec URL where the store keeps every version. None: of this Ray cluster, gone with it."""
+    """Directory or fsspec URL where the store keeps every version. None: in the Ray cluster's memory, lost with it."""
     engine_args: dict[str, Any] = {}
-    """Handed to the engine as they are."""
+    """Arguments passed to the engine unchanged."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
     policy: PolicyName = "balanced"
-    """Which engine a prompt goes to."""
+    """How an engine is chosen for each prompt."""
     failover: Literal["restart", "resume"] = "restart"
-    """What becomes of a sample whose engine ends: it is sampled again from its start, or goes on from the last tokens
-    that the router had received of it, where that can be done honestly."""
+    """Treatment of samples whose engine dies. restart: sample again from the beginning. resume: continue after the last
+    tokens that the router received, if that does not change the distribution of the samples; else restart."""
     max_queued_requests: int = Field(default=10_000, ge=1)
-    """Calls that may run or wait while prompts wait, and, at any time, streams and calls whose prompts are being
-    encoded; the next one is refused."""
+    """Maximum number of calls, running or queued, while prompts are queued; also, at any time, of streams plus calls
+    whose prompts are being encoded. Further calls are refused."""
     max_queued_tokens: int = Field(default=1_000_000_000, ge=1)
-    """Tokens that waiting prompts may be expected to take; the next call is refused."""
+    """Maximum number of tokens that queued prompts are expected to take; further calls are refused."""
     request_timeout_s: float = Field(default=3600.0, gt=0, allow_inf_nan=False)
-    """Deadline of a call that names none, queueing included."""
+    """Deadline of calls without `timeout_s`, time in the queue included, seconds."""
     stall_timeout_s: float = Field(default=300.0, gt=0, allow_inf_nan=False)
-    """An engine that samples nothing for so long, though it has something to sample, is replaced. Above the longest
+    """An engine that has work and produces no token for this long is replaced, seconds. Set it above the longest
     prefill."""
     startup_timeout_s: float = Field(default=1800.0, gt=0, allow_inf_nan=False)
-    """Deadline for an engine to load its model."""
+    """Deadline for an engine to load its model, seconds."""
 
     @model_validator(mode="wrap")
     @classmethod
-    def _wrap_validation_error(cls, data: Any, parse: ModelWrapValidatorHandler[ServiceArgs]) -> ServiceArgs:
-        # ConfigError is no ValueError, so pydantic lets it through as it is, from Ray Serve's own parsing too.
+    def _wrap_validation_error(cls, data: object, parse: ModelWrapValidatorHandler[ServiceArgs]) -> ServiceArgs:
+        # ConfigError is not a ValueError, so pydantic does not wrap it, not even in Ray Serve's own parsing.
         try:
             args = parse(data)
         except ValidationError as error:

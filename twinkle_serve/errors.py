@@ -1,34 +1,34 @@
-"""Every error that Twinkle Serve raises on purpose.
+"""All errors that Twinkle Serve raises deliberately.
 
 TwinkleServeError
-├── ConfigError                 the service cannot be what its config says
-│   ├── MeshError               a device mesh contradicts itself, its group or the cluster
-│   ├── ModelNotFoundError      no model, tokenizer or template at that id or path
+├── ConfigError                   invalid configuration
+│   ├── MeshError                 a device mesh or group is inconsistent, or does not fit its group or the cluster
+│   ├── ModelNotFoundError        no model, tokenizer or template at that id or path
 │   │   ├── HubUnreachableError   the hub did not answer, and the model is not in the cache
-│   │   └── IncompleteModelError  a download that was cut off, or a directory that lacks files
-│   ├── TemplateError           a template, or a way to parse tool calls, that does not exist or cannot be
-│   ├── EngineArgsError         engine_args that the engine does not have or cannot take
-│   └── ServiceNotReadyError    the application is absent, failed or not up in time
-├── RequestError                this call cannot be served; the next one can
-│   ├── SamplingParamsError     a sampling parameter is wrong, unknown or not supported
-│   ├── PromptError             an input is empty, mixed, too long, not of this model, or cannot be sent
-│   ├── AdapterError            an adapter is unknown, not of this model, or adapters are switched off
-│   ├── WeightsError            weights are not of this model, not finite, or of a version that exists
-│   ├── UnsupportedError        this engine, on this device, has no such thing
-│   ├── PoisonPromptError       a prompt ended several engines in turn
-│   ├── QueueFullError          more waits already than the service takes; it says when to send it again
-│   └── DeadlineError           timeout_s passed
-├── EngineError                 an engine failed
-│   ├── EngineStartError        it could not start
-│   ├── EngineDeadError         it died, and its work could not be moved elsewhere
-│   │   └── EngineCrashedError    it ended by itself: an error, or a signal of its own
-│   └── StoreError              the store of weights cannot be reached, written or trusted
-├── ServiceError                the service's router or Serve itself failed, or cannot be reached
-├── LeaseExpiredError           a pause or a call was not renewed in time, or another one replaced it
-└── WorkerError                 a worker of a remote_class failed
+│   │   └── IncompleteModelError  an interrupted download, or a directory with missing files
+│   ├── TemplateError             an unknown or invalid template or tool-call parser
+│   ├── EngineArgsError           engine_args that the engine does not have or does not accept
+│   └── ServiceNotReadyError      the application is absent, failed, or not up in time
+├── RequestError                  this call cannot be served; the next one can
+│   ├── SamplingParamsError       a sampling parameter is invalid, unknown or unsupported
+│   ├── PromptError               an input is invalid, too long or of another model, or cannot be sent
+│   ├── AdapterError              an adapter is unknown, invalid or of another model, or LoRA is switched off
+│   ├── WeightsError              weights are of another model, incomplete or not finite, or their version exists
+│   ├── UnsupportedError          the engine does not support this on its device
+│   ├── PoisonPromptError         a prompt crashed several engines in turn
+│   ├── QueueFullError            the queue is full; `retry_after_s` says when to send the call again
+│   └── DeadlineError             timeout_s elapsed
+├── EngineError                   an engine failed
+│   ├── EngineStartError          it could not start
+│   ├── EngineDeadError           it died, and its work could not be moved to another engine
+│   │   └── EngineCrashedError    it ended by itself: by an exception, or a signal of its own
+│   └── StoreError                the weight store cannot be reached or written, or its files are damaged
+├── ServiceError                  the router or Serve itself cannot be reached, did not answer, or failed by a bug
+├── LeaseExpiredError             the lease of a pause or a call expired, or another call with its id replaced it
+└── WorkerError                   a worker of a remote_class failed
 
-A message says what, both numbers and the remedy. Exceptions take positional arguments only: Ray
-rebuilds them from `args` in the caller's process.
+A message says what is wrong, with both numbers and the remedy. Exceptions take positional arguments only: Ray rebuilds
+them from `args` in the caller's process.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class TwinkleServeError(Exception):
 
 
 class ConfigError(TwinkleServeError):
-    """The service cannot be what its config says."""
+    """Invalid configuration."""
 
 
 class MeshError(ConfigError):
-    """A device mesh contradicts itself, its group or the cluster."""
+    """A device mesh or group is inconsistent, or does not fit its group or the cluster."""
 
 
 class ModelNotFoundError(ConfigError):
@@ -58,19 +58,19 @@ class HubUnreachableError(ModelNotFoundError):
 
 
 class IncompleteModelError(ModelNotFoundError):
-    """A download that was cut off, or a directory that lacks files of its model."""
+    """An interrupted download, or a directory with missing files of its model."""
 
 
 class TemplateError(ConfigError):
-    """A template, or a way to parse tool calls, that does not exist or cannot be."""
+    """An unknown or invalid template or tool-call parser."""
 
 
 class EngineArgsError(ConfigError):
-    """engine_args that the engine does not have or cannot take."""
+    """engine_args that the engine does not have or does not accept."""
 
 
 class ServiceNotReadyError(ConfigError):
-    """The application is absent, failed or not up in time."""
+    """The application is absent, failed, or not up in time."""
 
 
 class RequestError(TwinkleServeError):
@@ -78,38 +78,38 @@ class RequestError(TwinkleServeError):
 
 
 class SamplingParamsError(RequestError):
-    """A sampling parameter is wrong, unknown or not supported."""
+    """A sampling parameter is invalid, unknown or unsupported."""
 
 
 class PromptError(RequestError):
-    """An input is empty, mixed, too long, not of this model, or holds what cannot be sent."""
+    """An input is empty or invalid, of another kind than the others, too long, of another model, or cannot be sent."""
 
 
 class AdapterError(RequestError):
-    """An adapter is unknown, not of this model, or adapters are switched off."""
+    """An adapter is unknown, invalid or of another model, or LoRA is switched off."""
 
 
 class WeightsError(RequestError):
-    """Weights are not of this model, not finite, not whole, or of a version that exists."""
+    """Weights are of another model, incomplete or not finite, or their version exists already."""
 
 
 class UnsupportedError(RequestError):
-    """This engine, on this device, has no such thing."""
+    """The engine does not support this on its device."""
 
 
 class PoisonPromptError(RequestError):
-    """A prompt ended several engines in turn, each time as the only suspect."""
+    """A prompt crashed several engines in turn, each time as the only suspect."""
 
 
 class QueueFullError(RequestError):
-    """More waits already than the service takes."""
+    """The queue is full."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message, retry_after_s)
 
     @property
     def retry_after_s(self) -> float:
-        """Seconds after which there is likely to be room."""
+        """Seconds until the queue is likely to have room."""
         return float(self.args[1])
 
     def __str__(self) -> str:
@@ -117,7 +117,7 @@ class QueueFullError(RequestError):
 
 
 class DeadlineError(RequestError):
-    """timeout_s passed."""
+    """timeout_s elapsed."""
 
 
 class EngineError(TwinkleServeError):
@@ -129,23 +129,23 @@ class EngineStartError(EngineError):
 
 
 class EngineDeadError(EngineError):
-    """An engine died, and its work could not be moved elsewhere."""
+    """An engine died, and its work could not be moved to another one."""
 
 
 class EngineCrashedError(EngineDeadError):
-    """An engine ended by itself: by an error, or a signal of its own, not by one from outside."""
+    """An engine ended by itself: by an exception or a signal of its own, not by one from outside."""
 
 
 class StoreError(EngineError):
-    """The store of weights cannot be reached, written or trusted."""
+    """The weight store cannot be reached or written, or its files are damaged."""
 
 
 class ServiceError(TwinkleServeError):
-    """The service's router or Serve itself failed, or cannot be reached."""
+    """The service's router or Serve itself cannot be reached, did not answer, or failed by a bug."""
 
 
 class LeaseExpiredError(TwinkleServeError):
-    """A pause or a call was not renewed in time, or another one replaced it."""
+    """The lease of a pause or of a call expired, or a call was replaced by another with its id."""
 
 
 class WorkerError(TwinkleServeError):
@@ -153,7 +153,7 @@ class WorkerError(TwinkleServeError):
 
 
 def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
-    """`unknown WHAT 'NAME', did you mean 'X'? Known: …`, for every place that looks a name up."""
+    """Message for a name that is not in a registry: `unknown WHAT 'NAME', did you mean 'X'? Known: …`."""
     names = sorted(known)
     close = get_close_matches(str(name), names, n=1)
     hint = f", did you mean {close[0]!r}?" if close else "."

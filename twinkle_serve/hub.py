@@ -1,8 +1,7 @@
-"""Model ids to directories: `demo`, a path, `ms://org/name`, `hf://org/name`; a bare id is ModelScope's.
+"""Resolves model ids to directories: `demo`, a path, `ms://org/name`, `hf://org/name`; a bare id is ModelScope's.
 
-A download goes to the cache of its library (MODELSCOPE_CACHE; HF_HOME or HF_HUB_CACHE), from the
-endpoint that the library takes from its environment (MODELSCOPE_ENDPOINT; HF_ENDPOINT). HF_HUB_OFFLINE=1
-keeps both hubs to their caches: modelscope has no such switch of its own.
+Downloads go to the library's cache (MODELSCOPE_CACHE; HF_HOME or HF_HUB_CACHE), from the library's endpoint
+(MODELSCOPE_ENDPOINT; HF_ENDPOINT). HF_HUB_OFFLINE=1 restricts both hubs to their caches: modelscope has no such switch.
 """
 
 from __future__ import annotations
@@ -13,11 +12,14 @@ import os
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from twinkle_serve.errors import HubUnreachableError, IncompleteModelError, ModelNotFoundError
 from twinkle_serve.extras import require_extra
+
+if TYPE_CHECKING:
+    import httpx2
 
 logger = logging.getLogger(__name__)
 
@@ -27,21 +29,21 @@ DEMO = Path(__file__).parent / "demo"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-"""The files that name the shards of a model, the one that loaders prefer first."""
+"""Index files that list the shards of a model, in the order in which loaders prefer them."""
 
 MODELSCOPE_LIMITS = {"MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "2", "MODELSCOPE_API_CONNECT_TIMEOUT": "5"}
-"""In place of modelscope's 4 attempts of 10 s: what a service without a network waits before it looks in the cache."""
+"""Instead of modelscope's 4 attempts of 10 s: a service without a network waits for them before it uses the cache."""
 
 MODELSCOPE_DEFAULT = "master"
-"""Said, not left out: without a revision, modelscope offline takes whichever single one is in the cache."""
+"""Always passed: without a revision, modelscope offline takes the only one in the cache, whichever it is."""
 
 SHOWN_FILES = 5
-"""How many missing files a message names before it counts the rest."""
+"""Number of missing files that a message lists; it counts the rest."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What is asked of a hub."""
+    """A model requested from a hub."""
 
     hub: str
     """ms or hf."""
@@ -55,7 +57,7 @@ class _Wanted:
 
     @property
     def ignored(self) -> list[str] | None:
-        """Patterns of the files that are left out."""
+        """Patterns of files that are not downloaded."""
         return None if self.weights else list(WEIGHTS)
 
     def includes(self, path: str) -> bool:
@@ -63,23 +65,30 @@ class _Wanted:
 
 
 def resolve(model_id: str, *, revision: str | None = None, weights: bool = True) -> Path:
-    """The local directory of a model, downloaded first if it is on a hub.
+    """Returns the local directory of a model; downloads it first if it is on a hub.
 
-    Guarantees: a download that was cut off is never returned as whole, and calling again continues it:
-    files that are there are kept, and modelscope also continues within a file.
-    Guarantees: a cached copy that stands in for a hub that does not answer is logged as a warning.
-    Does not guarantee: that a ModelScope cache which was changed by hand, or which another tool left
-    half-filled, is whole beyond its config.json and the shards that its index names.
+    Guarantees:
+        - An interrupted download is never returned as complete. Calling again continues it: finished files are kept,
+          and modelscope also continues within a file.
+        - A warning is logged if the hub did not answer and the cached copy is used.
+
+    Does not guarantee:
+        - That a ModelScope cache which was edited by hand, or left half-filled by another tool, is complete beyond its
+          config.json and the shards that its index lists.
 
     Args:
-        revision: branch, tag or commit on the hub; None is the hub's default.
-        weights: False leaves the weights out of a download: enough for a tokenizer.
+        model_id: `demo`, a path, `ms://org/name` or `hf://org/name`; `org/name` alone is ModelScope's.
+        revision: branch, tag or commit on the hub; None: the hub's default.
+        weights: False downloads everything but the weights, which is enough for a tokenizer.
+
+    Returns:
+        The directory, which has a config.json.
 
     Raises:
-        ModelNotFoundError: no such directory, nothing to load in it, or the hub has no such model or
-            revision, or does not hand it to this user.
-        HubUnreachableError: the hub did not answer, or may not be asked, and the cache has no copy.
-        IncompleteModelError: the directory, or the cache when the hub did not answer, lacks files.
+        ModelNotFoundError: no such directory, no model in it, or the hub has no such model or revision or denies this
+            user access.
+        HubUnreachableError: the hub did not answer, or HF_HUB_OFFLINE is set, and the cache has no copy.
+        IncompleteModelError: the directory, or the cache if the hub did not answer, lacks files.
     """
     if revision is not None and (model_id == "demo" or is_path(model_id)):
         raise ModelNotFoundError(
@@ -104,7 +113,7 @@ def resolve(model_id: str, *, revision: str | None = None, weights: bool = True)
 
 
 def is_path(model_id: str) -> bool:
-    """Whether an id means a directory: one that is here, or that is spelt as a path."""
+    """Whether an id is a path: it is spelt as one, or a directory of that name exists."""
     if model_id == "demo" or "://" in model_id:
         return False
     return model_id.startswith(("/", "./", "../", "~")) or Path(model_id).exists()
@@ -138,7 +147,7 @@ def _shards(index: Path, model_id: str) -> list[str]:
 
 
 def _download(wanted: _Wanted) -> Path:
-    """From the hub; from the cache if the hub does not answer or may not be asked."""
+    """Downloads from the hub; falls back to the cache if the hub does not answer or HF_HUB_OFFLINE is set."""
     modules = ("huggingface_hub", "modelscope") if wanted.hub == "ms" else ("huggingface_hub",)
     require_extra("a download from a hub", "server", *modules)
     from huggingface_hub import is_offline_mode
@@ -158,10 +167,10 @@ def _huggingface(wanted: _Wanted) -> Path:
     import httpx2
     from huggingface_hub import HfApi, errors, snapshot_download
 
-    _bound_huggingface()
+    _set_huggingface_timeouts()
     try:
-        # Asked first, for snapshot_download takes what it has in the cache in silence when this fails, and with a
-        # commit for a revision it does not ask at all, but tries each missing file for half a minute.
+        # Called first: if this fails, snapshot_download silently uses the cache, and with a commit as revision it does
+        # not call it at all but retries each missing file for half a minute.
         HfApi().model_info(wanted.name, revision=wanted.revision)
         return Path(snapshot_download(wanted.name, revision=wanted.revision, ignore_patterns=wanted.ignored))
     except (
@@ -192,7 +201,7 @@ def _huggingface_cached(wanted: _Wanted, why: str) -> Path:
 
 
 def _huggingface_error(error: Exception, wanted: _Wanted) -> ModelNotFoundError:
-    """huggingface_hub's exceptions in our words. Of HubUnreachableError, the message is only the reason."""
+    """Translates huggingface_hub's exceptions. The message of a HubUnreachableError is only the reason."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -212,21 +221,21 @@ def _huggingface_error(error: Exception, wanted: _Wanted) -> ModelNotFoundError:
     return HubUnreachableError(f"{endpoint} did not answer ({type(error).__name__}: {_first_line(error)})")
 
 
-def _bound_huggingface() -> None:
+def _set_huggingface_timeouts() -> None:
     """Gives every request of huggingface_hub a deadline.
 
-    Workaround for huggingface_hub 2.4: `model_info` and the listing of files are asked with timeout=None, which
-    overrides the client's own, so that a hub which accepts and stays silent blocks for ever. To be removed when
-    HF_HUB_ETAG_TIMEOUT holds for them too.
+    Workaround for huggingface_hub 2.4: `model_info` and the listing of files are requested with timeout=None, which
+    overrides the client's timeout, so that a hub which accepts the connection and stays silent blocks forever. Remove
+    when HF_HUB_ETAG_TIMEOUT applies to them too.
     """
     from huggingface_hub import get_session
 
     hooks = get_session().event_hooks["request"]
-    if _bound not in hooks:
-        hooks.append(_bound)
+    if _set_timeouts not in hooks:
+        hooks.append(_set_timeouts)
 
 
-def _bound(request: Any) -> None:
+def _set_timeouts(request: httpx2.Request) -> None:
     from huggingface_hub import constants
 
     timeouts = request.extensions.get("timeout") or {}
@@ -249,14 +258,14 @@ def _modelscope(wanted: _Wanted) -> Path:
         endpoint = HubApi().resolve_endpoint_for_read(wanted.name)
         files = HubApi(endpoint=endpoint).list_repo_files(wanted.name, "model", revision=revision)
         if not files:
-            # The hub answers an unknown revision with an empty list, and modelscope makes an empty directory of it.
+            # For an unknown revision the hub answers an empty list, and modelscope would create an empty directory.
             raise _no_revision(wanted, endpoint)
         listing = _Listing({file.path: file.size for file in files if file.type != "tree"})
-        if (before := _recorded(wanted)) is not None and before.sizes_bytes == listing.sizes_bytes:
+        if (before := _read_listing(wanted)) is not None and before.sizes_bytes == listing.sizes_bytes:
             listing = before
-        _record(wanted, listing)
+        _write_listing(wanted, listing)
         folder = Path(snapshot_download(wanted.name, revision=revision, ignore_patterns=ignored, endpoint=endpoint))
-        _record(wanted, replace(listing, ended=(*listing.ended, "weights" if wanted.weights else "rest")))
+        _write_listing(wanted, replace(listing, ended=(*listing.ended, "weights" if wanted.weights else "rest")))
         return folder
     except (HubError, requests.RequestException) as error:
         raise _modelscope_error(error, wanted) from error
@@ -273,17 +282,17 @@ def _modelscope_cached(wanted: _Wanted, why: str) -> Path:
     except CacheNotFound as error:
         raise _not_cached(wanted, why, get_default_config().cache_dir, "MODELSCOPE_CACHE") from error
     if folder.parent.name != "snapshots" and wanted.revision not in (None, MODELSCOPE_DEFAULT):
-        why += f", and what {folder} has is from before modelscope 1.38, which did not say of which revision"
+        why += f", and {folder} was written by modelscope before 1.38, which did not record the revision"
         raise _not_cached(wanted, why, get_default_config().cache_dir, "MODELSCOPE_CACHE")
-    listing = _recorded(wanted)
+    listing = _read_listing(wanted)
     if listing is None:
-        # Another tool's download: a file that it has not finished carries this ending.
+        # Downloaded by another tool: this suffix marks unfinished files.
         files = {str(path.relative_to(folder).with_suffix("")): -1 for path in folder.rglob("*.incomplete")}
     else:
         files = {path: size for path, size in listing.sizes_bytes.items() if wanted.includes(path)}
     missing = [p for p, size in files.items() if not (folder / p).is_file() or (folder / p).stat().st_size != size]
     if listing is not None and not missing and not listing.has(wanted):
-        # Of the right size, and perhaps of an earlier commit: modelscope checks old files at the end of a download.
+        # The sizes match, but files may be from an earlier commit: modelscope checks old files after a download.
         missing = sorted(files)
     if missing:
         raise _incomplete(wanted, why, folder, missing, len(files))
@@ -291,12 +300,12 @@ def _modelscope_cached(wanted: _Wanted, why: str) -> Path:
 
 
 def _modelscope_error(error: Exception, wanted: _Wanted) -> ModelNotFoundError:
-    """modelscope's exceptions in our words. Of HubUnreachableError, the message is only the reason."""
+    """Translates modelscope's exceptions. The message of a HubUnreachableError is only the reason."""
     from modelscope_hub import errors
     from modelscope_hub.config import get_default_config
 
     if isinstance(error.__cause__, errors.APIError):
-        error = error.__cause__  # snapshot_download dresses some as those of requests
+        error = error.__cause__  # snapshot_download wraps some in those of requests
     endpoint = str(get_default_config().endpoint)
     failed = error.failed_files if isinstance(error, errors.FileDownloadError) else {}
     for refusal in (error, *failed.values()):
@@ -304,7 +313,7 @@ def _modelscope_error(error: Exception, wanted: _Wanted) -> ModelNotFoundError:
             return _refused(wanted, endpoint, refusal.status_code, "MODELSCOPE_API_TOKEN")
     if isinstance(error, errors.FileDownloadError):
         causes = "; ".join(sorted({f"{type(cause).__name__}: {_first_line(cause)}" for cause in failed.values()}))
-        why = f"{endpoint} did not hand over every file ({causes})"
+        why = f"{endpoint} did not send all files ({causes})"
         return _incomplete(wanted, why, Path(error.output_dir or ""), sorted(failed), error.total or len(failed))
     if isinstance(error, errors.NotExistError):
         return _no_model(wanted, endpoint, "MODELSCOPE_API_TOKEN")
@@ -323,19 +332,19 @@ def _listing_path(wanted: _Wanted) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class _Listing:
-    """What the hub has of a model, and what of it was downloaded to the end."""
+    """Files of a model on the hub, and the downloads of them that completed."""
 
     sizes_bytes: dict[str, int]
-    """By path."""
+    """Size of each file by path."""
     ended: tuple[str, ...] = ()
-    """Downloads of these files that ended: "weights" is of all, "rest" of all but the weights."""
+    """Completed downloads: "weights" of all files, "rest" of all but the weights."""
 
     def has(self, wanted: _Wanted) -> bool:
         return "weights" in self.ended or (not wanted.weights and "rest" in self.ended)
 
 
-def _record(wanted: _Wanted, listing: _Listing) -> None:
-    """Keeps a listing, for modelscope's cache does not say whether a download was finished."""
+def _write_listing(wanted: _Wanted, listing: _Listing) -> None:
+    """Saves a listing, since modelscope's cache does not record whether a download completed."""
     path = _listing_path(wanted)
     part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
@@ -343,11 +352,11 @@ def _record(wanted: _Wanted, listing: _Listing) -> None:
         part.write_text(json.dumps({"files": listing.sizes_bytes, "ended": listing.ended}))
         part.replace(path)
     except OSError as error:
-        logger.warning("%s: the list of its files could not be kept (%s)", wanted, error)
+        logger.warning("%s: the list of its files could not be saved (%s)", wanted, error)
 
 
-def _recorded(wanted: _Wanted) -> _Listing | None:
-    """The listing that was kept; None if there is none that can be read."""
+def _read_listing(wanted: _Wanted) -> _Listing | None:
+    """The saved listing; None if it is missing or unreadable."""
     try:
         kept = json.loads(_listing_path(wanted).read_text())
         return _Listing(dict(kept["files"]), tuple(kept["ended"]))
@@ -373,7 +382,7 @@ def _no_revision(wanted: _Wanted, endpoint: str) -> ModelNotFoundError:
 def _refused(wanted: _Wanted, endpoint: str, status: int | None, variable: str) -> ModelNotFoundError:
     return ModelNotFoundError(
         f"{endpoint} refused {wanted} (HTTP {status}): it is gated, private or not yours. "
-        f"Ask for access, then set {variable} to a token that has it."
+        f"Request access, then set {variable} to a token that has it."
     )
 
 
@@ -387,7 +396,7 @@ def _not_cached(wanted: _Wanted, why: str, cache: Path, variable: str) -> HubUnr
 def _incomplete(wanted: _Wanted, why: str, folder: Path, missing: list[str], files: int) -> IncompleteModelError:
     return IncompleteModelError(
         f"{wanted}: {why}, and {folder} lacks {len(missing)} of {files} files: {_listed(missing)}. "
-        "Run this again when the hub can be reached: what is already there is kept."
+        "Run this again when the hub can be reached: finished files are kept."
     )
 
 

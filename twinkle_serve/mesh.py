@@ -1,6 +1,6 @@
-"""Device meshes and groups: how many devices, in which dimensions, and whose.
+"""Device meshes and device groups.
 
-Source of the names and of the order of dimensions: Twinkle's DeviceMesh and DeviceGroup.
+Names and the order of dimensions follow Twinkle's DeviceMesh and DeviceGroup.
 """
 
 from __future__ import annotations
@@ -8,51 +8,54 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.errors import MeshError
+from twinkle_serve.validation import one_of, whole_number
 
-DEVICE_TYPES = ("auto", "cpu", "cuda")
+DeviceType: TypeAlias = Literal["auto", "cpu", "cuda"]
+DEVICE_TYPES: tuple[DeviceType, ...] = get_args(DeviceType)
 
 
 def _size(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise MeshError(f"device_mesh.{name} must be a whole number, got {value!r} ({type(value).__name__}).")
-    if value < 1:
-        raise MeshError(f"device_mesh.{name} must be at least 1, got {value}.")
-    return int(value)
+    return whole_number(f"device_mesh.{name}", value, 1, error=MeshError)
 
 
 DEVICE_ALIASES = {"GPU": "cuda", "gpu": "cuda", "CPU": "cpu"}
-"""Twinkle's other names."""
+"""Twinkle's names for the device types."""
 
 
-def _device_type(where: str, value: object) -> str:
+def _device_type(where: str, value: object) -> DeviceType:
     value = DEVICE_ALIASES.get(value, value) if isinstance(value, str) else value
-    if value not in DEVICE_TYPES:
-        raise MeshError(f"{where}.device_type must be one of {', '.join(DEVICE_TYPES)}, got {value!r}.")
-    return str(value)
+    return one_of(f"{where}.device_type", value, DEVICE_TYPES, error=MeshError)
 
 
 @dataclass(frozen=True)
 class DeviceMesh:
     """Devices arranged as fsdp x pp x dp x cp x tp, ranks counted with tp innermost.
 
-    Build one with `from_sizes`. A dimension that is not named has size 1 and no place in `mesh`.
+    Build one with `from_sizes`. A dimension that is not named has size 1 and no axis in `mesh`.
     """
 
     sizes: tuple[tuple[str, int], ...]
-    """Named dimensions in order, e.g. (("dp", 2), ("tp", 2))."""
+    """Named dimensions in order, e.g. `(("dp", 2), ("tp", 2))`."""
     device_type: str = "auto"
-    """auto, cpu or cuda. auto takes cuda where the cluster has GPUs."""
+    """auto, cpu or cuda. auto: cuda if the cluster has GPUs, else cpu."""
     ulysses_size: int = 1
+    """Neighbouring data-parallel ranks that share a sequence. Training only."""
     ep_size: int = 1
+    """Expert-parallel size. Training only."""
     etp_size: int = 1
+    """Tensor-parallel size of experts. Training only."""
     ep_fsdp_size: int = 1
+    """FSDP size of experts. Training only."""
     vpp_size: int = 1
+    """Virtual pipeline stages. Training only."""
     sequence_parallel: bool = False
+    """Whether tensor-parallel ranks split the sequence. Training only."""
 
     @classmethod
     def from_sizes(
@@ -72,13 +75,26 @@ class DeviceMesh:
         device_type: str = "auto",
         sequence_parallel: bool = False,
     ) -> DeviceMesh:
-        """A mesh from the sizes of its dimensions.
+        """Builds a mesh from the sizes of its dimensions.
 
-        `world_size` of 1 means the product of the dimensions; any other value must equal it.
+        Args:
+            world_size: number of devices. 1 stands for the product of the dimensions; any other value must equal it.
+            dp_size: data-parallel replicas.
+            fsdp_size: FSDP shards.
+            tp_size: tensor-parallel devices.
+            pp_size: pipeline stages.
+            ulysses_size: neighbouring data-parallel ranks that share a sequence.
+            cp_size: context-parallel devices.
+            ep_size: expert-parallel devices.
+            etp_size: tensor-parallel devices of experts.
+            ep_fsdp_size: FSDP shards of experts.
+            vpp_size: virtual pipeline stages.
+            device_type: auto, cpu or cuda; GPU, gpu and CPU are accepted too.
+            sequence_parallel: whether tensor-parallel ranks split the sequence.
 
         Raises:
-            MeshError: a size is not a whole number of at least 1, the device type is unknown, or
-                `world_size` contradicts the dimensions.
+            MeshError: a size is not a whole number of at least 1, the device type is unknown, or `world_size` differs
+                from the product of the dimensions.
         """
         named = {"fsdp": fsdp_size, "pp": pp_size, "dp": dp_size, "cp": cp_size, "tp": tp_size}
         sizes = tuple((name, _size(f"{name}_size", size)) for name, size in named.items() if size is not None)
@@ -110,43 +126,48 @@ class DeviceMesh:
 
     @property
     def mesh_dim_names(self) -> tuple[str, ...]:
+        """Names of the dimensions, in the order of the axes of `mesh`."""
         return tuple(name for name, _ in self.sizes)
 
     @cached_property
     def mesh(self) -> NDArray[np.int64]:
-        """Ranks, shaped as `sizes`."""
+        """Ranks of the devices, int64. One axis per entry of `sizes`, of that size."""
         return np.arange(self.world_size).reshape([size for _, size in self.sizes])
 
     @property
     def world_size(self) -> int:
+        """Number of devices."""
         return prod(size for _, size in self.sizes)
 
     def size(self, dim: str) -> int:
-        """Size of a dimension by its short name (`dp`, `tp`, …); 1 where it is not named."""
+        """Size of a dimension by its short name (`dp`, `tp`, …); 1 if the mesh does not name it."""
         return dict(self.sizes).get(dim, 1)
 
     @property
     def dp_size(self) -> int:
+        """Data-parallel replicas."""
         return self.size("dp")
 
     @property
     def tp_size(self) -> int:
+        """Tensor-parallel devices."""
         return self.size("tp")
 
     @property
     def pp_size(self) -> int:
+        """Pipeline stages."""
         return self.size("pp")
 
     @property
     def devices_per_replica(self) -> int:
-        """Devices that one data-parallel replica spans."""
+        """Number of devices of one data-parallel replica."""
         return self.tp_size * self.pp_size
 
     def require_sampling(self) -> DeviceMesh:
-        """Itself, if a sampler can use it.
+        """Returns the mesh itself if a sampler can use it.
 
         Raises:
-            MeshError: a dimension that only training has is larger than 1.
+            MeshError: a training-only dimension is larger than 1.
         """
         training = {name: size for name, size in self.sizes if name in ("fsdp", "cp") and size > 1}
         for name in ("ulysses_size", "ep_size", "etp_size", "ep_fsdp_size", "vpp_size"):
@@ -165,19 +186,23 @@ class DeviceMesh:
 
 @dataclass(frozen=True)
 class DeviceGroup:
-    """A named set of devices that one role of a run has to itself.
+    """A named set of devices reserved for one role of a run.
 
     Raises:
-        MeshError: an empty name, repeated or negative ranks, a count below 1, or an unknown device type.
+        MeshError: an empty name, repeated or negative ranks, a count below 1, an unknown device type, or a number of
+            devices that is not divisible by `gpus_per_worker`.
     """
 
     name: str
+    """Unique in the cluster."""
     ranks: int | list[int]
-    """How many devices, or which ranks."""
+    """Number of devices, or a list of ranks."""
     device_type: str = "auto"
+    """auto, cpu or cuda. auto: cuda if the cluster has GPUs, else cpu. A device of cpu is a core."""
     visible_devices: str | None = None
-    """Comma-separated device ids to choose from, as in CUDA_VISIBLE_DEVICES."""
+    """Comma-separated device ids to choose from, as in CUDA_VISIBLE_DEVICES. None: all."""
     gpus_per_worker: int = 1
+    """Devices of each worker of a remote class; they share a node."""
 
     def __post_init__(self) -> None:
         if not self.name or not isinstance(self.name, str):
@@ -190,14 +215,14 @@ class DeviceGroup:
                 raise MeshError(f"{where}: ranks must be distinct whole numbers from 0, got {self.ranks!r}.")
         elif isinstance(self.ranks, bool) or not isinstance(self.ranks, int) or self.ranks < 1:
             raise MeshError(f"{where}: ranks must be a count of at least 1 or a list of ranks, got {self.ranks!r}.")
-        per_worker = self.gpus_per_worker
-        if isinstance(per_worker, bool) or not isinstance(per_worker, int) or per_worker < 1:
-            raise MeshError(f"{where}: gpus_per_worker must be a whole number of at least 1, got {per_worker!r}.")
+        per_worker = whole_number(f"{where}: gpus_per_worker", self.gpus_per_worker, 1, error=MeshError)
+        object.__setattr__(self, "gpus_per_worker", per_worker)
         if self.world_size % per_worker:
             raise MeshError(
-                f"{where}: {self.world_size} devices cannot be shared out in workers of gpus_per_worker={per_worker}."
+                f"{where}: {self.world_size} devices cannot be divided into workers of gpus_per_worker={per_worker}."
             )
 
     @property
     def world_size(self) -> int:
+        """Number of devices."""
         return len(self.ranks) if isinstance(self.ranks, list) else self.ranks

@@ -1,24 +1,26 @@
-"""Which devices each engine gets. Plain arithmetic over what the cluster says it has."""
+"""Assigns devices to engines: plain arithmetic over the resources of the cluster."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from twinkle_serve.errors import MeshError
 from twinkle_serve.mesh import DeviceMesh
 
+DeviceKind: TypeAlias = Literal["cpu", "cuda"]
+
 SIDE_CPUS = 0.1
-"""CPUs that a deployment which computes little asks Ray for: router and engines fit two cores together."""
+"""CPUs that a deployment with little computation requests from Ray, so that router and engines fit on two cores."""
 
 GPU_ENGINE_CPUS = 1.0
-"""CPUs that an engine on GPUs asks for."""
+"""CPUs that an engine on GPUs requests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeResources:
-    """What one node of the cluster has in all, used or not."""
+    """Total resources of one node, used or not."""
 
     cpus: float
     gpus: float
@@ -26,33 +28,37 @@ class NodeResources:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One GPU or one core, by what its node calls it."""
+    """One GPU or one core of a node."""
 
     node_id: str
     """Ray's id of the node."""
     node_ip: str
+    """Address of the node."""
     id: str
-    """A GPU as CUDA_VISIBLE_DEVICES names it; a core as its place among the cores that Ray's processes may use."""
+    """Of a GPU, its id in CUDA_VISIBLE_DEVICES; of a core, its index among the cores that Ray's processes may use."""
 
     @property
     def resource(self) -> str:
-        """The resource that Ray gives this node alone."""
+        """Name of the Ray resource that only this node has."""
         return f"node:{self.node_ip}"
 
 
 @dataclass(frozen=True, slots=True)
 class GroupDevices:
-    """What a DeviceGroup holds."""
+    """The devices of a reserved DeviceGroup."""
 
     name: str
-    device_type: Literal["cpu", "cuda"]
+    """Name of the group."""
+    device_type: DeviceKind
+    """cpu or cuda; auto is resolved."""
     devices: tuple[Device, ...]
     """In the order of the group's ranks."""
     gpus_per_worker: int = 1
+    """Devices of each worker of a remote class."""
 
     @property
     def nodes(self) -> dict[str, tuple[Device, ...]]:
-        """The devices by the id of their node, nodes in the order in which the group comes to them."""
+        """The devices by the id of their node, in the order in which nodes first appear in `devices`."""
         by_node: dict[str, list[Device]] = {}
         for device in self.devices:
             by_node.setdefault(device.node_id, []).append(device)
@@ -60,42 +66,43 @@ class GroupDevices:
 
     @property
     def unit(self) -> str:
-        """What messages call its devices."""
+        """Word for its devices in messages."""
         return "GPUs" if self.device_type == "cuda" else "cores"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where the engines of a mesh go."""
+    """Resources of the engines of a mesh."""
 
-    device: Literal["cpu", "cuda"]
+    device: DeviceKind
+    """Device type of the engines."""
     executor: Literal["mp", "ray"]
     """vLLM's executor for a replica: mp within one node, ray in a placement group over several."""
     num_cpus: float
-    """What each engine's actor asks Ray for."""
+    """CPUs that each engine's actor requests from Ray."""
     num_gpus: int
-    """GPUs of the engine's own actor; 0 where a placement group holds them."""
+    """GPUs that each engine's actor requests; 0 if a placement group holds them."""
     bundles: tuple[dict[str, float], ...] = ()
-    """Placement group of each engine, the actor's own bundle first; empty where it needs none."""
+    """Placement group of each engine, the actor's own bundle first; empty if it needs none."""
     devices_per_node: int = 1
     """On CPU, devices of the mesh, or of its group, that share the cores and the memory of a node."""
     group: str | None = None
-    """The DeviceGroup whose holders have the devices in Ray's books, so that engines ask for none."""
+    """The DeviceGroup whose holder actors have the devices reserved in Ray, so that engines request none."""
     engines: tuple[tuple[Device, ...], ...] = ()
-    """In a group, the devices of each engine by dp rank, all on one node. An engine sees these and no other."""
+    """In a group, the devices of each engine by dp rank, all on one node. An engine sees only these."""
 
 
 def place(mesh: DeviceMesh, nodes: Sequence[NodeResources]) -> Placement:
-    """Devices for every engine of the mesh. On CPU a device is a core or more.
+    """Assigns devices of the cluster to every engine of the mesh. On CPU a device is a core or more.
 
-    An engine on CPU asks for a core a device, less what router and store ask for, so that a full mesh fits.
+    An engine on CPU requests one core per device, minus the share of router and store, so that a full mesh fits.
 
     Raises:
-        MeshError: the mesh is larger than the cluster.
+        MeshError: the mesh does not fit the cluster.
     """
     gpus = sum(node.gpus for node in nodes)
     cpus = sum(node.cpus for node in nodes)
-    device: Literal["cpu", "cuda"] = "cuda" if mesh.device_type == "cuda" else "cpu"
+    device: DeviceKind = "cuda" if mesh.device_type == "cuda" else "cpu"
     if mesh.device_type == "auto" and gpus:
         device = "cuda"
     have, unit = (gpus, "GPUs") if device == "cuda" else (cpus, "CPUs")
@@ -119,13 +126,13 @@ def place(mesh: DeviceMesh, nodes: Sequence[NodeResources]) -> Placement:
 
 
 def place_in_group(mesh: DeviceMesh, group: GroupDevices) -> Placement:
-    """Devices of the group, and of it alone, for every engine of the mesh.
+    """Assigns devices of the group, and no others, to every engine of the mesh.
 
-    An engine gets neighbours of one node. A mesh smaller than the group leaves the group's last devices idle.
+    An engine gets neighbouring devices of one node. If the mesh is smaller than the group, its last devices stay idle.
 
     Raises:
-        MeshError: the mesh is larger than the group, of another device type or of another worker size, or an engine
-            would have to span nodes.
+        MeshError: the mesh is larger than the group, or of another device type or worker size, or an engine would have
+            to span nodes.
     """
     where = f"group {group.name!r}"
     if mesh.device_type not in ("auto", group.device_type):
@@ -152,8 +159,8 @@ def place_in_group(mesh: DeviceMesh, group: GroupDevices) -> Placement:
     if len(engines) < mesh.dp_size:
         on_nodes = ", ".join(str(len(devices)) for devices in group.nodes.values())
         raise MeshError(
-            f"device_mesh needs {mesh.dp_size} engines of {per_replica} devices on a node each, {where} has {on_nodes} "
-            f"devices on its nodes: room for {len(engines)}, and an engine in a group does not span nodes. "
+            f"device_mesh needs {mesh.dp_size} engines of {per_replica} devices, each on one node; {where} has "
+            f"{on_nodes} devices on its nodes: room for {len(engines)}. An engine in a group cannot span nodes. "
             f"Lower device_mesh.tp_size or device_mesh.pp_size, or list ranks that share a node."
         )
     return Placement(
@@ -171,14 +178,14 @@ def cores_of_devices(devices: Sequence[Device], cores: Sequence[int]) -> list[tu
     """The core of each device of a CPU group.
 
     Args:
-        cores: ids of the cores of the node that this process may use. Where Ray was told of more than there are,
-            devices share them.
+        devices: devices of one node.
+        cores: ids of the node's cores that this process may use. If Ray counts more than these, devices share them.
     """
     return [(cores[int(device.id) % len(cores)],) for device in devices]
 
 
 def cpus_held(cores: int) -> float:
-    """CPUs that Ray counts as taken by a group's cores on a node: router and store fit beside a group of them all."""
+    """CPUs that a group's cores on a node reserve in Ray; router and store fit beside a group of all cores."""
     return cores - 2 * SIDE_CPUS
 
 
@@ -188,11 +195,11 @@ def _dimensions(mesh: DeviceMesh) -> str:
 
 
 def _require_cpus(engines: int, cpus_each: float, node_cpus: Sequence[float]) -> None:
-    """Refuses engines that Ray would wait for ever to place: each is one actor on one node."""
+    """Refuses engines that Ray would wait forever to place: each is one actor on one node."""
     fit = sum(int(cpus / cpus_each) for cpus in node_cpus)
     if fit < engines:
         raise MeshError(
-            f"device_mesh needs {engines} engines of {cpus_each:g} CPUs on a node each, the cluster's nodes have "
+            f"device_mesh needs {engines} engines of {cpus_each:g} CPUs, each on one node; the cluster's nodes have "
             f"{', '.join(f'{cpus:g}' for cpus in node_cpus)}: room for {fit}. "
             "Lower device_mesh.dp_size or device_mesh.tp_size, or start the cluster with more."
         )
@@ -201,17 +208,19 @@ def _require_cpus(engines: int, cpus_each: float, node_cpus: Sequence[float]) ->
 def cores_of_engine(
     dp_rank: int, devices_per_replica: int, devices_per_node: int, cores: Sequence[int]
 ) -> list[tuple[int, ...]]:
-    """The cores of each device of an engine, apart from those of every other engine on the node.
+    """The cores of each device of an engine, disjoint from those of the other engines on the node.
 
-    A device with two cores or more leaves its last one to the processes around the computing threads, as vLLM does by
-    itself: the scheduler and the event loop need one too.
+    A device with two or more cores leaves its last one to the scheduler and the event loop, as vLLM does by default.
 
     Args:
-        cores: ids of the cores of the node that this process may use.
+        dp_rank: the engine's rank.
+        devices_per_replica: devices of each engine.
+        devices_per_node: devices of all engines on the node.
+        cores: ids of the node's cores that this process may use.
     """
     per_device = max(1, len(cores) // devices_per_node)
-    mine = []
+    shares = []
     for device in range(dp_rank * devices_per_replica, (dp_rank + 1) * devices_per_replica):
         share = tuple(cores[(device * per_device + i) % len(cores)] for i in range(per_device))
-        mine.append(share[:-1] if len(share) > 1 else share)
-    return mine
+        shares.append(share[:-1] if len(share) > 1 else share)
+    return shares

@@ -227,10 +227,10 @@ def test_initialize_takes_nothing_when_somebody_else_holds_devices() -> None:
     held = VISIBLE.split(",").index(ray.get(somebody.gpu.remote()))
     try:
         with pytest.raises(
-            MeshError, match=r"needs 4 GPUs, 3 of the cluster's 4 can be had \(1 held by somebody else\)"
+            MeshError, match=r"needs 4 GPUs, 3 of the cluster's 4 are free \(1 held by another process\)"
         ):
             initialize("ray", groups=[gpu("a", 4)])
-        with pytest.raises(MeshError, match=f"rank {held} .* is held by somebody else"):
+        with pytest.raises(MeshError, match=f"rank {held} .* is held by another process"):
             initialize("ray", groups=[gpu("a", [held])])
         with pytest.raises(MeshError, match="needs 2 cores, 1 of the cluster's 2"):
             initialize("ray", groups=[gpu("a", 1), DeviceGroup("b", 2, device_type="cpu")])
@@ -248,7 +248,7 @@ def test_initialize_replaces_a_group_of_another_shape_and_keeps_one_of_the_same(
     initialize("ray", groups=[gpu("actor", 1), gpu("sampler", 2)])
     assert ids("sampler") == before
     wait_until(lambda: free()[1] == 1, "what the smaller group left is free")
-    with pytest.raises(MeshError, match="can be had"):
+    with pytest.raises(MeshError, match="are free"):
         initialize("ray", groups=[gpu("actor", 3)])
     assert len(ids("actor")) == 1
     initialize("ray", groups=[gpu("actor", 2)])
@@ -355,7 +355,7 @@ def test_group_of_a_living_run_is_shared_but_never_replaced_nor_freed(cluster: s
             print(type(error).__name__, error)
         """,
     )
-    assert "MeshError DeviceGroup 'sampler' is reserved by a run that still lives" in answer.stdout, answer
+    assert "MeshError DeviceGroup 'sampler' is reserved by another running job" in answer.stdout, answer
     assert ids("sampler") == ["4", "5"]
 
 
@@ -496,7 +496,7 @@ def test_methods_that_are_not_remote_are_refused_by_name() -> None:
     """The object is elsewhere, and the error says what to do."""
     initialize("ray", groups=[gpu("actor", 1)])
     remote = counter("actor")
-    with pytest.raises(AttributeError, match=r"Counter.local_only is no remote function.*Decorate"):
+    with pytest.raises(AttributeError, match=r"Counter.local_only is not a remote function.*Decorate"):
         remote.local_only()
 
 

@@ -103,7 +103,7 @@ def test_sampler_outlives_its_run_and_ends_when_its_group_is_replaced(tmp_path: 
 def test_engine_does_not_start_on_devices_that_its_group_has_lost() -> None:
     """An application that was built before the group was replaced gets an error, not somebody else's devices."""
     group = group_devices("sampler")
-    with pytest.raises(MeshError, match="was freed or replaced since application 'late' was given its devices"):
+    with pytest.raises(MeshError, match="was freed or replaced after application 'late' got its devices"):
         enter_group("sampler", group_devices("actor").devices, "late")
     enter_group("sampler", group.devices[:1], "early")  # not of Serve, so it keeps nobody from anything
 

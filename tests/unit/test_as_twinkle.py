@@ -1,4 +1,4 @@
-"""The name `twinkle`: for the process that asks for it, unless it is taken."""
+"""The alias `twinkle`: in a process that imports it, unless the name is taken."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def run(code: str, path: Path | None = None, **environment: str) -> subprocess.C
 
 
 def installed(path: Path) -> Path:
-    """A package named twinkle that is somebody else's."""
+    """Creates another package named twinkle."""
     (path / "twinkle").mkdir()
     (path / "twinkle" / "__init__.py").write_text("THEIRS = True\n")
     return path
 
 
-def test_as_twinkle_makes_every_module_ours() -> None:
-    """The packages and what lies in them are the same modules, with the same classes, by upstream's names too."""
+def test_as_twinkle_aliases_every_module() -> None:
+    """Packages and their modules are the same objects with the same classes, under upstream's names too."""
     code = """
 import sys
 import twinkle_serve.as_twinkle
@@ -54,8 +54,8 @@ except ModuleNotFoundError as error:
     assert result.stdout == "No module named 'twinkle.trainer'\n"
 
 
-def test_as_twinkle_is_refused_where_another_is_installed(tmp_path: Path) -> None:
-    """With its place and the remedy; `twinkle` stays what it was."""
+def test_as_twinkle_is_refused_if_another_twinkle_is_installed(tmp_path: Path) -> None:
+    """The message has its path and the remedy; `twinkle` is unchanged."""
     code = "import twinkle_serve.as_twinkle"
     result = run(code, installed(tmp_path))
     assert result.returncode == 1
@@ -63,13 +63,13 @@ def test_as_twinkle_is_refused_where_another_is_installed(tmp_path: Path) -> Non
     assert str(tmp_path) in result.stderr and "TWINKLE_SERVE_AS_TWINKLE=override" in result.stderr
 
 
-def test_as_twinkle_overrides_if_told_to(tmp_path: Path) -> None:
-    """Also where theirs is imported already."""
+def test_as_twinkle_overrides_if_requested(tmp_path: Path) -> None:
+    """Also if the other package is imported already."""
     code = "import twinkle; import twinkle_serve.as_twinkle; import twinkle; print(hasattr(twinkle, 'THEIRS'))"
     result = run(code, installed(tmp_path), TWINKLE_SERVE_AS_TWINKLE="override")
     assert result.stdout == "False\n", result.stderr
 
 
-def test_twinkle_is_no_name_of_ours_unless_asked_for() -> None:
-    """Importing this package alone takes no name."""
+def test_importing_twinkle_serve_does_not_define_twinkle() -> None:
+    """The alias needs its own import."""
     assert run("import twinkle_serve, twinkle").returncode == 1

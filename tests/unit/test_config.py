@@ -1,4 +1,4 @@
-"""The config: every YAML in the repository is right, and every mistake is named."""
+"""The config: every YAML file in the repository is valid, and every mistake is reported."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ CONFIGS = sorted([ROOT / "serve_config.yaml", *(ROOT / "configs").glob("*.yaml")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_config_in_the_repository_is_right(path: Path) -> None:
-    """Keys at every level, and the arguments of the engine that it names."""
+def test_every_config_in_the_repository_is_valid(path: Path) -> None:
+    """Keys at every level, and the arguments of the chosen engine."""
     assert check_config_file(path)
 
 
@@ -60,8 +60,8 @@ def test_every_config_in_the_repository_is_right(path: Path) -> None:
         (("max_model_len:", "tensor_parallel_size:"), "tensor_parallel_size is decided by device_mesh.tp_size"),
     ],
 )
-def test_config_mistake_is_named_with_its_remedy(change: tuple[str, str], message: str, tmp_path: Path) -> None:
-    """Misspelt keys at any level among them, which Ray Serve itself ignores."""
+def test_config_mistake_is_reported_with_its_remedy(change: tuple[str, str], message: str, tmp_path: Path) -> None:
+    """Including misspelt keys at any level, which Ray Serve itself ignores."""
     text = (ROOT / "serve_config.yaml").read_text()
     assert change[0] in text
     path = tmp_path / "bad.yaml"
@@ -71,8 +71,8 @@ def test_config_mistake_is_named_with_its_remedy(change: tuple[str, str], messag
     assert message in str(caught.value)
 
 
-def test_config_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    """As a ConfigError like any other."""
+def test_missing_config_file_is_reported(tmp_path: Path) -> None:
+    """As a ConfigError."""
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         check_config_file(tmp_path / "none.yaml")
 
@@ -81,27 +81,27 @@ def nodes(*gpus: int, cpus: int = 8) -> list[NodeResources]:
     return [NodeResources(cpus=cpus, gpus=n) for n in gpus]
 
 
-def test_placement_takes_gpus_of_one_node_where_a_replica_fits() -> None:
-    """vLLM's own executor within the node."""
+def test_placement_takes_gpus_of_one_node_if_a_replica_fits() -> None:
+    """With vLLM's own executor within the node."""
     placement = place(DeviceMesh.from_sizes(dp_size=4, tp_size=2), nodes(4, 4))
     assert (placement.device, placement.num_gpus, placement.executor, placement.bundles) == ("cuda", 2, "mp", ())
 
 
-def test_placement_spans_nodes_where_it_must() -> None:
-    """A bundle a GPU, the actor itself without one, Ray's executor."""
+def test_placement_spans_nodes_if_it_must() -> None:
+    """One bundle per GPU, no GPU for the actor itself, Ray's executor."""
     placement = place(DeviceMesh.from_sizes(dp_size=1, tp_size=4, pp_size=2), nodes(4, 4))
     assert (placement.num_gpus, placement.executor) == (0, "ray")
     assert [bundle.get("GPU", 0) for bundle in placement.bundles] == [0] + [1] * 8
 
 
-def test_placement_counts_whole_replicas_a_node() -> None:
+def test_placement_counts_whole_replicas_per_node() -> None:
     """3 + 3 GPUs hold two replicas of 3, but not three of 2 within nodes."""
     assert place(DeviceMesh.from_sizes(dp_size=2, tp_size=3), nodes(3, 3)).executor == "mp"
     assert place(DeviceMesh.from_sizes(dp_size=3, tp_size=2), nodes(3, 3)).executor == "ray"
 
 
 def test_placement_on_cpu_leaves_room_for_router_and_store() -> None:
-    """A full mesh of two engines fits two cores."""
+    """A full mesh of two engines fits on two cores."""
     placement = place(DeviceMesh.from_sizes(dp_size=2), nodes(0, cpus=2))
     assert placement.device == "cpu"
     assert 2 * placement.num_cpus + 0.2 <= 2
@@ -116,21 +116,21 @@ def test_placement_on_cpu_leaves_room_for_router_and_store() -> None:
     ],
 )
 def test_placement_larger_than_the_cluster_is_an_error(mesh: Any, cluster: Any, message: str) -> None:
-    """With both numbers and the remedy."""
+    """The message has both numbers and the remedy."""
     with pytest.raises(MeshError, match=message + r"\. Lower device_mesh"):
         place(DeviceMesh.from_sizes(**mesh), cluster)
 
 
-def test_replica_that_fits_no_node_is_an_error() -> None:
-    """Though the sum over nodes would do: Ray would wait for ever. And so would engines without a CPU."""
-    with pytest.raises(MeshError, match=r"needs 1 engines of 3.8 CPUs on a node each, the cluster's nodes have 2, 2"):
+def test_replica_that_fits_on_no_node_is_an_error() -> None:
+    """Even if the nodes' sum is enough: Ray would wait forever. The same holds for engines without a CPU."""
+    with pytest.raises(MeshError, match=r"needs 1 engines of 3.8 CPUs, each on one node; the cluster's nodes have 2"):
         place(DeviceMesh.from_sizes(tp_size=4), nodes(0, 0, cpus=2))
-    with pytest.raises(MeshError, match=r"needs 4 engines of 1 CPUs on a node each, .* have 2: room for 2"):
+    with pytest.raises(MeshError, match=r"needs 4 engines of 1 CPUs, each on one node; .* have 2: room for 2"):
         place(DeviceMesh.from_sizes(dp_size=4), nodes(4, cpus=2))
 
 
 def test_engines_on_a_node_share_no_core() -> None:
-    """Each device its own; with two or more, one is left to the processes around."""
+    """Each device has its own cores; with two or more, one is left to the scheduler and event loop."""
     assert [cores_of_engine(rank, 1, 2, [0, 1]) for rank in range(2)] == [[(0,)], [(1,)]]
     assert cores_of_engine(0, 2, 2, [0, 1]) == [(0,), (1,)]
     assert cores_of_engine(0, 1, 1, [0, 1]) == [(0,)]
@@ -151,21 +151,21 @@ def test_engines_on_a_node_share_no_core() -> None:
         ("ms://a", "neither a directory here nor an id"),
     ],
 )
-def test_model_that_is_not_there_is_named(model_id: str, message: str) -> None:
-    """At once, without a network."""
+def test_missing_model_is_reported(model_id: str, message: str) -> None:
+    """Immediately, without a network."""
     with pytest.raises(ModelNotFoundError) as caught:
         resolve(model_id)
     assert message in str(caught.value)
 
 
-def test_directory_without_a_model_is_no_model(tmp_path: Path) -> None:
-    """It needs a config.json."""
+def test_directory_without_a_config_json_is_refused(tmp_path: Path) -> None:
+    """It is not a model."""
     with pytest.raises(ModelNotFoundError, match=r"has no config\.json"):
         resolve(str(tmp_path))
 
 
-def test_engine_arguments_that_an_engine_does_not_have_are_refused() -> None:
-    """With the closest one that it has; and a value of the wrong kind is named."""
+def test_unknown_engine_arguments_are_refused() -> None:
+    """The message suggests the closest name; a value of the wrong type is reported too."""
     from twinkle_serve.engines import build_engine, check_engine_args
 
     with pytest.raises(EngineArgsError, match="'max_model_length', did you mean 'max_model_len'"):
@@ -177,8 +177,8 @@ def test_engine_arguments_that_an_engine_does_not_have_are_refused() -> None:
 
 
 def test_importing_the_package_is_light() -> None:
-    """Half a second at the most; neither torch nor vllm nor ray comes along, with the config and data format either."""
-    # CPU time: the machine may be busy with something else.
+    """At most half a second; neither it nor the config nor the data format loads torch, vllm or ray."""
+    # CPU time: the machine may be busy.
     code = (
         "import time, sys; t = time.process_time(); import twinkle_serve; s = time.process_time() - t; "
         "twinkle_serve.SamplingParams, twinkle_serve.DeviceMesh; import twinkle_serve.config; "
@@ -190,8 +190,8 @@ def test_importing_the_package_is_light() -> None:
     assert float(seconds) < 0.5
 
 
-def test_public_names_are_all_there() -> None:
-    """__all__ is what the module hands out."""
+def test_public_names_exist() -> None:
+    """Every name in __all__ can be imported."""
     import twinkle_serve
 
     for name in twinkle_serve.__all__:
@@ -205,15 +205,15 @@ def test_public_names_are_all_there() -> None:
 @pytest.mark.parametrize(
     "kind", [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, TwinkleServeError)]
 )
-def test_errors_survive_pickling_and_stand_in_the_tree(kind: type[TwinkleServeError]) -> None:
-    """They cross between actors, and the picture at the top of errors.py names each."""
+def test_errors_survive_pickling_and_are_in_the_tree(kind: type[TwinkleServeError]) -> None:
+    """They are sent between actors, and the tree at the top of errors.py lists each."""
     again = pickle.loads(pickle.dumps(kind("what, 1 and 2, the remedy")))
     assert type(again) is kind and str(again) == "what, 1 and 2, the remedy"
     assert kind.__name__ in (errors.__doc__ or "")
 
 
 def test_config_page_has_every_key() -> None:
-    """docs/config.md lists each key of args, and the arguments of torch and fake, with its default."""
+    """docs/config.md lists every key of args, and the arguments of torch and fake, with the default."""
     from twinkle_serve.engines.fake import FakeArgs
     from twinkle_serve.engines.torch import TorchArgs
 

@@ -1,4 +1,4 @@
-"""The embedded demo model is what it says it is."""
+"""The embedded demo model has the documented accuracy and parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def training() -> ModuleType:
-    """examples/train_demo_model.py, as a module."""
+    """Imports examples/train_demo_model.py as a module."""
     spec = importlib.util.spec_from_file_location("train_demo_model", ROOT / "examples" / "train_demo_model.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -25,8 +25,8 @@ def training() -> ModuleType:
     return module
 
 
-def test_demo_model_is_right_as_often_as_reported(training: ModuleType) -> None:
-    """On problems that it was not trained on, within three standard errors; and 40 to 70% of the time."""
+def test_demo_model_has_the_reported_accuracy(training: ModuleType) -> None:
+    """On held-out problems, within three standard errors; and between 40% and 70%."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     reported = json.loads((hub.DEMO / "accuracy.json").read_text())
@@ -41,8 +41,8 @@ def test_demo_model_is_right_as_often_as_reported(training: ModuleType) -> None:
     assert (hub.DEMO / "model.safetensors").stat().st_size <= 4 * 2**20
 
 
-def test_demo_model_takes_a_lora_adapter() -> None:
-    """peft finds its layers like any other checkpoint's."""
+def test_demo_model_accepts_a_lora_adapter() -> None:
+    """peft finds its layers as in any checkpoint."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -53,7 +53,7 @@ def test_demo_model_takes_a_lora_adapter() -> None:
 
 
 def test_demo_tokenizer_round_trips_any_text() -> None:
-    """One token a byte, but for the special tokens and the names of the roles."""
+    """One token per byte, except for special tokens and role names."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(hub.DEMO)

@@ -1,4 +1,4 @@
-"""Models from hubs: the libraries' own download code, in processes of their own, against a hub on loopback."""
+"""Models from hubs: the libraries' own download code, in separate processes, against a hub on loopback."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FILES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one call of resolve did."""
+    """Outcome of one call of resolve."""
 
     path: Path | None
     error: str
@@ -51,7 +51,7 @@ class Outcome:
 
 
 class Client:
-    """A process that resolves models in an environment of its own, which the libraries read when imported."""
+    """A process that resolves models, with its own environment, which the libraries read on import."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -73,7 +73,7 @@ class Client:
         return self.answer()
 
     def whole(self, model_id: str, **arguments: Any) -> Path:
-        """The directory of a call that must succeed."""
+        """Directory returned by a call that must succeed."""
         outcome = self.resolve(model_id, **arguments)
         assert outcome.path is not None, f"{outcome.error}: {outcome.message}"
         return outcome.path
@@ -110,7 +110,7 @@ def _serve(calls: Connection, environment: dict[str, str]) -> None:
 
 @dataclass
 class World:
-    """A hub, a cache, and clients of one library that share them."""
+    """A hub, a cache, and clients of one library that share both."""
 
     scheme: str
     """hf or ms."""
@@ -139,7 +139,7 @@ class World:
         return f"{self.scheme}://org/{name}"
 
     def serve(self, name: str, revision: str = "main", **changed: bytes | None) -> str:
-        """Puts a model on the hub; its repository. Keywords replace files, by their name without the ending."""
+        """Puts a model on the hub and returns its repository. Keywords replace files, by name without suffix."""
         folder = self.server.root / "org" / name / revision
         folder.mkdir(parents=True)
         for path, body in FILES.items():
@@ -151,7 +151,7 @@ class World:
 
 @pytest.fixture(scope="module", params=["hf", "ms"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """One per library. Every test serves models under names of its own."""
+    """One per library. Every test serves models under its own names."""
     made = World(request.param, HubServer(tmp_path_factory.mktemp("hub")), tmp_path_factory.mktemp("cache"))
     yield made
     for client in made.clients:
@@ -166,7 +166,7 @@ def online(world: World) -> Client:
 
 @pytest.fixture(scope="module")
 def cut_off(world: World) -> Client:
-    """A client whose hub has nothing listening."""
+    """A client of a hub at whose address nothing listens."""
     with socket.socket() as port:
         port.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{port.getsockname()[1]}"
@@ -175,7 +175,7 @@ def cut_off(world: World) -> Client:
 
 @pytest.fixture(scope="module")
 def offline(world: World) -> Client:
-    """A client that was told not to ask, beside a hub that would answer."""
+    """A client with HF_HUB_OFFLINE set, although the hub would answer."""
     return world.client(HF_HUB_OFFLINE="1")
 
 
@@ -184,21 +184,21 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def lose(folder: Path, path: str) -> None:
-    """Takes a file out of a cached copy, as if its download had never begun."""
+    """Removes a file from a cached copy, as if its download had never begun."""
     target = (folder / path).resolve()
     (folder / path).unlink()
     target.unlink(missing_ok=True)
 
 
 def test_model_is_downloaded_by_its_id(world: World, online: Client) -> None:
-    """All its files, as the hub has them, each once."""
+    """All its files, unchanged, each downloaded once."""
     repo = world.serve("plain")
     assert content(online.whole(world.id("plain"))) == FILES
     assert sorted(load.path for load in world.server.of(repo)) == sorted(FILES)
 
 
 def test_revision_selects_its_files_when_named(world: World, online: Client) -> None:
-    """A branch and a commit; and the default stays what it was."""
+    """A branch and a commit; the default is unaffected."""
     repo = world.serve("versioned")
     world.serve("versioned", "v2", config=b'{"model_type": "v2"}')
     assert content(online.whole(world.id("versioned"), revision="v2"))["config.json"] == b'{"model_type": "v2"}'
@@ -207,8 +207,8 @@ def test_revision_selects_its_files_when_named(world: World, online: Client) -> 
     assert content(online.whole(world.id("versioned"), revision=commit))["config.json"] == b'{"model_type": "v2"}'
 
 
-def test_bare_id_is_modelscopes(world: World, online: Client) -> None:
-    """Each library has its own cache, so the path tells which one was asked."""
+def test_bare_id_is_resolved_by_modelscope(world: World, online: Client) -> None:
+    """Each library has its own cache, so the path shows which one was used."""
     repo = world.serve("bare")
     path = online.whole(repo)
     assert path.is_relative_to(world.cache / "ms")
@@ -216,14 +216,14 @@ def test_bare_id_is_modelscopes(world: World, online: Client) -> None:
 
 
 def test_unknown_model_is_not_found(world: World, online: Client) -> None:
-    """The hub answered, so this is no matter of the network; it names the model and the hub."""
+    """The hub answered, so the network is not the cause; the message names the model and the hub."""
     outcome = online.resolve(world.id("nowhere"))
     assert outcome.error == ModelNotFoundError.__name__
     assert f"{world.server.endpoint} has no model org/nowhere" in outcome.message
 
 
 def test_unknown_revision_is_not_found(world: World, online: Client) -> None:
-    """By name; ModelScope answers it with an empty list, which must not become an empty directory."""
+    """ModelScope answers with an empty list, which must not become an empty directory."""
     world.serve("unversioned")
     outcome = online.resolve(world.id("unversioned"), revision="v9")
     assert outcome.error == ModelNotFoundError.__name__
@@ -232,7 +232,7 @@ def test_unknown_revision_is_not_found(world: World, online: Client) -> None:
 
 
 def test_gated_model_is_refused_with_the_variable_to_set(world: World, online: Client) -> None:
-    """Its listing is public, its files are not."""
+    """Its file list is public, its files are not."""
     world.server.gated.add(world.serve("gated"))
     outcome = online.resolve(world.id("gated"))
     assert outcome.error == ModelNotFoundError.__name__
@@ -241,7 +241,7 @@ def test_gated_model_is_refused_with_the_variable_to_set(world: World, online: C
 
 
 def test_model_is_not_downloaded_again_when_cached(world: World, online: Client) -> None:
-    """Neither in the same process nor in a new one; the hub is asked whether it is still the same."""
+    """Neither in the same process nor in a new one; the hub is asked whether it has changed."""
     repo = world.serve("cached")
     path = online.whole(world.id("cached"))
     downloads, listings = world.server.of(repo), world.server.listings
@@ -253,7 +253,7 @@ def test_model_is_not_downloaded_again_when_cached(world: World, online: Client)
 
 
 def test_changed_model_is_downloaded_again(world: World, online: Client) -> None:
-    """A branch that moved: the next call has the new files."""
+    """After a branch has moved, the next call returns the new files."""
     world.serve("moving")
     online.whole(world.id("moving"))
     shutil.rmtree(world.server.root / "org" / "moving")
@@ -261,8 +261,8 @@ def test_changed_model_is_downloaded_again(world: World, online: Client) -> None
     assert content(online.whole(world.id("moving")))["config.json"] == b'{"model_type": "moved"}'
 
 
-def test_weights_are_left_out_when_not_wanted(world: World, online: Client, offline: Client) -> None:
-    """The copy serves a tokenizer without a network, but no engine; a later call adds the weights."""
+def test_weights_are_not_downloaded_when_not_wanted(world: World, online: Client, offline: Client) -> None:
+    """Offline, the copy is enough for a tokenizer but not for an engine; a later call adds the weights."""
     repo = world.serve("light")
     path = online.whole(world.id("light"), weights=False)
     assert sorted(content(path)) == ["config.json", "tokenizer.json"]
@@ -275,7 +275,7 @@ def test_weights_are_left_out_when_not_wanted(world: World, online: Client, offl
 
 
 def test_tokenizer_of_a_downloaded_model_loads(world: World, online: Client) -> None:
-    """The demo model, by way of a hub."""
+    """The demo model, served by a hub."""
     from transformers import AutoTokenizer
 
     shutil.copytree(hub.DEMO, world.server.root / "org" / "demo" / "main")
@@ -285,7 +285,7 @@ def test_tokenizer_of_a_downloaded_model_loads(world: World, online: Client) -> 
 
 
 def test_cached_model_is_used_without_a_request_when_offline(world: World, online: Client, offline: Client) -> None:
-    """Without a warning too, for it was asked for."""
+    """Without a warning, since offline mode was requested."""
     world.serve("kept")
     path = online.whole(world.id("kept"))
     listings = world.server.listings
@@ -293,8 +293,8 @@ def test_cached_model_is_used_without_a_request_when_offline(world: World, onlin
     assert (outcome.path, outcome.warnings, world.server.listings) == (path, [], listings)
 
 
-def test_model_out_of_the_cache_is_unreachable_when_offline(world: World, offline: Client) -> None:
-    """Also a revision of a model that is there at another one. The message names what forbids to ask."""
+def test_model_outside_the_cache_is_unreachable_when_offline(world: World, offline: Client) -> None:
+    """Also if only another revision is cached. The message names the variable that forbids downloads."""
     world.serve("unkept")
     listings = world.server.listings
     outcome = offline.resolve(world.id("unkept"))
@@ -303,8 +303,8 @@ def test_model_out_of_the_cache_is_unreachable_when_offline(world: World, offlin
     assert world.server.listings == listings
 
 
-def test_other_revision_does_not_stand_in_when_offline(world: World, online: Client, offline: Client) -> None:
-    """Neither way around: what is in the cache is not what was asked for."""
+def test_other_revision_is_not_used_when_offline(world: World, online: Client, offline: Client) -> None:
+    """In both directions: the cached revision is not the requested one."""
     world.serve("exact")
     world.serve("exact", "v2")
     online.whole(world.id("exact"), revision="v2")
@@ -314,8 +314,8 @@ def test_other_revision_does_not_stand_in_when_offline(world: World, online: Cli
 
 
 def test_hub_is_unreachable_soon_when_nothing_listens(world: World, cut_off: Client) -> None:
-    """With the endpoint and the cache that were tried."""
-    cut_off.resolve(world.id("warm-up"))  # the import of the libraries
+    """The message names the endpoint and the cache."""
+    cut_off.resolve(world.id("warm-up"))  # imports the libraries
     outcome = cut_off.resolve(world.id("far"))
     assert outcome.error == HubUnreachableError.__name__
     assert "http://127.0.0.1:" in outcome.message and str(world.cache / world.scheme) in outcome.message
@@ -324,9 +324,9 @@ def test_hub_is_unreachable_soon_when_nothing_listens(world: World, cut_off: Cli
 
 
 def test_hub_is_unreachable_soon_when_it_never_answers(world: World) -> None:
-    """A connection that is accepted and then silent is held for as long as the library's variable says."""
+    """A connection that is accepted and then stays silent is dropped after the library's own timeout variable."""
     client = world.client(HF_HUB_ETAG_TIMEOUT="1", MODELSCOPE_REPO_TREE_PAGE_TIMEOUT_SECONDS="1")
-    client.resolve(world.id("warm-up"))  # the import of the libraries
+    client.resolve(world.id("warm-up"))  # imports the libraries
     repo = world.serve("mute")
     with world.server.silent(repo):
         outcome = client.resolve(world.id("mute"))
@@ -339,7 +339,7 @@ def test_hub_is_unreachable_soon_when_it_never_answers(world: World) -> None:
 def test_cached_model_is_used_with_a_warning_when_nothing_listens(
     world: World, online: Client, cut_off: Client
 ) -> None:
-    """Never in silence: the copy may be older than the hub's."""
+    """The warning says that the copy may be older than the hub's."""
     world.serve("safe")
     path = online.whole(world.id("safe"))
     outcome = cut_off.resolve(world.id("safe"))
@@ -352,7 +352,7 @@ def test_cached_model_is_used_with_a_warning_when_nothing_listens(
 def test_half_cached_model_is_incomplete_when_nothing_listens(
     world: World, online: Client, cut_off: Client, by: str
 ) -> None:
-    """It names the missing files, and how many there are; the next call with a network adds them, and only them."""
+    """The message lists and counts the missing files; the next call with a network downloads only those."""
     repo = world.serve(f"half-{by}")
     revision = world.server.commit(repo) if by == "commit" else None
     path = online.whole(world.id(f"half-{by}"), revision=revision)
@@ -366,8 +366,8 @@ def test_half_cached_model_is_incomplete_when_nothing_listens(
 
 
 def test_download_resumes_when_its_connection_breaks(world: World, online: Client) -> None:
-    """Within the call: the rest is asked for with Range, and the file is whole."""
-    weights = Random(1).randbytes(24 * 2**20)  # huggingface_hub keeps what it has received by 10 MiB at a time
+    """Within the call: the rest is requested with Range, and the file is complete."""
+    weights = Random(1).randbytes(24 * 2**20)  # huggingface_hub writes in steps of 10 MiB
     repo, cut = world.serve("broken", model=weights), 16 * 2**20
     world.server.cut_once(repo, "model.safetensors", cut)
     assert content(online.whole(world.id("broken")))["model.safetensors"] == weights
@@ -380,9 +380,9 @@ def test_download_resumes_when_its_connection_breaks(world: World, online: Clien
 def test_model_is_incomplete_until_continued_when_its_download_was_killed(
     world: World, cut_off: Client, online: Client
 ) -> None:
-    """What the killed process left is never taken for a model; the next call with a network makes it one."""
+    """Files left by the killed process are never used as a model; the next call with a network completes them."""
     repo, half = world.serve("killed"), len(WEIGHTS) // 2
-    online.whole(world.id("killed"), weights=False)  # else it may die before there is anything of it in the cache
+    online.whole(world.id("killed"), weights=False)  # else it may die before any file is in the cache
     world.server.hold(repo, "model.safetensors", half)
     victim = world.client()
     victim.ask(world.id("killed"))
@@ -395,10 +395,10 @@ def test_model_is_incomplete_until_continued_when_its_download_was_killed(
     assert content(online.whole(world.id("killed"))) == FILES
 
 
-def test_download_of_which_only_the_end_is_missing_is_incomplete(world: World, cut_off: Client, online: Client) -> None:
-    """Every file is there and of its size, and may be of an earlier commit: nobody has checked it."""
+def test_download_that_was_not_confirmed_is_incomplete(world: World, cut_off: Client, online: Client) -> None:
+    """All files exist with the right size, but unchecked: they may be from an earlier commit."""
     if world.scheme == "hf":
-        pytest.skip("huggingface_hub keeps each commit in a folder of its own")
+        pytest.skip("huggingface_hub keeps each commit in its own folder")
     world.serve("unchecked")
     online.whole(world.id("unchecked"))
     (kept,) = [path for path in world.cache.rglob(".twinkle_serve/*.json") if "unchecked" in path.name]
@@ -407,12 +407,12 @@ def test_download_of_which_only_the_end_is_missing_is_incomplete(world: World, c
     assert cut_off.resolve(world.id("unchecked")).error == IncompleteModelError.__name__
     online.whole(world.id("unchecked"))
     assert cut_off.resolve(world.id("unchecked")).path
-    kept.write_text("{")  # what cannot be read counts for nothing
+    kept.write_text("{")  # an unreadable listing is ignored
     assert cut_off.resolve(world.id("unchecked")).path
 
 
 def test_modelscope_continues_within_a_file_when_called_again(world: World, online: Client) -> None:
-    """The call whose download broke names the file and the cause; the next asks only for the rest."""
+    """The interrupted call reports the file and the cause; the next one requests only the rest."""
     if world.scheme == "hf":
         pytest.skip("huggingface_hub drops a partial file when its call ends")
     repo, half = world.serve("continued"), len(WEIGHTS) // 2
@@ -430,7 +430,7 @@ def test_modelscope_continues_within_a_file_when_called_again(world: World, onli
 
 
 def sharded(folder: Path, *shards: str, index: str = "model.safetensors.index.json") -> Path:
-    """A model's directory whose index names three shards, of which some are there."""
+    """A model directory whose index lists three shards, some of which exist."""
     names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     (folder / "config.json").write_text("{}")
     (folder / index).write_text(json.dumps({"weight_map": {f"layer.{name}": name for name in names}}))
@@ -440,7 +440,7 @@ def sharded(folder: Path, *shards: str, index: str = "model.safetensors.index.js
 
 
 def test_directory_without_its_shards_is_incomplete(tmp_path: Path) -> None:
-    """Each missing one is named; without weights nobody needs them."""
+    """Every missing shard is listed; without weights they are not required."""
     sharded(tmp_path, "model-00001-of-00003.safetensors")
     with pytest.raises(IncompleteModelError, match="lacks 2 of the 3 files") as caught:
         hub.resolve(str(tmp_path))
@@ -448,8 +448,8 @@ def test_directory_without_its_shards_is_incomplete(tmp_path: Path) -> None:
     assert hub.resolve(str(tmp_path), weights=False) == tmp_path
 
 
-def test_directory_with_all_its_shards_is_used_as_it_is(tmp_path: Path) -> None:
-    """And a pickled set of weights may be absent where there are safetensors."""
+def test_directory_with_all_its_shards_is_used_unchanged(tmp_path: Path) -> None:
+    """Pickled weights may be absent if there are safetensors."""
     sharded(tmp_path, *(f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)))
     (tmp_path / "pytorch_model.bin.index.json").write_text('{"weight_map": {"layer": "pytorch_model-00001.bin"}}')
     assert hub.resolve(str(tmp_path)) == tmp_path
@@ -459,7 +459,7 @@ def test_directory_with_all_its_shards_is_used_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ['{"weight_map": {"a": "m.safe', "[]", '{"metadata": {}}', '{"weight_map": []}'])
 def test_directory_is_incomplete_when_its_index_cannot_be_read(tmp_path: Path, text: str) -> None:
-    """A copy that was cut off, or something else by that name."""
+    """A truncated copy, or a file with other content."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(IncompleteModelError, match=r"model\.safetensors\.index\.json does not name the model's shards"):
@@ -467,7 +467,7 @@ def test_directory_is_incomplete_when_its_index_cannot_be_read(tmp_path: Path, t
 
 
 def test_path_and_demo_have_no_revision(tmp_path: Path) -> None:
-    """It would be ignored in silence."""
+    """It would be ignored silently."""
     (tmp_path / "config.json").write_text("{}")
     for model_id in ("demo", str(tmp_path)):
         with pytest.raises(ModelNotFoundError, match="has no revision 'v2'"):
@@ -476,7 +476,7 @@ def test_path_and_demo_have_no_revision(tmp_path: Path) -> None:
 
 
 def test_importing_the_hub_loads_no_library() -> None:
-    """A service whose model is a path needs neither."""
+    """A service whose model is a path needs neither library."""
     loaded = "import sys, twinkle_serve.hub; print([m for m in ('huggingface_hub', 'modelscope') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True, timeout=ANSWER_S)
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Inputs of a call, packed by its caller."""
+"""Inputs of a call, packed by the caller."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from twinkle_serve.errors import PromptError
 COUNT = 2 * PIECE + 3
 
 
-def test_inputs_arrive_as_they_were() -> None:
-    """In their order, whatever their caller does to them meanwhile; and again, if they are sent again."""
+def test_inputs_arrive_unchanged() -> None:
+    """In order, even if the caller changes them meanwhile; and again, if they are sent again."""
     inputs = [{"input_ids": np.arange(i + 1), "user_data": {"id": i}} for i in range(COUNT)]
     packed = PackedInputs.of(inputs, pickle.Pickler)
     inputs[0]["user_data"]["id"] = 99
@@ -30,8 +30,8 @@ def test_inputs_arrive_as_they_were() -> None:
         assert [len(item["input_ids"]) for item in items] == list(range(1, COUNT + 1))
 
 
-def test_what_inputs_share_is_sent_once() -> None:
-    """And is one object there too; all of them may refer to one long text, or table."""
+def test_objects_shared_by_inputs_are_sent_once() -> None:
+    """They arrive as one object; all inputs may refer to one long text or table."""
     table = np.zeros(100_000)
     packed = PackedInputs.of([{"input_ids": [i], "user_data": table} for i in range(COUNT)], pickle.Pickler)
     assert len(pickle.dumps(packed)) < 1.1 * table.nbytes
@@ -40,32 +40,32 @@ def test_what_inputs_share_is_sent_once() -> None:
 
 
 @pytest.mark.parametrize("inputs", [[{"input_ids": [1]}], ({"input_ids": [1]},), deque([{"input_ids": [1]}])])
-def test_any_sequence_is_inputs(inputs: Any) -> None:
-    """One by one."""
+def test_any_sequence_is_a_list_of_inputs(inputs: Any) -> None:
+    """Its items are the inputs."""
     assert as_list(inputs) == [{"input_ids": [1]}]
 
 
 @pytest.mark.parametrize("one", [{"input_ids": [1]}, UserDict({"input_ids": [1]})])
-def test_one_mapping_is_one_input(one: Any) -> None:
-    """Not its keys."""
+def test_a_mapping_is_one_input(one: Any) -> None:
+    """Its keys are not inputs."""
     assert as_list(one) == [one]
 
 
 @pytest.mark.parametrize("none", ["text", b"text", None, 3, np.zeros(2)])
-def test_what_is_no_sequence_is_no_inputs(none: Any) -> None:
-    """Text is none either."""
+def test_other_types_are_not_inputs(none: Any) -> None:
+    """Text is not accepted either."""
     assert as_list(none) is None
 
 
 class OfTheCaller:
-    """A class that the service cannot make."""
+    """A class that the service cannot unpickle."""
 
     def __reduce__(self) -> Any:
         return int, ("x",)
 
 
 def test_inputs_that_cannot_be_sent_or_read_are_refused() -> None:
-    """With which they are, and what to send instead."""
+    """The message says which inputs, and what to send instead."""
     inputs: list[dict[str, Any]] = [{"input_ids": [i]} for i in range(PIECE + 3)]
     inputs[-1]["user_data"] = OfTheCaller()
     packed = PackedInputs.of(inputs, pickle.Pickler)

@@ -1,4 +1,4 @@
-"""Meshes and groups: sizes that make sense, and errors that name the one that does not."""
+"""Meshes and groups: valid sizes, and errors that name the invalid one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from twinkle_serve.errors import MeshError
 
 
 def test_mesh_arranges_ranks_in_the_order_fsdp_pp_dp_cp_tp() -> None:
-    """tp is innermost: neighbours in rank share a replica."""
+    """tp is innermost: neighbouring ranks share a replica."""
     mesh = DeviceMesh.from_sizes(tp_size=2, dp_size=3, pp_size=2)
     assert mesh.mesh_dim_names == ("pp", "dp", "tp")
     assert mesh.mesh.shape == (2, 3, 2)
@@ -24,7 +24,7 @@ def test_mesh_arranges_ranks_in_the_order_fsdp_pp_dp_cp_tp() -> None:
     assert mesh.devices_per_replica == 4
 
 
-def test_mesh_of_nothing_is_one_device() -> None:
+def test_mesh_without_sizes_is_one_device() -> None:
     """Every dimension defaults to 1."""
     mesh = DeviceMesh.from_sizes()
     assert (mesh.world_size, mesh.devices_per_replica) == (1, 1)
@@ -32,7 +32,7 @@ def test_mesh_of_nothing_is_one_device() -> None:
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 4))
 def test_mesh_world_size_is_the_product(dp: int, tp: int, pp: int) -> None:
-    """Said or derived, and wrong by one is an error."""
+    """Given or derived; any other value is an error."""
     sizes = {"dp_size": dp, "tp_size": tp, "pp_size": pp}
     product = math.prod(sizes.values())
     assert DeviceMesh.from_sizes(**sizes).world_size == product
@@ -42,21 +42,21 @@ def test_mesh_world_size_is_the_product(dp: int, tp: int, pp: int) -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, "2", True, float("nan"), np.float64(2)])
-def test_mesh_refuses_sizes_that_are_no_counts(value: Any) -> None:
+def test_mesh_refuses_invalid_sizes(value: Any) -> None:
     """The error names the dimension and the value."""
     with pytest.raises(MeshError, match=r"device_mesh.tp_size must be"):
         DeviceMesh.from_sizes(tp_size=value)
 
 
 def test_mesh_refuses_an_unknown_device_type() -> None:
-    """And lists the known ones."""
+    """The message lists the known ones."""
     with pytest.raises(MeshError, match="auto, cpu, cuda, got 'tpu'"):
         DeviceMesh.from_sizes(device_type="tpu")
 
 
 @pytest.mark.parametrize("name", ["fsdp", "cp", "ep", "etp", "vpp", "ulysses"])
 def test_mesh_refuses_training_dimensions_for_sampling(name: str) -> None:
-    """A sampler has dp, tp and pp; of the others only 1 passes."""
+    """A sampler has dp, tp and pp; other sizes must be 1."""
     DeviceMesh.from_sizes(**{f"{name}_size": 1}).require_sampling()
     with pytest.raises(MeshError, match=f"{name}_size=2: a sampler has"):
         DeviceMesh.from_sizes(**{f"{name}_size": 2}).require_sampling()
@@ -82,7 +82,7 @@ def test_group_counts_its_devices() -> None:
         {"name": "g", "ranks": 3, "gpus_per_worker": 0},
     ],
 )
-def test_group_refuses_what_is_no_group(bad: dict[str, Any]) -> None:
-    """A typed error each."""
+def test_group_refuses_invalid_arguments(bad: dict[str, Any]) -> None:
+    """Each raises a MeshError."""
     with pytest.raises(MeshError):
         DeviceGroup(**bad)

@@ -1,4 +1,4 @@
-"""The store's part of the model's own weights: whole versions, found again, and nothing of any other."""
+"""The store's part of the model's own weights: complete versions that survive a restart, and nothing of others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARTS = list(buckets(named_tensors(hub.DEMO), 2**20))
 
 @pytest.fixture(params=["memory", "directory", "url"])
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Disk | None:
-    """Where a store keeps its versions."""
+    """Storage of a store: its own memory or a state directory."""
     place = {"memory": None, "directory": str(tmp_path / "state"), "url": f"memory://{tmp_path}"}[request.param]
     return None if place is None else Disk(place)
 
@@ -38,7 +38,7 @@ def files_in(path: Path) -> set[str]:
 
 
 def test_buckets_are_bounded_and_hold_everything() -> None:
-    """Their headers say so, and no bucket is larger than asked for by more than its header, where no tensor is."""
+    """Shown by their headers; a bucket exceeds the requested size by its header at most, unless a tensor is larger."""
     largest = max(4 * int(np.prod(shape)) for shape in EXPECTED.values())
     for limit in (largest, 2**20, 2**40):
         parts = list(buckets(named_tensors(hub.DEMO), limit))
@@ -48,7 +48,7 @@ def test_buckets_are_bounded_and_hold_everything() -> None:
 
 
 def test_version_is_current_once_it_is_committed(disk: Disk | None) -> None:
-    """And the one before it is gone; its buckets come back as they were sent."""
+    """Its predecessor is gone; its buckets are returned unchanged."""
     store = ModelWeights(disk)
     assert store.recover() == (CHECKPOINT_VERSION, ["initial"])
     one = put(store, "one")
@@ -59,15 +59,15 @@ def test_version_is_current_once_it_is_committed(disk: Disk | None) -> None:
     two = put(store, "two")
     assert bytes(store.bucket(two, 0)) == PARTS[0].tobytes(), "engines load it before it is current"
     store.commit(two)
-    with pytest.raises(StoreError, match="no version 'one' any more; 'two' is current"):
+    with pytest.raises(StoreError, match="no longer has version 'one'; 'two' is current"):
         store.bucket(one, 0)
     for label in ("initial", "one", "two"):
         with pytest.raises(WeightsError, match="exists already"):
             store.begin(label, EXPECTED, set())
 
 
-def test_store_that_is_made_anew_has_the_current_version_alone(tmp_path: Path) -> None:
-    """Whatever was on its way when the last one died leaves nothing, not even files."""
+def test_new_store_on_the_same_directory_has_only_the_current_version(tmp_path: Path) -> None:
+    """An unfinished upload of the previous store leaves nothing, not even files."""
     store = ModelWeights(Disk(str(tmp_path)))
     one = put(store, "one")
     store.commit(one)
@@ -82,12 +82,12 @@ def test_store_that_is_made_anew_has_the_current_version_alone(tmp_path: Path) -
     sealed = put(again, "two")
     third = ModelWeights(Disk(str(tmp_path)))
     assert third.current() == one
-    with pytest.raises(StoreError, match="no version 'two' any more"):
+    with pytest.raises(StoreError, match="no longer has version 'two'"):
         third.commit(sealed)
 
 
-def test_what_is_sent_again_is_taken_once(disk: Disk | None) -> None:
-    """A caller who had no answer sends a call again."""
+def test_repeated_calls_are_idempotent(disk: Disk | None) -> None:
+    """A caller that got no answer sends a call again."""
     store = ModelWeights(disk)
     upload = store.begin("one", EXPECTED, set())
     for index, part in enumerate(PARTS):
@@ -100,8 +100,8 @@ def test_what_is_sent_again_is_taken_once(disk: Disk | None) -> None:
     assert store.recover() == (version, ["initial", "one"])
 
 
-def test_bucket_that_does_not_follow_is_refused(disk: Disk | None) -> None:
-    """One that was lost on its way is missed."""
+def test_bucket_out_of_order_is_refused(disk: Disk | None) -> None:
+    """A lost bucket is noticed."""
     store = ModelWeights(disk)
     upload = store.begin("one", EXPECTED, set())
     with pytest.raises(StoreError, match="bucket 1 of 'one' came after 0 buckets"):
@@ -119,8 +119,8 @@ def test_bucket_that_does_not_follow_is_refused(disk: Disk | None) -> None:
         (lambda part: np.full(64, 255, np.uint8), "cut off or damaged"),
     ],
 )
-def test_bucket_that_is_damaged_ends_the_update(disk: Disk | None, damage: Any, message: str) -> None:
-    """No part of it is kept."""
+def test_damaged_bucket_ends_the_update(disk: Disk | None, damage: Any, message: str) -> None:
+    """Nothing of the update is kept."""
     store = ModelWeights(disk)
     upload = store.begin("one", EXPECTED, set())
     store.append(upload, 0, PARTS[0])
@@ -132,8 +132,8 @@ def test_bucket_that_is_damaged_ends_the_update(disk: Disk | None, damage: Any, 
     assert not store._memory
 
 
-def test_file_that_was_changed_is_handed_to_nobody(tmp_path: Path) -> None:
-    """By hand, or by a disk that lies."""
+def test_changed_file_is_never_returned(tmp_path: Path) -> None:
+    """Edited by hand, or corrupted by the disk."""
     store = ModelWeights(Disk(str(tmp_path)))
     one = put(store, "one")
     store.commit(one)
@@ -146,15 +146,15 @@ def test_file_that_was_changed_is_handed_to_nobody(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}', '{"format": 1, "labels": [], "current": {"label": "a"}}'])
-def test_manifest_that_cannot_be_read_is_an_error(tmp_path: Path, text: str) -> None:
-    """Never a silent beginning anew."""
+def test_unreadable_manifest_is_an_error(tmp_path: Path, text: str) -> None:
+    """It is never silently replaced."""
     (tmp_path / "base.json").write_text(text)
     with pytest.raises(ConfigError, match=r"base\.json|format 2"):
         ModelWeights(Disk(str(tmp_path)))
 
 
-def test_disk_that_is_full_keeps_the_version_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The label is free again."""
+def test_full_disk_keeps_the_previous_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The label can be used again."""
     store = ModelWeights(Disk(str(tmp_path)))
     version = put(store, "one")
 
@@ -170,8 +170,8 @@ def test_disk_that_is_full_keeps_the_version_before(tmp_path: Path, monkeypatch:
     assert store.current() == version
 
 
-def test_store_that_forgets_begins_anew(tmp_path: Path) -> None:
-    """With the model's own files, and labels that are free."""
+def test_purged_store_starts_over(tmp_path: Path) -> None:
+    """With the model's checkpoint and no used labels."""
     store = ModelWeights(Disk(str(tmp_path)))
     store.commit(put(store, "one"))
     store.purge()

@@ -1,4 +1,4 @@
-"""Inputs of a call: what is taken, and what is refused with the reason."""
+"""Inputs of a call: valid ones, and refused ones with the reason."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def template() -> Template:
 
 
 def test_trajectory_is_rendered_up_to_the_assistants_turn(template: Template) -> None:
-    """By the model's own chat template; the input stays as it was."""
+    """By the model's own chat template; the input is unchanged."""
     before = copy.deepcopy(TRAJECTORY)
     (prompt,) = encode_inputs(TRAJECTORY, template)
     text = template.decode(prompt.ids)
@@ -36,13 +36,13 @@ def test_trajectory_is_rendered_up_to_the_assistants_turn(template: Template) ->
 
 @pytest.mark.parametrize("ids", [[1, 2, 3], (1, 2, 3), np.array([1, 2, 3]), np.array([1, 2, 3], np.uint8)])
 def test_input_feature_takes_lists_and_arrays(ids: Any, template: Template) -> None:
-    """And torch tensors, which numpy reads alike."""
+    """They give the same prompt."""
     (prompt,) = encode_inputs([{"input_ids": ids, "labels": ids}], template)
     assert prompt.ids.tolist() == [1, 2, 3] and prompt.ids.dtype == np.int32
 
 
 def test_input_feature_takes_torch_tensors(template: Template) -> None:
-    """One dimension each."""
+    """One-dimensional ones."""
     import torch
 
     (prompt,) = encode_inputs([{"input_ids": torch.tensor([4, 5]), "attention_mask": torch.ones(2)}], template)
@@ -73,22 +73,22 @@ def test_tools_reach_the_template(template: Template) -> None:
         ([{"messages": [{"content": "x"}]}], "messages[0] must be a dict with a role"),
         ([{"messages": [{"role": "user"}]}], "the chat template refuses the messages"),
         ([{**TRAJECTORY, "userdata": 1}], "unknown key of a Trajectory 'userdata', did you mean 'user_data'"),
-        ([{**TRAJECTORY, "images": ["x.png"]}], "inputs[0].images: this service samples from text alone"),
-        ([{"input_ids": [1], "pixel_values": np.ones(3)}], "pixel_values: this service samples from text alone"),
+        ([{**TRAJECTORY, "images": ["x.png"]}], "inputs[0].images: this service samples from text only"),
+        ([{"input_ids": [1], "pixel_values": np.ones(3)}], "pixel_values: this service samples from text only"),
         ([{"input_ids": [[1, 2]]}], "must have one dimension, got shape (1, 2)"),
         ([{"input_ids": [1.5]}], "must be whole numbers, got float64"),
         ([{"input_ids": [True]}], "must be whole numbers, got bool"),
         ([{"input_ids": [1, 2], "attention_mask": [0, 1]}], "hides 1 of 2 tokens"),
         ([{"input_ids": [1, 2], "attention_mask": [1]}], "attention_mask has shape (1,), input_ids (2,)"),
-        ([{"input_ids": [1], "attention_mask": [[1], [1, 1]]}], "attention_mask is no array of numbers"),
-        ([{"input_ids": [[1, 2], [3]]}], "input_ids is no array of numbers"),
-        ([{**TRAJECTORY, "images": 5}], "images: this service samples from text alone"),
-        ([{"input_ids": [-1]}], "holds -1, which is no token id"),
-        ([{"input_ids": [2**40]}], f"holds {2**40}, which is no token id"),
+        ([{"input_ids": [1], "attention_mask": [[1], [1, 1]]}], "attention_mask is not an array of numbers"),
+        ([{"input_ids": [[1, 2], [3]]}], "input_ids is not an array of numbers"),
+        ([{**TRAJECTORY, "images": 5}], "images: this service samples from text only"),
+        ([{"input_ids": [-1]}], "contains -1, which is not a token id"),
+        ([{"input_ids": [2**40]}], f"contains {2**40}, which is not a token id"),
     ],
 )
-def test_input_that_is_no_prompt_is_refused(inputs: Any, message: str, template: Template) -> None:
-    """With its place, its value and the remedy."""
+def test_invalid_input_is_refused(inputs: Any, message: str, template: Template) -> None:
+    """The message has its position, its value and the remedy."""
     with pytest.raises(PromptError) as caught:
         encode_inputs(inputs, template)
     assert message in str(caught.value)
@@ -119,17 +119,17 @@ INFO = EngineInfo(
         ([1], {"prompt_logprobs": 6}, SamplingParamsError, "prompt_logprobs=6, the engine returns at most 5"),
     ],
 )
-def test_prompt_that_the_engine_cannot_take_is_refused(
+def test_prompt_that_the_engine_does_not_support_is_refused(
     ids: list[int], params: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    """Before it is sent, with both numbers."""
+    """Before it is sent; the message has both numbers."""
     with pytest.raises(error) as caught:
         check_fits(INFO, np.array(ids, np.int32), SamplingParams(**params), "inputs[0]")
     assert message in str(caught.value)
 
 
-def test_prompt_that_fills_the_context_can_be_scored_where_the_engine_can() -> None:
-    """max_tokens=0 samples nothing, so torch needs no room for it; vLLM does. 9 of 10 leave room for one token."""
+def test_prompt_that_fills_the_context_can_be_scored_if_the_engine_supports_it() -> None:
+    """With max_tokens=0 torch needs no room for a sampled token; vLLM does. 9 of 10 leave room for one."""
     check_fits(INFO, np.ones(10, np.int32), SamplingParams(max_tokens=0))
     check_fits(INFO, np.ones(9, np.int32), SamplingParams())
     with pytest.raises(PromptError, match="10 tokens, the context holds 10, one of them for a sampled token"):

@@ -1,4 +1,4 @@
-"""Which devices each group takes: listed ranks, counts, visible devices, workers on a node, and who holds what."""
+"""Allocation of devices to groups: listed ranks, counts, visible devices, workers on a node, and holders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from twinkle_serve.remote.allocation import Slot, allocate, check_requests
 
 
 def slots(*nodes: int, held: dict[int, str] | None = None) -> list[Slot]:
-    """So many GPUs on each node; `held` by rank."""
+    """Slots with the given number of GPUs on each node; `held` by rank."""
     devices = [Device(f"node{n}", f"10.0.0.{n}", str(i)) for n, count in enumerate(nodes) for i in range(count)]
     return [Slot(device, (held or {}).get(rank)) for rank, device in enumerate(devices)]
 
@@ -28,8 +28,8 @@ def ranks(taken: tuple[Device, ...], all_slots: list[Slot]) -> list[int]:
     return [[slot.device for slot in all_slots].index(device) for device in taken]
 
 
-def test_count_takes_what_no_list_claims() -> None:
-    """Listed ranks go first, whatever the order of the groups."""
+def test_count_takes_devices_that_no_list_claims() -> None:
+    """Listed ranks are served first, in any order of the groups."""
     cluster = slots(4)
     taken = allocate([gpu("sampler", 2), gpu("actor", [1, 0])], cluster, "GPUs")
     assert ranks(taken["actor"], cluster) == [1, 0]
@@ -37,20 +37,20 @@ def test_count_takes_what_no_list_claims() -> None:
 
 
 def test_count_prefers_one_node_when_one_has_enough() -> None:
-    """Engines of a group do not span nodes, so neither should it where it need not."""
+    """Engines of a group cannot span nodes, so a group should not either if it can avoid it."""
     cluster = slots(3, 4)
     assert ranks(allocate([gpu("sampler", 4)], cluster, "GPUs")["sampler"], cluster) == [3, 4, 5, 6]
 
 
 def test_count_keeps_workers_on_a_node_when_it_spans_several() -> None:
-    """Three and three in workers of two: one GPU of the first node is left out."""
+    """Three and three GPUs in workers of two: one GPU of the first node is not used."""
     cluster = slots(3, 3)
     taken = allocate([gpu("actor", 4, gpus_per_worker=2)], cluster, "GPUs")
     assert ranks(taken["actor"], cluster) == [0, 1, 3, 4]
 
 
-def test_count_skips_what_is_held_or_not_visible() -> None:
-    """Rank 0 is another group's, GPU 1 is not visible."""
+def test_count_skips_held_and_invisible_devices() -> None:
+    """Rank 0 is held by another group, GPU 1 is not visible."""
     cluster = slots(4, held={0: "group 'other'"})
     taken = allocate([gpu("sampler", 2, visible_devices="0, 2,3")], cluster, "GPUs")
     assert ranks(taken["sampler"], cluster) == [2, 3]
@@ -59,35 +59,35 @@ def test_count_skips_what_is_held_or_not_visible() -> None:
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        (gpu("a", 4), r"needs 4 GPUs, 3 of the cluster's 4 can be had \(1 held by group 'b'\)"),
+        (gpu("a", 4), r"needs 4 GPUs, 3 of the cluster's 4 are free \(1 held by group 'b'\)"),
         (gpu("a", 3, visible_devices="1"), "needs 3 GPUs of visible_devices='1', 2 of"),
         (gpu("a", [0]), r"rank 0 of DeviceGroup 'a' \(GPU 0 of 10.0.0.0\) is held by group 'b'"),
-        (gpu("a", [1], visible_devices="2"), "rank 1 .* is not among its visible_devices='2'"),
+        (gpu("a", [1], visible_devices="2"), "rank 1 .* is not in its visible_devices='2'"),
         (
             gpu("a", [1, 2], gpus_per_worker=2),
             "worker 0 with gpus_per_worker=2 would span the nodes 10.0.0.0, 10.0.0.1",
         ),
     ],
 )
-def test_allocation_refuses_what_cannot_be_had(group: DeviceGroup, message: str) -> None:
-    """Two nodes of two GPUs, the first GPU taken."""
+def test_allocation_refuses_unavailable_devices(group: DeviceGroup, message: str) -> None:
+    """Two nodes of two GPUs, the first GPU is held."""
     with pytest.raises(MeshError, match=message):
         allocate([group], slots(2, 2, held={0: "group 'b'"}), "GPUs")
 
 
 def test_allocation_counts_cores_that_others_use_without_naming_them() -> None:
-    """Ray counts CPUs: one of two is in use, and either core can still be had, but not both."""
+    """Ray only counts CPUs: with one of two in use, either core is available, but not both."""
     one = DeviceGroup("a", [1], device_type="cpu")
     assert allocate([one], slots(2), "cores", {"node0": 1})["a"][0].id == "1"
     with pytest.raises(MeshError, match="needs 2 cores, 1 of the cluster's 2"):
         allocate([DeviceGroup("a", 2, device_type="cpu")], slots(2), "cores", {"node0": 1})
-    with pytest.raises(MeshError, match="held by somebody else"):
+    with pytest.raises(MeshError, match="held by another process"):
         allocate([DeviceGroup("a", [0, 1], device_type="cpu")], slots(2), "cores", {"node0": 1})
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.lists(st.integers(0, 4), min_size=1, max_size=3))
 def test_groups_never_share_a_device(counts: list[int], nodes: list[int]) -> None:
-    """All get what they asked for, disjoint, or there were too few."""
+    """All get the requested number, disjoint, or there are too few devices."""
     cluster = slots(*nodes)
     groups = [gpu(f"g{i}", count) for i, count in enumerate(counts)]
     if sum(counts) > len(cluster):
@@ -108,12 +108,14 @@ def test_groups_never_share_a_device(counts: list[int], nodes: list[int]) -> Non
         ([DeviceGroup("c", 1, device_type="cpu", visible_devices="0")], "visible_devices='0' chooses GPUs"),
     ],
 )
-def test_requests_are_refused_when_no_such_cluster_can_serve_them(groups: list[DeviceGroup], message: str) -> None:
-    """Before anything is taken."""
+def test_requests_are_refused_when_no_cluster_of_this_size_can_serve_them(
+    groups: list[DeviceGroup], message: str
+) -> None:
+    """Before any device is reserved."""
     with pytest.raises(MeshError, match=message):
         check_requests(groups, {"cuda": 4, "cpu": 2})
 
 
-def test_requests_count_ranks_of_cores_and_gpus_apart() -> None:
-    """Core 0 and GPU 0 are two devices."""
+def test_requests_count_ranks_of_cores_and_gpus_separately() -> None:
+    """Core 0 and GPU 0 are different devices."""
     check_requests([gpu("a", [0]), DeviceGroup("c", [0], device_type="cpu")], {"cuda": 1, "cpu": 1})

@@ -1,4 +1,4 @@
-"""Remote classes without Ray: plain classes, and what is refused when they are decorated."""
+"""Remote classes without Ray: plain classes, and errors at decoration."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Adder:
 
 @remote_class()
 class Bare:
-    """Takes neither group nor mesh."""
+    """Has parameters for neither group nor mesh."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.received = (args, kwargs)
@@ -50,7 +50,7 @@ def session() -> Iterator[None]:
 
 
 def test_class_is_plain_without_a_group() -> None:
-    """Before any initialize, and with its methods as they were written."""
+    """Before initialize; its methods behave as written."""
     adder = Adder(2)
     assert type(adder) is Adder and isinstance(adder, Adder)
     assert adder.add([1, 2, 3]) == [3, 4, 5]
@@ -58,7 +58,7 @@ def test_class_is_plain_without_a_group() -> None:
 
 
 def test_class_ignores_its_group_in_mode_local(caplog: pytest.LogCaptureFixture) -> None:
-    """The same script runs in one process, and says that groups reserve nothing."""
+    """The same script runs in one process, and logs that groups reserve nothing."""
     with caplog.at_level(logging.INFO, "twinkle_serve.remote"):
         initialize("local", groups=[DeviceGroup("sampler", 4)])
     assert "sampler reserve nothing" in caplog.text
@@ -67,13 +67,13 @@ def test_class_ignores_its_group_in_mode_local(caplog: pytest.LogCaptureFixture)
 
 
 def test_class_refuses_a_group_before_initialize() -> None:
-    """Nobody can have reserved it."""
+    """No group can exist yet."""
     with pytest.raises(ConfigError, match=r"Adder\(remote_group='sampler'\) before initialize"):
         Adder(2, remote_group="sampler")  # type: ignore[call-arg]
 
 
-def test_class_gets_its_mesh_only_where_it_asks_for_one() -> None:
-    """What only the decorator reads does not reach a constructor that does not name it."""
+def test_class_gets_its_mesh_only_if_it_has_a_parameter_for_it() -> None:
+    """The decorator's arguments are not passed to constructors without these parameters."""
     mesh = DeviceMesh.from_sizes(dp_size=2)
     assert Adder(1, mesh).mesh is mesh
     assert Adder(1, device_mesh=mesh).mesh is mesh
@@ -83,7 +83,7 @@ def test_class_gets_its_mesh_only_where_it_asks_for_one() -> None:
 
 
 def test_lazy_result_is_the_same_in_mode_local() -> None:
-    """Called for its value, and resolved where it is an argument."""
+    """It is called for its value, and resolved as an argument."""
     adder = Adder(2)
     lazy: Any = adder.later([1])
     assert isinstance(lazy, LazyResult)
@@ -93,12 +93,12 @@ def test_lazy_result_is_the_same_in_mode_local() -> None:
 
 
 def test_instances_pickle_when_plain() -> None:
-    """The constructor that the decorator put in does not stand in the way."""
+    """Despite the decorator's constructor."""
     assert pickle.loads(pickle.dumps(Adder(3))).amount == 3
 
 
 def test_subclass_of_a_remote_class_is_plain_without_a_group() -> None:
-    """Its own constructor decides what it takes."""
+    """Its own constructor defines its arguments."""
 
     class Twice(Adder):
         def __init__(self) -> None:
@@ -133,8 +133,8 @@ def test_subclass_keeps_the_hook_of_its_class() -> None:
     assert seen == [("Inherits", 0), ("A", 1), ("B", 2)]
 
 
-def test_initialize_seeds_what_has_been_imported() -> None:
-    """The same numbers again."""
+def test_initialize_seeds_the_imported_libraries() -> None:
+    """They produce the same numbers again."""
     initialize(seed=7)
     first = (random.random(), np.random.rand())
     initialize(seed=7)
@@ -146,20 +146,20 @@ def test_initialize_seeds_what_has_been_imported() -> None:
     [
         ({"mode": "rey"}, ConfigError, "unknown mode 'rey', did you mean 'ray'"),
         ({"full_determinism": True}, ConfigError, "full_determinism is not supported"),
-        ({"nproc_per_node": 0}, ConfigError, "nproc_per_node must be a whole number of at least 1, got 0"),
-        ({"groups": [{"name": "a"}]}, ConfigError, "groups are DeviceGroup"),
+        ({"nproc_per_node": 0}, ConfigError, "nproc_per_node must be at least 1, got 0"),
+        ({"groups": [{"name": "a"}]}, ConfigError, "groups must be DeviceGroup"),
         ({"groups": [DeviceGroup("a", 1), DeviceGroup("a", 2)]}, MeshError, "two DeviceGroups have the name 'a'"),
     ],
 )
-def test_initialize_refuses_what_means_nothing(arguments: dict[str, Any], error: type, message: str) -> None:
-    """And leaves the process as it was."""
+def test_initialize_refuses_invalid_arguments(arguments: dict[str, Any], error: type, message: str) -> None:
+    """The process's state is unchanged."""
     with pytest.raises(error, match=message):
         initialize(**arguments)
     assert not is_initialized()
 
 
-def test_decorators_refuse_what_cannot_be_remote() -> None:
-    """When the class is read, not when it is first called."""
+def test_decorators_refuse_unsupported_functions() -> None:
+    """At decoration, not at the first call."""
     with pytest.raises(ConfigError, match="unknown execute 'some'"):
         remote_class(execute="some")
     with pytest.raises(ConfigError, match=r"write @remote_class\(\) above Adder"):
@@ -172,7 +172,11 @@ def test_decorators_refuse_what_cannot_be_remote() -> None:
 
     def __iter__(self: Any) -> Any: ...
 
-    for function, message in ((asynchronous, "async"), (generator, "generator"), (__iter__, "__iter__ cannot")):
+    for function, message in (
+        (asynchronous, "async"),
+        (generator, "generator"),
+        (__iter__, "__iter__ is not supported"),
+    ):
         with pytest.raises(ConfigError, match=message):
             remote_function()(function)
     with pytest.raises(ConfigError, match="plain method"):
@@ -180,7 +184,7 @@ def test_decorators_refuse_what_cannot_be_remote() -> None:
 
 
 def test_import_loads_neither_ray_nor_torch() -> None:
-    """They take seconds, and mode local needs none."""
+    """They take seconds, and mode local needs neither."""
     code = "import sys, twinkle_serve.remote as r; r.initialize('local'); print({'ray', 'torch'} & set(sys.modules))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert answer.stdout.strip() == "set()"

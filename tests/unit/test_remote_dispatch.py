@@ -1,4 +1,4 @@
-"""Who is called with what, and what becomes of the answers: every item once, whatever the mesh and the batch."""
+"""Planned calls and collected answers: every item once, for any mesh and batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FOUR = Layout.data_parallel(4)
 
 
 def run(modes: Modes, layout: Layout, function: Any, *args: Any, **kwargs: Any) -> Any:
-    """What the caller gets when every worker runs `function`."""
+    """Returns the caller's result if every worker runs `function`."""
     planned = plan(modes, layout, args, kwargs)
     answers = {call.order: function(*call.args, **call.kwargs) for call in planned.calls}
     ordered = [answers[order] for order in sorted(order for order in answers if order is not None)]
@@ -29,7 +29,7 @@ def run(modes: Modes, layout: Layout, function: Any, *args: Any, **kwargs: Any) 
 
 
 def called(planned: Plan) -> dict[int, Any]:
-    """The first argument of every worker that is called."""
+    """Returns the first argument of every called worker."""
     return {call.worker: call.args[0] for call in planned.calls}
 
 
@@ -49,26 +49,26 @@ def square(batch: list[int]) -> list[int]:
 def test_slices_return_every_item_once_in_order(
     batch: list[int], dp: int, tp: int, pp: int, fsdp: int, dispatch: str, sync: bool
 ) -> None:
-    """As one worker with the whole batch, whatever the mesh; no batch is too small, or empty."""
+    """As one worker with the whole batch, for any mesh, with small and empty batches too."""
     layout = Layout.of(DeviceMesh.from_sizes(dp_size=dp, tp_size=tp, pp_size=pp, fsdp_size=fsdp))
     assert run(Modes(dispatch, "all", "flatten", sync), layout, square, batch) == square(batch)
 
 
 def test_slice_dp_gives_both_workers_of_a_replica_the_same_and_collects_once() -> None:
-    """dp 2 x tp 2 returned every result twice in Twinkle."""
+    """In Twinkle, dp 2 x tp 2 returned every result twice."""
     planned = plan(Modes("slice_dp"), DP2_TP2, ([1, 2, 3],), {})
     assert called(planned) == {0: [1, 2], 1: [1, 2], 2: [3], 3: [3]}
     assert [call.order for call in planned.calls] == [0, None, 1, None]
 
 
-def test_slice_gives_every_worker_its_own() -> None:
+def test_slice_gives_every_worker_its_own_share() -> None:
     """Also within a replica."""
     planned = plan(Modes("slice"), DP2_TP2, ([1, 2, 3, 4, 5],), {})
     assert called(planned) == {0: [1, 2], 1: [3], 2: [4], 3: [5]}
 
 
-def test_slice_leaves_workers_without_a_share_alone() -> None:
-    """Two items, four workers: two calls; a collective method calls all, and nothing of the idle is collected."""
+def test_slice_does_not_call_workers_without_a_share() -> None:
+    """Two items, four workers: two calls; a collective method calls all, and answers of idle ones are dropped."""
     assert called(plan(Modes("slice"), FOUR, ([1, 2],), {})) == {0: [1], 1: [2]}
     collective = plan(Modes("slice", sync=True), FOUR, ([1, 2],), {})
     assert called(collective) == {0: [1], 1: [2], 2: [], 3: []}
@@ -76,7 +76,7 @@ def test_slice_leaves_workers_without_a_share_alone() -> None:
 
 
 def test_slice_keeps_a_dict_and_a_string_whole() -> None:
-    """One dict's messages were split across workers in Twinkle."""
+    """In Twinkle, the messages of one dict were split across workers."""
     item = {"messages": [1, 2, 3, 4]}
     for whole in (item, "abcd", np.arange(4), Pair(1, 2), None):
         planned = plan(Modes("slice"), FOUR, ([1, 2], whole), {"also": whole})
@@ -84,8 +84,8 @@ def test_slice_keeps_a_dict_and_a_string_whole() -> None:
     assert set(called(plan(Modes("slice"), FOUR, (item,), {}))) == {0, 1, 2, 3}
 
 
-def test_slice_cuts_tuples_and_keywords_alike() -> None:
-    """A tuple's slices are tuples."""
+def test_slice_splits_tuples_and_keywords_too() -> None:
+    """Slices of a tuple are tuples."""
     planned = plan(Modes("slice"), Layout.data_parallel(2), ((1, 2, 3),), {"weights": [4, 5, 6]})
     assert [(call.args, call.kwargs) for call in planned.calls] == [
         (((1, 2),), {"weights": [4, 5]}),
@@ -94,13 +94,13 @@ def test_slice_cuts_tuples_and_keywords_alike() -> None:
 
 
 def test_slice_refuses_lists_of_different_lengths() -> None:
-    """A list that is no batch would be cut to pieces in silence."""
+    """A list that is not a batch would be split silently."""
     with pytest.raises(RequestError, match="argument 0 has 4, stop has 2"):
         plan(Modes("slice"), FOUR, ([1, 2, 3, 4],), {"stop": ["a", "b"]})
 
 
-def test_empty_batch_calls_nobody_when_the_result_is_a_list() -> None:
-    """And one replica where nothing could be returned otherwise."""
+def test_empty_batch_calls_no_worker_when_the_result_is_a_list() -> None:
+    """And one replica if the result needs an answer."""
     assert plan(Modes("slice_dp", collect="flatten"), DP2_TP2, ([],), {}).calls == ()
     assert run(Modes("slice", collect="none"), FOUR, square, []) == []
     assert run(Modes("slice_dp", collect="sum"), DP2_TP2, len, []) == 0
@@ -115,13 +115,13 @@ def test_all_calls_every_worker_and_collects_one_of_each_replica() -> None:
 
 
 def test_first_calls_one_worker_with_the_whole_batch() -> None:
-    """Whatever the dispatch, and its answer is no list of one."""
+    """For any dispatch; its answer is not wrapped in a list."""
     assert called(plan(Modes("slice", "first"), FOUR, ([1, 2],), {})) == {0: [1, 2]}
     assert run(Modes("slice", "first"), FOUR, square, [1, 2]) == [1, 4]
 
 
 def test_none_returns_a_list_even_when_one_worker_has_a_share() -> None:
-    """The shape of a result does not depend on the size of the batch, only on the mesh."""
+    """The form of a result depends on the mesh, not on the size of the batch."""
     assert run(Modes("slice"), FOUR, square, [3]) == [[9]]
     assert run(Modes("slice_dp"), Layout.of(DeviceMesh.from_sizes(tp_size=2)), square, [3]) == [9]
     assert run(Modes("slice"), Layout.data_parallel(1), square, []) == []
@@ -135,26 +135,26 @@ def test_last_pp_collects_the_last_stage() -> None:
 
 
 def test_dispatch_function_gives_each_worker_its_arguments() -> None:
-    """As documented: length, i, args, kwargs, device_mesh; and all answers count."""
+    """As documented: length, i, args, kwargs, device_mesh; all answers are collected."""
 
     def every_other(length: int, i: int, args: Any, kwargs: Any, device_mesh: DeviceMesh) -> Any:
         assert device_mesh.world_size == length
         return (args[0][i::length],), kwargs
 
     assert run(Modes(every_other, collect="none"), DP2_TP2, square, [1, 2, 3, 4, 5]) == [[1, 25], [4], [9], [16]]
-    with pytest.raises(RequestError, match="returns \\(args, kwargs\\)"):
+    with pytest.raises(RequestError, match="must return \\(args, kwargs\\)"):
         run(Modes(lambda length, i, args, kwargs, mesh: args), FOUR, square, [1])
 
 
-def test_peers_share_workers_out() -> None:
-    """Each caller has its own; more callers than workers share them."""
+def test_peers_divide_workers() -> None:
+    """Each caller gets its own; more callers than workers share them."""
     assert [peers(5, rank, 2) for rank in range(2)] == [[0, 1, 2], [3, 4]]
     assert [peers(2, rank, 3) for rank in range(3)] == [[0], [1], [0]]
     assert called(plan(Modes("slice", "peer"), FOUR, ([1, 2],), {}, caller=(1, 2))) == {2: [1], 3: [2]}
 
 
-def test_layout_joins_what_ulysses_shares() -> None:
-    """Four dp ranks in sequences of two: two parts of the data."""
+def test_layout_joins_ranks_that_ulysses_shares() -> None:
+    """Four dp ranks, two per sequence: two parts of the data."""
     assert Layout.of(DeviceMesh.from_sizes(dp_size=4, ulysses_size=2)).data_ranks == (0, 0, 1, 1)
     with pytest.raises(MeshError, match=r"ulysses_size=2 does not divide its 3"):
         Layout.of(DeviceMesh.from_sizes(dp_size=3, ulysses_size=2))
@@ -166,12 +166,12 @@ def test_layout_counts_fsdp_as_data_as_twinkle_does() -> None:
 
 
 def test_layout_of_workers_with_several_gpus() -> None:
-    """A worker is a replica of two; two replicas in one are refused."""
+    """A worker is a replica of two GPUs; two replicas in one worker are refused."""
     mesh = DeviceMesh.from_sizes(dp_size=2, tp_size=2)
     assert Layout.of(mesh, 2).data_ranks == (0, 1)
     with pytest.raises(MeshError, match="2 data-parallel ranks"):
         Layout.of(mesh, 4)
-    with pytest.raises(MeshError, match="4 devices cannot be shared out"):
+    with pytest.raises(MeshError, match="4 devices cannot be divided"):
         Layout.of(mesh, 3)
 
 
@@ -186,8 +186,8 @@ def test_layout_of_workers_with_several_gpus() -> None:
         ({"sync": True, "execute": "first"}, "sync=True calls every worker"),
     ],
 )
-def test_modes_refuse_what_does_not_exist(wrong: dict[str, Any], message: str) -> None:
-    """At decoration, with what there is."""
+def test_unknown_modes_are_refused(wrong: dict[str, Any], message: str) -> None:
+    """At decoration, with the known ones."""
     with pytest.raises(ConfigError, match=message):
         Modes(**wrong)
 
@@ -209,20 +209,20 @@ def test_modes_refuse_what_does_not_exist(wrong: dict[str, Any], message: str) -
     ],
 )
 def test_collect_joins_answers(method: Any, answers: list[Any], expected: Any) -> None:
-    """To what one worker would have returned."""
+    """To the result of a single worker."""
     assert collect(method, answers, single=False, mesh=DP2_TP2.mesh) == expected
 
 
 def test_collect_joins_arrays() -> None:
-    """End to end, or elementwise."""
+    """Concatenated, or elementwise."""
     one, two = np.array([1.0, 2.0]), np.array([3.0, 5.0])
     mesh = DP2_TP2.mesh
     assert collect("flatten", [one, two], single=False, mesh=mesh).tolist() == [1, 2, 3, 5]
     assert collect("mean", [one, two], single=False, mesh=mesh).tolist() == [2, 3.5]
 
 
-def test_collect_leaves_the_answer_of_a_single_worker_alone() -> None:
-    """Whatever it is: as in mode local."""
+def test_collect_returns_the_answer_of_a_single_worker_unchanged() -> None:
+    """Of any type, as in mode local."""
     thing = object()
     for method in ("flatten", "mean", "sum", "first", "none", "last_pp"):
         assert collect(method, [thing], single=True, mesh=DP2_TP2.mesh) is thing
@@ -237,7 +237,7 @@ def test_collect_leaves_the_answer_of_a_single_worker_alone() -> None:
         ("sum", [np.zeros(2), np.zeros(3)], "elementwise"),
     ],
 )
-def test_collect_refuses_what_it_cannot_join(method: str, answers: list[Any], message: str) -> None:
-    """A dict's keys are no result, and a list's mean is ambiguous."""
+def test_collect_refuses_answers_that_it_cannot_join(method: str, answers: list[Any], message: str) -> None:
+    """Dicts with other keys have no joint result, and the mean of a list is ambiguous."""
     with pytest.raises(RequestError, match=message):
         collect(method, answers, single=False, mesh=DP2_TP2.mesh)

@@ -1,4 +1,4 @@
-"""Samples as columns, and the response as callers read it."""
+"""Samples as columns, and the response that callers read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from twinkle_serve.data_format.messages import MessageParser, Turn
 
 
 def columns(group: int, texts: list[str], *, first: int = 0, width: int = 1, scored: bool = False) -> SampleColumns:
-    """One sample a text, one token a character."""
+    """One sample per text, one token per character."""
     tokens = np.array([ord(c) for text in texts for c in text], np.int32)
     scores = PromptScores(
         logprobs=np.array([np.nan, -group], np.float32),
@@ -69,7 +69,7 @@ def test_sequences_are_flat_and_prompt_major(two_prompts: SampleResponse) -> Non
 
 
 def test_response_iterates_by_prompt(two_prompts: SampleResponse) -> None:
-    """Each part is a response to one prompt, with that prompt's scores."""
+    """Each part is the response to one prompt, with that prompt's scores."""
     assert len(two_prompts) == 2
     assert [[seq.decoded for seq in part.sequences] for part in two_prompts] == [["abc", "d"], ["ef", ""]]
     assert two_prompts[-1].prompt_token_ids == [3, 4]
@@ -81,15 +81,15 @@ def test_response_iterates_by_prompt(two_prompts: SampleResponse) -> None:
         two_prompts[2]
 
 
-def test_response_of_several_prompts_has_no_single_prompt(two_prompts: SampleResponse) -> None:
-    """What is of one prompt says so."""
+def test_properties_of_one_prompt_raise_for_a_response_of_several(two_prompts: SampleResponse) -> None:
+    """The message says how to select a prompt."""
     for name in ("prompt_token_ids", "prompt_logprobs", "topk_prompt_logprobs", "prompt_index"):
-        with pytest.raises(ValueError, match=f"{name} is of one prompt, this response has 2"):
+        with pytest.raises(ValueError, match=f"{name} needs a response to one prompt, this one has 2"):
             getattr(two_prompts, name)
 
 
-def test_logprobs_name_no_token_twice() -> None:
-    """The sampled token first, the others of the k likeliest after it."""
+def test_logprobs_list_no_token_twice() -> None:
+    """The sampled token first, then the others of the k likeliest."""
     one = response([columns(0, ["a"], width=4)], [{"input_ids": [1]}], [[1]])
     assert one.sequences[0].logprobs == [[(97, -97.0), (98, -97.0)]]
     none = response([columns(0, ["a"], width=0)], [{"input_ids": [1]}], [[1]])
@@ -97,7 +97,7 @@ def test_logprobs_name_no_token_twice() -> None:
 
 
 def test_new_input_feature_continues_the_prompt() -> None:
-    """Labels rolled left by one; the prompt's other keys carried over; nothing of the caller's changed."""
+    """Labels are rolled left by one; other keys are copied; the caller's data is unchanged."""
     source = {"input_ids": [1, 2, 3], "reward_id": 9}
     one = response([columns(0, [chr(7) + chr(8)])], [source], [[1, 2, 3]])
     assert one.sequences[0].new_input_feature == {
@@ -112,7 +112,7 @@ def test_new_input_feature_continues_the_prompt() -> None:
 
 
 def test_new_input_feature_needs_the_input(two_prompts: SampleResponse) -> None:
-    """Which a call by handle can leave out; the rest of the response is as always."""
+    """Calls by handle can leave inputs out; the rest of the response is the same."""
     without = replace(two_prompts, inputs=[])
     assert without[1].sequences[0].tokens == two_prompts[1].sequences[0].tokens
     with pytest.raises(ValueError, match="return_inputs=False"):
@@ -120,7 +120,7 @@ def test_new_input_feature_needs_the_input(two_prompts: SampleResponse) -> None:
 
 
 def test_new_input_feature_appends_the_assistants_turn() -> None:
-    """Without special tokens in its content; messages of the caller stay as they were."""
+    """Without special tokens in its content; the caller's messages are unchanged."""
     source = {"messages": [{"role": "user", "content": "hi"}], "user_data": {"id": 3}}
     one = response([columns(0, ["42<|im_end|>"])], [source], [[1]])
     feature: Any = one.sequences[0].new_input_feature
@@ -129,8 +129,8 @@ def test_new_input_feature_appends_the_assistants_turn() -> None:
     assert len(source["messages"]) == 1
 
 
-def test_part_of_a_response_keeps_what_its_prompt_holds() -> None:
-    """A turn's opening, where its first tokens are, and the labels before it: of its own prompt."""
+def test_part_of_a_response_keeps_the_turn_of_its_prompt() -> None:
+    """The opening, the position of the first sampled token, and the labels of that prompt."""
     parser = MessageParser(reasoning=("<think>", "</think>"))
     inputs: list[dict[str, Any]] = [{"messages": [{"role": "user", "content": "hi"}]} for _ in range(2)]
     turns = (Turn(), Turn(opening="<think>", labels=np.array([-100, 9], np.int64)))
@@ -146,7 +146,7 @@ def test_part_of_a_response_keeps_what_its_prompt_holds() -> None:
 
 
 def test_features_of_two_samples_share_nothing() -> None:
-    """What a caller does to one is not done to the other, nor to the input."""
+    """Changing one does not change the other, nor the input."""
     source: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "user_data": {"ids": [3]}}
     made = response([columns(0, ["a", "b"])], [source], [[1]])
     one, other = (cast(Any, seq.new_input_feature) for seq in made.sequences)
@@ -159,7 +159,7 @@ def test_features_of_two_samples_share_nothing() -> None:
 
 
 def test_response_survives_pickling(two_prompts: SampleResponse) -> None:
-    """As it crosses between processes; what was made on demand is made again there."""
+    """Between processes; cached properties are computed again there."""
     assert two_prompts.sequences
     for made in (
         two_prompts,
@@ -178,8 +178,8 @@ texts = st.lists(st.text("abc", max_size=4), min_size=1, max_size=3)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), texts), min_size=1, max_size=6), st.sampled_from([0, 1, 3]), st.randoms())
-def test_regrouped_sorts_whatever_order_parts_came_in(parts: list[tuple[int, list[str]]], width: int, rng: Any) -> None:
-    """Every sample keeps its own tokens, logprobs, seed and text; groups not named are left out."""
+def test_regrouped_sorts_parts_that_came_in_any_order(parts: list[tuple[int, list[str]]], width: int, rng: Any) -> None:
+    """Every sample keeps its own tokens, logprobs, seed and text; other groups are left out."""
     made, count = [], dict.fromkeys(range(10), 0)
     for group, part in parts:
         made.append(columns(group, part, first=count[group], width=width))

@@ -1,4 +1,4 @@
-"""Sampling parameters: honoured or refused, never bent."""
+"""Sampling parameters: honoured or refused, never adjusted."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def test_params_refuse_values_that_no_engine_could_honour(name: str, value: Any)
 
 
 def test_params_take_numpy_numbers() -> None:
-    """As whole and real numbers, stored as Python's."""
+    """Integers and floats, stored as Python's types."""
     params = SamplingParams(max_tokens=np.int64(3), temperature=np.float32(0.5), stop=[np.int32(7)])
     assert params == SamplingParams(max_tokens=3, temperature=0.5, stop=[7])
     assert type(params.max_tokens) is int and type(params.temperature) is float
 
 
 def test_params_of_a_dict_take_the_alias_and_refuse_unknown_keys() -> None:
-    """max_new_tokens is max_tokens; a misspelt key is an error with a suggestion."""
+    """max_new_tokens is an alias of max_tokens; a misspelt key is an error with a suggestion."""
     assert SamplingParams.of({"max_new_tokens": 5, "temperature": 0}) == SamplingParams(max_tokens=5, temperature=0)
     with pytest.raises(SamplingParamsError, match="'temprature', did you mean 'temperature'"):
         SamplingParams.of({"temprature": 1})
@@ -82,7 +82,7 @@ def test_params_of_a_dict_take_the_alias_and_refuse_unknown_keys() -> None:
 
 
 def test_params_of_a_call_take_num_samples_once() -> None:
-    """From the call or from the parameters; two different ones contradict."""
+    """From the call or from the parameters; two different values are an error."""
     assert SamplingParams.of(None, 4).num_samples == 4
     assert SamplingParams.of({"num_samples": 4}).num_samples == 4
     assert SamplingParams.of({"num_samples": 4}, 4).num_samples == 4
@@ -93,7 +93,7 @@ def test_params_of_a_call_take_num_samples_once() -> None:
 
 
 def test_params_tell_stop_strings_from_token_ids() -> None:
-    """A single string is one stop string, not its characters."""
+    """A single string is one stop string, not one per character."""
     assert SamplingParams(stop="ab").stop_strings == ("ab",)
     assert SamplingParams(stop=["ab", "c"]).stop_strings == ("ab", "c")
     assert SamplingParams(stop=[5, 6]).stop_token_ids == (5, 6)
@@ -101,7 +101,7 @@ def test_params_tell_stop_strings_from_token_ids() -> None:
 
 
 def test_params_do_not_share_the_callers_list() -> None:
-    """Changing the list afterwards changes nothing."""
+    """Changing the list afterwards has no effect."""
     stop = ["a"]
     params = SamplingParams(stop=stop)
     stop.append("b")

@@ -1,4 +1,4 @@
-"""The model's chat template: what reaches it, and what is refused because it would not."""
+"""The model's chat template: the data that reaches it, and the refusal of data that it does not read."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
 
 def model_with(folder: Path, chat_template: str | None, special: tuple[str, ...] = (), **tokens: str) -> Path:
-    """The demo model's tokenizer with another chat template, in a folder of its own."""
+    """Writes the demo model's tokenizer with another chat template to a new directory."""
     from transformers import AutoTokenizer
 
     if chat_template is not None and not special:
@@ -98,7 +98,7 @@ def model_with(folder: Path, chat_template: str | None, special: tuple[str, ...]
 
 
 def llama3(folder: Path) -> Path:
-    """With a tokenizer that puts a token in front of what it is not told to leave alone."""
+    """A model whose tokenizer prepends a token unless told not to."""
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
 
@@ -130,8 +130,8 @@ def test_template_encodes_as_transformers_does(messages: list[dict[str, Any]]) -
     assert template.encode(messages, TOOLS, "inputs[0]").tolist() == expected
 
 
-def test_template_puts_the_system_prompt_in_front_where_there_is_none() -> None:
-    """And leaves the messages' own alone, wherever it stands."""
+def test_template_adds_the_system_prompt_if_there_is_none() -> None:
+    """A system message of the conversation is kept, wherever it is."""
     template = Template(hub.DEMO, system="Be brief.")
     assert text_of(template, [USER]).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
     own = text_of(template, [{"role": "system", "content": "Be long."}, USER])
@@ -142,19 +142,19 @@ def test_template_puts_the_system_prompt_in_front_where_there_is_none() -> None:
     ("thinking", "end"), [(None, "assistant\n"), (True, "assistant\n"), (False, "<think>\n\n</think>\n\n")]
 )
 def test_enable_thinking_reaches_the_chat_template(thinking: bool | None, end: str, tmp_path: Path) -> None:
-    """None leaves the choice to it."""
+    """None keeps the template's default."""
     assert text_of(Template(model_with(tmp_path, QWEN3), enable_thinking=thinking), [USER]).endswith(end)
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-def test_enable_thinking_is_refused_where_the_chat_template_does_not_read_it(thinking: bool) -> None:
-    """It would change nothing."""
+def test_enable_thinking_is_refused_if_the_chat_template_does_not_read_it(thinking: bool) -> None:
+    """It would have no effect."""
     with pytest.raises(TemplateError, match=r"demo does not read it\. Leave it out\. It reads: add_"):
         Template(hub.DEMO, enable_thinking=thinking)
 
 
-def test_enable_thinking_is_found_where_the_chat_template_sets_a_default_for_it(tmp_path: Path) -> None:
-    """A name that is assigned on one branch alone is still read, also inside transformers' generation tags."""
+def test_enable_thinking_is_found_if_the_chat_template_sets_a_default_for_it(tmp_path: Path) -> None:
+    """A name assigned in one branch only is still read, also inside transformers' generation tags."""
     source = (
         "{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
         "{%- generation %}{{ enable_thinking }}{% endgeneration -%}"
@@ -163,7 +163,7 @@ def test_enable_thinking_is_found_where_the_chat_template_sets_a_default_for_it(
     assert text_of(template, [USER]) == "False"
 
 
-def test_tools_are_refused_where_the_chat_template_does_not_read_them(tmp_path: Path) -> None:
+def test_tools_are_refused_if_the_chat_template_does_not_read_them(tmp_path: Path) -> None:
     """The model would never see them."""
     template = Template(model_with(tmp_path, OPENED))
     with pytest.raises(PromptError, match=r"inputs\[0\]: the model's chat template does not read tools"):
@@ -185,10 +185,10 @@ CALLS: list[Any] = [
     ("source", "written"),
     [(QWEN3, '"arguments": {"a": [1, "'), (PASTED, 'add {"a": [1, "ä"]}'), (SILENT, 'add {"a": [1, "ä"]}')],
 )
-def test_tool_calls_reach_the_chat_template_in_the_form_it_takes(
+def test_tool_calls_reach_the_chat_template_in_the_form_it_expects(
     call: Any, content: str | None, source: str, written: str, tmp_path: Path
 ) -> None:
-    """Arguments as a dict or as JSON, whichever the caller has; never JSON of JSON, never Python."""
+    """From a dict or JSON of the caller; never JSON within JSON, never a Python repr."""
     messages: list[Any] = [USER, {"role": "assistant", "content": content, "tool_calls": [call]}, USER]
     before = copy.deepcopy(messages)
     text = text_of(Template(model_with(tmp_path, source)), messages)
@@ -196,8 +196,8 @@ def test_tool_calls_reach_the_chat_template_in_the_form_it_takes(
     assert messages == before
 
 
-def test_tool_calls_are_refused_where_the_chat_template_does_not_read_them(tmp_path: Path) -> None:
-    """The model would see a turn that says nothing."""
+def test_tool_calls_are_refused_if_the_chat_template_does_not_read_them(tmp_path: Path) -> None:
+    """The model would see an empty turn."""
     template = Template(model_with(tmp_path, OPENED))
     with pytest.raises(PromptError, match=r"inputs\[0\].messages\[1\].tool_calls: the model's chat template does not"):
         text_of(template, [USER, {"role": "assistant", "content": "", "tool_calls": CALLS[:1]}])
@@ -209,12 +209,12 @@ def test_tool_calls_are_refused_where_the_chat_template_does_not_read_them(tmp_p
     [
         ("add", "messages[0].tool_calls[0] must be {"),
         ({"function": {"arguments": {}}}, "tool_calls[0] must be {"),
-        ({"name": "add", "arguments": "{"}, "its arguments are no JSON"),
+        ({"name": "add", "arguments": "{"}, "its arguments are not JSON"),
         ({"name": "add", "arguments": "[1]"}, "its arguments must be a dict or the JSON of one, got [1]"),
     ],
 )
-def test_tool_call_that_is_none_is_refused(call: Any, message: str) -> None:
-    """With its place."""
+def test_invalid_tool_call_is_refused(call: Any, message: str) -> None:
+    """The message has its position."""
     with pytest.raises(PromptError) as caught:
         encode_inputs({"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}, Template(hub.DEMO))
     assert message in str(caught.value)
@@ -223,20 +223,20 @@ def test_tool_call_that_is_none_is_refused(call: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("message", "error"),
     [
-        ({**USER, "images": ["x.png"]}, "messages[0].images: this service samples from text alone"),
+        ({**USER, "images": ["x.png"]}, "messages[0].images: this service samples from text only"),
         ({"role": "user", "content": [{"type": "image"}]}, "messages[0].content[0] is of type 'image'"),
         ({"role": "assistant", "tool_calls": "add"}, "messages[0].tool_calls must be a list"),
     ],
 )
 def test_message_that_is_not_text_is_refused(message: Any, error: str) -> None:
-    """A chat template would write it as something else, or drop it."""
+    """A chat template would render it as something else, or drop it."""
     with pytest.raises(PromptError) as caught:
         encode_inputs({"messages": [message]}, Template(hub.DEMO))
     assert error in str(caught.value)
 
 
 def test_parts_of_a_message_are_joined(tmp_path: Path) -> None:
-    """Many a chat template takes content that is no string for none; half a surrogate pair is no text."""
+    """Many chat templates ignore content that is not a string; half a surrogate pair is not text."""
     strings_alone = (
         "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% endif %}{% endfor %}"
     )
@@ -248,20 +248,20 @@ def test_parts_of_a_message_are_joined(tmp_path: Path) -> None:
     for part, error in ((3, "got the text 3"), ({"type": "text"}, "got the text None"), ({"type": "audio"}, "'audio'")):
         with pytest.raises(PromptError, match=error):
             text_of(template, [{"role": "user", "content": [part]}])
-    with pytest.raises(PromptError, match=r"inputs\[0\] is no text that can be tokenised"):
+    with pytest.raises(PromptError, match=r"inputs\[0\] cannot be tokenised"):
         text_of(template, [{"role": "user", "content": "\ud83d"}])
     with pytest.raises(PromptError, match="the message's content must be text, got None"):
         text_of(Template(tmp_path, use_chat_template=False), [{"role": "user", "content": None}])
 
 
 def test_template_without_generation_prompt_ends_with_the_last_message() -> None:
-    """For what is only scored."""
+    """For conversations that are only scored."""
     (prompt,) = encode_inputs({"messages": [USER]}, Template(hub.DEMO), False)
     assert Template(hub.DEMO).decode(prompt.ids) == "<|im_start|>user\nhi<|im_end|>\n"
 
 
-def test_template_of_a_base_model_takes_the_text_of_one_message(tmp_path: Path) -> None:
-    """Nothing around it but what the tokenizer puts there, as it did when the model was trained."""
+def test_template_of_a_base_model_uses_the_text_of_one_message(tmp_path: Path) -> None:
+    """With only the tokenizer's own special tokens around it, as in training."""
     template = Template(hub.DEMO, use_chat_template=False)
     assert text_of(template, [USER]) == "hi"
     assert text_of(Template(llama3(tmp_path), use_chat_template=False), [USER]) == "<|begin_of_text|>hi"
@@ -270,18 +270,18 @@ def test_template_of_a_base_model_takes_the_text_of_one_message(tmp_path: Path) 
             text_of(template, messages)
 
 
-def test_model_without_chat_template_takes_ids_alone(tmp_path: Path) -> None:
-    """And says so."""
+def test_model_without_chat_template_accepts_only_ids(tmp_path: Path) -> None:
+    """The message says so."""
     template = Template(model_with(tmp_path, None, ("<x>",)))
-    with pytest.raises(PromptError, match=r"inputs\[0\]: the model has no chat template. Hand in input_ids"):
+    with pytest.raises(PromptError, match=r"inputs\[0\]: the model has no chat template. Pass input_ids"):
         encode_inputs({"messages": [USER]}, template)
     assert encode_inputs({"input_ids": [1]}, template)[0].ids.tolist() == [1]
-    with pytest.raises(TemplateError, match="It reads: nothing, since there is none"):
+    with pytest.raises(TemplateError, match="It reads: nothing, there is none"):
         Template(tmp_path, enable_thinking=True)
 
 
 def test_special_tokens_are_all_that_the_tokenizer_marks(tmp_path: Path) -> None:
-    """Not only those that it has a role for: Llama's headers have none."""
+    """Not only those with a role: Llama's headers have none."""
     assert {"<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>"} <= set(Template(llama3(tmp_path)).special_tokens)
     assert set(Template(hub.DEMO).special_tokens) == {"<|im_start|>", "<|im_end|>", "<|endoftext|>"}
 
@@ -309,7 +309,7 @@ class Needy(Template):
 
 
 def test_template_resolves_by_name_class_and_instance() -> None:
-    """A class of the caller's own has its own arguments and those of Template."""
+    """A caller's class has its own arguments and those of Template."""
     for name, made in TEMPLATES.items():
         template = resolve_template(name, hub.DEMO, default_system="Be brief.", max_length=9)
         assert (type(template), template.system, template.max_length) == (made, "Be brief.", 9)
@@ -326,7 +326,7 @@ def test_template_resolves_by_name_class_and_instance() -> None:
     [
         ("Templat", {}, "unknown template 'Templat', did you mean 'Template'?"),
         ("Qwen3VLTemplate", {}, "Qwen3VLTemplate is for images and videos"),
-        ("DeepseekV4Template", {}, "renders DeepSeek V4's messages by code of its own"),
+        ("DeepseekV4Template", {}, "renders DeepSeek V4's messages with its own code"),
         (dict, {}, "must be a name, a subclass of Template or an instance"),
         (7, {}, "must be a name, a subclass of Template or an instance, got 7"),
         ("Template", {"max_lenght": 3}, "unknown argument of Template 'max_lenght', did you mean 'max_length'?"),
@@ -344,8 +344,8 @@ def test_template_resolves_by_name_class_and_instance() -> None:
         ("Template", {"tool_parser": "herms"}, "unknown tool parser 'herms', did you mean 'hermes'?"),
     ],
 )
-def test_template_that_cannot_be_is_refused(template: Any, arguments: dict[str, Any], message: str) -> None:
-    """With its name and the choices: nothing is passed over."""
+def test_unknown_or_invalid_template_is_refused(template: Any, arguments: dict[str, Any], message: str) -> None:
+    """The message has its name and the choices; no argument is ignored."""
     with pytest.raises(TemplateError) as caught:
         resolve_template(template, hub.DEMO, **arguments)
     assert message in str(caught.value)
@@ -353,12 +353,12 @@ def test_template_that_cannot_be_is_refused(template: Any, arguments: dict[str, 
 
 def test_instance_takes_no_arguments() -> None:
     """They would have to change it."""
-    with pytest.raises(TemplateError, match="max_length cannot be set on a template that is made already"):
+    with pytest.raises(TemplateError, match="max_length cannot be set on an existing template"):
         resolve_template(Template(hub.DEMO), hub.DEMO, max_length=3)
 
 
 def test_template_needs_a_tokenizer(tmp_path: Path) -> None:
-    """And names the place where there is none, or half of one."""
+    """The message has the directory where it is missing or incomplete."""
     with pytest.raises(ModelNotFoundError, match="no tokenizer can be loaded from"):
         Template(tmp_path)
     model_with(tmp_path, QWEN3)
@@ -379,8 +379,8 @@ def test_template_needs_a_tokenizer(tmp_path: Path) -> None:
         (OPENED, "hermes"),
     ],
 )
-def test_tool_parser_is_the_one_whose_markup_the_chat_template_writes(source: str, parser: str, tmp_path: Path) -> None:
-    """Unless it is named."""
+def test_tool_parser_is_detected_from_the_chat_template(source: str, parser: str, tmp_path: Path) -> None:
+    """Unless it is given."""
     folder = model_with(tmp_path, source)
     assert Template(folder).message_parser().tool_parser == parser
     for named in ("mistral", TOOL_PARSERS["mistral"], None):
@@ -404,7 +404,7 @@ def cut(length: int, strategy: Any, inputs: Any) -> list[tuple[int, list[int]]]:
 
 
 def test_prompt_longer_than_max_length_is_cut_left_out_or_refused() -> None:
-    """As the strategy says; one that just fits is left alone."""
+    """Depending on the strategy; one that just fits is unchanged."""
     inputs = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7]}, {"input_ids": [8]}]
     whole = [(i, item["input_ids"]) for i, item in enumerate(inputs)]
     assert cut(4, "raise", inputs) == cut(4, "left", inputs) == cut(4, "delete", inputs) == whole
@@ -415,14 +415,14 @@ def test_prompt_longer_than_max_length_is_cut_left_out_or_refused() -> None:
         cut(3, "raise", inputs)
 
 
-def test_call_of_which_every_prompt_is_left_out_is_refused() -> None:
+def test_call_is_refused_if_every_prompt_is_left_out() -> None:
     """Nothing would be sampled."""
     with pytest.raises(PromptError, match="each of the 2 inputs is longer than max_length=1"):
         cut(1, "delete", [{"input_ids": [1, 2]}, {"input_ids": [1, 2]}])
 
 
 def test_max_length_counts_what_the_chat_template_adds() -> None:
-    """It is the prompt that is measured, not the messages."""
+    """The prompt is measured, not the messages."""
     length = len(Template(hub.DEMO).encode([USER], None, ""))
     assert len(cut(length, "raise", {"messages": [USER]})[0][1]) == length
     with pytest.raises(PromptError, match=f"has {length} tokens, max_length is {length - 1}"):
@@ -430,7 +430,7 @@ def test_max_length_counts_what_the_chat_template_adds() -> None:
 
 
 def test_labels_are_cut_with_their_tokens() -> None:
-    """Either side."""
+    """On either side."""
     item = {"input_ids": [1, 2, 3, 4], "labels": [2, -100, 4, -100]}
     for strategy, labels in (("left", [-100, 4]), ("right", [-100, 2])):
         template = Template(hub.DEMO, max_length=2, truncation_strategy=strategy)  # type: ignore[arg-type]
@@ -440,7 +440,7 @@ def test_labels_are_cut_with_their_tokens() -> None:
 
 
 def test_data_format_loads_neither_torch_nor_transformers() -> None:
-    """Nor do the templates, before one is made."""
+    """Nor do templates, before one is made."""
     code = (
         "import sys, twinkle_serve.data_format, twinkle_serve.template.prompts;"
         "print([m for m in ('torch', 'transformers', 'jinja2') if m in sys.modules])"
@@ -450,5 +450,5 @@ def test_data_format_loads_neither_torch_nor_transformers() -> None:
 
 
 def test_prompt_ids_are_int32(tmp_path: Path) -> None:
-    """As the engines take them."""
+    """As engines expect."""
     assert Template(model_with(tmp_path, OPENED)).encode([USER], None, "").dtype == np.int32

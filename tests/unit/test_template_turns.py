@@ -1,4 +1,4 @@
-"""Several turns of a conversation: every token that was sampled stays as it was sampled."""
+"""Conversations of several turns: sampled tokens never change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RESULT = {"role": "tool", "content": "2"}
 
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Template]:
-    """One a kind of chat template."""
+    """One per kind of chat template."""
     made = {"demo": Template(hub.DEMO), "llama3": Template(llama3(tmp_path_factory.mktemp("llama3")))}
     for name, source in (("qwen3", QWEN3), ("opened", OPENED)):
         made[name] = Template(model_with(tmp_path_factory.mktemp(name), source))
@@ -38,7 +38,7 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Template]:
 
 
 def tokens_of(template: Template, text: str) -> list[int]:
-    """A token a byte, where a tokenizer would take fewer: what was sampled is seldom what its text encodes to."""
+    """One token per byte, where a tokenizer would use fewer: sampled tokens often differ from their text's encoding."""
     special = {token: template.tokenizer.convert_tokens_to_ids(token) for token in template.special_tokens}
     found = next((token for token in special if text.endswith(token)), "")
     plain = [i for c in text.removesuffix(found) for i in template.tokenizer.encode(c, add_special_tokens=False)]
@@ -47,13 +47,13 @@ def tokens_of(template: Template, text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Made(Prompt):
-    """A prompt, and what it was made from."""
+    """A prompt and its input."""
 
     item: Any = None
 
 
 def feature_of(prompt: Made, template: Template, text: str) -> dict[str, Any]:
-    """`new_input_feature` of a sample with that text."""
+    """Returns `new_input_feature` of a sample with that text."""
     tokens = np.array(tokens_of(template, text), np.int32)
     sampled = columns(0, [text])
     made = SampleColumns(
@@ -87,7 +87,7 @@ def after(feature: dict[str, Any], *messages: dict[str, Any]) -> dict[str, Any]:
 
 
 def suffix_of(template: Template, text: str, *messages: dict[str, Any], tools: Any = None) -> str:
-    """What comes between a sample's tokens and the next turn."""
+    """Text between a sample's tokens and the next turn."""
     item = {"messages": [USER], **({"tools": tools} if tools else {})}
     feature = feature_of(prompt_of(item, template), template, text)
     ids = feature["input_ids"]
@@ -96,7 +96,7 @@ def suffix_of(template: Template, text: str, *messages: dict[str, Any], tools: A
     return template.decode(np.array(following[len(ids) :], np.int32))
 
 
-# -- what comes between turns --------------------------------------------------------------------
+# -- text between turns --------------------------------------------------------------------------
 
 
 NEXT = "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n"
@@ -123,12 +123,12 @@ NEXT = "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n"
 def test_continuation_ends_the_sampled_turn_once(
     name: str, text: str, suffix: str, templates: dict[str, Template]
 ) -> None:
-    """Whether the sample ended itself or was cut; then comes what the chat template puts before the next turn."""
+    """Whether or not the sample was truncated; then comes the chat template's text before the next turn."""
     assert suffix_of(templates[name], text, USER) == suffix
 
 
-def test_continuation_takes_calls_as_the_caller_wrote_them(templates: dict[str, Template]) -> None:
-    """With their arguments as JSON, say; and leaves them so."""
+def test_continuation_accepts_tool_calls_as_the_caller_wrote_them(templates: dict[str, Template]) -> None:
+    """With arguments as JSON, for example; they are unchanged."""
     call = {"id": "x", "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}
     said = {"role": "assistant", "content": "", "tool_calls": [call]}
     before = copy.deepcopy(said)
@@ -136,21 +136,21 @@ def test_continuation_takes_calls_as_the_caller_wrote_them(templates: dict[str, 
     assert said == before
 
 
-def test_continuation_takes_any_end_of_the_model_for_an_end(tmp_path: Path) -> None:
-    """A turn that ended by another of the tokens that generation stops at is not ended again."""
+def test_continuation_accepts_every_end_token_of_the_model(tmp_path: Path) -> None:
+    """A turn that ended with another of the stop tokens is not ended again."""
     folder = model_with(tmp_path, (hub.DEMO / "chat_template.jinja").read_text())
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
     assert suffix_of(Template(folder), "2<|endoftext|>", USER) == "\n" + NEXT
 
 
-def test_continuation_passes_over_space_before_the_end(tmp_path: Path) -> None:
+def test_continuation_ignores_space_before_the_end(tmp_path: Path) -> None:
     """As Llama 2's template writes it."""
     source = "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' + eos_token }}{% endfor %}"
     assert suffix_of(Template(model_with(tmp_path, source)), "2<|im_end|>", USER) == "user: 1+1= <|im_end|>"
 
 
 def test_continuation_keeps_tools_and_appends_their_results(templates: dict[str, Template]) -> None:
-    """The call is sampled text, which is not rendered again; the result and what follows are."""
+    """The sampled call is not rendered again; its result and later messages are."""
     for name in ("demo", "qwen3"):
         suffix = suffix_of(templates[name], CALL + "<|im_end|>", RESULT, tools=TOOLS)
         response = "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n"
@@ -164,8 +164,8 @@ def test_continuation_renders_messages_that_the_caller_wrote_as_the_assistant(te
     assert suffix_of(templates["demo"], "2<|im_end|>", USER, said, USER) == expected
 
 
-def test_continuation_passes_over_calls_that_the_chat_template_does_not_read(templates: dict[str, Template]) -> None:
-    """They are in the tokens."""
+def test_continuation_ignores_sampled_calls_unknown_to_the_chat_template(templates: dict[str, Template]) -> None:
+    """They are in the tokens already."""
     template = templates["opened"]
     feature = feature_of(prompt_of({"messages": [USER]}, template), template, f"</think>{CALL}<|im_end|>")
     assert feature["messages"][1]["tool_calls"]
@@ -176,8 +176,8 @@ def test_continuation_passes_over_calls_that_the_chat_template_does_not_read(tem
 # -- the message ---------------------------------------------------------------------------------
 
 
-def test_message_has_reasoning_and_calls_and_the_rest(templates: dict[str, Template]) -> None:
-    """All that was carried over with it is there, as it was."""
+def test_message_has_reasoning_and_calls_and_other_keys(templates: dict[str, Template]) -> None:
+    """Other keys of the input are unchanged."""
     item = {"messages": [USER], "tools": TOOLS, "user_data": {"id": [1]}}
     feature = feature_of(
         prompt_of(item, templates["qwen3"]), templates["qwen3"], f"<think>\nHm.\n</think>\n\nSo:\n{CALL}<|im_end|>"
@@ -196,7 +196,7 @@ def test_message_has_reasoning_and_calls_and_the_rest(templates: dict[str, Templ
 def test_reasoning_that_the_prompt_opens_is_found(
     text: str, reasoning: str, content: str, templates: dict[str, Template]
 ) -> None:
-    """By messages and by ids."""
+    """In messages and in ids."""
     template = templates["opened"]
     prompt = prompt_of({"messages": [USER]}, template)
     by_ids = prompt_of({"messages": [USER], "input_ids": prompt.ids}, template)
@@ -205,8 +205,8 @@ def test_reasoning_that_the_prompt_opens_is_found(
     assert feature_of(by_ids, template, text)["messages"][-1] == expected
 
 
-def test_empty_thoughts_in_the_prompt_open_none(templates: dict[str, Template]) -> None:
-    """enable_thinking=False closes what it opens."""
+def test_empty_reasoning_in_the_prompt_does_not_open_any(templates: dict[str, Template]) -> None:
+    """enable_thinking=False closes the tag that it opens."""
     prompt = prompt_of({"messages": [USER]}, templates["quiet"])
     assert prompt.turn.opening == ""
     assert feature_of(prompt, templates["quiet"], "2")["messages"][-1] == {"role": "assistant", "content": "2"}
@@ -223,10 +223,10 @@ def test_empty_thoughts_in_the_prompt_open_none(templates: dict[str, Template]) 
         ("\N{THOUGHT BALLOON}", "so \N{THOUGHT BALLOON} ", "\N{THOUGHT BALLOON} "),  # of several tokens
     ],
 )
-def test_tag_at_the_end_of_a_prompt_opens_thoughts(
+def test_tag_at_the_end_of_a_prompt_opens_reasoning(
     tag: str, text: str, opening: str, templates: dict[str, Template], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the space behind it, and whatever the tag is."""
+    """With the space after it, for any tag."""
     for template in templates.values():
         parser = replace(template.message_parser(), reasoning=(tag, "</think>"))
         monkeypatch.setattr(template, "message_parser", lambda parser=parser: parser)
@@ -236,11 +236,11 @@ def test_tag_at_the_end_of_a_prompt_opens_thoughts(
 
 
 def test_sample_without_tokens_adds_no_message(templates: dict[str, Template]) -> None:
-    """Nothing was said, so what follows cannot follow it."""
+    """Without a message, later ones cannot follow it."""
     feature = feature_of(prompt_of({"messages": [USER]}, templates["demo"]), templates["demo"], "")
     assert feature["messages"] == [USER]
     assert prompt_of(feature, templates["demo"]).ids.tolist() == feature["input_ids"]
-    with pytest.raises(PromptError, match="end with no sampled message for others to follow"):
+    with pytest.raises(PromptError, match="do not end with a sampled message"):
         prompt_of(after(feature, USER), templates["demo"])
 
 
@@ -248,8 +248,8 @@ def test_sample_without_tokens_adds_no_message(templates: dict[str, Template]) -
 
 
 @pytest.mark.parametrize("name", ["demo", "qwen3", "opened"])
-def test_sample_that_was_cut_goes_on_from_its_tokens(name: str, templates: dict[str, Template]) -> None:
-    """One message comes of it, as if it had been sampled at once; then the conversation goes on."""
+def test_truncated_sample_is_continued_from_its_tokens(name: str, templates: dict[str, Template]) -> None:
+    """It gives one message, as if sampled at once; then the conversation continues."""
     template = templates[name]
     opening = "" if name == "opened" else "<think>"
     parts = [f"{opening}H", "", "m.</thi", "nk>2", "3<|im_end|>"]
@@ -266,28 +266,28 @@ def test_sample_that_was_cut_goes_on_from_its_tokens(name: str, templates: dict[
     assert feature["labels"][start - 1 :] == [*feature["input_ids"][start:], -100]
 
 
-# -- what cannot be continued --------------------------------------------------------------------
+# -- refused continuations -----------------------------------------------------------------------
 
 
-def test_past_that_was_changed_is_refused(templates: dict[str, Template]) -> None:
-    """Its tokens say something else; a message may gain keys."""
+def test_changed_earlier_message_is_refused(templates: dict[str, Template]) -> None:
+    """It no longer matches its tokens; added keys are accepted."""
     template = templates["demo"]
     feature = feature_of(prompt_of({"messages": [USER]}, template), template, "2<|im_end|>")
     said = feature["messages"][1]
     for messages, message in (
-        ([USER], r"inputs\[0\] has 1 messages, its input_ids hold 2"),
-        ([{**USER, "content": "1+2="}, said, USER], r"inputs\[0\].messages\[0\] is not what its input_ids hold"),
-        ([USER, {**said, "content": "3"}], r"inputs\[0\].messages\[1\] is not what its input_ids hold"),
-        ([USER, USER, said], r"messages\[1\] is not"),
-        ("hello", r"messages\[0\] is not"),
+        ([USER], r"inputs\[0\] has 1 messages, its input_ids cover 2"),
+        ([{**USER, "content": "1+2="}, said, USER], r"inputs\[0\].messages\[0\] does not match its input_ids"),
+        ([USER, {**said, "content": "3"}], r"inputs\[0\].messages\[1\] does not match its input_ids"),
+        ([USER, USER, said], r"messages\[1\] does not match"),
+        ("hello", r"messages\[0\] does not match"),
     ):
         with pytest.raises(PromptError, match=message):
             prompt_of({**feature, "messages": messages}, template)
     assert prompt_of({**feature, "messages": [USER, {**said, "reward": 1.0}, USER]}, template)
 
 
-def test_calls_and_thoughts_that_were_changed_are_refused(templates: dict[str, Template]) -> None:
-    """The tokens hold them as they were."""
+def test_changed_tool_calls_and_reasoning_are_refused(templates: dict[str, Template]) -> None:
+    """They no longer match the tokens."""
     template = templates["qwen3"]
     first = prompt_of({"messages": [USER], "tools": TOOLS}, template)
     feature = feature_of(first, template, f"<think>\nHm.\n</think>\n\n{CALL}<|im_end|>")
@@ -296,20 +296,20 @@ def test_calls_and_thoughts_that_were_changed_are_refused(templates: dict[str, T
     other = copy.deepcopy(said)
     other["tool_calls"][0]["function"]["arguments"] = {"a": 2}
     for changed in (other, {**said, "reasoning_content": "Ha."}):
-        with pytest.raises(PromptError, match=r"messages\[1\] is not what its input_ids hold"):
+        with pytest.raises(PromptError, match=r"messages\[1\] does not match its input_ids"):
             prompt_of({**feature, "messages": [USER, changed, RESULT]}, template)
     assert prompt_of(after(feature, RESULT), template)
 
 
-def test_messages_that_are_none_are_none(templates: dict[str, Template]) -> None:
-    """A feature whose messages are None goes by its ids."""
+def test_messages_of_none_are_ignored(templates: dict[str, Template]) -> None:
+    """A feature whose messages are None is used by its ids."""
     template = templates["demo"]
     prompt = prompt_of({"input_ids": [5, 6], "messages": None}, template)
     assert "messages" not in {k for k, v in feature_of(prompt, template, "2").items() if v is not None}
 
 
-def test_prompt_that_is_cut_on_the_right_opens_what_it_still_holds(templates: dict[str, Template]) -> None:
-    """A tag that is cut off opens no thoughts; of an unfinished message, what is left is gone on from."""
+def test_prompt_cut_on_the_right_opens_only_the_reasoning_that_it_keeps(templates: dict[str, Template]) -> None:
+    """A tag that is cut off opens nothing; an unfinished message is continued from its remaining tokens."""
     whole = Template(templates["opened"].model)
     length = len(prompt_of({"messages": [USER]}, whole).ids)
     cut = Template(whole.model, max_length=length - 2, truncation_strategy="right")
@@ -325,14 +325,14 @@ def test_prompt_that_is_cut_on_the_right_opens_what_it_still_holds(templates: di
 
 
 @pytest.mark.parametrize("encoded", [3, {}, {"ids": 1}, {"ids": 1, "messages": 4, "assistant_start": 1}])
-def test_encoded_that_is_none_is_refused(encoded: Any, templates: dict[str, Template]) -> None:
-    """It is not for writing by hand."""
-    with pytest.raises(PromptError, match="encoded is not what new_input_feature wrote"):
+def test_invalid_encoded_is_refused(encoded: Any, templates: dict[str, Template]) -> None:
+    """It is not meant to be written by hand."""
+    with pytest.raises(PromptError, match="encoded was not written by new_input_feature"):
         prompt_of({"messages": [USER], "input_ids": [5], "encoded": encoded}, templates["demo"])
 
 
-def test_tokens_that_the_caller_put_in_are_taken_as_they_are(templates: dict[str, Template]) -> None:
-    """Twinkle's rollouts append the tokens of a tool's result themselves, and its message."""
+def test_tokens_that_the_caller_added_are_used_unchanged(templates: dict[str, Template]) -> None:
+    """Twinkle's rollouts append a tool's result as tokens and as a message themselves."""
     template = templates["demo"]
     feature = feature_of(prompt_of({"messages": [USER]}, template), template, "2<|im_end|>")
     extended = {**after(feature, RESULT), "input_ids": [*feature["input_ids"], 5, 6]}
@@ -349,7 +349,7 @@ def test_tokens_that_the_caller_put_in_are_taken_as_they_are(templates: dict[str
 
 
 def test_feature_without_encoded_is_used_by_its_ids(templates: dict[str, Template]) -> None:
-    """Whatever its messages are."""
+    """Its messages are ignored."""
     item = {"input_ids": [5, 6], "messages": [USER, USER]}
     assert prompt_of(item, templates["demo"]).ids.tolist() == [5, 6]
 
@@ -358,7 +358,7 @@ def test_feature_without_encoded_is_used_by_its_ids(templates: dict[str, Templat
     "source", ["{{ messages[0].content }}", "{% for m in messages %}{{ m.content * 2 }}{% endfor %}"]
 )
 def test_chat_template_that_does_not_write_the_sampled_turn_once_is_refused(source: str, tmp_path: Path) -> None:
-    """There is no telling what follows it."""
+    """The text that follows it is unknown."""
     template = Template(model_with(tmp_path, source))
     feature = feature_of(prompt_of({"messages": [USER]}, template), template, "2")
     with pytest.raises(PromptError, match=r"writes inputs\[0\].messages\[1\] . times"):
@@ -366,7 +366,7 @@ def test_chat_template_that_does_not_write_the_sampled_turn_once_is_refused(sour
 
 
 def test_template_of_a_base_model_has_one_turn() -> None:
-    """Without chat template nothing says how another begins."""
+    """Without a chat template the beginning of the next turn is undefined."""
     template = Template(hub.DEMO, use_chat_template=False)
     feature = feature_of(prompt_of({"messages": [USER]}, template), template, "2")
     assert prompt_of(feature, template).ids.tolist() == feature["input_ids"]
@@ -378,7 +378,7 @@ def test_template_of_a_base_model_has_one_turn() -> None:
 
 
 def test_labels_of_earlier_turns_are_kept(templates: dict[str, Template]) -> None:
-    """Sampled tokens are labels, those of prompts are not, in every turn; rolled left by one."""
+    """In every turn, sampled tokens are labels and prompt tokens are not; rolled left by one."""
     template = templates["demo"]
     feature = feature_of(prompt_of({"messages": [USER]}, template), template, "2<|im_end|>")
     first = (len(feature["input_ids"]) - 2, len(feature["input_ids"]))
@@ -392,14 +392,14 @@ def test_labels_of_earlier_turns_are_kept(templates: dict[str, Template]) -> Non
 
 
 @pytest.mark.parametrize("labels", [[1], [1.0, 2.0], [[1, 2]], "ab"])
-def test_labels_that_do_not_fit_are_refused(labels: Any, templates: dict[str, Template]) -> None:
-    """One whole number a token."""
+def test_invalid_labels_are_refused(labels: Any, templates: dict[str, Template]) -> None:
+    """One integer per token is required."""
     with pytest.raises(PromptError, match=r"inputs\[0\].labels has shape"):
         prompt_of({"input_ids": [5, 6], "labels": labels}, templates["demo"])
 
 
-def test_max_length_counts_the_turns_before() -> None:
-    """A conversation grows; cutting its beginning cuts the labels with it."""
+def test_max_length_counts_earlier_turns() -> None:
+    """Cutting the beginning of a conversation cuts its labels too."""
     template = Template(hub.DEMO)
     feature = feature_of(prompt_of({"messages": [USER]}, template), template, "2<|im_end|>")
     whole = prompt_of(after(feature, USER), template)
@@ -412,7 +412,7 @@ def test_max_length_counts_the_turns_before() -> None:
     assert left.turn.labels.tolist() == whole.turn.labels.tolist()[1:]
 
 
-# -- all of it, at random ------------------------------------------------------------------------
+# -- random conversations ------------------------------------------------------------------------
 
 words = st.lists(st.sampled_from(["1", "2", " ", "\n", "+", "user", "é", "<"]), max_size=4).map("".join)
 replies = st.tuples(words, st.sampled_from(["", "end"]))
@@ -429,10 +429,10 @@ def ends(name: str) -> str:
 
 @pytest.mark.parametrize("name", ["demo", "qwen3", "quiet", "opened", "llama3"])
 @given(script=st.lists(st.tuples(replies, following), min_size=1, max_size=4), system=st.booleans())
-def test_turns_are_prefixes_of_those_after_them(
+def test_every_turn_is_a_prefix_of_the_next(
     name: str, templates: dict[str, Template], script: list[Any], system: bool
 ) -> None:
-    """And no input is ever changed, nor does a feature share a list with the one that it came from."""
+    """Inputs are never changed, and a feature shares no list with the one it came from."""
     template = templates[name]
     item: dict[str, Any] = {"messages": [{"role": "system", "content": "s"}] * system + [USER], "user_data": {"n": [1]}}
     partial_output: list[int] = []
@@ -457,7 +457,7 @@ def test_turns_are_prefixes_of_those_after_them(
         item = after(spoiled, *messages)
 
 
-def test_llama3_template_of_these_tests_begins_with_its_token(templates: dict[str, Template]) -> None:
-    """Once: the tokenizer does not put another before what the chat template writes."""
+def test_llama3_template_begins_with_its_token_once(templates: dict[str, Template]) -> None:
+    """The tokenizer does not prepend another to the chat template's."""
     text = templates["llama3"].decode(prompt_of({"messages": [USER]}, templates["llama3"]).ids)
     assert LLAMA3.startswith("{{- bos_token") and text.startswith("<|begin_of_text|><|start_header_id|>user")

@@ -1,4 +1,4 @@
-"""From a sample's text to the assistant's message."""
+"""Parsing a sample's text into the assistant's message."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOOLS = [
 
 
 def read(name: str | None, text: str, tools: Any = (), special: tuple[str, ...] = ()) -> tuple[str, list[Any]]:
-    """(content, [(name, arguments)]) of a text."""
+    """Parses a text into (content, [(name, arguments)])."""
     message = MessageParser(tool_parser=name, special_tokens=special).message(text, tools)
     calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls", [])]
     return message["content"], calls
@@ -85,8 +85,8 @@ V31 = '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": {"b": "}"}}<｜tool�
         (None, ONE, ONE, []),
     ],
 )
-def test_tool_calls_are_taken_out_of_the_text(name: str | None, text: str, content: str, calls: list[Any]) -> None:
-    """In order, with what was said around them."""
+def test_tool_calls_are_removed_from_the_text(name: str | None, text: str, content: str, calls: list[Any]) -> None:
+    """In order; the text around them is kept."""
     assert read(name, text) == (content, calls)
 
 
@@ -111,21 +111,21 @@ def test_tool_calls_are_taken_out_of_the_text(name: str | None, text: str, conte
     ],
 )
 def test_malformed_tool_call_stays_in_the_text(name: str, text: str) -> None:
-    """Nothing of it is lost, so that a reward can see it; its markup stays even where it is made of special tokens."""
+    """Unchanged, so that a reward can see it; its markup is kept even if it consists of special tokens."""
     special = ("<|im_end|>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
     special += TOOL_PARSERS["deepseek"].markers
     assert read(name, text + "<|im_end|>", special=special) == (text, [])
 
 
-def test_answer_in_json_is_no_call_unless_tools_were_offered() -> None:
-    """Llama marks its calls by nothing but their form."""
+def test_json_answer_is_not_a_call_unless_tools_were_offered() -> None:
+    """Llama's calls have no markup besides their form."""
     text = '{"name": "f", "parameters": {"a": 1}}'
     assert read("llama3_json", text) == (text, [])
     assert read("llama3_json", text, TOOLS) == ("", [("f", {"a": 1})])
 
 
 def test_arguments_in_xml_have_the_declared_types() -> None:
-    """A string of digits stays one where the tool wants a string."""
+    """A string of digits stays a string if the tool declares one."""
     text = "<function=f>" + "".join(f"<parameter={k}>\n{v}\n</parameter>" for k, v in ARGUMENTS.items()) + "</function>"
     assert read("qwen3_coder", text, TOOLS) == ("", [("f", {"s": "12", "n": None, "i": 12, "x": "a b"})])
     assert read("qwen3_coder", text, [TOOLS[0]["function"]])[1] == read("qwen3_coder", text, TOOLS)[1]
@@ -139,7 +139,7 @@ ARGUMENTS = {"s": "12", "n": "null", "i": "12", "x": "a b"}
 
 
 def test_tool_calls_have_ids_that_differ_within_a_conversation() -> None:
-    """Nine letters and digits, which Mistral's templates insist on; the model's own where it writes one."""
+    """Nine alphanumerics, as Mistral's templates require; the model's own id if it writes one."""
     parser = MessageParser(tool_parser="hermes")
     ids = [call["id"] for number in (1, 3) for call in parser.message(ONE + ONE, number=number)["tool_calls"]]
     assert len(set(ids)) == 4 and all(len(made) == 9 and made.isalnum() for made in ids)
@@ -156,8 +156,8 @@ values = st.recursive(
 @given(
     st.lists(st.tuples(names, st.dictionaries(st.text(), values)), min_size=1, max_size=3), st.text("ab\n", max_size=5)
 )
-def test_hermes_calls_are_read_back_whatever_their_arguments(calls: list[Any], said: str) -> None:
-    """Markup inside a string included."""
+def test_hermes_calls_round_trip_with_any_arguments(calls: list[Any], said: str) -> None:
+    """Including markup inside a string."""
     blocks = [json.dumps({"name": name, "arguments": arguments}) for name, arguments in calls]
     text = said + "\n".join(f"<tool_call>\n{block}\n</tool_call>" for block in blocks)
     assert read("hermes", text) == (said.strip(), calls)
@@ -192,8 +192,8 @@ def test_hermes_calls_are_read_back_whatever_their_arguments(calls: list[Any], s
         )
     ),
 )
-def test_text_without_a_call_is_left_as_it_is(name: str, parts: list[str]) -> None:
-    """And with one, no parser fails, whatever a model writes."""
+def test_text_without_a_call_is_unchanged(name: str, parts: list[str]) -> None:
+    """And no parser fails, whatever a model writes."""
     text = "".join(parts)
     content, calls = read(name, text, TOOLS)
     assert calls or content == text
@@ -210,24 +210,24 @@ def test_text_without_a_call_is_left_as_it_is(name: str, parts: list[str]) -> No
         ("Hm.</think>4", None, "Hm.</think>4"),
     ],
 )
-def test_reasoning_is_what_stands_in_tags_at_the_start(text: str, reasoning: str | None, content: str) -> None:
-    """Cut by length or not; tags that are special tokens are read before those are dropped."""
+def test_reasoning_is_the_text_in_tags_at_the_start(text: str, reasoning: str | None, content: str) -> None:
+    """Truncated or not; reasoning is parsed before special tokens are removed, as its tags may be some."""
     for special in ((), ("<think>", "</think>", "<|im_end|>")):
         message = MessageParser(reasoning=THINK, special_tokens=special).message(text)
         assert (message.get("reasoning_content"), message["content"]) == (reasoning, content)
     assert MessageParser().message(text) == {"role": "assistant", "content": text}
 
 
-def test_call_that_is_only_thought_of_is_none() -> None:
-    """Only what follows the reasoning is parsed."""
+def test_tool_call_inside_reasoning_is_ignored() -> None:
+    """Only the text after the reasoning is parsed."""
     parser = MessageParser(reasoning=THINK, tool_parser="hermes")
     assert "tool_calls" not in parser.message(f"<think>{ONE}")
     message = parser.message(f"<think>{ONE}</think>{ONE}")
     assert len(message["tool_calls"]) == 1 and message["reasoning_content"] == ONE and message["content"] == ""
 
 
-def test_special_tokens_are_left_out_longest_first() -> None:
-    """One may be the beginning of another."""
+def test_special_tokens_are_removed_longest_first() -> None:
+    """One may be a prefix of another."""
     assert read(None, "a<|e|>b<|e|><|e|>x>", special=("<|e|>", "<|e|>x>")) == ("ab", [])
 
 
@@ -238,8 +238,8 @@ def _bang(text: str, tools: Any) -> tuple[str, list[ToolCall]]:
 BANG = ToolParser(parse=_bang, markers=("!",))
 
 
-def test_tool_parser_can_be_registered_or_carried_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name it must be known where messages are read; a name is never taken over."""
+def test_tool_parser_can_be_registered_or_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name must be registered where messages are parsed; a registered name cannot be replaced."""
     monkeypatch.setattr("twinkle_serve.data_format.tool_calls.TOOL_PARSERS", table := dict(TOOL_PARSERS))
     register_tool_parser("bang", BANG)
     register_tool_parser("bang", BANG)

@@ -1,4 +1,4 @@
-"""The store of weights: whole versions, found again, never mixed up."""
+"""The weight store: complete versions that survive a restart and are never mixed up."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[AdapterFiles]:
 
 @pytest.fixture(params=["memory", "directory", "url"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
-    """Where a store keeps its versions."""
+    """Storage of a store: its own memory or a state directory."""
     return {"memory": None, "directory": str(tmp_path / "state"), "url": f"memory://{tmp_path}"}[request.param]
 
 
-def test_store_hands_out_what_was_put(place: str | None, files: list[AdapterFiles]) -> None:
-    """Versions count up by name; ids are of one version alone; a version that was dropped is gone."""
+def test_store_returns_the_files_that_were_put(place: str | None, files: list[AdapterFiles]) -> None:
+    """Versions count up per name; ids are unique; a dropped version is gone."""
     store = WeightStore("demo", place)
     first, second, other = store.put("a", files[0]), store.put("a", files[1]), store.put("b", files[0])
     assert [v.label for v in (first, second, other)] == ["a@1", "a@2", "b@1"]
@@ -38,16 +38,16 @@ def test_store_hands_out_what_was_put(place: str | None, files: list[AdapterFile
     assert first.checksum == other.checksum != second.checksum
     assert [store.files(v) for v in (first, second, other)] == [files[0], files[1], files[0]]
     store.drop([second])
-    with pytest.raises(StoreError, match="no adapter a@2 any more"):
+    with pytest.raises(StoreError, match="no longer has adapter a@2"):
         store.files(second)
-    with pytest.raises(StoreError, match="no adapter a@2 any more"):
+    with pytest.raises(StoreError, match="no longer has adapter a@2"):
         store.publish(second)
     assert store.files(first) == files[0]
     assert store.put("a", files[0]).label == "a@3", "a label is never used twice"
 
 
-def test_store_that_is_made_anew_has_what_was_published(tmp_path: Path, files: list[AdapterFiles]) -> None:
-    """Not what was never published, nor what was known by a path; labels and ids go on from where they were."""
+def test_new_store_on_the_same_directory_has_the_published_versions(tmp_path: Path, files: list[AdapterFiles]) -> None:
+    """Not unpublished ones, nor those named by a path; version numbers and ids continue."""
     place = str(tmp_path / "state")
     store = WeightStore("demo", place)
     versions = [store.put("a", files[0]), store.put("a", files[1])]
@@ -59,7 +59,7 @@ def test_store_that_is_made_anew_has_what_was_published(tmp_path: Path, files: l
     assert again.published() == {"a": versions}
     assert [again.files(version) for version in versions] == files
     for version in (pending, by_path):
-        with pytest.raises(StoreError, match="any more"):
+        with pytest.raises(StoreError, match="no longer has"):
             again.files(version)
     new = again.put("a", files[0])
     assert new.label == "a@4" and new.id not in {v.id for v in (*versions, pending, by_path)}
@@ -68,8 +68,8 @@ def test_store_that_is_made_anew_has_what_was_published(tmp_path: Path, files: l
     )
 
 
-def test_name_that_was_withdrawn_does_not_come_back(tmp_path: Path, files: list[AdapterFiles]) -> None:
-    """A request may still use its version; whoever begins after a death does not find it."""
+def test_withdrawn_name_does_not_come_back(tmp_path: Path, files: list[AdapterFiles]) -> None:
+    """A request may still use its version; a router that starts after a crash does not find it."""
     store = WeightStore("demo", str(tmp_path))
     removed, kept = store.put("a", files[0]), store.put("b", files[1])
     for version in (removed, kept):
@@ -80,15 +80,15 @@ def test_name_that_was_withdrawn_does_not_come_back(tmp_path: Path, files: list[
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
-def test_files_that_were_changed_are_handed_to_nobody(tmp_path: Path, files: list[AdapterFiles], name: str) -> None:
-    """Cut off, changed in a byte, or gone: a StoreError; others are not affected."""
+def test_changed_files_are_never_returned(tmp_path: Path, files: list[AdapterFiles], name: str) -> None:
+    """Truncated, changed in one byte, or missing: a StoreError; other versions are not affected."""
     store = WeightStore("demo", str(tmp_path))
     broken, whole = store.put("a", files[0]), store.put("b", files[1])
     path = tmp_path / "adapters" / str(broken.id) / name
     good = path.read_bytes()
     for bad in (good[:-1], bytes([good[0] ^ 1]) + good[1:]):
         path.write_bytes(bad)
-        with pytest.raises(StoreError, match="were changed or cut off"):
+        with pytest.raises(StoreError, match="were changed or truncated"):
             store.files(broken)
     path.unlink()
     with pytest.raises(StoreError, match="cannot be read"):
@@ -96,10 +96,10 @@ def test_files_that_were_changed_are_handed_to_nobody(tmp_path: Path, files: lis
     assert store.files(whole) == files[1]
 
 
-def test_write_that_fails_leaves_nothing_visible(
+def test_failed_write_leaves_nothing_visible(
     tmp_path: Path, files: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk, at any of the writes: a StoreError, and the store is as before."""
+    """A full disk at any of the writes raises StoreError, and the store is unchanged."""
     store = WeightStore("demo", str(tmp_path))
     kept = store.put("a", files[0])
     store.publish(kept)
@@ -124,8 +124,8 @@ def test_write_that_fails_leaves_nothing_visible(
     assert store.files(store.put("a", files[1])) == files[1]
 
 
-def test_name_or_files_that_are_none_are_refused(files: list[AdapterFiles]) -> None:
-    """Before anything is kept."""
+def test_invalid_name_or_files_are_refused(files: list[AdapterFiles]) -> None:
+    """Before anything is stored."""
     store = WeightStore("demo")
     for name in ("", "a@1", 3):
         with pytest.raises(AdapterError, match="non-empty string without '@'"):
@@ -135,8 +135,8 @@ def test_name_or_files_that_are_none_are_refused(files: list[AdapterFiles]) -> N
     assert store.published() == {} and store.put("a", files[0]).label == "a@1"
 
 
-def test_state_that_is_another_models_or_damaged_is_refused(tmp_path: Path) -> None:
-    """By name, with the remedy; nothing of it is touched."""
+def test_state_of_another_model_or_damaged_is_refused(tmp_path: Path) -> None:
+    """The message has the cause and the remedy; no file is changed."""
     WeightStore("demo", str(tmp_path))
     with pytest.raises(ConfigError, match=r"belongs to model_id 'demo', this service has 'other'"):
         WeightStore("other", str(tmp_path))

@@ -1,4 +1,4 @@
-"""What goes in and what comes out. Numpy only: neither torch nor vllm nor ray is loaded."""
+"""Inputs and outputs of calls. Numpy only: neither torch nor vllm nor ray is loaded."""
 
 from twinkle_serve.data_format.numpy1 import read_arrays_of_numpy2
 from twinkle_serve.data_format.prompts import Input, InputFeature, Message, Trajectory

@@ -1,4 +1,4 @@
-"""LoRA adapters on their way to the engines."""
+"""Versions and files of LoRA adapters."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterVersion:
-    """One immutable load of an adapter. Two versions share neither id nor label, so no cache can mix them."""
+    """One immutable load of an adapter. Two versions never share an id or a label, so no cache can mix them."""
 
     name: str
-    """What callers call it: an alias of its newest version."""
+    """Name that callers use: an alias of its newest version."""
     version: int
-    """1, 2, … at each load under the name."""
+    """1, 2, … for each load under the name."""
     id: int
-    """Number that no other version has, of this name or another, in [1, 2**31)."""
+    """Unique among the versions of all adapters, in [1, 2**31)."""
     rank: int
     """Largest rank of its modules."""
     checksum: str = ""
-    """Of its files."""
+    """Checksum of its files."""
 
     @property
     def label(self) -> str:
-        """`name@version`, which samples are stamped with."""
+        """`name@version`, recorded in samples."""
         return f"{self.name}@{self.version}"
 
 
@@ -32,11 +32,12 @@ class AdapterFiles:
     """An adapter as peft saves it, in memory."""
 
     config: bytes
-    """adapter_config.json."""
+    """Content of adapter_config.json."""
     weights: bytes
-    """adapter_model.safetensors."""
+    """Content of adapter_model.safetensors."""
 
     def checksum(self) -> str:
+        """Checksum of both files."""
         digest = hashlib.blake2b(self.config, digest_size=16)
         digest.update(self.weights)
         return digest.hexdigest()

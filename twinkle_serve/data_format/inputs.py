@@ -5,62 +5,67 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from twinkle_serve.errors import PromptError
 
+RawInput: TypeAlias = Any
+"""An input as passed by the caller, not validated: it should be a Trajectory or an InputFeature."""
+
 PIECE = 16
-"""Inputs that are pickled together. Unpickling keeps Python's lock: 16 lists of 32,000 ids are 15 ms."""
+"""Number of inputs pickled together. Unpickling holds the GIL: 16 lists of 32,000 ids take 15 ms."""
 
 
 class PackedInputs:
-    """Inputs as they were when the call was sent, pickled a few at a time.
+    """Inputs as they were when the call was sent, pickled in small batches.
 
-    Ray unpickles the arguments of calls on the event loop that every call to the router passes through: 4 ms for 1,000
-    arrays, several times that beside busy threads, and control calls wait behind it. Bytes cost nothing there.
+    Ray unpickles the arguments of calls on the event loop that handles every call to the router: 4 ms for 1,000 arrays,
+    several times that beside busy threads, and control calls wait behind it. Bytes cost nothing there.
     """
 
     def __init__(self, pickles: bytes, count: int) -> None:
         """
         Args:
-            pickles: PIECE inputs each, one after the other, by one pickler: what all share is in the first alone.
-            count: how many inputs there are.
+            pickles: batches of PIECE inputs, written by one pickler: objects that they share are in the first only.
+            count: number of inputs.
         """
         self._pickles, self._count = pickles, count
 
     @classmethod
-    def of(cls, inputs: Sequence[Any], pickler: Callable[[io.BytesIO], pickle.Pickler]) -> PackedInputs:
-        """
+    def of(cls, inputs: Sequence[object], pickler: Callable[[io.BytesIO], pickle.Pickler]) -> PackedInputs:
+        """Packs inputs.
+
         Args:
-            pickler: the caller's: classes of its `__main__`, for one, need more than `pickle` has.
+            inputs: inputs of a call.
+            pickler: makes the caller's pickler; classes of its `__main__`, for example, need more than `pickle`.
 
         Raises:
-            PromptError: some cannot be pickled.
+            PromptError: an input cannot be pickled.
         """
         file = io.BytesIO()
-        made = pickler(file)
+        writer = pickler(file)
         for first in range(0, len(inputs), PIECE):
             try:
-                made.dump(inputs[first : first + PIECE])
-            except Exception as error:  # whatever a caller's own class raises
+                writer.dump(inputs[first : first + PIECE])
+            except Exception as error:  # a caller's class may raise anything
                 raise _refused("sent", first, len(inputs), error) from error
         return cls(file.getvalue(), len(inputs))
 
     def __len__(self) -> int:
         return self._count
 
-    def to_list(self) -> list[Any]:
-        """All of them, in a list of the reader's own.
+    def to_list(self) -> list[RawInput]:
+        """Unpickles all inputs into a new list.
 
         Raises:
-            PromptError: some cannot be unpickled here.
+            PromptError: an input cannot be unpickled here.
         """
-        made = pickle.Unpickler(io.BytesIO(self._pickles))
-        inputs: list[Any] = []
+        reader = pickle.Unpickler(io.BytesIO(self._pickles))
+        inputs: list[RawInput] = []
         while (first := len(inputs)) < self._count:
             try:
-                inputs += made.load()
-            except Exception as error:  # whatever a caller's own class raises
+                inputs += reader.load()
+            except Exception as error:  # a caller's class may raise anything
                 raise _refused("read", first, self._count, error) from None
         return inputs
 
@@ -73,11 +78,11 @@ def _refused(what: str, first: int, count: int, error: Exception) -> PromptError
     )
 
 
-def as_list(inputs: Any) -> list[Any] | None:
-    """Inputs of a call one by one, where one dict is one input; None if they are no inputs at all.
+def as_list(inputs: object) -> list[RawInput] | None:
+    """Returns the inputs of a call as a list; a single dict is one input. None if `inputs` is neither.
 
     Raises:
-        PromptError: as `PackedInputs.to_list`.
+        PromptError: an input cannot be unpickled here.
     """
     if isinstance(inputs, PackedInputs):
         return inputs.to_list()

@@ -1,4 +1,4 @@
-"""Messages of a conversation, and how a sample's text becomes one."""
+"""Messages of a conversation, and the parser that makes one from a sample's text."""
 
 from __future__ import annotations
 
@@ -7,77 +7,84 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.tool_calls import ToolCall, ToolParser, Tools, tool_parser
 
+ChatMessage: TypeAlias = dict[str, Any]
+"""A message as a plain dict: the keys of `Message`, and others of the caller's."""
+
 
 class Encoded(TypedDict):
-    """What of an InputFeature's `messages` its `input_ids` hold.
+    """The messages of an InputFeature that its `input_ids` cover.
 
-    `new_input_feature` writes it under the key `encoded`. A feature that comes back with more messages is
-    continued after its own tokens.
+    `new_input_feature` writes it under the key `encoded`. A feature that comes back with more messages is continued
+    after its own tokens.
     """
 
     ids: int
-    """Length of `input_ids`. Where it differs, a caller has put tokens in: `input_ids` are taken as they are."""
+    """Length of `input_ids`. If it differs, the caller has added tokens, and `input_ids` are used as they are."""
     messages: list[int]
-    """Checksum of each message that the tokens hold."""
+    """Checksum of each message covered."""
     assistant_start: int
-    """Index in `input_ids` of the first token sampled for the last message; `ids` where none was sampled."""
+    """Index in `input_ids` of the first token sampled for the last message; `ids` if none was sampled."""
 
 
-SAID = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
-"""What chat templates read of a message."""
+TEMPLATE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+"""Keys of a message that chat templates read."""
 
 
-def checksum(message: Mapping[str, Any]) -> int:
-    """Of what a message says: what a caller adds to it besides, such as a reward, does not change it."""
-    said = json.dumps([message.get(key) or None for key in SAID], sort_keys=True, default=repr)
-    return zlib.crc32(said.encode())
+def checksum(message: Mapping[str, object]) -> int:
+    """Checksum of the keys in TEMPLATE_KEYS; other keys that a caller adds, such as a reward, do not change it."""
+    content = json.dumps([message.get(key) or None for key in TEMPLATE_KEYS], sort_keys=True, default=repr)
+    return zlib.crc32(content.encode())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """What a prompt already holds of the turn that its sample goes on with, and of those before."""
+    """The beginning of the sampled turn that a prompt already contains, and the labels of earlier turns."""
 
     opening: str = ""
-    """Text at the prompt's end that belongs to the assistant's message: `<think>`, or what an earlier sample left
-    unfinished. A character whose bytes were cut apart there stays broken in the message; its tokens are whole."""
+    """Text at the end of the prompt that belongs to the assistant's message: `<think>`, or the unfinished text of an
+    earlier sample. A character whose bytes were split there stays broken in the message; its tokens are complete."""
     resumed_at: int | None = None
-    """Index in the prompt where the unfinished message's sampled tokens begin; None if the message is a new one."""
+    """Index in the prompt of the first sampled token of the unfinished message; None if the message is new."""
     labels: NDArray[np.int64] | None = None
-    """The token at each position of the prompt that a loss is taken at, shape [P], not rolled; None: there is none."""
+    """The token at each position of the prompt where a loss is taken, else IGNORED_LABEL. Shape [P], not rolled; None
+    if there is no such position."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessageParser:
-    """Turns a sample's text into the assistant's message. Needs no tokenizer, and travels with the samples."""
+    """Parses a sample's text into the assistant's message. Needs no tokenizer, and is sent along with the samples."""
 
     special_tokens: tuple[str, ...] = ()
-    """Texts that are left out of a message, unless they are markup of a tool call or of reasoning."""
+    """Texts that are removed from messages, unless they are markup of a tool call or of reasoning."""
     tool_parser: str | ToolParser | None = None
-    """Name in TOOL_PARSERS, or a parser itself. None: the text is never a call."""
+    """Name in TOOL_PARSERS, or a parser. None: tool calls are not parsed."""
     reasoning: tuple[str, str] | None = None
-    """Opening and closing tag of what the model thinks before it answers. None: the text is never reasoning."""
+    """Opening and closing tag of the reasoning before an answer. None: reasoning is not parsed."""
 
-    def message(self, text: str, tools: Tools = (), number: int = 0) -> dict[str, Any]:
-        """`{"role": "assistant", "content": …}`, with `reasoning_content` and `tool_calls` if the text has them.
+    def message(self, text: str, tools: Tools = (), number: int = 0) -> ChatMessage:
+        """Parses the text of a turn.
 
         Args:
-            text: of the whole turn, special tokens kept.
-            tools: the conversation's, which tell what type an argument has where the markup does not.
-            number: of the message in its conversation, for the ids of its calls.
+            text: text of the whole turn, special tokens kept.
+            tools: tools of the conversation; they give the types of arguments if the markup does not.
+            number: index of the message in its conversation, used in the ids of its tool calls.
+
+        Returns:
+            `{"role": "assistant", "content": …}`, with `reasoning_content` and `tool_calls` if the text has them.
 
         Raises:
-            TemplateError: `tool_parser` is registered in the service, and not in this process.
+            TemplateError: `tool_parser` is not registered in this process.
         """
         parser = tool_parser(self.tool_parser) if isinstance(self.tool_parser, str) else self.tool_parser
         reasoning, content = self._split(self._stripped(text, parser))
-        message: dict[str, Any] = {"role": "assistant", "content": content}
+        message: ChatMessage = {"role": "assistant", "content": content}
         if reasoning:
             message["reasoning_content"] = reasoning
         if parser is not None:
@@ -93,7 +100,7 @@ class MessageParser:
         return re.sub("|".join(map(re.escape, dropped)), "", text) if dropped else text
 
     def _split(self, text: str) -> tuple[str, str]:
-        """(reasoning, rest). Reasoning that is not closed, since the sample was cut, has no rest."""
+        """Returns (reasoning, rest). Reasoning without closing tag, of a truncated sample, has no rest."""
         if self.reasoning is None:
             return "", text
         opening, closing = self.reasoning
@@ -103,7 +110,7 @@ class MessageParser:
         return reasoning.strip("\n"), rest.lstrip("\n")
 
 
-def _as_dict(call: ToolCall, number: int, i: int) -> dict[str, Any]:
-    """In OpenAI's form, arguments parsed. Mistral's chat templates take only ids of nine letters and digits."""
-    made = call.id or f"call{number % 1000:03}{i % 100:02}"
-    return {"id": made, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+def _as_dict(call: ToolCall, number: int, i: int) -> dict[str, object]:
+    """The call in OpenAI's form, arguments parsed. Mistral's chat templates accept only ids of nine alphanumerics."""
+    call_id = call.id or f"call{number % 1000:03}{i % 100:02}"
+    return {"id": call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

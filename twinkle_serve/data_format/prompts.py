@@ -1,57 +1,74 @@
-"""What callers hand in: trajectories and input features. Both are plain dicts."""
+"""Inputs of a call: trajectories and input features. Both are plain dicts."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
-from twinkle_serve.data_format.messages import Encoded
+from twinkle_serve.data_format.messages import ChatMessage, Encoded
+
+InputDict: TypeAlias = dict[str, Any]
+"""An input as a plain dict: the keys of `Trajectory` or `InputFeature`, and others of the caller's."""
+
+Vector: TypeAlias = Any
+"""A list, numpy array or torch tensor of one dimension."""
+
+TruncationStrategy: TypeAlias = Literal["raise", "left", "right", "delete"]
+"""Treatment of a prompt longer than `max_length`: raise an error, cut it on the left or right, or leave it out."""
+
+TRUNCATION_STRATEGIES: tuple[TruncationStrategy, ...] = get_args(TruncationStrategy)
 
 
 class Message(TypedDict, total=False):
     """One turn of a conversation, as chat templates read it."""
 
     role: str
-    """system, user, assistant or tool. The only key that must be there."""
-    content: Any
-    """Text, or parts of type text."""
+    """system, user, assistant or tool. The only required key."""
+    content: str | Sequence[str | Mapping[str, object]] | None
+    """Text, or a list of parts of type text."""
     reasoning_content: str
-    """What the assistant thought before it answered."""
-    tool_calls: list[dict[str, Any]]
-    """`{"type": "function", "function": {"name": …, "arguments": …}}`; arguments as a dict or its JSON."""
+    """The assistant's reasoning before its answer."""
+    tool_calls: list[dict[str, object]]
+    """`{"type": "function", "function": {"name": …, "arguments": …}}`; arguments as a dict or as JSON text."""
 
 
 class Trajectory(TypedDict, total=False):
     """A conversation, to be rendered by the template."""
 
-    messages: list[dict[str, Any]]
-    """`{"role": …, "content": …}`, in order. The only key that must be there."""
-    tools: list[dict[str, Any]]
-    images: list[Any]
-    videos: list[Any]
+    messages: list[ChatMessage]
+    """`{"role": …, "content": …}`, in order. The only required key."""
+    tools: list[dict[str, object]]
+    """Tools that the model may call, as its chat template reads them."""
+    images: list[object]
+    """Must be empty: the service samples from text only."""
+    videos: list[object]
+    """Must be empty: the service samples from text only."""
     user_data: Any
-    """Carried over untouched."""
+    """The caller's own data, passed through unchanged."""
 
 
 class InputFeature(TypedDict, total=False):
-    """A tokenised prompt. Values may be lists, numpy arrays or torch tensors of one dimension."""
+    """A tokenised prompt. Arrays may be lists, numpy arrays or torch tensors of one dimension."""
 
-    input_ids: Any
-    """Token ids of the prompt, shape [P]. The only key that must be there."""
-    attention_mask: Any
-    position_ids: Any
-    labels: Any
-    """Token to predict at each position, IGNORED_LABEL where none. Those of earlier turns are kept."""
+    input_ids: Vector
+    """Token ids of the prompt, shape [P]. The only required key."""
+    attention_mask: Vector
+    """1 for each token, shape [P]: padding is refused."""
+    position_ids: Vector
+    """Position of each token, shape [P]. Ignored as input."""
+    labels: Vector
+    """Token to predict at each position (rolled left by one), IGNORED_LABEL for none. Shape [P]. Labels of earlier
+    turns are kept."""
     length: int
-    messages: list[dict[str, Any]]
-    """What the tokens say, where they came from a Trajectory; more of them continue it."""
-    tools: list[dict[str, Any]]
+    """P. Ignored as input."""
+    messages: list[ChatMessage]
+    """The conversation of the tokens, if they came from a Trajectory; appended messages continue it."""
+    tools: list[dict[str, object]]
+    """Tools that the model may call, as its chat template reads them."""
     user_data: Any
-    """Carried over untouched."""
+    """The caller's own data, passed through unchanged."""
     encoded: Encoded
-    """What of `messages` the tokens hold, as `new_input_feature` wrote it."""
+    """The messages that the tokens cover, as written by `new_input_feature`."""
 
 
 Input: TypeAlias = Trajectory | InputFeature
-
-TruncationStrategy: TypeAlias = Literal["raise", "left", "right", "delete"]
-"""Treatment of a prompt that is too long: an error, its last or first tokens, or leaving it out of the call."""

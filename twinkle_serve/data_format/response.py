@@ -1,4 +1,4 @@
-"""What callers get back. Numpy columns underneath, Python lists on demand."""
+"""Results of a call: numpy columns underneath, Python lists on demand."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, cast, overload
+from typing import cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from twinkle_serve.data_format.messages import Encoded, MessageParser, Turn, checksum
-from twinkle_serve.data_format.prompts import InputFeature
+from twinkle_serve.data_format.messages import ChatMessage, Encoded, MessageParser, Turn, checksum
+from twinkle_serve.data_format.prompts import InputDict, InputFeature
 from twinkle_serve.data_format.samples import (
     NO_SEED,
     STOP_REASONS,
@@ -25,7 +25,7 @@ from twinkle_serve.data_format.tool_calls import Tools
 from twinkle_serve.data_format.weights import VersionSpan
 
 IGNORED_LABEL = -100
-"""Label of a position that no loss is taken at, as in torch's cross entropy."""
+"""Label of a position without a loss, as in torch's cross entropy."""
 _MADE_ANEW = {"input_ids", "labels", "attention_mask", "position_ids", "length", "encoded"}
 
 
@@ -33,41 +33,41 @@ _MADE_ANEW = {"input_ids", "labels", "attention_mask", "position_ids", "length",
 class SampleResponse(Sequence["SampleResponse"]):
     """Samples of one or more prompts.
 
-    `sequences` is flat and prompt-major: p0s0, p0s1, …, p1s0, …. The response is also a sequence of
-    its prompts: `len(response)` prompts, and `response[i]` is the response to prompt i alone.
+    `sequences` is flat and prompt-major: p0s0, p0s1, …, p1s0, …. The response is also a sequence over its prompts:
+    `len(response)` is the number of prompts, and `response[i]` is the response to prompt i alone.
     """
 
     columns: SampleColumns
-    """Column `group` holds the index into `prompts`; sorted by (group, sample)."""
+    """The samples as numpy columns. Column `group` is the index into `prompts`; rows are sorted by (group, sample)."""
     prompts: list[NDArray[np.int32]]
     """Token ids of each prompt, shape [P_i]."""
-    inputs: list[dict[str, Any]]
-    """What each prompt was made from, as it was when the call was sent; empty where a call by handle asked for none."""
+    inputs: list[InputDict]
+    """The input of each prompt, as it was when the call was sent; empty after a call with return_inputs=False."""
     logprobs_mode: str
-    """What a logprob is of: `raw_logprobs` is the model's own distribution, before temperature, penalties and
-    top-k and top-p; `processed_logprobs` is the one that was sampled from."""
+    """Distribution of the logprobs. `raw_logprobs`: the model's own, before temperature, penalties, top-k and top-p.
+    `processed_logprobs`: the one that was sampled from."""
     parser: MessageParser = field(default_factory=MessageParser)
-    """How a sample's text becomes the assistant's message."""
+    """Parses a sample's text into the assistant's message."""
     turns: tuple[Turn, ...] = ()
-    """What each prompt already holds of the turn that is sampled; empty where no prompt holds any."""
+    """The beginning of the sampled turn in each prompt; empty if no prompt has any."""
     prompt_indices: tuple[int, ...] = field(default=())
     """Index in the call of each prompt here; differs from 0, 1, … in parts of a response."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Prompts as one array, for each array costs Ray a few microseconds; and nothing that was made on demand."""
+    def __getstate__(self) -> dict[str, object]:
+        """Packs prompts into one array, since each array costs Ray a few microseconds; leaves out cached properties."""
         state = {field.name: getattr(self, field.name) for field in fields(self)}
         lengths = [len(prompt) for prompt in self.prompts]
         return state | {"prompts": (np.concatenate([*self.prompts, np.empty(0, np.int32)]), lengths)}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        ids, lengths = state["prompts"]
+    def __setstate__(self, state: dict[str, object]) -> None:
+        ids, lengths = cast("tuple[NDArray[np.int32], list[int]]", state["prompts"])
         ends = np.cumsum(lengths).tolist()
         prompts = [ids[end - length : end] for end, length in zip(ends, lengths, strict=True)]
         self.__dict__.update(state, prompts=prompts)
 
     @cached_property
     def sequences(self) -> list[SampledSequence]:
-        """Every sample, prompt-major."""
+        """All samples, prompt-major."""
         starts = self.columns.starts
         return [SampledSequence(self, row, int(starts[row])) for row in range(len(self.columns))]
 
@@ -105,25 +105,40 @@ class SampleResponse(Sequence["SampleResponse"]):
 
     @property
     def prompt_index(self) -> int:
-        """Index in the call of this response's only prompt."""
+        """Index in the call of this response's only prompt.
+
+        Raises:
+            ValueError: the response has several prompts.
+        """
         return self.prompt_indices[self._only("prompt_index")]
 
     @property
     def prompt_token_ids(self) -> list[int]:
-        """Token ids of this response's only prompt."""
+        """Token ids of this response's only prompt. P of them.
+
+        Raises:
+            ValueError: the response has several prompts.
+        """
         return cast(list[int], self.prompts[self._only("prompt_token_ids")].tolist())
 
     @property
     def prompt_logprobs(self) -> list[float | None] | None:
-        """Log p of each prompt token, nats, None at position 0; None if not asked for. One prompt only."""
+        """Log p of each prompt token, nats, None at position 0; None if not requested. P of them.
+
+        Raises:
+            ValueError: the response has several prompts.
+        """
         scores = self._scores("prompt_logprobs")
         return None if scores is None else [None, *scores.logprobs[1:].tolist()]
 
     @property
     def topk_prompt_logprobs(self) -> list[list[tuple[int, float]] | None] | None:
-        """The k likeliest (token id, log p) at each prompt position, None at 0. One prompt only.
+        """The k likeliest (token id, log p) at each prompt position, None at position 0. P lists of k, nats.
 
-        None if not asked for.
+        None if not requested.
+
+        Raises:
+            ValueError: the response has several prompts.
         """
         scores = self._scores("topk_prompt_logprobs")
         if scores is None or not scores.top_tokens.shape[1]:
@@ -137,7 +152,7 @@ class SampleResponse(Sequence["SampleResponse"]):
     def _only(self, name: str) -> int:
         if len(self) != 1:
             raise ValueError(
-                f"{name} is of one prompt, this response has {len(self)}. Iterate over it: response[i].{name}"
+                f"{name} needs a response to one prompt, this one has {len(self)}. Iterate over it: response[i].{name}"
             )
         return 0
 
@@ -150,8 +165,11 @@ class SampledSequence:
     """One sample: a view of one row of a SampleResponse."""
 
     response: SampleResponse
+    """The response that the sample is part of."""
     row: int
+    """Index of the sample in the response's columns."""
     start: int
+    """Index of its first token in the column `tokens`."""
 
     @property
     def _tokens_at(self) -> slice:
@@ -164,20 +182,21 @@ class SampledSequence:
 
     @property
     def logprob_array(self) -> FloatArray | None:
-        """log p of each sampled token, nats, under `SampleResponse.logprobs_mode`. Shape [T]; None if not asked for."""
+        """Log p of each sampled token, nats, under `SampleResponse.logprobs_mode`. Shape [T]; None if not requested."""
         logprobs = self.response.columns.logprobs
         return None if logprobs is None else logprobs[self._tokens_at, 0]
 
     @cached_property
     def tokens(self) -> list[int]:
-        """Sampled token ids, prompt excluded."""
+        """Sampled token ids, prompt excluded. T of them."""
         return cast(list[int], self.token_array.tolist())
 
     @cached_property
     def logprobs(self) -> list[list[tuple[int, float]]] | None:
-        """At each position (token id, log p): the sampled token first, then the others of the k likeliest, best first.
+        """(token id, log p) at each position, nats: the sampled token, then the others of the k likeliest, best first.
 
-        `[lp[0][1] for lp in seq.logprobs]` are the logprobs of the sampled tokens. None if not asked for.
+        T lists of up to 1 + k. `[lp[0][1] for lp in seq.logprobs]` are the logprobs of the sampled tokens. None if not
+        requested.
         """
         columns = self.response.columns
         if columns.logprobs is None:
@@ -191,13 +210,13 @@ class SampledSequence:
 
     @property
     def decoded(self) -> str:
-        """Text of the tokens, special tokens kept, a stop string and what follows it cut off."""
+        """Text of the tokens, special tokens kept, cut off before a stop string."""
         return self.response.columns.decoded[self.row]
 
     @property
     def stop_reason(self) -> StopReason:
-        """length: max_tokens or the context is used up. stop: end of sequence, a stop string or a stop token id.
-        abort: an update of weights, or a pause, ended it where it was."""
+        """Why the sample ended. length: max_tokens or the end of the context. stop: an end-of-sequence token, a stop
+        string or a stop token id. abort: a weight update or a pause ended it early."""
         return STOP_REASONS[int(self.response.columns.stop_reason[self.row])]
 
     @property
@@ -213,14 +232,14 @@ class SampledSequence:
 
     @property
     def adapter(self) -> str:
-        """`name@version` of the adapter that sampled it; "" is the base model."""
+        """`name@version` of the adapter that sampled it; "" for the base model."""
         return self.response.columns.adapter[self.row]
 
     @property
     def weight_versions(self) -> list[VersionSpan]:
-        """Versions of the model's own weights that sampled it, each with its span of tokens; together they are all.
+        """Versions of the model's own weights that sampled it, with their spans of tokens, which cover all of them.
 
-        More than one where an update came while it ran. A sample of an adapter has these beside `adapter`.
+        More than one if weights were updated while it ran. A sample of an adapter has these in addition to `adapter`.
         """
         spans = self.response.columns.weight_versions[self.row]
         ends = [start for _, start in spans[1:]] + [int(self.response.columns.lengths[self.row])]
@@ -233,11 +252,16 @@ class SampledSequence:
 
     @cached_property
     def new_input_feature(self) -> InputFeature:
-        """The prompt and this sample as one training input; the prompt's other keys are carried over, as copies.
+        """The prompt and this sample as one training input; the input's other keys are copied over.
 
         `labels` are rolled left by one: position t holds the token to predict there, IGNORED_LABEL outside the samples.
-        Labels that the input had are kept. A trajectory's `messages` gain the assistant's turn, and `encoded` says what
-        of them the tokens hold. Handed in again, it is continued token by token. Source: Twinkle's samplers.
+        Labels of the input are kept. The assistant's turn is appended to a trajectory's `messages`, and `encoded` says
+        which messages the tokens cover. Passed as an input again, it is continued token by token. Follows Twinkle's
+        samplers. Arrays are lists of P + T numbers.
+
+        Raises:
+            ValueError: the call was made with return_inputs=False.
+            TemplateError: the template's tool parser is not registered in this process.
         """
         response = self.response
         if not response.inputs:
@@ -258,15 +282,17 @@ class SampledSequence:
             "length": length,
         }
         if source.get("messages") is not None:
-            messages, start = self._continued(list(feature["messages"]), feature.get("tools") or (), turn, len(prompt))
+            messages, start = self._with_message(
+                list(feature["messages"]), feature.get("tools") or (), turn, len(prompt)
+            )
             feature["messages"] = messages
             feature["encoded"] = Encoded(ids=length, messages=[*map(checksum, messages)], assistant_start=start)
         return cast(InputFeature, feature)
 
-    def _continued(
-        self, messages: list[dict[str, Any]], tools: Tools, turn: Turn, prompt_length: int
-    ) -> tuple[list[dict[str, Any]], int]:
-        """The messages with this sample's in them, and where its tokens begin. Without tokens there is no message."""
+    def _with_message(
+        self, messages: list[ChatMessage], tools: Tools, turn: Turn, prompt_length: int
+    ) -> tuple[list[ChatMessage], int]:
+        """Returns the messages with this sample's, and where its tokens begin. A sample without tokens adds none."""
         start = prompt_length if turn.resumed_at is None else turn.resumed_at
         if not self.tokens:
             return messages, start

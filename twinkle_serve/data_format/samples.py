@@ -1,13 +1,13 @@
-"""What engines produce and the wire carries: samples as numpy columns.
+"""Samples as numpy columns, as engines produce and send them.
 
-A Python list of a million numbers costs more to pickle than to sample; columns cost a copy.
+A Python list of a million numbers takes longer to pickle than to sample; columns cost a copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +18,15 @@ IntArray: TypeAlias = NDArray[np.int32] | NDArray[np.int64]
 FloatArray: TypeAlias = NDArray[np.float32]
 StopReason: TypeAlias = Literal["length", "stop", "abort", "error"]
 
-STOP_REASONS: tuple[StopReason, ...] = ("length", "stop", "abort", "error")
-"""Code in `SampleColumns.stop_reason` to name."""
+STOP_REASONS: tuple[StopReason, ...] = get_args(StopReason)
+"""Name of each code in `SampleColumns.stop_reason`."""
 
 NO_SEED = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptScores:
-    """Logprobs of one prompt's own tokens, P of them. Position 0 has none: NaN, and token −1."""
+    """Logprobs of the P tokens of one prompt. Position 0 has none: NaN, and token −1."""
 
     logprobs: FloatArray
     """Shape [P], nats."""
@@ -38,12 +38,12 @@ class PromptScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartialSample:
-    """Tokens of a sample that has not ended, T of them: its first ones, or what it has gained since."""
+    """T tokens of an unfinished sample: its first ones, or those since the last update."""
 
     tokens: NDArray[np.int32]
     """Shape [T]."""
     logprobs: FloatArray | None
-    """As in SampleColumns. Shape [T, 1 + k]; None if not asked for."""
+    """As in SampleColumns. Shape [T, 1 + k]; None if not requested."""
     logprob_tokens: NDArray[np.int32] | None
     """As in SampleColumns. Shape [T, 1 + k]; None if k = 0."""
     weight_versions: Spans
@@ -54,7 +54,7 @@ class PartialSample:
 
     @classmethod
     def concat(cls, parts: Sequence[PartialSample]) -> PartialSample:
-        """Parts that follow each other. At least one, all with logprobs or none."""
+        """Joins consecutive parts. At least one; all or none have logprobs."""
         spans: list[tuple[str, int]] = []
         start = 0
         for part in parts:
@@ -76,49 +76,49 @@ class SampleColumns:
     """S samples with T tokens between them."""
 
     group: NDArray[np.int64]
-    """Which group a sample is of: the router's id on the way, the prompt's index in a response. Shape [S]."""
+    """Group of each sample: the router's id in transit, the prompt's index in a response. Shape [S]."""
     sample: NDArray[np.int32]
     """Index of the sample in its group. Shape [S]."""
     lengths: NDArray[np.int32]
-    """Tokens of each sample. Shape [S], sum T."""
+    """Number of tokens of each sample. Shape [S], sum T."""
     tokens: NDArray[np.int32]
-    """Sampled token ids, prompt excluded, samples one after the other. Shape [T]."""
+    """Sampled token ids, prompt excluded, samples concatenated. Shape [T]."""
     logprobs: FloatArray | None
-    """Log p, nats: the sampled token first, then the k likeliest. Shape [T, 1 + k]; None if not asked for."""
+    """Log p, nats: the sampled token first, then the k likeliest. Shape [T, 1 + k]; None if not requested."""
     logprob_tokens: NDArray[np.int32] | None
-    """Token ids of `logprobs`. Shape [T, 1 + k]; None if k = 0, when they are `tokens`."""
+    """Token ids of `logprobs`. Shape [T, 1 + k]; None if k = 0: they are `tokens` then."""
     stop_reason: NDArray[np.uint8]
     """Index into STOP_REASONS. Shape [S]."""
     decoded: list[str]
     """Text of each sample, special tokens kept, a stop string cut off. S of them."""
     seed: NDArray[np.int64]
-    """Seed of the sample's own random stream, NO_SEED where there was none. Shape [S]."""
+    """Seed of each sample's own random stream, NO_SEED for none. Shape [S]."""
     engine: list[str]
-    """Which engine sampled it. S of them."""
+    """Name of the engine that sampled each sample. S of them."""
     adapter: list[str]
-    """Label of the adapter version that sampled it, "" for the base model. S of them."""
+    """Label of the adapter version that sampled each sample, "" for the base model. S of them."""
     weight_versions: list[Spans]
-    """Versions of the model's own weights that sampled it. S of them."""
+    """Versions of the model's own weights that sampled each sample. S of them."""
     scores: dict[int, PromptScores] = field(default_factory=dict)
-    """By group, where prompt logprobs were asked for."""
+    """Prompt logprobs by group, if requested."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
     def logprobs_width(self) -> int:
-        """1 + k; 0 where logprobs were not asked for."""
+        """1 + k; 0 if logprobs were not requested."""
         return 0 if self.logprobs is None else self.logprobs.shape[1]
 
     @property
     def starts(self) -> NDArray[np.int64]:
-        """Where each sample begins in `tokens`. Shape [S]."""
+        """Index in `tokens` of the first token of each sample. Shape [S]."""
         ends: NDArray[np.int64] = np.cumsum(self.lengths, dtype=np.int64)
         return ends - self.lengths
 
     @classmethod
     def concat(cls, parts: Sequence[SampleColumns]) -> SampleColumns:
-        """All parts, one after the other. At least one, of one `logprobs_width`."""
+        """Concatenates parts. At least one; all have the same `logprobs_width`."""
         if len(parts) == 1:
             return parts[0]
         first = parts[0]
@@ -140,10 +140,10 @@ class SampleColumns:
         )
 
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> SampleColumns:
-        """The given rows, in the given order."""
+        """Selects rows, in the given order."""
         lengths = self.lengths[rows]
         moved = self.starts[rows] - (np.cumsum(lengths, dtype=np.int64) - lengths)
-        # Where each token is: as far from where its sample begins as it is to be.
+        # Old index of each new token: its offset within its sample is the same.
         at = np.arange(lengths.sum()) + np.repeat(moved, lengths)
         group = self.group[rows]
         return SampleColumns(
@@ -163,18 +163,18 @@ class SampleColumns:
         )
 
     def regrouped(self, indices: dict[int, int]) -> SampleColumns:
-        """The samples of the groups in `indices`, ids replaced by `indices[id]`, sorted by (index, sample)."""
+        """Selects the samples of the groups in `indices`, replaces ids by `indices[id]`, sorts by (index, sample)."""
         index = np.array([indices.get(group, -1) for group in self.group.tolist()], np.int64)
         order = np.lexsort((self.sample, index))
-        mine = self.take(order[index[order] >= 0])
+        selected = self.take(order[index[order] >= 0])
         return replace(
-            mine,
+            selected,
             group=index[order][index[order] >= 0],
-            scores={indices[group]: scores for group, scores in mine.scores.items()},
+            scores={indices[group]: scores for group, scores in selected.scores.items()},
         )
 
     def without(self, groups: set[int]) -> SampleColumns:
-        """The samples of all other groups."""
+        """Selects the samples of all other groups."""
         return self.take(
             np.array([row for row, group in enumerate(self.group.tolist()) if group not in groups], np.int64)
         )

@@ -1,23 +1,22 @@
-"""How to sample. One strict meaning for every engine: a parameter is honoured or refused."""
+"""Sampling parameters, with one strict meaning for every engine: a parameter is honoured or refused."""
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import Any
+from functools import partial
 
 from twinkle_serve.errors import SamplingParamsError, unknown_name
+from twinkle_serve.validation import finite_number, whole_number
 
 MAX_TEMPERATURE = 2.0
 MIN_TEMPERATURE = 0.01
-"""Below it logits / temperature overflows: vLLM would raise the value in silence, so it is refused."""
+"""Below it, logits / temperature overflows. vLLM would raise the value silently, so it is refused."""
 
 
 class Unset(Enum):
-    """An argument that was not given, where None means something."""
+    """Default of arguments for which None has a meaning."""
 
     UNSET = "not given"
 
@@ -27,29 +26,8 @@ UNSET = Unset.UNSET
 ALIASES = {"max_new_tokens": "max_tokens"}
 
 
-def _whole(name: str, value: object, least: int, most: int | None = None) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise SamplingParamsError(f"{name} must be a whole number, got {value!r} ({type(value).__name__}).") from None
-    if number < least or (most is not None and number > most):
-        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise SamplingParamsError(f"{name} must be {bounds}, got {number}.")
-    return number
-
-
-def _real(name: str, value: object) -> float:
-    try:
-        if isinstance(value, (bool, str, bytes)):
-            raise TypeError
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        raise SamplingParamsError(f"{name} must be a number, got {value!r} ({type(value).__name__}).") from None
-    if not math.isfinite(number):
-        raise SamplingParamsError(f"{name} must be finite, got {number}.")
-    return number
+_whole = partial(whole_number, error=SamplingParamsError)
+_real = partial(finite_number, error=SamplingParamsError)
 
 
 def _stop(value: object) -> tuple[str, ...] | tuple[int, ...]:
@@ -79,48 +57,51 @@ class _DerivedParams:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
+        """The strings of `stop`."""
         return tuple(item for item in self.stop or () if isinstance(item, str))
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
+        """The token ids of `stop`."""
         return tuple(item for item in self.stop or () if isinstance(item, int))
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
         return self.temperature == 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams(_DerivedParams):
-    """How to sample one request. Immutable; plain dicts of the same keys are accepted wherever this is.
+    """Sampling parameters of a request. Immutable; a plain dict of the same keys is accepted wherever this is.
 
     Raises:
-        SamplingParamsError: a value of the wrong type, not finite or out of range.
+        SamplingParamsError: a value has the wrong type, is not finite or is out of range.
     """
 
     max_tokens: int | None = None
-    """Most tokens to sample. None: what the context leaves. 0: sample nothing, only score the prompt."""
+    """Maximum number of tokens per sample. None: up to the context length. 0: sample nothing, only score the prompt."""
     temperature: float = 1.0
-    """0 is greedy, else in [0.01, 2]."""
+    """0 for greedy, else in [0.01, 2]."""
     top_k: int = -1
-    """Sample from the k likeliest tokens; −1 or 0 is all of them."""
+    """Sample from the k likeliest tokens; −1 or 0: from all."""
     top_p: float = 1.0
     """Sample from the likeliest tokens that together reach this probability, in (0, 1]."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or the sample; > 0."""
+    """Divides positive and multiplies negative logits of tokens in the prompt or the sample; above 0, 1 for none."""
     seed: int | None = None
-    """Seed of the request, in [0, 2**62). Sample i of prompt p has a seed of its own derived from it. None: no two
-    samples share a random stream, and none can be repeated."""
+    """Seed of the request, in [0, 2**62). Each sample of each prompt has its own seed derived from it. None: samples
+    have independent random streams and cannot be reproduced."""
     stop: str | list[str] | list[int] | tuple[str, ...] | tuple[int, ...] | None = None
     """Strings or token ids that end a sample. A stop string is cut from `decoded`; the tokens stay as sampled."""
     ignore_eos: bool = False
-    """Sample on past the model's end-of-sequence tokens."""
+    """Continue after the model's end-of-sequence tokens."""
     logprobs: int | None = 0
-    """0: of each sampled token. k: of the k likeliest tokens too. None: none."""
+    """0: of each sampled token. k: also of the k likeliest tokens at each position. None: none."""
     prompt_logprobs: int | None = None
-    """0: of each prompt token. k: of the k likeliest tokens at each position too. None: none."""
+    """0: of each prompt token. k: also of the k likeliest tokens at each position. None: none."""
     num_samples: int = 1
-    """Samples of each prompt."""
+    """Samples per prompt."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -151,25 +132,31 @@ class SamplingParams(_DerivedParams):
         self._put("num_samples", _whole("num_samples", self.num_samples, 1))
 
     def _put(self, name: str, value: object) -> None:
-        """Sets a field while the frozen object is being made."""
+        """Sets a field of the frozen object during initialisation."""
         object.__setattr__(self, name, value)
 
     @classmethod
     def of(
         cls,
-        params: SamplingParams | Mapping[str, Any] | None,
+        params: SamplingParams | Mapping[str, object] | None,
         num_samples: int | None = None,
         logprobs: int | Unset | None = UNSET,
     ) -> SamplingParams:
-        """`params` as SamplingParams, with the `num_samples` and `logprobs` of a call put in.
+        """Converts `params` to SamplingParams and merges the `num_samples` and `logprobs` of a call.
+
+        Args:
+            params: SamplingParams, a dict of its fields (`max_new_tokens` is accepted for `max_tokens`), or None for
+                the defaults.
+            num_samples: samples per prompt; None: as in `params`.
+            logprobs: as the field; UNSET: as in `params`.
 
         Raises:
-            SamplingParamsError: an unknown key, both spellings of one, or two different values for one.
+            SamplingParamsError: an unknown key, both spellings of one, an invalid value, or two different values.
         """
         if params is None:
             params = cls()
         elif isinstance(params, Mapping):
-            params = cls(**cls._known(params))
+            params = cls(**cls._known(params))  # type: ignore[arg-type]  # the constructor validates them
         elif not isinstance(params, cls):
             raise SamplingParamsError(
                 f"sampling_params must be SamplingParams or a dict, got {type(params).__name__}. "
@@ -188,21 +175,25 @@ class SamplingParams(_DerivedParams):
         return replace(params, **given) if given else params  # type: ignore[arg-type]
 
     @classmethod
-    def _known(cls, params: Mapping[str, Any]) -> dict[str, Any]:
-        known = {field.name for field in fields(cls)}
-        clean: dict[str, Any] = {}
+    def _known(cls, params: Mapping[str, object]) -> dict[str, object]:
+        names = {field.name for field in fields(cls)}
+        clean: dict[str, object] = {}
         for key, value in params.items():
             name = ALIASES.get(key, key)
-            if name not in known:
-                raise SamplingParamsError(unknown_name("sampling parameter", key, known | set(ALIASES)) + ".")
+            if name not in names:
+                raise SamplingParamsError(unknown_name("sampling parameter", key, names | set(ALIASES)) + ".")
             if name in clean:
                 raise SamplingParamsError(f"{name} is given twice, as {name} and as {key}. Give it once.")
             clean[name] = value
         return clean
 
     @classmethod
-    def from_dict(cls, params: Mapping[str, Any]) -> SamplingParams:
-        """As upstream's: `SamplingParams.from_dict({"max_tokens": 16})`. Raises as `of`."""
+    def from_dict(cls, params: Mapping[str, object]) -> SamplingParams:
+        """Converts a dict, as in Twinkle: `SamplingParams.from_dict({"max_tokens": 16})`.
+
+        Raises:
+            SamplingParamsError: an unknown key, both spellings of one, or an invalid value.
+        """
         return cls.of(params)
 
 

@@ -1,4 +1,4 @@
-"""Tool calls out of a sample's text, in the ways that models write them."""
+"""Parses tool calls from a sample's text, in the formats that models write."""
 
 from __future__ import annotations
 
@@ -16,37 +16,43 @@ class ToolCall:
     """One call of a function."""
 
     name: str
+    """Name of the function."""
     arguments: dict[str, Any]
+    """Parsed arguments by name."""
     id: str | None = None
-    """None where the model writes none."""
+    """Id that the model wrote; None if it wrote none."""
 
 
-Tools: TypeAlias = Sequence[Any]
-"""Tools of the conversation, as the caller gave them."""
+Tools: TypeAlias = Sequence[object]
+"""Tools of the conversation, as passed by the caller."""
 Parsed: TypeAlias = tuple[str, list[ToolCall]]
-Found: TypeAlias = tuple[list[ToolCall], int]
-"""Calls, and where in the text they end."""
+CallsAndEnd: TypeAlias = tuple[list[ToolCall], int]
+"""Calls, and the index in the text where they end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolParser:
-    """One way of writing tool calls."""
+    """A format of tool calls."""
 
     parse: Callable[[str, Tools], Parsed]
-    """(text, tools) to (text that is no call, calls in order). What is malformed stays in the text."""
+    """Maps (text, tools) to (text without the calls, calls in order). Malformed calls stay in the text."""
     markers: tuple[str, ...]
-    """Texts of the markup: `parse` gets them even where they are special tokens."""
+    """Texts of the markup. They are passed to `parse` even if they are special tokens."""
     sign: str = ""
-    """Text in a chat template that tells that the model writes its calls this way; "" is never recognised."""
+    """Text in a chat template by which the format is recognised; "" for never."""
 
 
 def register_tool_parser(name: str, parser: ToolParser) -> None:
-    """Makes a way of writing tool calls known, in this process.
+    """Registers a format of tool calls in this process.
 
-    The service looks the name up when a template is made, and the caller's process when a message is read.
+    The service looks the name up when it makes a template, and the caller's process when it parses a message.
+
+    Args:
+        name: new name in TOOL_PARSERS.
+        parser: the format.
 
     Raises:
-        TemplateError: the name is another parser's.
+        TemplateError: another parser has that name.
     """
     if TOOL_PARSERS.get(name, parser) != parser:
         raise TemplateError(f"tool parser {name!r} is registered already. Give yours another name.")
@@ -54,10 +60,10 @@ def register_tool_parser(name: str, parser: ToolParser) -> None:
 
 
 def tool_parser(name: str) -> ToolParser:
-    """The parser registered as `name`.
+    """Returns the parser registered as `name`.
 
     Raises:
-        TemplateError: there is none.
+        TemplateError: unknown name.
     """
     if name not in TOOL_PARSERS:
         raise TemplateError(f"{unknown_name('tool parser', name, TOOL_PARSERS)}. See register_tool_parser.")
@@ -65,18 +71,20 @@ def tool_parser(name: str) -> ToolParser:
 
 
 def recognise_tool_parser(chat_template: str) -> str:
-    """Name of the parser for the calls that a chat template writes; hermes where it writes none that is known."""
-    return next((name for name, known in TOOL_PARSERS.items() if known.sign and known.sign in chat_template), "hermes")
+    """Name of the parser for the tool calls of a chat template; hermes if it writes none in a known format."""
+    return next(
+        (name for name, parser in TOOL_PARSERS.items() if parser.sign and parser.sign in chat_template), "hermes"
+    )
 
 
 # -- JSON ----------------------------------------------------------------------------------------
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
-# Not strict: models write raw line ends into strings.
+# Not strict: models write raw line breaks into strings.
 _JSON = json.JSONDecoder(strict=False, parse_constant=_no_number)
 _SPACE = re.compile(r"\s*")
 
@@ -87,48 +95,48 @@ def _skip_space(text: str, at: int) -> int:
     return match.end()
 
 
-def _json_at(text: str, at: int) -> tuple[Any, int] | None:
-    """The JSON value that begins at `at`, and where it ends. What follows it, and what its strings hold, is free."""
+def _json_at(text: str, at: int) -> tuple[object, int] | None:
+    """Parses the JSON value that begins at `at`, whatever follows it. Returns it and its end; None if it is invalid."""
     try:
         return _JSON.raw_decode(text, _skip_space(text, at))
     except (ValueError, RecursionError):  # samples can nest deeper than Python
         return None
 
 
-def _call_of(value: Any, keys: Sequence[str] = ("arguments",)) -> ToolCall | None:
-    """A call out of `{"name": …, "arguments": …}`, whose arguments may be JSON in a string."""
+def _call_of(value: object, keys: Sequence[str] = ("arguments",)) -> ToolCall | None:
+    """Converts `{"name": …, "arguments": …}` to a call; the arguments may be JSON in a string. None if invalid."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return None
-    arguments: Any = next((value[key] for key in keys if key in value), {})
+    arguments: object = next((value[key] for key in keys if key in value), {})
     if isinstance(arguments, str):
-        found = _json_at(arguments, 0)
-        arguments = found[0] if found and not arguments[found[1] :].strip() else None
+        parsed = _json_at(arguments, 0)
+        arguments = parsed[0] if parsed and not arguments[parsed[1] :].strip() else None
     if not isinstance(arguments, dict):
         return None
-    made = value.get("id")
-    return ToolCall(value["name"], arguments, made if isinstance(made, str) and made else None)
+    call_id = value.get("id")
+    return ToolCall(value["name"], arguments, call_id if isinstance(call_id, str) and call_id else None)
 
 
-def _scan(text: str, opening: re.Pattern[str], read: Callable[[re.Match[str]], Found | None]) -> Parsed:
-    """What `read` finds at each place where `opening` matches, and the text around it."""
+def _scan(text: str, opening: re.Pattern[str], read: Callable[[re.Match[str]], CallsAndEnd | None]) -> Parsed:
+    """Applies `read` wherever `opening` matches. Returns the text around the calls, and the calls."""
     kept: list[str] = []
     calls: list[ToolCall] = []
     at = 0
     while match := opening.search(text, at):
-        found = read(match)
-        if found is None:
+        result = read(match)
+        if result is None:
             kept.append(text[at : match.end()])
             at = match.end()
         else:
             kept.append(text[at : match.start()])
-            calls += found[0]
-            at = found[1]
+            calls += result[0]
+            at = result[1]
     kept.append(text[at:])
     return "".join(kept), calls
 
 
 def _closed(text: str, at: int, tag: str) -> int | None:
-    """Where `tag` ends, space before it allowed; the end of the text closes too, since a stop string may have cut."""
+    """Index after `tag`, which space may precede; the end of the text counts too, as a stop string may have cut it."""
     at = _skip_space(text, at)
     if text.startswith(tag, at):
         return at + len(tag)
@@ -140,11 +148,11 @@ def _closed(text: str, at: int, tag: str) -> int | None:
 _HERMES = re.compile("<tool_call>")
 
 
-def _read_hermes(match: re.Match[str]) -> Found | None:
-    found = _json_at(match.string, match.end())
-    if found is None or (call := _call_of(found[0])) is None:
+def _read_hermes(match: re.Match[str]) -> CallsAndEnd | None:
+    parsed = _json_at(match.string, match.end())
+    if parsed is None or (call := _call_of(parsed[0])) is None:
         return None
-    end = _closed(match.string, found[1], "</tool_call>")
+    end = _closed(match.string, parsed[1], "</tool_call>")
     return None if end is None else ([call], end)
 
 
@@ -158,8 +166,8 @@ _FUNCTION = re.compile(r"(?:<tool_call>\s*)?<function=([^<>\n]+)>(.*?)</function
 _PARAMETER = re.compile(r"<parameter=([^<>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
 
-def _properties(tools: Tools, function: str) -> Mapping[str, Any]:
-    """The declared parameters of a function, `{}` where the tools do not say."""
+def _properties(tools: Tools, function: str) -> Mapping[str, object]:
+    """The declared parameters of a function, `{}` if the tools do not declare any."""
     for tool in tools:
         described = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if isinstance(described, Mapping) and described.get("name") == function:
@@ -169,18 +177,18 @@ def _properties(tools: Tools, function: str) -> Mapping[str, Any]:
     return {}
 
 
-def _value(text: str, declared: Any) -> Any:
-    """A parameter's value: text where it is declared as a string, otherwise JSON if it is JSON."""
+def _value(text: str, declared: object) -> object:
+    """A parameter's value: text if it is declared as a string, else parsed if it is JSON."""
     kind = declared.get("type") if isinstance(declared, Mapping) else None
     kinds = kind if isinstance(kind, list) else [kind]
     if "string" in kinds and not (text == "null" and "null" in kinds):
         return text
-    found = _json_at(text, 0)
-    return found[0] if found and not text[found[1] :].strip() else text
+    parsed = _json_at(text, 0)
+    return parsed[0] if parsed and not text[parsed[1] :].strip() else text
 
 
 def _parse_qwen3_coder(text: str, tools: Tools) -> Parsed:
-    def read(match: re.Match[str]) -> Found | None:
+    def read(match: re.Match[str]) -> CallsAndEnd | None:
         name, body = match[1].strip(), match[2]
         if _PARAMETER.sub("", body).strip():
             return None
@@ -200,12 +208,12 @@ _PYTHON_TAG = "<|python_tag|>"
 def _llama_calls(text: str) -> Iterator[ToolCall | None]:
     at = _skip_space(text, 0)
     while at < len(text):
-        found = _json_at(text, at)
-        if found is None or not isinstance(found[0], dict) or not {"parameters", "arguments"} & set(found[0]):
+        parsed = _json_at(text, at)
+        if parsed is None or not isinstance(parsed[0], dict) or not {"parameters", "arguments"} & set(parsed[0]):
             yield None
             return
-        yield _call_of(found[0], ("parameters", "arguments"))
-        at = _skip_space(text, found[1])
+        yield _call_of(parsed[0], ("parameters", "arguments"))
+        at = _skip_space(text, parsed[1])
         if text.startswith(";", at):
             at = _skip_space(text, at + 1)
 
@@ -213,7 +221,7 @@ def _llama_calls(text: str) -> Iterator[ToolCall | None]:
 def _parse_llama3_json(text: str, tools: Tools) -> Parsed:
     before, tag, after = text.partition(_PYTHON_TAG)
     if not tag:
-        if not tools:  # JSON that nothing marks as a call is an answer, unless tools were offered
+        if not tools:  # unmarked JSON is an answer, unless tools were offered
             return text, []
         before, after = "", text
     calls = list(_llama_calls(after))
@@ -227,18 +235,18 @@ _MISTRAL = re.compile(r"\[TOOL_CALLS\]")
 _MISTRAL_NAME = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\](\w+))?(?:\[ARGS\])?")
 
 
-def _read_mistral(match: re.Match[str]) -> Found | None:
+def _read_mistral(match: re.Match[str]) -> CallsAndEnd | None:
     text = match.string
-    found = _json_at(text, match.end())
-    if found and isinstance(found[0], list):
-        calls = [_call_of(value) for value in found[0]]
+    parsed = _json_at(text, match.end())
+    if parsed and isinstance(parsed[0], list):
+        calls = [_call_of(value) for value in parsed[0]]
         whole = [call for call in calls if call is not None]
-        return (whole, found[1]) if whole and len(whole) == len(calls) else None
+        return (whole, parsed[1]) if whole and len(whole) == len(calls) else None
     name = _MISTRAL_NAME.match(text, match.end())
-    found = _json_at(text, name.end()) if name else None
-    if name is None or found is None or not isinstance(found[0], dict):
+    parsed = _json_at(text, name.end()) if name else None
+    if name is None or parsed is None or not isinstance(parsed[0], dict):
         return None
-    return [ToolCall(name[1], found[0], name[2])], found[1]
+    return [ToolCall(name[1], parsed[0], name[2])], parsed[1]
 
 
 def _parse_mistral(text: str, tools: Tools) -> Parsed:
@@ -251,17 +259,17 @@ _DEEPSEEK = re.compile(r"<｜tool▁call▁begin｜>([^<\n]*)<｜tool▁sep｜>(
 _DEEPSEEK_FRAME = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 
 
-def _read_deepseek(match: re.Match[str]) -> Found | None:
-    found = _json_at(match.string, match.end())
+def _read_deepseek(match: re.Match[str]) -> CallsAndEnd | None:
+    parsed = _json_at(match.string, match.end())
     name = (match[2] or match[1]).strip()
-    if found is None or not isinstance(found[0], dict) or not name:
+    if parsed is None or not isinstance(parsed[0], dict) or not name:
         return None
-    at = found[1]
+    at = parsed[1]
     if match[2]:
         fence = _skip_space(match.string, at)
         at = fence + 3 if match.string.startswith("```", fence) else at
     end = _closed(match.string, at, "<｜tool▁call▁end｜>")
-    return None if end is None else ([ToolCall(name, found[0])], end)
+    return None if end is None else ([ToolCall(name, parsed[0])], end)
 
 
 def _parse_deepseek(text: str, tools: Tools) -> Parsed:
@@ -288,4 +296,4 @@ TOOL_PARSERS: dict[str, ToolParser] = {
     ),
     "llama3_json": ToolParser(parse=_parse_llama3_json, markers=(_PYTHON_TAG,), sign=_PYTHON_TAG),
 }
-"""Ways of writing tool calls, by name."""
+"""Formats of tool calls by name."""

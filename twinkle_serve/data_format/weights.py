@@ -1,10 +1,10 @@
-"""Versions of the model's own weights, and which of them sampled which tokens."""
+"""Versions of the model's own weights, and the tokens that each sampled."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,26 +17,27 @@ BucketArgument: TypeAlias = Bucket | list[Awaitable[Bucket]]
 the bucket skips the processes that only pass it on."""
 
 INITIAL_LABEL = "initial"
-"""Label of the weights in the model's own files."""
+"""Label of the weights in the model's checkpoint."""
 
 PauseMode: TypeAlias = Literal["keep", "wait", "abort"]
-"""What becomes of running samples in a pause. keep: they stand still, and go on afterwards. wait: they end first.
-abort: they end where they are, with the tokens that they have."""
+"""Treatment of running samples in a pause. keep: suspend them and continue afterwards. wait: let them finish first.
+abort: end them early, with the tokens that they have."""
 
-PAUSE_MODES: tuple[PauseMode, ...] = ("keep", "wait", "abort")
+PAUSE_MODES: tuple[PauseMode, ...] = get_args(PauseMode)
 
 Spans: TypeAlias = tuple[tuple[str, int], ...]
-"""Versions that sampled one sequence, in order: each one's label, and the first token that it sampled."""
+"""Versions that sampled one sequence, in order: label, and index of the first token, of each."""
 
 
 class VersionSpan(NamedTuple):
-    """Tokens of a sample that one version of the model's weights has sampled."""
+    """Tokens of a sample that one version of the model's weights sampled."""
 
     version: str
+    """Label of the version."""
     start: int
     """Index of the first token."""
     end: int
-    """Index behind the last token."""
+    """Index after the last token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +45,14 @@ class WeightsVersion:
     """One immutable version of the model's own weights."""
 
     label: str
+    """Unique name given by the trainer."""
     number: int
-    """0 is the model's own files; each later version has a larger one."""
+    """0 for the model's checkpoint; larger for each later version."""
     buckets: tuple[str, ...] = ()
-    """Checksum of each bucket that the store has of it; none of the model's own files."""
+    """Checksum of each bucket in the store; empty for the model's checkpoint."""
     size_bytes: int = 0
+    """Size of all buckets."""
 
 
 CHECKPOINT_VERSION = WeightsVersion(label=INITIAL_LABEL, number=0)
-"""The model's own files."""
+"""The model's checkpoint."""

@@ -1,8 +1,8 @@
-"""Device groups, and users' classes that live in them.
+"""Device groups, and users' classes that run in them.
 
     initialize("ray", groups=[DeviceGroup("actor", 4), DeviceGroup("sampler", 4)])
 
-Importing this does not load Ray; `initialize("ray")` does.
+Importing this module does not load Ray; `initialize("ray")` does.
 """
 
 from twinkle_serve.placement import Device, GroupDevices

@@ -1,4 +1,4 @@
-"""Which devices each group takes, given what the cluster has and what is held. No Ray here."""
+"""Allocates devices to groups, given the devices of the cluster and their holders. Free of Ray."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from twinkle_serve.errors import MeshError
 from twinkle_serve.mesh import DeviceGroup
 from twinkle_serve.placement import Device
 
-SOMEBODY = "somebody else"
+OTHER_PROCESS = "another process"
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A device of the cluster, at its rank."""
+    """A device of the cluster; its index in a list is its rank."""
 
     device: Device
     holder: str | None = None
-    """Who holds it; None where it can be had."""
+    """Name of its holder; None if it is free."""
 
 
 def check_requests(groups: Sequence[DeviceGroup], totals: dict[str, int]) -> None:
-    """Refuses what no cluster of this size can give, whoever holds what.
+    """Refuses requests that no cluster of this size can satisfy, even if all devices are free.
 
     Args:
-        groups: with their device types resolved.
-        totals: devices of the cluster by device type.
+        groups: requests with resolved device types.
+        totals: number of devices in the cluster by device type.
 
     Raises:
-        MeshError: a name given twice, a rank that two groups claim or that does not exist, or more devices than there
-            are.
+        MeshError: a repeated name, a rank that does not exist or is in two groups, or more devices than the cluster
+            has.
     """
     names: set[str] = set()
     claims: dict[tuple[str, int], str] = {}
     for group in groups:
         total, unit = totals[group.device_type], unit_of(group.device_type)
         if group.name in names:
-            raise MeshError(f"two DeviceGroups have the name {group.name!r}. Give each one of its own.")
+            raise MeshError(f"two DeviceGroups have the name {group.name!r}. Give each a unique name.")
         names.add(group.name)
         if group.visible_devices is not None and group.device_type == "cpu":
             raise MeshError(
@@ -56,11 +56,11 @@ def check_requests(groups: Sequence[DeviceGroup], totals: dict[str, int]) -> Non
                     f"rank {rank} is in two DeviceGroups, {other!r} and {group.name!r}. A device belongs to one group."
                 )
     for device_type, total in totals.items():
-        asked = [group for group in groups if group.device_type == device_type]
-        needed = sum(group.world_size for group in asked)
+        requests = [group for group in groups if group.device_type == device_type]
+        needed = sum(group.world_size for group in requests)
         if needed > total:
             raise MeshError(
-                f"the groups need {needed} {unit_of(device_type)} ({_listed(asked)}), the cluster has {total}. "
+                f"the groups need {needed} {unit_of(device_type)} ({_listed(requests)}), the cluster has {total}. "
                 "Lower their ranks, or start the cluster with more."
             )
 
@@ -68,20 +68,23 @@ def check_requests(groups: Sequence[DeviceGroup], totals: dict[str, int]) -> Non
 def allocate(
     groups: Sequence[DeviceGroup], slots: Sequence[Slot], unit: str, budgets: dict[str, int] | None = None
 ) -> dict[str, tuple[Device, ...]]:
-    """Devices of each group, in the order of its ranks: all groups, or none.
+    """Chooses the devices of all groups, or raises.
 
-    Listed ranks go first. A count takes the first devices that are free: of one node where one has enough, else worker
-    by worker, so that the devices of a worker share a node.
+    Listed ranks are served first. A count takes the first free devices: of one node if one has enough, else worker by
+    worker, so that the devices of a worker share a node.
 
     Args:
-        groups: of one device type.
-        slots: every device of that type, by rank.
-        unit: what messages call a device.
-        budgets: by node, how many devices can be had however many of its slots are free. Cores are counted by Ray, not
-            named, so whoever else uses some has none in particular.
+        groups: requests of one device type.
+        slots: all devices of that type, by rank.
+        unit: word for the devices in messages.
+        budgets: number of devices by node that can be taken, however many of its slots are free. Ray counts cores
+            without naming them, so those used by others are not particular slots.
+
+    Returns:
+        Devices of each group by name, in the order of its ranks.
 
     Raises:
-        MeshError: a device is held, is not visible to its group, or a worker would have to span nodes.
+        MeshError: a device is held or not visible to its group, or a worker would have to span nodes.
     """
     free = _Free(slots, budgets)
     taken: dict[str, tuple[Device, ...]] = {}
@@ -95,7 +98,7 @@ def allocate(
 
 
 class _Free:
-    """What is left while groups take their share."""
+    """The devices that are left during an allocation."""
 
     def __init__(self, slots: Sequence[Slot], budgets: dict[str, int] | None) -> None:
         self.devices = [slot.device for slot in slots if slot.holder is None]
@@ -129,9 +132,9 @@ def _listed_device(group: DeviceGroup, rank: int, slots: Sequence[Slot], free: _
     what = f"rank {rank} of DeviceGroup {group.name!r} ({unit[:-1]} {slot.device.id} of {slot.device.node_ip})"
     visible = _visible(group)
     if visible is not None and slot.device.id not in visible:
-        raise MeshError(f"{what} is not among its visible_devices={group.visible_devices!r}. Leave one of them out.")
+        raise MeshError(f"{what} is not in its visible_devices={group.visible_devices!r}. Remove one of the two.")
     if not free.has(slot.device):
-        raise MeshError(f"{what} is held by {slot.holder or SOMEBODY}. List another rank, or free it.")
+        raise MeshError(f"{what} is held by {slot.holder or OTHER_PROCESS}. List another rank, or free it.")
     free.take(slot.device)
     return slot.device
 
@@ -148,11 +151,11 @@ def _counted_devices(group: DeviceGroup, slots: Sequence[Slot], free: _Free, uni
             chosen += node[:whole]
     if len(chosen) < group.world_size:
         among = "" if visible is None else f" of visible_devices={group.visible_devices!r}"
-        workers = "" if per_worker == 1 else f" in workers of {per_worker} on a node each"
+        workers = "" if per_worker == 1 else f" in workers of {per_worker}, each on one node"
         left = sum(map(len, nodes.values()))
         raise MeshError(
             f"DeviceGroup {group.name!r} needs {group.world_size} {unit}{among}{workers}, {left} of the cluster's "
-            f"{len(slots)} can be had{_holders(slots)}. Lower its ranks, or free what is held."
+            f"{len(slots)} are free{_holders(slots)}. Lower its ranks, or free devices."
         )
     for device in chosen:
         free.take(device)
@@ -179,7 +182,7 @@ def _holders(slots: Sequence[Slot]) -> str:
 
 
 def unit_of(device_type: str) -> str:
-    """What messages call the devices of a type."""
+    """Word for the devices of a type in messages."""
     return "GPUs" if device_type == "cuda" else "cores"
 
 

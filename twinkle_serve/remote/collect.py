@@ -1,30 +1,33 @@
-"""One result of the answers of several workers."""
+"""Joins the answers of several workers into one result."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from twinkle_serve.errors import RequestError
 from twinkle_serve.mesh import DeviceMesh
 from twinkle_serve.remote.dispatch import Collect
+from twinkle_serve.remote.lazy import Value
 
 
-def collect(method: Collect, answers: Sequence[Any], *, single: bool, mesh: DeviceMesh) -> Any:
-    """What the caller gets.
+def collect(method: Collect, answers: Sequence[Value], *, single: bool, mesh: DeviceMesh) -> Value:
+    """Joins answers to the result of a call.
 
-    `flatten`, `mean` and `sum` return what one worker with the whole batch would: they go into dicts and tuples, and
-    the answer of a single worker is returned as it is. `mean` weighs workers alike, however many items each had.
+    The result of `flatten`, `mean` and `sum` is the same as that of one worker with the whole batch: they recurse into
+    dicts and tuples, and return the answer of a single worker unchanged. `mean` weighs workers equally, however many
+    items each had.
 
     Args:
-        answers: in the order of the data, each once.
-        single: no more than one worker ever answers.
+        method: a method of `remote_function`, or a function of (answers, mesh).
+        answers: answers in the order of the data, without repetitions.
+        single: whether only one worker answers, for any batch.
+        mesh: mesh of the workers.
 
     Raises:
-        RequestError: answers of a kind that the method cannot join.
+        RequestError: answers of a type that the method cannot join.
     """
     if callable(method):
         return method(list(answers), mesh)
@@ -34,10 +37,10 @@ def collect(method: Collect, answers: Sequence[Any], *, single: bool, mesh: Devi
         return []
     if method == "first" or len(answers) == 1:
         return answers[0]
-    return _joined(method, answers)
+    return _join(method, answers)
 
 
-def _joined(method: str, answers: Sequence[Any]) -> Any:
+def _join(method: str, answers: Sequence[Value]) -> Value:
     first = answers[0]
     kinds = {type(answer) for answer in answers}
     if first is None and kinds == {type(None)}:
@@ -45,12 +48,12 @@ def _joined(method: str, answers: Sequence[Any]) -> Any:
     if all(isinstance(answer, dict) for answer in answers):
         if any(answer.keys() != first.keys() for answer in answers):
             keys = [sorted(map(str, answer)) for answer in answers]
-            raise RequestError(f"collect={method!r} joins dicts that have the same keys, workers returned {keys}.")
-        return {key: _joined(method, [answer[key] for answer in answers]) for key in first}
+            raise RequestError(f"collect={method!r} joins dicts with the same keys, workers returned {keys}.")
+        return {key: _join(method, [answer[key] for answer in answers]) for key in first}
     if all(isinstance(answer, tuple) and len(answer) == len(first) for answer in answers) and len(kinds) == 1:
-        items = [_joined(method, item) for item in zip(*answers, strict=True)]
+        items = [_join(method, item) for item in zip(*answers, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else tuple(items)
-    join = _concatenated if method == "flatten" else _summed
+    join = _concatenate if method == "flatten" else _add
     joined = join(answers)
     if joined is None:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
@@ -62,7 +65,7 @@ def _joined(method: str, answers: Sequence[Any]) -> Any:
     return joined / len(answers) if method == "mean" else joined
 
 
-def _concatenated(answers: Sequence[Any]) -> Any:
+def _concatenate(answers: Sequence[Value]) -> Value:
     if all(isinstance(answer, list) for answer in answers):
         return [item for answer in answers for item in answer]
     if all(isinstance(answer, np.ndarray) and answer.ndim for answer in answers):
@@ -73,7 +76,7 @@ def _concatenated(answers: Sequence[Any]) -> Any:
     return None
 
 
-def _summed(answers: Sequence[Any]) -> Any:
+def _add(answers: Sequence[Value]) -> Value:
     torch = sys.modules.get("torch")
     numeric: tuple[type, ...] = (int, float, complex, np.ndarray, np.number)
     if torch is not None:

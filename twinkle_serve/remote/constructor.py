@@ -1,41 +1,42 @@
-"""What the constructor of a user's class takes, and what only the decorator reads."""
+"""Separates the decorator's arguments, mesh and group, from those of a user's constructor."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TypeAlias
 
 from twinkle_serve.errors import MeshError
 from twinkle_serve.mesh import DeviceMesh
+from twinkle_serve.remote.lazy import Args, Kwargs
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments: TypeAlias = tuple[Args, Kwargs]
 
 
 def signature_of(kind: type) -> inspect.Signature:
-    """Of `__init__`, without self. inspect.signature(kind) would read the `__new__` that the decorator put in."""
+    """Signature of `__init__` without self; inspect.signature(kind) would be that of the decorator's `__new__`."""
     signature = inspect.signature(kind.__init__)  # type: ignore[misc]
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 def mesh_parameter(kind: type) -> str | None:
-    """The parameter for the mesh: named device_mesh, or annotated with DeviceMesh."""
+    """Name of the parameter for the mesh: device_mesh, or one annotated with DeviceMesh. None if there is none."""
     for parameter in signature_of(kind).parameters.values():
         if parameter.name == "device_mesh" or "DeviceMesh" in str(parameter.annotation):
             return parameter.name
     return None
 
 
-def without_group(kind: type, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords without remote_group, unless the constructor names it."""
+def without_group(kind: type, kwargs: Kwargs) -> Kwargs:
+    """Removes remote_group from the keywords, unless the constructor has that parameter."""
     takes = "remote_group" in signature_of(kind).parameters
     return {name: value for name, value in kwargs.items() if takes or name != "remote_group"}
 
 
-def take_mesh(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[DeviceMesh | None, Arguments]:
-    """The mesh among the arguments, and the arguments without it; those after it go on by name.
+def take_mesh(kind: type, args: Args, kwargs: Kwargs) -> tuple[DeviceMesh | None, Arguments]:
+    """Returns the mesh among the arguments, and the other arguments; positional ones after it become keywords.
 
     Raises:
-        MeshError: it is no DeviceMesh.
+        MeshError: the mesh is not a DeviceMesh.
     """
     parameter = mesh_parameter(kind)
     mesh = kwargs.get(parameter or "device_mesh")
@@ -52,7 +53,7 @@ def take_mesh(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
 
 
 def give_mesh(kind: type, arguments: Arguments, mesh: DeviceMesh | None) -> Arguments:
-    """The arguments with the mesh, where the constructor has a parameter for it."""
+    """Adds the mesh to the arguments if the constructor has a parameter for it."""
     parameter = mesh_parameter(kind)
     args, kwargs = arguments
     return (args, kwargs) if parameter is None or mesh is None else (args, {**kwargs, parameter: mesh})

@@ -1,6 +1,6 @@
-"""Who is called with what, and what becomes of the answers. Plain functions: a worker is a number.
+"""Plans the calls of a remote function: its workers and their arguments. Free of Ray: workers are numbers.
 
-Names and meanings of the modes: Twinkle's `remote_function`.
+Names and meanings of the modes follow Twinkle's `remote_function`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias, TypeGuard
 
 from twinkle_serve.errors import ConfigError, MeshError, RequestError, unknown_name
 from twinkle_serve.mesh import DeviceMesh
+from twinkle_serve.remote.lazy import Args, Kwargs, Value
 
-Dispatch = str | Callable[..., Any]
-Collect = str | Callable[..., Any]
+Dispatch: TypeAlias = str | Callable[..., object]
+Collect: TypeAlias = str | Callable[..., object]
 
 DISPATCHES = ("all", "slice", "slice_dp")
 EXECUTES = ("all", "first", "peer")
@@ -24,22 +25,22 @@ COLLECTS = ("first", "flatten", "last_pp", "mean", "none", "sum")
 
 @dataclass(frozen=True, slots=True)
 class Modes:
-    """How the calls of a method travel.
+    """Modes of a remote function, as documented there.
 
     Raises:
-        ConfigError: a mode that does not exist.
+        ConfigError: an unknown mode, or a function with other parameters.
     """
 
     dispatch: Dispatch = "slice"
     execute: str = "all"
     collect: Collect = "none"
     sync: bool = False
-    """A collective method: every worker takes part, even one without a share."""
+    """Whether the method is collective: every worker is called, even one without a share."""
 
     def __post_init__(self) -> None:
-        for what, value, known in (("dispatch", self.dispatch, DISPATCHES), ("collect", self.collect, COLLECTS)):
-            if not callable(value) and value not in known:
-                raise ConfigError(f"remote_function: {unknown_name(what, value, known)}, or a function.")
+        for what, value, names in (("dispatch", self.dispatch, DISPATCHES), ("collect", self.collect, COLLECTS)):
+            if not callable(value) and value not in names:
+                raise ConfigError(f"remote_function: {unknown_name(what, value, names)}, or a function.")
             if callable(value):
                 _require_arguments(what, value)
         if self.execute not in EXECUTES:
@@ -49,10 +50,10 @@ class Modes:
 
 
 ARGUMENTS = {"dispatch": "length, i, args, kwargs, device_mesh", "collect": "all_results, device_mesh"}
-"""What functions among the modes are called with."""
+"""Parameters of functions among the modes."""
 
 
-def _require_arguments(what: str, function: Callable[..., Any]) -> None:
+def _require_arguments(what: str, function: Callable[..., object]) -> None:
     try:
         signature = inspect.signature(function)
     except ValueError:  # some builtins have none
@@ -67,40 +68,41 @@ def _require_arguments(what: str, function: Callable[..., Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where each worker stands in the mesh."""
+    """Position of each worker in the mesh."""
 
     mesh: DeviceMesh
     data_ranks: tuple[int, ...]
-    """Of each worker. Workers that share one get the same data, and answer the same."""
+    """Data-parallel rank of each worker. Workers of the same rank get the same data, and give the same answer."""
     pp_ranks: tuple[int, ...]
+    """Pipeline stage of each worker."""
 
     @classmethod
     def of(cls, mesh: DeviceMesh, gpus_per_worker: int = 1) -> Layout:
-        """Worker i has the ranks from i * gpus_per_worker on.
+        """Lays out workers on a mesh; worker i has the ranks from i * gpus_per_worker on.
 
         Raises:
             MeshError: the mesh does not divide into such workers, or a worker would have two data-parallel ranks.
         """
         if mesh.world_size % gpus_per_worker:
             raise MeshError(
-                f"device_mesh of {mesh.world_size} devices cannot be shared out in workers of "
+                f"device_mesh of {mesh.world_size} devices cannot be divided into workers of "
                 f"gpus_per_worker={gpus_per_worker}."
             )
         data_ranks, pp_ranks = [], []
         for first in range(0, mesh.world_size, gpus_per_worker):
-            mine = {_data_rank(mesh, rank) for rank in range(first, first + gpus_per_worker)}
-            if len(mine) > 1:
+            ranks = {_data_rank(mesh, rank) for rank in range(first, first + gpus_per_worker)}
+            if len(ranks) > 1:
                 raise MeshError(
-                    f"gpus_per_worker={gpus_per_worker} would put {len(mine)} data-parallel ranks of device_mesh into "
+                    f"gpus_per_worker={gpus_per_worker} would put {len(ranks)} data-parallel ranks of device_mesh into "
                     "one worker. Lower gpus_per_worker, or give the mesh a tp_size."
                 )
-            data_ranks.append(mine.pop())
+            data_ranks.append(ranks.pop())
             pp_ranks.append(_coordinates(mesh, first).get("pp", 0))
         return cls(mesh, tuple(data_ranks), tuple(pp_ranks))
 
     @classmethod
     def data_parallel(cls, workers: int, gpus_per_worker: int = 1) -> Layout:
-        """Where there is no mesh, every worker has data of its own."""
+        """Layout without a mesh: every worker is a data-parallel rank."""
         tp_size = gpus_per_worker if gpus_per_worker > 1 else None
         return cls.of(DeviceMesh.from_sizes(dp_size=workers, tp_size=tp_size), gpus_per_worker)
 
@@ -117,7 +119,7 @@ def _coordinates(mesh: DeviceMesh, rank: int) -> dict[str, int]:
 
 
 def _data_rank(mesh: DeviceMesh, rank: int) -> int:
-    """dp and fsdp both split data; ulysses joins neighbours again, who share a sequence."""
+    """Index of a rank's data: dp and fsdp both split data, and ulysses neighbours share a sequence."""
     at = _coordinates(mesh, rank)
     ranks, fsdp_size = mesh.dp_size * mesh.size("fsdp"), mesh.size("fsdp")
     if ranks % mesh.ulysses_size:
@@ -130,24 +132,26 @@ def _data_rank(mesh: DeviceMesh, rank: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What one worker is called with."""
+    """The call of one worker."""
 
     worker: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: Args
+    kwargs: Kwargs
     order: int | None
-    """Place of its answer among those collected; None where another worker answers for it."""
+    """Position of its answer among those collected; None if another worker answers for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """The calls of one invocation."""
+
     calls: tuple[Call, ...]
     single: bool
-    """One worker answers whatever the batch, so that `none` and `last_pp` return its answer and no list of one."""
+    """Whether one worker answers, for any batch, so that `none` and `last_pp` return its answer instead of a list."""
 
 
 def peers(count: int, rank: int, world_size: int) -> list[int]:
-    """The workers of `count` that fall to caller `rank` of `world_size`. More callers than workers share them."""
+    """Returns the share of caller `rank` of `world_size` in `count` workers. More callers than workers share them."""
     if count < world_size:
         return [rank % count]
     share = split(count, world_size)[rank]
@@ -155,35 +159,35 @@ def peers(count: int, rank: int, world_size: int) -> list[int]:
 
 
 def executing(execute: str, count: int, caller: tuple[int, int] = (0, 1)) -> list[int]:
-    """The workers that a mode calls. `caller` is the rank and the world size of the calling process."""
+    """Returns the workers that a mode calls. `caller` is the rank and the world size of the calling process."""
     if execute == "first":
         return [0]
     return peers(count, *caller) if execute == "peer" else list(range(count))
 
 
 def split(length: int, parts: int) -> list[slice]:
-    """Runs of neighbours whose lengths differ by one at most, longer ones first."""
+    """Splits a batch into consecutive parts whose lengths differ by one at most, longer ones first."""
     size, longer = divmod(length, parts)
     starts = [i * size + min(i, longer) for i in range(parts + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
-def is_batch(value: object) -> bool:
-    """What slicing splits: lists and tuples. A dict, a string, an array or a named tuple is one item."""
+def is_batch(value: object) -> TypeGuard[list[Value] | tuple[Value, ...]]:
+    """Whether an argument is sliced: a list or a tuple. A dict, a string, an array or a named tuple is one item."""
     return isinstance(value, list) or (isinstance(value, tuple) and not hasattr(value, "_fields"))
 
 
 def plan(
-    modes: Modes, layout: Layout, args: tuple[Any, ...], kwargs: Mapping[str, Any], caller: tuple[int, int] = (0, 1)
+    modes: Modes, layout: Layout, args: Args, kwargs: Mapping[str, Value], caller: tuple[int, int] = (0, 1)
 ) -> Plan:
-    """The calls of one invocation.
+    """Plans the calls of one invocation.
 
-    Every answer is collected once: from one worker of each data-parallel rank, or from each that has a slice of its
-    own. A worker without a share is not called, unless the method is collective. An empty batch calls nobody, unless
-    the result cannot be made of nothing: then the first data-parallel rank gets the empty batch.
+    Every answer is collected once: from one worker of each data-parallel rank, or from each worker with its own slice.
+    A worker without a share is not called unless the method is collective. An empty batch calls no worker, unless the
+    result needs an answer: then the first data-parallel rank gets the empty batch.
 
     Raises:
-        RequestError: lists of different lengths are to be sliced.
+        RequestError: lists of different lengths would be sliced.
     """
     workers = executing(modes.execute, layout.workers, caller)
     speakers = _speakers(modes, layout, workers)
@@ -209,7 +213,7 @@ def plan(
     order = {worker: place for place, worker in enumerate(answering)}
     return Plan(
         tuple(
-            Call(worker, *_sliced(args, kwargs, shares[share_of[worker]]), order=order.get(worker)) for worker in called
+            Call(worker, *_slice(args, kwargs, shares[share_of[worker]]), order=order.get(worker)) for worker in called
         ),
         single,
     )
@@ -231,39 +235,39 @@ def _speakers(modes: Modes, layout: Layout, workers: list[int]) -> list[int]:
 
 
 def _by_function(
-    function: Callable[..., Any],
+    function: Callable[..., object],
     layout: Layout,
     workers: list[int],
     speakers: list[int],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    args: Args,
+    kwargs: Mapping[str, Value],
 ) -> tuple[Call, ...]:
-    """As the function says; it may give every worker data of its own, so all answers count."""
+    """Calls planned by a dispatch function. It may give every worker its own data, so all answers are collected."""
     calls = []
     for place, worker in enumerate(workers):
         answer = function(len(workers), place, args, dict(kwargs), layout.mesh)
         if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping)):
-            raise RequestError(f"a dispatch function returns (args, kwargs) of one worker, got {answer!r:.200}.")
+            raise RequestError(f"a dispatch function must return (args, kwargs) of one worker, got {answer!r:.200}.")
         order = speakers.index(worker) if worker in speakers else None
         calls.append(Call(worker, tuple(answer[0]), dict(answer[1]), order))
     return tuple(calls)
 
 
-def _batch_length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Items of the lists to be sliced; None where there are none."""
+def _batch_length(args: Args, kwargs: Mapping[str, Value]) -> int | None:
+    """Length of the lists to slice; None if there are none."""
     named = [*((f"argument {i}", value) for i, value in enumerate(args)), *kwargs.items()]
     lengths = {name: len(value) for name, value in named if is_batch(value)}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         raise RequestError(
-            f"lists of different lengths cannot be sliced alike: {listed}. Pass what is no batch as something else, "
-            "such as a dict, or decorate the method with dispatch='all' or a function."
+            f"lists of different lengths cannot be sliced together: {listed}. Pass lists that are not batches in "
+            "another type, such as a dict, or decorate the method with dispatch='all' or a function."
         )
     return next(iter(lengths.values()), None)
 
 
-def _sliced(args: tuple[Any, ...], kwargs: Mapping[str, Any], share: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def cut(value: Any) -> Any:
+def _slice(args: Args, kwargs: Mapping[str, Value], share: slice) -> tuple[Args, Kwargs]:
+    def cut(value: Value) -> Value:
         return value[share] if is_batch(value) else value
 
     return tuple(cut(value) for value in args), {name: cut(value) for name, value in kwargs.items()}

@@ -1,4 +1,4 @@
-"""The caller's side of a remote class: starts its workers, calls them, and collects."""
+"""The caller's side of a remote class: starts its workers, calls them, and collects the answers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -18,25 +19,30 @@ from twinkle_serve.placement import Device, GroupDevices
 from twinkle_serve.remote.collect import collect
 from twinkle_serve.remote.constructor import give_mesh, signature_of, take_mesh, without_group
 from twinkle_serve.remote.dispatch import Call, Collect, Layout, Plan, executing, peers, plan
-from twinkle_serve.remote.lazy import LazyResult, is_lazy
+from twinkle_serve.remote.lazy import Args, Kwargs, LazyResult, Value, is_lazy
 from twinkle_serve.remote.reservation import group_devices
 from twinkle_serve.remote.session import session
 from twinkle_serve.remote.worker import Reply, Worker
 
+if TYPE_CHECKING:
+    from twinkle_serve.remote.decorators import RemoteFunction
+
 DUNDERS = ("__call__", "__contains__", "__getitem__", "__len__")
-"""Python looks these up on the type, so that a handle's type needs them."""
+"""Python looks these up on the type, so a handle's type needs them."""
 
 
 class Handle:
-    """Stands for an object that lives in the workers of a group; only its remote functions can be called.
+    """Handle to an object in the workers of a group; only its remote functions can be called.
 
-    Guarantees: a call returns when every worker that it called has answered, and raises at the first that failed; a
-        dead worker fails it.
-    Guarantees: calls from several threads reach all workers in one order.
-    Does not guarantee: that the other workers have stopped when a call raises. What they do comes before the next call.
+    Guarantees:
+        - A call returns when all called workers have answered, and raises when the first one fails or dies.
+        - Calls from several threads reach all workers in the same order.
+
+    Does not guarantee:
+        - That the other workers have stopped when a call raises. They finish before the next call.
     """
 
-    def __init__(self, kind: type, group: str, layout: Layout, workers: Sequence[Any]) -> None:
+    def __init__(self, kind: type, group: str, layout: Layout, workers: Sequence[ActorHandle]) -> None:
         self._kind = kind
         self._layout = layout
         self._workers = tuple(workers)
@@ -45,28 +51,28 @@ class Handle:
         self.remote_group = group
         self.device_mesh = layout.mesh
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Callable[..., Value]:
         if name.startswith("_") and name not in DUNDERS:
             raise AttributeError(name)
         remote = getattr(getattr(self._kind, name, None), "remote", None)
         if remote is None:
             raise AttributeError(
-                f"{self._kind.__name__}.{name} is no remote function, and the object lives in the workers of group "
-                f"{self.remote_group!r}. Decorate what is called from here with @remote_function."
+                f"{self._kind.__name__}.{name} is not a remote function, and the object is in the workers of group "
+                f"{self.remote_group!r}. Decorate methods that are called from here with @remote_function."
             )
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Value, **kwargs: Value) -> Value:
             return self._call(name, remote, args, kwargs)
 
         return call
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuilt, (self._kind, self.remote_group, self._layout, self._workers)
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (self._kind, self.remote_group, self._layout, self._workers)
 
     def __repr__(self) -> str:
         return f"<{self._kind.__name__} on {len(self._workers)} workers of group {self.remote_group!r}>"
 
-    def _call(self, name: str, remote: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, name: str, remote: RemoteFunction, args: Args, kwargs: Kwargs) -> Value:
         caller = _caller()
         if is_lazy(args, kwargs):
             workers = executing(remote.modes.execute, len(self._workers), caller)
@@ -92,10 +98,10 @@ class Handle:
 
 
 class _Answers:
-    """Answers on their way, to be collected by whoever needs them."""
+    """Pending answers; calling it waits for them and collects them."""
 
     def __init__(
-        self, refs: Sequence[Any], names: Sequence[str], method: Collect, mesh: DeviceMesh, single: bool
+        self, refs: Sequence[ray.ObjectRef], names: Sequence[str], method: Collect, mesh: DeviceMesh, single: bool
     ) -> None:
         self._refs = list(refs)
         self._names = list(names)
@@ -103,25 +109,27 @@ class _Answers:
         self._mesh = mesh
         self._single = single
 
-    def __call__(self) -> Any:
+    def __call__(self) -> Value:
         replies = _gather(self._refs, self._names)
         single = replies[0].single if replies else self._single
         answers = {reply.order: reply.value for reply in replies if reply.order is not None}
         return collect(self._method, [answers[i] for i in sorted(answers)], single=single, mesh=self._mesh)
 
 
-def _gather(refs: Sequence[Any], names: Sequence[str], deadline: float | None = None) -> list[Any]:
-    """The replies, in the order of `refs`.
+def _gather(refs: Sequence[ray.ObjectRef], names: Sequence[str], deadline: float | None = None) -> list[Reply]:
+    """Waits for the replies and returns them in the order of `refs`.
 
     Args:
-        deadline: on the monotonic clock, in seconds.
+        refs: references to the replies.
+        names: names of the workers for messages.
+        deadline: on the monotonic clock, seconds. None: none.
 
     Raises:
-        Exception: what a worker raised, of the first that failed.
+        Exception: the exception of the first worker that failed.
         WorkerError: a worker died, or did not answer in time.
     """
     place = {ref: index for index, ref in enumerate(refs)}
-    replies: dict[int, Any] = {}
+    replies: dict[int, Reply] = {}
     waiting = list(refs)
     while waiting:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -132,37 +140,39 @@ def _gather(refs: Sequence[Any], names: Sequence[str], deadline: float | None = 
         for ref in done:
             name = names[place[ref]]
             try:
-                reply = ray.get(ref)
+                reply: Reply = ray.get(ref)
             except RayTaskError as error:
                 raise WorkerError(f"{name} failed: {type(error.cause).__name__}: {error.cause}") from error
             except RayError as error:
                 raise WorkerError(f"{name} died: {error}") from error
-            if isinstance(reply, Reply) and reply.failure is not None:
+            if reply.failure is not None:
                 raise reply.failure.error(name)
             replies[place[ref]] = reply
     return [replies[index] for index in range(len(refs))]
 
 
-def spawn(kind: type, execute: str, startup_timeout_s: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Handle:
-    """Starts the workers of an instance in its group, and constructs it in each.
+def spawn(kind: type, execute: str, startup_timeout_s: float, args: Args, kwargs: Kwargs) -> Handle:
+    """Starts the workers of an instance in its group, and constructs the object in each.
 
     Raises:
         MeshError: no such group, or a mesh that does not fit it.
-        TypeError: arguments that the constructor does not take.
-        WorkerError: a worker died or was not ready within `startup_timeout_s`. None is left then.
-        Exception: what the constructor raised.
+        TypeError: arguments that the constructor does not have.
+        WorkerError: a worker died or was not ready within `startup_timeout_s`. All workers are killed then.
+        Exception: the constructor's exception. All workers are killed then.
     """
     name = str(kwargs["remote_group"])
     group = group_devices(name)
     mesh, arguments = take_mesh(kind, args, without_group(kind, kwargs))
-    devices, layout = _shared_out(group, execute, mesh or session.mesh)
+    devices, layout = _assign_devices(group, execute, mesh or session.mesh)
     args, kwargs = give_mesh(kind, arguments, layout.mesh)
     signature_of(kind).bind(*args, **kwargs)
-    workers = [_started(kind.__name__, group, mine, layout, rank, len(devices)) for rank, mine in enumerate(devices)]
-    handle = _rebuilt(kind, name, layout, workers)
+    workers = [
+        _start_worker(kind.__name__, group, share, layout, rank, len(devices)) for rank, share in enumerate(devices)
+    ]
+    handle = _rebuild(kind, name, layout, workers)
     try:
         deadline = time.monotonic() + startup_timeout_s
-        master = _gather([workers[0].rendezvous.remote()], handle._names, deadline)[0]
+        master = _gather([workers[0].rendezvous.remote()], handle._names, deadline)[0].value
         refs = [worker.construct.remote(master, kind, args, kwargs) for worker in workers]
         _gather(refs, handle._names, deadline)
     except BaseException:
@@ -172,11 +182,11 @@ def spawn(kind: type, execute: str, startup_timeout_s: float, args: tuple[Any, .
     return handle
 
 
-def _rebuilt(kind: type, group: str, layout: Layout, workers: Sequence[Any]) -> Handle:
-    """A handle whose type has the dunder methods that are remote functions of the class."""
+def _rebuild(kind: type, group: str, layout: Layout, workers: Sequence[ActorHandle]) -> Handle:
+    """Makes a handle whose type has the dunder methods that are remote functions of the class."""
 
-    def method(name: str) -> Callable[..., Any]:
-        def call(self: Handle, *args: Any, **kwargs: Any) -> Any:
+    def method(name: str) -> Callable[..., Value]:
+        def call(self: Handle, *args: Value, **kwargs: Value) -> Value:
             return self.__getattr__(name)(*args, **kwargs)
 
         return call
@@ -191,8 +201,10 @@ def _caller() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _shared_out(group: GroupDevices, execute: str, mesh: DeviceMesh | None) -> tuple[list[tuple[Device, ...]], Layout]:
-    """The devices of each worker, and where it stands in the mesh."""
+def _assign_devices(
+    group: GroupDevices, execute: str, mesh: DeviceMesh | None
+) -> tuple[list[tuple[Device, ...]], Layout]:
+    """Returns the devices of each worker, and their layout."""
     size = group.gpus_per_worker
     shares = [group.devices[start : start + size] for start in range(0, len(group.devices), size)]
     if execute == "first":
@@ -216,16 +228,16 @@ def _shared_out(group: GroupDevices, execute: str, mesh: DeviceMesh | None) -> t
     return shares[: layout.workers], layout
 
 
-def _started(
+def _start_worker(
     kind: str, group: GroupDevices, devices: tuple[Device, ...], layout: Layout, rank: int, world_size: int
-) -> Any:
-    """A worker's process; the group's holders have its devices in Ray's books, so it asks for none."""
+) -> ActorHandle:
+    """Starts a worker's process. The group's holders reserve its devices in Ray, so it requests none."""
     cuda = group.device_type == "cuda"
     environment: Mapping[str, str] = {
         "CUDA_VISIBLE_DEVICES": ",".join(device.id for device in devices) if cuda else "",
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
-        # A worker sees its own devices only: it is the first, and the only one, among those that see them.
+        # A worker sees only its own devices, so it is the only one on its "node".
         "LOCAL_RANK": "0",
         "LOCAL_WORLD_SIZE": "1",
         "CLUSTER_NAME": group.name,

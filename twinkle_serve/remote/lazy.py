@@ -1,37 +1,46 @@
-"""A result that stays with the workers until somebody needs it."""
+"""Results that stay with the workers until they are needed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
+
+Value: TypeAlias = Any
+"""An argument or the result of a user's method."""
+
+Args: TypeAlias = tuple[Value, ...]
+Kwargs: TypeAlias = dict[str, Value]
 
 
 class LazyResult:
-    """Call it for the result.
+    """Result of a lazy remote function; call it to fetch the result.
 
-    Given to a remote function, it travels as references: the workers fetch it from those that made it.
+    Passed to a remote function, it is sent as references: the workers fetch it from those that made it.
 
-    Guarantees: the result is fetched and collected once in a process, however often it is called.
-    Does not guarantee: that it outlives the cluster, or the nodes that hold the answers.
+    Guarantees:
+        - The result is fetched and collected once per process, however often it is called.
+
+    Does not guarantee:
+        - That the result outlives the cluster, or the nodes that hold the answers.
     """
 
-    def __init__(self, fetch: Callable[[], Any]) -> None:
+    def __init__(self, fetch: Callable[[], Value]) -> None:
         self._fetch = fetch
         self._there = False
-        self._value: Any = None
+        self._value: Value = None
 
     @classmethod
-    def of(cls, value: Any) -> LazyResult:
-        """One that is there."""
+    def of(cls, value: Value) -> LazyResult:
+        """Wraps an existing value."""
         lazy = cls(_nothing)
         lazy._there, lazy._value = True, value
         return lazy
 
-    def __call__(self) -> Any:
-        """The result.
+    def __call__(self) -> Value:
+        """Returns the result.
 
         Raises:
-            Exception: what the method raised in a worker.
+            Exception: the exception of the method in a worker.
             WorkerError: a worker died.
         """
         if not self._there:
@@ -43,19 +52,19 @@ class LazyResult:
         return f"LazyResult({self._value if self._there else '…'!r})"
 
 
-def _nothing() -> Any:
+def _nothing() -> Value:
     raise AssertionError("it has a value")
 
 
-def is_lazy(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def is_lazy(args: Args, kwargs: Mapping[str, Value]) -> bool:
     """Whether an argument is a LazyResult."""
     return any(isinstance(value, LazyResult) for value in (*args, *kwargs.values()))
 
 
-def resolved(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with results in place of lazy ones."""
+def resolved(args: Args, kwargs: Mapping[str, Value]) -> tuple[Args, Kwargs]:
+    """Replaces lazy arguments by their results."""
 
-    def result(value: Any) -> Any:
+    def result(value: Value) -> Value:
         return value() if isinstance(value, LazyResult) else value
 
     return tuple(result(value) for value in args), {name: result(value) for name, value in kwargs.items()}

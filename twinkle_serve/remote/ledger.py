@@ -1,7 +1,7 @@
-"""Who has which devices of the cluster: one detached actor that survives the run that started it.
+"""The cluster's ledger of device groups: one detached actor that survives the run that started it.
 
-A GPU is held by an actor that asks Ray for it, since only who has it learns its id; the cores of a group on a node by
-one actor that asks for as many CPUs. So nothing else that asks Ray for devices gets them.
+A GPU is held by an actor that requests it from Ray, since only that actor learns the GPU's id; a group's cores on a
+node are held by one actor that requests as many CPUs. So no other process gets these devices from Ray.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import contextlib
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import cast
 
 import ray
 from ray import serve
 from ray._private.state import available_resources_per_node, jobs
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from twinkle_serve.errors import MeshError
 from twinkle_serve.mesh import DeviceGroup
-from twinkle_serve.placement import SIDE_CPUS, Device, GroupDevices, cpus_held
-from twinkle_serve.remote.allocation import SOMEBODY, Slot, allocate, check_requests, unit_of
+from twinkle_serve.placement import SIDE_CPUS, Device, DeviceKind, GroupDevices, cpus_held
+from twinkle_serve.remote.allocation import OTHER_PROCESS, Slot, allocate, check_requests, unit_of
 from twinkle_serve.remote.holders import (
     GRACE_S,
     HOLDERS_START_S,
@@ -41,36 +42,39 @@ APPLICATION_ENDS_S = 60.0
 """Serve's own limit for a deletion."""
 
 LEDGER_ANSWERS_S = 2 * (3 * HOLDERS_START_S + 2 * GRACE_S + APPLICATION_ENDS_S)
-"""Twice what one call of the ledger waits for: another may be in front of it."""
+"""Twice the longest wait of one call: another call may run before it."""
 
 
 @dataclass
 class _Group:
     request: DeviceGroup
     devices: GroupDevices
-    holders: list[Any]
+    holders: list[ActorHandle]
     job: str
     owner: str
-    """The process that frees it."""
+    """Token of the process that frees it."""
     applications: set[str] = field(default_factory=set)
-    """Of Serve, whose engines are or were here: they outlive the run that deployed them."""
+    """Serve applications with engines in the group, now or earlier: they outlive the run that deployed them."""
 
 
 class Ledger:
     """Reserves groups of devices.
 
-    Guarantees: calls run one after another, so two runs never reserve the same device.
-    Guarantees: a reservation gives every group its devices, or none; groups that it would replace stay until then.
-    Guarantees: no engine of a sampler goes on using devices that its group no longer has.
-    Does not guarantee: that a group of cores stays when it is being replaced and something else takes its cores
-        meanwhile: Ray cannot swap, so they are given back first.
-    Does not guarantee: that a group outlives a node that it has devices of. It is gone then, until a run asks for it.
+    Guarantees:
+        - Calls run one after another, so two runs never reserve the same device.
+        - A reservation succeeds for all groups or for none; groups that it replaces stay until it succeeds.
+        - No engine of a sampler keeps using devices that its group no longer has.
+
+    Does not guarantee:
+        - That a group of cores survives its replacement if another process takes its cores meanwhile: Ray cannot swap
+          resources, so they are released first.
+        - That a group survives the death of a node of its devices. It is gone until a run reserves it again.
     """
 
     def __init__(self) -> None:
         self._groups: dict[str, _Group] = {}
         self._visible: dict[str, list[str]] = {}
-        """By node, the GPUs that it was told to use."""
+        """GPU ids by node, if Ray was started with a list of them."""
 
     def reserve(
         self,
@@ -80,23 +84,29 @@ class Ledger:
         per_node: dict[str, int | None],
         occupied: Collection[str] = (),
     ) -> list[str]:
-        """Reserves the groups; those that stand as asked are kept as they are.
+        """Reserves groups; existing groups of the same shape are kept.
 
-        Groups of other names, whose run is over and in which no application runs, are freed first.
+        Groups with other names, whose run has ended and in which no application runs, are freed first.
 
         Args:
-            per_node: by device type, how many devices of a node count; nodes with fewer do not. None: all.
+            groups: the requests.
+            job: Ray's id of the caller's job.
+            owner: token of the caller's process.
+            per_node: number of usable devices of a node, by device type; nodes with fewer are not used. None: all.
             occupied: groups in which the caller has remote objects.
 
         Returns:
-            The groups that `owner` frees: all but those of a run that still lives.
+            The groups that `owner` frees, which are all but those of another running job.
+
+        Raises:
+            MeshError: the groups cannot be reserved, or an existing one cannot be replaced.
         """
         self._drop_broken()
         self._drop_abandoned({group.name for group in groups})
         nodes = {device_type: nodes_with(device_type, per_node[device_type]) for device_type in ("cpu", "cuda")}
         has_gpus = bool(nodes["cuda"])
         groups = [_resolved(group, has_gpus) for group in groups]
-        totals = {device_type: sum(node.devices for node in found) for device_type, found in nodes.items()}
+        totals = {device_type: sum(node.devices for node in of_type) for device_type, of_type in nodes.items()}
         _require_nodes(groups, totals, per_node)
         check_requests(groups, totals)
         kept = [group for group in groups if group.name in self._groups and self._groups[group.name].request == group]
@@ -106,110 +116,116 @@ class Ledger:
         self._reserve_new(new, nodes, job, owner)
         owned = [group.name for group in new]
         for group in kept:
-            standing = self._groups[group.name]
-            if not _lives(standing.job):
-                standing.job, standing.owner = job, owner
-            if standing.owner == owner:
+            existing = self._groups[group.name]
+            if not _is_running(existing.job):
+                existing.job, existing.owner = job, owner
+            if existing.owner == owner:
                 owned.append(group.name)
         return owned
 
     def release(self, names: Sequence[str], owner: str) -> None:
-        """Frees those of the groups that are the owner's. Applications that run in them end."""
+        """Frees the groups that belong to the owner. Applications that run in them are deleted.
+
+        Raises:
+            MeshError: an application could not be deleted in time.
+        """
         for name in names:
             if name in self._groups and self._groups[name].owner == owner:
                 self._end_applications(self._groups[name])
                 kill(self._groups.pop(name).holders)
 
     def enter(self, name: str, devices: Sequence[Device], application: str) -> bool:
-        """An engine of an application is about to use devices of a group.
+        """Records that an engine of an application is about to use devices of a group.
 
         Raises:
-            MeshError: the group has not got them, or not any more.
+            MeshError: the group does not have these devices, or no longer has them.
         """
-        standing = self._groups.get(name)
-        if standing is None or not set(devices) <= set(standing.devices.devices):
+        existing = self._groups.get(name)
+        if existing is None or not set(devices) <= set(existing.devices.devices):
             raise MeshError(
-                f"DeviceGroup {name!r} was freed or replaced since application {application!r} was given its devices. "
-                "Reserve the group with initialize('ray', groups=…) and deploy the application anew."
+                f"DeviceGroup {name!r} was freed or replaced after application {application!r} got its devices. "
+                "Reserve the group with initialize('ray', groups=…) and deploy the application again."
             )
-        standing.applications.add(application)
+        existing.applications.add(application)
         return True
 
     def group(self, name: str) -> GroupDevices | None:
-        """The devices of a group, if it stands."""
+        """Returns the devices of a group; None if it is not reserved."""
         self._drop_broken()
-        standing = self._groups.get(name)
-        return standing.devices if standing else None
+        existing = self._groups.get(name)
+        return existing.devices if existing else None
 
     def names(self) -> list[str]:
-        """The groups that stand."""
+        """Returns the names of the reserved groups."""
         self._drop_broken()
         return list(self._groups)
 
     def _drop_broken(self) -> None:
-        """Frees groups that lost a holder, whose device others can have by now."""
-        asked = {holder.ready.remote(): name for name, group in self._groups.items() for holder in group.holders}
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=HOLDERS_START_S) if asked else ([], [])
+        """Frees groups that lost a holder, since others may have its device by now."""
+        group_of = {holder.ready.remote(): name for name, group in self._groups.items() for holder in group.holders}
+        answered, _ = (
+            ray.wait(list(group_of), num_returns=len(group_of), timeout=HOLDERS_START_S) if group_of else ([], [])
+        )
         for ref in answered:
             try:
                 ray.get(ref)
             except RayError:
-                if asked[ref] in self._groups:
-                    kill(self._groups.pop(asked[ref]).holders)
+                if group_of[ref] in self._groups:
+                    kill(self._groups.pop(group_of[ref]).holders)
 
-    def _drop_abandoned(self, asked: Collection[str]) -> None:
+    def _drop_abandoned(self, requested: Collection[str]) -> None:
         for name, group in list(self._groups.items()):
-            if name not in asked and not _lives(group.job) and not _running(group):
-                logger.warning(f"DeviceGroup {name!r} is freed: its run is over, and no application runs in it")
+            if name not in requested and not _is_running(group.job) and not _live_applications(group):
+                logger.warning(f"DeviceGroup {name!r} is freed: its run has ended, and no application runs in it")
                 kill(self._groups.pop(name).holders)
 
     def _end_applications(self, group: _Group) -> None:
-        """Before others have the devices.
+        """Deletes the applications that run in a group.
 
         Raises:
-            MeshError: one did not end.
+            MeshError: an application could not be deleted in time.
         """
-        for application in _running(group):
+        for application in _live_applications(group):
             logger.warning(f"application {application!r} is deleted: it runs in DeviceGroup {group.request.name!r}")
             try:
                 serve.delete(application)
             except TimeoutError as error:
                 raise MeshError(
-                    f"application {application!r} in DeviceGroup {group.request.name!r} did not end within "
+                    f"application {application!r} in DeviceGroup {group.request.name!r} was not deleted within "
                     f"{APPLICATION_ENDS_S:g} s. See `serve status`."
                 ) from error
 
     def _require_replaceable(self, group: DeviceGroup, job: str, occupied: Collection[str]) -> None:
-        standing = self._groups.get(group.name)
-        if standing is None:
+        existing = self._groups.get(group.name)
+        if existing is None:
             return
-        if standing.job == job:
-            runs = [f"application {name!r}" for name in _running(standing)]
+        if existing.job == job:
+            runs = [f"application {name!r}" for name in _live_applications(existing)]
             if runs := [*runs, *["remote objects"] * (group.name in occupied)]:
                 raise MeshError(
-                    f"DeviceGroup {group.name!r} has ranks={standing.request.ranks} of {standing.devices.device_type}, "
+                    f"DeviceGroup {group.name!r} has ranks={existing.request.ranks} of {existing.devices.device_type}, "
                     f"this asks for ranks={group.ranks} of {group.device_type}, and {' and '.join(runs)} of this run "
-                    "are in it. End them first, a sampler with its shutdown(), or keep the group as it is."
+                    "are in it. End them first (a sampler with its shutdown()), or keep the group unchanged."
                 )
-        elif _lives(standing.job):
+        elif _is_running(existing.job):
             raise MeshError(
-                f"DeviceGroup {group.name!r} is reserved by a run that still lives, with "
-                f"ranks={standing.request.ranks} of {standing.devices.device_type}; this run asks for "
-                f"ranks={group.ranks} of {group.device_type}. Give the group another name, or end the other run."
+                f"DeviceGroup {group.name!r} is reserved by another running job, with "
+                f"ranks={existing.request.ranks} of {existing.devices.device_type}; this run asks for "
+                f"ranks={group.ranks} of {group.device_type}. Give the group another name, or end the other job."
             )
 
     def _reserve_new(self, new: list[DeviceGroup], nodes: dict[str, list[Node]], job: str, owner: str) -> None:
         replaced = [self._groups[group.name] for group in new if group.name in self._groups]
         cuda = [group for group in new if group.device_type == "cuda"]
         cpu = [group for group in new if group.device_type == "cpu"]
-        pool: dict[Device, Any] = {}
+        pool: dict[Device, ActorHandle] = {}
         try:
             gpus = self._gpus(cuda, nodes["cuda"], replaced, pool) if cuda else {}
             cores = self._cores(cpu, nodes["cpu"], replaced) if cpu else {}
-            for old in replaced:  # of runs that are over, or nothing runs in them
+            for old in replaced:  # their runs have ended, or nothing runs in them
                 self._end_applications(old)
             if cores:
-                # Ray cannot swap: what replaced groups hold is given back first.
+                # Ray cannot swap resources, so replaced groups release theirs first.
                 for old in replaced:
                     if old.devices.device_type == "cpu":
                         kill(old.holders)
@@ -226,26 +242,26 @@ class Ledger:
                 pool.update(zip(old.devices.devices, old.holders, strict=True))
         for group in new:
             devices = gpus[group.name] if group.device_type == "cuda" else cores[group.name]
-            mine = holders.get(group.name) or [pool.pop(device) for device in devices]
-            shape = GroupDevices(group.name, cast(Any, group.device_type), devices, group.gpus_per_worker)
-            self._groups[group.name] = _Group(group, shape, mine, job, owner)
+            group_holders = holders.get(group.name) or [pool.pop(device) for device in devices]
+            shape = GroupDevices(group.name, cast(DeviceKind, group.device_type), devices, group.gpus_per_worker)
+            self._groups[group.name] = _Group(group, shape, group_holders, job, owner)
         kill(list(pool.values()))
 
     def _gpus(
-        self, groups: list[DeviceGroup], nodes: list[Node], replaced: list[_Group], pool: dict[Device, Any]
+        self, groups: list[DeviceGroup], nodes: list[Node], replaced: list[_Group], pool: dict[Device, ActorHandle]
     ) -> dict[str, tuple[Device, ...]]:
-        """Takes every GPU that is free into `pool`, and chooses."""
+        """Reserves every free GPU into `pool`, and allocates from it."""
         given_back = {d for group in replaced if group.devices.device_type == "cuda" for d in group.devices.devices}
         needed = sum(group.world_size for group in groups) - len(given_back)
         wait_for("GPU", needed, [node.id for node in nodes])
         slots: list[Slot] = []
-        for node, found in zip(nodes, take_gpus(nodes), strict=True):
-            for _, visible, _ in found:
+        for node, gpus in zip(nodes, take_gpus(nodes), strict=True):
+            for _, visible, _ in gpus:
                 if visible:
                     self._visible[node.id] = visible
-            # Ray numbers them from 0 where it was not told which to use.
+            # Without a list of ids, Ray numbers them from 0.
             ids = self._visible.get(node.id, [str(i) for i in range(node.devices)])
-            free = {gpu: holder for gpu, _, holder in found}
+            free = {gpu: holder for gpu, _, holder in gpus}
             for id_ in ids[: node.devices]:
                 device = Device(node.id, node.ip, id_)
                 if id_ in free:
@@ -279,17 +295,17 @@ class Ledger:
                 slots.append(Slot(device, None if device in given_back else self._holder_of("cpu", device, None)))
         return allocate(groups, slots, unit_of("cpu"), budgets)
 
-    def _holder_of(self, device_type: str, device: Device, otherwise: str | None = SOMEBODY) -> str | None:
+    def _holder_of(self, device_type: str, device: Device, otherwise: str | None = OTHER_PROCESS) -> str | None:
         for name, group in self._groups.items():
             if group.devices.device_type == device_type and device in group.devices.devices:
                 return f"group {name!r}"
         return otherwise
 
 
-def ledger(*, create: bool = False) -> Any:
-    """The cluster's ledger; None where no run has started one.
+def ledger(*, create: bool = False) -> ActorHandle | None:
+    """Returns the cluster's ledger; None if no run has started one and `create` is False.
 
-    On the head node: whoever has it there has it as long as the cluster lives.
+    It runs on the head node, and so as long as the cluster.
     """
     if not create:
         with contextlib.suppress(ValueError):
@@ -321,17 +337,17 @@ def _require_nodes(groups: Sequence[DeviceGroup], totals: dict[str, int], per_no
     for device_type, argument in arguments.items():
         wanted = per_node[device_type]
         if wanted and not totals[device_type] and any(group.device_type == device_type for group in groups):
-            most = max((node.devices for node in nodes_with(device_type, None)), default=0)
+            largest = max((node.devices for node in nodes_with(device_type, None)), default=0)
             raise MeshError(
-                f"{argument}={wanted}, and no node of the cluster has more than {most} {unit_of(device_type)}. "
+                f"{argument}={wanted}, and no node of the cluster has more than {largest} {unit_of(device_type)}. "
                 f"Lower {argument} or leave it out."
             )
 
 
-def _running(group: _Group) -> list[str]:
-    """Applications of a group that there still are."""
+def _live_applications(group: _Group) -> list[str]:
+    """Applications of a group that still exist."""
     return sorted(group.applications & serve.status().applications.keys())
 
 
-def _lives(job: str) -> bool:
+def _is_running(job: str) -> bool:
     return any(entry["JobID"] == job and not entry["IsDead"] for entry in jobs())

@@ -1,21 +1,28 @@
-"""`initialize` and `shutdown`: the mode of this process, and the device groups of its run."""
+"""`initialize` and `shutdown`: the mode of this process and the device groups of its run."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, get_args
 
 from twinkle_serve.errors import ConfigError, MeshError, TwinkleServeError, unknown_name
 from twinkle_serve.mesh import DeviceGroup, DeviceMesh
 from twinkle_serve.placement import Device, GroupDevices
 from twinkle_serve.remote.session import Mode, reset, seed_everything, session
+from twinkle_serve.validation import whole_number
+
+if TYPE_CHECKING:
+    from twinkle_serve.remote.ledger import Ledger
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
-MODES = ("local", "ray")
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 def initialize(
@@ -29,30 +36,30 @@ def initialize(
     global_device_mesh: DeviceMesh | None = None,
     lazy_collect: bool = False,
 ) -> None:
-    """Says how remote classes run in this process, and reserves the device groups of the run.
+    """Sets how remote classes run in this process, and reserves the device groups of the run.
 
-    `local`: everything in this process. Remote classes are plain classes wherever `remote_group` points, and groups
+    `local`: everything runs in this process. Remote classes are plain classes, `remote_group` is ignored, and groups
     reserve nothing.
 
-    `ray`: joins the Ray cluster of this process, of RAY_ADDRESS or of this machine, else starts one here. Then the
-    devices of every group are taken, all or none, until `shutdown`. When this process dies, the next run takes a group
-    of the same name over: as it stands, with the samplers in it, if it has the same shape; else it is replaced, and
-    they end. Groups of other names are freed then, but for those in which a sampler runs.
-    While it chooses among GPUs, all that are free are taken for a moment.
+    `ray`: joins the Ray cluster of this process, of RAY_ADDRESS or of this machine, or starts one here. Then reserves
+    the devices of all groups, or of none, until `shutdown`. If this process dies, the next run takes over a group of
+    the same name and shape, with the samplers in it; a group of another shape is replaced, and its samplers end. Groups
+    of other names are freed then, except those in which a sampler runs. While GPUs are being chosen, all free ones are
+    reserved for a moment.
 
     Args:
-        nproc_per_node: GPUs of a node that count: its first ones; nodes with fewer are left out. None: all.
-        ncpu_proc_per_node: cores of a node that count for groups of device_type cpu, alike.
-        seed: seeds random, numpy and torch, here and in the workers; torch where it has been imported. None: none.
-        full_determinism: must be False: kernels are the business of the class that calls them.
-        groups: None reserves nothing; groups that others reserved can be used.
-        global_device_mesh: the mesh of remote classes that are given none.
-        lazy_collect: whether remote functions that do not say return a LazyResult.
+        mode: `local` or `ray`.
+        nproc_per_node: number of GPUs to use per node, its first ones; nodes with fewer are not used. None: all.
+        ncpu_proc_per_node: the same for cores, for groups of device_type cpu.
+        seed: seed of random, numpy and (if imported) torch, here and in the workers. None: do not seed.
+        full_determinism: must be False; a class that needs deterministic kernels sets them itself.
+        groups: groups to reserve. None: reserve nothing; groups reserved by others can be used.
+        global_device_mesh: mesh of remote classes that get none.
+        lazy_collect: whether remote functions return a LazyResult by default.
 
     Raises:
-        MeshError: a group that cannot be reserved, with both numbers; or this process left groups reserved and now asks
-            for `local`.
-        ConfigError: an unknown mode, or an argument that means nothing here.
+        MeshError: a group cannot be reserved; or mode is `local` and this process still has groups reserved.
+        ConfigError: an unknown mode, or an invalid argument.
     """
     _check_arguments(mode, nproc_per_node, ncpu_proc_per_node, full_determinism, groups)
     if mode == "local":
@@ -74,10 +81,10 @@ def initialize(
 
 
 def shutdown() -> None:
-    """Ends what this process runs in groups, remote instances and samplers, and frees the groups that it reserved.
+    """Ends the remote instances and samplers that this process has in groups, and frees the groups that it reserved.
 
-    A cluster that `initialize` started ends too. A group that was taken over from a run that still lives is left to it.
-    A step that fails keeps none of the others from being taken.
+    Also ends a cluster that `initialize` started. A group that is shared with another running job is left to that job.
+    If a step fails, the other steps are still taken.
     """
     with contextlib.ExitStack() as last_first:
         if session.started_cluster:
@@ -99,45 +106,58 @@ def _end_cluster() -> None:
 
 def _release(groups: list[str], token: str) -> None:
     if _in_cluster():
-        _ask("release", groups, token)
+        from twinkle_serve.remote.ledger import Ledger
+
+        _call_ledger(Ledger.release, groups, token)
 
 
 def is_initialized() -> bool:
-    """Whether `initialize` was called, and no `shutdown` since."""
+    """Whether `initialize` was called, without a later `shutdown`."""
     return session.mode is not None
 
 
 def mode() -> Mode | None:
-    """`local` or `ray`; None before `initialize`."""
+    """Returns `local` or `ray`; None before `initialize`."""
     return session.mode
 
 
 def known_groups() -> list[str]:
-    """The groups that are reserved in the cluster of this process, whoever did."""
-    return sorted(_ask("names") or [])
+    """Returns the names of all groups reserved in the cluster of this process, by any run.
+
+    Raises:
+        ConfigError: this process is not in a Ray cluster.
+        MeshError: the cluster's ledger did not answer.
+    """
+    from twinkle_serve.remote.ledger import Ledger
+
+    return sorted(_call_ledger(Ledger.names) or [])
 
 
 def group_devices(name: str) -> GroupDevices:
-    """The devices of a group, from any process of the cluster.
+    """Returns the devices of a group, in any process of the cluster.
 
     Raises:
-        MeshError: no such group.
+        MeshError: no such group, or the cluster's ledger did not answer.
+        ConfigError: this process is not in a Ray cluster.
     """
-    found = _ask("group", name)
-    if found is None:
+    from twinkle_serve.remote.ledger import Ledger
+
+    devices = _call_ledger(Ledger.group, name)
+    if devices is None:
         unknown = unknown_name("device group", name, known_groups())
         raise MeshError(f"{unknown}. Reserve it with initialize('ray', groups=…).")
-    devices: GroupDevices = found
     return devices
 
 
 def enter_group(name: str, devices: Sequence[Device], application: str) -> None:
-    """Says that an engine of a Serve application is about to use devices of a group; see `Ledger.enter`.
+    """Records that an engine of a Serve application is about to use devices of a group; see `Ledger.enter`.
 
     Raises:
-        MeshError: the group has not got them, or not any more.
+        MeshError: the group does not have these devices, or no longer has them.
     """
-    if _ask("enter", name, devices, application) is None:
+    from twinkle_serve.remote.ledger import Ledger
+
+    if _call_ledger(Ledger.enter, name, devices, application) is None:
         raise MeshError(f"DeviceGroup {name!r} is gone. Reserve it with initialize('ray', groups=…).")
 
 
@@ -151,8 +171,8 @@ def _check_arguments(
     if mode not in MODES:
         raise ConfigError(f"initialize: {unknown_name('mode', mode, MODES)}.")
     for name, value in (("nproc_per_node", nproc_per_node), ("ncpu_proc_per_node", ncpu_proc_per_node)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError(f"initialize: {name} must be a whole number of at least 1, got {value!r}.")
+        if value is not None:
+            whole_number(f"initialize: {name}", value, 1, error=ConfigError)
     if full_determinism:
         raise ConfigError(
             "initialize: full_determinism is not supported. Call torch.use_deterministic_algorithms(True) in the class "
@@ -160,23 +180,23 @@ def _check_arguments(
         )
     wrong = [group for group in groups or [] if not isinstance(group, DeviceGroup)]
     if wrong:
-        raise ConfigError(f"initialize: groups are DeviceGroup(name, ranks, …), got {wrong[0]!r}.")
+        raise ConfigError(f"initialize: groups must be DeviceGroup(name, ranks, …), got {wrong[0]!r}.")
     names = [group.name for group in groups or []]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise MeshError(f"two DeviceGroups have the name {twice!r}. Give each one of its own.")
+        raise MeshError(f"two DeviceGroups have the name {twice!r}. Give each a unique name.")
 
 
 def join_or_start(*, log_to_driver: bool) -> None:
-    """Has this process in a Ray cluster: the one that it is in, that of RAY_ADDRESS, of this machine, or a new one.
+    """Joins a Ray cluster: the current one, that of RAY_ADDRESS, that of this machine, or a new one.
 
     Args:
-        log_to_driver: whether what workers print is printed here.
+        log_to_driver: whether the output of workers is printed here.
     """
     import ray
 
     if ray.is_initialized():
         return
-    options: dict[str, Any] = {"namespace": "serve", "log_to_driver": log_to_driver, "logging_level": "warning"}
+    options: dict[str, object] = {"namespace": "serve", "log_to_driver": log_to_driver, "logging_level": "warning"}
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(**options)
         session.started_cluster = address == "local"
@@ -192,7 +212,7 @@ def _in_cluster() -> bool:
     import ray
 
     if not ray.is_initialized():
-        logger.warning("this process left the Ray cluster; what it reserved there stays until a run replaces it")
+        logger.warning("this process left the Ray cluster; its reservations stay until a run replaces them")
         return False
     return True
 
@@ -200,29 +220,36 @@ def _in_cluster() -> bool:
 def _reserve(groups: list[DeviceGroup], per_node: dict[str, int | None]) -> None:
     import ray
 
+    from twinkle_serve.remote.ledger import Ledger
+
     job = ray.get_runtime_context().get_job_id()
     occupied = {instance.remote_group for instance in session.instances}
     try:
-        session.owned_groups |= set(_ask("reserve", groups, job, session.token, per_node, occupied))
-    except _LedgerSilentError:  # it may reserve them yet: `shutdown` frees what is this process's
+        owned = _call_ledger(Ledger.reserve, groups, job, session.token, per_node, occupied)
+        session.owned_groups |= set(owned or ())
+    except _LedgerSilentError:  # it may still reserve them: `shutdown` frees those of this process
         session.owned_groups |= {group.name for group in groups}
         raise
 
 
-def _ask(method: str, *args: Any) -> Any:
-    """Calls the ledger, within a deadline. None where the cluster has none and only `reserve` would start one."""
+def _call_ledger(
+    method: Callable[Concatenate[Ledger, Params], Result], *args: Params.args, **kwargs: Params.kwargs
+) -> Result | None:
+    """Calls a method of the ledger, with a deadline. None if the cluster has no ledger; only `reserve` starts one."""
     import ray
     from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-    from twinkle_serve.remote.ledger import LEDGER_ANSWERS_S, ledger
+    from twinkle_serve.remote.ledger import LEDGER_ANSWERS_S, Ledger, ledger
 
     if not ray.is_initialized():
-        raise ConfigError("this process is in no Ray cluster. Call initialize('ray', …) first.")
-    actor = ledger(create=method == "reserve")
+        raise ConfigError("this process is not in a Ray cluster. Call initialize('ray', …) first.")
+    name = method.__name__
+    actor = ledger(create=name == Ledger.reserve.__name__)
     if actor is None:
         return None
     try:
-        return ray.get(getattr(actor, method).remote(*args), timeout=LEDGER_ANSWERS_S)
+        answer: Result = ray.get(getattr(actor, name).remote(*args, **kwargs), timeout=LEDGER_ANSWERS_S)
+        return answer
     except RayTaskError as error:
         if isinstance(error.cause, TwinkleServeError):
             raise error.cause from None
@@ -234,4 +261,4 @@ def _ask(method: str, *args: Any) -> Any:
 
 
 class _LedgerSilentError(MeshError):
-    """Nobody knows what became of the call."""
+    """The ledger did not answer; the call may or may not have taken effect."""

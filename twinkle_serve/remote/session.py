@@ -1,4 +1,4 @@
-"""What `initialize` told this process, and what this process must give back. No Ray here."""
+"""State of this process set by `initialize`, and resources that it must release. Free of Ray."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ import sys
 import uuid
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import numpy as np
 
 from twinkle_serve.mesh import DeviceMesh
 
-Mode = Literal["local", "ray"]
+if TYPE_CHECKING:
+    from twinkle_serve.remote.handle import Handle
+
+Mode: TypeAlias = Literal["local", "ray"]
+
+
+class Closable(Protocol):
+    """A sampler whose service can be ended."""
+
+    def shutdown(self) -> None: ...
 
 
 @dataclass
@@ -26,14 +35,16 @@ class Session:
     seed: int | None = None
     lazy_collect: bool = False
     mesh: DeviceMesh | None = None
-    """The mesh of remote classes that are given none."""
+    """Mesh of remote classes that get none."""
     started_cluster: bool = False
+    """Whether `initialize` started the Ray cluster."""
     owned_groups: set[str] = field(default_factory=set)
+    """Groups that `shutdown` frees."""
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Tells this process from others in the ledger."""
-    instances: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    """Identifies this process in the ledger."""
+    instances: weakref.WeakSet[Handle] = field(default_factory=weakref.WeakSet)
     """Remote instances whose workers this process started."""
-    samplers: set[Any] = field(default_factory=set)
+    samplers: set[Closable] = field(default_factory=set)
     """Samplers that this process deployed into groups; each has a `shutdown`. Their engines outlive these objects."""
 
 
@@ -41,17 +52,17 @@ session = Session()
 
 
 def reset() -> None:
-    """As before `initialize`."""
+    """Restores the state before `initialize`."""
     session.__dict__.update(Session().__dict__)
 
 
 def current_group() -> str | None:
-    """The group whose worker this process is."""
+    """Name of the group if this process is one of its workers."""
     return os.environ.get("CLUSTER_NAME") if "WORKER_NAME" in os.environ else None
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds random, numpy, and torch where it has been imported: importing it here would cost seconds."""
+    """Seeds random, numpy, and torch if it has been imported: importing it here would take seconds."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     if torch := sys.modules.get("torch"):

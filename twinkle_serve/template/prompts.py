@@ -1,17 +1,17 @@
-"""Inputs of a call to prompts: what a caller hands in, checked, as token ids."""
+"""Validates the inputs of a call and converts them to prompts of token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.inputs import as_list
-from twinkle_serve.data_format.messages import Turn, checksum
+from twinkle_serve.data_format.messages import Encoded, Turn, checksum
 from twinkle_serve.data_format.response import IGNORED_LABEL
 from twinkle_serve.errors import PromptError, unknown_name
 from twinkle_serve.template.template import Template
@@ -24,28 +24,31 @@ MAX_ID = np.iinfo(np.int32).max
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One input of a call."""
+    """The tokens of one input of a call."""
 
     ids: NDArray[np.int32]
-    """Shape [P]."""
+    """Token ids, shape [P]."""
     index: int = 0
-    """Index in the call of the input that it was made from; `truncation_strategy="delete"` leaves inputs out."""
+    """Index of its input in the call; `truncation_strategy="delete"` leaves inputs out."""
     turn: Turn = field(default_factory=Turn)
-    """What it holds of the turn to be sampled, and of those before."""
+    """The beginning of the sampled turn that it contains, and the labels of earlier turns."""
 
 
-def encode_inputs(inputs: Any, template: Template, generation_prompt: bool = True) -> list[Prompt]:
-    """Each input as a prompt, in order; those too long are left out if the template says so. One dict is one input.
+def encode_inputs(inputs: object, template: Template, generation_prompt: bool = True) -> list[Prompt]:
+    """Converts inputs to prompts, in order; long ones are left out under `truncation_strategy="delete"`.
 
-    An InputFeature's `input_ids` are its prompt. If it came out of `new_input_feature` and has gained messages since,
-    what the chat template makes of those comes after them.
+    A single dict is one input. The prompt of an InputFeature is its `input_ids`. If it was returned by
+    `new_input_feature` and messages were appended, their rendered tokens follow.
 
     Args:
-        generation_prompt: messages end where the assistant's turn begins. False: with the last message.
+        inputs: Trajectories or InputFeatures, one or a list, or PackedInputs.
+        template: template of the call.
+        generation_prompt: whether messages are rendered up to the beginning of the assistant's turn, or only up to the
+            last message.
 
     Raises:
-        PromptError: no input, inputs of several kinds, one that is no Trajectory and no InputFeature, one that is too
-            long, or none left.
+        PromptError: no input, inputs of several kinds, one that is neither a Trajectory nor an InputFeature, one that
+            is too long, or all are left out.
     """
     items = as_list(inputs)
     if items is None:
@@ -60,11 +63,11 @@ def encode_inputs(inputs: Any, template: Template, generation_prompt: bool = Tru
         other = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
         raise PromptError(
             f"inputs mixes kinds: inputs[0] is {_article(kinds[0])}, inputs[{other}] is {_article(kinds[other])}. "
-            "Send each kind in a call of its own."
+            "Send each kind in a separate call."
         )
     encode = _from_messages if kinds[0] == "messages" else _from_ids
-    made = [_fit(encode(item, i, template, generation_prompt), template) for i, item in enumerate(items)]
-    prompts = [prompt for prompt in made if prompt is not None]
+    fitted = [_fit(encode(item, i, template, generation_prompt), template) for i, item in enumerate(items)]
+    prompts = [prompt for prompt in fitted if prompt is not None]
     if not prompts:
         raise PromptError(
             f"each of the {len(items)} inputs is longer than max_length={template.max_length}, and "
@@ -73,14 +76,14 @@ def encode_inputs(inputs: Any, template: Template, generation_prompt: bool = Tru
     return prompts
 
 
-def _kind(item: Any, i: int) -> str:
+def _kind(item: object, i: int) -> str:
     if not isinstance(item, Mapping):
         raise PromptError(
             f"inputs[{i}] is {type(item).__name__}, not a Trajectory (a dict with messages) or an InputFeature "
             "(a dict with input_ids)."
         )
     kinds = [kind for kind in ("messages", "input_ids") if item.get(kind) is not None]
-    # A sample's new_input_feature has both: it goes on from its tokens.
+    # new_input_feature returns both: its tokens are continued.
     if not kinds:
         close = unknown_name("input", next(iter(item), ""), ("messages", "input_ids")).split(" Known:")[0]
         raise PromptError(
@@ -93,21 +96,21 @@ def _article(kind: str) -> str:
     return "a Trajectory (messages)" if kind == "messages" else "an InputFeature (input_ids)"
 
 
-def _refuse_pixels(item: Mapping[str, Any], where: str) -> None:
+def _refuse_pixels(item: Mapping[str, object], where: str) -> None:
     for key in PIXELS:
         value = item.get(key)
         if value is not None and not (isinstance(value, Sequence) and not value):
-            raise PromptError(f"{where}.{key}: this service samples from text alone. Leave it out.")
+            raise PromptError(f"{where}.{key}: this service samples from text only. Leave it out.")
 
 
-def _tools(item: Mapping[str, Any], where: str) -> list[Any] | None:
+def _tools(item: Mapping[str, object], where: str) -> list[object] | None:
     tools = item.get("tools")
     if tools is not None and (isinstance(tools, (str, bytes)) or not isinstance(tools, Sequence)):
         raise PromptError(f"{where}.tools must be a list, got {tools!r}.")
     return list(tools) if tools else None
 
 
-def _from_messages(item: Mapping[str, Any], index: int, template: Template, generation_prompt: bool) -> Prompt:
+def _from_messages(item: Mapping[str, object], index: int, template: Template, generation_prompt: bool) -> Prompt:
     where = f"inputs[{index}]"
     for key in item:
         if key not in TRAJECTORY_KEYS:
@@ -117,14 +120,14 @@ def _from_messages(item: Mapping[str, Any], index: int, template: Template, gene
     return Prompt(ids, index, _opened_turn(template.opening(ids)))
 
 
-def _array(value: Any, where: str) -> NDArray[Any]:
+def _array(value: object, where: str) -> NDArray[Any]:
     try:
         return np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:  # rows of several lengths; a tensor on a GPU
-        raise PromptError(f"{where} is no array of numbers: {error}") from None
+        raise PromptError(f"{where} is not an array of numbers: {error}") from None
 
 
-def _from_ids(item: Mapping[str, Any], index: int, template: Template, generation_prompt: bool) -> Prompt:
+def _from_ids(item: Mapping[str, object], index: int, template: Template, generation_prompt: bool) -> Prompt:
     where = f"inputs[{index}]"
     _refuse_pixels(item, where)
     ids = _array(item["input_ids"], f"{where}.input_ids")
@@ -143,10 +146,10 @@ def _from_ids(item: Mapping[str, Any], index: int, template: Template, generatio
             raise PromptError(f"{where}.attention_mask hides {hidden} of {len(ids)} tokens. Send input_ids unpadded.")
     if ids.size and (ids.min() < 0 or (ids.dtype != np.int32 and ids.max() > MAX_ID)):
         bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
-        raise PromptError(f"{where}.input_ids holds {bad}, which is no token id.")
+        raise PromptError(f"{where}.input_ids contains {bad}, which is not a token id.")
     ids = ids.astype(np.int32)
     labels = _labels(item, ids, where)
-    start, following = _continued(item, ids, where, template, generation_prompt)
+    start, following = _continuation(item, ids, where, template, generation_prompt)
     whole = np.concatenate([ids, following]) if len(following) else ids
     if labels is not None:
         labels = np.concatenate([labels, np.full(len(following), IGNORED_LABEL, np.int64)])
@@ -158,22 +161,22 @@ def _from_ids(item: Mapping[str, Any], index: int, template: Template, generatio
 
 @lru_cache(maxsize=64)
 def _opened_turn(opening: str) -> Turn:
-    """A turn of which a prompt holds this alone; one for all that do, which a response then pickles once."""
+    """A turn with this opening only; cached, so that a response pickles it once for all its prompts."""
     return Turn(opening=opening)
 
 
 def _opening(template: Template, ids: NDArray[np.int32], start: int | None) -> str:
-    """Text of a prompt that belongs to the message to be sampled, which begins at `start` if it is one to go on with.
+    """Text of a prompt that belongs to the sampled message, whose tokens begin at `start` if it is unfinished.
 
-    The unfinished message's own opening is what came before its first token.
+    The opening of an unfinished message is before its first token.
     """
     if start is None:
         return template.opening(ids)
     return template.opening(ids[:start]) + template.decode(ids[start:])
 
 
-def _labels(item: Mapping[str, Any], ids: NDArray[np.int32], where: str) -> NDArray[np.int64] | None:
-    """The input's labels, which are rolled left by one, at the places of their tokens. None if all are ignored."""
+def _labels(item: Mapping[str, object], ids: NDArray[np.int32], where: str) -> NDArray[np.int64] | None:
+    """Rolls the input's labels back to the positions of their tokens. None if all are ignored."""
     if item.get("labels") is None:
         return None
     rolled = _array(item["labels"], f"{where}.labels")
@@ -187,62 +190,62 @@ def _labels(item: Mapping[str, Any], ids: NDArray[np.int32], where: str) -> NDAr
     return None if (labels == IGNORED_LABEL).all() else labels
 
 
-def _continued(
-    item: Mapping[str, Any], ids: NDArray[np.int32], where: str, template: Template, generation_prompt: bool
+def _continuation(
+    item: Mapping[str, object], ids: NDArray[np.int32], where: str, template: Template, generation_prompt: bool
 ) -> tuple[int | None, NDArray[np.int32]]:
-    """(where the message begins that the sample finishes, or None for a new one; the ids that come after `ids`)."""
+    """Returns (index of the first token of the unfinished message, None if it is new; token ids to append to `ids`)."""
     none = np.empty(0, np.int32)
-    encoded = item.get("encoded")
+    encoded = cast("Encoded | None", item.get("encoded"))
     if encoded is None or item.get("messages") is None:
         return None, none
     try:
         length, sums, start = encoded["ids"], list(encoded["messages"]), int(encoded["assistant_start"])
     except (TypeError, KeyError, ValueError, OverflowError):
-        raise PromptError(f"{where}.encoded is not what new_input_feature wrote: {encoded!r}. Leave it out.") from None
+        raise PromptError(f"{where}.encoded was not written by new_input_feature: {encoded!r}. Leave it out.") from None
     if length != len(ids):
         return None, none
     messages = item["messages"]
-    anew = 'Hand in {"messages": …} alone to have them encoded anew.'
+    remedy = 'Pass {"messages": …} only to encode them again.'
     if not isinstance(messages, Sequence) or len(messages) < len(sums):
         count = len(messages) if isinstance(messages, Sequence) else messages
-        raise PromptError(f"{where} has {count} messages, its input_ids hold {len(sums)}. {anew}")
-    for j, (message, known) in enumerate(zip(messages, sums, strict=False)):
-        if not isinstance(message, Mapping) or checksum(message) != known:
-            raise PromptError(f"{where}.messages[{j}] is not what its input_ids hold. {anew}")
+        raise PromptError(f"{where} has {count} messages, its input_ids cover {len(sums)}. {remedy}")
+    for j, (message, expected) in enumerate(zip(messages, sums, strict=False)):
+        if not isinstance(message, Mapping) or checksum(message) != expected:
+            raise PromptError(f"{where}.messages[{j}] does not match its input_ids. {remedy}")
     sampled = 0 <= start < len(ids)
     if len(messages) == len(sums):
         return (start if sampled else None), none
     if not sampled or messages[len(sums) - 1].get("role") != "assistant":
-        raise PromptError(f"{where}: its input_ids end with no sampled message for others to follow. {anew}")
+        raise PromptError(f"{where}: its input_ids do not end with a sampled message that others can follow. {remedy}")
     return None, template.encode_after(ids, messages, len(sums), _tools(item, where), where, generation_prompt)
 
 
 def _fit(prompt: Prompt, template: Template) -> Prompt | None:
-    """The prompt in at most `max_length` tokens; None if it is left out.
+    """Applies the truncation strategy to a prompt of more than `max_length` tokens; None if it is left out.
 
     Raises:
-        PromptError: it is longer, and is not to be cut.
+        PromptError: it is longer and the strategy is raise.
     """
-    most, length = template.max_length, len(prompt.ids)
-    if most is None or length <= most:
+    max_length, length = template.max_length, len(prompt.ids)
+    if max_length is None or length <= max_length:
         return prompt
     if template.truncation_strategy == "delete":
         return None
     if template.truncation_strategy == "raise":
         raise PromptError(
-            f"inputs[{prompt.index}] has {length} tokens, max_length is {most}. Shorten it, raise max_length, or set "
-            "truncation_strategy to left, right or delete."
+            f"inputs[{prompt.index}] has {length} tokens, max_length is {max_length}. Shorten it, raise max_length, or "
+            "set truncation_strategy to left, right or delete."
         )
     left = template.truncation_strategy == "left"
-    kept = slice(length - most, length) if left else slice(0, most)
+    kept = slice(length - max_length, length) if left else slice(0, max_length)
     turn, start = prompt.turn, prompt.turn.resumed_at
-    ids, start = prompt.ids[kept], None if start is None else min(max(start - kept.start, 0), most)
+    ids, start = prompt.ids[kept], None if start is None else min(max(start - kept.start, 0), max_length)
     return replace(
         prompt,
         ids=ids,
         turn=replace(
             turn,
-            # What is cut on the left was said all the same; the sample goes on behind what is left on the right.
+            # Text cut on the left still belongs to the message; cut on the right, the sample continues what is left.
             opening=turn.opening if left else _opening(template, ids, start),
             labels=None if turn.labels is None else turn.labels[kept],
             resumed_at=start,

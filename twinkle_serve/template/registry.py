@@ -3,84 +3,90 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from twinkle_serve.errors import TemplateError, unknown_name
 from twinkle_serve.template.template import Template
 
 TEMPLATES: dict[str, type[Template]] = {
     "Template": Template,
-    # Twinkle's names for text of models whose own chat template says all that there is to say.
+    # Twinkle's names for models whose own chat template is sufficient for text.
     "QwenTemplate": Template,
     "Qwen3Template": Template,
     "Qwen3_5Template": Template,
     "Gemma4Template": Template,
 }
-"""Templates that a call or a config can name. Others are handed in as a class or an instance."""
+"""Templates by the name that a call or a config gives. Others are passed as a class or an instance."""
 
 NOT_SUPPORTED = {
-    "DeepseekV4Template": "renders DeepSeek V4's messages by code of its own. Hand in input_ids, or a subclass of "
-    "Template with a render of yours",
-    "Qwen3VLTemplate": "is for images and videos: this service samples from text alone",
+    "DeepseekV4Template": "renders DeepSeek V4's messages with its own code. Pass input_ids, or a subclass of Template "
+    "that overrides render",
+    "Qwen3VLTemplate": "is for images and videos: this service samples from text only",
 }
-"""Twinkle's templates that are not here, and why."""
+"""Twinkle's unsupported templates, and the reason."""
 
 ALIASES = {"default_system": "system"}
-"""Twinkle's names of arguments, and ours."""
+"""Twinkle's names of arguments to the names here."""
 
 
 def resolve_template(
-    template: str | type[Template] | Template, model: str | Path, *, trust_remote_code: bool = False, **arguments: Any
+    template: str | type[Template] | Template,
+    model: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    **arguments: object,
 ) -> Template:
-    """A template by its name, its class or itself.
+    """Makes a template from its name or class; returns an instance unchanged.
 
     Args:
+        template: name in TEMPLATES, subclass of Template, or instance.
         model: directory of the model, for a name or a class.
-        trust_remote_code: run code that comes with the tokenizer, where the class does not decide that itself.
-        arguments: of the template's class. An instance has its own.
+        trust_remote_code: run code that comes with the tokenizer, if the class has that parameter.
+        **arguments: keyword arguments of the template's class; none for an instance.
 
     Raises:
-        TemplateError: no such template, or an argument that it does not take.
+        TemplateError: unknown or unsupported template, or an argument that it does not accept.
         ModelNotFoundError: the model has no tokenizer.
     """
     if isinstance(template, Template):
         if arguments:
             raise TemplateError(
-                f"{', '.join(sorted(arguments))} cannot be set on a template that is made already. Give "
-                f"{type(template).__name__} itself, or make the instance with them."
+                f"{', '.join(sorted(arguments))} cannot be set on an existing template. Give the class "
+                f"{type(template).__name__}, or pass them when you make the instance."
             )
         return template
-    made = TEMPLATES.get(template) if isinstance(template, str) else template
-    if made is None:
+    kind = TEMPLATES.get(template) if isinstance(template, str) else template
+    if kind is None:
         if template in NOT_SUPPORTED:
             raise TemplateError(f"{template} {NOT_SUPPORTED[str(template)]}.")
         raise TemplateError(f"{unknown_name('template', template, TEMPLATES)}. Or give a class or an instance.")
-    if not (isinstance(made, type) and issubclass(made, Template)):
+    if not (isinstance(kind, type) and issubclass(kind, Template)):
         raise TemplateError(f"template must be a name, a subclass of Template or an instance, got {template!r}.")
-    checked = _checked(made, arguments)
-    if trust_remote_code and "trust_remote_code" in inspect.signature(made).parameters:
+    checked = _check_arguments(kind, arguments)
+    if trust_remote_code and "trust_remote_code" in inspect.signature(kind).parameters:
         checked["trust_remote_code"] = True
     try:
-        inspect.signature(made).bind(model, **checked)
+        inspect.signature(kind).bind(model, **checked)
     except TypeError as error:
-        raise TemplateError(f"{made.__name__} cannot be made: {error}. Give its arguments with its name.") from None
-    return made(model, **checked)
+        raise TemplateError(f"{kind.__name__} cannot be made: {error}. Give its arguments with its name.") from None
+    make: Callable[..., Template] = kind
+    return make(model, **checked)
 
 
-def _checked(made: type[Template], arguments: dict[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(made).parameters
+def _check_arguments(kind: type[Template], arguments: Mapping[str, object]) -> dict[str, object]:
+    parameters = inspect.signature(kind).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        known = parameters | inspect.signature(Template).parameters
+        accepted = parameters | inspect.signature(Template).parameters
     else:
-        known = dict(parameters)
-    known = {name: p for name, p in known.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-    known.pop("model", None)
-    clean: dict[str, Any] = {}
+        accepted = dict(parameters)
+    accepted = {name: p for name, p in accepted.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    accepted.pop("model", None)
+    clean: dict[str, object] = {}
     for key, value in arguments.items():
         name = ALIASES.get(key, key)
-        if name not in known:
-            raise TemplateError(f"{unknown_name(f'argument of {made.__name__}', key, {*known, *ALIASES})}.")
+        if name not in accepted:
+            raise TemplateError(f"{unknown_name(f'argument of {kind.__name__}', key, {*accepted, *ALIASES})}.")
         if name in clean:
             raise TemplateError(f"{name} is given twice, as {name} and under another name. Give it once.")
         clean[name] = value

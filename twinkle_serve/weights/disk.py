@@ -1,38 +1,42 @@
-"""A state directory: small manifests, and beside them the files of each version."""
+"""A state directory: small manifests and the files of each version."""
 
 from __future__ import annotations
 
 import json
 import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 from twinkle_serve.errors import ConfigError, StoreError
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
+
+Json: TypeAlias = Any
+"""Content of a JSON file, not validated."""
 
 
 class Disk:
-    """A directory, or any URL that fsspec knows. Paths are relative to it."""
+    """A directory, or any URL that fsspec supports. Paths are relative to it."""
 
     def __init__(self, state_dir: str) -> None:
         """
         Raises:
-            ConfigError: it cannot be used.
+            ConfigError: the directory cannot be created or reached.
         """
         import fsspec
 
         try:
             self._system, self.root = fsspec.core.url_to_fs(state_dir)
             self._system.makedirs(self.root, exist_ok=True)
-        except Exception as error:  # of whatever stands behind the URL
+        except Exception as error:  # the URL's file system may raise anything
             raise ConfigError(f"state_dir {state_dir!r} cannot be used: {type(error).__name__}: {error}") from error
         self._is_local = self._system.protocol in ("file", ("file", "local"))
 
-    def read_manifest(self, name: str) -> Any:
-        """What was written under a name; None if nothing was.
+    def read_manifest(self, name: str) -> Json:
+        """Reads a manifest; None if there is none.
 
         Raises:
-            ConfigError
+            ConfigError: it cannot be read.
         """
         path = f"{self.root}/{name}"
         try:
@@ -40,12 +44,20 @@ class Disk:
         except Exception as error:
             raise ConfigError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
-    def write_manifest(self, name: str, manifest: dict[str, Any]) -> None:
-        """Replaces a manifest. Raises StoreError."""
+    def write_manifest(self, name: str, manifest: Mapping[str, object]) -> None:
+        """Replaces a manifest.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
         self.write(name, json.dumps(manifest).encode())
 
     def read(self, name: str) -> bytes:
-        """Raises StoreError."""
+        """Reads a file.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
         path = f"{self.root}/{name}"
         try:
             data: bytes = self._system.cat_file(path)
@@ -53,11 +65,11 @@ class Disk:
             raise StoreError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         return data
 
-    def write(self, name: str, data: Any) -> None:
-        """Writes bytes, whole or not at all: an object store does so by itself, a file system by renaming.
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        """Writes bytes atomically: an object store does so by itself, a file system by renaming.
 
         Raises:
-            StoreError
+            StoreError: they cannot be written.
         """
         path = f"{self.root}/{name}"
         try:
@@ -74,14 +86,14 @@ class Disk:
             ) from error
 
     def entries(self, directory: str) -> list[str]:
-        """Names of what is in a directory; none if there is none."""
+        """Names of the entries of a directory; empty if it does not exist."""
         path = f"{self.root}/{directory}"
         if not self._system.exists(path):
             return []
         return [entry.rstrip("/").rpartition("/")[2] for entry in self._system.ls(path, detail=False)]
 
     def remove(self, directory: str) -> None:
-        """Removes a directory, as far as that is possible: what no manifest names harms nobody."""
+        """Removes a directory. A failure is logged only: files that no manifest lists do no harm."""
         path = f"{self.root}/{directory}"
         try:
             self._system.rm(path, recursive=True)

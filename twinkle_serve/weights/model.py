@@ -1,4 +1,4 @@
-"""The versions of the model's own weights: one is current, another may be on its way. No Ray here."""
+"""Versions of the model's own weights: one is current, another may be uploaded. Free of Ray."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import blake3
 
@@ -15,7 +14,7 @@ from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, Weight
 from twinkle_serve.errors import ConfigError, StoreError, WeightsError
 from twinkle_serve.weights.disk import Disk
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 MANIFEST = "base.json"
 FORMAT = 1
@@ -25,60 +24,69 @@ FORMAT = 1
 class _Upload:
     version: WeightsVersion
     expected: Mapping[str, tuple[int, ...]]
-    """Shapes of the weights that must come, by name."""
+    """Shapes of the required weights by name."""
     tied: frozenset[str]
-    """Names that may come besides."""
+    """Names of optional weights."""
     seen: set[str] = field(default_factory=set)
+    """Names received so far."""
 
 
 class ModelWeights:
-    """Keeps what engines load as the model's own weights.
+    """Stores the versions that engines load as the model's own weights.
 
-    Guarantees: a version is current when `commit` has returned, every byte of it; before, the one before it is.
-    Guarantees: a store that is made anew on the same state directory has the current version, and no part of another.
-    Guarantees: a bucket that is not the one that was appended is an error, and is handed to nobody.
-    Guarantees: no label is used twice.
-    Does not guarantee: anything beyond this process without a state directory.
+    Guarantees:
+        - A version is complete and current when `commit` has returned; until then its predecessor is current.
+        - A new store on the same state directory has the current version, and no part of another.
+        - A bucket that differs from the appended one raises and is never returned.
+        - No label is used twice.
+
+    Does not guarantee:
+        - Persistence beyond this process without a state directory.
     """
 
     def __init__(self, disk: Disk | None = None) -> None:
         """
         Args:
-            disk: None keeps everything in this process alone.
+            disk: state directory. None keeps everything in this process's memory.
 
         Raises:
             ConfigError: the manifest cannot be read.
         """
         self._disk = disk
         self._memory: dict[tuple[int, int], bytes] = {}
-        """Buckets by version and index, where there is no state directory."""
+        """Buckets by version number and index, without a state directory."""
         self._labels = [CHECKPOINT_VERSION.label]
-        """Of all versions that have been current, by their number."""
+        """Labels of all versions that have been current; the index is the version's number."""
         self._current = CHECKPOINT_VERSION
         self._upload: _Upload | None = None
-        # At random: a call that was meant for a store before this one must not meet an upload of this one.
+        # Random, so that a late call for a previous store does not match an upload of this one.
         self._uploads = random.getrandbits(40)
         self._sealed: WeightsVersion | None = None
         if disk is not None:
             self._recover(disk)
 
     def recover(self) -> tuple[WeightsVersion, list[str]]:
-        """The current version, and the label of each version so far by its number.
+        """Returns the current version, and the labels of all versions so far by number.
 
-        Called by a router that begins: what one before it had begun and not committed is dropped.
+        Called by a router that starts. An uncommitted upload of its predecessor is dropped.
         """
         self._drop_pending()
         return self._current, list(self._labels)
 
     def current(self) -> WeightsVersion:
+        """The version that engines should have."""
         return self._current
 
     def begin(self, label: str, expected: Mapping[str, tuple[int, ...]], tied: set[str]) -> int:
-        """Begins a version, in place of one that was begun and not committed. Returns what its buckets are sent under.
+        """Begins the upload of a version, in place of an uncommitted one.
 
         Args:
-            expected: shape of every weight that it has to have, by name.
-            tied: names that it may have besides.
+            label: name of the version.
+            expected: shape of every required weight by name.
+            tied: names of optional weights.
+
+        Returns:
+            Id of the upload, for `append`, `seal` and `discard`.
 
         Raises:
             WeightsError: the label was used before.
@@ -86,7 +94,7 @@ class ModelWeights:
         if label in self._labels:
             raise WeightsError(
                 f"version {label!r} exists already, it was number {self._labels.index(label)}; the current one is "
-                f"{self._current.label!r}. Give each version a label of its own."
+                f"{self._current.label!r}. Give each version its own label."
             )
         self._drop_pending()
         self._uploads += 1
@@ -95,18 +103,23 @@ class ModelWeights:
         return self._uploads
 
     def append(self, upload: int, index: int, bucket: Bucket) -> None:
-        """Keeps the next bucket of a version.
+        """Stores the next bucket of an upload. Idempotent for the last bucket.
+
+        Args:
+            upload: id from `begin`.
+            index: number of buckets before it.
+            bucket: weights as a safetensors file.
 
         Raises:
-            WeightsError: it is damaged, or holds names or shapes that the model has not; nothing of the version is
-                kept.
-            StoreError: it is not the next one, or the state directory cannot be written.
+            WeightsError: the bucket is damaged, or has names or shapes that the model does not have. The upload is
+                dropped.
+            StoreError: the bucket is out of order, or the state directory cannot be written.
         """
         pending = self._require(upload)
         version = pending.version
         checksum = _checksum(bucket.data)
         if index == len(version.buckets) - 1 and checksum == version.buckets[index]:
-            return  # sent again, by a caller who had no answer
+            return  # sent again by a caller that got no answer
         if index != len(version.buckets):
             raise StoreError(f"bucket {index} of {version.label!r} came after {len(version.buckets)} buckets.")
         try:
@@ -125,10 +138,10 @@ class ModelWeights:
         )
 
     def seal(self, upload: int) -> WeightsVersion:
-        """Ends the upload of a version; it is not current yet.
+        """Ends the upload of a version, which is not current yet. Idempotent.
 
         Raises:
-            WeightsError: weights of the model are missing; nothing of the version is kept.
+            WeightsError: weights of the model are missing. The upload is dropped.
         """
         if self._sealed is not None and upload == self._uploads:
             return self._sealed  # sent again
@@ -137,21 +150,21 @@ class ModelWeights:
             self._drop_pending()
             raise WeightsError(
                 f"version {pending.version.label!r} lacks {len(missing)} of the model's {len(pending.expected)} "
-                f"weights, such as {', '.join(missing[:3])}. Send them all."
+                f"weights, such as {', '.join(missing[:3])}. Send all of them."
             )
         self._upload, self._sealed = None, pending.version
         return pending.version
 
     def commit(self, version: WeightsVersion) -> None:
-        """Makes a sealed version the current one; the one before it goes.
+        """Makes a sealed version the current one and removes its predecessor. Idempotent.
 
         Raises:
-            StoreError: it was dropped, or the state directory cannot be written; the current version stays.
+            StoreError: the version was dropped, or the state directory cannot be written. The current version stays.
         """
         if version == self._current:
             return  # sent again
         if version != self._sealed:
-            raise StoreError(f"the store has no version {version.label!r} any more. Send it again.")
+            raise StoreError(f"the store no longer has version {version.label!r}. Send it again.")
         before = self._current
         self._current = version
         self._labels.append(version.label)
@@ -166,15 +179,15 @@ class ModelWeights:
         self._remove(before)
 
     def discard(self, upload: int) -> None:
-        """Drops what was begun and not committed, if it is this upload."""
+        """Drops an uncommitted upload; other ids are ignored."""
         if upload == self._uploads:
             self._drop_pending()
 
     def purge(self) -> None:
-        """Makes the model's own files current, and every label free, as if nothing had been.
+        """Makes the model's checkpoint current and frees all labels.
 
         Raises:
-            StoreError: the state directory cannot be written; nothing has changed.
+            StoreError: the state directory cannot be written. Nothing has changed.
         """
         before, labels = self._current, self._labels
         self._current, self._labels = CHECKPOINT_VERSION, [CHECKPOINT_VERSION.label]
@@ -187,28 +200,29 @@ class ModelWeights:
         self._drop_pending()
 
     def bucket(self, version: WeightsVersion, index: int) -> bytes:
-        """A bucket of the current version, or of the one that is to be current.
+        """Returns a bucket of the current or the sealed version.
 
         Raises:
-            StoreError: the version was dropped, or the bucket is not the one that was appended.
+            StoreError: the version was dropped, or the bucket differs from the appended one.
         """
         if version not in (self._current, self._sealed):
             current = self._current.label
-            raise StoreError(f"the store has no version {version.label!r} any more; {current!r} is current.")
+            raise StoreError(f"the store no longer has version {version.label!r}; {current!r} is current.")
         if self._disk is None:
             return self._memory[version.number, index]
         data = self._disk.read(_path(version, index))
-        if (found := _checksum(data)) != version.buckets[index]:
+        if (checksum := _checksum(data)) != version.buckets[index]:
             raise StoreError(
-                f"{self._disk.root}/{_path(version, index)} has the checksum {found}, and had {version.buckets[index]} "
-                "when it was sent: it was changed or cut off. Send the version again under another label."
+                f"{self._disk.root}/{_path(version, index)} has the checksum {checksum}, and had "
+                f"{version.buckets[index]} when it was sent: the file was changed or truncated. Send the version again "
+                "under another label."
             )
         return data
 
     def _require(self, upload: int) -> _Upload:
         if self._upload is None or upload != self._uploads:
             raise StoreError(
-                "the update of weights was given up: another one began, or the store was restarted. Send it again."
+                "the weight update was given up: another one began, or the store was restarted. Send it again."
             )
         return self._upload
 
@@ -230,7 +244,7 @@ class ModelWeights:
             self._disk.write_manifest(MANIFEST, manifest)
 
     def _is_written(self, version: WeightsVersion) -> bool:
-        """Whether the next store would find this version as the current one."""
+        """Whether the manifest on disk has this version as the current one."""
         try:
             manifest = None if self._disk is None else self._disk.read_manifest(MANIFEST)
         except ConfigError:
@@ -250,8 +264,8 @@ class ModelWeights:
                 self._labels = list(manifest["labels"])
             except (KeyError, TypeError, ValueError) as error:
                 raise ConfigError(
-                    f"{disk.root}/{MANIFEST} cannot be read: {type(error).__name__}: {error}. Move it away to begin "
-                    "anew, from the model's own files."
+                    f"{disk.root}/{MANIFEST} cannot be read: {type(error).__name__}: {error}. Move it away to start "
+                    "from the model's checkpoint."
                 ) from error
             logger.info(f"weights {self._current.label!r} found in {disk.root}")
         for name in disk.entries("base"):
@@ -263,12 +277,12 @@ def _path(version: WeightsVersion, index: int) -> str:
     return f"base/{version.number}/{index}.safetensors"
 
 
-def _checksum(data: Any) -> str:
+def _checksum(data: bytes | memoryview) -> str:
     return str(blake3.blake3(data).hexdigest(length=16))
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], upload: _Upload) -> None:
-    """Raises WeightsError for what the model has not, has in another shape, or has already."""
+    """Raises WeightsError for weights that are repeated, unknown to the model, or of another shape."""
     for name, shape in shapes.items():
         if name in upload.seen:
             raise WeightsError(f"weight {name!r} comes twice.")
@@ -277,10 +291,9 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], upload: _Upload) -> Non
                 continue
             some = ", ".join(sorted(upload.expected)[:2])
             raise WeightsError(
-                f"the model has no weight {name!r}; its own are such as {some}. Name them as get_state_keys() does."
+                f"the model has no weight {name!r}; it has, for example, {some}. Use the names of get_state_keys()."
             )
         if shape != wanted:
             raise WeightsError(
-                f"weight {name!r} has the shape {shape}, the model's has {wanted}. Send weights of the model that is "
-                "served."
+                f"weight {name!r} has the shape {shape}, the model's has {wanted}. Send weights of the served model."
             )

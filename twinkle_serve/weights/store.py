@@ -1,4 +1,4 @@
-"""The versions of every adapter, each whole or not there at all, in memory or in a state directory. No Ray here."""
+"""Stores versions of adapters atomically, in memory or in a state directory. Free of Ray."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from twinkle_serve.errors import AdapterError, ConfigError, StoreError
 from twinkle_serve.weights.disk import Disk
 from twinkle_serve.weights.model import ModelWeights
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-"""Of the manifest. Another number is another layout, which is not read."""
+"""Layout of the manifest; others are refused."""
 
 
 @dataclass(slots=True)
@@ -28,33 +28,36 @@ class _Entry:
 
 
 class WeightStore:
-    """Keeps what engines load.
+    """Stores the versions that engines load.
 
-    Guarantees: a version is there when `put` has returned, every byte of it; before, nothing of it is.
-    Guarantees: a store that is made anew on the same state directory has what the last one had.
-    Guarantees: files that are not those that were put are an error, and are handed to nobody.
-    Guarantees: no two versions share an id, whatever has died in between.
-    Does not guarantee: anything beyond this process without a state directory.
-    Does not guarantee: anything when two stores live on one state directory.
+    Guarantees:
+        - A version is complete when `put` has returned, and absent before.
+        - A new store on the same state directory has the same versions.
+        - Files that differ from those that were put raise and are never returned.
+        - No two versions share an id, even after crashes.
+
+    Does not guarantee:
+        - Persistence beyond this process without a state directory.
+        - Anything if two stores use the same state directory.
     """
 
     def __init__(self, model_id: str, state_dir: str | None = None) -> None:
         """
         Args:
-            model_id: of the service; a state directory belongs to one.
-            state_dir: directory, or any URL that fsspec knows. None keeps everything in this process alone.
+            model_id: model of the service; a state directory belongs to one.
+            state_dir: directory, or any URL that fsspec supports. None keeps everything in this process's memory.
 
         Raises:
-            ConfigError: the state directory is another model's, cannot be used, or its manifest cannot be read.
+            ConfigError: the state directory belongs to another model or cannot be used, or its manifest cannot be read.
         """
         self._model_id = model_id
         self._entries: dict[int, _Entry] = {}
-        """By id."""
+        """Versions by id."""
         self._loads: dict[str, int] = {}
-        """Versions that each name has had."""
+        """Number of versions so far of each name."""
         self._memory: dict[int, AdapterFiles] = {}
-        """Files by id, where there is no state directory."""
-        # At random, where nothing is known of those before: engines may still hold theirs.
+        """Files by id, without a state directory."""
+        # Random without a state directory: engines may still hold versions of a previous store.
         self._next_id = random.randrange(1, 2**30)
         self._disk = None if state_dir is None else Disk(state_dir)
         if self._disk is not None:
@@ -63,26 +66,28 @@ class WeightStore:
         """The model's own weights."""
 
     def published(self) -> dict[str, list[AdapterVersion]]:
-        """Versions that names mean or have meant, by name, the newest last.
+        """Returns the published versions by name, the newest last.
 
-        Called by a router that begins: what one before it had put and not published is dropped, and so is what it knew
-        by a path, since nobody can tell whether that path still holds it.
+        Called by a router that starts. Unpublished versions of its predecessor are dropped, and so are those named by a
+        path, whose files may have changed.
         """
         orphans = [entry.version for entry in self._entries.values() if entry.is_path or not entry.published]
         self.drop(orphans)
-        found: dict[str, list[AdapterVersion]] = {}
+        by_name: dict[str, list[AdapterVersion]] = {}
         for entry in sorted(self._entries.values(), key=lambda entry: entry.version.version):
-            found.setdefault(entry.version.name, []).append(entry.version)
-        return found
+            by_name.setdefault(entry.version.name, []).append(entry.version)
+        return by_name
 
     def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
-        """Keeps an adapter as the next version of a name, which does not mean it yet.
+        """Stores an adapter as the next version of a name. It is not published yet.
 
         Args:
-            is_path: the name is a path, by which a call asked for it.
+            name: name of the adapter.
+            files: the adapter.
+            is_path: whether the name is a path, given by a call.
 
         Raises:
-            AdapterError: the name cannot be one, or the files are no adapter.
+            AdapterError: invalid name, or the files are not a valid adapter.
             StoreError: the state directory cannot be written.
         """
         if not isinstance(name, str) or not name or ("@" in name and not is_path):
@@ -111,10 +116,10 @@ class WeightStore:
         return version
 
     def publish(self, version: AdapterVersion) -> None:
-        """Records that its name has meant a version: `published` has it from now on.
+        """Records that calls can use a version by its name: `published` returns it from now on.
 
         Raises:
-            StoreError: it was dropped, or the state directory cannot be written.
+            StoreError: the version was dropped, or the state directory cannot be written.
         """
         entry = self._entry(version)
         before, entry.published = entry.published, True
@@ -125,7 +130,7 @@ class WeightStore:
             raise
 
     def withdraw(self, name: str) -> None:
-        """Records that a name means nothing any more; its versions stay until they are dropped.
+        """Records that a name is no longer in use; its versions stay until they are dropped.
 
         Raises:
             StoreError: the state directory cannot be written.
@@ -141,25 +146,25 @@ class WeightStore:
             raise
 
     def drop(self, versions: Sequence[AdapterVersion]) -> None:
-        """Gives versions up; those that are not there are passed over.
+        """Removes versions; unknown ones are ignored.
 
         Raises:
             StoreError: the state directory cannot be written.
         """
-        mine = [version for version in versions if self._entries.pop(version.id, None) is not None]
-        if not mine:
+        dropped = [version for version in versions if self._entries.pop(version.id, None) is not None]
+        if not dropped:
             return
-        self._save()  # first: files that no manifest names harm nobody
-        for version in mine:
+        self._save()  # first: files that no manifest lists do no harm
+        for version in dropped:
             self._memory.pop(version.id, None)
             if self._disk is not None:
                 self._disk.remove(_directory(version))
 
     def files(self, version: AdapterVersion) -> AdapterFiles:
-        """The files of a version.
+        """Returns the files of a version.
 
         Raises:
-            StoreError: it was dropped, or its files are not those that were put.
+            StoreError: the version was dropped, or its files differ from those that were put.
         """
         self._entry(version)
         if self._disk is None:
@@ -168,16 +173,16 @@ class WeightStore:
             config=self._disk.read(f"{_directory(version)}/{CONFIG}"),
             weights=self._disk.read(f"{_directory(version)}/{WEIGHTS}"),
         )
-        if (found := files.checksum()) != version.checksum:
+        if (checksum := files.checksum()) != version.checksum:
             raise StoreError(
-                f"adapter {version.label} in {self._disk.root} has the checksum {found}, and had {version.checksum} "
-                "when it was put: its files were changed or cut off. Add it again."
+                f"adapter {version.label} in {self._disk.root} has the checksum {checksum}, and had {version.checksum} "
+                "when it was added: its files were changed or truncated. Add it again."
             )
         return files
 
     def _entry(self, version: AdapterVersion) -> _Entry:
         if version.id not in self._entries:
-            raise StoreError(f"the store has no adapter {version.label} any more. Add it again.")
+            raise StoreError(f"the store no longer has adapter {version.label}. Add it again.")
         return self._entries[version.id]
 
     def _save(self) -> None:
@@ -220,7 +225,7 @@ class WeightStore:
                 self._entries[version.id] = _Entry(version, is_path, published)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
-                f"{disk.root}/{MANIFEST} cannot be read: {type(error).__name__}: {error}. Move it away to begin anew."
+                f"{disk.root}/{MANIFEST} cannot be read: {type(error).__name__}: {error}. Move it away to start over."
             ) from error
         logger.info(f"{len(self._entries)} versions of adapters found in {disk.root}")
 
