@@ -16,12 +16,12 @@ from twinkle_serve.errors import (
     EngineDeadError,
     EngineError,
     LeaseExpiredError,
-    RequestError,
     TwinkleServeError,
 )
 from twinkle_serve.lease import Lease
 from twinkle_serve.routing.active_engine import ActiveEngine
 from twinkle_serve.routing.membership import EngineMembership
+from twinkle_serve.validation import one_of, seconds
 
 logger = logging.getLogger(__name__)
 
@@ -225,15 +225,8 @@ class CallerPauses:
         Raises:
             RequestError: unknown mode or invalid lease.
         """
-        require_mode(mode)
-        if (
-            isinstance(lease_s, bool)
-            or not isinstance(lease_s, (int, float))
-            or not 0 < lease_s <= timing.MAX_PAUSE_LEASE_S
-        ):
-            raise RequestError(
-                f"lease_s must be a number of seconds above 0, at most {timing.MAX_PAUSE_LEASE_S:g}, got {lease_s!r}."
-            )
+        one_of("mode", mode, PAUSE_MODES)
+        seconds("lease_s", lease_s, maximum=timing.MAX_PAUSE_LEASE_S)
         pause = next(self._ids)
         await self._coordinator.hold(("pause", pause), mode)
         self._leases[pause] = Lease(lambda: self._expire(pause))
@@ -268,9 +261,3 @@ class CallerPauses:
         logger.warning(f"pause {pause} was not renewed: the engines resume")
         del self._leases[pause]
         self._engines.spawn(self._coordinator.release(("pause", pause)))
-
-
-def require_mode(mode: object) -> None:
-    """Raises RequestError for an unknown PauseMode."""
-    if mode not in PAUSE_MODES:
-        raise RequestError(f"mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r}.")

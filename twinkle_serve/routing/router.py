@@ -22,7 +22,7 @@ from twinkle_serve.data_format.sample_request import (
 )
 from twinkle_serve.data_format.samples import SampleColumns, StopReason
 from twinkle_serve.data_format.status import SamplerStatus
-from twinkle_serve.data_format.weights import BucketArgument, PauseMode
+from twinkle_serve.data_format.weights import PAUSE_MODES, BucketArgument, PauseMode
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.errors import RequestError, ServiceError, TwinkleServeError
 from twinkle_serve.routing.adapter_loading import AdapterLoader
@@ -33,12 +33,12 @@ from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.routing.calls import Rate
 from twinkle_serve.routing.lifecycle import EngineLifecycle
 from twinkle_serve.routing.membership import EngineMembership
-from twinkle_serve.routing.pause import CallerPauses, PauseCoordinator, require_mode
+from twinkle_serve.routing.pause import CallerPauses, PauseCoordinator
 from twinkle_serve.routing.request import Request
 from twinkle_serve.routing.scheduler import GroupScheduler
 from twinkle_serve.routing.templates import TemplateCache
 from twinkle_serve.routing.updates import WeightUpdates
-from twinkle_serve.validation import seconds
+from twinkle_serve.validation import one_of, seconds
 from twinkle_serve.weights import StoreClient
 
 logger = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ class Router(RouterAPI):
     # -- weights ---------------------------------------------------------------------------------
 
     async def begin_weights(self, label: str, mode: PauseMode) -> int:
-        require_mode(mode)  # before anything is sent
+        one_of("mode", mode, PAUSE_MODES)  # before anything is sent
         self._admission.require_awake()
         return await self._updates.begin(label)
 

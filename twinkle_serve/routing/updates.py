@@ -7,11 +7,12 @@ import logging
 from dataclasses import dataclass
 
 from twinkle_serve import timing
-from twinkle_serve.data_format.weights import BucketArgument, PauseMode
+from twinkle_serve.data_format.weights import PAUSE_MODES, BucketArgument, PauseMode
 from twinkle_serve.errors import StoreError, UnsupportedError, WeightsError
 from twinkle_serve.lease import Lease
 from twinkle_serve.routing.membership import EngineMembership
-from twinkle_serve.routing.pause import PauseCoordinator, require_mode
+from twinkle_serve.routing.pause import PauseCoordinator
+from twinkle_serve.validation import one_of
 from twinkle_serve.weights import StoreClient
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class WeightUpdates:
             DeadlineError: it took longer than `timeout_s`.
                 After each, the previous version is current and no engine is paused.
         """
-        require_mode(mode)
+        one_of("mode", mode, PAUSE_MODES)
         update = self._require(upload)
         update.lease.end()
         update.publishing = True

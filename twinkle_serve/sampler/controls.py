@@ -9,11 +9,11 @@ from twinkle_serve import timing
 from twinkle_serve.checkpoint import BUCKET_BYTES, buckets, named_tensors
 from twinkle_serve.data_format.status import SamplerStatus
 from twinkle_serve.data_format.weights import PauseMode
-from twinkle_serve.errors import RequestError
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.pause import Pause
 from twinkle_serve.sampler.router_client import RouterClient
 from twinkle_serve.sampler.weight_upload import upload_weights
+from twinkle_serve.validation import positive
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -75,9 +75,8 @@ class EngineControls:
             UnsupportedError: a model without safetensors files.
             RequestError: another invalid argument, or a sampler that is asleep.
         """
-        for name, value in (("timeout_s", timeout_s), ("bucket_bytes", bucket_bytes)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise RequestError(f"{name} must be a number above 0, got {value!r}.")
+        positive("timeout_s", timeout_s)
+        positive("bucket_bytes", bucket_bytes)
         parts = buckets(named_tensors(weights), bucket_bytes, allow_nonfinite=allow_nonfinite)
         return upload_weights(self._client, version, mode, parts, timeout_s)
 
