@@ -37,7 +37,7 @@ TURN_S = 0.2
 """How often the launcher looks at what is new."""
 WATCH_PERIOD_S = 1.0
 
-QUIET_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}
+RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}
 """For a log that a person reads and that has everything."""
 
 
@@ -47,6 +47,7 @@ def main(
 ) -> None:
     """Serves the applications of CONFIG until Ctrl-C."""
     started = time.monotonic() - (0.0 if since is None else max(0.0, time.time() - since))
+    os.environ.update(RAY_SETTINGS | os.environ)  # before anything imports Ray
     stopped = _Stopped()
     try:
         checked = check_config_file(config)
@@ -127,7 +128,6 @@ class Launcher:
         start_up = StartUp(self._samplers, display.changed)
         display.say(f"Serving {self._path}. Log: {self._log.path}")
         display.show(start_up.steps)
-        os.environ.update({name: os.environ.get(name, value) for name, value in QUIET_RAY.items()})
         with display:
             step = start_up.begin("Ray")
             try:

@@ -87,7 +87,7 @@ class Watch:
 
 
 def _ailment(application: ApplicationStatusOverview, deployment: str) -> str:
-    message = " ".join(application.deployments[deployment].message.split())
+    message = " ".join(application.deployments[deployment].message.split()).split(". ")[0]
     return f"{deployment}{f' ({message})' if message else ''}"
 
 
