@@ -9,6 +9,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.log_config import QUIET, log_to_serve
+from deployments.progress import StageReporter
 from deployments.store_client import ServeStoreClient
 from twinkle_serve import hub, timing
 from twinkle_serve.config import ServiceArgs
@@ -36,14 +37,17 @@ class Engine(EngineServer):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, args: ServiceArgs, dp_rank: int, placement: Placement, store: DeploymentHandle
     ) -> None:
-        log_to_serve()
+        log_to_serve(refusals=False)
+        on_stage = StageReporter()
         mesh = args.device_mesh.mesh()
         cores = _take_devices(dp_rank, mesh.devices_per_replica, placement)
         name = engine_name(dp_rank)
         if placement.group is not None:
             application = serve.get_replica_context().app_name
             await asyncio.to_thread(enter_group, placement.group, placement.engines[dp_rank], application)
+        on_stage("fetching")
         model = await asyncio.to_thread(hub.resolve, args.model_id, revision=args.revision)
+        on_stage("importing")
         engine = build_engine(
             args.engine,
             name,
@@ -58,7 +62,7 @@ class Engine(EngineServer):
             trust_remote_code=args.trust_remote_code,
         )
         super().__init__(engine, model, ServeStoreClient(store))
-        await self.start(name, args.startup_timeout_s)
+        await self.start(name, args.startup_timeout_s, on_stage)
 
     async def __del__(self) -> None:
         """Called by Serve when the replica stops."""

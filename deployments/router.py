@@ -34,7 +34,7 @@ class Router(routing.Router):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, args: ServiceArgs, engines: Mapping[str, DeploymentHandle], store: DeploymentHandle
     ) -> None:
-        log_to_serve()
+        log_to_serve(refusals=True)
         sys.setswitchinterval(SWITCH_S)
         model = await asyncio.to_thread(hub.resolve, args.model_id, revision=args.revision, weights=False)
         staleness = metrics.Histogram(

@@ -29,7 +29,7 @@ class Store(LocalStore):
     """
 
     async def __init__(self, args: ServiceArgs) -> None:  # type: ignore[misc]  # Serve awaits it
-        log_to_serve()
+        log_to_serve(refusals=False)
         state_dir = args.state_dir or default_state_dir(serve.get_replica_context().app_name, args.model_id)
         super().__init__(await asyncio.to_thread(WeightStore, args.model_id, state_dir))
         self._adapter_refs: dict[int, Awaitable[AdapterFiles]] = {}

@@ -1,9 +1,10 @@
-"""Checks a service's YAML, every key of it: Ray Serve ignores those that it does not know."""
+"""Reads a service's YAML and checks every key: Ray Serve ignores unknown ones."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -12,14 +13,31 @@ from twinkle_serve.config import ServiceArgs, describe_errors
 from twinkle_serve.engines import check_engine_args
 from twinkle_serve.errors import ConfigError, unknown_name
 
+if TYPE_CHECKING:
+    from ray.serve.schema import ServeDeploySchema
+
 BUILDER = "graphs.sampler:build"
 
 
-def check_config_file(path: Path) -> dict[str, bool]:
-    """The applications in the file, once all of it has been found to make sense: by name, whether each is a sampler.
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """A config that was checked."""
+
+    schema: ServeDeploySchema
+    samplers: dict[str, ServiceArgs]
+    """By application; other applications are not checked."""
+
+    @property
+    def applications(self) -> list[str]:
+        return [application.name for application in self.schema.applications]
+
+
+def check_config_file(path: Path) -> ConfigFile:
+    """Reads a config and checks all of it.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key at any level, or arguments that ServiceArgs refuses.
+        EngineArgsError: engine_args that the engine does not have.
     """
     from ray.serve.schema import ServeDeploySchema
 
@@ -38,11 +56,14 @@ def check_config_file(path: Path) -> dict[str, bool]:
         raise ConfigError(describe_errors(error, ServeDeploySchema)) from None
     if not config.applications:
         raise ConfigError("applications is empty. Name at least one.")
-    for application in config.applications:
-        if application.import_path == BUILDER:
-            args = ServiceArgs.model_validate(application.args)
-            check_engine_args(args.engine, args.engine_args)
-    return {application.name: application.import_path == BUILDER for application in config.applications}
+    samplers = {
+        application.name: ServiceArgs.model_validate(application.args)
+        for application in config.applications
+        if application.import_path == BUILDER
+    }
+    for args in samplers.values():
+        check_engine_args(args.engine, args.engine_args)
+    return ConfigFile(config, samplers)
 
 
 def _refuse_unknown_keys(value: Any, model: type[BaseModel], where: str) -> None:

@@ -1,46 +1,64 @@
-"""`serve run CONFIG`, with two differences: a config that cannot work ends it, and it says when the service is ready.
+"""Serves a config, as `serve run` does, for a person to read.
 
     python -m graphs.run serve_config.yaml
 
-By itself `serve run` ignores misspelt keys, and goes on waiting when an application has failed. Exit codes: 0 after
-Ctrl-C, 1 when an application or Serve itself failed, 2 when the config is wrong.
+A config that cannot work ends it, the start is shown step by step, and it says what becomes of the applications. What
+Ray, Serve and the engines print goes to a log file. Exit codes: 0 after Ctrl-C, 1 when an application, Ray or Serve
+failed, 2 when the config is wrong.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
-import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from graphs.config_file import check_config_file
-from twinkle_serve.errors import ConfigError, TwinkleServeError
+from graphs.cluster import Cluster, StartError, join_or_start, shut_down, start_serve, submit
+from graphs.config_file import ConfigFile, check_config_file
+from graphs.observer import Observer, Snapshot, look
+from graphs.output_log import OutputLog
+from graphs.ready import ready_text
+from graphs.replica_messages import ReplicaMessages
+from graphs.startup import StartUp, is_new
+from graphs.startup_display import Display, clock, display_for, duration
+from graphs.watch import Watch, reason
+from twinkle_serve.errors import TwinkleServeError
 
 FAILED = 1
 BAD_CONFIG = 2
 
+TURN_S = 0.2
+"""How often the launcher looks at what is new."""
+WATCH_PERIOD_S = 1.0
 
-def main(config: Annotated[Path, typer.Argument(help="A Ray Serve config, such as serve_config.yaml.")]) -> None:
+RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}
+"""For a log that a person reads and that has everything."""
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="A Ray Serve config.")] = Path("serve_config.yaml"),
+    since: Annotated[float | None, typer.Option(hidden=True, help="When it was started, s since the epoch.")] = None,
+) -> None:
     """Serves the applications of CONFIG until Ctrl-C."""
+    started = time.monotonic() - (0.0 if since is None else max(0.0, time.time() - since))
+    os.environ.update(RAY_SETTINGS | os.environ)  # before anything imports Ray
+    stopped = _Stopped()
     try:
-        applications = check_config_file(config)
-        stopped = _Stopped()
-        watcher = _Watcher(applications)
-        with contextlib.suppress(KeyboardInterrupt):
-            watcher.dashboard_url = _join_or_start(list(applications))
-            stopped.install()  # ray.init puts a handler of its own in place
-            watcher.start()
-            _serve_run(config, watcher)
+        checked = check_config_file(config)
     except TwinkleServeError as error:
         print(f"{config}: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(BAD_CONFIG)
-    sys.exit(0 if stopped.by_user and not watcher.failed else FAILED)
+    except KeyboardInterrupt:
+        sys.exit(0)
+    with OutputLog() as log:
+        code = Launcher(config, checked, log, stopped, started).run()
+    sys.exit(code)
 
 
 class _Stopped:
@@ -60,115 +78,126 @@ class _Stopped:
         raise KeyboardInterrupt
 
 
-def _join_or_start(names: list[str]) -> str:
-    """Joins the cluster of RAY_ADDRESS, or starts one of our own. Returns the dashboard's address.
+class Launcher:
+    """Starts, follows and ends the applications of one config."""
 
-    Raises:
-        ConfigError: the cluster serves applications that the config does not name.
-    """
-    import ray
-    from ray import serve
-
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    context = ray.init(address=address, namespace="serve")
-    others = set(serve.status().applications) - set(names) if address != "local" else set()
-    if others:
-        raise ConfigError(
-            f"the cluster at {address} serves {', '.join(sorted(others))} too, and `serve run` deletes what its config "
-            "does not name. Name them in it, or unset RAY_ADDRESS."
-        )
-    return str(context.dashboard_url)
-
-
-def _serve_run(config: Path, watcher: _Watcher) -> None:
-    """Returns when it has been stopped and Serve is down."""
-    import click
-    import ray
-    from ray.serve.scripts import cli
-
-    try:
-        # How `serve run` ends, whatever ended it; Abort is Ctrl-C outside of its loop.
-        with contextlib.suppress(SystemExit, click.exceptions.Abort):
-            cli(["run", str(config)], standalone_mode=False)
-    finally:
-        watcher.stop()  # or it would join, or start, another cluster
-        ray.shutdown()
-
-
-class _Watcher(threading.Thread):
-    """Follows the applications; says when all run and their engines are in use, and stops the main thread when one has
-    failed."""
-
-    def __init__(self, applications: dict[str, bool]) -> None:
+    def __init__(self, path: Path, config: ConfigFile, log: OutputLog, stopped: _Stopped, started: float) -> None:
         """
         Args:
-            applications: by name, whether each is a sampler.
+            started: when the user has started it, monotonic.
         """
-        super().__init__(daemon=True)
-        self._applications = applications
-        self.dashboard_url = ""
-        self.failed = False
-        self._end = threading.Event()
+        self._path, self._config, self._log, self._stopped, self._started = path, config, log, stopped, started
+        self._display: Display = display_for(log.stdout)
+        self._messages = ReplicaMessages()
+        self._samplers = {name: name in config.samplers for name in config.applications}
+        self._observer = Observer(config.samplers)
 
-    def stop(self) -> None:
-        self._end.set()
-        self.join(timeout=10)
+    def run(self) -> int:
+        """Returns the exit code, once everything that was started has ended."""
+        code = FAILED
+        try:
+            cluster, ready = self._start()
+            text = ready_text(self._config.samplers, cluster, self._log.path)
+            names = ", ".join(self._config.applications)
+            self._display.say(f"\nReady after {duration(time.monotonic() - self._started)}: {names}\n", "bold green")
+            self._display.say(text)
+            self._watch(ready)
+        except KeyboardInterrupt:
+            code = 0
+        except TwinkleServeError as error:
+            code = FAILED if isinstance(error, StartError) else BAD_CONFIG
+            kind = "" if isinstance(error, StartError) else f"{type(error).__name__}: "
+            self._complain(f"{self._path}: {kind}{error}")
+        except Exception:
+            self._complain(traceback.format_exc())
+        finally:
+            self._end()
+        return code
 
-    def run(self) -> None:
-        from ray import serve
-        from ray.exceptions import RayError
-        from ray.serve.exceptions import RayServeException
+    def _complain(self, text: str) -> None:
+        print(f"\n{text}\nLog: {self._log.path}\n", file=self._log.stderr, flush=True)
 
-        from twinkle_serve.sampler.connect import failure_reason
+    def _start(self) -> tuple[Cluster, Snapshot]:
+        """Returns when all applications are ready.
 
-        started = time.time()
-        waiting = set(self._applications)
-        while waiting:
-            if self._end.wait(0.5):
-                return
+        Raises:
+            StartError: Ray, Serve or an application failed.
+            ConfigError: as `join_or_start`.
+        """
+        display = self._display
+        start_up = StartUp(self._samplers, display.changed)
+        display.say(f"Serving {self._path}. Log: {self._log.path}")
+        display.show(start_up.steps)
+        with display:
+            step = start_up.begin("Ray")
             try:
-                applications = serve.status().applications
-            except (RayError, RayServeException):
+                cluster = join_or_start(self._config.applications)
+                self._stopped.install()  # ray.init puts a handler of its own in place
+                start_up.end(step)
+                step = start_up.begin("Serve")
+                start_serve(self._config.schema)
+                before = look(self._config.samplers, {})
+                submit(self._config.schema)
+            except TwinkleServeError:
+                start_up.end(step, "failed")
+                raise
+            start_up.end(step)
+            self._observer.start()
+            return cluster, self._until_ready(start_up, before)
+
+    def _until_ready(self, start_up: StartUp, before: Snapshot) -> Snapshot:
+        seen = before
+        while True:
+            time.sleep(TURN_S)
+            self._relay()
+            snapshot = self._observer.latest
+            if snapshot is None or snapshot is seen:
                 continue
-            for name in sorted(waiting & set(applications)):
-                if applications[name].last_deployed_time_s < started - 1:
-                    continue  # left from before, on a cluster that we joined
-                if applications[name].status == "RUNNING":
-                    if not self._applications[name] or _engines_are_in_use(name):
-                        waiting.discard(name)
-                elif applications[name].status == "DEPLOY_FAILED":
-                    self.failed = True
-                    reason = failure_reason(applications[name])
-                    print(f"\n{name} failed to start. {reason}\n", file=sys.stderr, flush=True)
-                    os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread from its sleep
-                    return
-        print(
-            f"\nReady after {time.time() - started:.0f} s: {', '.join(self._applications)}\n"
-            f"  sample     .venv/bin/python examples/sample.py\n"
-            f"  dashboard  http://{self.dashboard_url}/#/serve, with the token of: .venv/bin/ray get-auth-token\n"
-            f"  stop       Ctrl-C\n",
-            flush=True,
-        )
+            seen = snapshot
+            start_up.update(before, snapshot)
+            new = {n: a for n, a in snapshot.applications.items() if n in self._samplers and is_new(n, a, before)}
+            for name, application in new.items():
+                if application.status == "DEPLOY_FAILED":
+                    raise StartError(f"{name} failed to start. {reason(application)}")
+            ready = [
+                n for n, a in new.items() if a.status == "RUNNING" and (n in snapshot.in_use or not self._samplers[n])
+            ]
+            if len(ready) == len(self._samplers):
+                return snapshot
 
+    def _watch(self, ready: Snapshot) -> None:
+        """Says what happens, until Ctrl-C."""
+        self._observer.period_s = WATCH_PERIOD_S
+        watch, seen = Watch(self._samplers, ready), ready
+        while True:
+            time.sleep(TURN_S)
+            self._relay()
+            snapshot = self._observer.latest
+            assert snapshot is not None
+            lines = watch.silence(time.monotonic() - snapshot.taken_at)
+            if snapshot is not seen:
+                lines, seen = watch.update(snapshot), snapshot
+            for line in lines:
+                self._display.say(f"{clock()}  {line}")
 
-def _engines_are_in_use(name: str) -> bool:
-    """Whether the router of a running application uses all its engines: Serve counts it as running before."""
-    from ray import serve
-    from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
+    def _relay(self) -> None:
+        """Shows what replicas have logged since the last time."""
+        for line in self._log.new_lines():
+            if (message := self._messages.of(line)) is not None:
+                self._display.say(message)
 
-    from twinkle_serve.sampler.client import ServiceClient
-    from twinkle_serve.sampler.connect import wait_for_engines
-
-    try:
-        wait_for_engines(ServiceClient(serve.get_app_handle(name), name), timeout_s=0)
-    except (RayError, RayServeException, TwinkleServeError):
-        return False
-    return True
+    def _end(self) -> None:
+        began = time.monotonic()
+        try:
+            self._display.say(f"\n{clock()}  Stopping.")
+            self._observer.stop()
+            shut_down()
+            self._display.say(f"{clock()}  Stopped after {duration(time.monotonic() - began)}.")
+        except KeyboardInterrupt:
+            self._display.say(f"{clock()}  Stopped at once: asked for twice.")
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
     app.command()(main)
     app()

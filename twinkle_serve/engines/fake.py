@@ -36,6 +36,7 @@ from twinkle_serve.engines.protocol import (
     spans_from,
     stop_cut,
 )
+from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.errors import EngineError, WeightsError
 
 ROWS = 257
@@ -86,9 +87,10 @@ class FakeEngine:
         self._resumable: dict[Attempt, _Sample] = {}
         """Running samples of one-sample groups that may be resumed."""
 
-    async def start(self) -> None:
+    async def start(self, on_stage: OnStage = ignore_stage) -> None:
         from tokenizers import Tokenizer
 
+        on_stage("loading")
         config = json.loads((self._path / "config.json").read_text())
         self._tokenizer = Tokenizer.from_file(str(self._path / "tokenizer.json"))
         self._eos = config["eos_token_id"]

@@ -23,6 +23,7 @@ from twinkle_serve.data_format.samples import (
 )
 from twinkle_serve.data_format.sampling_params import SamplingParams
 from twinkle_serve.data_format.weights import Bucket, PauseMode, Spans
+from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.errors import EngineArgsError, PromptError, SamplingParamsError, unknown_name
 
 
@@ -54,8 +55,12 @@ class Engine(Protocol):
     info: EngineInfo
     """Set by `start`."""
 
-    async def start(self) -> None:
-        """Loads the model. Raises EngineArgsError, ModelNotFoundError or EngineStartError."""
+    async def start(self, on_stage: OnStage = ignore_stage) -> None:
+        """Loads the model. Raises EngineArgsError, ModelNotFoundError or EngineStartError.
+
+        Args:
+            on_stage: called with "loading" once the libraries are imported.
+        """
 
     async def sample_group(self, group: Group) -> SampleColumns:
         """Samples one group. Raises RequestError for an unsupported request, EngineDeadError if the engine is gone."""

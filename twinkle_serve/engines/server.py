@@ -26,6 +26,7 @@ from twinkle_serve.engines.group_runner import Finished, GroupRunner
 from twinkle_serve.engines.protocol import Engine
 from twinkle_serve.engines.resumed import as_resume_prompt, join_resumed
 from twinkle_serve.engines.router_lease import RouterLease
+from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.text import TextStream
 from twinkle_serve.errors import AdapterError, EngineDeadError, EngineError, EngineStartError, StoreError
 from twinkle_serve.lease import Lease
@@ -72,7 +73,7 @@ class EngineServer(EngineClient):
         """Live routers by id."""
         self._info: EngineInfo
 
-    async def start(self, name: str, timeout_s: float) -> None:
+    async def start(self, name: str, timeout_s: float, on_stage: OnStage = ignore_stage) -> None:
         """Loads the model with the current weights, and samples once: an engine that cannot sample must not be ready.
 
         Raises:
@@ -80,8 +81,9 @@ class EngineServer(EngineClient):
         """
         try:
             async with asyncio.timeout(timeout_s):
-                await self._engine.start()
+                await self._engine.start(on_stage)
                 await self._load_current()
+                on_stage("warming")
                 await self._engine.sample_group(WARM_UP)  # takes vLLM seconds on CPU
         except TimeoutError:
             raise EngineStartError(

@@ -17,6 +17,7 @@ from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.samples import STOP_REASONS, PartialSample, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
 from twinkle_serve.engines.protocol import TokenDelta, max_new_tokens
+from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.torch.adapters import ModelAdapters
 from twinkle_serve.engines.torch.args import check_engine_args
 from twinkle_serve.engines.torch.model import TorchModel
@@ -84,9 +85,9 @@ class TorchEngine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._task: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
+    async def start(self, on_stage: OnStage = ignore_stage) -> None:
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._model.load)
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._model.load, on_stage)
         except (OSError, ValueError) as error:
             raise EngineStartError(f"{self._name}: transformers could not load {self._path!r}: {error}") from error
         self._adapters = ModelAdapters(self._model.causal_lm)

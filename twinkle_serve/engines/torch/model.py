@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.samples import PromptScores
+from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.torch.args import TorchArgs
 from twinkle_serve.engines.torch.rows import Row, RowSampler, RowStopper
 
@@ -34,10 +35,11 @@ class TorchModel:
         self._cpus = cpus
         self._trust_remote_code = trust_remote_code
 
-    def load(self) -> None:
+    def load(self, on_stage: OnStage = ignore_stage) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+        on_stage("loading")
         if self._device == "cpu" and self._cpus:
             # Threads started from here on, including torch's pool, inherit this thread's affinity.
             os.sched_setaffinity(0, self._cpus)

@@ -16,6 +16,7 @@ from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
 from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
 from twinkle_serve.engines.protocol import TokenDelta
+from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.vllm.args import build_config, check_engine_args, set_environment
 from twinkle_serve.engines.vllm.lora_slots import AdapterSlots
 from twinkle_serve.engines.vllm.outputs import (
@@ -97,11 +98,11 @@ class VLLMEngine:
         self._finished_tokens = 0
         """Number of tokens of finished samples."""
 
-    async def start(self) -> None:
+    async def start(self, on_stage: OnStage = ignore_stage) -> None:
         check_engine_args(self._engine_args)
         self._files = MemoryDirectory()
         set_environment(self._files, self._cpus if self._device == "cpu" else ())
-        await asyncio.to_thread(self._start)
+        await asyncio.to_thread(self._start, on_stage)
         config = self._llm.vllm_config
         lora = config.lora_config
         await self._llm.update_weight_version(INITIAL_LABEL)
@@ -126,9 +127,10 @@ class VLLMEngine:
         )
         self._tokenizer = self._llm.get_tokenizer()
 
-    def _start(self) -> None:
+    def _start(self, on_stage: OnStage) -> None:
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        on_stage("loading")
         vllm_args, config = build_config(
             self._model,
             self._engine_args,
