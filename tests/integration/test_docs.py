@@ -1,0 +1,48 @@
+"""The calls of README and docs run as they stand, against a service with the fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.docs import PAGES, SERVICE, Block, blocks_of
+from tests.integration.conftest import deploy, ray_cluster
+from tests.lora import random_adapter
+from tests.weights import changed_weights
+from twinkle_serve import TorchSampler
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page) if block.runs == SERVICE]
+
+
+class Model:
+    """What the examples call a model."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return changed_weights(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def service() -> Iterator[None]:
+    with ray_cluster(num_cpus=3):
+        sampler = deploy("sampler", engine="fake", device_mesh={"dp_size": 2})
+        yield
+        sampler.shutdown()
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_example_runs_against_a_service(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what pages call `trajectories`, `model` and `state_dict`; a `rollout` that a page defines is called."""
+    from peft import get_peft_model_state_dict
+
+    monkeypatch.setattr(TorchSampler, "engine", "fake")
+    trajectories = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in (12, 345)]
+    names: dict[str, Any] = {"__name__": "__main__", "trajectories": trajectories, "model": Model()}
+    if "state_dict=state_dict" in block.code:
+        names["state_dict"] = get_peft_model_state_dict(random_adapter(modules=("q_proj",)))
+    exec(compile(block.code, str(block), "exec"), names)
+    if inspect.iscoroutinefunction(rollout := names.get("rollout")):
+        assert len(asyncio.run(rollout(trajectories)).sequences) == 4 * len(trajectories)
