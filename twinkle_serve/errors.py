@@ -1,31 +1,31 @@
 """All errors that Twinkle Serve raises deliberately.
 
-TwinkleServeError
-├── ConfigError                   invalid configuration
-│   ├── MeshError                 a device mesh or group is inconsistent, or does not fit its group or the cluster
-│   ├── ModelNotFoundError        no model, tokenizer or template at that id or path
-│   │   ├── HubUnreachableError   the hub did not answer, and the model is not in the cache
-│   │   └── IncompleteModelError  an interrupted download, or a directory with missing files
-│   ├── TemplateError             an unknown or invalid template or tool-call parser
-│   ├── EngineArgsError           engine_args that the engine does not have or does not accept
-│   └── ServiceNotReadyError      the application is absent, failed, or not up in time
-├── RequestError                  this call cannot be served; the next one can
-│   ├── SamplingParamsError       a sampling parameter is invalid, unknown or unsupported
-│   ├── PromptError               an input is invalid, too long or of another model, or cannot be sent
-│   ├── AdapterError              an adapter is unknown, invalid or of another model, or LoRA is switched off
-│   ├── WeightsError              weights are of another model, incomplete or not finite, or their version exists
-│   ├── UnsupportedError          the engine does not support this on its device
-│   ├── PoisonPromptError         a prompt crashed several engines in turn
-│   ├── QueueFullError            the queue is full; `retry_after_s` says when to send the call again
-│   └── DeadlineError             timeout_s elapsed
-├── EngineError                   an engine failed
-│   ├── EngineStartError          it could not start
-│   ├── EngineDeadError           it died, and its work could not be moved to another engine
-│   │   └── EngineCrashedError    it ended by itself: by an exception, or a signal of its own
-│   └── StoreError                the weight store cannot be reached or written, or its files are damaged
-├── ServiceError                  the router or Serve itself cannot be reached, did not answer, or failed by a bug
-├── LeaseExpiredError             the lease of a pause or a call expired, or another call with its id replaced it
-└── WorkerError                   a worker of a remote_class failed
+    TwinkleServeError
+    ├── ConfigError                   invalid configuration
+    │   ├── MeshError                 a device mesh or group is inconsistent, or does not fit its group or the cluster
+    │   ├── ModelNotFoundError        no model, tokenizer or template at that id or path
+    │   │   ├── HubUnreachableError   the hub did not answer, and the model is not in the cache
+    │   │   └── IncompleteModelError  an interrupted download, or a directory with missing files
+    │   ├── TemplateError             an unknown or invalid template or tool-call parser
+    │   ├── EngineArgsError           engine_args that the engine does not have or does not accept
+    │   └── ServiceNotReadyError      the application is absent, failed, or not up in time
+    ├── RequestError                  this call cannot be served; the next one can
+    │   ├── SamplingParamsError       a sampling parameter is invalid, unknown or unsupported
+    │   ├── PromptError               an input is invalid, too long or of another model, or cannot be sent
+    │   ├── AdapterError              an adapter is unknown, invalid or of another model, or LoRA is switched off
+    │   ├── WeightsError              weights are of another model, incomplete or not finite, or their version exists
+    │   ├── UnsupportedError          the engine does not support this on its device
+    │   ├── PoisonPromptError         a prompt crashed several engines in turn
+    │   ├── QueueFullError            the queue is full; `retry_after_s` says when to send the call again
+    │   └── DeadlineError             timeout_s elapsed
+    ├── EngineError                   an engine failed
+    │   ├── EngineStartError          it could not start
+    │   ├── EngineDeadError           it died, and its work could not be moved to another engine
+    │   │   └── EngineCrashedError    it ended by itself: by an exception, or a signal of its own
+    │   └── StoreError                the weight store cannot be reached or written, or its files are damaged
+    ├── ServiceError                  the router or Serve itself cannot be reached, did not answer, or failed by a bug
+    ├── LeaseExpiredError             the lease of a pause or a call expired, or another call with its id replaced it
+    └── WorkerError                   a worker of a remote_class failed
 
 A message says what is wrong, with both numbers and the remedy. Exceptions take positional arguments only: Ray rebuilds
 them from `args` in the caller's process.

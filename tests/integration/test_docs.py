@@ -35,13 +35,14 @@ def service() -> Iterator[None]:
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_example_runs_against_a_service(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what pages call `trajectories`, `model` and `state_dict`; a `rollout` that a page defines is called."""
-    from peft import get_peft_model_state_dict
+    """With the names that pages leave open, such as `trajectories`; a `rollout` that a page defines is called."""
+    from peft import LoraConfig, get_peft_model_state_dict
 
     monkeypatch.setattr(TorchSampler, "engine", "fake")
     trajectories = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in (12, 345)]
     names: dict[str, Any] = {"__name__": "__main__", "trajectories": trajectories, "model": Model()}
     if "state_dict=state_dict" in block.code:
+        names["lora_config"] = LoraConfig(r=8, target_modules=["q_proj"])
         names["state_dict"] = get_peft_model_state_dict(random_adapter(modules=("q_proj",)))
     exec(compile(block.code, str(block), "exec"), names)
     if inspect.iscoroutinefunction(rollout := names.get("rollout")):
