@@ -20,7 +20,7 @@ from pydantic import (
 from twinkle_serve.data_format.groups import EngineKind
 from twinkle_serve.data_format.prompts import TruncationStrategy
 from twinkle_serve.errors import ConfigError, MeshError, unknown_name
-from twinkle_serve.mesh import DeviceMesh
+from twinkle_serve.mesh import TRAINING_SIZES, DeviceMesh
 
 PolicyName: TypeAlias = Literal["balanced"]
 
@@ -94,8 +94,8 @@ def mesh_args(mesh: DeviceMesh) -> MeshArgs:
     if not isinstance(mesh, DeviceMesh):
         raise MeshError(f"device_mesh must be a DeviceMesh, got {mesh!r}. Make one with DeviceMesh.from_sizes.")
     sizes = {f"{name}_size": size for name, size in mesh.sizes}
-    other = ("ulysses_size", "ep_size", "etp_size", "ep_fsdp_size", "vpp_size", "sequence_parallel", "device_type")
-    return MeshArgs.model_validate({**sizes, **{name: getattr(mesh, name) for name in other}})
+    other = {name: getattr(mesh, name) for name in (*TRAINING_SIZES, "sequence_parallel", "device_type")}
+    return MeshArgs.model_validate({**sizes, **other})
 
 
 class TemplateArgs(Strict):

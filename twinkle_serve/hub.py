@@ -68,8 +68,7 @@ def resolve(model_id: str, *, revision: str | None = None, weights: bool = True)
     """Returns the local directory of a model; downloads it first if it is on a hub.
 
     Guarantees:
-        - An interrupted download is never returned as complete. Calling again continues it: finished files are kept,
-          and modelscope also continues within a file.
+        - An interrupted download is never returned as complete; calling again continues it (modelscope: within files).
         - A warning is logged if the hub did not answer and the cached copy is used.
 
     Does not guarantee:
@@ -80,9 +79,6 @@ def resolve(model_id: str, *, revision: str | None = None, weights: bool = True)
         model_id: `demo`, a path, `ms://org/name` or `hf://org/name`; `org/name` alone is ModelScope's.
         revision: branch, tag or commit on the hub; None: the hub's default.
         weights: False downloads everything but the weights, which is enough for a tokenizer.
-
-    Returns:
-        The directory, which has a config.json.
 
     Raises:
         ModelNotFoundError: no such directory, no model in it, or the hub has no such model or revision or denies this
@@ -173,15 +169,9 @@ def _huggingface(wanted: _Wanted) -> Path:
         # not call it at all but retries each missing file for half a minute.
         HfApi().model_info(wanted.name, revision=wanted.revision)
         return Path(snapshot_download(wanted.name, revision=wanted.revision, ignore_patterns=wanted.ignored))
-    except (
-        httpx2.HTTPError,
-        errors.HFValidationError,
-        errors.FileMetadataError,
-        errors.LocalEntryNotFoundError,
-        json.JSONDecodeError,
-        ConnectionError,
-        TimeoutError,
-    ) as error:
+    except (errors.HFValidationError, errors.FileMetadataError, errors.LocalEntryNotFoundError) as error:
+        raise _huggingface_error(error, wanted) from error
+    except (httpx2.HTTPError, json.JSONDecodeError, ConnectionError, TimeoutError) as error:
         raise _huggingface_error(error, wanted) from error
 
 
@@ -224,9 +214,8 @@ def _huggingface_error(error: Exception, wanted: _Wanted) -> ModelNotFoundError:
 def _set_huggingface_timeouts() -> None:
     """Gives every request of huggingface_hub a deadline.
 
-    Workaround for huggingface_hub 2.4: `model_info` and the listing of files are requested with timeout=None, which
-    overrides the client's timeout, so that a hub which accepts the connection and stays silent blocks forever. Remove
-    when HF_HUB_ETAG_TIMEOUT applies to them too.
+    Workaround for huggingface_hub 2.4: it requests `model_info` and file lists with timeout=None, so a hub that accepts
+    the connection and stays silent blocks forever. Remove when HF_HUB_ETAG_TIMEOUT applies to them too.
     """
     from huggingface_hub import get_session
 

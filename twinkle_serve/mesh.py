@@ -24,6 +24,9 @@ def _size(name: str, value: object) -> int:
     return whole_number(f"device_mesh.{name}", value, 1, error=MeshError)
 
 
+TRAINING_SIZES = ("ulysses_size", "ep_size", "etp_size", "ep_fsdp_size", "vpp_size")
+"""Sizes besides the dimensions of a mesh; a sampler has none of them."""
+
 DEVICE_ALIASES = {"GPU": "cuda", "gpu": "cuda", "CPU": "cpu"}
 """Twinkle's names for the device types."""
 
@@ -110,18 +113,12 @@ class DeviceMesh:
             )
         if not isinstance(sequence_parallel, bool):
             raise MeshError(f"device_mesh.sequence_parallel must be true or false, got {sequence_parallel!r}.")
-        other = {
-            "ulysses_size": ulysses_size,
-            "ep_size": ep_size,
-            "etp_size": etp_size,
-            "ep_fsdp_size": ep_fsdp_size,
-            "vpp_size": vpp_size,
-        }
+        training = zip(TRAINING_SIZES, (ulysses_size, ep_size, etp_size, ep_fsdp_size, vpp_size), strict=True)
         return cls(
             sizes=sizes,
             device_type=_device_type("device_mesh", device_type),
             sequence_parallel=sequence_parallel,
-            **{name: _size(name, size) for name, size in other.items() if size is not None},
+            **{name: _size(name, size) for name, size in training if size is not None},
         )
 
     @property
@@ -170,7 +167,7 @@ class DeviceMesh:
             MeshError: a training-only dimension is larger than 1.
         """
         training = {name: size for name, size in self.sizes if name in ("fsdp", "cp") and size > 1}
-        for name in ("ulysses_size", "ep_size", "etp_size", "ep_fsdp_size", "vpp_size"):
+        for name in TRAINING_SIZES:
             if getattr(self, name) > 1:
                 training[name.removesuffix("_size")] = getattr(self, name)
         if training:

@@ -117,7 +117,7 @@ class SampleRequest:
         """Validates sample_timeout_s, and min_groups against the number of prompts.
 
         Raises:
-            RequestError
+            RequestError: an invalid limit.
         """
         if self.sample_timeout_s is not None:
             seconds("sample_timeout_s", self.sample_timeout_s)

@@ -95,18 +95,14 @@ def remote_class(execute: str = "peer", *, startup_timeout_s: float = 600.0) -> 
 
     With `remote_group=…`, the constructor starts one worker per `gpus_per_worker` devices of the group, constructs the
     object in each, and returns a handle with its remote functions. A worker sees only its own devices. Without it, in
-    mode `local`, and in a worker of that same group, the class behaves as written.
+    mode `local`, and in a worker of that same group, the class behaves as written. Several classes can share a group,
+    for example a model and a class that prepares its batches: their workers share its devices, and no others.
 
     `device_mesh=…` arranges the workers; without it, and without a global mesh, each is a data-parallel rank. A mesh
-    smaller than the group uses its first devices. The mesh is passed on if the constructor has a parameter named
-    `device_mesh` or annotated with DeviceMesh.
+    smaller than the group uses its first devices. A parameter named `device_mesh` or annotated with DeviceMesh gets it.
 
-    Several classes can share a group, for example a model and a class that prepares its batches: their workers share
-    the group's devices, and no device of another group.
-
-    The decorated constructor raises MeshError for an unknown group or a mesh that does not fit it, TypeError for
-    arguments that the class does not have, WorkerError if a worker died or was not ready in time, and the exception of
-    the class's own constructor.
+    The constructor then raises MeshError for an unknown group or a mesh that does not fit, TypeError for unknown
+    arguments, WorkerError if a worker died or was not ready in time, and the class's own exceptions.
 
     Args:
         execute: the workers that are started. `all` of the group, the `first` only, or `peer`: if several callers are
