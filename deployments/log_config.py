@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from ray.exceptions import RayTaskError
 from ray.serve.schema import LoggingConfig
 
 from twinkle_serve.errors import TwinkleServeError
+from twinkle_serve.remote.errors import raised_error
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 """A line for every call hides the rest, and costs the router more than the call."""
@@ -41,8 +41,8 @@ class OneLineErrors(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, RayTaskError):
-            error = error.cause
+        if error is not None:
+            error = raised_error(error) or error
         if not isinstance(error, TwinkleServeError):
             return True
         message = record.getMessage()

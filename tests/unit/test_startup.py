@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 
-from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview
 from rich.console import Console
 from rich.spinner import Spinner
 
@@ -13,29 +11,13 @@ from deployments.progress import StartProgress
 from graphs.observer import Snapshot
 from graphs.startup import StartUp, Step
 from graphs.startup_display import LiveDisplay, PlainDisplay, block, display_for, duration
+from tests.support.serve_states import application
 
 NOTHING = Snapshot({}, taken_at=0.0)
 NO_ROOM = (
     "Deployment 'engine-dp1' in application 'sampler' has 1 replicas that have taken more than 30s to be scheduled. "
     "This may be due to waiting for the cluster to auto-scale or for a runtime environment to be installed."
 )
-
-
-def application(
-    status: str, deployed_at: float = 5.0, messages: Mapping[str, str] | None = None, **deployments: str
-) -> ApplicationStatusOverview:
-    """With deployments by name, engine_dp0 for engine-dp0, and their states."""
-    return ApplicationStatusOverview(
-        status=status,
-        message="",
-        last_deployed_time_s=deployed_at,
-        deployments={
-            (name := key.replace("_", "-")): DeploymentStatusOverview(
-                status=state, status_trigger="", replica_states={}, message=(messages or {}).get(name, "")
-            )
-            for key, state in deployments.items()
-        },
-    )
 
 
 def stages(*begun: tuple[str, float]) -> StartProgress:
@@ -69,8 +51,14 @@ def test_engine_shows_the_stages_that_it_has_reported() -> None:
 def test_steps_are_in_the_order_in_which_they_depend_on_each_other() -> None:
     """Whatever order Serve has them in, and with ten engines or more."""
     start_up = StartUp({"sampler": True})
-    engines = {f"engine_dp{i}": "UPDATING" for i in (10, 2, 0)}
-    state = application("DEPLOYING", router="UPDATING", **engines, store="UPDATING")
+    state = application(
+        "DEPLOYING",
+        router="UPDATING",
+        engine_dp10="UPDATING",
+        engine_dp2="UPDATING",
+        engine_dp0="UPDATING",
+        store="UPDATING",
+    )
     start_up.update(NOTHING, Snapshot({"sampler": application("DEPLOYING")}, taken_at=1.0))
     start_up.update(NOTHING, Snapshot({"sampler": state}, taken_at=2.0))
     names = [step.name for step in start_up.steps]

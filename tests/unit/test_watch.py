@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from graphs.observer import Snapshot
 from graphs.watch import SILENT_S, Watch
-from tests.unit.test_startup import application
+from tests.support.serve_states import application
 
 HEALTHY = {"engine_dp0": "HEALTHY", "engine_dp1": "HEALTHY", "router": "HEALTHY"}
 SICK = "A replica's health check failed. This deployment will be UNHEALTHY until the replica recovers."
