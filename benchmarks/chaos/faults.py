@@ -15,7 +15,7 @@ import psutil
 import ray
 
 from benchmarks.chaos.load import Trainers
-from tests.processes import core_processes, with_title
+from tests.support.processes import core_processes, with_title
 
 STOPPED_S = (2.0, 45.0)
 """How long a process stands still: some are back before anybody misses them, others are replaced meanwhile."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.chaos.calls import ADAPTERS
-from tests.lora import random_adapter
-from tests.weights import changed_weights
+from tests.support.lora import random_adapter
+from tests.support.weights import changed_weights
 from twinkle_serve.data_format.weights import INITIAL_LABEL
 from twinkle_serve.sampler.service import ServiceSampler
 

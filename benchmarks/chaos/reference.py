@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from benchmarks.chaos.checks import Answered, Finding, by_versions
 from benchmarks.chaos.publisher import BASE, AdapterMaker, History
-from tests.weights import changed_weights, differences
+from tests.support.weights import changed_weights, differences
 from twinkle_serve import SampledSequence, hub
 from twinkle_serve.checkpoint import named_tensors
 

@@ -16,7 +16,8 @@ from benchmarks.chaos.publisher import UPDATE_TIMEOUT_S, Publisher
 from benchmarks.chaos.record import ENGINES, Event, Options, Run, read
 from benchmarks.chaos.reference import Reference
 from benchmarks.chaos.watch import Watch
-from tests.integration.conftest import deploy, ray_cluster
+from tests.support.deploy import deploy
+from tests.support.ray_cluster import ray_cluster
 
 APPLICATION = "chaos"
 ENGINE_ARGS: dict[str, dict[str, Any]] = {

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conformance.harness import EngineHarness, Files
-from tests.conformance.samplers import ENGINE_ARGS, KINDS, make_sampler
-from tests.integration.conftest import ray_cluster
+from tests.support.harness import EngineHarness, Files
+from tests.support.ray_cluster import ray_cluster
+from tests.support.samplers import ENGINE_ARGS, KINDS, make_sampler
 from twinkle_serve import hub
 from twinkle_serve.engines import EngineKind, build_engine
 from twinkle_serve.engines.server import EngineServer

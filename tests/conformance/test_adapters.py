@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.conformance.harness import EngineHarness
-from tests.lora import random_adapter, save_adapter
+from tests.support.harness import EngineHarness, Prompts
+from tests.support.lora import random_adapter, save_adapter
 from twinkle_serve.adapters import CONFIG, read_adapter
 from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.errors import AdapterError
 
-Prompts = list[np.ndarray]
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
 

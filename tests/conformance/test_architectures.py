@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conformance.conftest import started
-from tests.lora import ATTENTION, LINEAR, save_adapter
+from tests.support.lora import ATTENTION, LINEAR, save_adapter
 from twinkle_serve import SampleResponse, hub
 from twinkle_serve.adapters import read_adapter
 

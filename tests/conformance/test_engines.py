@@ -9,14 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conformance.harness import EngineHarness
+from tests.support.harness import LOGPROB_TOLERANCE, EngineHarness, Prompts
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.engines.base import Finished, GroupRunner, check_fits
-
-Prompts = list[np.ndarray]
-
-LOGPROB_TOLERANCE = 1e-3
-"""Between engines, and between a sample and its score, in float32."""
 
 
 async def test_engine_returns_count_samples_of_each_prompt_in_order(engine: EngineHarness, prompts: Prompts) -> None:

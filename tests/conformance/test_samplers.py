@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conformance.samplers import make_sampler
-from tests.lora import random_adapter, save_adapter
+from tests.support.lora import random_adapter, save_adapter
+from tests.support.samplers import make_sampler
 from twinkle_serve import SampleResponse, SamplingParams, Template
 from twinkle_serve.errors import (
     AdapterError,

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conformance.harness import EngineHarness
-
-Prompts = list[np.ndarray]
+from tests.support.harness import EngineHarness, Prompts
 
 
 @pytest.mark.parametrize("stop", [None, "second", "never this"])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.weights import Reference, changed_weights
+from tests.support.weights import Reference, changed_weights
 from twinkle_serve import SampleResponse
 from twinkle_serve.errors import (
     DeadlineError,

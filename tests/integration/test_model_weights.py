@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 import ray
 
-from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
-from tests.weights import changed_weights
+from tests.support.deploy import deploy
+from tests.support.eventually import wait_until
+from tests.support.processes import replica_process
+from tests.support.ray_cluster import ray_cluster
+from tests.support.weights import changed_weights
 from twinkle_serve import SampleResponse
 from twinkle_serve.errors import TwinkleServeError, WeightsError
 from twinkle_serve.sampler.service import ServiceSampler
@@ -99,7 +102,7 @@ def test_engine_that_dies_in_an_update_comes_back_current(service: ServiceSample
 TRAINER = """
 import signal, sys
 import ray
-from tests.weights import changed_weights
+from tests.support.weights import changed_weights
 from twinkle_serve import connect
 
 ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 from collections.abc import Iterator
@@ -19,7 +18,9 @@ import pytest
 import ray
 from ray._private.state import available_resources_per_node
 
-from tests.integration.conftest import wait_until
+from tests.support.eventually import wait_until
+from tests.support.ray_cluster import ray_cluster
+from tests.support.service_logs import cluster_directory
 from twinkle_serve import DeviceGroup, DeviceMesh
 from twinkle_serve.errors import MeshError, WorkerError
 from twinkle_serve.placement import place_in_group
@@ -40,28 +41,12 @@ VISIBLE = "4,5,6,7"
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """Its address. Gone afterwards, processes and files."""
-    before = set(psutil.Process().children(recursive=True))
-    directory = tempfile.mkdtemp(prefix="tst")  # short: socket paths are limited
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
-        context = ray.init(
-            address="local",
-            num_cpus=CPUS,
-            num_gpus=GPUS,
-            namespace="serve",
-            include_dashboard=False,
-            log_to_driver=False,
-            _temp_dir=directory,
-        )
-    started = set(psutil.Process().children(recursive=True)) - before
-    try:
-        yield context.address_info["address"]
-    finally:
-        ray.shutdown()
-        _, alive = psutil.wait_procs(started, timeout=30)
-        shutil.rmtree(directory, ignore_errors=True)
-        assert not alive, f"Ray left processes behind: {alive}"
+    """Its address."""
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
+            address = stack.enter_context(ray_cluster(CPUS, num_gpus=GPUS, with_serve=False))
+        yield address
 
 
 @pytest.fixture(autouse=True)
@@ -317,8 +302,7 @@ def test_group_of_a_crashed_run_is_taken_over(cluster: str, tmp_path: Path) -> N
 
 def test_initialize_starts_a_cluster_when_there_is_none_and_shutdown_ends_it(tmp_path: Path) -> None:
     """RAY_ADDRESS=local stands for a machine without a cluster, which this one may have."""
-    directory = tempfile.mkdtemp(prefix="tst")
-    try:
+    with cluster_directory() as directory:
         answer = run_script(
             tmp_path,
             "local",
@@ -333,8 +317,6 @@ def test_initialize_starts_a_cluster_when_there_is_none_and_shutdown_ends_it(tmp
             """,
             RAY_TMPDIR=directory,
         )
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
     assert answer.stdout.splitlines()[-2:] == ["['sampler'] True", "False False"], answer
 
 

@@ -13,7 +13,8 @@ import ray
 from ray import serve
 
 import twinkle_serve
-from tests.integration.conftest import deploy, ray_cluster
+from tests.support.deploy import deploy
+from tests.support.ray_cluster import ray_cluster
 from twinkle_serve import DeviceGroup, DeviceMesh, TorchSampler, connect, remote_class, remote_function
 from twinkle_serve.errors import MeshError
 from twinkle_serve.remote import group_devices, known_groups

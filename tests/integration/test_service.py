@@ -15,8 +15,11 @@ import ray
 from ray import serve
 
 from graphs.sampler import build
-from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
-from tests.lora import save_adapter
+from tests.support.deploy import deploy
+from tests.support.eventually import wait_until
+from tests.support.lora import save_adapter
+from tests.support.processes import replica_process
+from tests.support.ray_cluster import ray_cluster
 from twinkle_serve import SamplingParams, connect
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.errors import (

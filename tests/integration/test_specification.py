@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import ray_cluster
-from tests.lora import save_adapter
+from tests.support.lora import save_adapter
+from tests.support.ray_cluster import ray_cluster
 
 SUBSTITUTES = {
     "'ms://Qwen/Qwen2.5-7B-Instruct'": "'demo'",

@@ -16,8 +16,11 @@ import psutil
 import pytest
 import ray
 
-from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
-from tests.lora import save_adapter
+from tests.support.deploy import deploy
+from tests.support.eventually import wait_until
+from tests.support.lora import save_adapter
+from tests.support.processes import replica_process
+from tests.support.ray_cluster import ray_cluster
 from twinkle_serve import SamplingParams, hub
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.engines import build_engine

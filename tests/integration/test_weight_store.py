@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from ray import serve
 
-from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
-from tests.lora import save_adapter
-from tests.weights import changed_weights
+from tests.support.deploy import deploy
+from tests.support.eventually import wait_until
+from tests.support.lora import save_adapter
+from tests.support.processes import replica_process
+from tests.support.ray_cluster import ray_cluster
+from tests.support.weights import changed_weights
 from twinkle_serve import SampleResponse
 from twinkle_serve.errors import AdapterError, TwinkleServeError
 from twinkle_serve.sampler.service import ServiceSampler

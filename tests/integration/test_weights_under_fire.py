@@ -16,10 +16,12 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
-from tests.lora import random_adapter
-from tests.processes import core_processes
-from tests.weights import changed_weights, differences
+from tests.support.deploy import deploy
+from tests.support.eventually import wait_until
+from tests.support.lora import random_adapter
+from tests.support.processes import core_processes, replica_process
+from tests.support.ray_cluster import ray_cluster
+from tests.support.weights import changed_weights, differences
 from twinkle_serve import SampledSequence, hub
 from twinkle_serve.checkpoint import named_tensors
 from twinkle_serve.sampler.service import ServiceSampler

@@ -14,7 +14,7 @@ import ray
 from ray import serve
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
 
-from tests.unit.test_response import columns, response
+from tests.support.responses import columns, response
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.inputs import as_list
 from twinkle_serve.errors import DeadlineError, EngineError, PromptError, RequestError

@@ -18,8 +18,8 @@ from benchmarks.chaos.checks import Answered, check, check_references
 from benchmarks.chaos.publisher import BASE, Attempt, History
 from benchmarks.chaos.reference import Reference
 from benchmarks.chaos.watch import Poll, Watch
-from tests import weights
-from tests.processes import core_processes
+from tests.support import weights
+from tests.support.processes import core_processes
 from twinkle_serve import SampleResponse
 from twinkle_serve.data_format.samples import NO_SEED, SampleColumns
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.unit.test_response import columns
+from tests.support.responses import columns
 from twinkle_serve.data_format import SampleColumns, SamplingParams
 from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.engines.base import Finished, GroupRunner, stop_cut

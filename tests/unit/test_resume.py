@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.test_failover import PROMPTS, Service, exact
-from tests.unit.test_weight_updates import eventually
+from tests.support.eventually import eventually
+from tests.support.failing_service import PROMPTS, Service, exact
 from twinkle_serve import SamplingParams
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.samples import PartialSample

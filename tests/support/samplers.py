@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.integration.conftest import deploy
+from tests.support.deploy import deploy
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.engines import EngineKind
 from twinkle_serve.sampler import RunningSampler

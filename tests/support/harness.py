@@ -21,6 +21,9 @@ from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, WeightsVersion
 from twinkle_serve.engines.base import Engine
 from twinkle_serve.engines.server import EngineServer
 
+Prompts = list[np.ndarray]
+LOGPROB_TOLERANCE = 1e-3
+"""Between engines, and between a sample and its score, in float32."""
 ADAPTER_IDS = itertools.count(1)
 
 

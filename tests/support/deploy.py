@@ -1,0 +1,22 @@
+"""Applications deployed from keyword arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+
+from graphs.sampler import build
+from twinkle_serve import connect
+from twinkle_serve.config import ServiceArgs
+from twinkle_serve.sampler.service import ServiceSampler, wait_for_engines
+
+
+def deploy(name: str, **args: Any) -> ServiceSampler:
+    """The application of these arguments, running."""
+    args.setdefault("model_id", "demo")
+    args["device_mesh"] = {"device_type": "cpu", **args.get("device_mesh", {})}
+    serve.run(build(ServiceArgs.model_validate(args)), name=name, route_prefix=None)
+    sampler = connect(name)
+    wait_for_engines(sampler._backend, 120.0)  # type: ignore[arg-type]  # a service's
+    return sampler
