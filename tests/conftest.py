@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any
 
 # Before anything imports ray: no reports home, and no colour codes in what tests read.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -13,7 +14,8 @@ import pytest
 
 from tests.support import affected, service_logs
 
-STAGES = ("tests/unit/", "tests/conformance/", "tests/integration/")
+if TYPE_CHECKING:
+    from twinkle_serve.sampler import RunningSampler
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,21 +32,41 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects what is not of this tier."""
+    """Deselects what is not of this tier, and puts the rest in order."""
     selected = _of_tier(config, items)
     if len(selected) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in selected])
-    items[:] = selected
+    items[:] = sorted(selected, key=_stage)
+
+
+def _stage(item: pytest.Item) -> int:
+    """Unit tests; then without a cluster, in one of their own, in the shared one, and last on the shared vLLM service.
+
+    This process can be in one cluster at a time, and nothing else should run beside the engines of that service.
+    """
+    if _file(item).startswith("tests/unit/"):
+        return 0
+    if not item.get_closest_marker("ray"):
+        return 1
+    if item.get_closest_marker("own_cluster"):
+        return 2
+    return 4 if item.get_closest_marker("vllm") else 3
 
 
 def _of_tier(config: pytest.Config, items: list[pytest.Item]) -> list[pytest.Item]:
+    nightly = {item: _file(item) for item in items if item.get_closest_marker("nightly")}
+    if unknown := set(nightly.values()) - affected.ALL:
+        raise pytest.UsageError(f"nightly tests in {', '.join(unknown)}, which tests/support/affected.py does not know")
     if not config.option.nightly:
-        return [item for item in items if not item.get_closest_marker("nightly")]
+        return [item for item in items if item not in nightly]
     if not config.option.affected:
         return items
     files = affected.nightly_tests(affected.changed_paths(config.rootpath, config.option.base))
-    nightly = [item for item in items if item.get_closest_marker("nightly")]
-    return [item for item in nightly if item.path.relative_to(config.rootpath).as_posix() in files]
+    return [item for item, file in nightly.items() if file in files]
+
+
+def _file(item: pytest.Item) -> str:
+    return item.path.relative_to(item.config.rootpath).as_posix()
 
 
 def pytest_runtest_logstart() -> None:
@@ -58,3 +80,32 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     if report.failed and (text := service_logs.since_mark()):
         report.sections.append(("the service's log during this test", text))
     return report
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """The Ray cluster that tests share: 32 cores, as Ray counts."""
+    from tests.support.ray_cluster import ray_cluster
+
+    with ray_cluster(num_cpus=32):
+        yield
+
+
+@pytest.fixture(scope="session")
+def specified(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The specification's snippet of the vLLM sampler, once it has run: its names, the sampler among them."""
+    from tests.support.lora import save_adapter
+    from tests.support.specification import VLLM_SAMPLER, as_twinkle, run
+
+    with as_twinkle():
+        names = run(VLLM_SAMPLER, LORA=str(save_adapter(tmp_path_factory.mktemp("specification") / "lora")))
+    names["sampler"].remove_adapter("my_lora")
+    yield names
+    names["sampler"].shutdown()
+
+
+@pytest.fixture(scope="session")
+def vllm_service(specified: dict[str, Any]) -> RunningSampler:
+    """The vLLM service that tests share, two engines with `failover: resume`: the sampler of that snippet."""
+    sampler: RunningSampler = specified["sampler"]
+    return sampler

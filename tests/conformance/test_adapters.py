@@ -119,6 +119,7 @@ async def test_engine_refuses_an_adapter_that_is_not_of_its_model(
     await engine.host.drop_adapter(version)
 
 
+@pytest.mark.vllm
 async def test_vllm_and_torch_agree_with_an_adapter(
     vllm_engine: EngineHarness, torch_engine: EngineHarness, prompts: Prompts, adapters: list[AdapterFiles]
 ) -> None:

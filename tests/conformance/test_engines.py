@@ -276,6 +276,7 @@ async def test_group_runner_returns_every_group_once(engine: EngineHarness, prom
     assert rows == Counter({group.id: 2 for group in groups})
 
 
+@pytest.mark.vllm
 async def test_vllm_and_torch_agree_on_the_demo_model(
     vllm_engine: EngineHarness, torch_engine: EngineHarness, prompts: Prompts
 ) -> None:
@@ -291,6 +292,7 @@ async def test_vllm_and_torch_agree_on_the_demo_model(
         assert np.abs(scores[0] - scores[1]).max() < LOGPROB_TOLERANCE
 
 
+@pytest.mark.vllm
 async def test_vllm_argument_names_are_those_of_the_class(vllm_engine: EngineHarness) -> None:
     """The names read from vLLM's source are its dataclass's fields."""
     import dataclasses

@@ -18,6 +18,8 @@ import yaml
 
 from tests.support.scripts_serve import Service, config_with, ended, own_environment, serving
 
+pytestmark = [pytest.mark.ray, pytest.mark.own_cluster]
+
 LOAD = """
 import json, sys, threading, twinkle_serve
 sampler = twinkle_serve.connect("sampler")

@@ -34,6 +34,7 @@ from twinkle_serve.remote import (
     shutdown,
 )
 
+pytestmark = [pytest.mark.ray, pytest.mark.own_cluster]
 CPUS, GPUS = 2, 4
 VISIBLE = "4,5,6,7"
 """The GPUs that the node is told to use: a rank is no id."""

@@ -14,12 +14,12 @@ from ray import serve
 
 import twinkle_serve
 from tests.support.deploy import deploy
-from tests.support.ray_cluster import ray_cluster
 from twinkle_serve import DeviceGroup, DeviceMesh, TorchSampler, connect, remote_class, remote_function
 from twinkle_serve.errors import MeshError
 from twinkle_serve.remote import group_devices, known_groups
 from twinkle_serve.remote.reservation import enter_group
 
+pytestmark = pytest.mark.ray
 QUESTION = {"messages": [{"role": "user", "content": "12+34="}]}
 ENGINE_ARGS = {"dtype": "float32", "max_model_len": 128}
 
@@ -34,15 +34,14 @@ class Actor:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def groups() -> Iterator[None]:
+def groups(cluster: None) -> Iterator[None]:
     """Four cores as Ray counts them: two for the actor model, two for the sampler."""
-    with ray_cluster(num_cpus=5):
-        actor, sampler = DeviceGroup("actor", 2, device_type="cpu"), DeviceGroup("sampler", [2, 3], device_type="cpu")
-        twinkle_serve.initialize("ray", groups=[actor, sampler])
-        yield
-        assert "sampler" in serve.status().applications, "the last test leaves one"
-        twinkle_serve.shutdown()
-        assert "sampler" not in serve.status().applications, "its engines would go on using devices of nobody"
+    actor, sampler = DeviceGroup("actor", 2, device_type="cpu"), DeviceGroup("sampler", [2, 3], device_type="cpu")
+    twinkle_serve.initialize("ray", groups=[actor, sampler])
+    yield
+    assert "sampler" in serve.status().applications, "the last test leaves one"
+    twinkle_serve.shutdown()
+    assert "sampler" not in serve.status().applications, "its engines would go on using devices of nobody"
 
 
 def test_sampler_takes_devices_of_its_group_alone() -> None:

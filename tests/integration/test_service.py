@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +14,9 @@ import ray
 from ray import serve
 
 from graphs.sampler import build
-from tests.support.deploy import deploy
+from tests.support.deploy import deploy, deployed
 from tests.support.eventually import wait_until
-from tests.support.lora import save_adapter
 from tests.support.processes import replica_process
-from tests.support.ray_cluster import ray_cluster
 from twinkle_serve import SamplingParams, connect
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.errors import (
@@ -39,28 +36,26 @@ from twinkle_serve.sampler.service import ServiceSampler
 from twinkle_serve.sampler.service import deploy as deploy_service
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(12, 24)]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 TOKEN_S = 0.02
 SLOW: dict[str, Any] = {"max_tokens": 500, "ignore_eos": True}
 """Ten seconds on the slow service."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with ray_cluster(num_cpus=16):
-        yield
-
-
 @pytest.fixture(scope="module")
-def sampler(cluster: None) -> ServiceSampler:
+def sampler(cluster: None) -> Iterator[ServiceSampler]:
     """Two engines, instant."""
-    return deploy("quick", engine="fake", device_mesh={"dp_size": 2}, engine_args={"max_model_len": 600})
+    args: dict[str, Any] = {"device_mesh": {"dp_size": 2}, "engine_args": {"max_model_len": 600}}
+    with deployed("quick", engine="fake", **args) as service:
+        yield service
 
 
 @pytest.fixture(scope="module")
-def slow(cluster: None) -> ServiceSampler:
+def slow(cluster: None) -> Iterator[ServiceSampler]:
     """Two engines that take TOKEN_S a token."""
     engine_args = {"max_model_len": 600, "max_num_seqs": 8, "token_latency_s": TOKEN_S}
-    return deploy("slow", engine="fake", device_mesh={"dp_size": 2}, engine_args=engine_args)
+    with deployed("slow", engine="fake", device_mesh={"dp_size": 2}, engine_args=engine_args) as service:
+        yield service
 
 
 @pytest.fixture(autouse=True)
@@ -354,7 +349,7 @@ def test_connect_names_what_is_wrong(sampler: ServiceSampler) -> None:
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        ({"device_mesh": {"dp_size": 99, "device_type": "cpu"}}, MeshError, r"needs 99 CPUs .*, the cluster has 16"),
+        ({"device_mesh": {"dp_size": 99, "device_type": "cpu"}}, MeshError, r"needs 99 CPUs .*, the cluster has 32"),
         ({"engine_args": {"max_len": 1}}, EngineArgsError, "unknown vllm engine argument 'max_len'"),
         ({"model_id": "/none"}, ModelNotFoundError, "no directory at /none"),
     ],
@@ -365,28 +360,6 @@ def test_service_that_cannot_be_fails_as_it_is_built(
     """Instead of waiting for devices that do not come, or for an engine to find out."""
     with pytest.raises(error, match=message):
         build(ServiceArgs.model_validate({"model_id": "demo", "device_mesh": {"device_type": "cpu"}, **bad}))
-
-
-def test_adapters_are_there_from_the_start_and_after_an_engine_died(tmp_path: Path) -> None:
-    """Those of the config and those that were added: an engine that is replaced loads them before it samples."""
-    paths = [save_adapter(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
-    args: dict[str, Any] = {"engine": "fake", "device_mesh": {"dp_size": 2}, "engine_args": {"max_model_len": 600}}
-    adapted = deploy("adapted", adapters={"first": str(paths[0])}, **args)
-    assert adapted.add_adapter_to_model("second", paths[1]) == "second@1"
-    params = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
-    expected = {name: adapted.sample(QUESTIONS, params, name) for name in ("first", "second", "")}
-    assert len({tuple(response.columns.tokens.tolist()) for response in expected.values()}) == 3
-    replica_process("adapted", "engine-dp0").kill()
-
-    def answered_by_both(name: str) -> bool:
-        again = adapted.sample(QUESTIONS, params, name)
-        assert again.columns.tokens.tolist() == expected[name].columns.tokens.tolist()
-        assert set(again.columns.adapter) == {f"{name}@1" if name else ""}
-        return set(again.columns.engine) == {"engine-dp0", "engine-dp1"}
-
-    for name in expected:
-        wait_until(lambda name=name: answered_by_both(name), "the engine is back", 60)  # type: ignore[misc]
-    adapted.shutdown()
 
 
 def test_deploy_that_finds_no_room_ends_with_its_reason() -> None:

@@ -20,7 +20,7 @@ SCRIPTS = "tests/integration/test_scripts_serve.py"
 VLLM = "tests/integration/test_vllm_service.py"
 
 ALL = frozenset({ARCHITECTURES, *SAMPLERS, CHAOS, UNDER_FIRE, DEATHS, SCRIPTS, VLLM})
-"""Every file with a test marked `nightly`; a unit test compares."""
+"""Every file with a test marked `nightly`; tests/conftest.py compares."""
 
 RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("tests/gpu/*", frozenset()),
@@ -92,4 +92,4 @@ def _default_base(root: Path) -> str:
 
 
 def _git(root: Path, *command: str) -> list[str]:
-    return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()

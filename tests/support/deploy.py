@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from ray import serve
@@ -20,3 +22,13 @@ def deploy(name: str, **args: Any) -> ServiceSampler:
     sampler = connect(name)
     wait_for_engines(sampler._backend, 120.0)  # type: ignore[arg-type]  # a service's
     return sampler
+
+
+@contextlib.contextmanager
+def deployed(name: str, **args: Any) -> Iterator[ServiceSampler]:
+    """As `deploy`; shut down afterwards."""
+    sampler = deploy(name, **args)
+    try:
+        yield sampler
+    finally:
+        sampler.shutdown()

@@ -1,4 +1,4 @@
-"""The model's own weights outlive every process of the service, and every engine that is used has the current ones."""
+"""Adapters and the model's own weights outlive every process of the service; engines in use have the current ones."""
 
 from __future__ import annotations
 
@@ -13,26 +13,23 @@ from typing import Any
 
 import pytest
 import ray
+from ray import serve
 
-from tests.support.deploy import deploy
+from tests.support.deploy import deployed
 from tests.support.eventually import wait_until
+from tests.support.lora import save_adapter
 from tests.support.processes import replica_process
-from tests.support.ray_cluster import ray_cluster
 from tests.support.weights import changed_weights
 from twinkle_serve import SampleResponse
-from twinkle_serve.errors import TwinkleServeError, WeightsError
+from twinkle_serve.errors import AdapterError, TwinkleServeError, WeightsError
 from twinkle_serve.sampler.service import ServiceSampler
 
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(10, 26)]
 GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
 ARGS: dict[str, Any] = {"engine": "fake", "engine_args": {"max_model_len": 256}}
 LABELS = (f"step-{number}" for number in itertools.count(1))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with ray_cluster(num_cpus=8):
-        yield
+ALL = ("store", "router", "engine-dp0", "engine-dp1")
 
 
 @pytest.fixture(scope="module")
@@ -41,36 +38,61 @@ def weights() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def service() -> ServiceSampler:
-    return deploy("based", device_mesh={"dp_size": 2}, **ARGS)
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    directory = tmp_path_factory.mktemp("adapters")
+    return [save_adapter(directory / str(seed), seed=seed) for seed in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def service(cluster: None, adapters: list[Path]) -> Iterator[ServiceSampler]:
+    """Two engines, two versions of each adapter, and one adapter in the config."""
+    fixed = {"fixed": str(adapters[2])}
+    with deployed("stateful", device_mesh={"dp_size": 2}, adapter_versions=2, adapters=fixed, **ARGS) as sampler:
+        yield sampler
 
 
 def labels_of(response: SampleResponse) -> set[str]:
     return {span.version for sequence in response.sequences for span in sequence.weight_versions}
 
 
+def same(one: SampleResponse, other: SampleResponse) -> bool:
+    return one.columns.tokens.tolist() == other.columns.tokens.tolist() and one.columns.adapter == other.columns.adapter
+
+
 @pytest.mark.parametrize(
-    "killed", [("engine-dp0",), ("store",), ("router",), ("store", "router", "engine-dp0", "engine-dp1")]
+    "killed",
+    [
+        pytest.param(("store",), marks=pytest.mark.nightly),
+        pytest.param(("router",), marks=pytest.mark.nightly),
+        pytest.param(("engine-dp0",), marks=pytest.mark.nightly),
+        ("store", "engine-dp0"),
+        ALL,
+    ],
+    ids="-".join,
 )
-def test_current_weights_are_there_again_after_a_death(
-    service: ServiceSampler, weights: dict[str, Any], killed: tuple[str, ...]
+def test_weights_and_adapters_are_there_again_after_a_death(
+    service: ServiceSampler, weights: dict[str, Any], adapters: list[Path], killed: tuple[str, ...]
 ) -> None:
-    """Whatever dies, no sample comes from other weights, and the next update finds everything in place."""
-    label = next(LABELS)
+    """The same labels mean the same weights on every engine; the next update and version find everything in place."""
+    label, name = next(LABELS), "-".join(killed)
     service.update_weights(weights, label, bucket_bytes=2**20)
-    expected = service.sample(QUESTIONS, GREEDY)
-    assert labels_of(expected) == {label}
-    for process in [replica_process("based", deployment) for deployment in killed]:
+    first, second = (service.add_adapter_to_model(name, path) for path in adapters[:2])
+    assert (first, second) == (f"{name}@1", f"{name}@2")
+    expected = {adapter: service.sample(QUESTIONS, GREEDY, adapter) for adapter in (first, second, "fixed", "")}
+    assert len({tuple(response.columns.tokens.tolist()) for response in expected.values()}) == 4
+    for process in [replica_process("stateful", deployment) for deployment in killed]:
         process.kill()
 
     def answered_by_both() -> bool:
-        try:
-            again = service.sample(QUESTIONS, GREEDY, timeout_s=30)
-        except TwinkleServeError:  # the call was on its way when something died
-            return False
-        assert labels_of(again) == {label}
-        assert again.columns.tokens.tolist() == expected.columns.tokens.tolist()
-        return set(again.columns.engine) == {"engine-dp0", "engine-dp1"}
+        engines: set[str] = set()
+        for adapter, before in expected.items():
+            try:
+                again = service.sample(QUESTIONS, GREEDY, adapter, timeout_s=30)
+            except TwinkleServeError:  # the call was on its way when something died
+                return False
+            assert labels_of(again) == {label} and same(again, before)
+            engines |= set(again.columns.engine)
+        return engines == {"engine-dp0", "engine-dp1"}
 
     wait_until(answered_by_both, "both engines answer", 60)
     with pytest.raises(WeightsError, match="exists already"):
@@ -78,6 +100,11 @@ def test_current_weights_are_there_again_after_a_death(
     newer = next(LABELS)
     service.update_weights(weights, newer)
     assert labels_of(service.sample(QUESTIONS, GREEDY)) == {newer}
+    assert service.add_adapter_to_model(name, adapters[0]) == f"{name}@3"
+    assert same(service.sample(QUESTIONS, GREEDY, second), expected[second]), "the version before can still be named"
+    with pytest.raises(AdapterError, match="unknown adapter"):
+        service.sample(QUESTIONS, GREEDY, first)
+    service.remove_adapter(name)
 
 
 def test_engine_that_dies_in_an_update_comes_back_current(service: ServiceSampler, weights: dict[str, Any]) -> None:
@@ -86,7 +113,7 @@ def test_engine_that_dies_in_an_update_comes_back_current(service: ServiceSample
 
     def killing() -> Iterator[tuple[str, Any]]:
         yield from itertools.islice(weights.items(), 40)
-        replica_process("based", "engine-dp1").kill()
+        replica_process("stateful", "engine-dp1").kill()
         yield from itertools.islice(weights.items(), 40, None)
 
     service.update_weights(killing(), label, bucket_bytes=2**19)
@@ -106,7 +133,7 @@ from tests.support.weights import changed_weights
 from twinkle_serve import connect
 
 ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False)
-sampler = connect("based")
+sampler = connect("stateful")
 if sys.argv[2] == "update":
     def weights():
         for number, pair in enumerate(changed_weights(2).items()):
@@ -147,7 +174,7 @@ def test_trainer_that_dies_while_it_sends_leaves_nothing(service: ServiceSampler
     assert labels_of(service.sample(QUESTIONS, GREEDY)) == {before}
     with pytest.raises(WeightsError, match=r"an update to 'never' is under way, heard of .* given up after 60 s"):
         service.update_weights(weights, next(LABELS))
-    replica_process("based", "router").kill()  # a router that begins drops it at once
+    replica_process("stateful", "router").kill()  # a router that begins drops it at once
 
     def taken() -> bool:
         try:
@@ -164,3 +191,23 @@ def test_trainer_that_dies_in_a_pause_does_not_leave_it_paused(service: ServiceS
     killed_trainer("pause")
     assert len(service.sample(QUESTIONS, GREEDY, timeout_s=30).sequences) == len(QUESTIONS)
     assert not service.status()["paused"]
+
+
+def test_service_that_is_deployed_anew_finds_its_state_dir(
+    weights: dict[str, Any], adapters: list[Path], tmp_path: Path
+) -> None:
+    """As it was left, and the config's adapters are not put twice. Without a state_dir, shutdown leaves none."""
+    args = {**ARGS, "adapters": {"fixed": str(adapters[0])}}
+    for state in ({"state_dir": str(tmp_path)}, {}):
+        with deployed("again", **args, **state) as before:
+            assert before.add_adapter_to_model("grown", adapters[1]) == "grown@1"
+            before.update_weights(weights, "one")
+            expected = before.sample(QUESTIONS, GREEDY, "grown")
+        assert "again" not in serve.status().applications
+        with deployed("again", **args, **state) as after:
+            found = after.status()["adapters"]
+            assert set(found) == ({"fixed", "grown"} if state else {"fixed"})
+            assert after.status()["weights"] == ("one" if state else "initial")
+            if state:
+                assert found == {"fixed": "fixed@1", "grown": "grown@1"}
+                assert same(after.sample(QUESTIONS, GREEDY, "grown"), expected)
