@@ -257,7 +257,7 @@ def test_template_resolves_by_name_class_and_instance() -> None:
         (7, {}, "must be a name, a subclass of Template or an instance, got 7"),
         ("Template", {"max_lenght": 3}, "unknown argument of Template 'max_lenght', did you mean 'max_length'?"),
         ("Template", {"model_id": "x"}, "unknown argument of Template 'model_id'"),
-        (Needy, {}, "Needy cannot be made: missing a required argument: 'need'"),
+        (Needy, {}, "argument: 'need'. Give its arguments with its name."),
         ("Template", {"tool_parser": 7}, "tool_parser must be a name, a ToolParser or None, got 7"),
         (Shouting, {"lout": 3}, "unknown argument of Shouting 'lout', did you mean 'loud'?"),
         ("Template", {"system": "a", "default_system": "b"}, "system is given twice"),
