@@ -66,7 +66,7 @@ async def test_engine_scores_with_an_adapter(
     for adapter, same in ((version, True), (other, False), (None, False)):
         scored = await engine.sample([whole], max_tokens=0, prompt_logprobs=0, adapter=adapter)
         logprobs = scored.columns.scores[0].logprobs[len(prompts[0]) :]
-        assert (np.abs(logprobs - sample.logprob_array).max() < 1e-3) == same
+        assert (np.abs(logprobs - sample.logprob_array).max() < 1e-3) == same  # type: ignore[operator]
     await engine.host.drop_adapter(version)
     await engine.host.drop_adapter(other)
 

@@ -228,7 +228,7 @@ async def test_engine_prompt_logprobs_rescore_a_sample(engine: EngineHarness, pr
         assert len(scored.prompt_logprobs) == len(whole)
         assert scored.topk_prompt_logprobs is None
         rescored = np.array(scored.prompt_logprobs[len(prompts[i]) :], np.float32)
-        assert np.abs(rescored - seq.logprob_array).max() < LOGPROB_TOLERANCE
+        assert np.abs(rescored - seq.logprob_array).max() < LOGPROB_TOLERANCE  # type: ignore[operator]
 
 
 async def test_engine_prompt_logprobs_give_the_k_likeliest(engine: EngineHarness, prompts: Prompts) -> None:

@@ -164,7 +164,7 @@ def test_an_unknown_parameter_is_named(sampler: RunningSampler) -> None:
 
 def test_the_callers_dicts_stay_as_they_are(sampler: RunningSampler) -> None:
     """Messages, tools and user data, at any depth; a feature shares nothing with them."""
-    inputs = [
+    inputs: list[dict[str, Any]] = [
         {
             "messages": [{"role": "user", "content": "12+34="}],
             "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],

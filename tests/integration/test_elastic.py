@@ -106,7 +106,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def gcs_address(process: subprocess.Popen[str]) -> str:
     """Of the cluster that scripts/serve has started: "auto" joins whatever cluster it finds on the machine."""
     commands = [" ".join(child.cmdline()) for child in psutil.Process(process.pid).children(recursive=True)]
-    found = {address for command in commands for address in re.findall(r"--gcs-address=(\S+)", command)}
+    found: set[str] = {address for command in commands for address in re.findall(r"--gcs-address=(\S+)", command)}
     assert len(found) == 1, found
     return found.pop()
 

@@ -19,6 +19,7 @@ import ray
 from ray._private.state import available_resources_per_node
 
 from tests.support.eventually import wait_until
+from tests.support.processes import with_title
 from tests.support.ray_cluster import ray_cluster
 from tests.support.service_logs import cluster_directory
 from twinkle_serve import DeviceGroup, DeviceMesh
@@ -209,7 +210,7 @@ def test_initialize_takes_nothing_when_somebody_else_holds_devices() -> None:
         def gpu(self) -> str:
             return str(ray.get_gpu_ids()[0])
 
-    somebody = Somebody.remote()
+    somebody = Somebody.remote()  # type: ignore[attr-defined]
     held = VISIBLE.split(",").index(ray.get(somebody.gpu.remote()))
     try:
         with pytest.raises(
@@ -244,11 +245,11 @@ def test_initialize_replaces_a_group_of_another_shape_and_keeps_one_of_the_same(
 def test_group_with_remote_objects_of_this_run_is_not_replaced() -> None:
     """Their workers would go on using what is another group's by then; as it is, the group can be asked for again."""
     initialize("ray", groups=[gpu("actor", 2), gpu("sampler", 2)])
-    counter = Counter(remote_group="sampler")
+    remote = counter("sampler")
     with pytest.raises(MeshError, match=r"'sampler' has ranks=2 .* asks for ranks=1 .* remote objects of this run are"):
         initialize("ray", groups=[gpu("actor", 3), gpu("sampler", 1)])
     initialize("ray", groups=[gpu("actor", 2), gpu("sampler", 2)])
-    assert counter.add([1]) == [2]
+    assert remote.add([1]) == [2]
 
 
 def run_script(tmp_path: Path, address: str, body: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -359,7 +360,7 @@ def test_unknown_group_is_named_with_those_that_exist() -> None:
 
 
 def counter(group: str, *args: Any, **kwargs: Any) -> Any:
-    return Counter(*args, remote_group=group, **kwargs)
+    return Counter(*args, remote_group=group, **kwargs)  # type: ignore[call-arg]
 
 
 def test_workers_see_the_devices_of_their_group_alone() -> None:
@@ -464,15 +465,7 @@ def test_constructor_that_fails_leaves_no_worker() -> None:
 
 def worker_processes() -> set[int]:
     """Processes of this cluster that run a Worker."""
-    found = psutil.Process().children(recursive=True)
-    return {process.pid for process in found if "ray::Worker" in " ".join(_command(process))}
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:
-        return []
+    return {process.pid for process in with_title("ray::Worker")}
 
 
 def test_methods_that_are_not_remote_are_refused_by_name() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -64,8 +65,7 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     for name in ("sampler", "slow"):
         if name in request.fixturenames:
-            service: ServiceSampler = request.getfixturevalue(name)
-            wait_until(lambda service=service: is_idle(service), f"{name} is idle")
+            wait_until(functools.partial(is_idle, request.getfixturevalue(name)), f"{name} is idle")
 
 
 def is_idle(service: ServiceSampler) -> bool:
@@ -123,7 +123,7 @@ def test_inputs_may_hold_references(sampler: ServiceSampler) -> None:
         def score(self) -> float:
             return 1.0
 
-    data = {"gold": ray.put("46"), "judge": Judge.remote()}
+    data = {"gold": ray.put("46"), "judge": Judge.remote()}  # type: ignore[attr-defined]
     response = sampler.sample([{**QUESTIONS[0], "user_data": data}], {"max_tokens": 2})
     back = response.sequences[0].new_input_feature["user_data"]
     assert ray.get(back["gold"]) == "46" and ray.get(back["judge"].score.remote()) == 1.0
@@ -153,8 +153,10 @@ def test_handle_is_called_from_other_actors(sampler: ServiceSampler) -> None:
             params = SamplingParams(max_tokens=4, temperature=0)
             return [s.decoded for s in connect("quick").sample(QUESTIONS, params, num_samples=2).sequences]
 
-    by_handle, by_connect, parts = ray.get(AsyncTrainer.remote().rollout.remote())
-    assert by_handle == by_connect == ray.get(Trainer.remote().rollout.remote())
+    trainers: Any = (AsyncTrainer, Trainer)
+    rollouts = [trainer.remote().rollout.remote() for trainer in trainers]
+    (by_handle, by_connect, parts), by_plain = ray.get(rollouts)
+    assert by_handle == by_connect == by_plain
     assert len(by_handle) == 24 and parts == 12
 
 
@@ -370,7 +372,7 @@ def test_deploy_that_finds_no_room_ends_with_its_reason() -> None:
         def here(self) -> bool:
             return True
 
-    holder = Greedy.remote()
+    holder = Greedy.remote()  # type: ignore[attr-defined]
     assert ray.get(holder.here.remote(), timeout=30)
     args = {"model_id": "demo", "engine": "fake", "device_mesh": {"dp_size": 8, "device_type": "cpu"}}
     with pytest.raises(ServiceNotReadyError, match=r"was not up within startup_timeout_s=2, and is deleted"):

@@ -126,4 +126,4 @@ async def test_samples_go_on_when_their_engine_is_killed_and_rescore(vllm_servic
     scores = await vllm_service.sample_async(whole, {"max_tokens": 0, "prompt_logprobs": 0})
     for seq, score in zip(response.sequences, scores, strict=True):
         assert score.prompt_logprobs is not None
-        assert abs(score.prompt_logprobs[4:] - seq.logprob_array).max() < 1e-3
+        assert abs(score.prompt_logprobs[4:] - seq.logprob_array).max() < 1e-3  # type: ignore[operator]

@@ -48,7 +48,7 @@ def test_call_to_a_cluster_that_has_gone_ends(monkeypatch: pytest.MonkeyPatch) -
     released = threading.Event()
     monkeypatch.setattr(serve, "status", released.wait)
     monkeypatch.setattr(service, "CONTROLLER_S", 0.05)
-    backend = ServiceBackend(Handle(ActorDiedError()), "sampler")  # type: ignore[arg-type]
+    backend = ServiceBackend(Handle(ActorDiedError()), "sampler")
     with pytest.raises(EngineError, match=r"did not answer: ActorDiedError.*where its service still runs"):
         backend.call("sample", [1], timeout_s=100.0)
     released.set()
@@ -56,7 +56,7 @@ def test_call_to_a_cluster_that_has_gone_ends(monkeypatch: pytest.MonkeyPatch) -
 
 def test_call_whose_router_says_nothing_ends_by_its_deadline() -> None:
     """The deadline is what passed, whatever the router was doing; of a control call it is the router that is late."""
-    backend = ServiceBackend(Handle(GetTimeoutError()), "sampler")  # type: ignore[arg-type]
+    backend = ServiceBackend(Handle(GetTimeoutError()), "sampler")
     with pytest.raises(DeadlineError, match=r"timeout_s=100 passed.*sent 1 times"):
         backend.call("sample", [1], timeout_s=100.0)
     with pytest.raises(EngineError, match="did not answer in time"):
@@ -84,7 +84,7 @@ def test_response_has_the_inputs_as_they_were_sent() -> None:
         inputs[2]["user_data"] = None
         return answer_to(sent, (2, 38, 39), [])
 
-    made = ServiceBackend(Handle(answer), "sampler").call("sample", inputs, timeout_s=100.0)  # type: ignore[arg-type]
+    made = ServiceBackend(Handle(answer), "sampler").call("sample", inputs, timeout_s=100.0)
     assert made.inputs == [{"input_ids": [i], "user_data": {"id": i}} for i in (2, 38, 38)]
     assert made.sequences[0].new_input_feature["user_data"] == {"id": 2}
     made.inputs[1]["reward"] = 1.0
@@ -104,7 +104,7 @@ def test_call_is_sent_again_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
         inputs[2]["user_data"] = None
         return died.pop() if died else answer_to(sent, (0, 1, 2), [])
 
-    made = ServiceBackend(Handle(answer), "sampler").call("sample", inputs, timeout_s=100.0)  # type: ignore[arg-type]
+    made = ServiceBackend(Handle(answer), "sampler").call("sample", inputs, timeout_s=100.0)
     assert made.inputs == inputs_of(3) and not died
 
 
@@ -118,17 +118,17 @@ def test_inputs_that_hold_references_are_left_to_ray() -> None:
         inputs.pop()
         return answer_to(sent, (0, 1), sent)
 
-    made = ServiceBackend(Handle(answer), "sampler").call("sample", inputs, timeout_s=100.0)  # type: ignore[arg-type]
+    made = ServiceBackend(Handle(answer), "sampler").call("sample", inputs, timeout_s=100.0)
     assert [item["input_ids"] for item in made.inputs] == [[0], [1]]
 
 
 def test_inputs_that_cannot_be_sent_are_refused() -> None:
     """Before anything is sent; what is none at all is for the router to refuse."""
     refused = RequestError("inputs is empty")
-    backend = ServiceBackend(Handle(lambda sent, **options: refused), "sampler")  # type: ignore[arg-type]
+    backend = ServiceBackend(Handle(lambda sent, **options: refused), "sampler")
     with pytest.raises(PromptError, match=r"inputs\[0:1\] cannot be sent: TypeError.*lock"):
         backend.call("sample", [{"user_data": threading.Lock()}], timeout_s=100.0)
-    for none in ([], "text"):
+    for none in list[Any]([[], "text"]):
         with pytest.raises(RequestError, match="inputs is empty"):
             backend.call("sample", none, timeout_s=100.0)
 
@@ -137,6 +137,6 @@ def test_bug_in_the_router_is_no_deadline() -> None:
     """Though it may be a TimeoutError, which Ray raises as both."""
     bug = RayTaskError("sample", "traceback", TimeoutError("of something else")).as_instanceof_cause()
     assert isinstance(bug, TimeoutError)
-    backend = ServiceBackend(Handle(bug), "sampler")  # type: ignore[arg-type]
+    backend = ServiceBackend(Handle(bug), "sampler")
     with pytest.raises(EngineError, match=r"a bug in the router of 'sampler'.*of something else"):
         backend.call("sample", [{"input_ids": [1]}], timeout_s=100.0)

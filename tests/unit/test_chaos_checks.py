@@ -163,7 +163,7 @@ def test_repeated_call_of_the_same_versions_must_have_the_same_tokens() -> None:
     one = columns(call, seed=np.arange(6))
     other = one.tokens.copy()
     other[20::32] += 1  # token 20 of each
-    late = [(("step-1", 0), ("step-2", 20))] * 6
+    late: list[tuple[tuple[str, int], ...]] = [(("step-1", 0), ("step-2", 20))] * 6
     first, same = answered(one, call), answered(replace(one, tokens=other, weight_versions=late), call)
     assert check_references([first, same]) == ([], 6)
     differing, compared = check_references([first, answered(replace(one, tokens=other), call)])

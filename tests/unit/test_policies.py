@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ def ids(length: int) -> np.ndarray:
     return RNG.integers(0, 1000, length).astype(np.int32)
 
 
-def group(number: int, prompt: np.ndarray | None = None, **options: int) -> Group:
+def group(number: int, prompt: np.ndarray | None = None, **options: Any) -> Group:
     params = SamplingParams(max_tokens=options.pop("max_tokens", 64))
     return Group(id=number, prompt_ids=ids(8) if prompt is None else prompt, params=params, **options)
 

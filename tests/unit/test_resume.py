@@ -99,7 +99,9 @@ async def test_sample_goes_on_from_what_had_arrived_when_its_engine_ends(service
                 {"input_ids": np.concatenate([ids, seq.token_array])}, {"max_tokens": 0, "prompt_logprobs": 0}
             )
             assert scored.prompt_logprobs is not None
-            assert scored.prompt_logprobs[len(ids) :] == seq.logprob_array.tolist(), "logprobs re-score exactly"
+            assert scored.prompt_logprobs[len(ids) :] == np.asarray(seq.logprob_array).tolist(), (
+                "logprobs re-score exactly"
+            )
 
 
 async def test_sample_goes_on_again_where_its_second_engine_is_drained(service: Service) -> None:

@@ -112,8 +112,8 @@ def test_tool_calls_are_taken_out_of_the_text(name: str | None, text: str, conte
 )
 def test_malformed_tool_call_stays_in_the_text(name: str, text: str) -> None:
     """Nothing of it is lost, so that a reward can see it; its markup stays even where it is made of special tokens."""
-    special = ("<|im_end|>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
-    special += TOOL_PARSERS["deepseek"].markers
+    own = ("<|im_end|>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
+    special = (*own, *TOOL_PARSERS["deepseek"].markers)
     assert read(name, text + "<|im_end|>", special=special) == (text, [])
 
 
