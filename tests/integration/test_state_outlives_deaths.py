@@ -193,21 +193,22 @@ def test_trainer_that_dies_in_a_pause_does_not_leave_it_paused(service: ServiceS
     assert not service.status()["paused"]
 
 
+@pytest.mark.parametrize("keeps", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_service_that_is_deployed_anew_finds_its_state_dir(
-    weights: dict[str, Any], adapters: list[Path], tmp_path: Path
+    weights: dict[str, Any], adapters: list[Path], tmp_path: Path, keeps: bool
 ) -> None:
     """As it was left, and the config's adapters are not put twice. Without a state_dir, shutdown leaves none."""
     args = {**ARGS, "adapters": {"fixed": str(adapters[0])}}
-    for state in ({"state_dir": str(tmp_path)}, {}):
-        with deployed("again", **args, **state) as before:
-            assert before.add_adapter_to_model("grown", adapters[1]) == "grown@1"
-            before.update_weights(weights, "one")
-            expected = before.sample(QUESTIONS, GREEDY, "grown")
-        assert "again" not in serve.status().applications
-        with deployed("again", **args, **state) as after:
-            found = after.status()["adapters"]
-            assert set(found) == ({"fixed", "grown"} if state else {"fixed"})
-            assert after.status()["weights"] == ("one" if state else "initial")
-            if state:
-                assert found == {"fixed": "fixed@1", "grown": "grown@1"}
-                assert same(after.sample(QUESTIONS, GREEDY, "grown"), expected)
+    if keeps:
+        args["state_dir"] = str(tmp_path)
+    with deployed("again", **args) as before:
+        assert before.add_adapter_to_model("grown", adapters[1]) == "grown@1"
+        before.update_weights(weights, "one")
+        expected = before.sample(QUESTIONS, GREEDY, "grown")
+    assert "again" not in serve.status().applications
+    with deployed("again", **args) as after:
+        found = after.status()["adapters"]
+        assert found == ({"fixed": "fixed@1", "grown": "grown@1"} if keeps else {"fixed": "fixed@1"})
+        assert after.status()["weights"] == ("one" if keeps else "initial")
+        if keeps:
+            assert same(after.sample(QUESTIONS, GREEDY, "grown"), expected)
