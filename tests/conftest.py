@@ -36,7 +36,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     selected = _of_tier(config, items)
     if len(selected) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in selected])
-    items[:] = sorted(selected, key=_stage)
+    items[:] = sorted(selected, key=_place)
+
+
+def _place(item: pytest.Item) -> tuple[int, str, bool]:
+    """By stage, then by folder, whose fixtures end with it, and last what leaves an engine dead."""
+    return _stage(item), item.path.parent.as_posix(), item.get_closest_marker("ends_engine") is not None
 
 
 def _stage(item: pytest.Item) -> int:

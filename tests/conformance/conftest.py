@@ -6,11 +6,18 @@ from collections.abc import AsyncIterator, Iterator
 
 import numpy as np
 import pytest
+import torch
 
 from tests.support.harness import EngineHarness, started
 from tests.support.samplers import make_sampler
 from twinkle_serve import hub
 from twinkle_serve.sampler import RunningSampler
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> None:
+    """Of torch in this process: several gain nothing on so small a model, and spin where cores are scarce."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="package")

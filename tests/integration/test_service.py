@@ -15,7 +15,7 @@ import ray
 from ray import serve
 
 from graphs.sampler import build
-from tests.support.deploy import deploy, deployed
+from tests.support.deploy import deployed
 from tests.support.eventually import wait_until
 from tests.support.processes import replica_process
 from twinkle_serve import SamplingParams, connect
@@ -173,17 +173,22 @@ async def test_many_calls_at_once_share_chunks_and_keep_apart(sampler: ServiceSa
         assert (sequence.logprobs is None) == (ks[i % 3] is None)
 
 
-def test_seed_gives_the_same_samples_for_any_number_of_engines(sampler: ServiceSampler) -> None:
-    """One, two and four engines; every sample's seed is stamped on it; another seed gives others."""
+@pytest.mark.nightly
+@pytest.mark.parametrize("dp_size", [1, 4])
+def test_seed_gives_the_same_samples_for_any_number_of_engines(sampler: ServiceSampler, dp_size: int) -> None:
+    """One and four engines against two; tests/unit/test_seeds.py does the same in one process."""
     params = SamplingParams(max_tokens=12, seed=77)
     two = sampler.sample(QUESTIONS, params, num_samples=3)
-    for size in (1, 4):
-        other = deploy(f"dp{size}", engine="fake", device_mesh={"dp_size": size}).sample(
-            QUESTIONS, params, num_samples=3
-        )
-        assert [seq.tokens for seq in other.sequences] == [seq.tokens for seq in two.sequences]
-        assert [seq.seed for seq in other.sequences] == [seq.seed for seq in two.sequences]
-        serve.delete(f"dp{size}")
+    with deployed("other", engine="fake", device_mesh={"dp_size": dp_size}) as service:
+        other = service.sample(QUESTIONS, params, num_samples=3)
+    assert [seq.tokens for seq in other.sequences] == [seq.tokens for seq in two.sequences]
+    assert [seq.seed for seq in other.sequences] == [seq.seed for seq in two.sequences]
+
+
+def test_seed_is_stamped_on_each_sample_and_no_layout_changes_it(sampler: ServiceSampler) -> None:
+    """More samples of fewer prompts, on other engines, begin with the same ones; another seed gives others."""
+    params = SamplingParams(max_tokens=12, seed=77)
+    two = sampler.sample(QUESTIONS, params, num_samples=3)
     assert len({seq.seed for seq in two.sequences}) == 36
     alone = sampler.sample(QUESTIONS[:1], params, num_samples=9)
     assert [seq.tokens for seq in alone.sequences[:3]] == [seq.tokens for seq in two.sequences[:3]]
@@ -374,7 +379,7 @@ def test_deploy_that_finds_no_room_ends_with_its_reason() -> None:
 
     holder = Greedy.remote()  # type: ignore[attr-defined]
     assert ray.get(holder.here.remote(), timeout=30)
-    args = {"model_id": "demo", "engine": "fake", "device_mesh": {"dp_size": 8, "device_type": "cpu"}}
+    args = {"model_id": "demo", "engine": "fake", "device_mesh": {"dp_size": 2, "device_type": "cpu"}}
     with pytest.raises(ServiceNotReadyError, match=r"was not up within startup_timeout_s=2, and is deleted"):
         deploy_service("crowded", ServiceArgs.model_validate({**args, "startup_timeout_s": 2.0}), build)
     ray.kill(holder)
@@ -385,9 +390,9 @@ def test_deploy_that_fails_leaves_nothing() -> None:
     """Nobody has an object to shut it down with; an engine that did start would keep its devices."""
     args = {
         "model_id": "demo",
-        "engine": "vllm",
+        "engine": "torch",
         "device_mesh": {"device_type": "cpu"},
-        "engine_args": {"dtype": "fp7"},
+        "engine_args": {"max_model_len": 99_999},
     }
     with pytest.raises(ServiceNotReadyError, match="'failing' is DEPLOY_FAILED: EngineArgsError"):
         deploy_service("failing", ServiceArgs.model_validate(args), build)

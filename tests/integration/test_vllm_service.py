@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 
@@ -18,10 +14,9 @@ from tests.support.deploy import deployed
 from tests.support.eventually import wait_until
 from tests.support.lora import save_adapter
 from tests.support.processes import replica_process
-from twinkle_serve import SamplingParams, hub
-from twinkle_serve.data_format.groups import Group
+from twinkle_serve import hub
 from twinkle_serve.engines import build_engine
-from twinkle_serve.errors import AdapterError, EngineArgsError, EngineCrashedError, SamplingParamsError
+from twinkle_serve.errors import AdapterError, EngineArgsError, SamplingParamsError
 from twinkle_serve.sampler import RunningSampler
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(100, 116)]
@@ -88,29 +83,10 @@ def test_script_that_ends_without_shutdown_leaves_nothing(tmp_path: Path) -> Non
     wait_until(lambda: not any(psutil.pid_exists(int(pid)) for pid in children), "its processes are gone")
 
 
-async def test_engine_that_crashed_says_so() -> None:
-    """A prompt may be to blame for it; other exit codes: tests/unit/test_exit_codes.py."""
-    engine: Any = build_engine("vllm", "ended", str(hub.DEMO), VLLM_ARGS)
-    await engine.start()
-    endless = SamplingParams(max_tokens=200, ignore_eos=True)
-    call = asyncio.ensure_future(
-        engine.sample_group(Group(id=1, prompt_ids=np.array([20, 21], np.int32), params=endless))
-    )
-    while not engine.progress():  # noqa: ASYNC110  # a number, not an event
-        await asyncio.sleep(0.001)
-    (core,) = engine._llm.engine_core.resources.engine_manager.processes
-    os.kill(core.pid, signal.SIGSEGV)
-    with pytest.raises(EngineCrashedError, match="exit code -11"):
-        await call
-    await engine.stop()
-
-
 @pytest.mark.ray
+@pytest.mark.ends_engine
 async def test_samples_go_on_when_their_engine_is_killed_and_rescore(vllm_service: RunningSampler) -> None:
-    """`failover: resume`: each sample once and whole; its logprobs are those of a score of the whole, to 1e-3.
-
-    The last test of the service: it leaves one engine.
-    """
+    """`failover: resume`: each sample once and whole; its logprobs are those of a score of the whole, to 1e-3."""
     prompts = [{"input_ids": [20 + i, 21, 22, 23]} for i in range(32)]
     call = asyncio.ensure_future(vllm_service.sample_async(prompts, {"max_tokens": 240, "ignore_eos": True}))
     await asyncio.wait({call}, timeout=1.2)  # two reports

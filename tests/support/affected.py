@@ -16,10 +16,11 @@ SAMPLERS = (
 CHAOS = "tests/integration/test_chaos.py"
 UNDER_FIRE = "tests/integration/test_weights_under_fire.py"
 DEATHS = "tests/integration/test_state_outlives_deaths.py"
+SERVICE = "tests/integration/test_service.py"
 SCRIPTS = "tests/integration/test_scripts_serve.py"
 VLLM = "tests/integration/test_vllm_service.py"
 
-ALL = frozenset({ARCHITECTURES, *SAMPLERS, CHAOS, UNDER_FIRE, DEATHS, SCRIPTS, VLLM})
+ALL = frozenset({ARCHITECTURES, *SAMPLERS, CHAOS, UNDER_FIRE, DEATHS, SCRIPTS, SERVICE, VLLM})
 """Every file with a test marked `nightly`; tests/conftest.py compares."""
 
 RULES: tuple[tuple[str, frozenset[str]], ...] = (
@@ -49,8 +50,8 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("twinkle_serve/remote/*", frozenset()),
     ("twinkle_serve/template/*", frozenset(SAMPLERS)),
     ("twinkle_serve/engines/torch*", frozenset({ARCHITECTURES, *SAMPLERS, VLLM, SCRIPTS})),
-    ("twinkle_serve/engines/fake*", frozenset({DEATHS})),
-    ("twinkle_serve/engines/vllm*", ALL - {DEATHS}),
+    ("twinkle_serve/engines/fake*", frozenset({DEATHS, SERVICE})),
+    ("twinkle_serve/engines/vllm*", ALL - {DEATHS, SERVICE}),
     ("twinkle_serve/demo/*", ALL),
 )
 """Pattern of a path, and the nightly tests that guard it; the first that matches counts. No match: all of them."""
