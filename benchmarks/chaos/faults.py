@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 import ray
-from tests.support.processes import core_processes, with_title
 
 from benchmarks.chaos.load import Trainers
+from tests.support.processes import core_processes, with_title
 
 STOPPED_S = (2.0, 45.0)
 """How long a process is stopped: some resume before anything notices, others are replaced meanwhile."""

@@ -8,11 +8,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from tests.support.lora import random_adapter
-from tests.support.weights import changed_weights
-
 from benchmarks.chaos.calls import ADAPTERS
 from benchmarks.common.models import Tensors
+from tests.support.lora import random_adapter
+from tests.support.weights import changed_weights
 from twinkle_serve.data_format.weights import INITIAL_LABEL
 from twinkle_serve.sampler import RunningSampler
 

@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 
 from ray import serve
-from tests.support.deploy import deploy
-from tests.support.ray_cluster import ray_cluster
 
 from benchmarks.chaos.calls import TIMEOUT_S
 from benchmarks.chaos.checks import LATE_S, Finding, check, check_references
@@ -21,6 +19,8 @@ from benchmarks.chaos.reference import Reference
 from benchmarks.chaos.scorers import FakeScorer, TransformersScorer
 from benchmarks.chaos.watch import Watch
 from benchmarks.common.engines import EngineArgs
+from tests.support.deploy import deploy
+from tests.support.ray_cluster import ray_cluster
 
 APPLICATION = "chaos"
 ENGINE_ARGS: dict[str, EngineArgs] = {

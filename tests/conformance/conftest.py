@@ -3,75 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from tests.conformance.harness import EngineHarness, Files
-from tests.conformance.samplers import ENGINE_ARGS, KINDS, make_sampler
-from tests.integration.conftest import ray_cluster
+from tests.support.harness import EngineHarness, started
+from tests.support.samplers import make_sampler
 from twinkle_serve import hub
-from twinkle_serve.data_format.groups import EngineKind
-from twinkle_serve.engines import build_engine
-from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.sampler import RunningSampler
 
 
-async def started(kind: EngineKind, model: Path = hub.DEMO) -> AsyncIterator[EngineHarness]:
-    engine = build_engine(
-        kind, f"{kind}-under-test", str(model), ENGINE_ARGS[kind], cpus=[(0,)] if kind == "vllm" else []
-    )
-    store: Any = Files()
-    host = EngineServer(engine, model, store)
-    await host.start(kind, 300)
-    harness = EngineHarness(engine, host, store)
-    yield harness
-    assert not harness.unfinished, "a test left groups running"
-    await host.stop()
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> None:
+    """Of torch in this process: several gain nothing on so small a model, and spin where cores are scarce."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="package")
 async def vllm_engine() -> AsyncIterator[EngineHarness]:
-    async for harness in started("vllm"):
+    async with started("vllm") as harness:
         yield harness
 
 
 @pytest.fixture(scope="package")
 async def torch_engine() -> AsyncIterator[EngineHarness]:
-    async for harness in started("torch"):
+    async with started("torch") as harness:
         yield harness
 
 
 @pytest.fixture(scope="package")
 async def fake_engine() -> AsyncIterator[EngineHarness]:
-    async for harness in started("fake"):
+    async with started("fake") as harness:
         yield harness
 
 
-@pytest.fixture(params=["fake", "torch", "vllm"])
+@pytest.fixture(params=["fake", "torch", pytest.param("vllm", marks=pytest.mark.vllm)])
 def engine(request: pytest.FixtureRequest) -> EngineHarness:
     """Each engine in turn."""
     harness: EngineHarness = request.getfixturevalue(f"{request.param}_engine")
     return harness
 
 
-@pytest.fixture(scope="package")
-def cluster() -> Iterator[None]:
-    with ray_cluster(num_cpus=16):
-        yield
-
-
-@pytest.fixture(scope="package", params=list(KINDS))
+@pytest.fixture(
+    scope="package",
+    params=[
+        "fake",
+        "torch",
+        pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.nightly]),
+        pytest.param("fake-service", marks=pytest.mark.ray),
+        pytest.param("torch-service", marks=[pytest.mark.ray, pytest.mark.nightly]),
+        pytest.param("vllm-service", marks=[pytest.mark.ray, pytest.mark.vllm]),
+    ],
+)
 def sampler(request: pytest.FixtureRequest) -> Iterator[RunningSampler]:
     """Each engine, each way of running it."""
+    shared = request.param == "vllm-service"
     if request.param.endswith("service"):
         request.getfixturevalue("cluster")
-    made = make_sampler(request.param)
-    yield made
-    assert not made.status()["requests"], "a test left requests running"
-    made.shutdown()
+    sampler = request.getfixturevalue("vllm_service") if shared else make_sampler(request.param)
+    yield sampler
+    assert not sampler.status()["requests"], "a test left requests running"
+    if not shared:
+        sampler.shutdown()
 
 
 @pytest.fixture

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.conformance.harness import EngineHarness
-from tests.lora import random_adapter, save_adapter
+from tests.support.harness import EngineHarness, Prompts
+from tests.support.lora import random_adapter, save_adapter
 from twinkle_serve.adapters import CONFIG, read_adapter
 from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.errors import AdapterError
 
-Prompts = list[np.ndarray]
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
 
@@ -67,7 +66,7 @@ async def test_engine_scores_with_an_adapter(
     for adapter, same in ((version, True), (other, False), (None, False)):
         scored = await engine.sample([whole], max_tokens=0, prompt_logprobs=0, adapter=adapter)
         logprobs = scored.columns.scores[0].logprobs[len(prompts[0]) :]
-        assert (np.abs(logprobs - sample.logprob_array).max() < 1e-3) == same
+        assert (np.abs(logprobs - sample.logprob_array).max() < 1e-3) == same  # type: ignore[operator]
     await engine.host.drop_adapter(version)
     await engine.host.drop_adapter(other)
 
@@ -120,6 +119,7 @@ async def test_engine_refuses_an_adapter_of_another_model(
     await engine.host.drop_adapter(version)
 
 
+@pytest.mark.vllm
 async def test_vllm_and_torch_agree_with_an_adapter(
     vllm_engine: EngineHarness, torch_engine: EngineHarness, prompts: Prompts, adapters: list[AdapterFiles]
 ) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conformance.conftest import started
-from tests.lora import ATTENTION, LINEAR, save_adapter
+from tests.support.harness import started
+from tests.support.lora import ATTENTION, LINEAR, save_adapter
 from twinkle_serve import SampleResponse, hub
 from twinkle_serve.adapters import read_adapter
 
+pytestmark = [pytest.mark.vllm, pytest.mark.nightly]
 TOLERANCE = 1e-3
 PROMPTS = [np.random.default_rng(length).integers(3, 260, length) for length in (5, 17, 40)]
 SIZES: dict[str, Any] = {
@@ -72,7 +73,7 @@ async def answers_of(architecture: str, path: Path) -> list[list[SampleResponse]
     options: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "ignore_eos": True, "prompt_logprobs": 0}
     answers = []
     for kind in ("vllm", "torch"):
-        async for engine in started(kind, model):
+        async with started(kind, model) as engine:
             adapter = await engine.add("lora", files)
             answers.append([await engine.sample(PROMPTS, adapter=which, **options) for which in (None, adapter)])
     return answers

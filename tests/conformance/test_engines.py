@@ -9,15 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conformance.harness import EngineHarness
+from tests.support.harness import LOGPROB_TOLERANCE, EngineHarness, Prompts
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.engines.group_runner import Finished, GroupRunner
 from twinkle_serve.engines.protocol import check_fits
-
-Prompts = list[np.ndarray]
-
-LOGPROB_TOLERANCE = 1e-3
-"""Between engines, and between a sample and its score, in float32."""
 
 
 async def test_engine_returns_count_samples_of_each_prompt_in_order(engine: EngineHarness, prompts: Prompts) -> None:
@@ -234,7 +229,7 @@ async def test_engine_prompt_logprobs_rescore_a_sample(engine: EngineHarness, pr
         assert len(scored.prompt_logprobs) == len(whole)
         assert scored.topk_prompt_logprobs is None
         rescored = np.array(scored.prompt_logprobs[len(prompts[i]) :], np.float32)
-        assert np.abs(rescored - seq.logprob_array).max() < LOGPROB_TOLERANCE
+        assert np.abs(rescored - seq.logprob_array).max() < LOGPROB_TOLERANCE  # type: ignore[operator]
 
 
 async def test_engine_prompt_logprobs_give_the_k_likeliest(engine: EngineHarness, prompts: Prompts) -> None:
@@ -282,6 +277,7 @@ async def test_group_runner_returns_every_group_once(engine: EngineHarness, prom
     assert rows == Counter({group.id: 2 for group in groups})
 
 
+@pytest.mark.vllm
 async def test_vllm_and_torch_agree_on_the_demo_model(
     vllm_engine: EngineHarness, torch_engine: EngineHarness, prompts: Prompts
 ) -> None:
@@ -297,6 +293,7 @@ async def test_vllm_and_torch_agree_on_the_demo_model(
         assert np.abs(scores[0] - scores[1]).max() < LOGPROB_TOLERANCE
 
 
+@pytest.mark.vllm
 async def test_vllm_argument_names_are_those_of_the_class(vllm_engine: EngineHarness) -> None:
     """The names read from vLLM's source are its dataclass's fields."""
     import dataclasses

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tests.conformance.harness import EngineHarness
-from tests.conformance.test_engines import LOGPROB_TOLERANCE, Prompts
+from tests.support.harness import LOGPROB_TOLERANCE, EngineHarness, Prompts
 from twinkle_serve.data_format.samples import PartialSample
 
 TOKENS = 100

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conformance.samplers import make_sampler
-from tests.lora import random_adapter, save_adapter
+from tests.support.lora import random_adapter, save_adapter
+from tests.support.samplers import make_sampler
 from twinkle_serve import SampleResponse, SamplingParams, Template
 from twinkle_serve.errors import (
     AdapterError,
@@ -166,7 +166,7 @@ def test_sampler_scores_given_sequences(sampler: RunningSampler) -> None:
         assert part.prompt_logprobs is not None and part.topk_prompt_logprobs is not None
         assert part.prompt_logprobs[0] is None and len(part.prompt_logprobs) == len(part.prompt_token_ids)
         given = np.array(part.prompt_logprobs[-8:], np.float32)
-        assert np.abs(given - sequence.logprob_array).max() < 1e-3
+        assert np.abs(given - sequence.logprob_array).max() < 1e-3  # type: ignore[operator]
         assert all(top[0][1] >= top[1][1] for top in part.topk_prompt_logprobs[1:] if top)
     said = {"messages": [*QUESTIONS[0]["messages"], {"role": "assistant", "content": "46"}]}
     assert sampler.score(said).prompt_token_ids[-4:] == [22, 24, 2, 201], "no turn is opened for the assistant"

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.lora import save_adapter
+from tests.support.lora import save_adapter
 from twinkle_serve import SamplingParams, TorchSampler, hub, vLLMSampler
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.errors import AdapterError, PromptError, SamplingParamsError, TwinkleServeError
@@ -164,7 +164,7 @@ def test_an_unknown_parameter_is_named(sampler: RunningSampler) -> None:
 
 def test_the_callers_dicts_stay_unchanged(sampler: RunningSampler) -> None:
     """Messages, tools and user data, at any depth; a returned feature shares nothing with them."""
-    inputs = [
+    inputs: list[dict[str, Any]] = [
         {
             "messages": [{"role": "user", "content": "12+34="}],
             "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.weights import Reference, changed_weights
+from tests.support.weights import Reference, changed_weights
 from twinkle_serve import SampleResponse
 from twinkle_serve.errors import (
     DeadlineError,
     LeaseExpiredError,
     RequestError,
     TwinkleServeError,
-    UnsupportedError,
     WeightsError,
 )
 from twinkle_serve.routing.api import RouterAPI
@@ -206,8 +205,6 @@ def test_bad_arguments_are_refused(sampler: RunningSampler, weights: dict[str, A
             sampler.update_weights(weights, version)
     with pytest.raises(RequestError, match="mode must be one of keep, wait, abort, got 'now'"):
         sampler.update_weights(weights, next(LABELS), mode="now")  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedError, match="transport must be store"):
-        sampler.update_weights(weights, next(LABELS), transport="nccl")  # type: ignore[arg-type]
     with pytest.raises(WeightsError, match="non-empty string"):
         sampler.update_weights(weights, "")
     for option in ({"timeout_s": None}, {"timeout_s": 0}, {"bucket_bytes": -1}):

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conformance.harness import EngineHarness
-from tests.lora import save_adapter
-from tests.weights import Reference, changed_weights
+from tests.support.harness import EngineHarness
+from tests.support.lora import save_adapter
+from tests.support.weights import Reference, changed_weights
 from twinkle_serve import hub
 from twinkle_serve.adapters import read_adapter
 from twinkle_serve.data_format.response import SampledSequence

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.integration.conftest import deploy, ray_cluster
+from tests.support.deploy import deploy
+from tests.support.ray_cluster import ray_cluster
 from twinkle_serve.sampler import RunningSampler
 
 pytestmark = [

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.docs import PAGES, SERVICE, Block, blocks_of
-from tests.integration.conftest import deploy, ray_cluster
-from tests.lora import random_adapter
-from tests.weights import changed_weights
+from tests.support.deploy import deployed
+from tests.support.docs import PAGES, SERVICE, Block, blocks_of
+from tests.support.lora import random_adapter
+from tests.support.weights import changed_weights
 from twinkle_serve import TorchSampler
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page) if block.runs == SERVICE]
@@ -25,12 +25,13 @@ class Model:
         return changed_weights(1)
 
 
+pytestmark = pytest.mark.ray
+
+
 @pytest.fixture(scope="module", autouse=True)
-def service() -> Iterator[None]:
-    with ray_cluster(num_cpus=3):
-        sampler = deploy("sampler", engine="fake", device_mesh={"dp_size": 2})
+def service(cluster: None) -> Iterator[None]:
+    with deployed("sampler", engine="fake", device_mesh={"dp_size": 2}):
         yield
-        sampler.shutdown()
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,9 @@ import psutil
 import pytest
 import yaml
 
-from tests.integration.test_scripts_serve import Service, config_with, serving
+from tests.support.scripts_serve import Service, config_with, ended, own_environment, serving
+
+pytestmark = [pytest.mark.ray, pytest.mark.own_cluster]
 
 LOAD = """
 import json, sys, threading, twinkle_serve
@@ -97,22 +97,16 @@ class Load:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """dp_size 1, on a cluster that says it has eight cores."""
-    own_ray = tempfile.mkdtemp(prefix="tst")
-    inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    environment = {**inherited, "RAY_TMPDIR": own_ray, "RAY_OVERRIDE_RESOURCES": '{"CPU": 8}'}
     config = config_with(tmp_path_factory.mktemp("elastic") / "config.yaml", **with_engines(1))
-    try:
-        with serving(config, environment) as running:
-            running.environment = {**environment, "RAY_ADDRESS": gcs_address(running.process), "RAY_AUTH_MODE": "token"}
-            yield running
-    finally:
-        shutil.rmtree(own_ray, ignore_errors=True)
+    with own_environment(RAY_OVERRIDE_RESOURCES='{"CPU": 8}') as environment, serving(config, environment) as running:
+        running.environment |= {"RAY_ADDRESS": gcs_address(running.process), "RAY_AUTH_MODE": "token"}
+        yield running
 
 
 def gcs_address(process: subprocess.Popen[str]) -> str:
     """Of the cluster that scripts/serve has started: "auto" joins whatever cluster it finds on the machine."""
     commands = [" ".join(child.cmdline()) for child in psutil.Process(process.pid).children(recursive=True)]
-    found = {address for command in commands for address in re.findall(r"--gcs-address=(\S+)", command)}
+    found: set[str] = {address for command in commands for address in re.findall(r"--gcs-address=(\S+)", command)}
     assert len(found) == 1, found
     return found.pop()
 
@@ -218,3 +212,10 @@ def test_restart_by_name_replaces_that_process_alone(service: Service) -> None:
         assert not load.end()["failed"]
     finally:
         load.kill()
+
+
+@pytest.mark.timeout(200)
+def test_plain_kill_stops_all_of_it(service: Service) -> None:
+    """SIGTERM means what Ctrl-C means: exit code 0, nothing left."""
+    service.process.send_signal(signal.SIGTERM)
+    assert ended(service.process, 60) == 0, service.config.with_name("log").read_text()[-4000:]

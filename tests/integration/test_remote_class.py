@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 from collections.abc import Iterator
@@ -19,7 +18,10 @@ import pytest
 import ray
 from ray._private.state import available_resources_per_node
 
-from tests.integration.conftest import wait_until
+from tests.support.eventually import wait_until
+from tests.support.processes import with_title
+from tests.support.ray_cluster import ray_cluster
+from tests.support.service_logs import cluster_directory
 from twinkle_serve import DeviceGroup, DeviceMesh
 from twinkle_serve.errors import MeshError, WorkerError
 from twinkle_serve.placement import place_in_group
@@ -33,6 +35,7 @@ from twinkle_serve.remote import (
     shutdown,
 )
 
+pytestmark = [pytest.mark.ray, pytest.mark.own_cluster]
 CPUS, GPUS = 2, 4
 VISIBLE = "4,5,6,7"
 """The GPUs that the node is told to use: a rank is no id."""
@@ -40,28 +43,12 @@ VISIBLE = "4,5,6,7"
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """Its address. Gone afterwards, processes and files."""
-    before = set(psutil.Process().children(recursive=True))
-    directory = tempfile.mkdtemp(prefix="tst")  # short: socket paths are limited
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
-        context = ray.init(
-            address="local",
-            num_cpus=CPUS,
-            num_gpus=GPUS,
-            namespace="serve",
-            include_dashboard=False,
-            log_to_driver=False,
-            _temp_dir=directory,
-        )
-    started = set(psutil.Process().children(recursive=True)) - before
-    try:
-        yield context.address_info["address"]
-    finally:
-        ray.shutdown()
-        _, alive = psutil.wait_procs(started, timeout=30)
-        shutil.rmtree(directory, ignore_errors=True)
-        assert not alive, f"Ray left processes behind: {alive}"
+    """Its address."""
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
+            address = stack.enter_context(ray_cluster(CPUS, num_gpus=GPUS, with_serve=False))
+        yield address
 
 
 @pytest.fixture(autouse=True)
@@ -223,7 +210,7 @@ def test_initialize_takes_nothing_when_somebody_else_holds_devices() -> None:
         def gpu(self) -> str:
             return str(ray.get_gpu_ids()[0])
 
-    somebody = Somebody.remote()
+    somebody = Somebody.remote()  # type: ignore[attr-defined]
     held = VISIBLE.split(",").index(ray.get(somebody.gpu.remote()))
     try:
         with pytest.raises(
@@ -258,11 +245,11 @@ def test_initialize_replaces_a_group_of_another_shape_and_keeps_one_of_the_same(
 def test_group_with_remote_objects_of_this_run_is_not_replaced() -> None:
     """Their workers would go on using what is another group's by then; as it is, the group can be asked for again."""
     initialize("ray", groups=[gpu("actor", 2), gpu("sampler", 2)])
-    counter = Counter(remote_group="sampler")
+    remote = counter("sampler")
     with pytest.raises(MeshError, match=r"'sampler' has ranks=2 .* asks for ranks=1 .* remote objects of this run are"):
         initialize("ray", groups=[gpu("actor", 3), gpu("sampler", 1)])
     initialize("ray", groups=[gpu("actor", 2), gpu("sampler", 2)])
-    assert counter.add([1]) == [2]
+    assert remote.add([1]) == [2]
 
 
 def run_script(tmp_path: Path, address: str, body: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -317,8 +304,7 @@ def test_group_of_a_crashed_run_is_taken_over(cluster: str, tmp_path: Path) -> N
 
 def test_initialize_starts_a_cluster_when_there_is_none_and_shutdown_ends_it(tmp_path: Path) -> None:
     """RAY_ADDRESS=local stands for a machine without a cluster, which this one may have."""
-    directory = tempfile.mkdtemp(prefix="tst")
-    try:
+    with cluster_directory() as directory:
         answer = run_script(
             tmp_path,
             "local",
@@ -333,8 +319,6 @@ def test_initialize_starts_a_cluster_when_there_is_none_and_shutdown_ends_it(tmp
             """,
             RAY_TMPDIR=directory,
         )
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
     assert answer.stdout.splitlines()[-2:] == ["['sampler'] True", "False False"], answer
 
 
@@ -376,7 +360,7 @@ def test_unknown_group_is_named_with_those_that_exist() -> None:
 
 
 def counter(group: str, *args: Any, **kwargs: Any) -> Any:
-    return Counter(*args, remote_group=group, **kwargs)
+    return Counter(*args, remote_group=group, **kwargs)  # type: ignore[call-arg]
 
 
 def test_workers_see_the_devices_of_their_group_alone() -> None:
@@ -481,15 +465,7 @@ def test_constructor_that_fails_leaves_no_worker() -> None:
 
 def worker_processes() -> set[int]:
     """Processes of this cluster that run a Worker."""
-    found = psutil.Process().children(recursive=True)
-    return {process.pid for process in found if "ray::Worker" in " ".join(_command(process))}
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:
-        return []
+    return {process.pid for process in with_title("ray::Worker")}
 
 
 def test_methods_that_are_not_remote_are_refused_by_name() -> None:

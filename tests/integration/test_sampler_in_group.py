@@ -7,18 +7,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 from ray import serve
 
 import twinkle_serve
-from tests.integration.conftest import deploy, ray_cluster
+from tests.support.deploy import deploy
+from tests.support.samplers import FakeSampler
 from twinkle_serve import DeviceGroup, DeviceMesh, TorchSampler, connect, remote_class, remote_function
 from twinkle_serve.errors import MeshError
 from twinkle_serve.remote import group_devices, known_groups
 from twinkle_serve.remote.reservation import enter_group
 
+pytestmark = pytest.mark.ray
 QUESTION = {"messages": [{"role": "user", "content": "12+34="}]}
 ENGINE_ARGS = {"dtype": "float32", "max_model_len": 128}
 
@@ -33,20 +36,19 @@ class Actor:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def groups() -> Iterator[None]:
+def groups(cluster: None) -> Iterator[None]:
     """Four cores as Ray counts them: two for the actor model, two for the sampler."""
-    with ray_cluster(num_cpus=5):
-        actor, sampler = DeviceGroup("actor", 2, device_type="cpu"), DeviceGroup("sampler", [2, 3], device_type="cpu")
-        twinkle_serve.initialize("ray", groups=[actor, sampler])
-        yield
-        assert "sampler" in serve.status().applications, "the last test leaves one"
-        twinkle_serve.shutdown()
-        assert "sampler" not in serve.status().applications, "its engines would go on using devices of nobody"
+    actor, sampler = DeviceGroup("actor", 2, device_type="cpu"), DeviceGroup("sampler", [2, 3], device_type="cpu")
+    twinkle_serve.initialize("ray", groups=[actor, sampler])
+    yield
+    assert "sampler" in serve.status().applications, "the last test leaves one"
+    twinkle_serve.shutdown()
+    assert "sampler" not in serve.status().applications, "its engines would go on using devices of nobody"
 
 
 def test_sampler_takes_devices_of_its_group_alone() -> None:
     """Its engines have the cores of their group, the actor's workers those of theirs: none is shared."""
-    actor = Actor(remote_group="actor")
+    actor: Any = Actor(remote_group="actor")  # type: ignore[call-arg]
     sampler = TorchSampler("demo", ENGINE_ARGS, DeviceMesh.from_sizes(dp_size=2), "sampler")
     ids = {name: [int(device.id) for device in group_devices(name).devices] for name in ("actor", "sampler")}
     assert ids == {"actor": [0, 1], "sampler": [2, 3]}
@@ -61,7 +63,7 @@ def test_sampler_takes_devices_of_its_group_alone() -> None:
 def test_sampler_of_a_group_leaves_other_applications_alone() -> None:
     """Deployed next to another, called by handle and by name, and gone by its own shutdown."""
     other = deploy("other", engine="fake", device_mesh={"dp_size": 1})
-    sampler = TorchSampler("demo", ENGINE_ARGS, remote_group="sampler")
+    sampler = FakeSampler("demo", remote_group="sampler")
     assert {"other", "sampler"} <= set(serve.status().applications)
     expected = sampler.sample(QUESTION, {"temperature": 0}).sequences[0].tokens
     assert connect("sampler").sample(QUESTION, {"temperature": 0}).sequences[0].tokens == expected
@@ -74,10 +76,11 @@ def test_sampler_of_a_group_leaves_other_applications_alone() -> None:
 SCRIPT = """
 import os
 import twinkle_serve
-from twinkle_serve import DeviceGroup, TorchSampler
+from tests.support.samplers import FakeSampler
+from twinkle_serve import DeviceGroup
 
 twinkle_serve.initialize("ray", groups=[DeviceGroup("crashing", 1, device_type="cpu")])
-sampler = TorchSampler("demo", {"dtype": "float32", "max_model_len": 128}, remote_group="crashing")
+sampler = FakeSampler("demo", remote_group="crashing")
 print(len(sampler.sample({"input_ids": [5]}, {"max_tokens": 2}).sequences), flush=True)
 os._exit(3)  # a crash: nothing is given back
 """
@@ -108,22 +111,23 @@ def test_engine_does_not_start_on_devices_that_its_group_has_lost() -> None:
     enter_group("sampler", group.devices[:1], "early")  # not of Serve, so it keeps nobody from anything
 
 
+def test_sampler_that_does_not_fit_its_group_is_refused_at_once() -> None:
+    """With both numbers; and so is a group that does not exist."""
+    with pytest.raises(MeshError, match=r"needs 3 devices \(dp_size=3 x tp_size=1\), group 'sampler' has 2"):
+        FakeSampler("demo", None, DeviceMesh.from_sizes(dp_size=3), "sampler")
+    with pytest.raises(MeshError, match="'smapler', did you mean 'sampler'"):
+        FakeSampler("demo", None, DeviceMesh.from_sizes(dp_size=1), "smapler")
+    with pytest.raises(MeshError, match=r"dp_size=2: one engine runs in this process"):
+        FakeSampler("demo", None, DeviceMesh.from_sizes(dp_size=2))
+
+
 def test_group_with_a_sampler_of_this_run_is_not_replaced() -> None:
-    """Its engines would go on using what is another group's by then. It goes on as it was."""
-    sampler = TorchSampler("demo", ENGINE_ARGS, remote_group="sampler")
+    """Its engines would go on using what is another group's by then. It goes on as it was.
+
+    The last test: the sampler that it leaves ends with its group.
+    """
+    sampler = FakeSampler("demo", remote_group="sampler")
     actor, smaller = DeviceGroup("actor", 2, device_type="cpu"), DeviceGroup("sampler", [2], device_type="cpu")
     with pytest.raises(MeshError, match="application 'sampler' of this run are in it"):
         twinkle_serve.initialize("ray", groups=[actor, smaller])
     assert len(sampler.sample(QUESTION, {"max_tokens": 2}).sequences) == 1
-    sampler.shutdown()
-
-
-def test_sampler_that_does_not_fit_its_group_is_refused_at_once() -> None:
-    """With both numbers; and so is a group that does not exist."""
-    with pytest.raises(MeshError, match=r"needs 3 devices \(dp_size=3 x tp_size=1\), group 'sampler' has 2"):
-        TorchSampler("demo", ENGINE_ARGS, DeviceMesh.from_sizes(dp_size=3), "sampler")
-    with pytest.raises(MeshError, match="'smapler', did you mean 'sampler'"):
-        TorchSampler("demo", ENGINE_ARGS, DeviceMesh.from_sizes(dp_size=1), "smapler")
-    with pytest.raises(MeshError, match=r"dp_size=2: one engine runs in this process"):
-        TorchSampler("demo", ENGINE_ARGS, DeviceMesh.from_sizes(dp_size=2))
-    TorchSampler("demo", ENGINE_ARGS, DeviceMesh.from_sizes(dp_size=1), "sampler")

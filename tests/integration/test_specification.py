@@ -1,144 +1,29 @@
-"""The snippets of the sampler's specification run as they stand, under the name `twinkle`, on real engines.
-
-Each is the specification's own text. Where it names a model or GPUs that a test machine lacks, those literals alone are
-replaced, by SUBSTITUTES.
-"""
-
-# ruff: noqa: W293  # the specification's own text
+"""The snippets of the sampler's specification run as they stand, under the name `twinkle`, on real engines."""
 
 from __future__ import annotations
 
-import sys
-import textwrap
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.conftest import ray_cluster
-from tests.lora import save_adapter
-
-SUBSTITUTES = {
-    "'ms://Qwen/Qwen2.5-7B-Instruct'": "'demo'",
-    "'path/to/lora'": "LORA",
-    "dp_size=2, tp_size=2": "dp_size=2, tp_size=1",
-    "dp_size=4": "dp_size=2",
-    "ranks=4, device_type='cuda'": "ranks=2, device_type='cpu'",
-}
-"""Literal in the specification, literal in the test."""
-
-INTERFACE = """
-class Sampler(ABC):
-    
-    @abstractmethod
-    def sample(
-        self,
-        inputs: Union[InputFeature, List[InputFeature], Trajectory, List[Trajectory]],
-        sampling_params: Optional[SamplingParams] = None,
-        adapter_name: str = '',
-        *,
-        num_samples: int = 1,
-    ) -> SampleResponse:
-        \"\"\"对给定输入进行采样\"\"\"
-        ...
-    
-    def add_adapter_to_model(self, adapter_name: str, config_or_dir, **kwargs):
-        \"\"\"添加 LoRA 适配器\"\"\"
-        ...
-    
-    def set_template(self, template_cls: Union[Template, Type[Template], str], **kwargs):
-        \"\"\"设置模板\"\"\"
-        ...
-"""
-
-VLLM_SAMPLER = """
-from twinkle.sampler import vLLMSampler
-from twinkle.data_format import SamplingParams
-from twinkle import DeviceMesh
-
-# 创建采样器
-sampler = vLLMSampler(
-    model_id='ms://Qwen/Qwen2.5-7B-Instruct',
-    device_mesh=DeviceMesh.from_sizes(dp_size=2, tp_size=2),
-    remote_group='sampler_group'
+from tests.support.specification import (
+    INTERFACE,
+    REMOTE,
+    SUBSTITUTES,
+    TORCH_SAMPLER,
+    VLLM_SAMPLER,
+    as_twinkle,
+    run,
 )
-
-# 添加 LoRA
-sampler.add_adapter_to_model('my_lora', 'path/to/lora')
-
-# 设置采样参数
-params = SamplingParams(
-    max_tokens=512,
-    temperature=0.7,
-    top_p=0.9,
-    top_k=50
-)
-
-# 进行采样
-response = sampler.sample(
-    trajectories,
-    sampling_params=params,
-    adapter_name='my_lora',
-    num_samples=4  # 每个 prompt 生成 4 个样本
-)
-"""
-
-TORCH_SAMPLER = """
-from twinkle.sampler import TorchSampler
-from twinkle import DeviceMesh
-
-sampler = TorchSampler(
-    model_id='ms://Qwen/Qwen2.5-7B-Instruct',
-    device_mesh=DeviceMesh.from_sizes(dp_size=1),
-)
-
-response = sampler.sample(trajectories, sampling_params=params)
-"""
-
-REMOTE = """
-import twinkle
-from twinkle import DeviceGroup, DeviceMesh
-from twinkle.sampler import VLLMSampler
-
-# 初始化 Ray 集群
-device_groups = [
-    DeviceGroup(name='sampler', ranks=4, device_type='cuda')
-]
-twinkle.initialize('ray', groups=device_groups)
-
-# 创建远程采样器
-sampler = VLLMSampler(
-    model_id='ms://Qwen/Qwen2.5-7B-Instruct',
-    device_mesh=DeviceMesh.from_sizes(dp_size=4),
-    remote_group='sampler'
-)
-
-# sample 方法会在 remote worker 中执行
-response = sampler.sample(trajectories, sampling_params=params)
-"""
-
-TRAJECTORIES = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in (12, 345, 678)]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def twinkle() -> Iterator[None]:
-    """The name `twinkle` in this process, for these tests."""
-    import twinkle_serve.as_twinkle  # noqa: F401
-
-    yield
-    for name in [name for name in sys.modules if name.split(".")[0] == "twinkle"]:
-        del sys.modules[name]
-    del sys.modules["twinkle_serve.as_twinkle"]
-
-
-def run(snippet: str, **names: Any) -> dict[str, Any]:
-    """Runs a snippet with the substitutes; returns its names."""
-    for literal, substitute in SUBSTITUTES.items():
-        snippet = snippet.replace(literal, substitute)
-    namespace = {"trajectories": TRAJECTORIES, **names}
-    exec(compile(textwrap.dedent(snippet), "specification", "exec"), namespace)
-    return namespace
+    """The name `twinkle`, for these tests."""
+    with as_twinkle():
+        yield
 
 
 def test_substitutes_are_literals_of_the_specification() -> None:
@@ -180,26 +65,29 @@ def test_specification_of_the_torch_sampler_runs() -> None:
     names["sampler"].shutdown()
 
 
-def test_specification_of_the_vllm_sampler_runs(tmp_path: Path) -> None:
+@pytest.mark.ray
+@pytest.mark.vllm
+def test_specification_of_the_vllm_sampler_runs(specified: dict[str, Any]) -> None:
     """As a service beside others, on two vLLM engines, with the adapter."""
-    with ray_cluster(num_cpus=4):
-        names = run(VLLM_SAMPLER, LORA=str(save_adapter(tmp_path / "lora")))
-        response = names["response"]
-        assert len(response.sequences) == 12 and len(response) == 3
-        assert {seq.adapter for seq in response.sequences} == {"my_lora@1"}
-        assert {seq.engine for seq in response.sequences} == {"engine-dp0", "engine-dp1"}
-        names["sampler"].shutdown()
+    response = specified["response"]
+    assert len(response.sequences) == 12 and len(response) == 3
+    assert {seq.adapter for seq in response.sequences} == {"my_lora@1"}
+    assert {seq.engine for seq in response.sequences} == {"engine-dp0", "engine-dp1"}
 
 
-def test_specification_of_remote_samplers_runs() -> None:
-    """In a group of its own, whose devices the engines have."""
+@pytest.mark.ray
+@pytest.mark.vllm
+def test_specification_of_remote_samplers_runs(cluster: None) -> None:
+    """In a group of its own, whose device the engine has."""
     from twinkle import shutdown
     from twinkle.data_format import SamplingParams
+    from twinkle.remote import group_devices
 
-    with ray_cluster(num_cpus=3):
-        names = run(REMOTE, params=SamplingParams(max_tokens=8))
-        assert len(names["response"].sequences) == 3
-        cores = [tuple(engine["cpus"]) for engine in names["sampler"].status()["engines"].values()]
-        assert len(cores) == len(set(cores)) == 2
-        names["sampler"].shutdown()
-        shutdown()
+    names = run(REMOTE, params=SamplingParams(max_tokens=8))
+    assert len(names["response"].sequences) == 3
+    cores = sorted(os.sched_getaffinity(0))
+    (engine,) = names["sampler"].status()["engines"].values()
+    (device,) = group_devices("sampler").devices
+    assert engine["cpus"] == [cores[int(device.id) % len(cores)]]
+    names["sampler"].shutdown()
+    shutdown()

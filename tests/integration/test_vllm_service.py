@@ -1,64 +1,54 @@
-"""Shapes of the service that scripts/serve's config does not cover, on real vLLM and torch."""
+"""vLLM alone and as a service: shapes that scripts/serve's config does not cover, crashes, refusals and kills."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
 import pytest
-import ray
 
-from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
-from tests.lora import save_adapter
+from tests.support.deploy import deployed
+from tests.support.eventually import wait_until
+from tests.support.lora import save_adapter
+from tests.support.processes import replica_process
 from twinkle_serve import hub
-from twinkle_serve.data_format.groups import Group
-from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines import build_engine
-from twinkle_serve.errors import AdapterError, EngineArgsError, EngineCrashedError, EngineDeadError, SamplingParamsError
+from twinkle_serve.errors import AdapterError, EngineArgsError, SamplingParamsError
+from twinkle_serve.sampler import RunningSampler
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(100, 116)]
 GREEDY = {"max_tokens": 8, "temperature": 0}
+pytestmark = pytest.mark.vllm
 VLLM_ARGS = {"max_model_len": 256, "dtype": "float32", "kv_cache_memory_bytes": 2**27}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with ray_cluster(num_cpus=8):
-        yield
-
-
+@pytest.mark.ray
+@pytest.mark.nightly
 @pytest.mark.timeout(400)
-def test_tensor_parallel_replicas_sample_what_torch_does(tmp_path: Path) -> None:
+def test_tensor_parallel_replicas_sample_what_torch_does(cluster: None, tmp_path: Path) -> None:
     """dp_size 2 x tp_size 2 on CPU: each sample once, the tokens of torch, and its logprobs within 1e-3."""
-    four = deploy("tp2", engine="vllm", device_mesh={"dp_size": 2, "tp_size": 2}, engine_args=VLLM_ARGS)
-    torch = deploy("torch", engine="torch", engine_args={"dtype": "float32"})
-    one, other = (sampler.sample(QUESTIONS, GREEDY, num_samples=2) for sampler in (four, torch))
+    with (
+        deployed("tp2", engine="vllm", device_mesh={"dp_size": 2, "tp_size": 2}, engine_args=VLLM_ARGS) as four,
+        deployed("torch", engine="torch", engine_args={"dtype": "float32"}) as torch,
+    ):
+        one, other = (sampler.sample(QUESTIONS, GREEDY, num_samples=2) for sampler in (four, torch))
+        with pytest.raises(AdapterError, match="LoRA is switched off"):  # it was not asked for
+            four.add_adapter_to_model("lora", save_adapter(tmp_path / "lora"))
     assert [seq.prompt_index for seq in one.sequences] == [i for i in range(len(QUESTIONS)) for _ in range(2)]
     assert {seq.engine for seq in one.sequences} == {"engine-dp0", "engine-dp1"}
     assert [seq.tokens for seq in one.sequences] == [seq.tokens for seq in other.sequences]
     assert abs(one.columns.logprobs - other.columns.logprobs).max() < 1e-3  # type: ignore[operator]
     assert one.logprobs_mode == other.logprobs_mode == "raw_logprobs"
-    with pytest.raises(AdapterError, match="LoRA is switched off"):  # it was not asked for
-        four.add_adapter_to_model("lora", save_adapter(tmp_path / "lora"))
 
 
-@pytest.mark.timeout(400)
-async def test_engines_own_refusal_fails_its_call_alone() -> None:
+@pytest.mark.ray
+async def test_engines_own_refusal_fails_its_call_alone(vllm_service: RunningSampler) -> None:
     """A stop token outside the vocabulary, refused by vLLM itself: typed, and the neighbours in the chunk finish."""
-    from twinkle_serve import connect
-
-    assert ray.is_initialized()
-    sampler = connect("tp2")
-    good = [sampler.sample_async(QUESTIONS, {"max_tokens": 20, "ignore_eos": True}) for _ in range(3)]
-    bad = sampler.sample_async(QUESTIONS[0], {"stop": [10**6], "max_tokens": 4})
+    good = [vllm_service.sample_async(QUESTIONS, {"max_tokens": 20, "ignore_eos": True}) for _ in range(3)]
+    bad = vllm_service.sample_async(QUESTIONS[0], {"stop": [10**6], "max_tokens": 4})
     *responses, refused = await asyncio.gather(*good, bad, return_exceptions=True)
     assert all(len(response.sequences) == 16 for response in responses)  # type: ignore[union-attr]
     assert isinstance(refused, SamplingParamsError), refused
@@ -93,39 +83,15 @@ def test_script_that_ends_without_shutdown_leaves_nothing(tmp_path: Path) -> Non
     wait_until(lambda: not any(psutil.pid_exists(int(pid)) for pid in children), "its processes are gone")
 
 
-@pytest.mark.parametrize(
-    ("number", "kind"), [(signal.SIGSEGV, EngineCrashedError), (signal.SIGKILL, EngineDeadError)], ids=str
-)
-async def test_engine_that_ended_by_itself_is_told_from_one_that_was_killed(
-    number: signal.Signals, kind: type[EngineDeadError]
-) -> None:
-    """By the exit code of vLLM's process: a prompt may be to blame for the one, and not for the other."""
-    engine: Any = build_engine("vllm", "ended", str(hub.DEMO), VLLM_ARGS)
-    await engine.start()
-    endless = DecodingParams(max_tokens=200, ignore_eos=True)
-    call = asyncio.ensure_future(
-        engine.sample_group(Group(id=1, prompt_ids=np.array([20, 21], np.int32), params=endless))
-    )
-    while not engine.progress():  # noqa: ASYNC110  # a number, not an event
-        await asyncio.sleep(0.001)
-    (core,) = engine._llm.engine_core.resources.engine_manager.processes
-    os.kill(core.pid, number)
-    with pytest.raises(EngineDeadError) as caught:
-        await call
-    assert type(caught.value) is kind
-    await engine.stop()
-
-
-@pytest.mark.timeout(400)
-async def test_samples_go_on_when_their_engine_is_killed_and_rescore() -> None:
+@pytest.mark.ray
+@pytest.mark.ends_engine
+async def test_samples_go_on_when_their_engine_is_killed_and_rescore(vllm_service: RunningSampler) -> None:
     """`failover: resume`: each sample once and whole; its logprobs are those of a score of the whole, to 1e-3."""
-    arguments = {"device_mesh": {"dp_size": 2}, "engine_args": VLLM_ARGS, "failover": "resume"}
-    sampler = await asyncio.to_thread(deploy, "resume", engine="vllm", **arguments)
     prompts = [{"input_ids": [20 + i, 21, 22, 23]} for i in range(32)]
-    call = asyncio.ensure_future(sampler.sample_async(prompts, {"max_tokens": 240, "ignore_eos": True}))
+    call = asyncio.ensure_future(vllm_service.sample_async(prompts, {"max_tokens": 240, "ignore_eos": True}))
     await asyncio.wait({call}, timeout=1.2)  # two reports
     assert not call.done(), "the machine is too fast: the test shows nothing"
-    replica_process("resume", "engine-dp0").kill()
+    replica_process("sampler_group", "engine-dp0").kill()
     response = await call
     assert [seq.prompt_index for seq in response.sequences] == list(range(32))
     assert {len(seq.tokens) for seq in response.sequences} == {240}
@@ -133,7 +99,7 @@ async def test_samples_go_on_when_their_engine_is_killed_and_rescore() -> None:
         {"input_ids": [*prompt["input_ids"], *seq.tokens]}
         for prompt, seq in zip(prompts, response.sequences, strict=True)
     ]
-    scores = await sampler.sample_async(whole, {"max_tokens": 0, "prompt_logprobs": 0})
+    scores = await vllm_service.sample_async(whole, {"max_tokens": 0, "prompt_logprobs": 0})
     for seq, score in zip(response.sequences, scores, strict=True):
         assert score.prompt_logprobs is not None
-        assert abs(score.prompt_logprobs[4:] - seq.logprob_array).max() < 1e-3
+        assert abs(score.prompt_logprobs[4:] - seq.logprob_array).max() < 1e-3  # type: ignore[operator]

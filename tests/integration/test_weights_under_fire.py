@@ -7,7 +7,6 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,14 +15,16 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.integration.conftest import deploy, ray_cluster, replica_process, wait_until
-from tests.lora import random_adapter
-from tests.processes import core_processes
-from tests.weights import changed_weights, differences
+from tests.support.deploy import deployed
+from tests.support.eventually import wait_until
+from tests.support.lora import random_adapter
+from tests.support.processes import core_processes, replica_process
+from tests.support.weights import changed_weights, differences
 from twinkle_serve import SampledSequence, hub
 from twinkle_serve.checkpoint import named_tensors
 from twinkle_serve.sampler import RunningSampler
 
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.nightly]
 PERIOD_S = 0.2
 IN_FLIGHT = 32
 ADAPTERS = ("red", "blue")
@@ -37,12 +38,6 @@ ENGINE_ARGS = {
 }
 AGREES, DIFFERS = 1e-3, 5e-3
 """Largest |Δlogprob|, nats, of a span under the versions that it names; least of the largest under others."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with ray_cluster(num_cpus=4):
-        yield
 
 
 @dataclass
@@ -209,9 +204,22 @@ def kill_core_of(application: str, deployment: str) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_every_sample_is_of_the_versions_that_it_names() -> None:
+def test_every_sample_is_of_the_versions_that_it_names(cluster: None) -> None:
     """32 requests in flight on two adapters and the model, a version every 200 ms, and each engine killed in turn."""
-    sampler = deploy("fire", engine="vllm", device_mesh={"dp_size": 2}, engine_args=ENGINE_ARGS)
+    with deployed("fire", engine="vllm", device_mesh={"dp_size": 2}, engine_args=ENGINE_ARGS) as sampler:
+        sequences, published, versions = samples_under_fire(sampler)
+    started = time.monotonic()
+    others, mixed = check(sequences, published)
+    print(
+        f"{len(sequences)} sequences, {mixed} of several versions of the model; {versions} versions; "
+        f"{others} spans against others; scored in {time.monotonic() - started:.0f} s"
+    )
+    assert {sequence.engine for sequence in sequences} == {"engine-dp0", "engine-dp1"}
+    assert others > 50 and mixed > 10
+
+
+def samples_under_fire(sampler: RunningSampler) -> tuple[list[SampledSequence], Published, int]:
+    """Sequences of all callers while weights change and engines die, what was published, and how many versions."""
     published = Published.begun()
     trainer = Trainer(sampler, published)
     trainer.start()
@@ -241,13 +249,5 @@ def test_every_sample_is_of_the_versions_that_it_names() -> None:
     last = sampler.sample([{"input_ids": [20, 21, 22]}] * 16, {"max_tokens": 16, "ignore_eos": True}, num_samples=4)
     assert set(last.columns.engine) == {"engine-dp0", "engine-dp1"}
     assert {span.version for s in last.sequences for span in s.weight_versions} == {sampler.status()["weights"]}
-    load.sequences += last.sequences
-    engines = {sequence.engine for sequence in load.sequences}
-    started = time.monotonic()
-    others, mixed = check(load.sequences, published)
-    print(
-        f"{len(load.sequences)} sequences, {mixed} of several versions of the model; {trainer.versions} versions; "
-        f"{others} spans against others; scored in {time.monotonic() - started:.0f} s"
-    )
-    assert engines == {"engine-dp0", "engine-dp1"} and others > 50 and mixed > 10
     assert psutil.pid_exists(replica_process("fire", "router").pid)
+    return [*load.sequences, *last.sequences], published, trainer.versions

@@ -14,7 +14,7 @@ import ray
 from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from tests.unit.test_response import columns, response
+from tests.support.responses import columns, response
 from twinkle_serve import timing
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.inputs import as_list
@@ -71,7 +71,7 @@ def test_call_to_a_cluster_that_has_gone_ends(monkeypatch: pytest.MonkeyPatch) -
     released = threading.Event()
     monkeypatch.setattr(serve, "status", released.wait)
     monkeypatch.setattr(timing, "CONTROLLER_TIMEOUT_S", 0.05)
-    backend = ServiceClient(Handle(ActorDiedError()), "sampler")  # type: ignore[arg-type]
+    backend = ServiceClient(Handle(ActorDiedError()), "sampler")
     with pytest.raises(ServiceError, match=r"did not answer: ActorDiedError.*where its service still runs"):
         sample(backend, [1])
     released.set()
@@ -79,7 +79,7 @@ def test_call_to_a_cluster_that_has_gone_ends(monkeypatch: pytest.MonkeyPatch) -
 
 def test_call_whose_router_says_nothing_ends_by_its_deadline() -> None:
     """The deadline is what passed, whatever the router was doing; of a control call it is the router that is late."""
-    backend = ServiceClient(Handle(TimeoutError()), "sampler")  # type: ignore[arg-type]
+    backend = ServiceClient(Handle(TimeoutError()), "sampler")
     with pytest.raises(DeadlineError, match=r"timeout_s=100 passed.*sent 1 times"):
         sample(backend, [1])
     with pytest.raises(ServiceError, match="did not answer in time"):
@@ -107,7 +107,7 @@ def test_response_has_the_inputs_as_they_were_sent() -> None:
         inputs[2]["user_data"] = None
         return answer_to(sent.inputs, (2, 38, 39), [])
 
-    made = sample(ServiceClient(Handle(answer), "sampler"), inputs)  # type: ignore[arg-type]
+    made = sample(ServiceClient(Handle(answer), "sampler"), inputs)
     assert made.inputs == [{"input_ids": [i], "user_data": {"id": i}} for i in (2, 38, 38)]
     assert made.sequences[0].new_input_feature["user_data"] == {"id": 2}
     made.inputs[1]["reward"] = 1.0
@@ -127,7 +127,7 @@ def test_call_is_sent_again_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
         inputs[2]["user_data"] = None
         return died.pop() if died else answer_to(sent.inputs, (0, 1, 2), [])
 
-    made = sample(ServiceClient(Handle(answer), "sampler"), inputs)  # type: ignore[arg-type]
+    made = sample(ServiceClient(Handle(answer), "sampler"), inputs)
     assert made.inputs == inputs_of(3) and not died
 
 
@@ -141,25 +141,26 @@ def test_inputs_that_hold_references_are_left_to_ray() -> None:
         inputs.pop()
         return answer_to(sent.inputs, (0, 1), sent.inputs)
 
-    made = sample(ServiceClient(Handle(answer), "sampler"), inputs)  # type: ignore[arg-type]
+    made = sample(ServiceClient(Handle(answer), "sampler"), inputs)
     assert [item["input_ids"] for item in made.inputs] == [[0], [1]]
 
 
 def test_inputs_that_cannot_be_sent_are_refused() -> None:
     """Before anything is sent; what is none at all is for the router to refuse."""
     refused = RequestError("inputs is empty")
-    backend = ServiceClient(Handle(lambda sent: refused), "sampler")  # type: ignore[arg-type]
+    backend = ServiceClient(Handle(lambda sent: refused), "sampler")
     with pytest.raises(PromptError, match=r"inputs\[0:1\] cannot be sent: TypeError.*lock"):
         sample(backend, [{"user_data": threading.Lock()}])
-    for none in ([], "text"):
+    invalid: list[Any] = [[], "text"]
+    for inputs in invalid:
         with pytest.raises(RequestError, match="inputs is empty"):
-            sample(backend, none)
+            sample(backend, inputs)
 
 
 def test_bug_in_the_router_is_no_deadline() -> None:
     """Though it may be a TimeoutError, which Ray raises as both."""
     bug = RayTaskError("sample", "traceback", TimeoutError("of something else")).as_instanceof_cause()
     assert isinstance(bug, TimeoutError)
-    backend = ServiceClient(Handle(bug), "sampler")  # type: ignore[arg-type]
+    backend = ServiceClient(Handle(bug), "sampler")
     with pytest.raises(ServiceError, match=r"a bug in the router of 'sampler'.*of something else"):
         sample(backend, [{"input_ids": [1]}])

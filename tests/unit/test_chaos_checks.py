@@ -22,11 +22,12 @@ from benchmarks.chaos.scorers import FakeScorer, TransformersScorer, each_bucket
 from benchmarks.chaos.watch import Poll, Watch
 from tests.support import weights
 from tests.support.processes import core_processes
-from twinkle_serve import SampleResponse, SamplingParams, hub
+from twinkle_serve import SampleResponse, hub
 from twinkle_serve.adapters import pack_adapter
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.samples import NO_SEED, SampleColumns
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines.fake import FakeEngine
 
 PROMPTS, SAMPLES, LENGTH = 3, 2, 50
@@ -169,7 +170,7 @@ def test_repeated_call_with_the_same_versions_must_have_the_same_tokens() -> Non
     one = columns(call, seed=np.arange(6))
     other = one.tokens.copy()
     other[20::32] += 1  # token 20 of each
-    late = [(("step-1", 0), ("step-2", 20))] * 6
+    late: list[tuple[tuple[str, int], ...]] = [(("step-1", 0), ("step-2", 20))] * 6
     first, same = answered(one, call), answered(replace(one, tokens=other, weight_versions=late), call)
     assert check_references([first, same]) == ([], 6)
     differing, compared = check_references([first, answered(replace(one, tokens=other), call)])
@@ -223,7 +224,7 @@ async def test_fake_engine_tells_versions_from_one_another(label: str, adapter: 
     await engine.start()
     await engine.load_weights("step-1", each_bucket(weights.changed_weights(1)))
     await engine.load_adapter(version, pack_adapter(maker.config, maker.made(1)))
-    params = SamplingParams(max_tokens=LENGTH, ignore_eos=True)
+    params = DecodingParams(max_tokens=LENGTH, ignore_eos=True)
     parts = [
         await engine.sample_group(
             Group(id=i, prompt_ids=np.array(ids, np.int32), params=params, count=SAMPLES, adapter=version)
@@ -241,7 +242,7 @@ async def test_fake_engine_tells_versions_from_one_another(label: str, adapter: 
 
 def test_engines_are_not_ready_while_the_service_does_not_answer() -> None:
     """The watch sees two engines for a second, one for two, and then no answer for ten."""
-    watch = Watch(None, 2)  # type: ignore[arg-type]  # it asks nobody here
+    watch = Watch(None, 2)  # nothing is asked here
     both, one = {"a": "ready", "b": "ready"}, {"a": "ready", "b": "dead"}
     watch.polls = [Poll(0, both), Poll(1, one), Poll(3, both), Poll(13, both)]
     assert watch.engine_seconds(0, 13) == 1 * 2 + 2 * 1 + 2 * 2

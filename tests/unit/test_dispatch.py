@@ -104,14 +104,14 @@ def test_engine_is_not_sent_what_it_cannot_start_soon() -> None:
 def test_lone_prompts_do_not_all_go_to_the_first_engine() -> None:
     """Among equals it is the one that has had nothing for longest, and where that begins is left to chance."""
     made = dispatcher({"a": 8, "b": 8, "c": 8})
-    seen = Counter()
+    seen: Counter[str] = Counter()
     for i in range(300):
         made.enqueue([group(i)])
         ((name, (part,)),) = made.assign().items()
         made.finish(name, [part.key])
         seen[name] += 1
     assert set(seen.values()) == {100}
-    firsts = set()
+    firsts: set[str] = set()
     for seed in range(20):
         made = Dispatcher(Balanced(random.Random(seed)))
         for name in "abc":

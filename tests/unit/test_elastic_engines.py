@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from typing import Any
 
 import pytest
 
+from tests.support.eventually import eventually
 from twinkle_serve import TorchSampler, hub, timing
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse
@@ -20,13 +21,6 @@ from twinkle_serve.weights import LocalStore, WeightStore
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+1="}]} for a in range(10, 18)]
 PARAMS = {"max_tokens": 4, "ignore_eos": True, "seed": 5}
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    """Waits for what the router does by itself: it asks its engines every now and then."""
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110  # a call, not an event
-            await asyncio.sleep(0.01)
 
 
 class Engine(FakeEngine):

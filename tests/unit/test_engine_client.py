@@ -48,7 +48,7 @@ class Handle:
 
 
 async def submit(handle: Handle) -> None:
-    await ServeEngineClient(handle).submit(SESSION, GROUPS)  # type: ignore[arg-type]  # all of a handle that it needs
+    await ServeEngineClient(handle).submit(SESSION, GROUPS)  # all of a handle that it needs
 
 
 @pytest.mark.parametrize("answers", [[None], [EngineDeadError("it was restarted"), None]])

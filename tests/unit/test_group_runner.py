@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.unit.test_response import columns
+from tests.support.responses import columns
 from twinkle_serve.data_format import SampleColumns
 from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.sampling_params import DecodingParams
@@ -133,7 +133,7 @@ async def test_closing_the_results_aborts_what_runs() -> None:
     runner.submit(groups(2)[1:])
     results = runner.results()
     await anext(results)
-    await results.aclose()  # type: ignore[attr-defined]
+    await results.aclose()
     await asyncio.sleep(0)
     assert not engine.running
 
@@ -152,7 +152,7 @@ async def test_end_of_a_chunk_takes_along_what_waits_for_company(monkeypatch: py
     runner.submit(groups(3)[2:])  # a chunk that ends
     columns = (await first).columns
     assert columns is not None and set(columns.group.tolist()) == {1, 2}
-    await results.aclose()  # type: ignore[attr-defined]
+    await results.aclose()
 
 
 async def test_engine_with_free_places_hands_back_at_once_what_the_router_waits_for(

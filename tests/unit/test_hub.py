@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.hub_server import HubServer
+from tests.support.hub_server import HubServer
 from twinkle_serve import hub
 from twinkle_serve.errors import HubUnreachableError, IncompleteModelError, ModelNotFoundError
 

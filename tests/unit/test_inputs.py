@@ -18,7 +18,7 @@ COUNT = 2 * PIECE + 3
 
 def test_inputs_arrive_unchanged() -> None:
     """In order, even if the caller changes them meanwhile; and again, if they are sent again."""
-    inputs = [{"input_ids": np.arange(i + 1), "user_data": {"id": i}} for i in range(COUNT)]
+    inputs: list[dict[str, Any]] = [{"input_ids": np.arange(i + 1), "user_data": {"id": i}} for i in range(COUNT)]
     packed = PackedInputs.of(inputs, pickle.Pickler)
     inputs[0]["user_data"]["id"] = 99
     inputs.pop()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.lora import save_adapter
+from tests.support.lora import save_adapter
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.errors import (
     AdapterError,

@@ -33,7 +33,7 @@ def test_mesh_without_sizes_is_one_device() -> None:
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 4))
 def test_mesh_world_size_is_the_product(dp: int, tp: int, pp: int) -> None:
     """Given or derived; any other value is an error."""
-    sizes = {"dp_size": dp, "tp_size": tp, "pp_size": pp}
+    sizes: dict[str, Any] = {"dp_size": dp, "tp_size": tp, "pp_size": pp}
     product = math.prod(sizes.values())
     assert DeviceMesh.from_sizes(**sizes).world_size == product
     assert DeviceMesh.from_sizes(world_size=product, **sizes).world_size == product
@@ -57,9 +57,10 @@ def test_mesh_refuses_an_unknown_device_type() -> None:
 @pytest.mark.parametrize("name", ["fsdp", "cp", "ep", "etp", "vpp", "ulysses"])
 def test_mesh_refuses_training_dimensions_for_sampling(name: str) -> None:
     """A sampler has dp, tp and pp; other sizes must be 1."""
-    DeviceMesh.from_sizes(**{f"{name}_size": 1}).require_sampling()
+    one, two = ({f"{name}_size": size} for size in (1, 2))
+    DeviceMesh.from_sizes(**one).require_sampling()  # type: ignore[arg-type]
     with pytest.raises(MeshError, match=f"{name}_size=2: a sampler has"):
-        DeviceMesh.from_sizes(**{f"{name}_size": 2}).require_sampling()
+        DeviceMesh.from_sizes(**two).require_sampling()  # type: ignore[arg-type]
 
 
 def test_group_counts_its_devices() -> None:

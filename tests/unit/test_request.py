@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from tests.unit.test_response import columns
+from tests.support.responses import columns
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.messages import MessageParser
 from twinkle_serve.errors import EngineError

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.test_failover import PROMPTS, Service, exact
-from tests.unit.test_weight_updates import eventually
+from tests.support.eventually import eventually
+from tests.support.failing_service import PROMPTS, Service, exact
 from twinkle_serve.data_format.samples import PartialSample
 from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines.group_runner import PartialUpdate
@@ -99,7 +99,9 @@ async def test_sample_goes_on_from_what_had_arrived_when_its_engine_ends(service
                 {"input_ids": np.concatenate([ids, seq.token_array])}, {"max_tokens": 0, "prompt_logprobs": 0}
             )
             assert scored.prompt_logprobs is not None
-            assert scored.prompt_logprobs[len(ids) :] == seq.logprob_array.tolist(), "logprobs re-score exactly"
+            assert scored.prompt_logprobs[len(ids) :] == np.asarray(seq.logprob_array).tolist(), (
+                "logprobs re-score exactly"
+            )
 
 
 async def test_sample_goes_on_again_where_its_second_engine_is_drained(service: Service) -> None:

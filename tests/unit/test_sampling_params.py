@@ -65,7 +65,8 @@ def test_params_refuse_values_that_no_engine_could_honour(name: str, value: Any)
 
 def test_params_take_numpy_numbers() -> None:
     """Integers and floats, stored as Python's types."""
-    params = SamplingParams(max_tokens=np.int64(3), temperature=np.float32(0.5), stop=[np.int32(7)])
+    numbers: Any = {"max_tokens": np.int64(3), "temperature": np.float32(0.5), "stop": [np.int32(7)]}
+    params = SamplingParams(**numbers)
     assert params == SamplingParams(max_tokens=3, temperature=0.5, stop=[7])
     assert type(params.max_tokens) is int and type(params.temperature) is float
 

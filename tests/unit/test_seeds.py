@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_weight_updates import eventually
+from tests.support.eventually import eventually
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.test_response import columns
-from tests.unit.test_template import LLAMA3, OPENED, QWEN3, llama3, model_with
+from tests.support.chat_templates import LLAMA3, OPENED, QWEN3, llama3, model_with
+from tests.support.responses import columns
 from twinkle_serve import hub
 from twinkle_serve.data_format import SampleColumns, SampleResponse
 from twinkle_serve.errors import PromptError

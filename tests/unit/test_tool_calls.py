@@ -112,8 +112,8 @@ def test_tool_calls_are_removed_from_the_text(name: str | None, text: str, conte
 )
 def test_malformed_tool_call_stays_in_the_text(name: str, text: str) -> None:
     """Unchanged, so that a reward can see it; its markup is kept even if it consists of special tokens."""
-    special = ("<|im_end|>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
-    special += TOOL_PARSERS["deepseek"].markers
+    own = ("<|im_end|>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
+    special = (*own, *TOOL_PARSERS["deepseek"].markers)
     assert read(name, text + "<|im_end|>", special=special) == (text, [])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.lora import save_adapter
+from tests.support.lora import save_adapter
 from twinkle_serve.adapters import CONFIG, WEIGHTS, read_adapter
 from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.errors import AdapterError, ConfigError, StoreError

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
 from typing import Any
 
 import pytest
 
+from tests.support.eventually import eventually
 from twinkle_serve import hub
 from twinkle_serve.checkpoint import Bucket, buckets, named_tensors
 from twinkle_serve.config import ServiceArgs
@@ -21,13 +22,6 @@ from twinkle_serve.weights import LocalStore, WeightStore
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+1="}]} for a in range(10, 26)]
 PARTS = list(buckets(named_tensors(hub.DEMO), 2**20))
-
-
-async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
-    """Waits for what the router does by itself: it asks its engines every now and then."""
-    async with asyncio.timeout(30):
-        while not await condition():  # noqa: ASYNC110  # a call, not an event
-            await asyncio.sleep(0.01)
 
 
 class Engine(FakeEngine):

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests.support.samplers import ENGINE_ARGS
+from twinkle_serve import hub
 from twinkle_serve.adapters import describe_adapter
 from twinkle_serve.checkpoint import Bucket, buckets, named_tensors
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.groups import Group, Session, TextDelta
+from twinkle_serve.data_format.groups import EngineKind, Group, Session, TextDelta
 from twinkle_serve.data_format.response import SampledSequence, SampleResponse
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.sampling_params import DecodingParams, SamplingParams
 from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, WeightsVersion
+from twinkle_serve.engines import build_engine
 from twinkle_serve.engines.protocol import Engine
 from twinkle_serve.engines.server import EngineServer
 
+Prompts = list[np.ndarray]
+LOGPROB_TOLERANCE = 1e-3
+"""Between engines, and between a sample and its score, in float32."""
 ADAPTER_IDS = itertools.count(1)
 
 
@@ -121,3 +129,18 @@ class EngineHarness:
     async def session(self) -> Session:
         """With the host, as a router has one."""
         return Session(incarnation=(await self.host.describe("test")).incarnation, router="test")
+
+
+@contextlib.asynccontextmanager
+async def started(kind: EngineKind, model: Path = hub.DEMO) -> AsyncIterator[EngineHarness]:
+    """An engine of a kind, in this process."""
+    engine = build_engine(
+        kind, f"{kind}-under-test", str(model), ENGINE_ARGS[kind], cpus=[(0,)] if kind == "vllm" else []
+    )
+    store: Any = Files()
+    host = EngineServer(engine, model, store)
+    await host.start(kind, 300)
+    harness = EngineHarness(engine, host, store)
+    yield harness
+    assert not harness.unfinished, "a test left groups running"
+    await host.stop()

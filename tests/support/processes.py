@@ -12,6 +12,13 @@ def with_title(title: str) -> list[psutil.Process]:
     return [process for process in psutil.Process().children(recursive=True) if title in _command(process)]
 
 
+def replica_process(app: str, deployment: str) -> psutil.Process:
+    """The process of a deployment's only replica."""
+    found = with_title(f"ServeReplica:{app}:{deployment}")
+    assert len(found) == 1, found
+    return found[0]
+
+
 def core_processes(replica: psutil.Process) -> list[psutil.Process]:
     """vLLM's own process under an engine's, or none while there is none.
 

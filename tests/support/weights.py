@@ -71,4 +71,7 @@ class Reference:
         model, _ = self._made[key]
         with torch.no_grad():
             logits = model(torch.tensor([list(ids)])).logits[0, :-1].float()
-        return logits.log_softmax(-1).gather(1, torch.tensor(list(ids[1:]))[:, None])[:, 0].numpy()
+        array: np.ndarray[Any, Any] = (
+            logits.log_softmax(-1).gather(1, torch.tensor(list(ids[1:]))[:, None])[:, 0].numpy()
+        )
+        return array

@@ -1,0 +1,96 @@
+"""Which nightly tests a change may break: paths changed to test files."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+
+ARCHITECTURES = "tests/conformance/test_architectures.py"
+SAMPLERS = (
+    "tests/conformance/test_samplers.py",
+    "tests/conformance/test_upstream_defects.py",
+    "tests/conformance/test_weight_updates.py",
+)
+CHAOS = "tests/integration/test_chaos.py"
+UNDER_FIRE = "tests/integration/test_weights_under_fire.py"
+DEATHS = "tests/integration/test_state_outlives_deaths.py"
+SERVICE = "tests/integration/test_service.py"
+SCRIPTS = "tests/integration/test_scripts_serve.py"
+VLLM = "tests/integration/test_vllm_service.py"
+
+ALL = frozenset({ARCHITECTURES, *SAMPLERS, CHAOS, UNDER_FIRE, DEATHS, SCRIPTS, SERVICE, VLLM})
+"""Every file with a test marked `nightly`; tests/conftest.py compares."""
+
+RULES: tuple[tuple[str, frozenset[str]], ...] = (
+    ("tests/gpu/*", frozenset()),
+    ("tests/unit/*", frozenset()),
+    ("tests/support/affected.py", frozenset()),
+    ("tests/support/lora.py", ALL - {SCRIPTS}),
+    ("tests/support/weights.py", ALL - {SCRIPTS, ARCHITECTURES}),
+    ("tests/support/scripts_serve.py", frozenset({SCRIPTS})),
+    ("tests/support/*", ALL),
+    ("tests/conftest.py", ALL),
+    ("tests/conformance/conftest.py", frozenset({ARCHITECTURES, *SAMPLERS})),
+    ("benchmarks/chaos/*", frozenset({CHAOS})),
+    ("benchmarks/*", frozenset()),
+    ("examples/grpo.py", frozenset({SCRIPTS})),
+    ("examples/*", frozenset()),
+    ("docs/*", frozenset()),
+    ("configs/*", frozenset()),
+    ("*.md", frozenset()),
+    ("LICENSE", frozenset()),
+    ("serve_config.yaml", frozenset({SCRIPTS})),
+    ("scripts/serve", frozenset({SCRIPTS})),
+    ("scripts/*", frozenset()),
+    (".ci/*", frozenset()),
+    ("twinkle_serve/as_twinkle*", frozenset()),
+    ("twinkle_serve/hub*", frozenset({SCRIPTS})),
+    ("twinkle_serve/remote/*", frozenset()),
+    ("twinkle_serve/template/*", frozenset(SAMPLERS)),
+    ("twinkle_serve/engines/torch*", frozenset({ARCHITECTURES, *SAMPLERS, VLLM, SCRIPTS})),
+    ("twinkle_serve/engines/fake*", frozenset({DEATHS, SERVICE})),
+    ("twinkle_serve/engines/vllm*", ALL - {DEATHS, SERVICE}),
+    ("twinkle_serve/demo/*", ALL),
+)
+"""Pattern of a path, and the nightly tests that guard it; the first that matches counts. No match: all of them."""
+
+
+def changed_paths(root: Path, base: str | None) -> list[str]:
+    """Paths that differ from a revision in the working tree, new files included.
+
+    Args:
+        base: None for where this branch left origin/main; HEAD~ where there is no origin/main, or on it.
+    """
+    revision = base or _default_base(root)
+    changed = _git(root, "diff", "--name-only", "--no-renames", revision)
+    return [*changed, *_git(root, "ls-files", "--others", "--exclude-standard")]
+
+
+def nightly_tests(paths: Iterable[str]) -> frozenset[str]:
+    """Test files with the nightly tests that guard these paths."""
+    return frozenset().union(*(_guards(path) for path in paths))
+
+
+def _guards(path: str) -> frozenset[str]:
+    if path in ALL:
+        return frozenset({path})
+    return next((tests for pattern, tests in RULES if fnmatch(path, pattern)), _others(path))
+
+
+def _others(path: str) -> frozenset[str]:
+    """A test file without nightly tests needs none; anything else may break everything."""
+    return frozenset() if path.startswith("tests/") and "/test_" in path else ALL
+
+
+def _default_base(root: Path) -> str:
+    try:
+        (base,) = _git(root, "merge-base", "HEAD", "origin/main")
+    except subprocess.CalledProcessError:
+        return "HEAD~"
+    return "HEAD~" if _git(root, "rev-parse", "HEAD") == [base] else base
+
+
+def _git(root: Path, *command: str) -> list[str]:
+    return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
