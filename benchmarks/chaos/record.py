@@ -53,14 +53,16 @@ class Options:
 SHORT = Options(
     engine="fake",
     minutes=0.2,
-    period_s=2.0,
+    period_s=1.5,
     calm_s=2.0,
     bound_s=90.0,
     warm_up_s=1.0,
+    settled_s=3.0,
     kinds=("engine replica killed", "router killed", "trainer killed", "store killed", "controller killed"),
     overlapping=True,
     trainers=2,
     publish_s=1.0,
+    share=0.5,
 )
 """A run of about half a minute: on the fake engine, with kills only, which do not wait for each other's recovery."""
 
