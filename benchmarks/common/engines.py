@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
@@ -44,15 +45,18 @@ async def side_by_side(
         asyncio.to_thread(deploy, SERVICE, model_id=model, device_mesh=mesh, engine_args=engine_args)
     )
     await asyncio.sleep(0)  # the thread starts; vLLM is constructed in this one, and blocks it
-    llm = _bare_engine(model, engine_args, device, same_core=same_core)
-    try:
-        sampler = await deploying
-        yield sampler, llm
-        await asyncio.to_thread(sampler.shutdown)
-    finally:
-        llm.shutdown()
-        del llm
-        gc.collect()  # vLLM's own finalizer fails when it runs at interpreter exit
+    with tempfile.TemporaryDirectory(prefix="tsb", ignore_cleanup_errors=True) as cache:
+        if device == "cuda":  # both engines compile the same model at the same time
+            os.environ["VLLM_CACHE_ROOT"] = cache
+        llm = _bare_engine(model, engine_args, device, same_core=same_core)
+        try:
+            sampler = await deploying
+            yield sampler, llm
+            await asyncio.to_thread(sampler.shutdown)
+        finally:
+            llm.shutdown()
+            del llm
+            gc.collect()  # vLLM's own finalizer fails when it runs at interpreter exit
 
 
 def _bare_engine(model: str, engine_args: EngineArgs, device: str, *, same_core: bool) -> AsyncLLM:
