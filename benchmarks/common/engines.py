@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
 from tests.support.deploy import deploy
-
 from twinkle_serve.engines.vllm import cpu_defaults
 from twinkle_serve.placement import cores_of_engine
 from twinkle_serve.sampler import RunningSampler
