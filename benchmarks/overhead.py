@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from tests.support.ray_cluster import ray_cluster
 
 from benchmarks.common.cpu_time import Round, measured
 from benchmarks.common.engines import AsyncLLM, EngineArgs, side_by_side
 from benchmarks.common.models import large_model
 from benchmarks.common.report import Figures, Report, command, quartiles
+from tests.support.ray_cluster import ray_cluster
 from twinkle_serve import hub
 from twinkle_serve.sampler import RunningSampler
 from twinkle_serve.template import Template

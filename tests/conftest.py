@@ -32,11 +32,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects what is not of this tier, and puts the rest in order."""
+    """Deselects what is not of this tier, marks unit tests, and puts all in order."""
     selected = _of_tier(config, items)
     if len(selected) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in selected])
     items[:] = sorted(selected, key=_place)
+    for item in items:
+        if _stage(item) == 0:
+            item.add_marker("unit")
 
 
 def _place(item: pytest.Item) -> tuple[int, str, bool]:

@@ -12,10 +12,10 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tests.support.weights import changed_weights, differences
 
 from benchmarks.chaos.publisher import AdapterMaker
 from benchmarks.common.models import Tensors
+from tests.support.weights import changed_weights, differences
 from twinkle_serve import SampledSequence, hub
 from twinkle_serve.adapters import pack_adapter
 from twinkle_serve.checkpoint import Bucket, buckets, named_tensors

@@ -19,13 +19,12 @@ import asyncio
 import json
 from pathlib import Path
 
-from tests.support.ray_cluster import ray_cluster
-
 from benchmarks.common.report import Report, command
 from benchmarks.router.calls import calls, cpu
 from benchmarks.router.cancel import cancel
 from benchmarks.router.control import control
 from benchmarks.router.rpc import rpc
+from tests.support.ray_cluster import ray_cluster
 
 PARTS = {"calls": calls, "cpu": cpu, "rpc": rpc, "control": control, "cancel": cancel}
 CORES = 8

@@ -6,9 +6,9 @@ import argparse
 import asyncio
 
 import numpy as np
-from tests.support.deploy import deploy
 
 from benchmarks.common.engines import EngineArgs
+from tests.support.deploy import deploy
 from twinkle_serve import InputFeature
 from twinkle_serve.sampler import RunningSampler
 

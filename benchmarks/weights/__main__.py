@@ -23,13 +23,13 @@ import tempfile
 from pathlib import Path
 
 from safetensors.torch import load_file
-from tests.support.ray_cluster import ray_cluster
 
 from benchmarks.common.engines import EngineArgs, side_by_side
 from benchmarks.common.models import large_model
 from benchmarks.common.report import Figures, Report, command
 from benchmarks.weights import adapters, model
 from benchmarks.weights.memory import MEMORY, service_processes
+from tests.support.ray_cluster import ray_cluster
 from twinkle_serve import hub
 
 ENGINE_ARGS: dict[str, EngineArgs] = {

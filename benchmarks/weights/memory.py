@@ -12,9 +12,9 @@ from typing import TypeAlias
 import numpy as np
 import psutil
 from ray._private.internal_api import memory_summary
-from tests.support.processes import core_processes, with_title
 
 from benchmarks.common.engines import SERVICE
+from tests.support.processes import core_processes, with_title
 
 MEMORY = Path("/dev/shm")
 MIB = 2**20

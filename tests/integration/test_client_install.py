@@ -21,7 +21,7 @@ import pytest
 from tests.support.deploy import deploy
 from tests.support.ray_cluster import ray_cluster
 
-pytestmark = [pytest.mark.nightly, pytest.mark.own_cluster]
+pytestmark = [pytest.mark.nightly, pytest.mark.ray, pytest.mark.own_cluster]
 
 ROOT = Path(__file__).parents[2]
 TRAINER = ROOT / "tests" / "support" / "trainer.py"

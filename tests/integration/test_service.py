@@ -286,14 +286,14 @@ async def test_cancelled_coroutine_frees_the_engines(slow: RunningSampler) -> No
 def test_cancelling_one_call_leaves_those_that_it_set_off(slow: RunningSampler) -> None:
     """B waits behind A and is sent when one of A's prompts finishes: it is B's own work, not A's."""
     handle = serve.get_app_handle("slow")
-    params = {"max_tokens": 200, "ignore_eos": True}
+    params = {"max_tokens": 100, "ignore_eos": True}
     a = handle.sample.remote(QUESTIONS * 2 + QUESTIONS[:11], params)  # 35 prompts, 20 of which run at a time
     wait_until(lambda: slow.status()["groups_waiting"] == 15, "A has filled the engines")
     b = handle.sample.remote(QUESTIONS[0], params)
     wait_until(lambda: slow.status()["groups_waiting"] == 16, "B waits behind it")
     wait_until(lambda: slow.status()["groups_waiting"] == 0, "B is sent")
     a.cancel()
-    assert len(b.result(timeout_s=30).sequences[0].tokens) == 200
+    assert len(b.result(timeout_s=30).sequences[0].tokens) == 100
 
 
 def test_streams_that_are_closed_cost_no_other_its_engine(slow: RunningSampler) -> None:
@@ -369,8 +369,9 @@ def test_service_that_cannot_be_fails_as_it_is_built(
         build(ServiceArgs.model_validate({"model_id": "demo", "device_mesh": {"device_type": "cpu"}, **bad}))
 
 
-def test_deploy_that_finds_no_room_ends_with_its_reason() -> None:
+def test_deploy_that_finds_no_room_ends_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cores that somebody else holds: nothing waits for ever, and nothing is left behind."""
+    monkeypatch.setattr("twinkle_serve.sampler.service.GRACE_S", 0.5)
 
     @ray.remote(num_cpus=ray.available_resources()["CPU"] - 1)
     class Greedy:

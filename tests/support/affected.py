@@ -15,21 +15,24 @@ SAMPLERS = (
 )
 CHAOS = "tests/integration/test_chaos.py"
 UNDER_FIRE = "tests/integration/test_weights_under_fire.py"
+CLIENT = "tests/integration/test_client_install.py"
 DEATHS = "tests/integration/test_state_outlives_deaths.py"
 SERVICE = "tests/integration/test_service.py"
 SCRIPTS = "tests/integration/test_scripts_serve.py"
 VLLM = "tests/integration/test_vllm_service.py"
 
-ALL = frozenset({ARCHITECTURES, *SAMPLERS, CHAOS, UNDER_FIRE, DEATHS, SCRIPTS, SERVICE, VLLM})
+ALL = frozenset({ARCHITECTURES, *SAMPLERS, CHAOS, CLIENT, DEATHS, SCRIPTS, SERVICE, UNDER_FIRE, VLLM})
 """Every file with a test marked `nightly`; tests/conftest.py compares."""
 
 RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("tests/gpu/*", frozenset()),
     ("tests/unit/*", frozenset()),
     ("tests/support/affected.py", frozenset()),
-    ("tests/support/lora.py", ALL - {SCRIPTS}),
-    ("tests/support/weights.py", ALL - {SCRIPTS, ARCHITECTURES}),
+    ("tests/support/lora.py", ALL - {CLIENT, SCRIPTS}),
+    ("tests/support/weights.py", ALL - {ARCHITECTURES, CLIENT, SCRIPTS}),
     ("tests/support/scripts_serve.py", frozenset({SCRIPTS})),
+    ("tests/support/trainer.py", frozenset({CLIENT})),
+    ("tests/support/docs.py", frozenset()),
     ("tests/support/*", ALL),
     ("tests/conftest.py", ALL),
     ("tests/conformance/conftest.py", frozenset({ARCHITECTURES, *SAMPLERS})),
@@ -40,6 +43,8 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("docs/*", frozenset()),
     ("configs/*", frozenset()),
     ("*.md", frozenset()),
+    ("mkdocs.yml", frozenset()),
+    (".gitignore", frozenset()),
     ("LICENSE", frozenset()),
     ("serve_config.yaml", frozenset({SCRIPTS})),
     ("scripts/serve", frozenset({SCRIPTS})),
@@ -48,11 +53,11 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("twinkle_serve/as_twinkle*", frozenset()),
     ("twinkle_serve/hub*", frozenset({SCRIPTS})),
     ("twinkle_serve/remote/*", frozenset()),
-    ("twinkle_serve/template/*", frozenset(SAMPLERS)),
+    ("twinkle_serve/template/*", frozenset({CLIENT, *SAMPLERS})),
     ("twinkle_serve/engines/torch*", frozenset({ARCHITECTURES, *SAMPLERS, VLLM, SCRIPTS})),
     ("twinkle_serve/engines/fake*", frozenset({DEATHS, SERVICE})),
-    ("twinkle_serve/engines/vllm*", ALL - {DEATHS, SERVICE}),
-    ("twinkle_serve/demo/*", ALL),
+    ("twinkle_serve/engines/vllm*", ALL - {CLIENT, DEATHS, SERVICE}),
+    ("twinkle_serve/demo/*", ALL - {CLIENT}),
 )
 """Pattern of a path, and the nightly tests that guard it; the first that matches counts. No match: all of them."""
 

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.affected import ALL, CHAOS, RULES, SAMPLERS, SCRIPTS, UNDER_FIRE, changed_paths, nightly_tests
+from tests.support.affected import (
+    ALL,
+    CHAOS,
+    CLIENT,
+    RULES,
+    SAMPLERS,
+    SCRIPTS,
+    UNDER_FIRE,
+    changed_paths,
+    nightly_tests,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +30,7 @@ ROOT = Path(__file__).parents[2]
         (["docs/api.md", "README.md", "tests/unit/test_hub.py"], frozenset()),
         (["benchmarks/chaos/run.py"], {CHAOS}),
         ([UNDER_FIRE, "examples/grpo.py"], {UNDER_FIRE, SCRIPTS}),
-        (["twinkle_serve/template/registry.py"], set(SAMPLERS)),
+        (["twinkle_serve/template/registry.py"], {CLIENT, *SAMPLERS}),
         (["twinkle_serve/routing/router.py"], ALL),
         (["docs/api.md", "requirements/cpu.txt"], ALL),
         (["twinkle_serve/no/such/module.py"], ALL),
