@@ -14,11 +14,10 @@ import numpy as np
 
 from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.errors import AdapterError
-from twinkle_serve.tensors import gathered, on_host, to_safetensors
+from twinkle_serve.tensors import AnyTensor, gathered, on_host, to_safetensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -46,7 +45,7 @@ def read_adapter(path: str | Path) -> AdapterFiles:
     return AdapterFiles(config=(directory / CONFIG).read_bytes(), weights=(directory / WEIGHTS).read_bytes())
 
 
-def pack_adapter(config: LoraConfig, state_dict: Mapping[str, Tensor] | None) -> AdapterFiles:
+def pack_adapter(config: LoraConfig, state_dict: Mapping[str, AnyTensor] | None) -> AdapterFiles:
     """Packs an adapter from a trainer's memory.
 
     Args:
@@ -63,7 +62,7 @@ def pack_adapter(config: LoraConfig, state_dict: Mapping[str, Tensor] | None) ->
         )
     if not state_dict:
         raise AdapterError("a LoraConfig alone has no weights. Pass state_dict=get_peft_model_state_dict(model).")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, AnyTensor] = {}
     for name, tensor in state_dict.items():
         if "lora_" in name:
             if (saved := _saved_name(name)) in tensors:

@@ -14,7 +14,7 @@ import numpy as np
 from twinkle_serve.data_format.weights import Bucket as Bucket
 from twinkle_serve.errors import WeightsError
 from twinkle_serve.extras import require_extra
-from twinkle_serve.tensors import count_nonfinite, gathered, on_host, to_safetensors
+from twinkle_serve.tensors import AnyTensor, count_nonfinite, gathered, on_host, to_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +77,7 @@ def _tensors_in_files(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def buckets(
-    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCKET_BYTES, *, allow_nonfinite: bool = False
+    tensors: Iterable[tuple[str, AnyTensor]], bucket_bytes: int = BUCKET_BYTES, *, allow_nonfinite: bool = False
 ) -> Iterator[Bucket]:
     """Packs weights into buckets of about `bucket_bytes`, each of at least one tensor; holds one in memory at a time.
 
@@ -86,7 +86,7 @@ def buckets(
     Raises:
         WeightsError: an item that is not a tensor, a repeated name, or values that are not finite.
     """
-    pending: dict[str, object] = {}
+    pending: dict[str, AnyTensor] = {}
     size, names = 0, set[str]()
     for name, tensor in tensors:
         if not isinstance(name, str) or not hasattr(tensor, "shape"):

@@ -1,4 +1,4 @@
-"""The extras of this package: what the client does without, and the error where a feature needs it."""
+"""Checks that an optional extra of this package is installed, where a feature needs it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def require_extra(feature: str, extra: str, *modules: str) -> None:
     """Checks that an extra is installed. Imports nothing.
 
     Args:
-        feature: what needs it.
+        feature: the start of the error message.
         extra: its name in pyproject.toml.
-        modules: those of its modules that the feature imports.
+        modules: the modules of the extra that the feature imports.
 
     Raises:
         ConfigError: a module is missing.

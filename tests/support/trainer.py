@@ -1,7 +1,7 @@
 """A trainer's process in an environment that has only the client: `python trainer.py APPLICATION [--torch]`.
 
-It calls a running service and prints what it saw as one line of JSON. Its model and adapter are numpy arrays; with
-`--torch` they are a transformers model and a peft adapter in the trainer's own versions of these.
+It calls a running service and prints the results as one line of JSON. Its model and adapter are numpy arrays, or with
+`--torch` a transformers model and a peft adapter, of the versions installed there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NOT_OF_THE_CLIENT = ("torch", "transformers", "peft", "modelscope", "huggingface
 
 
 class LoraConfig:
-    """What the client asks of peft's LoraConfig, for a trainer without peft."""
+    """Stand-in for peft's LoraConfig, for a trainer without peft."""
 
     peft_type = "LORA"
 
@@ -39,7 +39,7 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A model that has been trained, and an adapter of the model that it was before."""
+    """A trained model, and an adapter of the model before training."""
 
     before: Mapping[str, Any]
     """Weights before training."""
@@ -48,7 +48,7 @@ class Trained:
     adapter: Mapping[str, Any]
     """Tensors of the adapter."""
     logprobs: dict[str, list[float]]
-    """What the trainer's own model says of `ids`, by what it is given: "weights" or "adapter". Empty without torch."""
+    """Of `ids` under the trainer's own model, in nats, by "weights" and "adapter". Empty without torch."""
 
 
 def train_arrays(ids: Sequence[int]) -> Trained:
@@ -99,7 +99,7 @@ def train_tensors(ids: Sequence[int]) -> Trained:
 
 
 def run(sampler: RunningSampler, with_torch: bool) -> dict[str, Any]:
-    """What a trainer sees of the service."""
+    """Makes the calls of a trainer and returns their results."""
     name = "torch" if with_torch else "numpy"
     response = sampler.sample(QUESTIONS, PARAMS, num_samples=2)
     ids = response.sequences[0].new_input_feature["input_ids"]

@@ -1,4 +1,4 @@
-"""The client needs none of what the extras bring: a trainer installs it beside its own torch and transformers."""
+"""The client works without the extras: a trainer installs it beside its own torch and transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text
 
 
 def extra_modules() -> list[str]:
-    """Modules of the extras; Ray itself needs yaml."""
+    """Modules of the extras, less yaml, which Ray needs."""
     extras = PROJECT["optional-dependencies"]
     names = {re.split("[>=<[]", name)[0].replace("-", "_") for kind in ("server", "cuda") for name in extras[kind]}
     return sorted(names - {"twinkle_serve", "pyyaml"})
@@ -42,11 +42,11 @@ class WithoutExtras(PathFinder):
 
 sys.meta_path = [WithoutExtras if finder is PathFinder else finder for finder in sys.meta_path]
 """
-"""Python code that hides every module of the extras, as where they are not installed."""
+"""Python code that hides every module of the extras, as if none were installed."""
 
 
 def run_without_extras(code: str) -> str:
-    """What the code prints in a process of its own."""
+    """Runs code in a new process and returns its output."""
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_EXTRAS % extra_modules() + code],
         capture_output=True,
@@ -59,7 +59,7 @@ def run_without_extras(code: str) -> str:
 
 
 def lora_config() -> Any:
-    """As much of peft's LoraConfig as every version of it has."""
+    """The part of peft's LoraConfig that all its versions share."""
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": {"q_proj"}, "bias": "none"}
     return SimpleNamespace(peft_type="LORA", to_dict=lambda: config)
 
@@ -73,13 +73,13 @@ def lora_arrays() -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def test_extras_are_what_the_client_does_without() -> None:
-    """The list that these tests hide is read from pyproject.toml."""
+def test_hidden_modules_are_those_of_the_extras() -> None:
+    """Read from pyproject.toml, so new requirements of a service are hidden too."""
     assert {"torch", "transformers", "peft", "modelscope", "huggingface_hub", "vllm"} <= {*extra_modules()}
 
 
 def test_client_imports_without_extras() -> None:
-    """Every public name, and the modules that a call passes through in the caller's process."""
+    """All public names, and every module that runs in the caller's process."""
     code = """
 import twinkle_serve
 for name in twinkle_serve.__all__:
@@ -120,7 +120,7 @@ print(MessageParser(tool_parser="hermes").message(call)["tool_calls"][0]["functi
     assert run_without_extras(code) == "add"
 
 
-def test_what_needs_an_extra_names_it() -> None:
+def test_feature_without_its_extra_names_the_extra() -> None:
     """A ConfigError with the command that installs it."""
     code = """
 from importlib import import_module
@@ -153,7 +153,7 @@ for feature in (
 
 
 def test_extra_that_is_installed_passes() -> None:
-    """Nothing is imported for it."""
+    """And a missing module is named."""
     require_extra("a tokenizer", "server", "transformers")
     with pytest.raises(ConfigError, match="a pony needs no_such_module, which the server extra brings"):
         require_extra("a pony", "server", "transformers", "no_such_module")
@@ -180,19 +180,19 @@ def test_arrays_make_the_same_buckets_as_tensors() -> None:
         (np.array(["a"]), "'w' is an array of <U1, not of numbers"),
     ],
 )
-def test_array_that_is_no_weight_is_refused(array: np.ndarray[Any, Any], message: str) -> None:
-    """As a tensor is."""
+def test_invalid_array_is_refused(array: np.ndarray[Any, Any], message: str) -> None:
+    """With the same errors as tensors."""
     with pytest.raises(WeightsError, match=message):
         list(buckets({"w": array}.items()))
 
 
-def test_array_with_nan_is_taken_where_that_is_meant() -> None:
-    """allow_nonfinite holds for arrays too."""
+def test_array_with_nan_is_accepted_on_request() -> None:
+    """With allow_nonfinite, as tensors are."""
     (part,) = buckets({"w": np.array([np.nan])}.items(), allow_nonfinite=True)
     assert bucket_shapes(part) == {"w": (1,)}
 
 
-def test_adapter_of_arrays_is_that_of_tensors() -> None:
+def test_adapter_of_arrays_equals_adapter_of_tensors() -> None:
     """Byte for byte."""
     import torch
 

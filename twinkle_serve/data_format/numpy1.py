@@ -1,4 +1,4 @@
-"""A workaround for numpy 1.26 in the client. To be removed when the lower bound of numpy in pyproject.toml is 2."""
+"""Workaround for numpy 1.26 in the client. Remove it when pyproject.toml requires numpy 2."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 
 def read_arrays_of_numpy2() -> None:
-    """Lets numpy 1.26 unpickle arrays that a service on numpy 2 sends.
+    """Lets numpy 1.26 unpickle arrays from a service on numpy 2.
 
-    Pickle protocol 5 names `numpy._core.numeric`. numpy 1.26 has stand-ins for the modules of numpy 2 that older
-    protocols name, and none for this one.
+    Arrays in pickle protocol 5 refer to `numpy._core.numeric`. numpy 1.26 has aliases for the modules that older
+    protocols refer to, but not for this one.
     """
     if np.__version__.startswith("1."):
         sys.modules.setdefault("numpy._core.numeric", import_module("numpy.core.numeric"))
