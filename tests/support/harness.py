@@ -44,8 +44,7 @@ class Files:
     async def files(self, version: AdapterVersion) -> AdapterFiles:
         return self.by_id[version.id]
 
-    async def base(self, method: str) -> WeightsVersion:
-        assert method == "current"
+    async def current_weights(self) -> WeightsVersion:
         return CHECKPOINT_VERSION
 
     async def bucket(self, version: WeightsVersion, index: int) -> Bucket:
