@@ -17,6 +17,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import twinkle_serve
+from twinkle_serve.data_format.sample_request import IGNORED_OPTIONS
 from twinkle_serve.errors import ConfigError
 
 OVERRIDE = "TWINKLE_SERVE_AS_TWINKLE"
@@ -83,6 +84,8 @@ def _install() -> None:
         del sys.modules[loaded]
     sys.modules["twinkle"] = twinkle_serve
     sys.meta_path.insert(0, _AsTwinkle())
+    # Twinkle's option to return the encoded prompt, which `new_input_feature` always has.
+    IGNORED_OPTIONS.add("return_encoded")
 
 
 _install()

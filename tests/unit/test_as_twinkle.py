@@ -54,6 +54,22 @@ except ModuleNotFoundError as error:
     assert result.stdout == "No module named 'twinkle.trainer'\n"
 
 
+def test_as_twinkle_takes_upstreams_option_that_has_no_effect_here() -> None:
+    """`return_encoded` is accepted with it, and an unknown option without."""
+    code = """
+from twinkle_serve.data_format.sample_request import SampleOptions, check_options
+try:
+    check_options({"return_encoded": True}, SampleOptions)
+except TypeError as error:
+    print(error)
+import twinkle_serve.as_twinkle
+print(check_options({"return_encoded": True, "num_samples": 2}, SampleOptions))
+"""
+    result = run(code)
+    refused, accepted = result.stdout.splitlines()
+    assert "unknown option 'return_encoded'" in refused and accepted == "{'num_samples': 2}", result.stderr
+
+
 def test_as_twinkle_is_refused_if_another_twinkle_is_installed(tmp_path: Path) -> None:
     """The message has its path and the remedy; `twinkle` is unchanged."""
     code = "import twinkle_serve.as_twinkle"
