@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
+
+Call: TypeAlias = Coroutine[Any, Any, T]
+"""A coroutine that returns T."""
 
 
 class BackgroundTasks:
@@ -15,9 +18,9 @@ class BackgroundTasks:
 
     def __init__(self) -> None:
         # The event loop holds tasks weakly; the set keeps them from being collected halfway.
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
 
-    def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def spawn(self, coroutine: Call[T]) -> asyncio.Task[T]:
         """Starts a coroutine on the running event loop.
 
         Its context is empty: Serve takes a task with a request's context for a child of the request, and cancels both

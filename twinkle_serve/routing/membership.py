@@ -8,8 +8,8 @@ import itertools
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
 
 from twinkle_serve import timing
 from twinkle_serve.data_format.groups import EngineInfo, Session
@@ -19,7 +19,7 @@ from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.errors import EngineDeadError, StoreError
 from twinkle_serve.routing.active_engine import ActiveEngine, EngineListener, EngineState
 from twinkle_serve.routing.adapters import Adapters
-from twinkle_serve.tasks import BackgroundTasks
+from twinkle_serve.tasks import BackgroundTasks, Call
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +107,11 @@ class EngineMembership:
         self.closed = True
         self._tasks.cancel()
 
-    def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def spawn(self, coroutine: Call[T]) -> asyncio.Task[T]:
         """Runs a coroutine in the background until the router closes."""
         return self._tasks.spawn(coroutine)
 
-    def spawn_for(self, engine: ActiveEngine, coroutine: Coroutine[Any, Any, None]) -> None:
+    def spawn_for(self, engine: ActiveEngine, coroutine: Call[None]) -> None:
         """Runs a coroutine for as long as an engine is in use."""
         task = self.spawn(coroutine)
         engine.tasks.add(task)

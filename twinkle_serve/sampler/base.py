@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
+from typing import TYPE_CHECKING, TypeAlias, Unpack
 
 from twinkle_serve.adapters import pack_adapter
 from twinkle_serve.data_format import SampleResponse, SamplingParams
@@ -29,11 +30,14 @@ from twinkle_serve.sampler.rollouts import AsyncRollouts, Rollouts
 from twinkle_serve.sampler.router_client import RouterClient
 from twinkle_serve.sampler.verification import Verification, verify
 from twinkle_serve.template.packing import pack_template
+from twinkle_serve.tensors import AnyTensor
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+
     from twinkle_serve.template import Template
 
-Tensors: TypeAlias = Mapping[str, Any]
+Tensors: TypeAlias = Mapping[str, AnyTensor]
 """Tensors by name: torch's on any device, or numpy's."""
 
 
@@ -51,7 +55,13 @@ class Sampler(ABC):
     ) -> SampleResponse:
         """Samples each input `num_samples` times."""
 
-    def add_adapter_to_model(self, adapter_name: str, config_or_dir: Any, *, state_dict: Tensors | None = None) -> str:
+    def add_adapter_to_model(
+        self,
+        adapter_name: str,
+        config_or_dir: LoraConfig | str | os.PathLike[str],
+        *,
+        state_dict: Tensors | None = None,
+    ) -> str:
         """Adds a LoRA adapter. Returns its version."""
         raise UnsupportedError(f"{type(self).__name__} has no adapters.")
 
@@ -275,7 +285,13 @@ class RunningSampler(EngineControls, Sampler):
 
     # -- adapters and templates ------------------------------------------------------------------
 
-    def add_adapter_to_model(self, adapter_name: str, config_or_dir: Any, *, state_dict: Tensors | None = None) -> str:
+    def add_adapter_to_model(
+        self,
+        adapter_name: str,
+        config_or_dir: LoraConfig | str | os.PathLike[str],
+        *,
+        state_dict: Tensors | None = None,
+    ) -> str:
         """Loads a LoRA adapter on every engine, then makes its name mean it. Returns `name@version`.
 
         Running calls, and calls admitted with the name before, keep the version that it meant then.
@@ -290,7 +306,7 @@ class RunningSampler(EngineControls, Sampler):
                 After either, the name keeps its meaning.
         """
         source: AdapterFiles | str
-        if isinstance(config_or_dir, str) or hasattr(config_or_dir, "__fspath__"):
+        if isinstance(config_or_dir, (str, os.PathLike)):
             if state_dict is not None:
                 raise AdapterError("state_dict comes with a LoraConfig; the directory has weights of its own.")
             source = _absolute(config_or_dir)
@@ -321,7 +337,7 @@ class RunningSampler(EngineControls, Sampler):
         self._template = choice
 
 
-def _absolute(path: Any) -> str:
+def _absolute(path: str | os.PathLike[str]) -> str:
     """Returns the absolute path of an adapter: the router's process has another working directory."""
     if "://" in str(path):
         raise AdapterError(f"an adapter is loaded from a directory, got {str(path)!r}. Download it first.")

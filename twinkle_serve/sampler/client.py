@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -37,6 +37,7 @@ from twinkle_serve.sampler.lease_keeper import keep_renewed
 from twinkle_serve.sampler.loop_thread import service_loop
 from twinkle_serve.sampler.retry import RETRY_PAUSES_S, Attempts, pack_inputs
 from twinkle_serve.sampler.router_client import RouterClient
+from twinkle_serve.tasks import Call
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
@@ -90,7 +91,7 @@ class ServiceClient(RouterClient):
 
     # -- sampling --------------------------------------------------------------------------------
 
-    def run(self, request: SampleRequest) -> Coroutine[Any, Any, SampleResponse]:
+    def run(self, request: SampleRequest) -> Call[SampleResponse]:
         return self._run(self._packed(request))
 
     async def _run(self, request: SampleRequest) -> SampleResponse:
@@ -246,7 +247,9 @@ class ServiceClient(RouterClient):
         except Exception as error:
             raise self._translated(error) from error
 
-    def _abandon(self, attempts: Attempts, response: Any, reason: BaseException) -> None:
+    def _abandon(
+        self, attempts: Attempts, response: DeploymentResponse | DeploymentResponseGenerator, reason: BaseException
+    ) -> None:
         """Ends a call. If its caller gave it up, the router is told directly: Serve takes long to pass that on."""
         _cancel(response)
         if not isinstance(reason, Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from twinkle_serve import timing
 from twinkle_serve.checkpoint import BUCKET_BYTES, buckets, named_tensors
@@ -40,7 +40,7 @@ class EngineControls:
 
     def update_weights(
         self,
-        weights: Any,
+        weights: object,
         version: str,
         mode: PauseMode = "keep",
         *,

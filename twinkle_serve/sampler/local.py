@@ -9,10 +9,10 @@ import copy
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
@@ -28,6 +28,7 @@ from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.routing.router import Router
 from twinkle_serve.sampler.loop_thread import LoopThread
 from twinkle_serve.sampler.router_client import RouterClient
+from twinkle_serve.tasks import Call
 from twinkle_serve.weights import LocalStore, WeightStore
 
 P = ParamSpec("P")
@@ -70,7 +71,7 @@ class LocalClient(RouterClient):
         # Registered now, so that it runs before multiprocessing's own exit, which waits forever for vLLM's processes.
         atexit.register(self._end)
 
-    def run(self, request: SampleRequest) -> Coroutine[Any, Any, SampleResponse]:
+    def run(self, request: SampleRequest) -> Call[SampleResponse]:
         self.loop.require_running()
         return self._router.run(_copied(request))
 

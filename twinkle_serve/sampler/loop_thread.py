@@ -10,10 +10,11 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
-from typing import Any, Generic, TypeVar
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import Generic, TypeVar
 
 from twinkle_serve.errors import EngineDeadError
+from twinkle_serve.tasks import Call
 
 T = TypeVar("T")
 
@@ -50,11 +51,11 @@ class LoopThread:
         """False in a process that was forked from the one with the thread."""
         return os.getpid() == self._process
 
-    def start(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+    def start(self, coroutine: Call[T]) -> concurrent.futures.Future[T]:
         """Starts a coroutine and returns its future."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    def call(self, coroutine: Call[T]) -> T:
         """Runs a coroutine and blocks until it ends."""
         self._require_or_close(coroutine)
         return self.wait(self.start(coroutine))
@@ -69,7 +70,7 @@ class LoopThread:
             future.cancel()
             raise
 
-    async def call_async(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    async def call_async(self, coroutine: Call[T]) -> T:
         """Runs a coroutine and awaits it on the caller's own event loop."""
         self._require_or_close(coroutine)
         try:
@@ -110,7 +111,7 @@ class LoopThread:
         if not self.thread.is_alive():
             self._loop.close()
 
-    def _require_or_close(self, coroutine: Coroutine[Any, Any, T]) -> None:
+    def _require_or_close(self, coroutine: Call[T]) -> None:
         try:
             self.require_running()
         except BaseException:

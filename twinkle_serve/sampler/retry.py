@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 from twinkle_serve import timing
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.inputs import PackedInputs, as_list
+from twinkle_serve.data_format.prompts import InputDict
 from twinkle_serve.data_format.sample_request import Inputs, SampleRequest
 from twinkle_serve.errors import PromptError
 
@@ -44,7 +45,7 @@ class Attempts:
         """Indices of the inputs whose responses have arrived."""
         self._cancelled: set[int] | None = set()
         """Indices of cancelled inputs; None: all."""
-        self._unread: dict[int, Mapping[str, Any]] | None = None
+        self._unread: dict[int, InputDict] | None = None
         """Inputs whose responses are still to come, by index; None before the first response."""
 
     def cancel(self, inputs: Iterable[int] | None) -> None:

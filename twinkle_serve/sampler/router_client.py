@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.sample_request import SampleRequest
@@ -11,6 +11,7 @@ from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.weights import Bucket, BucketArgument
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.loop_thread import LoopThread
+from twinkle_serve.tasks import Call
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,7 +25,7 @@ class RouterClient(Protocol):
 
     loop: LoopThread
 
-    def run(self, request: SampleRequest) -> Coroutine[Any, Any, SampleResponse]:
+    def run(self, request: SampleRequest) -> Call[SampleResponse]:
         """See `RouterAPI.run`."""
         ...
 
@@ -42,7 +43,7 @@ class RouterClient(Protocol):
         method: Callable[Concatenate[RouterAPI, P], Awaitable[T]],
         *args: P.args,
         **options: P.kwargs,
-    ) -> Coroutine[Any, Any, T]:
+    ) -> Call[T]:
         """Calls another method of the router, given as `RouterAPI.name`.
 
         Args:
@@ -50,7 +51,7 @@ class RouterClient(Protocol):
         """
         ...
 
-    def cancel(self, request_id: str, inputs: list[int] | None) -> Coroutine[Any, Any, int]:
+    def cancel(self, request_id: str, inputs: list[int] | None) -> Call[int]:
         """See `RouterAPI.cancel`."""
         ...
 
