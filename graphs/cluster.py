@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema
 
 
-class StartError(TwinkleServeError):
-    """Ray or Serve did not start."""
+class LaunchError(TwinkleServeError):
+    """Ray, Serve or an application did not start, or Ray has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def join_or_start(applications: Collection[str]) -> Cluster:
 
     Raises:
         ConfigError: the cluster serves applications other than these.
-        StartError: there is no cluster at RAY_ADDRESS, or Ray did not start.
+        LaunchError: there is no cluster at RAY_ADDRESS, or Ray did not start.
     """
     import ray
     from ray import serve
@@ -47,8 +47,10 @@ def join_or_start(applications: Collection[str]) -> Cluster:
         context = ray.init(address=address, namespace="serve")
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
         if address == "local":
-            raise StartError(f"Ray did not start: {error}") from error
-        raise StartError(f"no Ray cluster at RAY_ADDRESS={address}: {error} Start it, or unset RAY_ADDRESS.") from error
+            raise LaunchError(f"Ray did not start: {error}") from error
+        raise LaunchError(
+            f"no Ray cluster at RAY_ADDRESS={address}: {error} Start it, or unset RAY_ADDRESS."
+        ) from error
     joined = address != "local"
     others = set(serve.status().applications) - set(applications) if joined else set()
     if others:
@@ -68,7 +70,7 @@ def start_serve(schema: ServeDeploySchema) -> None:
     """Starts Serve as `serve run` does; one that runs already stays as it is.
 
     Raises:
-        StartError: it did not start; its HTTP port may be in use.
+        LaunchError: it did not start; its HTTP port may be in use.
     """
     from ray import serve
     from ray.exceptions import RayError
@@ -82,14 +84,14 @@ def start_serve(schema: ServeDeploySchema) -> None:
             controller_options=schema.controller_options,
         )
     except (RayError, RuntimeError, TimeoutError, ValueError) as error:
-        raise StartError(f"Serve did not start: {_last_line(error)}") from error
+        raise LaunchError(f"Serve did not start: {_last_line(error)}") from error
 
 
 def submit(schema: ServeDeploySchema) -> None:
     """Deploys the applications of a config; applications that it does not name are deleted.
 
     Raises:
-        StartError: Serve refuses the config.
+        LaunchError: Serve refuses the config.
     """
     from ray.exceptions import RayError
     from ray.serve.context import _get_global_client
@@ -97,7 +99,16 @@ def submit(schema: ServeDeploySchema) -> None:
     try:
         _get_global_client().deploy_apps(schema)
     except (RayError, RuntimeError) as error:
-        raise StartError(f"Serve refuses the config: {_last_line(error)}") from error
+        raise LaunchError(f"Serve refuses the config: {_last_line(error)}") from error
+
+
+def dead_process() -> str | None:
+    """Returns which process of Ray has ended without which there is no service, if this process started the cluster."""
+    import ray
+
+    node = ray._private.worker._global_node
+    dead = set() if node is None else {kind for kind, _ in node.dead_processes()}
+    return next((kind for kind in ("gcs_server", "raylet") if kind in dead), None)
 
 
 def shut_down() -> None:
@@ -107,7 +118,8 @@ def shut_down() -> None:
     from ray.exceptions import RayError
 
     try:
-        if ray.is_initialized():  # or it would join, or start, another cluster
+        # Serve would start a cluster to shut down where there is none, and wait for one that is dead.
+        if ray.is_initialized() and dead_process() is None:
             with contextlib.suppress(RayError, ConnectionError, TimeoutError):  # of a cluster that is gone
                 serve.shutdown()
     finally:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graphs.cluster import Cluster, StartError, join_or_start, shut_down, start_serve, submit
+from graphs.cluster import Cluster, LaunchError, dead_process, join_or_start, shut_down, start_serve, submit
 from graphs.config_file import ConfigFile, check_config_file
 from graphs.observer import Observer, Snapshot, look
 from graphs.output_log import OutputLog
@@ -105,8 +105,8 @@ class Launcher:
         except KeyboardInterrupt:
             code = 0
         except TwinkleServeError as error:
-            code = FAILED if isinstance(error, StartError) else BAD_CONFIG
-            kind = "" if isinstance(error, StartError) else f"{type(error).__name__}: "
+            code = FAILED if isinstance(error, LaunchError) else BAD_CONFIG
+            kind = "" if isinstance(error, LaunchError) else f"{type(error).__name__}: "
             self._complain(f"{self._path}: {kind}{error}")
         except Exception:
             self._complain(traceback.format_exc())
@@ -121,7 +121,7 @@ class Launcher:
         """Returns when all applications are ready.
 
         Raises:
-            StartError: Ray, Serve or an application failed.
+            LaunchError: Ray, Serve or an application failed.
             ConfigError: as `join_or_start`.
         """
         display = self._display
@@ -148,8 +148,7 @@ class Launcher:
     def _until_ready(self, start_up: StartUp, before: Snapshot) -> Snapshot:
         seen = before
         while True:
-            time.sleep(TURN_S)
-            self._relay()
+            self._turn()
             snapshot = self._observer.latest
             if snapshot is None or snapshot is seen:
                 continue
@@ -158,7 +157,7 @@ class Launcher:
             new = {n: a for n, a in snapshot.applications.items() if n in self._samplers and is_new(n, a, before)}
             for name, application in new.items():
                 if application.status == "DEPLOY_FAILED":
-                    raise StartError(f"{name} failed to start. {reason(application)}")
+                    raise LaunchError(f"{name} failed to start. {reason(application)}")
             ready = [
                 n for n, a in new.items() if a.status == "RUNNING" and (n in snapshot.in_use or not self._samplers[n])
             ]
@@ -166,12 +165,15 @@ class Launcher:
                 return snapshot
 
     def _watch(self, ready: Snapshot) -> None:
-        """Says what happens, until Ctrl-C."""
+        """Says what happens, until Ctrl-C.
+
+        Raises:
+            LaunchError: Ray has ended.
+        """
         self._observer.period_s = WATCH_PERIOD_S
         watch, seen = Watch(self._samplers, ready), ready
         while True:
-            time.sleep(TURN_S)
-            self._relay()
+            self._turn()
             snapshot = self._observer.latest
             assert snapshot is not None
             lines = watch.silence(time.monotonic() - snapshot.taken_at)
@@ -180,8 +182,15 @@ class Launcher:
             for line in lines:
                 self._display.say(f"{clock()}  {line}")
 
-    def _relay(self) -> None:
-        """Shows what replicas have logged since the last time."""
+    def _turn(self) -> None:
+        """Waits, and shows what replicas have logged since the last time.
+
+        Raises:
+            LaunchError: Ray has ended.
+        """
+        time.sleep(TURN_S)
+        if (process := dead_process()) is not None:
+            raise LaunchError(f"Ray's {process} has ended, and the service with it. Start it again.")
         for line in self._log.new_lines():
             if (message := self._messages.of(line)) is not None:
                 self._display.say(message)

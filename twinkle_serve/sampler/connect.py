@@ -41,7 +41,7 @@ def connect(name: str = "sampler", *, timeout_s: float = 180.0) -> RunningSample
     """
     if not ray.is_initialized():
         try:
-            ray.init(address="auto", namespace="serve", log_to_driver=False, logging_level="warning")
+            _join_cluster()
         except ConnectionError as error:
             raise ServiceNotReadyError(
                 "no Ray cluster to connect to: RAY_ADDRESS is not set and none runs on this machine. "
@@ -53,6 +53,18 @@ def connect(name: str = "sampler", *, timeout_s: float = 180.0) -> RunningSample
             "deployments with `serve status`."
         )
     return RunningSampler(ServiceClient(serve.get_app_handle(name), name))
+
+
+def _join_cluster() -> None:
+    """Joins the cluster of RAY_ADDRESS or of this machine, without Ray's notices to whoever started it."""
+    notices = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    level = notices.level
+    notices.setLevel(logging.ERROR)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        ray.init(address="auto", namespace="serve", log_to_driver=False, logging_level="warning")
+    finally:
+        notices.setLevel(level)
 
 
 def deploy(name: str, args: ServiceArgs, build: Callable[[ServiceArgs], Application]) -> ServiceClient:
