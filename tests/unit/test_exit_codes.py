@@ -34,4 +34,4 @@ def test_engine_that_ended_by_itself_is_told_from_one_that_was_killed(
     engine: Any = build_engine("vllm", "ended", str(hub.DEMO), {})
     manager = SimpleNamespace(processes=[SimpleNamespace(exitcode=code) for code in codes])
     engine._llm = SimpleNamespace(engine_core=SimpleNamespace(resources=SimpleNamespace(engine_manager=manager)))
-    assert type(engine._death()) is kind
+    assert type(engine._dead_error()) is kind
