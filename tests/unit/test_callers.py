@@ -43,7 +43,7 @@ class Response:
 
 def sample(client: ServiceClient, inputs: Any) -> SampleResponse:
     """Samples through the client, as a sampler does."""
-    return client.loop.call(client.run(SampleRequest(inputs=inputs, timeout_s=100.0)))
+    return client.loop.call(client.run(client.prepare(SampleRequest(inputs=inputs, timeout_s=100.0))))
 
 
 class Handle:

@@ -101,7 +101,12 @@ class Admission:
                     request, groups = await self._prepared(call, stack)
             except TimeoutError:
                 raise DeadlineError(self._late(limit_s, None)) from None
-            self._enqueue(active, request, groups)
+            self._require_admissible(active)
+            active.request = request
+            self._requests.update(dict.fromkeys(request.ids, request))
+            self._scheduler.enqueue(groups)
+            if active.cancelled:  # while the call was being validated
+                self.drop(request, request.ids_of(active.cancelled))
             expiry = loop.call_at(deadline, self._expire, request, limit_s)
             try:
                 yield request
@@ -202,17 +207,12 @@ class Admission:
 
     # -- requests ----------------------------------------------------------------------------------
 
-    def _enqueue(self, active: ActiveCall, request: Request, groups: list[RoutedGroup]) -> None:
-        """Queues a request's groups, except inputs that were cancelled while the call was being validated."""
+    def _require_admissible(self, active: ActiveCall) -> None:
+        """Raises if the queue is full, the engines sleep, or the call ended while it was being validated."""
         self.require_awake()
         self._require_room(active)
         if active.error is not None:
             raise active.error
-        active.request = request
-        self._requests.update(dict.fromkeys(request.ids, request))
-        self._scheduler.enqueue(groups)
-        if active.cancelled:
-            self.drop(request, request.ids_of(active.cancelled))
 
     def _require_room(self, active: ActiveCall | None = None) -> None:
         """Refuses a call that would make the queue too long; the first call is taken, however large.

@@ -226,7 +226,7 @@ class RunningSampler(EngineControls, Sampler):
         options: StreamOptions,
         allowed: type[StreamOptions] = SampleOptions,
     ) -> SampleRequest:
-        return SampleRequest(
+        request = SampleRequest(
             inputs=inputs,
             sampling_params=copy.deepcopy(sampling_params),  # the caller may change it while the call runs
             adapter_name=adapter_name,
@@ -235,6 +235,7 @@ class RunningSampler(EngineControls, Sampler):
             request_id=uuid.uuid4().hex,
             **check_options(options, allowed),
         )
+        return self._client.prepare(request)
 
     # -- scoring ---------------------------------------------------------------------------------
 

@@ -37,7 +37,6 @@ from twinkle_serve.sampler.lease_keeper import keep_renewed
 from twinkle_serve.sampler.loop_thread import service_loop
 from twinkle_serve.sampler.retry import RETRY_PAUSES_S, Attempts, pack_inputs
 from twinkle_serve.sampler.router_client import RouterClient
-from twinkle_serve.tasks import Call
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
@@ -91,10 +90,18 @@ class ServiceClient(RouterClient):
 
     # -- sampling --------------------------------------------------------------------------------
 
-    def run(self, request: SampleRequest) -> Call[SampleResponse]:
-        return self._run(self._packed(request))
+    def prepare(self, request: SampleRequest) -> SampleRequest:
+        inputs = pack_inputs(request.inputs)
+        return replace(
+            request,
+            inputs=inputs,
+            request_id=request.request_id or uuid.uuid4().hex,
+            caller=self._caller,
+            lease_s=timing.CALL_LEASE_S,
+            return_inputs=not isinstance(inputs, PackedInputs),
+        )
 
-    async def _run(self, request: SampleRequest) -> SampleResponse:
+    async def run(self, request: SampleRequest) -> SampleResponse:
         async with self._attempts(request) as attempts:
             while True:
                 response = self._send(self._handle, RouterAPI.run, attempts.next_request())
@@ -105,10 +112,7 @@ class ServiceClient(RouterClient):
                     self._abandon(attempts, response, error)
                     await self._pause(attempts, error)
 
-    def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
-        return self._run_iter(self._packed(request))
-
-    async def _run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
+    async def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
         async with (
             self._attempts(request) as attempts,
             contextlib.aclosing(self._items(attempts, RouterAPI.run_iter)) as responses,
@@ -116,10 +120,7 @@ class ServiceClient(RouterClient):
             async for response in responses:
                 yield attempts.received(response)
 
-    def run_stream(self, request: SampleRequest) -> AsyncGenerator[tuple[str, StopReason | None], None]:
-        return self._run_stream(self._packed(request))
-
-    async def _run_stream(self, request: SampleRequest) -> AsyncGenerator[tuple[str, StopReason | None], None]:
+    async def run_stream(self, request: SampleRequest) -> AsyncGenerator[tuple[str, StopReason | None], None]:
         async with (
             self._attempts(request) as attempts,
             contextlib.aclosing(self._items(attempts, RouterAPI.run_stream)) as deltas,
@@ -154,18 +155,6 @@ class ServiceClient(RouterClient):
             raise
         finally:
             _cancel(stream)
-
-    def _packed(self, request: SampleRequest) -> SampleRequest:
-        """Returns the request as it is sent, under an id and a lease."""
-        inputs = pack_inputs(request.inputs)
-        return replace(
-            request,
-            inputs=inputs,
-            request_id=request.request_id or uuid.uuid4().hex,
-            caller=self._caller,
-            lease_s=timing.CALL_LEASE_S,
-            return_inputs=not isinstance(inputs, PackedInputs),
-        )
 
     @contextlib.asynccontextmanager
     async def _attempts(self, request: SampleRequest) -> AsyncGenerator[Attempts, None]:

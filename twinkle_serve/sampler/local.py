@@ -28,7 +28,6 @@ from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.routing.router import Router
 from twinkle_serve.sampler.loop_thread import LoopThread
 from twinkle_serve.sampler.router_client import RouterClient
-from twinkle_serve.tasks import Call
 from twinkle_serve.weights import LocalStore, WeightStore
 
 P = ParamSpec("P")
@@ -71,23 +70,27 @@ class LocalClient(RouterClient):
         # Registered now, so that it runs before multiprocessing's own exit, which waits forever for vLLM's processes.
         atexit.register(self._end)
 
-    def run(self, request: SampleRequest) -> Call[SampleResponse]:
+    def prepare(self, request: SampleRequest) -> SampleRequest:
         self.loop.require_running()
-        return self._router.run(_copied(request))
+        try:
+            return replace(request, inputs=copy.deepcopy(request.inputs))
+        except Exception as error:  # raised by a class of the caller's
+            raise PromptError(f"inputs cannot be copied: {type(error).__name__}: {error}") from error
 
-    def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
-        self.loop.require_running()
-        return self._alive(self._router.run_iter(_copied(request)))
+    # These are coroutines and generators of their own, not the router's: a running call keeps this client alive.
 
-    def run_stream(self, request: SampleRequest) -> AsyncGenerator[tuple[str, StopReason | None], None]:
-        self.loop.require_running()
-        return self._alive(self._router.run_stream(_copied(request)))
+    async def run(self, request: SampleRequest) -> SampleResponse:
+        return await self._router.run(request)
 
-    async def _alive(self, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-        """Yields the same items, and keeps this client from being collected meanwhile."""
-        async with contextlib.aclosing(items):
-            async for item in items:
-                yield item
+    async def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
+        async with contextlib.aclosing(self._router.run_iter(request)) as responses:
+            async for response in responses:
+                yield response
+
+    async def run_stream(self, request: SampleRequest) -> AsyncGenerator[tuple[str, StopReason | None], None]:
+        async with contextlib.aclosing(self._router.run_stream(request)) as deltas:
+            async for delta in deltas:
+                yield delta
 
     async def call(
         self,
@@ -111,14 +114,6 @@ class LocalClient(RouterClient):
 
     def shutdown(self) -> None:
         self._end()
-
-
-def _copied(request: SampleRequest) -> SampleRequest:
-    """Returns the request with its inputs as they are now."""
-    try:
-        return replace(request, inputs=copy.deepcopy(request.inputs))
-    except Exception as error:  # raised by a class of the caller's
-        raise PromptError(f"inputs cannot be copied: {type(error).__name__}: {error}") from error
 
 
 class _Service:

@@ -18,14 +18,22 @@ T = TypeVar("T")
 
 
 class RouterClient(Protocol):
-    """Calls a router. Requests are copied when a method is called; the coroutines run on `loop`.
+    """Calls a router. The coroutines run on `loop`.
 
     Every call raises a TwinkleServeError; an abandoned one is cancelled at the router.
     """
 
     loop: LoopThread
 
-    def run(self, request: SampleRequest) -> Call[SampleResponse]:
+    def prepare(self, request: SampleRequest) -> SampleRequest:
+        """Returns a request with its inputs as they are now, ready for `run`, `run_iter` or `run_stream`.
+
+        Raises:
+            PromptError: inputs that cannot be copied.
+        """
+        ...
+
+    async def run(self, request: SampleRequest) -> SampleResponse:
         """See `RouterAPI.run`."""
         ...
 

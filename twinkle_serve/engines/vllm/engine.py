@@ -221,9 +221,9 @@ class VLLMEngine:
         return partial_sample(self._llm.output_processor, request_id, group.params.logprobs, offset, self._label)
 
     async def sample_group(self, group: Group) -> SampleColumns:
-        output = await self._last_output(group)
+        output = await _last(self._outputs(group, streaming=False))
         while aborted_without_output(output, group):  # by a pause
-            output = await self._last_output(group)
+            output = await _last(self._outputs(group, streaming=False))
         samples = await asyncio.gather(
             *(self._resample_aborted(group, j, sample) for j, sample in enumerate(output.outputs))
         )
@@ -233,16 +233,11 @@ class VLLMEngine:
         self._finished_tokens += sum(len(sample.token_ids) for sample in samples)
         return columns
 
-    async def _last_output(self, group: Group) -> RequestOutput:
-        """Returns vLLM's complete output of a group."""
-        async with contextlib.aclosing(self._outputs(group, streaming=False)) as outputs:
-            return [output async for output in outputs][-1]
-
     async def _resample_aborted(self, group: Group, j: int, sample: CompletionOutput) -> CompletionOutput:
         """Returns the j-th sample of a group, resampled if a pause aborted it before its first token."""
         while sample.finish_reason == "abort" and not sample.token_ids:
             alone = replace(group, first_sample=group.first_sample + j, count=1, seed=group.seed_of(j))
-            sample = (await self._last_output(alone)).outputs[0]
+            sample = (await _last(self._outputs(alone, streaming=False))).outputs[0]
         return sample
 
     async def stream_tokens(self, group: Group) -> AsyncGenerator[TokenDelta, None]:
@@ -384,3 +379,9 @@ class VLLMEngine:
         if self._files is not None:
             self._files.close()
             self._files = None
+
+
+async def _last(outputs: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
+    """Returns the last output, which is complete."""
+    async with contextlib.aclosing(outputs):
+        return [output async for output in outputs][-1]
