@@ -99,16 +99,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """dp_size 1, on a cluster that says it has eight cores."""
     config = config_with(tmp_path_factory.mktemp("elastic") / "config.yaml", **with_engines(1))
     with own_environment(RAY_OVERRIDE_RESOURCES='{"CPU": 8}') as environment, serving(config, environment) as running:
-        running.environment |= {"RAY_ADDRESS": gcs_address(running.process), "RAY_AUTH_MODE": "token"}
         yield running
-
-
-def gcs_address(process: subprocess.Popen[str]) -> str:
-    """Of the cluster that scripts/serve has started: "auto" joins whatever cluster it finds on the machine."""
-    commands = [" ".join(child.cmdline()) for child in psutil.Process(process.pid).children(recursive=True)]
-    found: set[str] = {address for command in commands for address in re.findall(r"--gcs-address=(\S+)", command)}
-    assert len(found) == 1, found
-    return found.pop()
 
 
 def with_engines(dp_size: int) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def test_dashboard_shows_router_and_engines(service: Service) -> None:
         "details = ServeSubmissionClient(sys.argv[1]).get_serve_details(); "
         "print({d: v['status'] for d, v in details['applications']['sampler']['deployments'].items()})"
     )
-    result = service.run("-c", code, service.dashboard, RAY_AUTH_MODE="token")
+    result = service.run("-c", code, service.dashboard)
     assert result.returncode == 0, result.stderr
     for name in ("router", "engine-dp0", "engine-dp1"):
         assert f"'{name}': 'HEALTHY'" in result.stdout

@@ -50,6 +50,7 @@ def own_environment(**variables: str) -> Iterator[dict[str, str]]:
 class Service:
     process: subprocess.Popen[str]
     environment: dict[str, str]
+    """Of its callers. It names the cluster: without RAY_ADDRESS, Ray joins whatever cluster it finds on the machine."""
     dashboard: str
     config: Path
 
@@ -94,6 +95,14 @@ def ready(process: subprocess.Popen[str], log: Path) -> str:
     return found[1]
 
 
+def gcs_address(process: subprocess.Popen[str]) -> str:
+    """The address of the cluster that scripts/serve has started."""
+    commands = [" ".join(child.cmdline()) for child in psutil.Process(process.pid).children(recursive=True)]
+    found: set[str] = {address for command in commands for address in re.findall(r"--gcs-address=(\S+)", command)}
+    assert len(found) == 1, found
+    return found.pop()
+
+
 @contextlib.contextmanager
 def serving(config: Path, environment: dict[str, str]) -> Iterator[Service]:
     """scripts/serve of a config, ready. Unless a test has stopped it, it must end by Ctrl-C, and leave nothing."""
@@ -101,7 +110,8 @@ def serving(config: Path, environment: dict[str, str]) -> Iterator[Service]:
     process = start(config, environment, log)
     try:
         dashboard = ready(process, log)
-        yield Service(process, environment, dashboard, config)
+        cluster = {"RAY_ADDRESS": gcs_address(process), "RAY_AUTH_MODE": "token"}
+        yield Service(process, {**environment, **cluster}, dashboard, config)
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
             assert ended(process, 60) == 0, log.read_text()[-4000:]
