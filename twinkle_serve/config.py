@@ -143,7 +143,7 @@ class ServiceArgs(Strict):
     adapter_versions: int = Field(default=1, ge=1)
     """Number of newest versions of each adapter that calls can name; older ones live only while a request uses them."""
     state_dir: str | None = Field(default=None, min_length=1)
-    """Directory or fsspec URL where the store keeps every version. None: in the Ray cluster's memory, lost with it."""
+    """Directory or fsspec URL where the store keeps every version. None: a directory that ends with the Ray cluster."""
     engine_args: dict[str, Any] = {}
     """Arguments passed to the engine unchanged."""
     trust_remote_code: bool = False

@@ -98,7 +98,7 @@ class UnsupportedError(RequestError):
 
 
 class PoisonPromptError(RequestError):
-    """A prompt crashed several engines in turn, each time as the only suspect."""
+    """A prompt was running on several engines as they ended, the last time as the only suspect."""
 
 
 class QueueFullError(RequestError):
@@ -129,7 +129,7 @@ class EngineStartError(EngineError):
 
 
 class EngineDeadError(EngineError):
-    """An engine died, and its work could not be moved to another one."""
+    """An engine died or was shut down. Callers see it only where its work could not be moved to another one."""
 
 
 class EngineCrashedError(EngineDeadError):

@@ -10,7 +10,7 @@ PROBE_TIMEOUT_S = 15.0
 """An engine that does not answer within this time is lost. Serve itself keeps a call to a dead replica until the
 replica is replaced."""
 ROUTER_LEASE_S = 15.0
-"""An engine aborts a router's groups when the router has not asked for its state for so long."""
+"""An engine aborts a router's groups when the router has not called it for so long."""
 ENGINE_PAUSE_LEASE_S = 30.0
 """An engine ends its pause when no router has asked for its state for so long."""
 REMOVED_ENGINE_GRACE_S = 5.0

@@ -373,3 +373,19 @@ async def test_calls_that_are_encoded_are_bounded_too(small: Service) -> None:
         engine.gate.set()
     for call in calls:
         assert exact(await call, 1, 1)
+
+
+async def test_stream_ends_when_its_lease_does_or_it_is_cancelled(service: Service) -> None:
+    """With an error, at its next text; its engine is free then."""
+    options: dict[str, Any] = {"max_tokens": 100, "ignore_eos": True}
+    for host in service.engines.values():
+        host._args = host._args.model_copy(update={"token_latency_s": 0.01})
+    leased = service.router.sample_stream(PROMPTS[:1], options, request_id="leased", lease_s=0.1)
+    with pytest.raises(LeaseExpiredError, match="the caller of leased has been silent"):
+        [delta async for delta in leased]
+    cancelled = service.router.sample_stream(PROMPTS[:1], options, request_id="cancelled")
+    assert await anext(cancelled)
+    assert await service.router.cancel("cancelled") == 1
+    with pytest.raises(RequestError, match="the stream was cancelled"):
+        [delta async for delta in cancelled]
+    await eventually(service.idle)

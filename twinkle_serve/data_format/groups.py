@@ -47,7 +47,7 @@ class Group:
     attempts: int = 0
     """Number of earlier attempts."""
     urgent: bool = False
-    """Whether its call waits for single samples, rather than for all of them."""
+    """Whether its call returns before all prompts are complete (`min_groups`), so that each finished one counts."""
 
     @property
     def key(self) -> GroupKey:
@@ -73,7 +73,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """The time in which one router uses one engine process, until it loses it."""
+    """One router's use of one engine process, from when it is ready until it is lost."""
 
     incarnation: str
     """`EngineInfo.incarnation` of the process."""

@@ -21,7 +21,7 @@ class EngineClient(Protocol):
     async def describe(self, router: str) -> EngineInfo:
         """Returns the engine's state, and renews the lease of this router and of a pause.
 
-        An engine aborts the groups of a router that has not called this for ROUTER_LEASE_S.
+        An engine aborts the groups of a router that has called none of these methods for ROUTER_LEASE_S.
         """
         ...
 

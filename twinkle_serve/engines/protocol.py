@@ -69,8 +69,8 @@ class Engine(Protocol):
     def partial_output(self, group: Group, offset: int) -> PartialSample | None:
         """Returns the tokens of a running one-sample group with `resume` set, from token `offset` on.
 
-        Returns None once the sample has ended, so the last token never ends it. An engine may always return None; a
-        sample that it loses then restarts from its beginning.
+        Returns None once the sample has ended; the tokens of a running sample therefore never include one that ends it.
+        An engine that cannot resume always returns None: its lost samples restart from their beginning.
         """
         ...
 

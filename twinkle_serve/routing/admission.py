@@ -69,8 +69,6 @@ class Admission:
         # One thread: tokenizers are not thread-safe, and the event loop must not wait for them.
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._calls = CallRegistry(self.fail)
-        self._streams = 0
-        """Number of running streams; they are in no queue."""
         self.asleep = False
         """Whether requests are refused because the engines sleep."""
 
@@ -81,7 +79,7 @@ class Admission:
     @property
     def running(self) -> int:
         """Number of running requests and streams."""
-        return len(self._calls) + self._streams
+        return len(self._calls)
 
     # -- calls -------------------------------------------------------------------------------------
 
@@ -117,12 +115,14 @@ class Admission:
                     self._on_complete(request.adapter, request.weight_versions)
 
     @asynccontextmanager
-    async def admitted_stream(self, call: SampleRequest) -> AsyncGenerator[tuple[RoutedGroup, float], None]:
-        """Yields the only group of a stream, and its deadline by the event loop's clock."""
+    async def admitted_stream(self, call: SampleRequest) -> AsyncGenerator[tuple[RoutedGroup, float, ActiveCall], None]:
+        """Yields the only group of a stream, its deadline by the event loop's clock, and its registration."""
         limit_s = self._limit_s(call)
+        lease_s = None if call.lease_s is None else seconds("lease_s", call.lease_s)
         self._require_room()
         deadline = asyncio.get_running_loop().time() + limit_s
         with contextlib.ExitStack() as stack:
+            active = stack.enter_context(self._calls.holding(call.input_count, call.request_id, lease_s))
             try:
                 async with asyncio.timeout_at(deadline):
                     request, groups = await self._prepared(call, stack)
@@ -133,14 +133,9 @@ class Admission:
                         "Use sample_iter for more."
                     )
                 self.require_awake()
-                self._streams += 1
-                stack.callback(self._end_stream)
-                yield groups[0], deadline
+                yield groups[0], deadline, active
             except TimeoutError:
                 raise DeadlineError(f"timeout_s={limit_s:g} passed in a stream. Raise it or ask for less.") from None
-
-    def _end_stream(self) -> None:
-        self._streams -= 1
 
     def cancel(self, request_id: str, inputs: Sequence[int] | None) -> int:
         """See `RouterAPI.cancel`."""
@@ -225,7 +220,7 @@ class Admission:
         """
         args, waiting, tokens = self._args, self._scheduler.waiting, self._scheduler.waiting_tokens
         counted, limit = active is not None, args.max_queued_requests
-        calls, outside_queue = self.running - counted, self._calls.arriving - counted + self._streams
+        calls, outside_queue = self.running - counted, self._calls.outside_queue - counted
         full = waiting and (calls >= limit or tokens >= args.max_queued_tokens)
         if not full and outside_queue < limit:
             return
@@ -268,7 +263,7 @@ class Admission:
 
     def _late(self, limit_s: float, request: Request | None) -> str:
         if request is None:
-            state = "no engine was ready"
+            state = "its prompts were being prepared" if self._engines.ready else "no engine was ready"
         else:
             done = request.samples_wanted - request.samples_missing
             state = f"{done} of {request.samples_wanted} samples were done"

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from twinkle_serve.errors import LeaseExpiredError, TwinkleServeError
+from twinkle_serve.errors import LeaseExpiredError, RequestError, TwinkleServeError
 from twinkle_serve.lease import Lease
 from twinkle_serve.routing.request import Request
 
@@ -20,13 +20,20 @@ class ActiveCall:
     inputs: int
     """Number of its inputs."""
     request: Request | None = None
-    """None while the call is being validated."""
+    """None while the call is being validated, and for a stream."""
     error: TwinkleServeError | None = None
-    """Set if the call ended before it became a request."""
+    """Set if the call ended by its lease or another call, before it became a request."""
     cancelled: set[int] = field(default_factory=set)
     """Inputs that were cancelled before the call became a request."""
     lease: Lease | None = None
     """The caller's; None if the call does not depend on it."""
+
+    def require_wanted(self) -> None:
+        """Raises if the lease of a stream has expired, or it was cancelled."""
+        if self.error is not None:
+            raise self.error
+        if self.cancelled:
+            raise RequestError("the stream was cancelled.")
 
     def cancel(self, inputs: Iterable[int] | None) -> int:
         """Cancels inputs, or all for None, of a call that is not a request yet. Returns how many were new."""
@@ -56,8 +63,8 @@ class CallRegistry:
         return len(self._all)
 
     @property
-    def arriving(self) -> int:
-        """Number of calls that are not requests yet."""
+    def outside_queue(self) -> int:
+        """Number of calls whose prompts are in no queue: calls that are being validated, and streams."""
         return sum(call.request is None for call in self._all)
 
     def get(self, request_id: str) -> ActiveCall | None:

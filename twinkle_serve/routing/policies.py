@@ -24,7 +24,7 @@ class EngineLoad:
 
     name: str
     limit: int
-    """Maximum number of sequences, for policies that observe it."""
+    """Maximum number of sequences."""
     low: int
     """A full engine gets no groups until it is down to this many sequences; then several at once."""
     full: bool = False

@@ -100,12 +100,12 @@ class Request:
 
     @property
     def complete(self) -> bool:
-        """Whether every prompt has all its samples."""
+        """Whether every prompt has all its samples, and none was dropped."""
         return len(self._complete) == len(self._prompts)
 
     @property
     def settled(self) -> bool:
-        """Whether no sample is missing."""
+        """Whether nothing more arrives: every prompt is complete or was dropped."""
         return not self._missing
 
     def add(self, columns: SampleColumns) -> list[int]:

@@ -48,7 +48,7 @@ class Router(RouterAPI):
     """Sends prompts to engines and gathers their samples.
 
     Guarantees:
-        Every accepted prompt yields exactly `num_samples` sequences, or the call raises.
+        Every accepted prompt yields exactly `num_samples` sequences, unless it is cancelled, or the call raises.
         Cancelling a call or one of its prompts, its deadline, or its caller's silence aborts its sequences in the
             engines.
         An engine's death loses no sample; see `GroupScheduler`.
@@ -71,7 +71,7 @@ class Router(RouterAPI):
         engines_return: bool = True,
         observe_staleness: Callable[[str, int], None] = lambda name, versions: None,
     ) -> None:
-        """Binds to the running event loop. `start` must be called before anything else.
+        """Creates a router; `start` must be called before anything else, on the event loop that it runs on.
 
         Args:
             model: directory of the model; its weights may be missing.
@@ -224,13 +224,14 @@ class Router(RouterAPI):
 
     async def run_stream(self, request: SampleRequest) -> AsyncGenerator[tuple[str, StopReason | None], None]:
         async with (
-            self._admission.admitted_stream(request) as (group, deadline),
+            self._admission.admitted_stream(request) as (group, deadline, active),
             contextlib.aclosing(self._scheduler.stream(group)) as deltas,
         ):
             while True:
                 # Around each step alone: a timeout must not be held across a yield.
                 async with asyncio.timeout_at(deadline):
                     delta = await anext(deltas, None)
+                active.require_wanted()
                 if delta is None:
                     return
                 yield delta.text, delta.finish_reason

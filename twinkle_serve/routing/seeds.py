@@ -1,11 +1,12 @@
-"""Seeds of samples, independent of engines, chunks and the other prompts' lengths."""
+"""Seeds of samples. They depend on the request's seed and on the indices of prompt and sample alone."""
 
 from __future__ import annotations
 
 _MASK = (1 << 64) - 1
 
 SPACING = 1 << 20
-"""Maximum number of samples per prompt. Sample i has the prompt's seed + i, so prompt seeds are multiples of this."""
+"""Distance between the seeds of prompts, and so the maximum number of samples per prompt: sample i has the prompt's
+seed + i."""
 
 
 def prompt_seed(request_seed: int, prompt_index: int) -> int:

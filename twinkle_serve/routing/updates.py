@@ -77,7 +77,7 @@ class WeightUpdates:
         except BaseException:
             self._end(update)
             raise
-        self._wait_for_trainer(update)
+        self._restart_timeout(update)
         return update.upload
 
     async def append(self, upload: int, index: int, bucket: BucketArgument) -> None:
@@ -94,7 +94,7 @@ class WeightUpdates:
         except BaseException:
             self._give_up(update)
             raise
-        self._wait_for_trainer(update)
+        self._restart_timeout(update)
 
     async def publish(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
         """Makes the version current, on all engines or on none. Returns its label.
@@ -153,7 +153,7 @@ class WeightUpdates:
             raise StoreError("the update of weights was given up: its trainer was silent, or the router was restarted.")
         return self._update
 
-    def _wait_for_trainer(self, update: _Update) -> None:
+    def _restart_timeout(self, update: _Update) -> None:
         """Restarts the upload timeout."""
         if self._update is update:
             update.heard_at = asyncio.get_running_loop().time()

@@ -110,7 +110,7 @@ class ServiceClient(RouterClient):
                         return attempts.received(await response)
                 except BaseException as error:
                     self._abandon(attempts, response, error)
-                    await self._pause(attempts, error)
+                    await self._wait_to_repeat(attempts, error)
 
     async def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
         async with (
@@ -146,7 +146,7 @@ class ServiceClient(RouterClient):
                 except (Exception, asyncio.CancelledError) as error:
                     failure = _own_cancellation(error)
                     _cancel(stream)
-                    await self._pause(attempts, failure)
+                    await self._wait_to_repeat(attempts, failure)
                     stream = self._send(self._streams, method, attempts.next_request())
                     continue
                 yield item
@@ -245,7 +245,7 @@ class ServiceClient(RouterClient):
             with contextlib.suppress(Exception):
                 self._send(self._handle, RouterAPI.cancel, attempts.request.request_id)
 
-    async def _pause(self, attempts: Attempts, error: BaseException) -> None:
+    async def _wait_to_repeat(self, attempts: Attempts, error: BaseException) -> None:
         """Waits until a call may be sent again. Raises its error where a repetition does not help."""
         error = _own_cancellation(error)
         translated = self._translated(error)

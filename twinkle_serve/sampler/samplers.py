@@ -39,8 +39,7 @@ class _EngineSampler(RunningSampler):
             remote_group: deploys the sampler as a Ray Serve application of this name, next to others, one engine a
                 data-parallel replica, and calls it by handle. After `initialize` it names a DeviceGroup, whose devices
                 alone it takes. None, or `initialize("local")`: the engine runs in this process.
-            service_args: other keys of the config: template, adapters, revision, trust_remote_code,
-                request_timeout_s, startup_timeout_s.
+            service_args: any other key of the config; see `twinkle_serve.config.ServiceArgs`.
 
         Raises:
             ConfigError: an unknown or invalid argument; MeshError, ModelNotFoundError, EngineArgsError.
