@@ -371,7 +371,7 @@ def test_service_that_cannot_be_fails_as_it_is_built(
 
 def test_deploy_that_finds_no_room_ends_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cores that somebody else holds: nothing waits for ever, and nothing is left behind."""
-    monkeypatch.setattr("twinkle_serve.sampler.service.GRACE_S", 0.5)
+    monkeypatch.setattr("twinkle_serve.timing.ROUTER_GRACE_S", 0.5)
 
     @ray.remote(num_cpus=ray.available_resources()["CPU"] - 1)
     class Greedy:
