@@ -1,1 +1,1 @@
-"""The Ray Serve deployments. Thin: what they decide lives in twinkle_serve."""
+"""The Ray Serve deployments of the classes in twinkle_serve."""
