@@ -96,4 +96,5 @@ class Observer(threading.Thread):
 
     def stop(self) -> None:
         self._end.set()
-        self.join(timeout=10)
+        if self.is_alive():
+            self.join(timeout=10)
