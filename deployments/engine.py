@@ -63,6 +63,7 @@ class Engine(EngineServer):
         )
         super().__init__(engine, model, ServeStoreClient(store))
         await self.start(name, args.startup_timeout_s, on_stage)
+        on_stage("ready")
 
     async def __del__(self) -> None:
         """Called by Serve when the replica stops."""

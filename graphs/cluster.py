@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ from twinkle_serve.errors import ConfigError, TwinkleServeError
 
 if TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema
+
+
+CONNECT_S = 10.0
 
 
 class LaunchError(TwinkleServeError):
@@ -43,6 +47,7 @@ def join_or_start(applications: Collection[str]) -> Cluster:
     from ray import serve
 
     address = os.environ.get("RAY_ADDRESS") or "local"
+    _require_listener(address)
     try:
         context = ray.init(address=address, namespace="serve")
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
@@ -64,6 +69,23 @@ def join_or_start(applications: Collection[str]) -> Cluster:
         joined=joined,
         needs_token=os.environ.get("RAY_AUTH_MODE") == "token",
     )
+
+
+def _require_listener(address: str) -> None:
+    """Refuses an address where nothing listens: Ray would go on trying for minutes.
+
+    Raises:
+        LaunchError
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():  # auto, local
+        return
+    try:
+        socket.create_connection((host.removeprefix("ray://").strip("[]"), int(port)), CONNECT_S).close()
+    except OSError as error:
+        raise LaunchError(
+            f"no Ray cluster at RAY_ADDRESS={address}: {error.strerror or error}. Start it, or unset RAY_ADDRESS."
+        ) from error
 
 
 def start_serve(schema: ServeDeploySchema) -> None:

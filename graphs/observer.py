@@ -22,7 +22,7 @@ class Snapshot:
     in_use: Collection[str] = frozenset()
     """Samplers whose router uses all engines; Serve counts an application as running before that."""
     progress: Mapping[tuple[str, str], StartProgress] = field(default_factory=dict)
-    """How far deployments are that are not healthy yet, by application and deployment."""
+    """How far engines of samplers are that are not in use yet, by application and deployment."""
     taken_at: float = field(default_factory=time.monotonic)
 
 
@@ -44,10 +44,10 @@ def look(samplers: Collection[str], known_in_use: Mapping[str, float]) -> Snapsh
     in_use, progress = set(), {}
     for name in applications.keys() & set(samplers):
         application = applications[name]
-        for deployment, state in application.deployments.items():
-            if state.status != "HEALTHY" and (stages := read_progress(name, deployment)) is not None:
-                progress[name, deployment] = stages
         known = known_in_use.get(name) == application.last_deployed_time_s
+        for deployment in () if known else application.deployments:
+            if (stages := read_progress(name, deployment)) is not None:
+                progress[name, deployment] = stages
         if application.status == "RUNNING" and (known or _engines_are_in_use(name)):
             in_use.add(name)
     return Snapshot(applications, in_use, progress)
@@ -96,4 +96,5 @@ class Observer(threading.Thread):
 
     def stop(self) -> None:
         self._end.set()
-        self.join(timeout=10)
+        if self.is_alive():
+            self.join(timeout=10)

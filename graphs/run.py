@@ -35,7 +35,8 @@ BAD_CONFIG = 2
 
 TURN_S = 0.2
 """How often the launcher looks at what is new."""
-WATCH_PERIOD_S = 1.0
+WATCH_PERIOD_S = 0.5
+"""Shorter than what Serve takes to replace any process, so that no such event is missed."""
 
 RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}
 """For a log that a person reads and that has everything."""

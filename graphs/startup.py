@@ -118,15 +118,17 @@ class StartUp:
         state = snapshot.applications[name].deployments[deployment]
         step = self._step(name, deployment, now)
         waits = self._samplers[name] and deployment == "router" and name not in snapshot.in_use
+        if step.outcome == "running":
+            progress = snapshot.progress.get(key)
+            if progress is not None and progress != before.progress.get(key):
+                self._enter(step, progress.stages[-1][0], now, self._measured(step, progress, now))
         if state.status == "DEPLOY_FAILED":
             self.end(step, "failed", now)
         elif state.status == "HEALTHY" and not waits:
             self.end(step, now=now)
         elif state.status == "HEALTHY":
             self._enter(step, "waiting for the engines", now)
-        elif (progress := snapshot.progress.get(key)) is not None and progress != before.progress.get(key):
-            self._enter(step, progress.stages[-1][0], now, self._measured(step, progress, now))
-        elif NO_ROOM in state.message:
+        elif NO_ROOM in state.message and step.stage == "starting":
             self._enter(step, "waiting for room on the cluster", now)
 
     def _measured(self, step: Step, progress: StartProgress, now: float) -> list[tuple[str, float]]:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.support.eventually import wait_until
 from tests.support.scripts_serve import Service, config_with, ended, own_environment, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.own_cluster]
@@ -203,6 +204,23 @@ def test_restart_by_name_replaces_that_process_alone(service: Service) -> None:
         assert not load.end()["failed"]
     finally:
         load.kill()
+
+
+@pytest.mark.timeout(200)
+def test_launcher_says_what_becomes_of_the_application(service: Service) -> None:
+    """Replaced, and unhealthy while a process is; and when it is over."""
+    before = len(service.output)
+
+    def says(text: str) -> None:
+        wait_until(lambda: text in service.output[before:], text, timeout_s=60.0)
+
+    deploy(service, 1)
+    says("sampler was deployed again")
+    says("sampler is ready again after")
+    engine = replicas(service)["engine-dp0"]
+    engine.kill()
+    says("sampler is unhealthy: engine-dp0")
+    says("sampler is healthy again after")
 
 
 @pytest.mark.timeout(200)

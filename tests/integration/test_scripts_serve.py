@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support.eventually import wait_until
 from tests.support.scripts_serve import Service, config_with, ended, own_environment, serving, start
 
 pytestmark = [pytest.mark.ray, pytest.mark.own_cluster, pytest.mark.vllm]
@@ -22,6 +23,68 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     config = config_with(tmp_path_factory.mktemp("serve") / "config.yaml")
     with own_environment() as environment, serving(config, environment) as running:
         yield running
+
+
+def test_start_is_shown_stage_by_stage(service: Service) -> None:
+    """Of every engine, and nothing of what Ray, Serve and vLLM print: that is in the log file that it names."""
+    start, _, _ = service.output.partition("\nReady after")
+    for engine in ("engine-dp0", "engine-dp1"):
+        shown = re.findall(rf"^\d\d:\d\d:\d\d  sampler {engine}: (\w+)", start, re.M)
+        assert [stage for stage in shown if stage != "fetching"] in (
+            ["starting", "importing", "loading", "warming", "ready"],
+            ["starting", "importing", "loading", "ready"],  # it took less than the launcher's look
+        )
+        assert re.search(rf"{engine}: ready after .* \(starting .* importing .* loading .* s\)", start)
+    steps = re.compile(r"^\d\d:\d\d:\d\d  (Ray|Serve|sampler( [\w-]+)?|install): |^Serving |^$")
+    assert [line for line in start.splitlines() if not steps.match(line)] == []
+    log = Path(re.findall(r"^  log +(\S+)$", service.output, re.M)[0])
+    assert "ServeController" in log.read_text() and "ServeReplica" in log.read_text()
+
+
+@pytest.mark.timeout(400)
+def test_calls_that_ready_prints_work(service: Service) -> None:
+    """As they are, with the address beside them and no other."""
+    lines = re.findall(r"^from twinkle_serve import connect\n(?:\S.*\n)+", service.output, re.M)
+    assert len(lines) == 1
+    address = re.findall(r"^  address +RAY_ADDRESS=(\S+?),", service.output, re.M)
+    result = service.run("-c", lines[0], RAY_ADDRESS=address[0])
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads(result.stdout.replace("'", '"'))) == 4
+    assert result.stderr == ""
+
+
+REFUSED = """
+import sys, twinkle_serve
+sampler = twinkle_serve.connect("sampler")
+prompt = {"messages": [{"role": "user", "content": "1+1="}]}
+calls = {
+    "sample": lambda: sampler.sample([prompt], {"max_tokens": 4}, "nobody"),
+    "sample_iter": lambda: list(sampler.sample_iter([prompt], {"max_tokens": 4}, "nobody")),
+    "sample_stream": lambda: list(sampler.sample_stream(prompt, {"max_tokens": 4}, "nobody")),
+    "ids": lambda: list(sampler.sample_stream({"input_ids": [10**6]}, {"max_tokens": 4})),
+    "late": lambda: sampler.sample([prompt] * 200, {"max_tokens": 900, "ignore_eos": True}, timeout_s=0.2),
+    "control": lambda: sampler.drain_engine("nobody", timeout_s=1),
+    "adapter": lambda: sampler.add_adapter_to_model("broken", sys.argv[1]),
+}
+for name, call in calls.items():
+    try:
+        call()
+    except twinkle_serve.TwinkleServeError as error:
+        print(type(error).__name__)
+"""
+
+
+@pytest.mark.timeout(200)
+def test_refused_call_is_one_line_on_the_terminal(service: Service, tmp_path: Path) -> None:
+    """Not a traceback: of sampling, streaming and control calls, by the router, an engine or the store."""
+    before = len(service.output)
+    result = service.run("-c", REFUSED, str(tmp_path))
+    refused = result.stdout.split()
+    assert len(refused) == 7, result.stderr
+    wait_until(lambda: service.output.count("call failed", before) >= 7, "seven lines")
+    said = service.output[before:]
+    assert re.findall(r"^\d\d:\d\d:\d\d  sampler router  call failed: (\w+): .+$", said, re.M) == refused
+    assert len(said.splitlines()) == 7, said
 
 
 @pytest.mark.timeout(400)
@@ -192,7 +255,7 @@ def test_http_says_that_it_has_no_api(service: Service) -> None:
     ],
 )
 def test_bad_config_ends_with_its_error(args: dict[str, object], message: str, tmp_path: Path) -> None:
-    """Non-zero, with the typed error as what is printed last, and nothing left running."""
+    """Non-zero, with the typed error, and nothing left running."""
     log = tmp_path / "log"
     with own_environment() as environment:
         process = start(config_with(tmp_path / "bad.yaml", **args), environment, log)

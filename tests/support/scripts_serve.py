@@ -54,6 +54,11 @@ class Service:
     dashboard: str
     config: Path
 
+    @property
+    def output(self) -> str:
+        """What the launcher has printed."""
+        return self.config.with_name("log").read_text()
+
     def run(self, *command: str, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, *command],

@@ -48,6 +48,18 @@ def test_engine_shows_the_stages_that_it_has_reported() -> None:
     assert engine.earlier[-1] == ("warming", 2.0)
 
 
+def test_stages_between_two_looks_are_measured_too() -> None:
+    """By the engine: a fast one may be ready when the launcher first looks."""
+    start_up = StartUp({"sampler": True})
+    done = application("RUNNING", engine_dp0="HEALTHY")
+    begun = stages(("importing", 50.0), ("loading", 51.0), ("warming", 53.0), ("ready", 53.5))
+    progress = {("sampler", "engine-dp0"): begun}
+    start_up.update(NOTHING, Snapshot({"sampler": done}, progress=progress, taken_at=10.0))
+    engine = start_up.steps[-1]
+    assert engine.outcome == "ready"
+    assert engine.earlier == [("importing", 1.0), ("loading", 2.0), ("warming", 0.5)]
+
+
 def test_steps_are_in_the_order_in_which_they_depend_on_each_other() -> None:
     """Whatever order Serve has them in, and with ten engines or more."""
     start_up = StartUp({"sampler": True})
