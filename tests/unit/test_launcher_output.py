@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from deployments.log_config import REQUEST_FAILED, OneLineErrors, log_to_serve
+from graphs.cluster import LaunchError, join_or_start
 from graphs.ready import calls
 from graphs.replica_messages import ReplicaMessages
 from twinkle_serve.errors import PromptError, SamplingParamsError, TwinkleServeError
@@ -157,6 +159,16 @@ def test_output_goes_to_the_log_and_the_terminal_stays_the_launchers(tmp_path: P
     lines = ["chatter", "warning", "of a child", "--", "half a line", "--"]
     assert done.stdout == f"shown\nafter {log} {lines}\n" and done.stderr == ""
     assert log.read_text() == "chatter\nwarning\nof a child\nhalf a line\n"
+
+
+def test_address_where_nothing_listens_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself would try it for minutes."""
+    with socket.socket() as bound:  # and nobody listens
+        bound.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(LaunchError, match=f"no Ray cluster at RAY_ADDRESS={address}: .*refused. Start it"):
+            join_or_start(["sampler"])
 
 
 def test_calls_are_python_that_can_be_pasted() -> None:
