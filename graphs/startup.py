@@ -121,7 +121,11 @@ class StartUp:
         if step.outcome == "running":
             progress = snapshot.progress.get(key)
             if progress is not None and progress != before.progress.get(key):
-                self._enter(step, progress.stages[-1][0], now, self._measured(step, progress, now))
+                stage, earlier = progress.stages[-1][0], self._measured(step, progress, now)
+                if stage == step.done:  # shown by its end, once Serve calls it healthy
+                    step.enter(stage, now, earlier)
+                else:
+                    self._enter(step, stage, now, earlier)
         if state.status == "DEPLOY_FAILED":
             self.end(step, "failed", now)
         elif state.status == "HEALTHY" and not waits:

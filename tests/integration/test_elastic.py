@@ -189,6 +189,7 @@ print(sampler.status()["engines"]["engine-dp1"]["state"])
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(200)
 def test_restart_by_name_replaces_that_process_alone(service: Service) -> None:
     """And returns when the new one is used; calls go on meanwhile."""

@@ -60,6 +60,7 @@ def test_sampler_takes_devices_of_its_group_alone() -> None:
     sampler.shutdown()
 
 
+@pytest.mark.nightly
 def test_sampler_of_a_group_leaves_other_applications_alone() -> None:
     """Deployed next to another, called by handle and by name, and gone by its own shutdown."""
     other = deploy("other", engine="fake", device_mesh={"dp_size": 1})
@@ -86,6 +87,7 @@ os._exit(3)  # a crash: nothing is given back
 """
 
 
+@pytest.mark.nightly
 def test_sampler_outlives_its_run_and_ends_when_its_group_is_replaced(tmp_path: Path) -> None:
     """A run that crashed leaves its service up, with its devices; the next one takes the group over, or has it anew."""
     script = tmp_path / "train.py"

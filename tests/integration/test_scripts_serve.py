@@ -227,6 +227,7 @@ def test_http_says_that_it_has_no_api(service: Service) -> None:
             {"device_mesh": {"dp_size": 999}},
             r"MeshError: device_mesh needs 999 [CG]PUs .*, the cluster has \d+",
             id="mesh",
+            marks=pytest.mark.nightly,
         ),
         pytest.param(
             {"engine": "vlm"},

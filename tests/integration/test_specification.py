@@ -84,6 +84,7 @@ def test_specification_of_the_vllm_sampler_runs(specified: dict[str, Any]) -> No
 
 @pytest.mark.ray
 @pytest.mark.vllm
+@pytest.mark.nightly
 def test_specification_of_remote_samplers_runs(cluster: None) -> None:
     """In a group of its own, whose device the engine has."""
     from twinkle import shutdown

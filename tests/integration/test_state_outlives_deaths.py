@@ -193,7 +193,8 @@ def test_trainer_that_dies_in_a_pause_does_not_leave_it_paused(service: RunningS
     assert not service.status()["paused"]
 
 
-@pytest.mark.parametrize("keeps", [True, pytest.param(False, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("keeps", [True, False])
 def test_service_that_is_deployed_anew_finds_its_state_dir(
     weights: dict[str, Any], adapters: list[Path], tmp_path: Path, keeps: bool
 ) -> None:

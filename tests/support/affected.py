@@ -20,8 +20,26 @@ DEATHS = "tests/integration/test_state_outlives_deaths.py"
 SERVICE = "tests/integration/test_service.py"
 SCRIPTS = "tests/integration/test_scripts_serve.py"
 VLLM = "tests/integration/test_vllm_service.py"
+SPECIFICATION = "tests/integration/test_specification.py"
+IN_GROUP = "tests/integration/test_sampler_in_group.py"
+ELASTIC = "tests/integration/test_elastic.py"
 
-ALL = frozenset({ARCHITECTURES, *SAMPLERS, CHAOS, CLIENT, DEATHS, SCRIPTS, SERVICE, UNDER_FIRE, VLLM})
+ALL = frozenset(
+    {
+        ARCHITECTURES,
+        *SAMPLERS,
+        CHAOS,
+        CLIENT,
+        DEATHS,
+        ELASTIC,
+        IN_GROUP,
+        SCRIPTS,
+        SERVICE,
+        SPECIFICATION,
+        UNDER_FIRE,
+        VLLM,
+    }
+)
 """Every file with a test marked `nightly`; tests/conftest.py compares."""
 
 RULES: tuple[tuple[str, frozenset[str]], ...] = (
@@ -30,7 +48,8 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("tests/support/affected.py", frozenset()),
     ("tests/support/lora.py", ALL - {CLIENT, SCRIPTS}),
     ("tests/support/weights.py", ALL - {ARCHITECTURES, CLIENT, SCRIPTS}),
-    ("tests/support/scripts_serve.py", frozenset({SCRIPTS})),
+    ("tests/support/scripts_serve.py", frozenset({ELASTIC, SCRIPTS})),
+    ("tests/support/specification.py", frozenset({SPECIFICATION})),
     ("tests/support/trainer.py", frozenset({CLIENT})),
     ("tests/support/docs.py", frozenset()),
     ("tests/support/*", ALL),
@@ -47,12 +66,12 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     (".gitignore", frozenset()),
     ("LICENSE", frozenset()),
     ("serve_config.yaml", frozenset({SCRIPTS})),
-    ("scripts/serve", frozenset({SCRIPTS})),
+    ("scripts/serve", frozenset({ELASTIC, SCRIPTS})),
     ("scripts/*", frozenset()),
     (".ci/*", frozenset()),
-    ("twinkle_serve/as_twinkle*", frozenset()),
+    ("twinkle_serve/as_twinkle*", frozenset({SPECIFICATION})),
     ("twinkle_serve/hub*", frozenset({SCRIPTS})),
-    ("twinkle_serve/remote/*", frozenset()),
+    ("twinkle_serve/remote/*", frozenset({IN_GROUP, SPECIFICATION})),
     ("twinkle_serve/template/*", frozenset({CLIENT, *SAMPLERS})),
     ("twinkle_serve/engines/torch*", frozenset({ARCHITECTURES, *SAMPLERS, VLLM, SCRIPTS})),
     ("twinkle_serve/engines/fake*", frozenset({DEATHS, SERVICE})),
