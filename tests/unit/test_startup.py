@@ -60,6 +60,22 @@ def test_stages_between_two_looks_are_measured_too() -> None:
     assert engine.earlier == [("importing", 1.0), ("loading", 2.0), ("warming", 0.5)]
 
 
+def test_engine_that_has_reported_its_end_is_ready_once() -> None:
+    """When Serve says so too."""
+    out = io.StringIO()
+    start_up = StartUp({"sampler": True}, PlainDisplay(out).changed)
+    busy, done = application("DEPLOYING", engine_dp0="UPDATING"), application("RUNNING", engine_dp0="HEALTHY")
+    progress = {("sampler", "engine-dp0"): stages(("loading", 1.0), ("ready", 9.0))}
+    start_up.update(NOTHING, Snapshot({"sampler": busy}, taken_at=1.0))
+    start_up.update(NOTHING, Snapshot({"sampler": busy}, progress=progress, taken_at=10.0))
+    start_up.update(NOTHING, Snapshot({"sampler": done}, progress=progress, taken_at=11.0))
+    lines = [line.split("  ", 1)[1] for line in out.getvalue().splitlines() if "engine-dp0" in line]
+    assert lines == [
+        "sampler engine-dp0: starting",
+        "sampler engine-dp0: ready after 10 s (starting 9.0 s · loading 8.0 s)",
+    ]
+
+
 def test_steps_are_in_the_order_in_which_they_depend_on_each_other() -> None:
     """Whatever order Serve has them in, and with ten engines or more."""
     start_up = StartUp({"sampler": True})
