@@ -63,7 +63,7 @@ def main(
 
 
 def stop_on_signals() -> None:
-    """Makes Ctrl-C and a plain kill raise KeyboardInterrupt; a shell starts background processes with SIGINT ignored."""
+    """Makes Ctrl-C and a plain kill raise KeyboardInterrupt; background processes of a shell ignore SIGINT."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _raise_interrupt)
 
