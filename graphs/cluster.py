@@ -106,7 +106,8 @@ def start_serve(schema: ServeDeploySchema) -> None:
             controller_options=schema.controller_options,
         )
     except (RayError, RuntimeError, TimeoutError, ValueError) as error:
-        raise LaunchError(f"Serve did not start: {_last_line(error)}") from error
+        remedy = " Set http_options.port to a free one." if "bind" in str(error) else ""
+        raise LaunchError(f"Serve did not start: {_last_line(error)}{remedy}") from error
 
 
 def submit(schema: ServeDeploySchema) -> None:
@@ -133,15 +134,19 @@ def dead_process() -> str | None:
     return next((kind for kind in ("gcs_server", "raylet") if kind in dead), None)
 
 
-def shut_down() -> None:
-    """Ends Serve, and the cluster if this process started it. Idempotent."""
+def shut_down(*, serves: bool) -> None:
+    """Leaves the cluster, which ends if this process started it. Idempotent.
+
+    Args:
+        serves: whether this launcher deployed anything: then Serve ends too, on a joined cluster as well.
+    """
     import ray
     from ray import serve
     from ray.exceptions import RayError
 
     try:
         # Serve would start a cluster to shut down where there is none, and wait for one that is dead.
-        if ray.is_initialized() and dead_process() is None:
+        if serves and ray.is_initialized() and dead_process() is None:
             with contextlib.suppress(RayError, ConnectionError, TimeoutError):  # of a cluster that is gone
                 serve.shutdown()
     finally:

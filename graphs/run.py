@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -49,7 +49,7 @@ def main(
     """Serves the applications of CONFIG until Ctrl-C."""
     started = time.monotonic() - (0.0 if since is None else max(0.0, time.time() - since))
     os.environ.update(RAY_SETTINGS | os.environ)  # before anything imports Ray
-    stopped = _Stopped()
+    stop_on_signals()
     try:
         checked = check_config_file(config)
     except TwinkleServeError as error:
@@ -58,40 +58,35 @@ def main(
     except KeyboardInterrupt:
         sys.exit(0)
     with OutputLog() as log:
-        code = Launcher(config, checked, log, stopped, started).run()
+        code = Launcher(config, checked, log, started).run()
     sys.exit(code)
 
 
-class _Stopped:
-    """Whether somebody wants the service to stop: Ctrl-C, or a plain kill, which means the same."""
+def stop_on_signals() -> None:
+    """Makes Ctrl-C and a plain kill raise KeyboardInterrupt; background processes of a shell ignore SIGINT."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _raise_interrupt)
 
-    def __init__(self) -> None:
-        self.by_user = False
-        self.install()
 
-    def install(self) -> None:
-        # A shell starts what it puts in the background with SIGINT ignored, hence both.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._stop)
-
-    def _stop(self, *_: Any) -> None:
-        self.by_user = True
-        raise KeyboardInterrupt
+def _raise_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 class Launcher:
     """Starts, follows and ends the applications of one config."""
 
-    def __init__(self, path: Path, config: ConfigFile, log: OutputLog, stopped: _Stopped, started: float) -> None:
+    def __init__(self, path: Path, config: ConfigFile, log: OutputLog, started: float) -> None:
         """
         Args:
             started: when the user has started it, monotonic.
         """
-        self._path, self._config, self._log, self._stopped, self._started = path, config, log, stopped, started
+        self._path, self._config, self._log, self._started = path, config, log, started
         self._display: Display = display_for(log.stdout)
         self._messages = ReplicaMessages()
         self._samplers = {name: name in config.samplers for name in config.applications}
         self._observer = Observer(config.samplers)
+        self._serves = False
+        """Whether Serve may hold applications of this launcher. Another launcher's must outlive it."""
 
     def run(self) -> int:
         """Returns the exit code, once everything that was started has ended."""
@@ -133,11 +128,12 @@ class Launcher:
             step = start_up.begin("Ray")
             try:
                 cluster = join_or_start(self._config.applications)
-                self._stopped.install()  # ray.init puts a handler of its own in place
+                stop_on_signals()  # ray.init puts a handler of its own in place
                 start_up.end(step)
                 step = start_up.begin("Serve")
                 start_serve(self._config.schema)
                 before = look(self._config.samplers, {})
+                self._serves = True
                 submit(self._config.schema)
             except TwinkleServeError:
                 start_up.end(step, "failed")
@@ -201,7 +197,7 @@ class Launcher:
         try:
             self._display.say(f"\n{clock()}  Stopping.")
             self._observer.stop()
-            shut_down()
+            shut_down(serves=self._serves)
             self._display.say(f"{clock()}  Stopped after {duration(time.monotonic() - began)}.")
         except KeyboardInterrupt:
             self._display.say(f"{clock()}  Stopped at once: asked for twice.")

@@ -112,12 +112,12 @@ class LiveDisplay:
 
 def block(steps: Sequence[Step], now: float, spinner: Spinner) -> Table:
     """A table of the steps; the engines of an application in one line where there are many."""
-    table = Table.grid(padding=(0, 2))
+    table = Table.grid(padding=(0, 2), expand=True)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, justify="right")
-    table.add_column(no_wrap=True, overflow="ellipsis", style="dim")
+    table.add_column(no_wrap=True, overflow="ellipsis", style="dim", ratio=1)  # what is left of the width
     engines = Counter(step.application for step in steps if _is_engine(step))
     folded: set[str] = set()
     for step in steps:

@@ -225,6 +225,20 @@ def test_launcher_says_what_becomes_of_the_application(service: Service) -> None
 
 
 @pytest.mark.timeout(200)
+def test_launcher_of_another_application_leaves_the_service_alone(service: Service, tmp_path: Path) -> None:
+    """Deploying its config would delete the service; nor may it shut Serve down as it ends."""
+    document = yaml.safe_load(service.config.read_text())
+    document["applications"][0]["name"] = "other"
+    config = tmp_path / "other.yaml"
+    config.write_text(yaml.safe_dump(document))
+    before = replicas(service)
+    answer = service.run("-m", "graphs.run", str(config))
+    assert answer.returncode == 2 and "serves sampler too" in answer.stderr
+    assert replicas(service) == before
+    assert service.run("-c", "import twinkle_serve; twinkle_serve.connect('sampler').status()").returncode == 0
+
+
+@pytest.mark.timeout(200)
 def test_plain_kill_stops_all_of_it(service: Service) -> None:
     """SIGTERM means what Ctrl-C means: exit code 0, nothing left."""
     service.process.send_signal(signal.SIGTERM)
