@@ -41,7 +41,6 @@ def groups(cluster: None) -> Iterator[None]:
     actor, sampler = DeviceGroup("actor", 2, device_type="cpu"), DeviceGroup("sampler", [2, 3], device_type="cpu")
     twinkle_serve.initialize("ray", groups=[actor, sampler])
     yield
-    assert "sampler" in serve.status().applications, "the last test leaves one"
     twinkle_serve.shutdown()
     assert "sampler" not in serve.status().applications, "its engines would go on using devices of nobody"
 

@@ -209,7 +209,8 @@ def test_service_that_is_deployed_anew_finds_its_state_dir(
     assert "again" not in serve.status().applications
     with deployed("again", **args) as after:
         found = after.status()["adapters"]
-        assert found == ({"fixed": "fixed@1", "grown": "grown@1"} if keeps else {"fixed": "fixed@1"})
+        assert set(found) == ({"fixed", "grown"} if keeps else {"fixed"})
         assert after.status()["weights"] == ("one" if keeps else "initial")
         if keeps:
+            assert found == {"fixed": "fixed@1", "grown": "grown@1"}
             assert same(after.sample(QUESTIONS, GREEDY, "grown"), expected)
