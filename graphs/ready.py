@@ -35,7 +35,9 @@ def ready_text(samplers: Mapping[str, ServiceArgs], cluster: Cluster, log: Path)
         first = next(iter(samplers))
         option = "" if first == "sampler" else f" --name {first}"
         lines.append(f"  example    {python} examples/sample.py{option}")
-    lines.append(f"  address    RAY_ADDRESS={cluster.address}, where connect() does not find it")
+    # With an address Ray does not look for the token by itself.
+    mode = " RAY_AUTH_MODE=token" if cluster.needs_token else ""
+    lines.append(f"  address    RAY_ADDRESS={cluster.address}{mode}, where connect() does not find it")
     if cluster.dashboard_url:
         token = f", with the token of: {_command('ray')} get-auth-token" if cluster.needs_token else ""
         lines.append(f"  dashboard  http://{cluster.dashboard_url}/#/serve{token}")

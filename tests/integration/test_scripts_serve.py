@@ -46,8 +46,8 @@ def test_calls_that_ready_prints_work(service: Service) -> None:
     """As they are, with the address beside them and no other."""
     lines = re.findall(r"^from twinkle_serve import connect\n(?:\S.*\n)+", service.output, re.M)
     assert len(lines) == 1
-    address = re.findall(r"^  address +RAY_ADDRESS=(\S+?),", service.output, re.M)
-    result = service.run("-c", lines[0], RAY_ADDRESS=address[0])
+    ((address, mode),) = re.findall(r"^  address +RAY_ADDRESS=(\S+) RAY_AUTH_MODE=(\w+),", service.output, re.M)
+    result = service.run("-c", lines[0], RAY_ADDRESS=address, RAY_AUTH_MODE=mode)
     assert result.returncode == 0, result.stderr
     assert len(json.loads(result.stdout.replace("'", '"'))) == 4
     assert result.stderr == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections.abc import Callable
@@ -43,6 +44,11 @@ def connect(name: str = "sampler", *, timeout_s: float = 180.0) -> RunningSample
         try:
             _join_cluster()
         except ConnectionError as error:
+            if address := os.environ.get("RAY_ADDRESS"):
+                raise ServiceNotReadyError(
+                    f"no Ray cluster to connect to at RAY_ADDRESS={address}. If one runs there, it may want a token: "
+                    "set RAY_AUTH_MODE=token."
+                ) from error
             raise ServiceNotReadyError(
                 "no Ray cluster to connect to: RAY_ADDRESS is not set and none runs on this machine. "
                 "Start the service with scripts/serve."
