@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from twinkle_serve import tasks
 from twinkle_serve.errors import EngineDeadError
 from twinkle_serve.remote.errors import raised_error
 
@@ -71,8 +72,6 @@ def engine_errors() -> Iterator[None]:
             raise raised from None
         raise EngineDeadError(f"{type(error).__name__}: {error}") from None
     except asyncio.CancelledError:
-        # Serve raises CancelledError for some errors of its own; a real cancellation is counted by the task.
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
+        if tasks.is_cancelled():
             raise
         raise EngineDeadError("the call was cancelled on its way") from None

@@ -2,8 +2,8 @@
 
     python -m graphs.run serve_config.yaml
 
-A config that cannot work ends it, the start is shown step by step, and it says what becomes of the applications. What
-Ray, Serve and the engines print goes to a log file. Exit codes: 0 after Ctrl-C, 1 when an application, Ray or Serve
+Refuses an invalid config, shows each step of the start, and reports changes of the applications. The output of
+Ray, Serve and the engines goes to a log file. Exit codes: 0 after Ctrl-C, 1 when an application, Ray or Serve
 failed, 2 when the config is wrong.
 """
 
@@ -34,12 +34,12 @@ FAILED = 1
 BAD_CONFIG = 2
 
 TURN_S = 0.2
-"""How often the launcher looks at what is new."""
+"""Period of the launcher's loop."""
 WATCH_PERIOD_S = 0.5
-"""Shorter than what Serve takes to replace any process, so that no such event is missed."""
+"""Shorter than any replacement by Serve, so that none is missed."""
 
 RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}
-"""For a log that a person reads and that has everything."""
+"""Makes the log complete and readable."""
 
 
 def main(
@@ -133,8 +133,9 @@ class Launcher:
                 step = start_up.begin("Serve")
                 start_serve(self._config.schema)
                 before = look(self._config.samplers, {})
-                self._serves = True
+                self._serves = not before.applications
                 submit(self._config.schema)
+                self._serves = True
             except TwinkleServeError:
                 start_up.end(step, "failed")
                 raise
@@ -162,7 +163,7 @@ class Launcher:
                 return snapshot
 
     def _watch(self, ready: Snapshot) -> None:
-        """Says what happens, until Ctrl-C.
+        """Reports events until Ctrl-C.
 
         Raises:
             LaunchError: Ray has ended.
@@ -180,7 +181,7 @@ class Launcher:
                 self._display.say(f"{clock()}  {line}")
 
     def _turn(self) -> None:
-        """Waits, and shows what replicas have logged since the last time.
+        """Waits, then shows new log records of replicas.
 
         Raises:
             LaunchError: Ray has ended.

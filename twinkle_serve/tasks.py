@@ -1,4 +1,4 @@
-"""Background tasks of an event loop that belong to no request."""
+"""Tasks of an event loop."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ Call: TypeAlias = Coroutine[Any, Any, T]
 """A coroutine that returns T."""
 
 
+def is_cancelled() -> bool:
+    """Whether the running task was cancelled. Serve and futures raise CancelledError for errors of their own too."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
 class BackgroundTasks:
-    """Runs coroutines until they end or `cancel` is called."""
+    """Runs coroutines that belong to no request until they end or `cancel` is called."""
 
     def __init__(self) -> None:
         # The event loop holds tasks weakly; the set keeps them from being collected halfway.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import AsyncIterator, Generator, Sequence
 from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
@@ -21,8 +22,10 @@ from twinkle_serve.data_format.inputs import as_list
 from twinkle_serve.data_format.sample_request import SampleRequest
 from twinkle_serve.errors import DeadlineError, PromptError, RequestError, ServiceError
 from twinkle_serve.routing.api import RouterAPI
+from twinkle_serve.sampler import RunningSampler
 from twinkle_serve.sampler import client as client_module
 from twinkle_serve.sampler.client import ServiceClient
+from twinkle_serve.sampler.lease_keeper import keep_renewed
 
 
 class Response:
@@ -129,6 +132,86 @@ def test_call_is_sent_again_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 
     made = sample(ServiceClient(Handle(answer), "sampler"), inputs)
     assert made.inputs == inputs_of(3) and not died
+
+
+def test_router_death_that_serve_reports_as_a_cancellation_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the router is not told to cancel the call, which has the same id when it is sent again."""
+    monkeypatch.setattr(client_module, "RETRY_PAUSES_S", (0.0,))
+    monkeypatch.setattr(serve, "status", lambda: Mock(applications={"sampler": None}))
+    calls: list[str] = []
+
+    def answer(sent: Any) -> Any:
+        calls.append(sent if isinstance(sent, str) else "run")
+        return answer_to(sent.inputs, (0,), []) if len(calls) > 1 else asyncio.CancelledError()
+
+    assert len(sample(ServiceClient(Handle(answer), "sampler"), inputs_of(1)).sequences) == 1
+    assert calls == ["run", "run"]
+
+
+def test_leases_are_renewed_after_a_failed_renewal() -> None:
+    """Whatever it raises, until the keeper itself is cancelled."""
+    errors: list[BaseException] = [ActorDiedError(), asyncio.CancelledError(), TimeoutError()]
+
+    async def keep() -> None:
+        renewed = asyncio.Event()
+
+        async def renew() -> None:
+            if errors:
+                raise errors.pop()
+            renewed.set()
+
+        keeper = asyncio.ensure_future(keep_renewed(renew, 0.0))
+        await asyncio.wait_for(renewed.wait(), 10)
+        keeper.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await keeper
+
+    asyncio.run(keep())
+
+
+def test_prompts_of_a_call_that_is_about_to_be_sent_can_be_cancelled() -> None:
+    """The first call of a client asks for the default deadline first; the router hears of the call, then of this."""
+    asked, released = threading.Event(), threading.Event()
+    calls: list[str] = []
+
+    class Router:
+        """A handle that notes the order of calls."""
+
+        def options(self, **options: Any) -> Router:
+            return self
+
+        def __getattr__(self, method: str) -> Any:
+            return Mock(remote=getattr(self, f"call_{method}"))
+
+        def call_status(self) -> Any:
+            async def status() -> dict[str, float]:
+                asked.set()
+                await asyncio.to_thread(released.wait)
+                return {"request_timeout_s": 100.0}
+
+            return asyncio.ensure_future(status())
+
+        def call_run_iter(self, sent: SampleRequest) -> Any:
+            calls.append("run_iter")
+
+            async def responses() -> AsyncIterator[SampleResponse]:
+                yield answer_to(sent.inputs, (1,), [])
+
+            return responses()
+
+        def call_cancel(self, request_id: str, inputs: list[int] | None) -> Any:
+            calls.append(f"cancel {inputs}")
+            return Response(1)
+
+    handle: Any = Router()
+    client = ServiceClient(handle, "sampler")
+    responses = RunningSampler(client).sample_iter(inputs_of(2))
+    asked.wait()
+    cancelled = client.loop.start(client.cancel(responses._request_id, [0]))
+    client.loop.call(asyncio.sleep(0))  # it waits now
+    released.set()
+    assert cancelled.result(10) == 1
+    assert calls == ["run_iter", "cancel [0]"]
 
 
 def test_inputs_that_hold_references_are_left_to_ray() -> None:

@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from tests.support.eventually import wait_until
 from tests.support.lora import save_adapter
 from twinkle_serve.config import ServiceArgs
+from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import (
     AdapterError,
     DeadlineError,
@@ -72,15 +75,14 @@ def test_iterator_ends_as_often_as_it_is_asked(sampler: RunningSampler) -> None:
 def test_slow_reader_gets_what_was_done_and_then_the_deadline(sampler: RunningSampler) -> None:
     """Nothing is passed over: all that was finished in time, then a DeadlineError. Never an early end."""
     prompts = [QUESTION] * (3 * ITEMS_AHEAD)
-    parts = sampler.sample_iter(prompts, {"max_tokens": 2}, timeout_s=1.0)
+    parts = sampler.sample_iter(prompts, {"max_tokens": 2}, timeout_s=3.0)
     read = [next(parts)]
-    time.sleep(1.2)  # a reader that takes its time past the deadline
+    time.sleep(3.2)  # past the deadline
     read.extend(parts)
     assert sorted(part.prompt_index for part in read) == list(range(len(prompts))), "all were done in time"
     slow, _ = make(token_latency_s=0.01)
-    parts = slow.sample_iter([QUESTION] * 3, {"max_tokens": 500, "ignore_eos": True}, timeout_s=0.3)
-    time.sleep(0.5)
-    with pytest.raises(DeadlineError, match=r"timeout_s=0\.3 passed when 0 of 3 samples were done"):
+    parts = slow.sample_iter([QUESTION] * 3, {"max_tokens": 500, "ignore_eos": True}, timeout_s=1.0)
+    with pytest.raises(DeadlineError, match=r"timeout_s=1 passed when 0 of 3 samples were done"):
         list(parts)
     slow.shutdown()
 
@@ -92,8 +94,7 @@ def test_shutdown_ends_what_runs_with_an_error() -> None:
     next(stream)
     with ThreadPoolExecutor(2) as pool:
         call = pool.submit(sampler.sample, QUESTION, ENDLESS)
-        while sampler.status()["requests"] != 2:
-            time.sleep(0.01)
+        wait_until(lambda: sampler.status()["requests"] == 2, "both run")
         sampler.shutdown()
         with pytest.raises(EngineDeadError, match="was shut down"):
             call.result(TIMEOUT_S)
@@ -105,6 +106,68 @@ def test_shutdown_ends_what_runs_with_an_error() -> None:
     sampler.shutdown()
 
 
+def test_async_iterator_after_shutdown_raises() -> None:
+    """EngineDeadError from the next item; closing it is no error."""
+    sampler, _ = make(token_latency_s=0.02)
+
+    async def read() -> None:
+        stream: Any = sampler.sample_stream_async(QUESTION, ENDLESS)
+        await anext(stream)
+        await asyncio.to_thread(sampler.shutdown)
+        with pytest.raises(EngineDeadError, match="was shut down"):
+            await anext(stream)
+        await stream.aclose()
+
+    asyncio.run(read())
+
+
+@pytest.mark.parametrize("method", ["sample_stream_async", "sample_iter_async"])
+def test_closed_async_iterator_has_ended_its_call(method: str) -> None:
+    """When `aclose` returns, nothing of the call runs any more, even where the event loop is blocked next."""
+    sampler, _ = make(token_latency_s=0.02)
+
+    async def read() -> None:
+        if method == "sample_stream_async":
+            items: Any = sampler.sample_stream_async(QUESTION, ENDLESS)
+        else:
+            items = sampler.sample_iter_async([{"input_ids": [i]} for i in range(5, 37)], {"max_tokens": 900})
+        await anext(items)
+        assert sampler.status()["requests"] == 1
+        await items.aclose()
+        assert sampler.status()["requests"] == 0
+
+    asyncio.run(read())
+    sampler.shutdown()
+
+
+def test_interrupted_iterator_cancels_its_call() -> None:
+    """Ctrl-C in `next`, though the traceback that a shell keeps refers to the iterator."""
+    sampler, _ = make(token_latency_s=0.02)
+    responses = sampler.sample_iter(QUESTION, ENDLESS)
+    wait_until(lambda: sampler.status()["requests"] == 1, "it runs")
+    responses._parts._arrived = Mock(get=Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        next(responses)
+    wait_until(lambda: sampler.status()["requests"] == 0, "it is cancelled", timeout_s=5.0)
+    sampler.shutdown()
+
+
+def test_sampler_that_cannot_start_says_why_and_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its engine is stopped, also where the router fails to start."""
+    stopped: list[EngineServer] = []
+    stop = EngineServer.stop
+
+    async def recorded(server: EngineServer) -> None:
+        stopped.append(server)
+        await stop(server)
+
+    monkeypatch.setattr(EngineServer, "stop", recorded)
+    args = {"model_id": "demo", "engine": "fake", "adapters": {"policy": str(tmp_path)}}
+    with pytest.raises(AdapterError, match=str(tmp_path)):
+        LocalClient(ServiceArgs.model_validate(args))
+    assert len(stopped) == 1
+
+
 def test_dead_engine_fails_calls_at_once() -> None:
     """Nobody replaces an engine of this process, so nothing waits for it: neither what runs nor what comes."""
     sampler, backend = make(token_latency_s=0.02)
@@ -114,8 +177,7 @@ def test_dead_engine_fails_calls_at_once() -> None:
 
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(sampler.sample, QUESTION, ENDLESS)
-        while not sampler.status()["requests"]:
-            time.sleep(0.01)
+        wait_until(lambda: sampler.status()["requests"] == 1, "the call runs")
         backend._service._server._engine.check_health = dead  # type: ignore[union-attr, method-assign]
         with pytest.raises(EngineError):
             running.result(TIMEOUT_S)
@@ -150,10 +212,7 @@ def test_sampler_does_not_hang_in_a_forked_process(sampler: RunningSampler) -> N
             code = 0 if "forked" in str(error) else 2
         finally:
             os._exit(code)
-    deadline = time.monotonic() + TIMEOUT_S
-    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert done == (child, 0)
+    assert soon(lambda: os.waitpid(child, 0)) == (child, 0)
 
 
 def test_adapter_of_one_call_fails_no_neighbour(sampler: RunningSampler, adapters: list[Path]) -> None:
@@ -161,14 +220,14 @@ def test_adapter_of_one_call_fails_no_neighbour(sampler: RunningSampler, adapter
     sampler.add_adapter_to_model("good", adapters[0])
     sampler.add_adapter_to_model("bad", adapters[1])
     backend: Any = sampler._client
-    host = backend._service._server
+    server = backend._service._server
 
     async def refuse(version: Any) -> None:
         if version.name == "bad":
             raise AdapterError("no room for it")
-        await type(host).load_adapter(host, version)
+        await type(server).load_adapter(server, version)
 
-    host.load_adapter = refuse
+    server.load_adapter = refuse
     engine = backend._router._engines.active["local"]
     for loading in list(engine.adapters):  # as if the engine were new
         del engine.adapters[loading]
@@ -185,16 +244,13 @@ def test_adapter_of_one_call_fails_no_neighbour(sampler: RunningSampler, adapter
 def test_adapter_versions_are_freed(adapters: list[Path]) -> None:
     """By a new version, by removal, by path, and after a call that was using it: the engine keeps what is meant."""
     sampler, backend = make(token_latency_s=0.02)
-    host: Any = backend._service._server
+    server: Any = backend._service._server
 
     def held() -> set[str]:
-        return {version.label for version in host._adapters.values()}
+        return {version.label for version in server._adapters.values()}
 
     def settled(expected: set[str]) -> None:
-        deadline = time.monotonic() + TIMEOUT_S
-        while held() != expected:
-            assert time.monotonic() < deadline, held()
-            time.sleep(0.01)
+        wait_until(lambda: held() == expected, f"the engine has {expected}")
 
     sampler.add_adapter_to_model("policy", adapters[0])
     sampler.add_adapter_to_model("policy", adapters[1])
@@ -202,7 +258,7 @@ def test_adapter_versions_are_freed(adapters: list[Path]) -> None:
     stream = sampler.sample_stream(QUESTION, {"max_tokens": 60, "ignore_eos": True}, "policy")
     read = [next(stream)]
     sampler.add_adapter_to_model("policy", adapters[0])
-    assert held() == {"policy@2", "policy@3"} and host._uses, "the stream is on the version that it began with"
+    assert held() == {"policy@2", "policy@3"} and server._uses, "the stream is on the version that it began with"
     read.extend(stream)
     assert read[-1] == (read[-1][0], "length")
     settled({"policy@3"})
@@ -212,7 +268,7 @@ def test_adapter_versions_are_freed(adapters: list[Path]) -> None:
     sampler.remove_adapter("policy")
     settled(set())
     assert sampler.sample(QUESTION, {"max_tokens": 2}, adapter_path=path).sequences[0].adapter == f"{path}@2"
-    assert not host._engine._adapters.keys() - host._adapters.keys()
+    assert not server._engine._adapters.keys() - server._adapters.keys()
     sampler.shutdown()
 
 

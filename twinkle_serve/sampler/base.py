@@ -6,7 +6,7 @@ import copy
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Unpack
 
@@ -174,13 +174,8 @@ class RunningSampler(EngineControls, Sampler):
     ) -> AsyncRollouts:
         """As `sample_iter`, for async code. The call is sent by the first `anext`."""
         request = self._request(inputs, sampling_params, adapter_name, adapter_path, options)
-
-        async def parts() -> AsyncGenerator[SampleResponse, None]:
-            responses = self._client.loop.iterate_async(self._client.run_iter(request))
-            async for response in responses:
-                yield response
-
-        return AsyncRollouts(self._client, request.request_id, parts())
+        parts = self._client.loop.iterate_async(self._client.run_iter(request))
+        return AsyncRollouts(self._client, request.request_id, parts)
 
     def sample_stream(
         self,

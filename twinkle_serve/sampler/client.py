@@ -24,7 +24,7 @@ from ray.exceptions import (
 )
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, RequestCancelledError
 
-from twinkle_serve import timing
+from twinkle_serve import tasks, timing
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.inputs import PackedInputs
 from twinkle_serve.data_format.sample_request import SampleRequest
@@ -37,6 +37,7 @@ from twinkle_serve.sampler.lease_keeper import keep_renewed
 from twinkle_serve.sampler.loop_thread import service_loop
 from twinkle_serve.sampler.retry import RETRY_PAUSES_S, Attempts, pack_inputs
 from twinkle_serve.sampler.router_client import RouterClient
+from twinkle_serve.tasks import BackgroundTasks
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
@@ -83,6 +84,7 @@ class ServiceClient(RouterClient):
         self._caller = uuid.uuid4().hex
         self._running: dict[str, Attempts] = {}
         """Calls that sample, by request id."""
+        self._tasks = BackgroundTasks()
         self._keeper: asyncio.Task[None] | None = None
         """Renews the leases of running calls."""
         self._request_timeout_s: float | None = None
@@ -159,13 +161,15 @@ class ServiceClient(RouterClient):
     @contextlib.asynccontextmanager
     async def _attempts(self, request: SampleRequest) -> AsyncGenerator[Attempts, None]:
         """Registers a call that samples, and keeps its lease, while it runs."""
-        attempts = Attempts(request, await self._limit_s(request.timeout_s))
+        attempts = Attempts(request)
         self._running[request.request_id] = attempts
         if self._keeper is None:
-            self._keeper = asyncio.create_task(keep_renewed(self._renew_leases, timing.CALL_LEASE_S / 4))
+            self._keeper = self._tasks.spawn(keep_renewed(self._renew_leases, timing.CALL_LEASE_S / 4))
         try:
+            attempts.begin(await self._limit_s(request.timeout_s))
             yield attempts
         finally:
+            attempts.begun.set()
             del self._running[request.request_id]
             if not self._running and self._keeper is not None:
                 self._keeper.cancel()
@@ -215,6 +219,7 @@ class ServiceClient(RouterClient):
 
     async def cancel(self, request_id: str, inputs: list[int] | None) -> int:
         if (attempts := self._running.get(request_id)) is not None:
+            await attempts.begun.wait()  # the router does not know the call before
             attempts.cancel(inputs)  # later attempts leave them out
         return await self.call(timing.ANSWER_TIMEOUT_S, RouterAPI.cancel, request_id, inputs)
 
@@ -241,7 +246,7 @@ class ServiceClient(RouterClient):
     ) -> None:
         """Ends a call. If its caller gave it up, the router is told directly: Serve takes long to pass that on."""
         _cancel(response)
-        if not isinstance(reason, Exception):
+        if isinstance(reason, GeneratorExit) or tasks.is_cancelled():
             with contextlib.suppress(Exception):
                 self._send(self._handle, RouterAPI.cancel, attempts.request.request_id)
 
@@ -306,13 +311,9 @@ class ServiceClient(RouterClient):
 
 
 def _own_cancellation(error: BaseException) -> BaseException:
-    """Returns the error of a call; re-raises the cancellation of the caller.
-
-    Serve raises CancelledError for some errors of its own; a real cancellation is counted by the task.
-    """
+    """Returns the error of a call; re-raises the cancellation of the caller."""
     if isinstance(error, asyncio.CancelledError):
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
+        if tasks.is_cancelled():
             raise error
         died: BaseException = ActorDiedError()
         return died

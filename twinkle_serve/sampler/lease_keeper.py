@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable
+
+from twinkle_serve import tasks
 
 
 async def keep_renewed(renew: Callable[[], Awaitable[None]], period_s: float) -> None:
@@ -14,5 +15,8 @@ async def keep_renewed(renew: Callable[[], Awaitable[None]], period_s: float) ->
     """
     while True:
         await asyncio.sleep(period_s)
-        with contextlib.suppress(Exception):
+        try:
             await renew()
+        except (Exception, asyncio.CancelledError):
+            if tasks.is_cancelled():
+                raise

@@ -147,9 +147,10 @@ class _Service:
         store = LocalStore(WeightStore(args.model_id, args.state_dir))
         self._server = EngineServer(engine, model, store)
         await self._server.start(ENGINE, args.startup_timeout_s)
-        self._router = Router(args, model, {ENGINE: self._server}, store, engines_return=False)
-        await self._router.start()
-        return self._router
+        router = Router(args, model, {ENGINE: self._server}, store, engines_return=False)
+        await router.start()
+        self._router = router
+        return router
 
     def end(self) -> None:
         """Stops the engine and the loop. Running calls raise EngineDeadError."""

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Generic, TypeVar
 
+from twinkle_serve import tasks
 from twinkle_serve.errors import EngineDeadError
 from twinkle_serve.tasks import Call
 
@@ -20,6 +21,9 @@ T = TypeVar("T")
 
 ITEMS_AHEAD = 64
 """Items that the producer of an iterator may be ahead of its reader."""
+
+CLOSE_S = 5.0
+"""Limit to closing an async iterator: its loop may be stopped meanwhile."""
 
 SHUT_DOWN = "the sampler was shut down. Make a new one."
 
@@ -76,7 +80,7 @@ class LoopThread:
         try:
             return await asyncio.wrap_future(self.start(coroutine))
         except asyncio.CancelledError:
-            if (task := asyncio.current_task()) is not None and task.cancelling():
+            if tasks.is_cancelled():
                 raise
             raise EngineDeadError(SHUT_DOWN) from None
 
@@ -92,7 +96,12 @@ class LoopThread:
             while (item := await self.call_async(_next_of(items))) is not None:
                 yield item.value
         finally:
-            self.start(_close(items))
+            await self._close(items)
+
+    async def _close(self, items: AsyncGenerator[T, None]) -> None:
+        """Closes an async generator that runs here, and waits until it has ended what it runs."""
+        if not self._stopped:
+            await asyncio.wait([asyncio.wrap_future(self.start(_close(items)))], timeout=CLOSE_S)
 
     def soon(self, callback: Callable[[], object]) -> None:
         """Calls back on the loop; does nothing once it has ended."""
@@ -146,7 +155,11 @@ class Items(Iterator[T], Generic[T]):
     def _next(self) -> _Item[T] | None:
         if self._ended:
             return None
-        item = self._arrived.get()
+        try:
+            item = self._arrived.get()
+        except BaseException:  # Ctrl-C; a traceback that is kept would keep the call running
+            self.close()
+            raise
         if isinstance(item, _Item):
             self._loop.soon(self._room.release)
             return item

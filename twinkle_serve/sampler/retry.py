@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -25,17 +26,12 @@ RETRY_PAUSES_S = (0.1, 0.3, 1.0, 1.0, 2.0, 2.0, 5.0, 5.0)
 class Attempts:
     """One call that samples, over all its attempts."""
 
-    def __init__(self, request: SampleRequest, limit_s: float) -> None:
-        """
-        Args:
-            request: its inputs are packed as they are now.
-            limit_s: time for all attempts.
-
-        Raises:
-            PromptError: inputs that cannot be pickled.
-        """
+    def __init__(self, request: SampleRequest) -> None:
         self.request = request
-        self.limit_s = limit_s
+        self.limit_s = timing.CONTROL_TIMEOUT_S
+        """Time for all attempts, in seconds."""
+        self.begun = asyncio.Event()
+        """Set when the call is sent, or has ended before."""
         self.count = 0
         """Number of repetitions so far."""
         self.may_repeat = True
@@ -47,6 +43,11 @@ class Attempts:
         """Indices of cancelled inputs; None: all."""
         self._unread: dict[int, InputDict] | None = None
         """Inputs whose responses are still to come, by index; None before the first response."""
+
+    def begin(self, limit_s: float) -> None:
+        """Starts the clock, when the call is sent."""
+        self.limit_s, self._began = limit_s, time.monotonic()
+        self.begun.set()
 
     def cancel(self, inputs: Iterable[int] | None) -> None:
         """Excludes inputs from later attempts; None: all."""
