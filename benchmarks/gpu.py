@@ -13,7 +13,7 @@ Time: an engine with CUDA graphs is ready some 115 s after its deployment, so th
 minutes. By default engines run eagerly, and a part starts its service and its bare engine at the same time: an
 estimated 50 s a start, and 20 s of work. Without graphs there are fewer tokens/s: compare with runs of the same kind.
 --full has eight minutes, graphs and more rounds. The time that a part leaves goes to those after it. A part that runs
-out of time is stopped, and what it had finished is kept.
+out of time is stopped, and its finished results are kept.
 
 Results go to --out, by default $OUT or ./gpu-results: PART.json, PART.log and summary.json. Where the checkout has no
 git, BENCHMARK_COMMIT names its commit. Exits with 1 if a part failed or ran out of time.
@@ -45,11 +45,11 @@ State: TypeAlias = Literal["passed", "failed", "timed out"]
 
 TOTAL_S, FULL_TOTAL_S = 240.0, 480.0
 SHARES = {"tests": 75, "overhead": 75, "weights": 82}
-"""Of the time that is left when a part begins, each part that is still to run has its share."""
+"""Weights by which the remaining parts divide the remaining time."""
 FULL_SHARES = {"tests": 140, "overhead": 162, "weights": 170}
 
 STOP_S = 8.0
-"""A part that is told to end is killed after this much longer. The total leaves room for one."""
+"""Grace period before a stopped part is killed. The total includes one."""
 LOG_LINES = 15
 """Last lines of its log that are shown when a part fails."""
 ENVIRONMENT = {

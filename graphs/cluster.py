@@ -31,7 +31,7 @@ class Cluster:
     dashboard_url: str
     """host:port; empty where there is no dashboard."""
     joined: bool
-    """Whether it was there before."""
+    """Whether it existed before."""
     needs_token: bool
     """Whether its dashboard asks for a token."""
 
@@ -126,7 +126,7 @@ def submit(schema: ServeDeploySchema) -> None:
 
 
 def dead_process() -> str | None:
-    """Returns which process of Ray has ended without which there is no service, if this process started the cluster."""
+    """Returns the name of an essential Ray process that has ended, if this process started the cluster."""
     import ray
 
     node = ray._private.worker._global_node
@@ -154,6 +154,6 @@ def shut_down(*, serves: bool) -> None:
 
 
 def _last_line(error: Exception) -> str:
-    """What a remote traceback ends with."""
+    """Last line of a remote traceback."""
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__

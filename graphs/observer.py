@@ -1,4 +1,4 @@
-"""Asks Serve how the applications are, in a thread: an answer may take long, or never come."""
+"""Polls the state of the applications in a thread: Serve may answer late or never."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Snapshot:
     in_use: Collection[str] = frozenset()
     """Samplers whose router uses all engines; Serve counts an application as running before that."""
     progress: Mapping[tuple[str, str], StartProgress] = field(default_factory=dict)
-    """How far engines of samplers are that are not in use yet, by application and deployment."""
+    """Start progress of engines not yet in use, by application and deployment."""
     taken_at: float = field(default_factory=time.monotonic)
 
 
@@ -70,7 +70,7 @@ def _engines_are_in_use(name: str) -> bool:
 
 
 class Observer(threading.Thread):
-    """Looks again and again."""
+    """Polls Serve."""
 
     def __init__(self, samplers: Collection[str]) -> None:
         super().__init__(name="observer", daemon=True)

@@ -23,7 +23,7 @@ class OutputLog:
         self._read_to = 0
         _flush()
         self._saved = [(fd, os.dup(fd)) for fd in (1, 2)]
-        # Of the terminal, or whatever stdout and stderr were.
+        # The original stdout and stderr.
         self.stdout, self.stderr = (
             os.fdopen(os.dup(saved), "w", buffering=1, errors="replace") for _, saved in self._saved
         )

@@ -1,4 +1,4 @@
-"""What a user can do with a service that is ready."""
+"""Text on how to call a ready service."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from twinkle_serve.errors import PromptError, TwinkleServeError
 TRIAL_S = 60.0
 
 SUM = "12+34="
-"""What the demo model can answer."""
+"""A problem for the demo model."""
 QUESTION = "What is the capital of France?"
 
 
@@ -58,7 +58,7 @@ def calls(name: str, prompt: str) -> list[str]:
 def working_prompt(name: str, args: ServiceArgs) -> tuple[str, str]:
     """A prompt that the sampler takes, as Python source: messages, or ids where the model has no chat template.
 
-    Also what went wrong, if neither could be sampled.
+    Also the error, if sampling failed.
     """
     from twinkle_serve import connect
 

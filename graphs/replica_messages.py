@@ -1,4 +1,4 @@
-"""What replicas log, as the launcher's terminal shows it."""
+"""Replicas' log records for the launcher's terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ReplicaMessages:
 
     def __init__(self) -> None:
         self._expects: dict[str, str] = {}
-        """What may follow a record, by process: "more" or "traceback"."""
+        """Expected next line, by process: "more" or "traceback"."""
 
     def of(self, line: str) -> str | None:
         """The line as the terminal shows it; None if it is not shown."""

@@ -1,4 +1,4 @@
-"""How far a service is with its start: a step for Ray, for Serve and for each deployment. Asks and prints nothing."""
+"""Progress of a start: steps for Ray, Serve and each deployment. Pure bookkeeping."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from graphs.observer import Snapshot
 
 NO_ROOM = "to be scheduled"
-"""In what Serve says of a deployment that waits for resources (ray 2.60, serve/_private/deployment_state.py)."""
+"""Part of Serve's message while a deployment lacks resources (ray 2.60, serve/_private/deployment_state.py)."""
 
 SHOWN_S = 0.1
 """Stages that took less are left out."""
@@ -41,7 +41,7 @@ class Step:
     ended: float | None = None
 
     def enter(self, stage: str, now: float, earlier: list[tuple[str, float]] | None = None) -> bool:
-        """Goes on with another stage. Returns whether it is another.
+        """Enters a stage. Returns whether it is a new one.
 
         Args:
             earlier: the stages before it where they were measured, else the last one ends now.
@@ -55,7 +55,7 @@ class Step:
         return True
 
     def end(self, outcome: Literal["ready", "failed"], now: float) -> bool:
-        """Returns whether it has just ended so."""
+        """Ends it; returns whether it is new."""
         if self.outcome == outcome:
             return False
         stage = self.done if outcome == "ready" else outcome
@@ -95,7 +95,7 @@ class StartUp:
             self._on_change(step)
 
     def update(self, before: Snapshot, snapshot: Snapshot) -> None:
-        """Takes in what Serve says.
+        """Applies a snapshot.
 
         Args:
             before: from before the applications were submitted: what is still as it was then says nothing.

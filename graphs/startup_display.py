@@ -17,7 +17,7 @@ from rich.text import Text
 from graphs.startup import Step
 
 MAX_ENGINES = 8
-"""Of one application, each on a line of the block; more share one."""
+"""Engines of an application with own lines; more share one."""
 
 FRAMES_PER_S = 4
 MARKS = {"ready": ("✓", "green"), "failed": ("✗", "red")}

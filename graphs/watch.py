@@ -1,4 +1,4 @@
-"""What happens to applications after they were ready, a line for each event. Asks and prints nothing."""
+"""Events of applications after the start, a line for each. Pure bookkeeping."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ State = Literal["ready", "replaced", "unhealthy", "failed", "deleted"]
 
 
 class Watch:
-    """Compares each snapshot with what was said last."""
+    """Compares snapshots with the reported state."""
 
     def __init__(self, applications: Mapping[str, bool], ready: Snapshot) -> None:
         """
@@ -34,14 +34,14 @@ class Watch:
         self._silent = False
 
     def silence(self, seconds: float) -> list[str]:
-        """To be said when Serve has not answered for so long."""
+        """Lines to print after so long a silence."""
         if seconds < SILENT_S or self._silent:
             return []
         self._silent = True
         return [f"Serve has not answered for {seconds:.0f} s. Its processes, or Ray's, may have ended."]
 
     def update(self, snapshot: Snapshot) -> list[str]:
-        """To be said of a snapshot."""
+        """Lines for a snapshot."""
         lines = ["Serve answers again."] if self._silent else []
         self._silent = False
         for name in self._samplers:
@@ -59,7 +59,7 @@ class Watch:
         if application.last_deployed_time_s != self._deployed_at[name]:
             self._deployed_at[name] = application.last_deployed_time_s
             self._enter(name, "replaced", snapshot)
-            lines.append(f"{name} was deployed again: what has changed is being replaced.")
+            lines.append(f"{name} was deployed again: changed parts are being replaced.")
         if application.status == "DEPLOY_FAILED":
             if self._state[name] != "failed":
                 self._enter(name, "failed", snapshot)

@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects what is not of this tier, marks unit tests, and puts all in order."""
+    """Deselects other tiers, marks unit tests, and sorts."""
     selected = _of_tier(config, items)
     if len(selected) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in selected])
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _place(item: pytest.Item) -> tuple[int, str, bool]:
-    """By stage, then by folder, whose fixtures end with it, and last what leaves an engine dead."""
+    """Sort key: stage, folder (its fixtures end with it), then tests that leave an engine dead."""
     return _stage(item), item.path.parent.as_posix(), item.get_closest_marker("ends_engine") is not None
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from twinkle_serve.data_format.weights import Bucket as Bucket
+from twinkle_serve.data_format.weights import Bucket
 from twinkle_serve.errors import WeightsError
 from twinkle_serve.extras import require_extra
 from twinkle_serve.tensors import AnyTensor, count_nonfinite, gathered, on_host, to_safetensors

@@ -1,4 +1,4 @@
-"""What any router is compared with: a lower bound, and one queue for all engines."""
+"""Baselines for routers: a lower bound, and one queue for all engines."""
 
 from __future__ import annotations
 

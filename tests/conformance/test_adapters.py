@@ -43,16 +43,16 @@ async def test_engine_samples_from_the_named_adapter(
     assert len({tuple(columns.tokens.tolist()) for columns in alone}) == len(everyone), "an adapter changed nothing"
     assert [set(part.columns.adapter) for part in parts] == [{""}, {"lora0@1"}, {"lora1@1"}, {"lora2@1"}]
     for version in versions:
-        await engine.host.drop_adapter(version)
+        await engine.server.drop_adapter(version)
 
 
 async def test_engine_drops_an_adapter(engine: EngineHarness, prompts: Prompts, adapters: list[AdapterFiles]) -> None:
     """Afterwards a group that names it fails; the base model answers as before."""
     before = await engine.sample(prompts, **GREEDY)
     version = await engine.add("passing", adapters[0])
-    await engine.host.drop_adapter(version)
+    await engine.server.drop_adapter(version)
     with pytest.raises(AdapterError, match="passing@1"):
-        await engine.host._sample_group(engine.group(prompts[0], adapter=version))
+        await engine.server._sample_group(engine.group(prompts[0], adapter=version))
     assert (await engine.sample(prompts, **GREEDY)).columns.tokens.tolist() == before.columns.tokens.tolist()
 
 
@@ -67,8 +67,8 @@ async def test_engine_scores_with_an_adapter(
         scored = await engine.sample([whole], max_tokens=0, prompt_logprobs=0, adapter=adapter)
         logprobs = scored.columns.scores[0].logprobs[len(prompts[0]) :]
         assert (np.abs(logprobs - sample.logprob_array).max() < 1e-3) == same  # type: ignore[operator]
-    await engine.host.drop_adapter(version)
-    await engine.host.drop_adapter(other)
+    await engine.server.drop_adapter(version)
+    await engine.server.drop_adapter(other)
 
 
 async def test_engine_takes_a_new_version_under_an_old_name(
@@ -81,8 +81,8 @@ async def test_engine_takes_a_new_version_under_an_old_name(
     second = await engine.sample(prompts, adapter=new, **GREEDY)
     again = await engine.sample(prompts, adapter=old, **GREEDY)
     assert first.columns.tokens.tolist() == again.columns.tokens.tolist() != second.columns.tokens.tolist()
-    await engine.host.drop_adapter(old)
-    await engine.host.drop_adapter(new)
+    await engine.server.drop_adapter(old)
+    await engine.server.drop_adapter(new)
 
 
 async def test_engine_refuses_an_adapter_of_another_model(
@@ -112,11 +112,11 @@ async def test_engine_refuses_an_adapter_of_another_model(
             await engine.add("stranger", files)
     version = await engine.add("welcome", adapters[0])
     with pytest.raises(AdapterError, match="rank 17, the engine takes 16"):
-        await engine.host.load_adapter(type(version)(name="big", version=1, id=999_999, rank=17))
+        await engine.server.load_adapter(type(version)(name="big", version=1, id=999_999, rank=17))
     after = await engine.sample(prompts, **GREEDY)
     assert after.columns.tokens.tolist() == before.columns.tokens.tolist()
     assert (await engine.one(prompts[0], adapter=version, **GREEDY)).adapter == "welcome@1"
-    await engine.host.drop_adapter(version)
+    await engine.server.drop_adapter(version)
 
 
 @pytest.mark.vllm
@@ -131,8 +131,8 @@ async def test_vllm_and_torch_agree_with_an_adapter(
         ]
         assert one.columns.tokens.tolist() == other.columns.tokens.tolist()
         assert np.abs(one.columns.logprobs - other.columns.logprobs).max() < 1e-3  # type: ignore[operator]
-    await vllm_engine.host.keep_adapters([])
-    await torch_engine.host.keep_adapters([])
+    await vllm_engine.server.keep_adapters([])
+    await torch_engine.server.keep_adapters([])
 
 
 def test_state_dict_of_several_adapters_is_refused() -> None:

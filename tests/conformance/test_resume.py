@@ -31,7 +31,7 @@ async def test_engine_resumes_a_sample(engine: EngineHarness, prompts: Prompts) 
     assert engine.engine.partial_output(group, 0) is None, "it is not running any more"
     beginning = PartialSample.concat(parts)
     again = replace(group, attempts=1, partial=beginning)
-    columns = await engine.host._sample_group(again)
+    columns = await engine.server._sample_group(again)
     assert (
         columns.lengths.tolist() == [TOKENS] and columns.tokens[: len(beginning)].tolist() == beginning.tokens.tolist()
     )

@@ -51,7 +51,7 @@ async def test_stream_that_is_closed_frees_the_engine(engine: EngineHarness, pro
     """Closing after the first delta ends the sample; the next call is answered."""
     session = await engine.session()
     group = engine.group(prompts[0], ignore_eos=True, temperature=0)
-    async with contextlib.aclosing(engine.host.stream(session, group)) as deltas:
+    async with contextlib.aclosing(engine.server.stream(session, group)) as deltas:
         async for _ in deltas:
             break
     async with asyncio.timeout(20):

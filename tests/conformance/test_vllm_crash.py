@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 from typing import Any
 
 import pytest
 
+from tests.support.eventually import eventually
 from tests.support.harness import EngineHarness, Prompts
 from twinkle_serve.errors import EngineCrashedError
 
@@ -20,8 +20,7 @@ async def test_engine_that_crashed_says_so(vllm_engine: EngineHarness, prompts: 
     engine: Any = vllm_engine.engine
     before = engine.progress()
     call = vllm_engine.start(vllm_engine.group(prompts[0], max_tokens=200, ignore_eos=True))
-    while engine.progress() == before:  # noqa: ASYNC110  # a number, not an event
-        await asyncio.sleep(0.001)
+    await eventually(lambda: engine.progress() != before)
     (core,) = engine._llm.engine_core.resources.engine_manager.processes
     os.kill(core.pid, signal.SIGSEGV)
     with pytest.raises(EngineCrashedError, match="exit code -11"):

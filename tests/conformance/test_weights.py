@@ -36,9 +36,9 @@ def versions() -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 async def initial_weights_afterwards(engine: EngineHarness) -> AsyncIterator[None]:
     yield
-    await engine.host.pause("keep")
-    await engine.host.load_weights(CHECKPOINT_VERSION)
-    await engine.host.resume()
+    await engine.server.pause("keep")
+    await engine.server.load_weights(CHECKPOINT_VERSION)
+    await engine.server.resume()
 
 
 async def logprobs_under(
@@ -48,9 +48,9 @@ async def logprobs_under(
     if engine.info.kind != "fake":
         return reference.logprobs(weights, ids, adapter)
     assert adapter is None
-    await engine.host.pause("keep")
-    await (engine.host.load_weights(CHECKPOINT_VERSION) if weights is None else engine.load(label, weights))
-    await engine.host.resume()
+    await engine.server.pause("keep")
+    await (engine.server.load_weights(CHECKPOINT_VERSION) if weights is None else engine.load(label, weights))
+    await engine.server.resume()
     scored = await engine.sample([np.array(ids)], max_tokens=0, prompt_logprobs=0, logprobs=None)
     return np.array(scored.prompt_logprobs[1:])  # type: ignore[index]
 
@@ -97,10 +97,10 @@ async def test_every_token_has_the_logprob_of_its_weights_version(
 ) -> None:
     """With an update under running samples, and a group that is requested during the pause."""
     task = await running(engine, prompts[0])
-    await engine.host.pause(mode)
+    await engine.server.pause(mode)
     later = engine.start(engine.group(prompts[1], count=1, max_tokens=4, ignore_eos=True, logprobs=0))
     await engine.load("one", versions["one"])
-    await engine.host.resume()
+    await engine.server.resume()
     response = engine.response_of([prompts[0]], [await task])
     (after,) = engine.response_of([prompts[1]], [await later]).sequences
     for sequence in response.sequences:
@@ -122,10 +122,10 @@ async def test_cached_prompt_is_recomputed(
     """No key or value of the old weights stays in a prefix cache."""
     long = np.concatenate([*prompts, *prompts])
     await engine.one(long, max_tokens=8, ignore_eos=True)
-    await engine.host.pause("keep")
+    await engine.server.pause("keep")
     await engine.load("one", versions["one"])
     await engine.load("two", versions["two"])
-    await engine.host.resume()
+    await engine.server.resume()
     await check_spans(engine, reference, versions, await engine.one(long, max_tokens=8, ignore_eos=True))
 
 
@@ -139,9 +139,9 @@ async def test_adapters_stay_loaded(
     """An adapter answers with its own weights on top of the model's new ones, beside the model itself."""
     paths = {name: save_adapter(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2))}
     added = {name: await engine.add(f"stays-{name}", read_adapter(path)) for name, path in paths.items()}
-    await engine.host.pause("keep")
+    await engine.server.pause("keep")
     await engine.load("one", versions["one"])
-    await engine.host.resume()
+    await engine.server.resume()
     prompt = prompts[0]
     options = {"max_tokens": 12, "ignore_eos": True, "logprobs": 0}
     samples = await asyncio.gather(*(engine.one(prompt, adapter=adapter, **options) for adapter in added.values()))
@@ -154,17 +154,17 @@ async def test_adapters_stay_loaded(
     if engine.info.kind == "fake":
         assert len({tuple(sequence.tokens) for sequence in [*samples, base]}) == 3
     for version in added.values():
-        await engine.host.drop_adapter(version)
+        await engine.server.drop_adapter(version)
 
 
 async def test_checksum_depends_on_the_weights_only(engine: EngineHarness, versions: dict[str, Any]) -> None:
     """Not on their buckets, nor on earlier loads."""
-    await engine.host.pause("keep")
+    await engine.server.pause("keep")
     one = await engine.load("one", versions["one"])
     two = await engine.load("two", versions["two"])
     again = await engine.load("one again", dict(reversed(versions["one"].items())), bucket_bytes=2**18)
     assert one == again != two
-    await engine.host.resume()
+    await engine.server.resume()
 
 
 async def test_weights_that_do_not_fit_are_refused_and_later_ones_loaded(
@@ -174,13 +174,13 @@ async def test_weights_that_do_not_fit_are_refused_and_later_ones_loaded(
     bad = dict(versions["two"])
     name = list(bad)[-2]
     bad[name] = bad[name][:1]
-    await engine.host.pause("keep")
+    await engine.server.pause("keep")
     with pytest.raises(TwinkleServeError):
         await engine.load("bad", bad, bucket_bytes=2**18)
-    assert (await engine.host.describe("test")).weights_version is None
+    assert (await engine.server.describe("test")).weights_version is None
     await engine.load("one", versions["one"])
-    assert (await engine.host.describe("test")).weights_version is not None
-    await engine.host.resume()
+    assert (await engine.server.describe("test")).weights_version is not None
+    await engine.server.resume()
     await check_spans(engine, reference, versions, await engine.one(prompts[0], max_tokens=8, ignore_eos=True))
 
 
@@ -194,9 +194,9 @@ async def test_samples_without_tokens_survive_an_abort(
     first = await running(engine, prompts[0])
     tasks = [engine.start(group) for group in groups]
     await asyncio.sleep(0)
-    await engine.host.pause("abort")
+    await engine.server.pause("abort")
     await engine.load("one", versions["one"])
-    await engine.host.resume()
+    await engine.server.resume()
     columns = await asyncio.gather(first, *tasks)
     labels = [{label for spans in part.weight_versions for label, _ in spans} for part in columns]
     assert labels[0] == {INITIAL_LABEL}
@@ -214,8 +214,8 @@ async def test_cancelled_pause_has_no_effect(engine: EngineHarness, prompts: lis
             task = await running(engine, prompts[0]) if running_too else None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
-                    await engine.host.pause("keep")
-            await engine.host.resume()
+                    await engine.server.pause("keep")
+            await engine.server.resume()
             assert len((await engine.one(prompts[1], max_tokens=2, ignore_eos=True)).tokens) == 2
             if task is not None:
                 assert (await task).lengths.tolist() == [240] * 4
@@ -226,7 +226,7 @@ async def test_pause_ends_without_a_router(
 ) -> None:
     """Its lease expires when no router contacts the engine."""
     monkeypatch.setattr("twinkle_serve.timing.ENGINE_PAUSE_LEASE_S", 0.2)
-    await engine.host.pause("keep")
+    await engine.server.pause("keep")
     assert len((await engine.one(prompts[0], max_tokens=2)).tokens) > 0
 
 

@@ -70,8 +70,7 @@ def find_links() -> str:
 def run_uv(*arguments: str) -> str:
     """Runs uv and returns its output."""
     uv = shutil.which("uv") or str(ROOT / ".uv" / "bin" / "uv")
-    if not Path(uv).exists():
-        pytest.skip("uv is not here: run scripts/install")
+    assert Path(uv).exists(), "uv is not here: run scripts/install"
     environment = {**os.environ, "UV_FIND_LINKS": find_links()}
     done = subprocess.run([uv, *arguments], capture_output=True, text=True, env=environment, timeout=280, check=False)
     assert done.returncode == 0, done.stderr

@@ -68,7 +68,7 @@ def model_with(folder: Path, chat_template: str | None, special: tuple[str, ...]
 
 
 def llama3(folder: Path) -> Path:
-    """With a tokenizer that puts a token in front of what it is not told to leave alone."""
+    """With a tokenizer that prepends a token by default."""
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
 

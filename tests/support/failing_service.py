@@ -79,14 +79,14 @@ class Service:
     def __init__(self, **args: Any) -> None:
         self.engines = {name: Engine(name) for name in ("a", "b")}
         self.store = LocalStore(WeightStore("demo"))
-        self.hosts = {name: EngineServer(engine, hub.DEMO, self.store) for name, engine in self.engines.items()}
+        self.servers = {name: EngineServer(engine, hub.DEMO, self.store) for name, engine in self.engines.items()}
         self.args = ServiceArgs.model_validate({"model_id": "demo", "engine": "fake", **args})
-        self.router = Router(self.args, hub.DEMO, self.hosts, self.store)
+        self.router = Router(self.args, hub.DEMO, self.servers, self.store)
         self.restarts = 0
 
     async def start(self) -> None:
-        for name, host in self.hosts.items():
-            await host.start(name, 30)
+        for name, server in self.servers.items():
+            await server.start(name, 30)
         await self.router.start()
         self._keeper = asyncio.create_task(self._keep())
 
@@ -99,22 +99,22 @@ class Service:
     async def _keep(self) -> None:
         """Replaces engines that end, or that are retired."""
         while True:
-            for name, host in self.hosts.items():
+            for name, server in self.servers.items():
                 engine = self.engines[name]
-                if host._retired or (engine.error is not None and self.router._engines.states[name] == "dead"):
+                if server._retired or (engine.error is not None and self.router._engines.states[name] == "dead"):
                     self.restarts += 1
-                    # Until it has its new life, nobody may take it for the old one, back again.
-                    host._retired = "it is being replaced"
+                    # Until it has a new incarnation, nobody may take it for the old one, back again.
+                    server._retired = "it is being replaced"
                     engine.error, engine.hangs, engine.dead = None, False, asyncio.Event()
-                    await host.start(name, 30)
-                    host._retired = ""
+                    await server.start(name, 30)
+                    server._retired = ""
             await asyncio.sleep(0.01)
 
     async def stop(self) -> None:
         self._keeper.cancel()
         self.router.close()
-        for host in self.hosts.values():
-            await host.stop()
+        for server in self.servers.values():
+            await server.stop()
 
     async def idle(self) -> bool:
         status = await self.router.status()
@@ -123,7 +123,7 @@ class Service:
 
     def running(self) -> int:
         """Groups that run in the engines."""
-        return sum(claim.runner.running for host in self.hosts.values() for claim in host._routers.values())
+        return sum(lease.runner.running for server in self.servers.values() for lease in server._routers.values())
 
 
 def exact(response: Any, prompts: int, samples: int) -> bool:

@@ -15,13 +15,13 @@ import numpy as np
 from tests.support.samplers import ENGINE_ARGS
 from twinkle_serve import hub
 from twinkle_serve.adapters import describe_adapter
-from twinkle_serve.checkpoint import Bucket, buckets, named_tensors
+from twinkle_serve.checkpoint import buckets, named_tensors
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import EngineKind, Group, Session, TextDelta
 from twinkle_serve.data_format.response import SampledSequence, SampleResponse
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.sampling_params import DecodingParams, SamplingParams
-from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, WeightsVersion
+from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, WeightsVersion
 from twinkle_serve.engines import build_engine
 from twinkle_serve.engines.protocol import Engine
 from twinkle_serve.engines.server import EngineServer
@@ -54,9 +54,9 @@ class Files:
 @dataclass
 class EngineHarness:
     engine: Engine
-    host: EngineServer
+    server: EngineServer
     files: Files
-    """What the host's store has."""
+    """The server's store."""
 
     def __post_init__(self) -> None:
         self._ids = itertools.count()
@@ -67,17 +67,17 @@ class EngineHarness:
         return self.engine.info
 
     async def add(self, name: str, files: AdapterFiles) -> AdapterVersion:
-        """Loads an adapter as a router would, through the host."""
+        """Loads an adapter as a router would, through the server."""
         version = AdapterVersion(name=name, version=1, id=next(ADAPTER_IDS), rank=describe_adapter(files).rank)
         self.files.by_id[version.id] = files
-        await self.host.load_adapter(version)
+        await self.server.load_adapter(version)
         return version
 
     async def load(self, label: str, weights: Any, bucket_bytes: int = 2**20) -> str:
-        """Loads weights as a router would, through the host, which must be paused. Returns the checksum."""
+        """Loads weights as a router would, through the server, which must be paused. Returns the checksum."""
         self.files.buckets[label] = list(buckets(named_tensors(weights), bucket_bytes))
         checksums = tuple(str(number) for number in range(len(self.files.buckets[label])))
-        return await self.host.load_weights(WeightsVersion(label=label, number=1, buckets=checksums))
+        return await self.server.load_weights(WeightsVersion(label=label, number=1, buckets=checksums))
 
     def start(self, group: Group) -> asyncio.Task[SampleColumns]:
         task = asyncio.ensure_future(self.engine.sample_group(group))
@@ -123,11 +123,11 @@ class EngineHarness:
 
     async def stream(self, prompt: np.ndarray, **options: Any) -> list[TextDelta]:
         group = self.group(prompt, **options)
-        return [delta async for delta in self.host.stream(await self.session(), group)]
+        return [delta async for delta in self.server.stream(await self.session(), group)]
 
     async def session(self) -> Session:
-        """With the host, as a router has one."""
-        return Session(incarnation=(await self.host.describe("test")).incarnation, router="test")
+        """A router's session with the server."""
+        return Session(incarnation=(await self.server.describe("test")).incarnation, router="test")
 
 
 @contextlib.asynccontextmanager
@@ -137,9 +137,9 @@ async def started(kind: EngineKind, model: Path = hub.DEMO) -> AsyncIterator[Eng
         kind, f"{kind}-under-test", str(model), ENGINE_ARGS[kind], cpus=[(0,)] if kind == "vllm" else []
     )
     store: Any = Files()
-    host = EngineServer(engine, model, store)
-    await host.start(kind, 300)
-    harness = EngineHarness(engine, host, store)
+    server = EngineServer(engine, model, store)
+    await server.start(kind, 300)
+    harness = EngineHarness(engine, server, store)
     yield harness
     assert not harness.unfinished, "a test left groups running"
-    await host.stop()
+    await server.stop()

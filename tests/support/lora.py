@@ -14,7 +14,7 @@ LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 def random_adapter(
     model: Path = hub.DEMO, *, seed: int = 0, rank: int = 8, modules: tuple[str, ...] = LINEAR, scale: float = 0.3
 ) -> Any:
-    """A peft model whose adapter changes what the model says: both halves are random, where training starts from 0."""
+    """A peft model whose adapter changes the output: both halves are random; peft initializes one to 0."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

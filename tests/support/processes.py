@@ -8,7 +8,7 @@ import psutil
 
 
 def with_title(title: str) -> list[psutil.Process]:
-    """Those under this one, whatever stands around it in their titles."""
+    """Descendants whose titles contain this text."""
     return [process for process in psutil.Process().children(recursive=True) if title in _command(process)]
 
 
@@ -36,7 +36,7 @@ def _is_core(process: psutil.Process) -> bool:
 
 
 def _command(process: psutil.Process) -> str:
-    """How a process was started; nothing if it has ended, or is about to be reaped."""
+    """Command line of a process; empty if it has ended or is a zombie."""
     try:
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:

@@ -50,7 +50,7 @@ def own_environment(**variables: str) -> Iterator[dict[str, str]]:
 class Service:
     process: subprocess.Popen[str]
     environment: dict[str, str]
-    """Of its callers. It names the cluster: without RAY_ADDRESS, Ray joins whatever cluster it finds on the machine."""
+    """Environment for callers, with RAY_ADDRESS: without it, Ray joins any cluster on the machine."""
     dashboard: str
     config: Path
 

@@ -1,4 +1,4 @@
-"""Versions of a model's own weights that matter, for tests, and what they say of a sequence."""
+"""Test versions of a model's own weights, and their logprobs of a sequence."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def differences(model: Any, sequences: Sequence[SampledSequence]) -> list[np.nda
 
 
 class Reference:
-    """transformers in float32, given weights and adapters by hand: nothing of ours."""
+    """An independent reference: transformers in float32."""
 
     def __init__(self, model: Path = hub.DEMO) -> None:
         import torch

@@ -46,25 +46,25 @@ class Engine(FakeEngine):
 
 
 class Link:
-    """An engine's host, and the one that takes its place when it is retired, as Serve would have it."""
+    """An engine's server, and the one that takes its place when it is retired, as Serve would have it."""
 
     def __init__(self, name: str, store: LocalStore) -> None:
         self.name, self._store = name, store
-        self.hosts: list[EngineServer] = []
+        self.servers: list[EngineServer] = []
         self.returns = True
 
     async def start(self) -> None:
         self.engine = Engine(self.name)
-        self.hosts.append(EngineServer(self.engine, hub.DEMO, self._store))
-        await self.hosts[-1].start(self.name, 30)
+        self.servers.append(EngineServer(self.engine, hub.DEMO, self._store))
+        await self.servers[-1].start(self.name, 30)
 
     async def retire(self, incarnation: str, reason: str) -> None:
-        await self.hosts[-1].retire(incarnation, reason)
+        await self.servers[-1].retire(incarnation, reason)
         if self.returns:
             await self.start()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.hosts[-1], name)
+        return getattr(self.servers[-1], name)
 
 
 class Service:
@@ -113,8 +113,8 @@ async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
     assert not made.router._requests
     made.router.close()
     for link in made.links.values():
-        for host in link.hosts:
-            await host.stop()
+        for server in link.servers:
+            await server.stop()
 
 
 def engines(response: SampleResponse) -> set[str]:
@@ -241,7 +241,7 @@ async def test_calls_wait_while_every_engine_is_drained(service: Service) -> Non
 async def test_restart_returns_when_the_new_process_is_used(service: Service) -> None:
     """Nothing is lost; a bystander finishes on the other engine."""
     call = await service.both_busy()
-    old = service.links["b"].hosts[-1]
+    old = service.links["b"].servers[-1]
     restart = asyncio.create_task(service.router.restart_engine("b", 0.05, 30))
     assert engines(await finished(service.sample())) == {"a"}
     await finished(restart)
@@ -270,12 +270,12 @@ async def test_restart_spares_the_process_that_has_come_meanwhile(
 
     async def late(incarnation: str, reason: str) -> None:
         await link.start()
-        await link.hosts[-1].retire(incarnation, reason)
+        await link.servers[-1].retire(incarnation, reason)
 
     monkeypatch.setattr(link, "retire", late)
     await service.router.restart_engine("b", 1, 30)
-    assert len(link.hosts) == 2
-    await link.hosts[-1].check_health()
+    assert len(link.servers) == 2
+    await link.servers[-1].check_health()
 
 
 async def test_restart_ends_at_its_deadline(service: Service) -> None:

@@ -271,13 +271,13 @@ async def test_engine_is_sent_nothing_of_the_routers_bookkeeping(
 async def test_engine_aborts_what_no_living_router_claims(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """A router that is gone asks after its engines no more."""
     monkeypatch.setattr("twinkle_serve.timing.ROUTER_LEASE_S", 0.2)
-    host, engine = service.hosts["a"], service.engines["a"]
+    server, engine = service.servers["a"], service.engines["a"]
     engine.gate = asyncio.Event()
-    incarnation = (await host.describe("gone")).incarnation
+    incarnation = (await server.describe("gone")).incarnation
     group = Group(id=7, prompt_ids=np.array([30, 20], np.int32), params=service_params(), count=3)
     session = Session(incarnation=incarnation, router="gone")
-    await host.submit(session, [group])
-    items = [item async for item in host.results(session)]
+    await server.submit(session, [group])
+    items = [item async for item in server.results(session)]
     assert sum(0 if item.columns is None else len(item.columns) for item in items) == 1, "the one that was not gated"
     assert not service.running()
 
@@ -378,8 +378,8 @@ async def test_calls_that_are_encoded_are_bounded_too(small: Service) -> None:
 async def test_stream_ends_when_its_lease_does_or_it_is_cancelled(service: Service) -> None:
     """With an error, at its next text; its engine is free then."""
     options: dict[str, Any] = {"max_tokens": 100, "ignore_eos": True}
-    for host in service.engines.values():
-        host._args = host._args.model_copy(update={"token_latency_s": 0.01})
+    for engine in service.engines.values():
+        engine._args = engine._args.model_copy(update={"token_latency_s": 0.01})
     leased = service.router.sample_stream(PROMPTS[:1], options, request_id="leased", lease_s=0.1)
     with pytest.raises(LeaseExpiredError, match="the caller of leased has been silent"):
         [delta async for delta in leased]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from twinkle_serve import hub
-from twinkle_serve.checkpoint import Bucket, bucket_shapes, buckets, named_tensors, weight_shapes
-from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, WeightsVersion
+from twinkle_serve.checkpoint import bucket_shapes, buckets, named_tensors, weight_shapes
+from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, WeightsVersion
 from twinkle_serve.errors import ConfigError, StoreError, WeightsError
 from twinkle_serve.weights.disk import Disk
 from twinkle_serve.weights.model import ModelWeights

@@ -32,14 +32,14 @@ async def router(
     """Over so many engines in this process, of so few slots that groups are cut and wait."""
     store = LocalStore(WeightStore("demo"))
     args = {"max_model_len": 64, "max_num_seqs": slots, "token_latency_s": token_latency_s}
-    hosts = {
+    servers = {
         name: EngineServer(FakeEngine(name, str(hub.DEMO), args), hub.DEMO, store)
         for name in (f"e{number}" for number in range(engines))
     }
-    for name, host in hosts.items():
-        await host.start(name, 30)
+    for name, server in servers.items():
+        await server.start(name, 30)
     made = Router(
-        ServiceArgs.model_validate({"model_id": "demo", "engine": "fake", "policy": policy}), hub.DEMO, hosts, store
+        ServiceArgs.model_validate({"model_id": "demo", "engine": "fake", "policy": policy}), hub.DEMO, servers, store
     )
     await made.start()
 
@@ -49,8 +49,8 @@ async def router(
     await eventually(all_ready)
     yield made
     made.close()
-    for host in hosts.values():
-        await host.stop()
+    for server in servers.values():
+        await server.stop()
 
 
 def same(response: SampleResponse, reference: SampleResponse) -> bool:

@@ -10,10 +10,10 @@ import pytest
 
 from tests.support.eventually import eventually
 from twinkle_serve import hub
-from twinkle_serve.checkpoint import Bucket, buckets, named_tensors
+from twinkle_serve.checkpoint import buckets, named_tensors
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.groups import Group
-from twinkle_serve.data_format.weights import INITIAL_LABEL, WeightsVersion
+from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, WeightsVersion
 from twinkle_serve.engines.fake import FakeEngine
 from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import DeadlineError, EngineDeadError, EngineError, RequestError, StoreError, WeightsError
@@ -58,13 +58,13 @@ class Service:
     def __init__(self) -> None:
         self.engines = {name: Engine(name) for name in ("a", "b")}
         self.store = LocalStore(WeightStore("demo"))
-        self.hosts = {name: EngineServer(engine, hub.DEMO, self.store) for name, engine in self.engines.items()}
+        self.servers = {name: EngineServer(engine, hub.DEMO, self.store) for name, engine in self.engines.items()}
         args = ServiceArgs.model_validate({"model_id": "demo", "engine": "fake", "device_mesh": {"dp_size": 2}})
-        self.router = Router(args, hub.DEMO, self.hosts, self.store)
+        self.router = Router(args, hub.DEMO, self.servers, self.store)
 
     async def start(self) -> None:
-        for name, host in self.hosts.items():
-            await host.start(name, 30)
+        for name, server in self.servers.items():
+            await server.start(name, 30)
         await self.router.start()
         await self.ready()
 
@@ -100,8 +100,8 @@ async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
     await made.start()
     yield made
     made.router.close()
-    for host in made.hosts.values():
-        await host.stop()
+    for server in made.servers.values():
+        await server.stop()
 
 
 async def test_engine_that_refuses_keeps_all_on_the_version_before(service: Service) -> None:
@@ -156,7 +156,7 @@ async def test_engine_that_never_catches_up_has_its_process_replaced(service: Se
 
     async def retired() -> bool:
         try:
-            await service.hosts["b"].check_health()
+            await service.servers["b"].check_health()
         except EngineError as error:
             return "does not load 'one'" in str(error)
         return False
@@ -172,7 +172,7 @@ async def test_engine_is_not_replaced_for_how_long_others_change_weights(service
         membership.lose(membership.active["b"], EngineDeadError("it was out of reach"))
         await asyncio.sleep(0.3)  # three times that
     await service.ready()
-    await service.hosts["b"].check_health()
+    await service.servers["b"].check_health()
     assert await service.labels() == {("a", INITIAL_LABEL), ("b", INITIAL_LABEL)}
 
 
@@ -298,7 +298,7 @@ async def test_engine_that_dies_as_an_update_begins_does_not_fail_it(
         raise EngineDeadError("it died.")
 
     first = next(iter(service.router._engines.active))
-    monkeypatch.setattr(service.hosts[first], "weight_shapes", dying.__get__(service.hosts[first]))
+    monkeypatch.setattr(service.servers[first], "weight_shapes", dying.__get__(service.servers[first]))
     assert await service.update("one") == "one"
     assert asked
     await service.ready()
@@ -321,8 +321,8 @@ async def test_staleness_counts_versions_since_the_oldest_span(service: Service)
     """Of the model's own weights, where a request has no adapter."""
     seen: list[tuple[str, int]] = []
     service.router._observe_staleness = lambda name, versions: seen.append((name, versions))
-    for host in service.engines.values():
-        host._args = host._args.model_copy(update={"token_latency_s": 0.02})
+    for engine in service.engines.values():
+        engine._args = engine._args.model_copy(update={"token_latency_s": 0.02})
     call = asyncio.ensure_future(service.router.sample(QUESTIONS, {"max_tokens": 60, "ignore_eos": True}))
     for engine in service.engines.values():
         engine.steps = 0

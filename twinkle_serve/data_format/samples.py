@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from twinkle_serve.data_format.weights import Spans
 
-IntArray: TypeAlias = NDArray[np.int32] | NDArray[np.int64]
 FloatArray: TypeAlias = NDArray[np.float32]
 StopReason: TypeAlias = Literal["length", "stop", "abort", "error"]
 
