@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from graphs.observer import Snapshot
 
-SILENT_S = 15.0
+SILENT_S = 20.0
 """Serve's controller is back within 10 to 17 s after it was killed, on two busy cores."""
 
 State = Literal["ready", "replaced", "unhealthy", "failed", "deleted"]

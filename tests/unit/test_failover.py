@@ -376,7 +376,7 @@ async def test_calls_that_are_encoded_are_bounded_too(small: Service) -> None:
 
 
 async def test_stream_ends_when_its_lease_does_or_it_is_cancelled(service: Service) -> None:
-    """With an error, at its next text; its engine is free then."""
+    """With an error; its engine is free then."""
     options: dict[str, Any] = {"max_tokens": 100, "ignore_eos": True}
     for engine in service.engines.values():
         engine._args = engine._args.model_copy(update={"token_latency_s": 0.01})
@@ -389,3 +389,23 @@ async def test_stream_ends_when_its_lease_does_or_it_is_cancelled(service: Servi
     with pytest.raises(RequestError, match="the stream was cancelled"):
         [delta async for delta in cancelled]
     await eventually(service.idle)
+
+
+async def test_stream_without_new_text_ends_at_once_too(small: Service) -> None:
+    """A cancelled stream, or one without its caller, does not wait for an engine that produces nothing."""
+    for engine in small.engines.values():
+        engine._args = engine._args.model_copy(update={"token_latency_s": 60.0})
+
+    async def sampling() -> bool:
+        return any(engine["sequences"] for engine in (await small.router.status())["engines"].values())
+
+    async with asyncio.timeout(5):
+        leased = small.router.sample_stream(PROMPTS[:1], {"max_tokens": 2}, request_id="leased", lease_s=0.1)
+        with pytest.raises(LeaseExpiredError, match="the caller of leased has been silent"):
+            await anext(leased)
+        cancelled = small.router.sample_stream(PROMPTS[:1], {"max_tokens": 2}, request_id="cancelled")
+        reader = asyncio.ensure_future(anext(cancelled))
+        await eventually(sampling)
+        assert await small.router.cancel("cancelled") == 1
+        with pytest.raises(RequestError, match="the stream was cancelled"):
+            await reader

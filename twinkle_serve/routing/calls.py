@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from twinkle_serve.errors import LeaseExpiredError, RequestError, TwinkleServeError
@@ -27,18 +27,46 @@ class ActiveCall:
     """Inputs that were cancelled before the call became a request."""
     lease: Lease | None = None
     """The caller's; None if the call does not depend on it."""
+    _step: asyncio.Timeout | None = None
 
-    def require_wanted(self) -> None:
-        """Raises if the lease of a stream has expired, or it was cancelled."""
+    @contextlib.asynccontextmanager
+    async def step(self, deadline: float) -> AsyncGenerator[None, None]:
+        """Runs one step of a stream until the deadline, by the event loop's clock.
+
+        Raises:
+            LeaseExpiredError: the lease has expired, at once. RequestError: so when the stream was cancelled.
+        """
+        try:
+            async with asyncio.timeout_at(deadline) as self._step:
+                yield
+        except TimeoutError:
+            self._require_wanted()
+            raise
+        finally:
+            self._step = None
+        self._require_wanted()
+
+    def _require_wanted(self) -> None:
         if self.error is not None:
             raise self.error
         if self.cancelled:
             raise RequestError("the stream was cancelled.")
 
+    def end(self, error: TwinkleServeError) -> None:
+        """Ends the stream, or a call that is being validated."""
+        self.error = error
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        if self._step is not None and not self._step.expired():
+            self._step.reschedule(0.0)
+
     def cancel(self, inputs: Iterable[int] | None) -> int:
         """Cancels inputs, or all for None, of a call that is not a request yet. Returns how many were new."""
         before = len(self.cancelled)
         self.cancelled |= set(range(self.inputs)) if inputs is None else {*inputs} & {*range(self.inputs)}
+        if self.cancelled:
+            self._interrupt()
         return len(self.cancelled) - before
 
 
@@ -98,7 +126,7 @@ class CallRegistry:
                 del self._by_id[request_id]
 
     def _end(self, call: ActiveCall, error: TwinkleServeError) -> None:
-        call.error = error
+        call.end(error)
         if call.request is not None:
             self._give_up(call.request, error)
 

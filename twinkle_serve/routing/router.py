@@ -229,9 +229,8 @@ class Router(RouterAPI):
         ):
             while True:
                 # Around each step alone: a timeout must not be held across a yield.
-                async with asyncio.timeout_at(deadline):
+                async with active.step(deadline):
                     delta = await anext(deltas, None)
-                active.require_wanted()
                 if delta is None:
                     return
                 yield delta.text, delta.finish_reason
