@@ -135,6 +135,13 @@ def replicas(service: Service) -> dict[str, psutil.Process]:
     return found
 
 
+def require_two_engines(service: Service) -> None:
+    """Deploys dp_size 2, unless an earlier test has."""
+    if "engine-dp1" not in replicas(service):
+        deploy(service, 2)
+        wait_until(lambda: "engine-dp1" in replicas(service), "engine-dp1 started", 60)
+
+
 @pytest.mark.timeout(400)
 def test_dp_size_changes_without_failing_a_call_or_replacing_what_stays(service: Service) -> None:
     """1, 3, 1, 2: router, store and engine-dp0 keep their processes; those of engines that left are gone."""
@@ -172,6 +179,7 @@ print(sorted(sampler.status()["engines"]))
 @pytest.mark.timeout(200)
 def test_router_that_is_replaced_has_the_engines_of_now(service: Service) -> None:
     """Not those that there were when the application was first deployed."""
+    require_two_engines(service)
     before = replicas(service)
     router = before.pop("router")
     router.kill()
@@ -193,9 +201,10 @@ print(sampler.status()["engines"]["engine-dp1"]["state"])
 @pytest.mark.timeout(200)
 def test_restart_by_name_replaces_that_process_alone(service: Service) -> None:
     """And returns when the new one is used; calls go on meanwhile."""
+    require_two_engines(service)
     load = Load(service)
     try:
-        load.mark()
+        load.until({"engine-dp0", "engine-dp1"})
         before = replicas(service)
         answer = service.run("-c", RESTART)
         assert answer.stdout.strip() == "ready", answer.stderr
