@@ -49,15 +49,17 @@ def join_or_start(applications: Collection[str], *, replace: bool = False) -> Cl
     import ray
     from ray.exceptions import RayError
 
-    from twinkle_serve.remote.clusters import LOCAL, Found, join_cluster
+    from twinkle_serve.remote.clusters import LOCAL, find_cluster, join_cluster
 
     address = os.environ.get("RAY_ADDRESS") or LOCAL
     joined = address != LOCAL
     try:
-        if joined:
-            join_cluster(Found(address, f"RAY_ADDRESS={address}"), log_to_driver=True)
-        else:
+        if not joined:
             ray.init(address=LOCAL, namespace="serve")
+        elif (found := find_cluster()) is not None:
+            join_cluster(found, log_to_driver=True)
+        else:
+            raise LaunchError(f"no Ray cluster runs here (RAY_ADDRESS={address}). Start it, or unset RAY_ADDRESS.")
     except ServiceNotReadyError as error:
         raise LaunchError(str(error)) from error
     except (RayError, RuntimeError, ValueError, OSError) as error:

@@ -155,12 +155,12 @@ class VLLMEngine:
             if self._stopped:  # by a caller that was interrupted; a thread cannot be
                 self._llm.shutdown()
         except Exception as error:
-            reason = self._reported() or error
+            reason = self._reported(starting=True) or error
             raise EngineStartError(f"{self._name}: vLLM did not start on {self._model!r}: {reason}") from error
 
-    def _reported(self) -> str:
-        """Returns the last error that vLLM's processes reported since the last call; "" for none."""
-        return "" if self._reports is None else self._reports.take()
+    def _reported(self, *, starting: bool = False) -> str:
+        """See `Reports.take`."""
+        return "" if self._reports is None else self._reports.take(starting=starting)
 
     async def _outputs(self, group: Group, *, streaming: bool) -> AsyncGenerator[RequestOutput, None]:
         """Yields vLLM's outputs of a group: the complete one at the end, or the new tokens of each step.
@@ -225,10 +225,10 @@ class VLLMEngine:
         # None: the process has reported its failure and is still exiting.
         by_itself = any(code not in (0, -signal.SIGKILL, -signal.SIGTERM) for code in codes)
         kind = EngineCrashedError if by_itself else EngineDeadError
-        how = f", exit code {', '.join(map(str, codes))}" if by_itself else ""
+        known = ", ".join(str(code) for code in codes if code is not None)
+        how = f", exit code {known}" if by_itself and known else ""
         cause = self._reports.cause_of_death() if by_itself and self._reports is not None else ""
-        why = f" after {cause}" if cause else ""
-        return kind(f"{self._name}: vLLM's engine process died{how}{why}. It is being restarted.")
+        return kind(f"{self._name}: vLLM's engine process died{how}{f', after {cause}' if cause else ''}.")
 
     def progress(self) -> int:
         return self._finished_tokens + running_tokens(self._llm.output_processor)

@@ -86,15 +86,20 @@ class Reports:
         os.environ[REPORTS] = str(self._path)
         self._cause_of_death = ""
 
-    def take(self) -> str:
-        """Returns the last error since the last call, of a worker if one has failed; "" for none."""
+    def take(self, *, starting: bool = False) -> str:
+        """Returns the last error since the last call, of a worker if one has failed; "" for none.
+
+        Args:
+            starting: include refused imports of the main script.
+        """
         try:
             lines = self._path.read_text().splitlines()
             os.truncate(self._path, 0)
         except OSError:  # the engine is being stopped
             return ""
         texts: dict[str, str] = dict(json.loads(line) for line in lines)
-        return next((texts[source] for source in ("main", "worker", "core") if source in texts), "")
+        sources = ("main",) * starting + ("worker", "core")
+        return next((texts[source] for source in sources if source in texts), "")
 
     def kill_core(self) -> None:
         """Kills an engine that is starting. One whose process has yet to begin ends as it does."""
