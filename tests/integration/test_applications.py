@@ -19,7 +19,7 @@ from graphs.cluster import submit
 from tests.support.eventually import wait_until
 from tests.support.ray_cluster import ray_cluster
 from tests.support.samplers import FakeSampler
-from tests.support.scripts_serve import config_with, ended, ready, start
+from tests.support.scripts_serve import READY_S, config_with, ended, start
 from twinkle_serve import connect
 from twinkle_serve.errors import ConfigError, NotOwnerError
 from twinkle_serve.remote import applications
@@ -140,10 +140,16 @@ def test_launcher_on_a_cluster_of_others_ends_its_own_applications_alone(tmp_pat
     """At Ctrl-C; and it does not replace one of another job that runs, or of another launcher."""
     log = tmp_path / "log"
     config = config_with(tmp_path / "config.yaml", engine="fake", engine_args={}, device_mesh={"device_type": "cpu"})
-    with ray_cluster(num_cpus=8, with_serve=False) as address:
+    with ray_cluster(num_cpus=8, with_serve=False) as address, contextlib.ExitStack() as started:
         environment = {**os.environ, "RAY_ADDRESS": address}
-        launcher = start(config, environment, log)
-        ready(launcher, log)
+
+        def launched() -> subprocess.Popen[str]:
+            launcher = start(config, environment, log)
+            started.callback(launcher.kill)
+            return launcher
+
+        launcher = launched()
+        wait_until(lambda: "\nReady after" in log.read_text(), "the launcher is ready", READY_S)
         later = FakeSampler("demo", remote_group="later")
         with pytest.raises(NotOwnerError, match="application 'sampler' was deployed by `serve` or scripts/serve"):
             FakeSampler("demo", remote_group="sampler")
@@ -151,9 +157,7 @@ def test_launcher_on_a_cluster_of_others_ends_its_own_applications_alone(tmp_pat
         assert ended(launcher, 60) == 0, log.read_text()
         assert serve.status().applications.keys() == {"later"}
         assert len(later.sample(QUESTION, SHORT).sequences) == 1
-        document = config.read_text().replace("name: sampler", "name: later")
-        config.write_text(document)
-        refused = start(config, environment, log)
-        assert ended(refused, 60) == 2
+        config.write_text(config.read_text().replace("name: sampler", "name: later"))
+        assert ended(launched(), 60) == 2
         assert f"NotOwnerError: application 'later' was deployed by job {own_job()}" in log.read_text()
         later.shutdown()
