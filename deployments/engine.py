@@ -15,6 +15,7 @@ from twinkle_serve import hub, timing
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.engines import build_engine
 from twinkle_serve.engines.server import EngineServer
+from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import Placement, cores_of_devices, cores_of_engine
 from twinkle_serve.remote.reservation import enter_group
 
@@ -38,6 +39,7 @@ class Engine(EngineServer):
         self, args: ServiceArgs, dp_rank: int, placement: Placement, store: DeploymentHandle
     ) -> None:
         log_to_serve(refusals=False)
+        end_with_parent(os.getppid())  # Serve's replicas outlive the raylet that started them
         on_stage = StageReporter()
         mesh = args.device_mesh.mesh()
         cores = _take_devices(dp_rank, mesh.devices_per_replica, placement)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -17,6 +18,7 @@ from deployments.log_config import QUIET, log_to_serve
 from deployments.store_client import ServeStoreClient
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
+from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import SIDE_CPUS
 from twinkle_serve.routing import router as routing
 
@@ -35,6 +37,7 @@ class Router(routing.Router):
         self, args: ServiceArgs, engines: Mapping[str, DeploymentHandle], store: DeploymentHandle
     ) -> None:
         log_to_serve(refusals=True)
+        end_with_parent(os.getppid())  # Serve's replicas outlive the raylet that started them
         sys.setswitchinterval(SWITCH_S)
         model = await asyncio.to_thread(hub.resolve, args.model_id, revision=args.revision, weights=False)
         staleness = metrics.Histogram(

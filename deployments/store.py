@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from cachetools import LRUCache
 from ray import serve
 
 from deployments.log_config import QUIET, log_to_serve
+from twinkle_serve import timing
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.weights import Bucket, WeightsVersion
+from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import SIDE_CPUS
-from twinkle_serve.weights import LocalStore, WeightStore
+from twinkle_serve.weights import LocalStore, StateLock, WeightStore
 
 BUCKETS_IN_OBJECT_STORE = 3
 """Buckets of weights that are kept in Ray's object store."""
@@ -30,7 +33,9 @@ class Store(LocalStore):
 
     async def __init__(self, args: ServiceArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         log_to_serve(refusals=False)
+        end_with_parent(os.getppid())  # Serve's replicas outlive the raylet that started them
         state_dir = args.state_dir or default_state_dir(serve.get_replica_context().app_name, args.model_id)
+        self._state_lock = await asyncio.to_thread(StateLock, state_dir, timing.CONTROLLER_TIMEOUT_S)
         super().__init__(await asyncio.to_thread(WeightStore, args.model_id, state_dir))
         self._adapter_refs: dict[int, Awaitable[AdapterFiles]] = {}
         """References to adapters by id of the version, so that all engines of a node share one copy."""

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from twinkle_serve.errors import ConfigError, TwinkleServeError
+from twinkle_serve.errors import ConfigError, ServiceNotReadyError, TwinkleServeError
 
 if TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema
 
 
-CONNECT_S = 10.0
+LOOPBACK = "127.0.0.1"
 
 
 class LaunchError(TwinkleServeError):
@@ -36,60 +35,63 @@ class Cluster:
     """Whether its dashboard asks for a token."""
 
 
-def join_or_start(applications: Collection[str]) -> Cluster:
+def join_or_start(applications: Collection[str], *, replace: bool = False) -> Cluster:
     """Joins the cluster of RAY_ADDRESS, or starts one that ends with this process.
+
+    Args:
+        replace: replace applications of these names, whoever has deployed them.
 
     Raises:
         ConfigError: the cluster serves applications other than these.
+        NotOwnerError: another running job, or `serve`, has deployed an application of one of these names.
         LaunchError: there is no cluster at RAY_ADDRESS, or Ray did not start.
     """
     import ray
-    from ray import serve
+    from ray.exceptions import RayError
 
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    _require_listener(address)
+    from twinkle_serve.remote.clusters import LOCAL, find_cluster, join_cluster
+
+    address = os.environ.get("RAY_ADDRESS") or LOCAL
+    joined = address != LOCAL
     try:
-        context = ray.init(address=address, namespace="serve")
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
-        if address == "local":
-            raise LaunchError(f"Ray did not start: {error}") from error
-        raise LaunchError(
-            f"no Ray cluster at RAY_ADDRESS={address}: {error} Start it, or unset RAY_ADDRESS."
-        ) from error
-    joined = address != "local"
-    others = set(serve.status().applications) - set(applications) if joined else set()
-    if others:
-        raise ConfigError(
-            f"the cluster at {address} serves {', '.join(sorted(others))} too, and deploying this config would delete "
-            "what it does not name. Name them in it, or unset RAY_ADDRESS."
-        )
+        if not joined:
+            ray.init(address=LOCAL, namespace="serve")
+        elif (found := find_cluster()) is not None:
+            join_cluster(found, log_to_driver=True)
+        else:
+            raise LaunchError(f"no Ray cluster runs here (RAY_ADDRESS={address}). Start it, or unset RAY_ADDRESS.")
+    except ServiceNotReadyError as error:
+        raise LaunchError(str(error)) from error
+    except (RayError, RuntimeError, ValueError, OSError) as error:
+        raise LaunchError(f"Ray did not start: {error}") from error
+    if joined:
+        _require_room_for(applications, replace)
     return Cluster(
-        address=str(context.address_info["gcs_address"]),
-        dashboard_url=str(context.dashboard_url or ""),
+        address=str(ray.get_runtime_context().gcs_address),
+        dashboard_url=str(ray._private.worker.get_dashboard_url() or ""),
         joined=joined,
         needs_token=os.environ.get("RAY_AUTH_MODE") == "token",
     )
 
 
-def _require_listener(address: str) -> None:
-    """Refuses an address where nothing listens: Ray would go on trying for minutes.
+def _require_room_for(applications: Collection[str], replace: bool) -> None:
+    """Refuses to delete or replace applications of others, as deploying a config would."""
+    from ray import serve
 
-    Raises:
-        LaunchError
-    """
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal():  # auto, local
-        return
-    try:
-        socket.create_connection((host.removeprefix("ray://").strip("[]"), int(port)), CONNECT_S).close()
-    except OSError as error:
-        raise LaunchError(
-            f"no Ray cluster at RAY_ADDRESS={address}: {error.strerror or error}. Start it, or unset RAY_ADDRESS."
-        ) from error
+    from twinkle_serve.remote.applications import require_own
+
+    present = set(serve.status().applications)
+    if others := present - set(applications):
+        raise ConfigError(
+            f"the cluster serves {', '.join(sorted(others))} too, and deploying this config would delete what it does "
+            "not name. Name them in it, or unset RAY_ADDRESS."
+        )
+    for name in () if replace else sorted(present & set(applications)):
+        require_own(name, "replaced", "Change it by `serve deploy`, or replace it with --replace.")
 
 
-def start_serve(schema: ServeDeploySchema) -> None:
-    """Starts Serve as `serve run` does; one that runs already stays as it is.
+def start_serve(schema: ServeDeploySchema) -> bool:
+    """Starts Serve as `serve run` does; one that runs already stays as it is. Returns whether it started it.
 
     Raises:
         LaunchError: it did not start; its HTTP port may be in use.
@@ -97,17 +99,27 @@ def start_serve(schema: ServeDeploySchema) -> None:
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.config import gRPCOptions
+    from ray.serve.context import _get_global_client
 
     try:
+        runs = _get_global_client(raise_if_no_controller_running=False) is not None
         serve.start(
             proxy_location=schema.proxy_location,
-            http_options=schema.http_options.model_dump(),
+            http_options={**schema.http_options.model_dump(), "host": http_host(schema)},
             grpc_options=gRPCOptions(**schema.grpc_options.model_dump()),
             controller_options=schema.controller_options,
         )
     except (RayError, RuntimeError, TimeoutError, ValueError) as error:
         remedy = " Set http_options.port to a free one." if "bind" in str(error) else ""
         raise LaunchError(f"Serve did not start: {_last_line(error)}{remedy}") from error
+    return not runs
+
+
+def http_host(schema: ServeDeploySchema) -> str:
+    """Returns where HTTP listens: on this machine only, unless the config says otherwise. Ray Serve's own default is
+    every interface."""
+    given = "host" in schema.http_options.model_fields_set
+    return str(schema.http_options.host) if given else LOOPBACK
 
 
 def submit(schema: ServeDeploySchema) -> None:
@@ -134,11 +146,12 @@ def dead_process() -> str | None:
     return next((kind for kind in ("gcs_server", "raylet") if kind in dead), None)
 
 
-def shut_down(*, serves: bool) -> None:
-    """Leaves the cluster, which ends if this process started it. Idempotent.
+def shut_down(applications: Collection[str], *, ends_serve: bool) -> None:
+    """Ends the applications that this launcher has deployed, and leaves the cluster, which ends if this process started
+    it. Idempotent.
 
     Args:
-        serves: whether this launcher deployed anything: then Serve ends too, on a joined cluster as well.
+        ends_serve: whether this launcher has started Serve: it ends too, unless others have applications there.
     """
     import ray
     from ray import serve
@@ -146,11 +159,26 @@ def shut_down(*, serves: bool) -> None:
 
     try:
         # Serve would start a cluster to shut down where there is none, and wait for one that is dead.
-        if serves and ray.is_initialized() and dead_process() is None:
+        if (applications or ends_serve) and ray.is_initialized() and dead_process() is None:
             with contextlib.suppress(RayError, ConnectionError, TimeoutError):  # of a cluster that is gone
-                serve.shutdown()
+                own, others = _divided(applications)
+                if ends_serve and not others:
+                    serve.shutdown()
+                for name in () if ends_serve and not others else own:
+                    serve.delete(name)
     finally:
         ray.shutdown()
+
+
+def _divided(deployed: Collection[str]) -> tuple[list[str], list[str]]:
+    """Returns the applications that this launcher has deployed, and those of others, who may have replaced one."""
+    from ray import serve
+
+    from twinkle_serve.remote.applications import owner_of
+
+    present = sorted(serve.status().applications)
+    own = [name for name in present if name in deployed and (owner := owner_of(name)) is not None and owner.job is None]
+    return own, [name for name in present if name not in own]
 
 
 def _last_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ SUM = "12+34="
 QUESTION = "What is the capital of France?"
 
 
-def ready_text(samplers: Mapping[str, ServiceArgs], cluster: Cluster, log: Path) -> str:
+def ready_text(samplers: Mapping[str, ServiceArgs], cluster: Cluster, config: Path, log: Path) -> str:
     """Calls of each sampler, which were tried, and where everything is."""
     lines: list[str] = []
     asks = False
@@ -35,12 +36,17 @@ def ready_text(samplers: Mapping[str, ServiceArgs], cluster: Cluster, log: Path)
         first = next(iter(samplers))
         option = "" if first == "sampler" else f" --name {first}"
         lines.append(f"  example    {python} examples/sample.py{option}")
-    # With an address Ray does not look for the token by itself.
-    mode = " RAY_AUTH_MODE=token" if cluster.needs_token else ""
-    lines.append(f"  address    RAY_ADDRESS={cluster.address}{mode}, where connect() does not find it")
+    lines.append(
+        f'  address    connect(…, address="{cluster.address}"), or RAY_ADDRESS, where connect() does not find it'
+    )
     if cluster.dashboard_url:
         token = f", with the token of: {_command('ray')} get-auth-token" if cluster.needs_token else ""
         lines.append(f"  dashboard  http://{cluster.dashboard_url}/#/serve{token}")
+        # Neither looks for the token by itself, and the dashboard's port may be another one.
+        mode = "RAY_AUTH_MODE=token " if cluster.needs_token else ""
+        where = f"{mode}RAY_DASHBOARD_ADDRESS=http://{cluster.dashboard_url}"
+        lines.append(f"  state      {where} {_command('serve')} status")
+        lines.append(f"  change     {where} {_command('serve')} deploy {shlex.quote(str(config))}")
     lines += [f"  log        {log}", "  stop       Ctrl-C"]
     return "\n".join(lines)
 

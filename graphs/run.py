@@ -44,6 +44,7 @@ RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0", "RAY_DE
 
 def main(
     config: Annotated[Path, typer.Argument(help="A Ray Serve config.")] = Path("serve_config.yaml"),
+    replace: Annotated[bool, typer.Option("--replace", help="Replace applications of others on RAY_ADDRESS.")] = False,
     since: Annotated[float | None, typer.Option(hidden=True, help="When it was started, s since the epoch.")] = None,
 ) -> None:
     """Serves the applications of CONFIG until Ctrl-C."""
@@ -58,7 +59,7 @@ def main(
     except KeyboardInterrupt:
         sys.exit(0)
     with OutputLog() as log:
-        code = Launcher(config, checked, log, started).run()
+        code = Launcher(config, checked, log, started, replace=replace).run()
     sys.exit(code)
 
 
@@ -75,25 +76,30 @@ def _raise_interrupt(*_: object) -> None:
 class Launcher:
     """Starts, follows and ends the applications of one config."""
 
-    def __init__(self, path: Path, config: ConfigFile, log: OutputLog, started: float) -> None:
+    def __init__(
+        self, path: Path, config: ConfigFile, log: OutputLog, started: float, *, replace: bool = False
+    ) -> None:
         """
         Args:
             started: when the user has started it, monotonic.
+            replace: replace applications of the same names on a cluster that it joins, whoever has deployed them.
         """
+        self._replace = replace
         self._path, self._config, self._log, self._started = path, config, log, started
         self._display: Display = display_for(log.stdout)
         self._messages = ReplicaMessages()
         self._samplers = {name: name in config.samplers for name in config.applications}
         self._observer = Observer(config.samplers)
-        self._serves = False
-        """Whether Serve may hold applications of this launcher. Another launcher's must outlive it."""
+        self._deployed: set[str] = set()
+        """Applications that may be this launcher's. Those of others must outlive it."""
+        self._started_serve = False
 
     def run(self) -> int:
         """Returns the exit code, once everything that was started has ended."""
         code = FAILED
         try:
             cluster, ready = self._start()
-            text = ready_text(self._config.samplers, cluster, self._log.path)
+            text = ready_text(self._config.samplers, cluster, self._path, self._log.path)
             names = ", ".join(self._config.applications)
             self._display.say(f"\nReady after {duration(time.monotonic() - self._started)}: {names}\n", "bold green")
             self._display.say(text)
@@ -127,15 +133,15 @@ class Launcher:
         with display:
             step = start_up.begin("Ray")
             try:
-                cluster = join_or_start(self._config.applications)
+                cluster = join_or_start(self._config.applications, replace=self._replace)
                 stop_on_signals()  # ray.init puts a handler of its own in place
                 start_up.end(step)
                 step = start_up.begin("Serve")
-                start_serve(self._config.schema)
+                self._started_serve = start_serve(self._config.schema)
                 before = look(self._config.samplers, {})
-                self._serves = not before.applications
+                self._deployed = set(self._config.applications) - before.applications.keys()
                 submit(self._config.schema)
-                self._serves = True
+                self._deployed = set(self._config.applications)
             except TwinkleServeError:
                 start_up.end(step, "failed")
                 raise
@@ -198,7 +204,7 @@ class Launcher:
         try:
             self._display.say(f"\n{clock()}  Stopping.")
             self._observer.stop()
-            shut_down(serves=self._serves)
+            shut_down(self._deployed, ends_serve=self._started_serve)
             self._display.say(f"{clock()}  Stopped after {duration(time.monotonic() - began)}.")
         except KeyboardInterrupt:
             self._display.say(f"{clock()}  Stopped at once: asked for twice.")

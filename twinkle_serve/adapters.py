@@ -253,3 +253,8 @@ def not_in_model(modules: set[str]) -> AdapterError:
         f"{len(modules)} modules of the adapter are not in the model, such as {examples}, and would be ignored. "
         "Use the model that it was trained on, and only modules for which the engine supports LoRA."
     )
+
+
+def of_memory(error: AdapterError) -> AdapterError:
+    """Returns the error for an adapter that came from memory, where the names of peft's files say nothing."""
+    return AdapterError(str(error).replace(CONFIG, "the LoraConfig").replace(WEIGHTS, "the state_dict"))

@@ -8,6 +8,7 @@
     │   │   └── IncompleteModelError  an interrupted download, or a directory with missing files
     │   ├── TemplateError             an unknown or invalid template or tool-call parser
     │   ├── EngineArgsError           engine_args that the engine does not have or does not accept
+    │   ├── NotOwnerError             the application belongs to another job, or to `serve`
     │   └── ServiceNotReadyError      the application is absent, failed, or not up in time
     ├── RequestError                  this call cannot be served; the next one can
     │   ├── SamplingParamsError       a sampling parameter is invalid, unknown or unsupported
@@ -67,6 +68,10 @@ class TemplateError(ConfigError):
 
 class EngineArgsError(ConfigError):
     """engine_args that the engine does not have or does not accept."""
+
+
+class NotOwnerError(ConfigError):
+    """An application would be replaced or deleted that another running job, or `serve`, has deployed."""
 
 
 class ServiceNotReadyError(ConfigError):

@@ -44,7 +44,7 @@ def finite_number(name: str, value: object, *, error: type[TwinkleServeError] = 
         TwinkleServeError: another type, NaN or infinite. Of type `error`.
     """
     try:
-        if isinstance(value, (bool, str, bytes)):
+        if isinstance(value, (bool, str, bytes)) or getattr(value, "ndim", 0) != 0:
             raise TypeError
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
@@ -74,6 +74,17 @@ def seconds(name: str, value: object, *, maximum: float | None = None) -> float:
         RequestError: another type, or out of bounds.
     """
     return positive(name, value, what="a number of seconds", maximum=maximum)
+
+
+def flag(name: str, value: object, *, error: type[TwinkleServeError] = RequestError) -> bool:
+    """True or false; numbers and text are not accepted.
+
+    Raises:
+        TwinkleServeError: another type. Of type `error`.
+    """
+    if not isinstance(value, bool):
+        raise error(f"{name} must be true or false, got {value!r}.")
+    return value
 
 
 def one_of(

@@ -452,3 +452,15 @@ def test_sampler_enforces_a_deadline(sampler: RunningSampler) -> None:
     with pytest.raises(DeadlineError, match=r"timeout_s=0\.001"):
         list(sampler.sample_stream(QUESTIONS[0], endless, timeout_s=0.001))
     assert len(tokens(sampler.sample(QUESTIONS, {"max_tokens": 1}))) == 3
+
+
+def test_parameters_at_the_bounds_are_honoured_and_beyond_them_refused(sampler: RunningSampler) -> None:
+    """What float32 cannot hold would leave no token, or garbage; so would a stop id that the model does not have."""
+    greedy = tokens(sampler.sample(QUESTIONS[0], GREEDY))
+    for bound in ({"top_p": 1e-30}, {"repetition_penalty": 1e-30}, {"repetition_penalty": 1e30}, {"top_k": 2**31 - 1}):
+        response = sampler.sample(QUESTIONS[0], {**GREEDY, "temperature": 1.0, **bound})
+        assert response.columns.logprobs is not None and np.isfinite(response.columns.logprobs).all()
+        assert "top_p" not in bound or tokens(response) == greedy
+    for beyond in ({"top_p": 1e-46}, {"repetition_penalty": 1e-300}, {"top_k": 2**31}, {"stop": [5, 10**6]}):
+        with pytest.raises(SamplingParamsError, match=str(*beyond)):
+            sampler.sample(QUESTIONS[0], {"max_tokens": 2, **beyond})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from typing import Any
 
@@ -13,6 +14,14 @@ from tests.support.harness import EngineHarness, Prompts
 from twinkle_serve.errors import EngineCrashedError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ends_engine]
+
+
+async def test_error_of_a_worker_comes_with_its_type_and_place(vllm_engine: EngineHarness) -> None:
+    """vLLM passes on its text alone, which may be empty."""
+    engine: Any = vllm_engine.engine
+    with pytest.raises(Exception, match="Worker failed with error"):
+        await engine._llm.collective_rpc("load_weights", args=("/no/such/file",))
+    assert re.match(r"FileNotFoundError: .*/no/such/file.* \(in \S+\.py:\d+, ", engine._reported())
 
 
 async def test_engine_that_crashed_says_so(vllm_engine: EngineHarness, prompts: Prompts) -> None:

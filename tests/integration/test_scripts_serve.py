@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import json
 import re
+import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
+from tests.support.docs import blocks_of
 from tests.support.eventually import wait_until
-from tests.support.scripts_serve import Service, config_with, ended, own_environment, serving, start
+from tests.support.scripts_serve import ROOT, Service, config_with, ended, own_environment, serving, start
 
 pytestmark = [pytest.mark.ray, pytest.mark.own_cluster, pytest.mark.vllm]
 
@@ -43,14 +48,76 @@ def test_start_is_shown_stage_by_stage(service: Service) -> None:
 
 @pytest.mark.timeout(400)
 def test_calls_that_ready_prints_work(service: Service) -> None:
-    """As they are, with the address beside them and no other."""
+    """As they are, with the address beside them as an argument or in RAY_ADDRESS, and no other variable: the token is
+    found. In the service's own directory neither is needed."""
     lines = re.findall(r"^from twinkle_serve import connect\n(?:\S.*\n)+", service.output, re.M)
     assert len(lines) == 1
-    ((address, mode),) = re.findall(r"^  address +RAY_ADDRESS=(\S+) RAY_AUTH_MODE=(\w+),", service.output, re.M)
-    result = service.run("-c", lines[0], RAY_ADDRESS=address, RAY_AUTH_MODE=mode)
+    (address,) = re.findall(r'^  address +connect\(…, address="(\S+)"\), or RAY_ADDRESS, where', service.output, re.M)
+    with_address = lines[0].replace('connect("sampler")', f'connect("sampler", address="{address}")')
+    assert with_address != lines[0]
+    for code, variables in ((lines[0], {"RAY_ADDRESS": address}), (with_address, {}), (lines[0], {})):
+        result = service.run("-c", code, RAY_AUTH_MODE=None, **{"RAY_ADDRESS": None, **variables})
+        assert result.returncode == 0, result.stderr
+        assert len(json.loads(result.stdout.replace("'", '"'))) == 4
+        assert result.stderr == ""
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(200)
+def test_caller_without_the_token_is_told_what_is_missing(service: Service, tmp_path: Path) -> None:
+    """Where Ray looks for it, and how to get it; not that there is no cluster."""
+    code = "import twinkle_serve; twinkle_serve.connect('sampler')"
+    result = service.run("-c", code, RAY_AUTH_MODE=None, HOME=str(tmp_path))
+    error = result.stderr.strip().splitlines()[-1]
+    assert "ServiceNotReadyError: cannot join the Ray cluster at" in error
+    assert "RAY_AUTH_TOKEN_PATH or in ~/.ray/auth_token" in error and "ray get-auth-token" in error
+
+
+@pytest.mark.timeout(200)
+def test_commands_that_ready_prints_work_where_they_are_pasted(service: Service) -> None:
+    """`serve status` and `serve deploy` find this service and its token, without a variable of their own."""
+    environment = {key: value for key, value in service.environment.items() if not key.startswith("RAY_A")}
+    for what, expected in (("state", "status: RUNNING"), ("change", "Sent deploy request successfully")):
+        (command,) = re.findall(rf"^  {what} +(RAY_\S+ RAY_\S+ \S+/serve .*)$", service.output, re.M)
+        result = subprocess.run(
+            command, shell=True, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=90
+        )
+        assert expected in result.stdout + result.stderr, result.stderr
+
+
+@pytest.mark.timeout(200)
+def test_readmes_own_call_runs_as_a_file(service: Service, tmp_path: Path) -> None:
+    """As it stands."""
+    script = tmp_path / "script.py"
+    script.write_text(next(block.code for block in blocks_of(ROOT / "README.md") if block.language == "python"))
+    result = service.run(str(script))
     assert result.returncode == 0, result.stderr
-    assert len(json.loads(result.stdout.replace("'", '"'))) == 4
-    assert result.stderr == ""
+    assert len(result.stdout.splitlines()) == 4
+
+
+def test_http_listens_on_this_machine_alone(service: Service) -> None:
+    """The config does not say where, and Ray Serve's own default is every interface."""
+    port = yaml.safe_load(service.config.read_text())["http_options"]["port"]
+    listening = [c.laddr.ip for c in psutil.net_connections() if c.status == "LISTEN" and c.laddr.port == port]
+    assert set(listening) == {"127.0.0.1"}
+
+
+def test_ports_beyond_this_machine_are_documented(service: Service) -> None:
+    """docs/operating.md names each process that listens on another interface."""
+    family = [psutil.Process(service.process.pid), *psutil.Process(service.process.pid).children(recursive=True)]
+    page = (ROOT / "docs" / "operating.md").read_text()
+    _, _, section = page.partition("## Ports")
+    rows = re.findall(r"^\| (`[^|]+) \|", section, re.M)
+    documented = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            beyond = [c for c in process.net_connections("inet") if c.status == "LISTEN" and not local(c.laddr.ip)]
+            command = " ".join(process.cmdline())
+            assert not beyond or any(name in command for name in documented), (command, beyond)
+
+
+def local(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
 
 
 REFUSED = """

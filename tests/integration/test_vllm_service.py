@@ -62,23 +62,54 @@ async def test_adapters_in_float32_are_refused_on_a_gpu() -> None:
     await engine.stop()
 
 
-def test_script_that_ends_without_shutdown_leaves_nothing(tmp_path: Path) -> None:
-    """A vLLMSampler in a script that forgets it: the script ends, with its processes and files, and says nothing."""
+INTERRUPTED = """
+import os, signal, threading, time
+import psutil
+from twinkle_serve import vLLMSampler
+
+def interrupt(engine, before):  # as a terminal does at Ctrl-C: the whole process group, once the call samples
+    while engine.progress() <= before:
+        time.sleep(0.01)
+    os.killpg(0, signal.SIGINT)
+
+def interrupted(sampler, call):
+    engine = sampler._client._service._server._engine
+    threading.Thread(target=interrupt, args=(engine, engine.progress())).start()
+    try:
+        call()
+    except KeyboardInterrupt:
+        while sampler.status()["requests"]:
+            time.sleep(0.01)
+        return 1
+    return 0
+
+if __name__ == "__main__":
+    sampler = vLLMSampler("demo", {"max_model_len": 1024, "dtype": "float32"})
+    prompt, endless = {"input_ids": [20, 21]}, {"max_tokens": 1000, "ignore_eos": True}
+    calls = [
+        lambda: sampler.sample([prompt] * 32, endless, num_samples=8),
+        lambda: list(sampler.sample_iter([prompt] * 32, endless, num_samples=8)),
+        lambda: list(sampler.sample_stream(prompt, endless)),
+    ]
+    interrupts = sum(interrupted(sampler, call) for call in calls)
+    response = sampler.sample(prompt, {"max_tokens": 2})
+    print(interrupts, len(response.sequences), sampler._client._service._server._engine._files._path)
+    print(*(child.pid for child in psutil.Process().children(recursive=True)))
+"""
+
+
+def test_script_goes_on_after_ctrl_c_and_leaves_nothing_though_it_forgets_shutdown(tmp_path: Path) -> None:
+    """Ctrl-C in a call raises KeyboardInterrupt and aborts this call alone: the engine lives, and the next call works.
+    The script ends with its processes and files, and says nothing."""
     script = tmp_path / "script.py"
-    script.write_text(
-        "import psutil\n"
-        "from twinkle_serve import vLLMSampler\n"
-        "if __name__ == '__main__':\n"
-        "    sampler = vLLMSampler('demo', {'max_model_len': 256, 'dtype': 'float32'})\n"
-        "    response = sampler.sample({'input_ids': [20, 21]}, {'max_tokens': 2})\n"
-        "    print(len(response.sequences), sampler._client._service._server._engine._files._path)\n"
-        "    print(*(child.pid for child in psutil.Process().children(recursive=True)))\n"
+    script.write_text(INTERRUPTED)
+    result = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=180, check=False, start_new_session=True
     )
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=180, check=False)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
-    samples, directory, *children = result.stdout.split()
-    assert samples == "1" and len(children) >= 2
+    interrupts, samples, directory, *children = result.stdout.split()
+    assert interrupts == "3" and samples == "1" and len(children) >= 2
     assert not Path(directory).exists()
     wait_until(lambda: not any(psutil.pid_exists(int(pid)) for pid in children), "its processes are gone")
 

@@ -21,6 +21,8 @@ SERVICE = "tests/integration/test_service.py"
 SCRIPTS = "tests/integration/test_scripts_serve.py"
 VLLM = "tests/integration/test_vllm_service.py"
 SPECIFICATION = "tests/integration/test_specification.py"
+APPLICATIONS = "tests/integration/test_applications.py"
+PROCESSES = "tests/integration/test_engine_processes.py"
 IN_GROUP = "tests/integration/test_sampler_in_group.py"
 ELASTIC = "tests/integration/test_elastic.py"
 
@@ -28,11 +30,13 @@ ALL = frozenset(
     {
         ARCHITECTURES,
         *SAMPLERS,
+        APPLICATIONS,
         CHAOS,
         CLIENT,
         DEATHS,
         ELASTIC,
         IN_GROUP,
+        PROCESSES,
         SCRIPTS,
         SERVICE,
         SPECIFICATION,
@@ -46,9 +50,9 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("tests/gpu/*", frozenset()),
     ("tests/unit/*", frozenset()),
     ("tests/support/affected.py", frozenset()),
-    ("tests/support/lora.py", ALL - {CLIENT, SCRIPTS}),
-    ("tests/support/weights.py", ALL - {ARCHITECTURES, CLIENT, SCRIPTS}),
-    ("tests/support/scripts_serve.py", frozenset({ELASTIC, SCRIPTS})),
+    ("tests/support/lora.py", ALL - {APPLICATIONS, CLIENT, PROCESSES, SCRIPTS}),
+    ("tests/support/weights.py", ALL - {APPLICATIONS, ARCHITECTURES, CLIENT, PROCESSES, SCRIPTS}),
+    ("tests/support/scripts_serve.py", frozenset({APPLICATIONS, ELASTIC, PROCESSES, SCRIPTS})),
     ("tests/support/specification.py", frozenset({SPECIFICATION})),
     ("tests/support/trainer.py", frozenset({CLIENT})),
     ("tests/support/docs.py", frozenset()),
@@ -65,18 +69,18 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("mkdocs.yml", frozenset()),
     (".gitignore", frozenset()),
     ("LICENSE", frozenset()),
-    ("serve_config.yaml", frozenset({SCRIPTS})),
-    ("scripts/serve", frozenset({ELASTIC, SCRIPTS})),
+    ("serve_config.yaml", frozenset({APPLICATIONS, SCRIPTS})),
+    ("scripts/serve", frozenset({APPLICATIONS, ELASTIC, SCRIPTS})),
     ("scripts/*", frozenset()),
     (".ci/*", frozenset()),
     ("twinkle_serve/as_twinkle*", frozenset({SPECIFICATION})),
     ("twinkle_serve/hub*", frozenset({SCRIPTS})),
-    ("twinkle_serve/remote/*", frozenset({IN_GROUP, SPECIFICATION})),
+    ("twinkle_serve/remote/*", frozenset({APPLICATIONS, IN_GROUP, SPECIFICATION})),
     ("twinkle_serve/template/*", frozenset({CLIENT, *SAMPLERS})),
     ("twinkle_serve/engines/torch*", frozenset({ARCHITECTURES, *SAMPLERS, VLLM, SCRIPTS})),
     ("twinkle_serve/engines/fake*", frozenset({DEATHS, SERVICE})),
-    ("twinkle_serve/engines/vllm*", ALL - {CLIENT, DEATHS, SERVICE}),
-    ("twinkle_serve/demo/*", ALL - {CLIENT}),
+    ("twinkle_serve/engines/vllm*", ALL - {APPLICATIONS, CLIENT, DEATHS, SERVICE}),
+    ("twinkle_serve/demo/*", ALL - {APPLICATIONS, CLIENT, PROCESSES}),
 )
 """Pattern of a path, and the nightly tests that guard it; the first that matches counts. No match: all of them."""
 

@@ -59,10 +59,12 @@ class Service:
         """What the launcher has printed."""
         return self.config.with_name("log").read_text()
 
-    def run(self, *command: str, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout_s: float = 120, **environment: str | None) -> subprocess.CompletedProcess[str]:
+        """Runs Python; a variable that is None is not set."""
+        variables = {**self.environment, **environment}
         return subprocess.run(
             [sys.executable, *command],
-            env={**self.environment, **environment},
+            env={key: value for key, value in variables.items() if value is not None},
             cwd=ROOT,
             capture_output=True,
             text=True,

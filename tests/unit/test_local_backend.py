@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,10 +20,12 @@ import pytest
 
 from tests.support.eventually import wait_until
 from tests.support.lora import save_adapter
+from tests.support.samplers import FakeSampler
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import (
     AdapterError,
+    ConfigError,
     DeadlineError,
     EngineDeadError,
     EngineError,
@@ -181,7 +186,7 @@ def test_dead_engine_fails_calls_at_once() -> None:
         backend._service._server._engine.check_health = dead  # type: ignore[union-attr, method-assign]
         with pytest.raises(EngineError):
             running.result(TIMEOUT_S)
-    with pytest.raises(EngineDeadError, match="Make a new sampler"):
+    with pytest.raises(EngineDeadError, match=r"it died\. Make a new sampler"):
         soon(lambda: sampler.sample(QUESTION, ENDLESS))
     sampler.shutdown()
 
@@ -298,3 +303,84 @@ def test_verify_refuses_what_the_other_sampler_cuts(sampler: RunningSampler) -> 
         with pytest.raises(RequestError, match="cuts what it scores"):
             sampler.verify(response, against=other)
     other.shutdown()
+
+
+FORKED = """
+import os, signal, sys
+from tests.support.samplers import FakeSampler
+from twinkle_serve.errors import EngineDeadError
+
+sampler = FakeSampler("demo", {"token_latency_s": 0.01})
+prompt, endless = {"input_ids": [20, 21]}, {"max_tokens": 900, "ignore_eos": True}
+calls = {
+    "stream": sampler.sample_stream(prompt, endless),
+    "rollouts": sampler.sample_iter([prompt] * 2, endless),
+    "pause": sampler.pause(),
+}
+calls["pause"].resume()
+next(calls["stream"])
+if (child := os.fork()) == 0:
+    signal.alarm(20)  # ends a child that hangs
+    reads = {
+        "stream": lambda: next(calls["stream"]),
+        "rollouts": lambda: next(calls["rollouts"]),
+        "cancel": lambda: calls["rollouts"].cancel(),
+        "sample": lambda: sampler.sample(prompt, endless),
+        "status": sampler.status,
+    }
+    for name, read in reads.items():
+        try:
+            read()
+        except EngineDeadError as error:
+            assert "forked" in str(error), error
+            print(name, flush=True)
+    calls["rollouts"].close()
+    calls["stream"].close()
+    sys.exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+next(calls["stream"])
+print("cancelled", calls["rollouts"].cancel())
+sampler.shutdown()
+"""
+
+
+def test_iterators_from_before_a_fork_raise_in_the_child(tmp_path: Path) -> None:
+    """At once, as every other call does there; in the parent they go on."""
+    script = tmp_path / "script.py"
+    script.write_text(FORKED)
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["stream", "rollouts", "cancel", "sample", "status", "cancelled", "2"]
+
+
+LOCKED = """
+import os, sys, time
+from tests.support.samplers import FakeSampler
+sampler = FakeSampler("demo", state_dir=sys.argv[1])
+if os.fork():
+    print(os.getpid(), flush=True)
+time.sleep(600)  # the child holds whatever its parent has opened
+"""
+
+
+def test_second_sampler_on_a_state_dir_names_the_first(tmp_path: Path) -> None:
+    """In another process or in this one; it is free once the first one has ended, by itself or killed."""
+    script, state = tmp_path / "script.py", tmp_path / "state"
+    script.write_text(LOCKED)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(state)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        with pytest.raises(ConfigError, match=f"state_dir .* is in use by pid {pid} on .*name another state_dir"):
+            FakeSampler("demo", state_dir=str(state))
+        process.kill()
+        process.wait()
+        first = FakeSampler("demo", state_dir=f"file://{state}")
+        with pytest.raises(ConfigError, match=f"is in use by pid {os.getpid()} "):
+            FakeSampler("demo", state_dir=str(state))
+        first.shutdown()
+        FakeSampler("demo", state_dir=str(state)).shutdown()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)

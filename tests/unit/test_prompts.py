@@ -115,6 +115,7 @@ INFO = EngineInfo(
         ([1] * 10, {}, PromptError, "inputs[0] has 10 tokens, the context holds 10, one of them for a sampled token"),
         ([1] * 11, {"max_tokens": 0}, PromptError, "has 11 tokens, the context holds 10. Shorten it"),
         ([320], {}, PromptError, "holds token id 320, the model's vocabulary is 0 to 319"),
+        ([1], {"stop": [5, 320]}, SamplingParamsError, "stop holds token id 320, the model's vocabulary is 0 to 319"),
         ([1], {"logprobs": 6}, SamplingParamsError, "logprobs=6, the engine returns at most 5"),
         ([1], {"prompt_logprobs": 6}, SamplingParamsError, "prompt_logprobs=6, the engine returns at most 5"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,17 @@ def test_state_of_another_model_or_damaged_is_refused(tmp_path: Path) -> None:
         assert (tmp_path / "manifest.json").read_text() == text
     with pytest.raises(ConfigError, match="cannot be used"):
         WeightStore("demo", "no-such-protocol://x")
+
+
+def test_store_that_another_one_has_followed_on_a_url_writes_nothing(tmp_path: Path, files: list[AdapterFiles]) -> None:
+    """Files there cannot be locked: the earlier of two services is told, and the later one's versions stay."""
+    url = f"memory://{tmp_path}"
+    first = WeightStore("demo", url)
+    first.put("a", files[0])
+    second = WeightStore("demo", url)
+    second.publish(second.put("b", files[1]))
+    with pytest.raises(StoreError, match=f"in use by pid {os.getpid()} on .*one service at a time"):
+        first.put("c", files[0])
+    with pytest.raises(StoreError, match="one service at a time"):
+        first.model.purge()
+    assert list(WeightStore("demo", url).published()) == ["b"]

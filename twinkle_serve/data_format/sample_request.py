@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypedDict, TypeVar, cast, get_type_hints
 from twinkle_serve.data_format.inputs import PackedInputs, as_list
 from twinkle_serve.data_format.sampling_params import UNSET, SamplingParams, Unset
 from twinkle_serve.errors import AdapterError, RequestError, unknown_name
-from twinkle_serve.validation import seconds
+from twinkle_serve.validation import flag, seconds
 
 Inputs: TypeAlias = Any
 """A Trajectory, an InputFeature, a list of either kind, or PackedInputs; validated where prompts are encoded."""
@@ -145,6 +145,7 @@ class SampleRequest:
         for key, value in (("adapter_name", self.adapter_name), ("adapter_path", self.adapter_path or "")):
             if not isinstance(value, str):
                 raise AdapterError(f"{key} must be a string, got {value!r}.")
+        flag("use_base_model", self.use_base_model)
         return self.adapter_name, self.adapter_path or ""
 
 

@@ -15,6 +15,14 @@ MIN_TEMPERATURE = 0.01
 """Below it, logits / temperature overflows. vLLM would raise the value silently, so it is refused."""
 
 
+MIN_TOP_P = 1e-30
+"""Smaller values are 0 in float32, in which engines compute: no token would be left."""
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 1e-30, 1e30
+"""Beyond them, penalised logits are not finite in float32."""
+MAX_TOP_K = 2**31 - 1
+"""Engines hold it in 32 bits."""
+
+
 class Unset(Enum):
     """Default of arguments for which None has a meaning."""
 
@@ -86,9 +94,10 @@ class SamplingParams(_DerivedParams):
     top_k: int = -1
     """Sample from the k likeliest tokens; −1 or 0: from all."""
     top_p: float = 1.0
-    """Sample from the likeliest tokens that together reach this probability, in (0, 1]."""
+    """Sample from the likeliest tokens that together reach this probability, in [1e-30, 1]."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or the sample; above 0, 1 for none."""
+    """Divides positive and multiplies negative logits of tokens in the prompt or the sample; in [1e-30, 1e30], 1 for
+    none."""
     seed: int | None = None
     """Seed of the request, in [0, 2**62). Each sample of each prompt has its own seed derived from it. None: samples
     have independent random streams and cannot be reproduced."""
@@ -112,14 +121,18 @@ class SamplingParams(_DerivedParams):
                 f"temperature must be 0 (greedy) or in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}], got {temperature}."
             )
         self._put("temperature", temperature)
-        self._put("top_k", _whole("top_k", self.top_k, -1))
+        self._put("top_k", _whole("top_k", self.top_k, -1, MAX_TOP_K))
         self._put("top_p", _real("top_p", self.top_p))
-        if not 0 < self.top_p <= 1:
-            raise SamplingParamsError(f"top_p must be in (0, 1], got {self.top_p}. 1 considers every token.")
-        self._put("repetition_penalty", _real("repetition_penalty", self.repetition_penalty))
-        if self.repetition_penalty <= 0:
+        if not MIN_TOP_P <= self.top_p <= 1:
             raise SamplingParamsError(
-                f"repetition_penalty must be above 0, got {self.repetition_penalty}. 1 is no penalty."
+                f"top_p must be in [{MIN_TOP_P}, 1], got {self.top_p}. 1 considers every token; for the likeliest one, "
+                "set temperature=0 or top_k=1."
+            )
+        self._put("repetition_penalty", _real("repetition_penalty", self.repetition_penalty))
+        if not MIN_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY:
+            raise SamplingParamsError(
+                f"repetition_penalty must be in [{MIN_REPETITION_PENALTY}, {MAX_REPETITION_PENALTY}], got "
+                f"{self.repetition_penalty}. 1 is no penalty."
             )
         if self.seed is not None:
             self._put("seed", _whole("seed", self.seed, 0, 2**62 - 1))

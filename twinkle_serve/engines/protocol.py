@@ -182,7 +182,7 @@ def check_fits(info: EngineInfo, prompt_ids: NDArray[np.int32], params: Sampling
 
     Raises:
         PromptError: empty, too long for the context, or ids outside the vocabulary.
-        SamplingParamsError: more top logprobs than the engine returns.
+        SamplingParamsError: more top logprobs than the engine returns, or stop ids outside the vocabulary.
     """
     length = len(prompt_ids)
     if not length:
@@ -200,6 +200,11 @@ def check_fits(info: EngineInfo, prompt_ids: NDArray[np.int32], params: Sampling
         raise PromptError(
             f"{where} holds token id {bad}, the model's vocabulary is 0 to {info.vocab_size - 1}. "
             "Tokenise it with this model's tokenizer."
+        )
+    if params.stop_token_ids and (last := max(params.stop_token_ids)) >= info.vocab_size:
+        raise SamplingParamsError(
+            f"stop holds token id {last}, the model's vocabulary is 0 to {info.vocab_size - 1}: no sample would end "
+            "with it. Use ids of this model's tokenizer."
         )
     for name, k in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if k is not None and k > info.max_logprobs:

@@ -14,7 +14,7 @@ from typing import cast
 
 import ray
 from ray import serve
-from ray._private.state import available_resources_per_node, jobs
+from ray._private.state import available_resources_per_node
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
@@ -22,6 +22,8 @@ from twinkle_serve.errors import MeshError
 from twinkle_serve.mesh import DeviceGroup
 from twinkle_serve.placement import SIDE_CPUS, Device, DeviceKind, GroupDevices, cpus_held
 from twinkle_serve.remote.allocation import OTHER_PROCESS, Slot, allocate, check_requests, unit_of
+from twinkle_serve.remote.applications import job_runs
+from twinkle_serve.remote.clusters import serve_command
 from twinkle_serve.remote.holders import (
     GRACE_S,
     HOLDERS_START_S,
@@ -117,7 +119,7 @@ class Ledger:
         owned = [group.name for group in new]
         for group in kept:
             existing = self._groups[group.name]
-            if not _is_running(existing.job):
+            if not job_runs(existing.job):
                 existing.job, existing.owner = job, owner
             if existing.owner == owner:
                 owned.append(group.name)
@@ -175,7 +177,7 @@ class Ledger:
 
     def _drop_abandoned(self, requested: Collection[str]) -> None:
         for name, group in list(self._groups.items()):
-            if name not in requested and not _is_running(group.job) and not _live_applications(group):
+            if name not in requested and not job_runs(group.job) and not _live_applications(group):
                 logger.warning(f"DeviceGroup {name!r} is freed: its run has ended, and no application runs in it")
                 kill(self._groups.pop(name).holders)
 
@@ -192,7 +194,7 @@ class Ledger:
             except TimeoutError as error:
                 raise MeshError(
                     f"application {application!r} in DeviceGroup {group.request.name!r} was not deleted within "
-                    f"{APPLICATION_ENDS_S:g} s. See `serve status`."
+                    f"{APPLICATION_ENDS_S:g} s. See {serve_command('status')}."
                 ) from error
 
     def _require_replaceable(self, group: DeviceGroup, job: str, occupied: Collection[str]) -> None:
@@ -207,7 +209,7 @@ class Ledger:
                     f"this asks for ranks={group.ranks} of {group.device_type}, and {' and '.join(runs)} of this run "
                     "are in it. End them first (a sampler with its shutdown()), or keep the group unchanged."
                 )
-        elif _is_running(existing.job):
+        elif job_runs(existing.job):
             raise MeshError(
                 f"DeviceGroup {group.name!r} is reserved by another running job, with "
                 f"ranks={existing.request.ranks} of {existing.devices.device_type}; this run asks for "
@@ -347,7 +349,3 @@ def _require_nodes(groups: Sequence[DeviceGroup], totals: dict[str, int], per_no
 def _live_applications(group: _Group) -> list[str]:
     """Applications of a group that still exist."""
     return sorted(group.applications & serve.status().applications.keys())
-
-
-def _is_running(job: str) -> bool:
-    return any(entry["JobID"] == job and not entry["IsDead"] for entry in jobs())

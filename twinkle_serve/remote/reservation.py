@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, get_args
 
@@ -187,25 +186,27 @@ def _check_arguments(
 
 
 def join_or_start(*, log_to_driver: bool) -> None:
-    """Joins a Ray cluster: the current one, that of RAY_ADDRESS, that of this machine, or a new one.
+    """Joins a Ray cluster: the current one, that of RAY_ADDRESS, that of RAY_TMPDIR or of this machine, or a new one.
 
     Args:
         log_to_driver: whether the output of workers is printed here.
+
+    Raises:
+        ServiceNotReadyError: the cluster cannot be joined, or several run here and none is named.
     """
     import ray
 
+    from twinkle_serve.remote.clusters import LOCAL, find_cluster, join_cluster
+
     if ray.is_initialized():
         return
-    options: dict[str, object] = {"namespace": "serve", "log_to_driver": log_to_driver, "logging_level": "warning"}
-    if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
-        session.started_cluster = address == "local"
-        return
-    try:
-        ray.init(address="auto", **options)
-    except ConnectionError:
-        ray.init(address="local", **options)
+    found = find_cluster()
+    if found is None or found.address == LOCAL:
+        ray.init(address=LOCAL, namespace="serve", log_to_driver=log_to_driver, logging_level="warning")
         session.started_cluster = True
+        logger.info("started a Ray cluster at %s", ray.get_runtime_context().gcs_address)
+    else:
+        join_cluster(found, log_to_driver=log_to_driver)
 
 
 def _in_cluster() -> bool:

@@ -13,6 +13,7 @@ import ray
 from ray import cloudpickle
 
 from twinkle_serve.errors import WorkerError
+from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import Device, cores_of_devices
 from twinkle_serve.remote.dispatch import Layout, plan
 from twinkle_serve.remote.lazy import Args, Kwargs, Value, is_lazy, resolved
@@ -79,6 +80,7 @@ class Worker:
     def __init__(
         self, environment: Mapping[str, str], devices: Sequence[Device], layout: Layout, state: Mapping[str, object]
     ) -> None:
+        end_with_parent(os.getppid())
         os.environ.update(environment)
         if not environment["CUDA_VISIBLE_DEVICES"]:
             cores = cores_of_devices(devices, sorted(os.sched_getaffinity(0)))

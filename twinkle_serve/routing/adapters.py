@@ -63,6 +63,8 @@ class Adapters:
 
     def require(self, name: str) -> None:
         """Raises AdapterError if the name is unknown."""
+        if not isinstance(name, str):
+            raise AdapterError(f"adapter_name must be a string, got {name!r}.")
         if name not in self._versions:
             known = unknown_name("adapter", name, self._versions)
             raise AdapterError(f"{known}. Add it with add_adapter_to_model, or leave it out for the base model.")

@@ -107,7 +107,7 @@ class EngineLifecycle:
         except TimeoutError:
             raise DeadlineError(
                 f"{name} was not in use again within {timeout_s:g} s; it is used as soon as it can be. "
-                "Raise timeout_s, or see `serve status`."
+                "Raise timeout_s, or see its state in status()."
             ) from None
         self._require_engine(name)
 

@@ -80,6 +80,8 @@ class EngineMembership:
         """Held while weights change, a pause begins or ends, or an engine comes into use."""
         self.holds: set[object] = set()
         """Keys of the pauses in force."""
+        self._loss: BaseException | None = None
+        """Why the use of an engine ended last."""
         self.failed_loads: Counter[str] = Counter()
         """Failures in a row to load the current weights, by engine."""
         self.cordoned: set[str] = set()
@@ -132,7 +134,13 @@ class EngineMembership:
 
     def _require_hope(self) -> None:
         if not self.engines_return and not self.active:
-            raise EngineDeadError("the engine died. Make a new sampler.")
+            raise self.death("the engine")
+
+    def death(self, name: str) -> EngineDeadError:
+        """Returns the error for calls when the last engine is gone for good: with its own cause, if it has one."""
+        if not isinstance(self._loss, EngineDeadError):
+            return EngineDeadError(f"{name} died. Make a new sampler.")
+        return type(self._loss)(f"{str(self._loss).rstrip('.')}. Make a new sampler.")
 
     async def some_engine(self) -> None:
         """Waits until an engine is in use and not cordoned.
@@ -336,6 +344,7 @@ class EngineMembership:
             return
         del self.active[engine.name]
         self.states[engine.name] = state
+        self._loss = error
         engine.lost.set()
         for task in engine.tasks - {asyncio.current_task()}:  # a slow engine aborts the groups then
             task.cancel()

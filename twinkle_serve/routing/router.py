@@ -289,7 +289,7 @@ class Router(RouterAPI):
         await self._engines.call_all(lambda client: client.reset_prefix_cache())
 
     async def sleep(self, level: int = 1) -> None:
-        if level not in (1, 2):
+        if isinstance(level, bool) or level not in (1, 2):
             raise RequestError(f"level must be 1 or 2, got {level!r}.")
         if running := self._admission.running + self._scheduler.sequences:
             raise RequestError(f"{running} requests are running: sleep would lose them. Wait for them, or cancel them.")
@@ -305,8 +305,10 @@ class Router(RouterAPI):
             raise
 
     async def wake_up(self, tags: Sequence[str] | None = None) -> None:
-        if tags is not None and set(tags) - {"weights", "kv_cache"}:
-            raise RequestError(f"tags may hold weights and kv_cache, got {list(tags)!r}.")
+        if tags is not None and (
+            not isinstance(tags, (list, tuple)) or any(tag not in ("weights", "kv_cache") for tag in tags)
+        ):
+            raise RequestError(f"tags must be a list of weights and kv_cache, got {tags!r}.")
         await self._pause_coordinator.change("wake_up", lambda client: client.wake_up(tags))
         if tags is None or "kv_cache" in tags:
             self._admission.asleep = False

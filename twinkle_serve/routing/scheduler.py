@@ -120,7 +120,7 @@ class GroupScheduler:
         """Fails all waiting groups where there is no engine and none returns."""
         if not self._engines.engines_return and not self._engines.active:
             for group_id in {group.id for group in self._dispatcher.withdraw_waiting()}:
-                self._fail(group_id, EngineDeadError(f"{name} died. Make a new sampler."))
+                self._fail(group_id, self._engines.death(name))
 
     @property
     def waiting(self) -> int:

@@ -6,11 +6,11 @@ import copy
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Unpack
 
-from twinkle_serve.adapters import pack_adapter
+from twinkle_serve.adapters import of_memory, pack_adapter
 from twinkle_serve.data_format import SampleResponse, SamplingParams
 from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.data_format.sample_request import (
@@ -23,7 +23,7 @@ from twinkle_serve.data_format.sample_request import (
     check_options,
 )
 from twinkle_serve.data_format.samples import StopReason
-from twinkle_serve.errors import AdapterError, UnsupportedError
+from twinkle_serve.errors import AdapterError, RequestError, UnsupportedError
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.controls import EngineControls
 from twinkle_serve.sampler.rollouts import AsyncRollouts, Rollouts
@@ -31,6 +31,7 @@ from twinkle_serve.sampler.router_client import RouterClient
 from twinkle_serve.sampler.verification import Verification, verify
 from twinkle_serve.template.packing import pack_template
 from twinkle_serve.tensors import AnyTensor
+from twinkle_serve.validation import flag
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -160,9 +161,9 @@ class RunningSampler(EngineControls, Sampler):
             progress: show a progress bar on the terminal.
         """
         request = self._request(inputs, sampling_params, adapter_name, adapter_path, options)
+        flag("progress", progress)
         parts = self._client.loop.iterate(self._client.run_iter(request))
-        total = len(inputs) if isinstance(inputs, Sequence) else 1
-        return Rollouts(self._client, request.request_id, parts, total if progress else None)
+        return Rollouts(self._client, request, parts, progress=progress)
 
     def sample_iter_async(
         self,
@@ -175,7 +176,7 @@ class RunningSampler(EngineControls, Sampler):
         """As `sample_iter`, for async code. The call is sent by the first `anext`."""
         request = self._request(inputs, sampling_params, adapter_name, adapter_path, options)
         parts = self._client.loop.iterate_async(self._client.run_iter(request))
-        return AsyncRollouts(self._client, request.request_id, parts)
+        return AsyncRollouts(self._client, request, parts)
 
     def sample_stream(
         self,
@@ -225,7 +226,7 @@ class RunningSampler(EngineControls, Sampler):
             inputs=inputs,
             sampling_params=copy.deepcopy(sampling_params),  # the caller may change it while the call runs
             adapter_name=adapter_name,
-            adapter_path=_absolute(adapter_path) if adapter_path else None,
+            adapter_path=None if adapter_path is None or adapter_path == "" else _absolute(adapter_path),
             template=self._template,
             request_id=uuid.uuid4().hex,
             **check_options(options, allowed),
@@ -277,6 +278,12 @@ class RunningSampler(EngineControls, Sampler):
                 two versions of an adapter, or of the model's own weights, and the other sampler has one.
             AdapterError: the other sampler has no such adapter, or has dropped that version.
         """
+        if not isinstance(response, SampleResponse):
+            raise RequestError(f"response must be a SampleResponse, got {type(response).__name__}.")
+        if not isinstance(against, RunningSampler):
+            raise RequestError(f"against must be a sampler, got {type(against).__name__}.")
+        if adapter_name is not None and not isinstance(adapter_name, str):
+            raise AdapterError(f"adapter_name must be a string, got {adapter_name!r}.")
         return verify(response, against, adapter_name, same_service=against._client is self._client)
 
     # -- adapters and templates ------------------------------------------------------------------
@@ -308,7 +315,10 @@ class RunningSampler(EngineControls, Sampler):
             source = _absolute(config_or_dir)
         else:
             source = pack_adapter(config_or_dir, state_dict)
-        return self._control(RouterAPI.add_adapter, adapter_name, source)
+        try:
+            return self._control(RouterAPI.add_adapter, adapter_name, source)
+        except AdapterError as error:
+            raise (error if isinstance(source, str) else of_memory(error)) from error.__cause__
 
     def remove_adapter(self, adapter_name: str) -> None:
         """Removes an adapter name; calls that were admitted with it finish on it.
@@ -335,6 +345,8 @@ class RunningSampler(EngineControls, Sampler):
 
 def _absolute(path: str | os.PathLike[str]) -> str:
     """Returns the absolute path of an adapter: the router's process has another working directory."""
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+        raise AdapterError(f"an adapter's directory must be a path, got {path!r}.")
     if "://" in str(path):
         raise AdapterError(f"an adapter is loaded from a directory, got {str(path)!r}. Download it first.")
     return str(Path(path).expanduser().absolute())

@@ -31,6 +31,8 @@ from twinkle_serve.data_format.sample_request import SampleRequest
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.weights import Bucket, BucketArgument
 from twinkle_serve.errors import DeadlineError, QueueFullError, ServiceError, TwinkleServeError
+from twinkle_serve.remote.applications import require_own
+from twinkle_serve.remote.clusters import serve_command
 from twinkle_serve.remote.errors import raised_error
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.lease_keeper import keep_renewed
@@ -226,8 +228,10 @@ class ServiceClient(RouterClient):
     def put_large(self, bucket: Bucket) -> BucketArgument:
         return [ray.put(bucket)]
 
-    def shutdown(self) -> None:
+    def shutdown(self, *, force: bool = False) -> None:
         if ray.is_initialized() and self._name in serve.status().applications:
+            if not force:
+                require_own(self._name, "deleted", "Leave it to its owner, or call shutdown(force=True).")
             with contextlib.suppress(TwinkleServeError):  # an unreachable service is deleted all the same
                 self.loop.call(self.call(timing.ROUTER_GRACE_S, RouterAPI.purge))
             serve.delete(self._name)
@@ -300,12 +304,12 @@ class ServiceClient(RouterClient):
             return ServiceError(f"a bug in the router of {self._name!r}: {type(cause).__name__}: {cause}")
         if isinstance(error, TimeoutError):
             return ServiceError(
-                f"the router of {self._name!r} did not answer in time. See `serve status`; send it again."
+                f"the router of {self._name!r} did not answer in time. See {serve_command('status')}; send it again."
             )
         if isinstance(error, (RayError, RayServeException)):
             return ServiceError(
                 f"the router of {self._name!r} did not answer: {type(error).__name__}: {error}. It is restarted by "
-                "itself where its service still runs, as `serve status` tells; then send the call again."
+                f"itself where its service still runs, as {serve_command('status')} tells; then send the call again."
             )
         return error
 

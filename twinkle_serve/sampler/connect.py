@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import time
 from collections.abc import Callable
@@ -14,12 +13,15 @@ from ray import serve
 
 from twinkle_serve import timing
 from twinkle_serve.config import ServiceArgs
-from twinkle_serve.errors import ServiceNotReadyError, unknown_name
+from twinkle_serve.errors import ConfigError, ServiceNotReadyError, unknown_name
+from twinkle_serve.remote.applications import deploying, require_own
+from twinkle_serve.remote.clusters import LOCAL, find_cluster, is_at, join_cluster, serve_command
 from twinkle_serve.remote.reservation import join_or_start
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.base import RunningSampler
 from twinkle_serve.sampler.client import ServiceClient
 from twinkle_serve.sampler.router_client import RouterClient
+from twinkle_serve.validation import finite_number
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -28,71 +30,87 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def connect(name: str = "sampler", *, timeout_s: float = 180.0) -> RunningSampler:
+def connect(name: str = "sampler", *, address: str | None = None, timeout_s: float = 180.0) -> RunningSampler:
     """Connects to the sampler of a running application.
 
-    Joins the Ray cluster if this process is in none: RAY_ADDRESS, or the one on this machine.
+    Joins a Ray cluster if this process is in none: that of `address`, else of RAY_ADDRESS, else the one that was
+    started with the same RAY_TMPDIR, or, where that is not set, the one on this machine. Ray's token is found where Ray
+    keeps it: in RAY_AUTH_TOKEN, at RAY_AUTH_TOKEN_PATH or in ~/.ray/auth_token.
 
     Args:
         name: name of the application in the config.
+        address: host:port of the Ray cluster, as `scripts/serve` prints it.
         timeout_s: how long to wait for an application that is still starting, in seconds.
 
     Raises:
         ServiceNotReadyError: no cluster, no such application, or an application that failed or did not start in time.
+        ConfigError: this process is in another cluster than that of `address`; or an invalid argument.
     """
-    if not ray.is_initialized():
-        try:
-            _join_cluster()
-        except ConnectionError as error:
-            if address := os.environ.get("RAY_ADDRESS"):
-                raise ServiceNotReadyError(
-                    f"no Ray cluster to connect to at RAY_ADDRESS={address}. If one runs there, it may want a token: "
-                    "set RAY_AUTH_MODE=token."
-                ) from error
-            raise ServiceNotReadyError(
-                "no Ray cluster to connect to: RAY_ADDRESS is not set and none runs on this machine. "
-                "Start the service with scripts/serve."
-            ) from error
+    if not isinstance(name, str):
+        raise ConfigError(f"connect: name must be a string, got {name!r}.")
+    if address is not None and not isinstance(address, str):
+        raise ConfigError(f"connect: address must be host:port, got {address!r}.")
+    if finite_number("connect: timeout_s", timeout_s, error=ConfigError) < 0:
+        raise ConfigError(f"connect: timeout_s must be at least 0, got {timeout_s}.")
+    if ray.is_initialized():
+        if address is not None and not is_at(address):
+            raise ConfigError(
+                f"this process is in the Ray cluster at {ray.get_runtime_context().gcs_address} already, not at "
+                f"address={address}. Leave address out, or call ray.shutdown() first."
+            )
+    else:
+        _join(address)
     if (state := _state_when_running(name, timeout_s)) != "RUNNING":
         raise ServiceNotReadyError(
             f"application {name!r} is still {state} after timeout_s={timeout_s:g}. Raise timeout_s, or see its "
-            "deployments with `serve status`."
+            f"deployments with {serve_command('status')}."
         )
     return RunningSampler(ServiceClient(serve.get_app_handle(name), name))
 
 
-def _join_cluster() -> None:
-    """Joins the cluster of RAY_ADDRESS or of this machine, without Ray's notices to whoever started it."""
-    notices = logging.getLogger("ray._private.authentication.authentication_token_setup")
-    level = notices.level
-    notices.setLevel(logging.ERROR)
+def _join(address: str | None) -> None:
+    """Joins the cluster of `address` or of this machine, without Ray's notices to whoever started it."""
+    found = find_cluster(address)
+    if found is None or found.address == LOCAL:
+        where = (
+            f"with {found.source} Ray would start a new one" if found else "RAY_ADDRESS is not set and none runs here"
+        )
+        raise ServiceNotReadyError(f"no Ray cluster to connect to: {where}. Start the service with scripts/serve.")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    try:
-        ray.init(address="auto", namespace="serve", log_to_driver=False, logging_level="warning")
-    finally:
-        notices.setLevel(level)
+    join_cluster(found)
 
 
-def deploy(name: str, args: ServiceArgs, build: Callable[[ServiceArgs], Application]) -> ServiceClient:
-    """Serves an application under a name, next to others; one of that name is replaced. Returns when all its engines
-    are ready.
+def deploy(
+    name: str, args: ServiceArgs, build: Callable[[ServiceArgs], Application], *, replace: bool = False
+) -> ServiceClient:
+    """Serves an application under a name, next to others. Returns when all its engines are ready.
 
-    Joins the Ray cluster as `connect` does, or starts one on this machine.
+    Joins the Ray cluster as `connect` does, or starts one on this machine. An application of that name is replaced if
+    this job has deployed it, or one that is over.
+
+    Args:
+        replace: replace it, whoever has deployed it.
 
     Raises:
         ConfigError: invalid arguments; as `build`.
+        NotOwnerError: another running job, or `serve`, has deployed an application of this name.
         ServiceNotReadyError: the application did not start; the message has the reason.
     """
     join_or_start(log_to_driver=False)
-    if name in serve.status().applications:
-        logger.warning(f"application {name!r} is there already: it is replaced; engines go on where nothing changed")
-    target = serve.RunTarget(build(args), name=name, route_prefix=None)
-    (handle,) = serve.run_many([target], wait_for_applications_running=False)
+    with deploying(name):
+        if not replace:
+            require_own(name, "replaced", "Give the sampler another remote_group, or set replace=True.")
+        if name in serve.status().applications:
+            logger.warning(
+                f"application {name!r} is there already: it is replaced; engines go on where nothing changed"
+            )
+        target = serve.RunTarget(build(args), name=name, route_prefix=None)
+        (handle,) = serve.run_many([target], wait_for_applications_running=False)
     try:
         if _state_when_running(name, args.startup_timeout_s + timing.ROUTER_GRACE_S) != "RUNNING":
             raise ServiceNotReadyError(
                 f"application {name!r} was not up within startup_timeout_s={args.startup_timeout_s:g}, and is deleted. "
-                "Either its model takes longer, or Ray has no room for its engines: see `ray status`."
+                "Either its model takes longer, or Ray has no room for its engines: see its dashboard."
             )
         client = ServiceClient(handle, name)
         wait_for_engines(client, args.startup_timeout_s)
@@ -115,7 +133,7 @@ def wait_for_engines(client: RouterClient, timeout_s: float) -> None:
             return
         if time.monotonic() > deadline:
             names = ", ".join(missing)
-            raise ServiceNotReadyError(f"{names} did not answer within {timeout_s:g} s. See `serve status`.")
+            raise ServiceNotReadyError(f"{names} did not answer within {timeout_s:g} s. See {serve_command('status')}.")
         time.sleep(0.05)
 
 

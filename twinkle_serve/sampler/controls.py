@@ -13,7 +13,7 @@ from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.pause import Pause
 from twinkle_serve.sampler.router_client import RouterClient
 from twinkle_serve.sampler.weight_upload import upload_weights
-from twinkle_serve.validation import positive
+from twinkle_serve.validation import flag, positive
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -76,6 +76,7 @@ class EngineControls:
             RequestError: another invalid argument, or a sampler that is asleep.
         """
         positive("timeout_s", timeout_s)
+        flag("allow_nonfinite", allow_nonfinite)
         positive("bucket_bytes", bucket_bytes)
         parts = buckets(named_tensors(weights), bucket_bytes, allow_nonfinite=allow_nonfinite)
         return upload_weights(self._client, version, mode, parts, timeout_s)
@@ -171,9 +172,16 @@ class EngineControls:
         """Returns the state of engines, adapters and queues, as plain values."""
         return self._control(RouterAPI.status)
 
-    def shutdown(self) -> None:
-        """Ends the sampler and frees its devices, for every caller of it. Idempotent."""
-        self._client.shutdown()
+    def shutdown(self, *, force: bool = False) -> None:
+        """Ends the sampler and frees its devices, for every caller of it. Idempotent.
+
+        Args:
+            force: end a service that another running job, or `serve`, has deployed, too.
+
+        Raises:
+            NotOwnerError: such a service, without `force`.
+        """
+        self._client.shutdown(force=flag("force", force))
 
 
 def _patience_s(timeout_s: float) -> float:

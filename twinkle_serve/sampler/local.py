@@ -28,7 +28,7 @@ from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.routing.router import Router
 from twinkle_serve.sampler.loop_thread import LoopThread
 from twinkle_serve.sampler.router_client import RouterClient
-from twinkle_serve.weights import LocalStore, WeightStore
+from twinkle_serve.weights import LocalStore, StateLock, WeightStore
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -112,7 +112,7 @@ class LocalClient(RouterClient):
     def put_large(self, bucket: Bucket) -> BucketArgument:
         return bucket
 
-    def shutdown(self) -> None:
+    def shutdown(self, *, force: bool = False) -> None:
         self._end()
 
 
@@ -123,6 +123,7 @@ class _Service:
         self.loop = LoopThread("sampler")
         self._server: EngineServer | None = None
         self._router: Router | None = None
+        self._state_lock: StateLock | None = None
 
     async def start(self, args: ServiceArgs) -> Router:
         mesh = args.device_mesh.mesh()
@@ -144,6 +145,8 @@ class _Service:
             devices_on_node=mesh.devices_per_replica,
             trust_remote_code=args.trust_remote_code,
         )
+        if args.state_dir is not None:
+            self._state_lock = await asyncio.to_thread(StateLock, args.state_dir)
         store = LocalStore(WeightStore(args.model_id, args.state_dir))
         self._server = EngineServer(engine, model, store)
         await self._server.start(ENGINE, args.startup_timeout_s)
@@ -175,6 +178,8 @@ class _Service:
         for task in rest:
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
+        if self._state_lock is not None:
+            self._state_lock.release()
 
 
 def _gpus() -> int:

@@ -47,6 +47,10 @@ class LoopThread:
         """Raises EngineDeadError if nothing can run here any more."""
         if self._stopped:
             raise EngineDeadError(SHUT_DOWN)
+        self.require_own_process()
+
+    def require_own_process(self) -> None:
+        """Raises EngineDeadError in a process that was forked from the one with the thread: nothing runs there."""
         if not self.in_own_process:
             raise EngineDeadError("the sampler lives in the process that this one was forked from. Make one here.")
 
@@ -66,6 +70,7 @@ class LoopThread:
 
     def wait(self, future: concurrent.futures.Future[T]) -> T:
         """Blocks until a started coroutine ends."""
+        self.require_own_process()
         try:
             return future.result()
         except concurrent.futures.CancelledError:
@@ -100,11 +105,18 @@ class LoopThread:
 
     async def _close(self, items: AsyncGenerator[T, None]) -> None:
         """Closes an async generator that runs here, and waits until it has ended what it runs."""
-        if not self._stopped:
+        if not self._stopped and self.in_own_process:
             await asyncio.wait([asyncio.wrap_future(self.start(_close(items)))], timeout=CLOSE_S)
 
+    def cancel(self, future: concurrent.futures.Future[T]) -> None:
+        """Cancels a started coroutine; does nothing in a forked process, where it does not run."""
+        if self.in_own_process:
+            future.cancel()
+
     def soon(self, callback: Callable[[], object]) -> None:
-        """Calls back on the loop; does nothing once it has ended."""
+        """Calls back on the loop; does nothing once it has ended, or in a forked process."""
+        if not self.in_own_process:
+            return
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback)
 
@@ -141,7 +153,7 @@ class Items(Iterator[T], Generic[T]):
         self._room = asyncio.Semaphore(ITEMS_AHEAD)
         self._ended = False
         self._future = loop.start(_drain(items, self._arrived, self._room))
-        weakref.finalize(self, self._future.cancel)
+        weakref.finalize(self, loop.cancel, self._future)
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -155,6 +167,7 @@ class Items(Iterator[T], Generic[T]):
     def _next(self) -> _Item[T] | None:
         if self._ended:
             return None
+        self._loop.require_own_process()
         try:
             item = self._arrived.get()
         except BaseException:  # Ctrl-C; a traceback that is kept would keep the call running
@@ -171,7 +184,7 @@ class Items(Iterator[T], Generic[T]):
     def close(self) -> None:
         """Cancels the generator; its call aborts everything that it runs."""
         self._ended = True
-        self._future.cancel()
+        self._loop.cancel(self._future)
 
 
 class _Item(Generic[T]):

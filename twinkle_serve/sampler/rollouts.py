@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 
 from twinkle_serve.data_format import SampleResponse
+from twinkle_serve.data_format.sample_request import SampleRequest
+from twinkle_serve.errors import RequestError
 from twinkle_serve.sampler.loop_thread import Items
 from twinkle_serve.sampler.router_client import RouterClient
+from twinkle_serve.validation import whole_number
 
 
 class Rollouts(Iterator[SampleResponse]):
     """Iterates over the responses to a call's prompts as they finish; other prompts can be cancelled meanwhile."""
 
-    def __init__(self, client: RouterClient, request_id: str, parts: Items[SampleResponse], total: int | None) -> None:
+    def __init__(
+        self, client: RouterClient, request: SampleRequest, parts: Items[SampleResponse], *, progress: bool
+    ) -> None:
         """
         Args:
             parts: responses over one or more prompts each.
-            total: number of prompts for a progress bar; None shows none.
+            progress: show a progress bar.
         """
-        self._client, self._request_id, self._parts = client, request_id, parts
-        self._responses = _each_prompt(parts) if total is None else _with_progress(_each_prompt(parts), total)
+        self._client, self._request_id, self._parts = client, request.request_id, parts
+        self._inputs = request.input_count
+        responses = _each_prompt(parts)
+        self._responses = _with_progress(responses, request.input_count) if progress else responses
 
     def __next__(self) -> SampleResponse:
         return next(self._responses)
@@ -30,8 +37,11 @@ class Rollouts(Iterator[SampleResponse]):
 
         Returns:
             How many of them were not complete. No responses to these arrive.
+
+        Raises:
+            RequestError: no list of indices, or the call has no prompt of that index.
         """
-        indices = None if prompt_indices is None else list(prompt_indices)
+        indices = _checked(prompt_indices, self._inputs)
         return self._client.loop.call(self._client.cancel(self._request_id, indices))
 
     def close(self) -> None:
@@ -51,12 +61,15 @@ class Rollouts(Iterator[SampleResponse]):
 class AsyncRollouts(AsyncIterator[SampleResponse]):
     """As `Rollouts`, for async code."""
 
-    def __init__(self, client: RouterClient, request_id: str, parts: AsyncGenerator[SampleResponse, None]) -> None:
+    def __init__(
+        self, client: RouterClient, request: SampleRequest, parts: AsyncGenerator[SampleResponse, None]
+    ) -> None:
         """
         Args:
             parts: responses over one or more prompts each.
         """
-        self._client, self._request_id, self._parts = client, request_id, parts
+        self._client, self._request_id, self._parts = client, request.request_id, parts
+        self._inputs = request.input_count
         self._arrived: list[SampleResponse] = []
         """Unread responses of the last part, in reverse."""
 
@@ -67,12 +80,30 @@ class AsyncRollouts(AsyncIterator[SampleResponse]):
 
     async def cancel(self, prompt_indices: Iterable[int] | None = None) -> int:
         """See `Rollouts.cancel`."""
-        indices = None if prompt_indices is None else list(prompt_indices)
+        indices = _checked(prompt_indices, self._inputs)
         return await self._client.loop.call_async(self._client.cancel(self._request_id, indices))
 
     async def aclose(self) -> None:
         """See `Rollouts.close`."""
         await self._parts.aclose()
+
+
+def _checked(prompt_indices: Iterable[int] | None, inputs: int) -> list[int] | None:
+    """
+    Raises:
+        RequestError: as `Rollouts.cancel`.
+    """
+    if prompt_indices is None:
+        return None
+    try:
+        if isinstance(prompt_indices, (str, bytes, Mapping)):
+            raise TypeError
+        indices = list(prompt_indices)
+    except TypeError:
+        raise RequestError(
+            f"prompt_indices must be a list of indices, got {prompt_indices!r}. For one prompt, give a list of one."
+        ) from None
+    return [whole_number("prompt_indices", index, 0, inputs - 1) for index in indices]
 
 
 def _each_prompt(parts: Iterator[SampleResponse]) -> Iterator[SampleResponse]:

@@ -67,5 +67,5 @@ class RouterClient(Protocol):
         """Returns a reference to a large argument."""
         ...
 
-    def shutdown(self) -> None:
-        """Ends the sampler and frees its devices. Idempotent."""
+    def shutdown(self, *, force: bool = False) -> None:
+        """See `EngineControls.shutdown`."""

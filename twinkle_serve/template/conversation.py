@@ -111,5 +111,18 @@ def _call(call: object, where: str) -> dict[str, object]:
             raise PromptError(f"{where}: its arguments are not JSON ({error}): {arguments!r}.") from None
     if not isinstance(arguments, Mapping):
         raise PromptError(f"{where}: its arguments must be a dict or the JSON of one, got {arguments!r}.")
+    _require_text_keys(arguments, where)
     extra = {key: value for key, value in entry.items() if key not in ("name", "arguments", "function")}
     return {"type": "function", **extra, "function": {"name": function["name"], "arguments": dict(arguments)}}
+
+
+def _require_text_keys(value: object, where: str) -> None:
+    """Refuses keys that JSON does not have, at every depth of a call's arguments: templates would write others."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise PromptError(f"{where}: its arguments have the key {key!r}, and JSON's keys are strings.")
+            _require_text_keys(item, where)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _require_text_keys(item, where)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
+import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from twinkle_serve.errors import ConfigError, StoreError
@@ -15,8 +19,17 @@ Json: TypeAlias = Any
 """Content of a JSON file, not validated."""
 
 
+OWNER = "owner.json"
+"""Names the store that writes, where files cannot be locked."""
+
+
 class Disk:
-    """A directory, or any URL that fsspec supports. Paths are relative to it."""
+    """A directory, or any URL that fsspec supports. Paths are relative to it.
+
+    Guarantees:
+        Of two stores on one URL, the earlier one raises instead of writing a manifest. `StateLock` locks local
+            directories.
+    """
 
     def __init__(self, state_dir: str) -> None:
         """
@@ -30,7 +43,10 @@ class Disk:
             self._system.makedirs(self.root, exist_ok=True)
         except Exception as error:  # the URL's file system may raise anything
             raise ConfigError(f"state_dir {state_dir!r} cannot be used: {type(error).__name__}: {error}") from error
-        self._is_local = self._system.protocol in ("file", ("file", "local"))
+        self._is_local = _is_local(self._system)
+        self._owner = {"id": uuid.uuid4().hex, "pid": os.getpid(), "host": socket.gethostname()}
+        if not self._is_local:
+            self.write(OWNER, json.dumps(self._owner).encode())
 
     def read_manifest(self, name: str) -> Json:
         """Reads a manifest; None if there is none.
@@ -48,8 +64,13 @@ class Disk:
         """Replaces a manifest.
 
         Raises:
-            StoreError: it cannot be written.
+            StoreError: it cannot be written, or another store has been started on the same URL.
         """
+        if not self._is_local and (owner := self.read_manifest(OWNER)) not in (None, self._owner):
+            raise StoreError(
+                f"{self.root} is in use by pid {owner['pid']} on {owner['host']}, which started after this service, "
+                "and one service at a time can use a state_dir. End one of them, or name another state_dir."
+            )
         self.write(name, json.dumps(manifest).encode())
 
     def read(self, name: str) -> bytes:
@@ -99,3 +120,22 @@ class Disk:
             self._system.rm(path, recursive=True)
         except Exception as error:
             logger.warning(f"{path} was not removed: {type(error).__name__}: {error}")
+
+
+def local_path(state_dir: str) -> Path | None:
+    """Returns the directory that a state_dir names; None for another file system's URL.
+
+    Raises:
+        ConfigError: no such file system.
+    """
+    import fsspec
+
+    try:
+        system, root = fsspec.core.url_to_fs(state_dir)
+    except Exception as error:  # the URL's file system may raise anything
+        raise ConfigError(f"state_dir {state_dir!r} cannot be used: {type(error).__name__}: {error}") from error
+    return Path(root) if _is_local(system) else None
+
+
+def _is_local(system: Any) -> bool:
+    return system.protocol in ("file", ("file", "local"))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinkle_serve.engines.vllm.processes import EXTENSION
 from twinkle_serve.engines.vllm.tmpfs import PREFIX, MemoryDirectory
 from twinkle_serve.errors import EngineArgsError, unknown_name
 
@@ -142,7 +143,7 @@ def build_config(
             if args.get("max_cpu_loras") is not None:
                 args["max_cpu_loras"] = max(args["max_cpu_loras"], args["max_loras"])
     args.setdefault("disable_log_stats", True)
-    args["worker_extension_cls"] = "twinkle_serve.engines.vllm.worker.WorkerExtension"
+    args["worker_extension_cls"] = EXTENSION
     try:
         vllm_args = AsyncEngineArgs(
             model=model,

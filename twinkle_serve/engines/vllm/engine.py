@@ -23,9 +23,11 @@ from twinkle_serve.engines.vllm.outputs import (
     aborted_without_output,
     group_columns,
     has_tokens,
+    last_output,
     partial_sample,
     running_tokens,
 )
+from twinkle_serve.engines.vllm.processes import Reports, refuse_import_of_main, use_own_entry
 from twinkle_serve.engines.vllm.requests import sampling_params
 from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
 from twinkle_serve.errors import (
@@ -88,6 +90,8 @@ class VLLMEngine:
         """None before `start` and after `stop`."""
         self._request_ids = itertools.count()
         self._files: MemoryDirectory | None = None
+        self._reports: Reports | None = None
+        self._stopped = False
         self._lora_requests: dict[int, LoRARequest] = {}
         """LoRARequest of each adapter version, by version id."""
         self._label = INITIAL_LABEL
@@ -100,7 +104,9 @@ class VLLMEngine:
 
     async def start(self, on_stage: OnStage = ignore_stage) -> None:
         check_engine_args(self._engine_args)
+        refuse_import_of_main()
         self._files = MemoryDirectory()
+        self._reports = Reports(self._files)
         set_environment(self._files, self._cpus if self._device == "cpu" else ())
         await asyncio.to_thread(self._start, on_stage)
         config = self._llm.vllm_config
@@ -141,12 +147,20 @@ class VLLMEngine:
             devices_on_node=self._devices_on_node,
             trust_remote_code=self._trust_remote_code,
         )
+        use_own_entry()
         try:
             self._llm = AsyncLLM.from_vllm_config(
                 config, enable_log_requests=vllm_args.enable_log_requests, disable_log_stats=vllm_args.disable_log_stats
             )
+            if self._stopped:  # by a caller that was interrupted; a thread cannot be
+                self._llm.shutdown()
         except Exception as error:
-            raise EngineStartError(f"{self._name}: vLLM did not start on {self._model!r}: {error}") from error
+            reason = self._reported(starting=True) or error
+            raise EngineStartError(f"{self._name}: vLLM did not start on {self._model!r}: {reason}") from error
+
+    def _reported(self, *, starting: bool = False) -> str:
+        """See `Reports.take`."""
+        return "" if self._reports is None else self._reports.take(starting=starting)
 
     async def _outputs(self, group: Group, *, streaming: bool) -> AsyncGenerator[RequestOutput, None]:
         """Yields vLLM's outputs of a group: the complete one at the end, or the new tokens of each step.
@@ -179,7 +193,8 @@ class VLLMEngine:
         except (VLLMClientError, ValueError, TypeError) as error:
             raise SamplingParamsError(f"vLLM refuses the request: {error}") from error
         except Exception as error:
-            raise EngineError(f"{self._name}: vLLM failed on a request: {error.__cause__ or error}") from error
+            reason = self._reported() or error.__cause__ or error
+            raise EngineError(f"{self._name}: vLLM failed on a request: {reason}") from error
         finally:
             self._resumable.pop(group.attempt, None)
 
@@ -210,8 +225,10 @@ class VLLMEngine:
         # None: the process has reported its failure and is still exiting.
         by_itself = any(code not in (0, -signal.SIGKILL, -signal.SIGTERM) for code in codes)
         kind = EngineCrashedError if by_itself else EngineDeadError
-        how = f", exit code {', '.join(map(str, codes))}" if by_itself else ""
-        return kind(f"{self._name}: vLLM's engine process died{how}. It is being restarted.")
+        known = ", ".join(str(code) for code in codes if code is not None)
+        how = f", exit code {known}" if by_itself and known else ""
+        cause = self._reports.cause_of_death() if by_itself and self._reports is not None else ""
+        return kind(f"{self._name}: vLLM's engine process died{how}{f', after {cause}' if cause else ''}.")
 
     def progress(self) -> int:
         return self._finished_tokens + running_tokens(self._llm.output_processor)
@@ -221,9 +238,9 @@ class VLLMEngine:
         return partial_sample(self._llm.output_processor, request_id, group.params.logprobs, offset, self._label)
 
     async def sample_group(self, group: Group) -> SampleColumns:
-        output = await _last(self._outputs(group, streaming=False))
+        output = await last_output(self._outputs(group, streaming=False))
         while aborted_without_output(output, group):  # by a pause
-            output = await _last(self._outputs(group, streaming=False))
+            output = await last_output(self._outputs(group, streaming=False))
         samples = await asyncio.gather(
             *(self._resample_aborted(group, j, sample) for j, sample in enumerate(output.outputs))
         )
@@ -237,7 +254,7 @@ class VLLMEngine:
         """Returns the j-th sample of a group, resampled if a pause aborted it before its first token."""
         while sample.finish_reason == "abort" and not sample.token_ids:
             alone = replace(group, first_sample=group.first_sample + j, count=1, seed=group.seed_of(j))
-            sample = (await _last(self._outputs(alone, streaming=False))).outputs[0]
+            sample = (await last_output(self._outputs(alone, streaming=False))).outputs[0]
         return sample
 
     async def stream_tokens(self, group: Group) -> AsyncGenerator[TokenDelta, None]:
@@ -292,7 +309,7 @@ class VLLMEngine:
                     "Free space there; with docker, raise --shm-size."
                 ) from error
             if isinstance(error, Exception) and not isinstance(error, AdapterError):
-                raise AdapterError(f"vLLM refuses adapter {version.name!r}: {error}") from error
+                raise AdapterError(f"vLLM refuses adapter {version.name!r}: {self._reported() or error}") from error
             raise
         self._lora_requests[version.id] = request
 
@@ -370,7 +387,9 @@ class VLLMEngine:
             raise self._dead_error() if self._llm else EngineDeadError(f"{self._name} is stopped.")
 
     async def stop(self) -> None:
-        llm, self._llm = self._llm, None
+        llm, self._llm, self._stopped = self._llm, None, True
+        if llm is None and self._reports is not None:
+            self._reports.kill_core()  # it is starting
         if llm is not None:
             try:
                 await asyncio.to_thread(llm.shutdown)
@@ -379,9 +398,3 @@ class VLLMEngine:
         if self._files is not None:
             self._files.close()
             self._files = None
-
-
-async def _last(outputs: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
-    """Returns the last output, which is complete."""
-    async with contextlib.aclosing(outputs):
-        return [output async for output in outputs][-1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -104,6 +105,12 @@ def _prompt_scores(flat: FlatLogprobs, prompt_ids: NDArray[np.int32], k: int) ->
     logprobs = np.concatenate([none, logprobs])
     tokens = np.concatenate([np.full((1, 1 + k), -1, np.int32), tokens])
     return PromptScores(logprobs=logprobs[:, 0], top_tokens=tokens[:, 1:], top_logprobs=logprobs[:, 1:])
+
+
+async def last_output(outputs: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
+    """Returns the last output, which is complete."""
+    async with contextlib.aclosing(outputs):
+        return [output async for output in outputs][-1]
 
 
 def has_tokens(processor: OutputProcessor, request_id: str) -> bool:

@@ -16,6 +16,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
+from twinkle_serve.engines.vllm.processes import end_with_starter, report_errors
+
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -34,6 +36,8 @@ def _experts_without_lora() -> None:
 
 if current_platform.is_cpu():
     _experts_without_lora()
+end_with_starter()
+report_errors("worker")
 
 
 class WorkerExtension:

@@ -1,0 +1,128 @@
+"""How vLLM's processes end and report, without vLLM."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from twinkle_serve import hub
+from twinkle_serve.engines import build_engine
+from twinkle_serve.engines.vllm.processes import REPORTS, Reports, describe, report_errors
+from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
+from twinkle_serve.errors import EngineStartError
+
+FAMILY = """
+import multiprocessing, os, sys, threading, time
+from twinkle_serve.engines.vllm.processes import end_with_starter
+
+def worker():
+    time.sleep(600)
+
+def core(started):
+    os.setsid()
+    end_with_starter()
+    child = multiprocessing.get_context("spawn").Process(target=worker)
+    child.start()
+    started.send((os.getpid(), child.pid))
+    time.sleep(600)
+
+def start(context, pipe):
+    context.Process(target=core, args=(pipe,)).start()
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    thread = threading.Thread(target=start, args=(context, writer))  # ends before the process that it starts
+    thread.start()
+    thread.join()
+    print(*reader.recv(), flush=True)
+    if "fork" in sys.argv and not os.fork():  # holds every pipe of its parent
+        time.sleep(600)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_processes_of_an_engine_end_with_a_parent_that_is_killed(tmp_path: Path, forked: bool) -> None:
+    """Within seconds, whichever thread started them, and though a fork of the parent lives."""
+    script = tmp_path / "script.py"
+    script.write_text(FAMILY)
+    command = [sys.executable, str(script), *(["fork"] if forked else [])]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert parent.stdout is not None
+        engine = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+        assert len(engine) == 2
+        assert all(process.is_running() for process in engine)
+        parent.kill()
+        _, alive = psutil.wait_procs(engine, timeout=10)
+        assert not alive
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL) if forked else parent.kill()
+        parent.wait()
+
+
+async def test_engine_in_a_script_that_a_child_imports_says_what_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As multiprocessing does for a script without a main guard."""
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    engine = build_engine("vllm", "imported", str(hub.DEMO), {})
+    with pytest.raises(EngineStartError, match='below `if __name__ == "__main__":`'):
+        await engine.start()
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.delenv(REPORTS, raising=False)
+    files = MemoryDirectory()
+    yield Reports(files)
+    files.close()
+    logger = logging.getLogger("vllm")
+    logger.handlers = [handler for handler in logger.handlers if "Report" not in type(handler).__name__]
+
+
+def test_error_without_text_is_reported_with_its_type_and_place(reports: Reports) -> None:
+    """vLLM passes on `str(error)` alone, which is empty for an assertion."""
+    report_errors("worker")
+    assert reports.take() == ""
+    rows = 3
+    try:
+        assert rows == 4
+    except AssertionError as error:
+        assert describe(error).startswith("AssertionError")
+        logging.getLogger("vllm.v1.executor").exception("WorkerProc hit an exception.")
+    report = reports.take()
+    assert report.startswith("AssertionError") and "test_vllm_processes.py" in report and "assert rows == 4" in report
+    assert reports.take() == "", "an error is told once"
+
+
+def test_workers_error_comes_before_its_consequences(reports: Reports) -> None:
+    """The core's own error is that a worker failed; and a dead engine tells its cause every time."""
+    for source, text in (("worker", "no memory"), ("core", "Worker failed with error ''")):
+        logger = logging.getLogger("vllm")
+        logger.handlers = [handler for handler in logger.handlers if "Report" not in type(handler).__name__]
+        report_errors(source)
+        try:
+            raise RuntimeError(text)
+        except RuntimeError:
+            logger.exception("failed")
+    assert reports.cause_of_death().startswith("RuntimeError: no memory")
+    assert reports.cause_of_death().startswith("RuntimeError: no memory")
+
+
+def test_report_that_cannot_be_written_is_no_error(reports: Reports, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is another node's, or the engine has stopped: logging goes on."""
+    monkeypatch.setenv(REPORTS, "/nowhere/reports")
+    report_errors()
+    try:
+        raise RuntimeError("late")
+    except RuntimeError:
+        logging.getLogger("vllm").exception("failed")

@@ -1,0 +1,162 @@
+"""The processes that vLLM starts: how they begin, end and report their errors.
+
+Both the process with the engine and vLLM's own use this module; it imports vLLM where it needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
+from twinkle_serve.errors import EngineStartError
+from twinkle_serve.parent import end_with_parent
+
+REPORTS = "TWINKLE_SERVE_VLLM_REPORTS"
+"""Environment variable with the path of the file in which vLLM's processes report their errors."""
+
+EXTENSION = "twinkle_serve.engines.vllm.worker.WorkerExtension"
+"""`worker_extension_cls` of our engines."""
+
+MAIN_GUARD = (
+    "vLLM's process imports the script again, and the script makes a sampler when it is imported. Put the script's "
+    'statements into a function, and call it below `if __name__ == "__main__":`.'
+)
+
+_vllms_own: Any = None
+"""EngineCoreProc.run_engine_core, once `use_own_entry` has replaced it."""
+
+
+def use_own_entry() -> None:
+    """Makes vLLM start the processes of our engines by `run_engine_core`. Idempotent."""
+    global _vllms_own
+    from vllm.v1.engine.core import EngineCoreProc
+
+    if EngineCoreProc.run_engine_core is not run_engine_core:
+        _vllms_own = EngineCoreProc.run_engine_core
+        EngineCoreProc.run_engine_core = staticmethod(run_engine_core)
+
+
+def run_engine_core(*args: Any, **kwargs: Any) -> None:
+    """Runs vLLM's engine core in a session of its own, so that a terminal's Ctrl-C, which is for the caller, does not
+    reach it, and ends it with its parent. Engines that are not ours run as vLLM starts them."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    own = _vllms_own or EngineCoreProc.run_engine_core  # a forked process has inherited our replacement
+    if kwargs["vllm_config"].parallel_config.worker_extension_cls == EXTENSION:
+        with contextlib.suppress(PermissionError):  # it leads one already
+            os.setsid()
+        _write_pid()
+        end_with_starter()
+        report_errors()
+    own(*args, **kwargs)
+
+
+def end_with_starter() -> None:
+    """Ends this process with the one that started it by `multiprocessing`; Ray ends its own workers."""
+    starter = multiprocessing.parent_process()
+    if starter is not None and starter.pid is not None:
+        end_with_parent(starter.pid)
+
+
+def refuse_import_of_main() -> None:
+    """Refuses to start an engine while this process, which was spawned, imports the main script of its parent.
+
+    Raises:
+        EngineStartError
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        _report("main", MAIN_GUARD)
+        raise EngineStartError(MAIN_GUARD)
+
+
+class Reports:
+    """Errors that vLLM's processes have logged. vLLM passes on their text alone, which may be empty, or nothing."""
+
+    def __init__(self, files: MemoryDirectory) -> None:
+        self._path = files.write("reports", "")
+        os.environ[REPORTS] = str(self._path)
+        self._cause_of_death = ""
+
+    def take(self, *, starting: bool = False) -> str:
+        """Returns the last error since the last call, of a worker if one has failed; "" for none.
+
+        Args:
+            starting: include refused imports of the main script.
+        """
+        try:
+            lines = self._path.read_text().splitlines()
+            os.truncate(self._path, 0)
+        except OSError:  # the engine is being stopped
+            return ""
+        texts: dict[str, str] = dict(json.loads(line) for line in lines)
+        sources = ("main",) * starting + ("worker", "core")
+        return next((texts[source] for source in sources if source in texts), "")
+
+    def kill_core(self) -> None:
+        """Kills an engine that is starting. One whose process has yet to begin ends as it does."""
+        with contextlib.suppress(OSError, ValueError):  # it has not begun, or has ended
+            os.killpg(int(_pid_file(self._path).read_text()), signal.SIGKILL)
+
+    def cause_of_death(self) -> str:
+        """As `take`, for an engine that is dead: the same error whenever it is asked."""
+        self._cause_of_death = self._cause_of_death or self.take()
+        return self._cause_of_death
+
+
+class _ReportHandler(logging.Handler):
+    """Writes the exceptions that this process logs to the file of `Reports`."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(logging.ERROR)
+        self._source = source
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and (error := record.exc_info[1]) is not None:
+            _report(self._source, describe(error))
+
+
+def report_errors(source: str = "core") -> None:
+    """Makes this process report the exceptions that vLLM logs in it.
+
+    Args:
+        source: core or worker.
+    """
+    logger = logging.getLogger("vllm")
+    if not any(isinstance(handler, _ReportHandler) for handler in logger.handlers):
+        logger.addHandler(_ReportHandler(source))
+
+
+def describe(error: BaseException) -> str:
+    """Type, text and place of an error, in one line."""
+    text = " ".join(str(error).split())
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" (in {Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].line})" if frames else ""
+    return f"{type(error).__name__}{f': {text}' if text else ''}{place}"
+
+
+def _write_pid() -> None:
+    """Names this process to `Reports.kill_core`. Ends it where the engine was stopped before it began."""
+    if path := os.environ.get(REPORTS):
+        try:
+            _pid_file(Path(path)).write_text(str(os.getpid()))
+        except OSError:
+            sys.exit(1)
+
+
+def _pid_file(reports: Path) -> Path:
+    return reports.with_suffix(".pid")
+
+
+def _report(source: str, text: str) -> None:
+    if path := os.environ.get(REPORTS):
+        with contextlib.suppress(OSError), Path(path).open("a") as file:  # another node's, or the engine has stopped
+            file.write(json.dumps([source, text]) + "\n")
