@@ -35,7 +35,8 @@ class Store(LocalStore):
         log_to_serve(refusals=False)
         end_with_parent(os.getppid())  # Serve's replicas outlive the raylet that started them
         state_dir = args.state_dir or default_state_dir(serve.get_replica_context().app_name, args.model_id)
-        self._state_lock = await asyncio.to_thread(StateLock, state_dir, timing.CONTROLLER_TIMEOUT_S)
+        # The process of the store before this one may take a moment to end.
+        self._state_lock = await asyncio.to_thread(StateLock, state_dir, timing.ENGINE_SHUTDOWN_S)
         super().__init__(await asyncio.to_thread(WeightStore, args.model_id, state_dir))
         self._adapter_refs: dict[int, Awaitable[AdapterFiles]] = {}
         """References to adapters by id of the version, so that all engines of a node share one copy."""
