@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.chat_templates import OPENED, QWEN3, model_with
+from tests.support.chat_templates import OPENED, QWEN3, llama3, model_with
 from tests.support.columnar import columnar
-from tests.support.turns import after, feature_of, prompt_of
+from tests.support.turns import Made, after, feature_of, prompt_of
 from twinkle_serve import hub
 from twinkle_serve.errors import PromptError
 from twinkle_serve.template import Template
@@ -102,6 +102,44 @@ def test_ids_that_are_not_those_of_the_messages_are_refused(demo: Template, qwen
     thought = without(sampled(qwen3, "<think>\nHm.\n</think>\n\n2<|im_end|>"), "encoded")
     with pytest.raises(PromptError, match="not the tokens of its messages"):  # earlier thoughts are not written
         prompt_of(after(thought, USER), qwen3)
+
+
+def test_tokens_that_only_decode_to_the_text_of_the_messages_are_refused(demo: Template) -> None:
+    """A token without text, or an end of turn that is spelled out, is another prompt."""
+    ids = prompt_of({"messages": [USER]}, demo).ids.tolist()
+    nothing = next(i for i in range(312, 320) if demo.decode(np.array([i])) == "")
+    spelled = [demo.tokenizer.convert_tokens_to_ids(character) for character in "<|im_end|>"]
+    end = demo.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for other in ([nothing], [*ids, nothing], [i for t in ids for i in (spelled if t == end else [t])]):
+        assert demo.decode(np.array(other)) in ("", demo.decode(np.array(ids)))
+        with pytest.raises(PromptError, match="not the tokens of its messages"):
+            prompt_of({"input_ids": other, "messages": [USER]}, demo)
+    feature = without(sampled(demo), "attention_mask", "position_ids", "labels")
+    with pytest.raises(PromptError, match=r"messages\[2\] is not covered"):
+        prompt_of({**after(feature, USER), "input_ids": [*feature["input_ids"], nothing]}, demo)
+
+
+def test_ids_of_a_base_models_text_are_its_prompt(tmp_path: Path) -> None:
+    """With the token that the tokenizer puts before it, which is in no rendered text."""
+    template = Template(llama3(tmp_path), use_chat_template=False)
+    ids = prompt_of({"messages": [USER]}, template).ids
+    assert len(template.tokenizer.encode("", add_special_tokens=True)) == 1
+    assert prompt_of({"messages": [USER], "input_ids": ids}, template).ids.tolist() == ids.tolist()
+
+
+def test_conversation_that_was_scored_opens_a_turn_when_it_is_sampled(demo: Template) -> None:
+    """Its ids hold all messages and no turn of the assistant; those that open one stay as they are."""
+    (scored,) = encode_inputs({"messages": [USER]}, demo, False)
+    feature = feature_of(Made(scored.ids, turn=scored.turn, item={"messages": [USER]}), demo, "")
+    assert feature["encoded"] and text_of(feature, demo) == text_of({"messages": [USER]}, demo)
+    whole = feature_of(prompt_of({"messages": [USER]}, demo), demo, "")
+    assert prompt_of(whole, demo).ids.tolist() == whole["input_ids"]
+    said = {"messages": [USER, {"role": "assistant", "content": "2"}]}
+    (scored,) = encode_inputs(said, demo, False)
+    feature = feature_of(Made(scored.ids, turn=scored.turn, item=said), demo, "")
+    with pytest.raises(PromptError, match="ends with an assistant's message"):
+        prompt_of(feature, demo)
+    assert encode_inputs(feature, demo, False)[0].ids.tolist() == feature["input_ids"]
 
 
 # -- ids that differ from those that were returned ------------------------------------------------

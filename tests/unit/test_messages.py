@@ -396,3 +396,13 @@ def test_tools_that_are_no_dicts_are_refused(tools: Any, error: str, demo: Templ
     """With their position."""
     with pytest.raises(PromptError, match=error):
         text_of(demo, [USER], tools)
+
+
+def test_messages_and_tools_that_contain_themselves_are_refused(demo: Template) -> None:
+    """They have no end; other keys of a feature may."""
+    endless: dict[str, Any] = {}
+    endless["more"] = endless
+    for item in ({"messages": [{**USER, "notes": endless}]}, {"messages": [USER], "tools": [endless]}):
+        with pytest.raises(PromptError, match=r"inputs\[0\].(messages|tools)\[0\] is nested too deeply"):
+            prompt_of(item, demo)
+    assert prompt_of({"input_ids": [5], "notes": endless, "user_data": endless}, demo)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from twinkle_serve.data_format.plain import is_absent
 
@@ -31,17 +30,18 @@ def grown_columns(source: Mapping[str, Any], length: int) -> dict[str, Any]:
     """The columns of a feature besides its ids and labels, for `length` tokens; shapes as in `source`."""
     columns: dict[str, Any] = {
         "attention_mask": [1] * length,
-        "position_ids": _in_rows(np.arange(length), source.get("position_ids")),
+        "position_ids": _in_rows(list(range(length)), source.get("position_ids")),
         "length": length,
     }
     for name in TYPE_COLUMNS:
         if not is_absent(source.get(name)):
-            columns[name] = _in_rows(np.zeros(length, np.int64), source[name])
+            columns[name] = _in_rows([0] * length, source[name])
     return columns
 
 
-def _in_rows(row: NDArray[np.int64], like: Any) -> list[Any]:
+def _in_rows(row: list[int], like: Any) -> list[Any]:
     """Repeats a row in the leading dimensions of `like`: position ids of Qwen's vision models have three."""
-    leading = () if is_absent(like) else np.shape(like)[:-1]
-    rows: list[Any] = np.broadcast_to(row, (*leading, len(row))).tolist()
+    if is_absent(like) or (type(like) is list and type(like[0]) is int):
+        return row
+    rows: list[Any] = np.broadcast_to(np.array(row), (*np.shape(like)[:-1], len(row))).tolist()
     return rows

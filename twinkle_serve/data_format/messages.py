@@ -66,7 +66,10 @@ def ids_checksum(*parts: NDArray[np.int32]) -> int:
 
 
 def _checksum(values: list[object]) -> int:
-    clean = [None if is_absent(value) else without_nulls(plain(value)) for value in values]
+    clean = [
+        (value or None) if type(value) is str else None if is_absent(value) else without_nulls(plain(value))
+        for value in values
+    ]
     return zlib.crc32(json.dumps(clean, sort_keys=True, default=_name).encode())
 
 

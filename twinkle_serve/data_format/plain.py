@@ -46,12 +46,17 @@ def is_absent(value: object) -> bool:
     """
     if isinstance(value, (str, bytes, bytearray)):
         return not value
-    return _is_null(value) or (isinstance(value, Mapping) and not value)
+    try:
+        return _is_null(value) or (isinstance(value, Mapping) and not value)
+    except RecursionError:
+        return False
 
 
 def _is_null(value: object) -> bool:
     if value is None or isinstance(value, (float, np.floating)):
         return value is None or value != value
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_null, value))
     value = _from_arrow(value)
     if isinstance(value, Mapping):
         return bool(value) and all(map(_is_null, value.values()))

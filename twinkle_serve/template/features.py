@@ -99,9 +99,10 @@ def _check_attention(item: Mapping[str, object], ids: NDArray[Any], where: str) 
 def _check_derived(item: Mapping[str, object], length: int, where: str) -> None:
     """Checks position ids and token types, in any number of rows: engines compute with those of plain text."""
     for key in ("position_ids", *TYPE_COLUMNS):
-        if is_absent(item.get(key)):
-            continue
-        column = array_of(item[key], f"{where}.{key}")
+        value = item.get(key)
+        if is_absent(value) or (type(value) is list and value == list(range(length)) and key == "position_ids"):
+            continue  # a list is not converted: it would take longer than all else here
+        column = array_of(value, f"{where}.{key}")
         if column.ndim == 0 or column.shape[-1] != length:
             raise PromptError(f"{where}.{key} has shape {column.shape}, input_ids ({length},). Leave it out.")
         expected, rule = (np.arange(length), f"0 to {length - 1}") if key == "position_ids" else (0, "0, for text")

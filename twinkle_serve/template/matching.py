@@ -19,6 +19,8 @@ REMEDY = (
     'Pass {"messages": …} only to encode them again, or leave messages out to use input_ids as they are, without them.'
 )
 NONE = np.empty(0, np.int32)
+TAIL = 64
+"""Characters by which the end of a rendered conversation is recognised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,8 @@ def match_messages(
 ) -> Continuation:
     """Proves that `ids` hold the first messages of a feature, and encodes the others.
 
-    They do if `encoded` says so and its checksums are right, or if their text is the beginning of the rendered
-    conversation. Tokens that the caller appended must be those of messages that the caller appended.
+    They do if `encoded` says so and its checksums are right, or if they are the beginning of the rendered conversation.
+    Tokens that the caller appended must be those of messages that the caller appended.
 
     Raises:
         PromptError: the relation cannot be proven, or the messages that follow cannot be encoded.
@@ -75,12 +77,12 @@ def match_messages(
     if is_absent(item.get("messages")):
         return Continuation()
     ending.check(item["messages"], where)
+    rendered = _Rendered(item, ids, where, template, ending)
     if is_absent(item.get("encoded")):
-        return _match_text(item, ids, where, template, ending, "")
+        return rendered.match("")
     covered = _Covered.of(item["encoded"], where)
     if len(ids) < covered.ids or ids_checksum(ids[: covered.ids]) != covered.checksum:
-        detail = f", and they are not the {covered.ids} tokens that new_input_feature returned"
-        return _match_text(item, ids, where, template, ending, detail)
+        return rendered.match(f", and they are not the {covered.ids} tokens that new_input_feature returned")
     messages = _check_covered(item, covered, where)
     added = ids[covered.ids :]
     sampled = 0 <= covered.start < covered.ids
@@ -90,8 +92,9 @@ def match_messages(
                 f"{where}.input_ids has {len(added)} tokens more than its messages cover, and no message was appended "
                 f"for them. {REMEDY}"
             )
-        begun = sampled or covered.written is not None
-        return Continuation(resumed_at=covered.start if begun else None, written=covered.written)
+        if not sampled and covered.written is None:
+            return rendered.opened()
+        return Continuation(resumed_at=covered.start, written=covered.written)
     if not sampled or messages[len(covered.messages) - 1].get("role") != "assistant":
         raise PromptError(f"{where}: its input_ids do not end with a sampled message that others can follow. {REMEDY}")
     continued = ending.continues(messages, where)
@@ -135,10 +138,10 @@ def _after_added(
 
     Space before them may be missing: Twinkle's rollouts leave out the line break after the end of a turn.
     """
-    text, expected = template.decode(added), template.decode(following)
+    text, expected = _exact_text(template, added, where), template.decode(following)
     space = len(expected) - len(expected.lstrip())
     for skipped in range(space + 1):
-        if expected.startswith(text, skipped):
+        if text is not None and expected.startswith(text, skipped):
             return template.tokenize(expected[skipped + len(text) :], where)
     raise PromptError(
         f"{where}.messages[{first}] is not covered: the {len(added)} tokens that were appended to input_ids are not "
@@ -146,46 +149,92 @@ def _after_added(
     )
 
 
-def _match_text(
-    item: Mapping[str, object],
-    ids: NDArray[np.int32],
-    where: str,
-    template: Template,
-    ending: Ending,
-    detail: str,
-) -> Continuation:
-    """Matches the text of `ids` with that of the rendered messages."""
-    messages, tools, text = item["messages"], item.get("tools"), template.decode(ids)
-    if not ending.is_open(messages):
-        whole = template.renderer.text(messages, tools, where)
-        if whole.startswith(text):
-            wanted = whole if ending.generation_prompt else template.renderer.text(messages, tools, where, False)
-            return Continuation(template.tokenize(wanted[len(text) :], where))
-    else:
-        closed = template.renderer.text(messages, tools, where, False)
-        rest = closed[len(text) :]
-        if closed.startswith(text) and not template.message_parser().without_special(rest).strip():
-            if not ending.generation_prompt:
-                return Continuation()
-            return Continuation(resumed_at=len(ids), written=template.renderer.final_text(messages, where))
-        if closed.startswith(text) and not ending.continues(messages, where):  # scored as it stands
-            return Continuation(template.tokenize(rest, where))
-        if closed.startswith(text):
-            opened = template.renderer.text(messages, tools, where, continue_final_message=True)
-            following = template.tokenize(opened[len(text) :], where)
-            return Continuation(following, len(ids) + len(following), template.renderer.final_text(messages, where))
-    which = _first_uncovered(item, text, where, template)
-    raise PromptError(f"{where}: input_ids are not the tokens of its messages{which}{detail}. {REMEDY}")
+def _exact_text(template: Template, ids: NDArray[np.int32], where: str) -> str | None:
+    """Text of tokens; None if it does not stand for them: one has no text, or a special token is spelled out."""
+    text = template.decode(ids)
+    again = template.tokenize(text, where)
+    special = template.special_ids
+    if [i for i in ids.tolist() if i in special] != [i for i in again.tolist() if i in special]:
+        return None
+    return text if all(map(template.text_of, ids.tolist())) else None
 
 
-def _first_uncovered(item: Mapping[str, object], text: str, where: str, template: Template) -> str:
-    """Names the first message whose rendering is not in the text."""
-    messages = as_items(item["messages"]) or []
-    for j in range(len(messages)):
-        try:
-            rendered = template.renderer.text(messages[: j + 1], item.get("tools"), where, False)
-        except PromptError:
-            continue
-        if not text.startswith(rendered.rstrip()):
-            return f": the first that they do not hold as the chat template writes it is messages[{j}]"
-    return ""
+class _Rendered:
+    """A feature whose ids are compared with the rendering of its messages."""
+
+    def __init__(
+        self, item: Mapping[str, object], ids: NDArray[np.int32], where: str, template: Template, ending: Ending
+    ) -> None:
+        self._messages, self._tools = item["messages"], item.get("tools")
+        self._ids, self._where, self._template, self._ending = ids, where, template, ending
+
+    def match(self, detail: str) -> Continuation:
+        """Returns the tokens that follow the ids in the rendered messages.
+
+        Args:
+            detail: more about the ids, for the error.
+
+        Raises:
+            PromptError: the ids are not the beginning of the rendered messages.
+        """
+        asks = self._ending.generation_prompt
+        if not self._ending.is_open(self._messages):
+            rest = self._after(self._text(True))
+            if rest is not None and not asks:
+                rest = self._after(self._text(False))
+                rest = NONE if rest is None else rest  # the ids open a turn
+            if rest is not None:
+                return Continuation(rest)
+        elif (rest := self._after(self._text(False))) is not None:
+            parser = self._template.message_parser()
+            if not parser.without_special(self._template.decode(rest)).strip():
+                return Continuation(resumed_at=len(self._ids), written=self._written) if asks else Continuation()
+            if not self._ending.continues(self._messages, self._where):  # scored as it stands
+                return Continuation(rest)
+            opened = self._template.renderer.text(self._messages, self._tools, self._where, continue_final_message=True)
+            if (rest := self._after(opened)) is not None:
+                return Continuation(rest, len(self._ids) + len(rest), self._written)
+        raise PromptError(
+            f"{self._where}: input_ids are not the tokens of its messages{self._first_uncovered()}{detail}. {REMEDY}"
+        )
+
+    def opened(self) -> Continuation:
+        """Opens a turn after ids that hold all messages, of which none was sampled, unless they open it themselves."""
+        if not self._ending.generation_prompt:
+            return Continuation()
+        if self._ending.continues(self._messages, self._where):
+            return self.match("")
+        text, before = self._template.decode(self._ids), self._text(False)
+        opening = self._text(True).removeprefix(before)
+        if text.endswith(opening) or not text.endswith(before[-TAIL:]):
+            return Continuation()
+        return Continuation(self._template.tokenize(opening, self._where))
+
+    @property
+    def _written(self) -> str:
+        return self._template.renderer.final_text(self._messages, self._where)
+
+    def _text(self, generation_prompt: bool) -> str:
+        return self._template.renderer.text(self._messages, self._tools, self._where, generation_prompt)
+
+    def _after(self, rendered: str) -> NDArray[np.int32] | None:
+        """Tokens of rendered text after the ids; None if the ids are not its beginning."""
+        tokens, count = self._template.tokenize(rendered, self._where), len(self._ids)
+        if np.array_equal(tokens[:count], self._ids):
+            return tokens[count:]
+        text = _exact_text(self._template, self._ids, self._where) if self._template.use_chat_template else None
+        if text is None or not rendered.startswith(text):
+            return None
+        return self._template.tokenize(rendered[len(text) :], self._where)
+
+    def _first_uncovered(self) -> str:
+        """Names the first message whose rendering is not in the text."""
+        messages, text = as_items(self._messages) or [], self._template.decode(self._ids)
+        for j in range(len(messages)):
+            try:
+                rendered = self._template.renderer.text(messages[: j + 1], self._tools, self._where, False)
+            except PromptError:
+                continue
+            if not text.startswith(rendered.rstrip()):
+                return f": the first that they do not hold as the chat template writes it is messages[{j}]"
+        return ""

@@ -72,7 +72,7 @@ class ReadingCheck:
         text: str | None = None
         # It may raise if the template reads the texts themselves; it has accepted the real ones.
         with contextlib.suppress(Exception):
-            text = self._render(marked, [TOOL] if tools else None, generation_prompt)
+            text = self._render(marked, [TOOL] if tools else None, generation_prompt).lower()
         if text is not None and begin and text.count(_marker(begin - 1, "content")) != 1:
             return  # refused by the caller, which looks for the message before
         if text is not None:

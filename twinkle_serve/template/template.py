@@ -28,7 +28,7 @@ REASONING = ("<think>", "</think>")
 """Tags of reasoning before an answer, as Qwen's, DeepSeek's and later models write them."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """Written by tokenizers for bytes that are not a complete character."""
-NOT_PICKLED = ("tokenizer", "_text_of", "renderer")
+NOT_PICKLED = ("tokenizer", "text_of", "renderer")
 
 
 class Template:
@@ -269,13 +269,13 @@ class Template:
 
         Decides by the last token that is not space: decoding all would take half of the time of a prompt of ids.
         """
-        for text in map(self._text_of, reversed(ids.tolist())):
+        for text in map(self.text_of, reversed(ids.tolist())):
             if text := text.rstrip():
                 return text[-1] in (character, REPLACEMENT)
         return False
 
     @cached_property
-    def _text_of(self) -> Callable[[int], str]:
+    def text_of(self) -> Callable[[int], str]:
         """Decodes one token; REPLACEMENT stands for an incomplete character."""
         tokenizer = self.tokenizer  # not self, which would keep this template alive
         return lru_cache(maxsize=4096)(lambda token: _text(tokenizer, [token]))

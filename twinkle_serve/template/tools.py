@@ -27,10 +27,19 @@ def copied_tools(tools: object, where: str) -> list[object] | None:
     items = as_items(tools)
     if items is None:
         raise PromptError(f"{where}.tools must be a list, got {tools!r}.")
-    for k, tool in enumerate(items):
-        if not callable(tool) and not isinstance(plain(tool), dict):
-            raise PromptError(f"{where}.tools[{k}] must be a dict, got {shown(tool)}.")
-    return [tool if callable(tool) else _without_filled(plain(tool)) for tool in items]
+    return [_copied_tool(tool, f"{where}.tools[{k}]") for k, tool in enumerate(items)]
+
+
+def _copied_tool(tool: object, where: str) -> object:
+    if callable(tool):
+        return tool
+    try:
+        copied = plain(tool)
+    except RecursionError:
+        raise PromptError(f"{where} is nested too deeply.") from None
+    if not isinstance(copied, dict):
+        raise PromptError(f"{where} must be a dict, got {shown(tool)}.")
+    return _without_filled(copied)
 
 
 def without_filled_arguments(arguments: Any, schema: object) -> Any:
