@@ -13,6 +13,7 @@ from twinkle_serve.errors import PromptError
 from twinkle_serve.sampler import RunningSampler
 
 USER = {"role": "user", "content": "12+34="}
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 PARAMS = {"max_tokens": 6, "temperature": 1.0, "seed": 3, "ignore_eos": True}
 
 
@@ -43,15 +44,17 @@ def test_sampler_continues_a_final_message(sampler: RunningSampler) -> None:
 def test_message_appended_to_a_feature_is_in_the_prompt_or_refused(sampler: RunningSampler) -> None:
     """With `encoded` and without, after a round trip through JSON; and never if the ids are of another conversation."""
     greedy = {**PARAMS, "temperature": 0, "ignore_eos": False}
-    feature: Any = json.loads(json.dumps(sampler.sample({"messages": [USER]}, greedy).sequences[0].new_input_feature))
+    sequence = sampler.sample({"messages": [USER]}, greedy).sequences[0]
+    feature: Any = json.loads(json.dumps(sequence.new_input_feature))
     feature["messages"].append({"role": "user", "content": "90+9="})
     with_encoded = sampler.sample(feature, greedy).prompt_token_ids
     assert with_encoded[: len(feature["input_ids"])] == feature["input_ids"] and "90+9=" in text_of(with_encoded)
     del feature["encoded"]
-    try:
+    if REPLACEMENT in sequence.decoded:  # random bytes of fake, whose text is rendered to others
+        with pytest.raises(PromptError, match="input_ids are not the tokens of its messages"):
+            sampler.sample(feature, greedy)
+    else:
         assert sampler.sample(feature, greedy).prompt_token_ids == with_encoded
-    except PromptError as error:  # fake's random bytes are not always the text that is rendered again
-        assert "input_ids are not the tokens of its messages" in str(error)
     feature["messages"][0] = {"role": "user", "content": "12+35="}
     with pytest.raises(PromptError, match=r"not the tokens of its messages.* is messages\[0\]"):
         sampler.sample(feature, greedy)
