@@ -84,7 +84,7 @@ class ReadingCheck:
 
 def _positions(messages: Sequence[ChatMessage], tools: bool, first: int) -> Iterator[Position]:
     roles = [message["role"] for message in messages]
-    seen: dict[str, int] = {}
+    seen: set[str] = set()
     for j, message in enumerate(messages):
         role = roles[j]
         if j >= first:
@@ -92,8 +92,8 @@ def _positions(messages: Sequence[ChatMessage], tools: bool, first: int) -> Iter
             after = roles[j + 1] if j + 1 < len(roles) else None
             calls = min(2, len(message.get("tool_calls", ())))
             kind = _has_text(message) and type(message["content"])
-            yield role, kind, calls, before, after, seen.get(role, 0), tools, first > 0
-        seen[role] = min(2, seen.get(role, 0) + 1)
+            yield role, kind, calls, before, after, role in seen, tools, first > 0
+        seen.add(role)
 
 
 def _check(text: str, messages: list[ChatMessage], tools: bool, where: str, begin: int, added: int) -> None:
