@@ -18,6 +18,7 @@ from types import ModuleType
 
 import twinkle_serve
 from twinkle_serve.data_format.sample_request import IGNORED_OPTIONS
+from twinkle_serve.data_format.tool_calls import read_both_dialects
 from twinkle_serve.errors import ConfigError
 
 OVERRIDE = "TWINKLE_SERVE_AS_TWINKLE"
@@ -86,6 +87,7 @@ def _install() -> None:
     sys.meta_path.insert(0, _AsTwinkle())
     # Twinkle's option to return the encoded prompt, which `new_input_feature` always has.
     IGNORED_OPTIONS.add("return_encoded")
+    read_both_dialects()
 
 
 _install()

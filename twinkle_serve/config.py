@@ -114,6 +114,8 @@ class TemplateArgs(Strict):
     """Name of the format of the model's tool calls; auto: detected from its chat template."""
     use_chat_template: bool = True
     """False for base models: the prompt is the text of a single user message."""
+    continue_final_message: bool = False
+    """Continue the assistant's message that ends a conversation; False: PromptError. Calls can say otherwise."""
 
 
 class ServiceArgs(Strict):

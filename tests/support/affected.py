@@ -9,6 +9,7 @@ from pathlib import Path
 
 ARCHITECTURES = "tests/conformance/test_architectures.py"
 SAMPLERS = (
+    "tests/conformance/test_conversations.py",
     "tests/conformance/test_samplers.py",
     "tests/conformance/test_upstream_defects.py",
     "tests/conformance/test_weight_updates.py",

@@ -70,6 +70,21 @@ print(check_options({"return_encoded": True, "num_samples": 2}, SampleOptions))
     assert "unknown option 'return_encoded'" in refused and accepted == "{'num_samples': 2}", result.stderr
 
 
+def test_as_twinkle_reads_tool_calls_in_json_and_in_xml() -> None:
+    """Under either parser that the service names, as Twinkle's does; without the alias, each reads its own format."""
+    code = """
+from twinkle_serve.data_format.messages import MessageParser
+texts = ('<tool_call>{"name": "f", "arguments": ""}</tool_call>', '<tool_call><function=f></function></tool_call>')
+def count(name):
+    return sum(len(MessageParser(tool_parser=name).message(text).get("tool_calls", [])) for text in texts)
+print(count("hermes"), count("qwen3_coder"))
+import twinkle_serve.as_twinkle
+print(count("hermes"), count("qwen3_coder"))
+"""
+    result = run(code)
+    assert result.stdout == "1 1\n2 2\n", result.stderr
+
+
 def test_as_twinkle_is_refused_if_another_twinkle_is_installed(tmp_path: Path) -> None:
     """The message has its path and the remedy; `twinkle` is unchanged."""
     code = "import twinkle_serve.as_twinkle"

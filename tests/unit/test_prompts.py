@@ -71,7 +71,7 @@ def test_tools_reach_the_template(template: Template) -> None:
         ([{"messages": []}], "must be a list of at least one message"),
         ([{"messages": "hello"}], "must be a list of at least one message, got 'hello'"),
         ([{"messages": [{"content": "x"}]}], "messages[0] must be a dict with a role"),
-        ([{"messages": [{"role": "user"}]}], "the chat template refuses the messages"),
+        ([{"messages": [{"role": "user"}]}], "messages[0].content of a message with role 'user' must be text"),
         ([{**TRAJECTORY, "userdata": 1}], "unknown key of a Trajectory 'userdata', did you mean 'user_data'"),
         ([{**TRAJECTORY, "images": ["x.png"]}], "inputs[0].images: this service samples from text only"),
         ([{"input_ids": [1], "pixel_values": np.ones(3)}], "pixel_values: this service samples from text only"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.chat_templates import LLAMA3, OPENED, QWEN3, llama3, model_with
-from tests.support.responses import columns
+from tests.support.turns import after, feature_of, prompt_of
 from twinkle_serve import hub
-from twinkle_serve.data_format import SampleColumns, SampleResponse
 from twinkle_serve.errors import PromptError
 from twinkle_serve.template import Template
-from twinkle_serve.template.prompts import Prompt, encode_inputs
 
 USER = {"role": "user", "content": "1+1="}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
@@ -35,55 +33,6 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Template]:
         made[name] = Template(model_with(tmp_path_factory.mktemp(name), source))
     folder = model_with(tmp_path_factory.mktemp("quiet"), QWEN3)
     return {**made, "quiet": Template(folder, enable_thinking=False)}
-
-
-def tokens_of(template: Template, text: str) -> list[int]:
-    """One token per byte, where a tokenizer would use fewer: sampled tokens often differ from their text's encoding."""
-    special = {token: template.tokenizer.convert_tokens_to_ids(token) for token in template.special_tokens}
-    found = next((token for token in special if text.endswith(token)), "")
-    plain = [i for c in text.removesuffix(found) for i in template.tokenizer.encode(c, add_special_tokens=False)]
-    return [*plain, special[found]] if found else plain
-
-
-@dataclass(frozen=True)
-class Made(Prompt):
-    """A prompt and its input."""
-
-    item: Any = None
-
-
-def feature_of(prompt: Made, template: Template, text: str) -> dict[str, Any]:
-    """Returns `new_input_feature` of a sample with that text."""
-    tokens = np.array(tokens_of(template, text), np.int32)
-    sampled = columns(0, [text])
-    made = SampleColumns(
-        **{
-            **{name: getattr(sampled, name) for name in sampled.__dataclass_fields__},
-            "tokens": tokens,
-            "lengths": np.array([len(tokens)], np.int32),
-            "logprobs": None,
-            "logprob_tokens": None,
-        }
-    )
-    response = SampleResponse(
-        columns=made,
-        prompts=[prompt.ids],
-        inputs=[prompt.item],
-        logprobs_mode="raw_logprobs",
-        parser=template.message_parser(),
-        turns=(prompt.turn,),
-        prompt_indices=(0,),
-    )
-    return dict(response.sequences[0].new_input_feature)
-
-
-def prompt_of(item: Any, template: Template) -> Made:
-    (prompt,) = encode_inputs(item, template)
-    return Made(prompt.ids, turn=prompt.turn, item=item)
-
-
-def after(feature: dict[str, Any], *messages: dict[str, Any]) -> dict[str, Any]:
-    return {**feature, "messages": [*feature["messages"], *messages]}
 
 
 def suffix_of(template: Template, text: str, *messages: dict[str, Any], tools: Any = None) -> str:
@@ -279,7 +228,7 @@ def test_changed_earlier_message_is_refused(templates: dict[str, Template]) -> N
         ([{**USER, "content": "1+2="}, said, USER], r"inputs\[0\].messages\[0\] does not match its input_ids"),
         ([USER, {**said, "content": "3"}], r"inputs\[0\].messages\[1\] does not match its input_ids"),
         ([USER, USER, said], r"messages\[1\] does not match"),
-        ("hello", r"messages\[0\] does not match"),
+        ("hello", r"messages must be a list of at least one message, got 'hello'"),
     ):
         with pytest.raises(PromptError, match=message):
             prompt_of({**feature, "messages": messages}, template)
@@ -324,34 +273,14 @@ def test_prompt_cut_on_the_right_opens_only_the_reasoning_that_it_keeps(template
     assert resumed["messages"][-1]["content"] == "129"
 
 
-@pytest.mark.parametrize("encoded", [3, {}, {"ids": 1}, {"ids": 1, "messages": 4, "assistant_start": 1}])
+@pytest.mark.parametrize(
+    "encoded",
+    [3, {"ids": 1}, {"ids": 1, "messages": [], "assistant_start": 0}, {"ids": 1, "messages": 4, "assistant_start": 1}],
+)
 def test_invalid_encoded_is_refused(encoded: Any, templates: dict[str, Template]) -> None:
     """It is not meant to be written by hand."""
     with pytest.raises(PromptError, match="encoded was not written by new_input_feature"):
         prompt_of({"messages": [USER], "input_ids": [5], "encoded": encoded}, templates["demo"])
-
-
-def test_tokens_that_the_caller_added_are_used_unchanged(templates: dict[str, Template]) -> None:
-    """Twinkle's rollouts append a tool's result as tokens and as a message themselves."""
-    template = templates["demo"]
-    feature = feature_of(prompt_of({"messages": [USER]}, template), template, "2<|im_end|>")
-    extended = {**after(feature, RESULT), "input_ids": [*feature["input_ids"], 5, 6]}
-    extended.pop("attention_mask")
-    extended["labels"] = [*feature["labels"], -100, -100]
-    prompt = prompt_of(extended, template)
-    assert prompt.ids.tolist() == extended["input_ids"]
-    assert [m["role"] for m in feature_of(prompt, template, "3")["messages"]] == [
-        "user",
-        "assistant",
-        "tool",
-        "assistant",
-    ]
-
-
-def test_feature_without_encoded_is_used_by_its_ids(templates: dict[str, Template]) -> None:
-    """Its messages are ignored."""
-    item = {"input_ids": [5, 6], "messages": [USER, USER]}
-    assert prompt_of(item, templates["demo"]).ids.tolist() == [5, 6]
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,24 @@ V31 = '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": {"b": "}"}}<｜tool�
             [("f", {}), ("f", {"a": {"b": "}"}})],
         ),
         (None, ONE, ONE, []),
+        ("hermes", f"{ONE[:-13]}{ONE[11:]}", "", [("f", {"a": 1}), ("f", {"a": 1})]),
+        ("hermes", '<tool_call>[{"name": "f"}, {"name": "g", "arguments": null}]', "", [("f", {}), ("g", {})]),
+        ("hermes", '<tool_call>{"name": "f"},\n{"name": "g"}</tool_call> b', "b", [("f", {}), ("g", {})]),
+        (
+            "qwen3_coder",
+            "<tool_call>\n<function=f>\n</function>\n<function=g>\n</function>\n</tool_call>",
+            "",
+            [("f", {}), ("g", {})],
+        ),
+        (
+            "llama3_json",
+            '<|python_tag|>[{"name": "f", "parameters": null}, {"name": "g", "arguments": ""}]',
+            "",
+            [("f", {}), ("g", {})],
+        ),
+        ("mistral", "[TOOL_CALLS]f[ARGS]null", "", [("f", {})]),
+        ("deepseek", V3.replace("{}", "null") + V3.replace("{}\n", ""), "", [("f", {}), ("f", {})]),
+        ("deepseek", "<｜tool▁call▁begin｜>f<｜tool▁sep｜><｜tool▁call▁end｜>", "", [("f", {})]),
     ],
 )
 def test_tool_calls_are_removed_from_the_text(name: str | None, text: str, content: str, calls: list[Any]) -> None:
@@ -99,6 +117,12 @@ def test_tool_calls_are_removed_from_the_text(name: str | None, text: str, conte
         ("hermes", '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>'),
         ("hermes", '<tool_call>{"name": "f"} and more</tool_call>'),
         ("hermes", "<tool_call>" + "[" * 100_000),
+        ("hermes", '<tool_call>{"name": "f"}{"name": ""}</tool_call>'),
+        ("hermes", '<tool_call>[{"name": "f"}, 1]</tool_call>'),
+        ("hermes", "<tool_call>[]</tool_call>"),
+        ("hermes", '<tool_call>{"name": "f", "arguments": false}</tool_call>'),
+        ("llama3_json", '<|python_tag|>[{"name": "f", "parameters": {}}, {"a": 1}]'),
+        ("llama3_json", "<|python_tag|>[]"),
         ("hermes", "<tool_call>"),
         ("qwen3_coder", "<tool_call>\n<function=f>\nwords\n</function>\n</tool_call>"),
         ("qwen3_coder", "<tool_call>\n<function=f>\n<parameter=a>\n1"),
@@ -136,6 +160,60 @@ def test_arguments_in_xml_have_the_declared_types() -> None:
 
 
 ARGUMENTS = {"s": "12", "n": "null", "i": "12", "x": "a b"}
+
+
+@pytest.mark.parametrize("arguments", ['""', '" "', "null", '"null"', "{}", '"{}"'])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", '<tool_call>{"name": "f", "arguments": %s}</tool_call>'),
+        ("hermes_qwen", '<tool_call>{"name": "f", "arguments": %s}</tool_call>'),
+        ("llama3_json", '<|python_tag|>{"name": "f", "parameters": %s}'),
+        ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": %s}]'),
+        ("mistral", "[TOOL_CALLS]f[ARGS]%s"),
+        ("deepseek", "<｜tool▁call▁begin｜>f<｜tool▁sep｜>%s<｜tool▁call▁end｜>"),
+    ],
+)
+def test_a_call_without_arguments_has_none_however_the_model_writes_it(name: str, text: str, arguments: str) -> None:
+    """As the input side reads them: an empty text and null are `{}`."""
+    assert read(name, text % arguments) == ("", [("f", {})])
+
+
+@pytest.mark.parametrize(
+    ("declared", "text", "value"),
+    [
+        ({"type": "boolean"}, "True", True),
+        ({"type": "boolean"}, "false", False),
+        ({"type": ["boolean", "null"]}, "False", False),
+        ({"type": ("boolean", "null")}, "None", None),
+        ({"anyOf": [{"type": "boolean"}, {"type": "null"}]}, "True", True),
+        ({"oneOf": [{"type": "integer"}, {"type": "null"}]}, "None", None),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "12", "12"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "null", None),
+        ({"type": ["string", "boolean"]}, "True", "True"),
+        ({"type": "boolean"}, "Truely", "Truely"),
+        ({"type": "string"}, "None", "None"),
+        ({}, "True", "True"),
+    ],
+)
+def test_constants_that_python_writes_have_the_declared_type(declared: Any, text: str, value: object) -> None:
+    """Chat templates write true as True, so models do; text that is declared as a string is never changed."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": declared}}}}]
+    called = f"<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>"
+    assert read("qwen3_coder", called, tools) == ("", [("f", {"x": value})])
+
+
+XML = "<tool_call>\n<function=g>\n<parameter=n>\n2\n</parameter>\n</function>\n</tool_call>"
+
+
+def test_one_parser_reads_both_of_twinkles_formats() -> None:
+    """JSON and XML, in order, and both malformed ones stay in the text."""
+    assert read("hermes_qwen", f"a{XML}b{ONE}c") == ("abc", [("g", {"n": 2}), ("f", {"a": 1})])
+    for malformed in (
+        "<tool_call>\n<function=f>\nwords\n</function>\n</tool_call>",
+        '<tool_call>{"name": 1}</tool_call>',
+    ):
+        assert read("hermes_qwen", malformed) == (malformed, [])
 
 
 def test_tool_calls_have_ids_that_differ_within_a_conversation() -> None:

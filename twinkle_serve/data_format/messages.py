@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
+from twinkle_serve.data_format.plain import is_absent, plain, without_nulls
 from twinkle_serve.data_format.tool_calls import ToolCall, ToolParser, Tools, tool_parser
 
 ChatMessage: TypeAlias = dict[str, Any]
@@ -26,11 +27,17 @@ class Encoded(TypedDict):
     """
 
     ids: int
-    """Length of `input_ids`. If it differs, the caller has added tokens, and `input_ids` are used as they are."""
+    """Length of `input_ids`. Tokens that the caller appended come after them."""
+    checksum: int
+    """Checksum of `input_ids`."""
     messages: list[int]
     """Checksum of each message covered."""
+    tools: int
+    """Checksum of the tools; 0 for none."""
     assistant_start: int
     """Index in `input_ids` of the first token sampled for the last message; `ids` if none was sampled."""
+    written: NotRequired[str]
+    """Text of the last message before its sampled tokens, if the caller wrote it."""
 
 
 TEMPLATE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
@@ -38,9 +45,37 @@ TEMPLATE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_cal
 
 
 def checksum(message: Mapping[str, object]) -> int:
-    """Checksum of the keys in TEMPLATE_KEYS; other keys that a caller adds, such as a reward, do not change it."""
-    content = json.dumps([message.get(key) or None for key in TEMPLATE_KEYS], sort_keys=True, default=repr)
-    return zlib.crc32(content.encode())
+    """Checksum of the keys in TEMPLATE_KEYS; other keys that a caller adds, such as a reward, do not change it.
+
+    Nor do the types of lists, and nulls that a columnar format adds.
+    """
+    return _checksum([message.get(key) for key in TEMPLATE_KEYS])
+
+
+def tools_checksum(tools: object) -> int:
+    """Checksum of the tools of a conversation; 0 for none."""
+    return 0 if is_absent(tools) else _checksum([tools])
+
+
+def ids_checksum(*parts: NDArray[np.int32]) -> int:
+    """Checksum of token ids in one or more arrays."""
+    number = 0
+    for part in parts:
+        number = zlib.crc32(np.ascontiguousarray(part, np.int32).data, number)
+    return number
+
+
+def _checksum(values: list[object]) -> int:
+    clean = [
+        (value or None) if type(value) is str else None if is_absent(value) else without_nulls(plain(value))
+        for value in values
+    ]
+    return zlib.crc32(json.dumps(clean, sort_keys=True, default=_name).encode())
+
+
+def _name(value: object) -> str:
+    """The same text for a value in every process, unlike the repr of a function."""
+    return str(getattr(value, "__qualname__", None) or repr(value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +87,8 @@ class Turn:
     earlier sample. A character whose bytes were split there stays broken in the message; its tokens are complete."""
     resumed_at: int | None = None
     """Index in the prompt of the first sampled token of the unfinished message; None if the message is new."""
+    written: str | None = None
+    """Text with which `opening` begins, if the caller wrote the beginning of the unfinished message."""
     labels: NDArray[np.int64] | None = None
     """The token at each position of the prompt where a loss is taken, else IGNORED_LABEL. Shape [P], not rolled; None
     if there is no such position."""
@@ -83,7 +120,7 @@ class MessageParser:
             TemplateError: `tool_parser` is not registered in this process.
         """
         parser = tool_parser(self.tool_parser) if isinstance(self.tool_parser, str) else self.tool_parser
-        reasoning, content = self._split(self._stripped(text, parser))
+        reasoning, content = self._split(self._stripped(text, parser.markers if parser else ()))
         message: ChatMessage = {"role": "assistant", "content": content}
         if reasoning:
             message["reasoning_content"] = reasoning
@@ -94,8 +131,12 @@ class MessageParser:
                 message["tool_calls"] = [_as_dict(call, number, i) for i, call in enumerate(calls)]
         return message
 
-    def _stripped(self, text: str, parser: ToolParser | None) -> str:
-        markup = {*(self.reasoning or ()), *(parser.markers if parser else ())}
+    def without_special(self, text: str) -> str:
+        """Removes the texts of special tokens, unless they are tags of reasoning."""
+        return self._stripped(text, ())
+
+    def _stripped(self, text: str, markers: Sequence[str]) -> str:
+        markup = {*(self.reasoning or ()), *markers}
         dropped = sorted((token for token in self.special_tokens if token not in markup), key=len, reverse=True)
         return re.sub("|".join(map(re.escape, dropped)), "", text) if dropped else text
 

@@ -23,13 +23,18 @@ class Message(TypedDict, total=False):
     """One turn of a conversation, as chat templates read it."""
 
     role: str
-    """system, user, assistant or tool. The only required key."""
-    content: str | Sequence[str | Mapping[str, object]] | None
-    """Text, or a list of parts of type text."""
+    """system, user, assistant or tool, or another that the chat template reads."""
+    content: str | Sequence[str | Mapping[str, object]] | Mapping[str, object] | None
+    """Text, or a list of parts of type text. A tool's result may be a dict, which is written as JSON. None only beside
+    tool_calls."""
     reasoning_content: str
     """The assistant's reasoning before its answer."""
     tool_calls: list[dict[str, object]]
     """`{"type": "function", "function": {"name": …, "arguments": …}}`; arguments as a dict or as JSON text."""
+    tool_call_id: str
+    """Id of the call that a tool's result answers."""
+    name: str
+    """Name of the tool, or of the speaker."""
 
 
 class Trajectory(TypedDict, total=False):
@@ -43,6 +48,8 @@ class Trajectory(TypedDict, total=False):
     """Must be empty: the service samples from text only."""
     videos: list[object]
     """Must be empty: the service samples from text only."""
+    audios: list[object]
+    """Must be empty: the service samples from text only."""
     user_data: Any
     """The caller's own data, passed through unchanged."""
 
@@ -55,20 +62,26 @@ class InputFeature(TypedDict, total=False):
     attention_mask: Vector
     """1 for each token, shape [P]: padding is refused."""
     position_ids: Vector
-    """Position of each token, shape [P]. Ignored as input."""
+    """Position of each token, 0 to P − 1, shape [P]; or rows of them, as Qwen's vision models have."""
+    token_type_ids: Vector
+    """0 for each token, shape [P] or rows of them."""
+    mm_token_type_ids: Vector
+    """0 for each token, since all are text. Shape [P] or rows of them."""
     labels: Vector
     """Token to predict at each position (rolled left by one), IGNORED_LABEL for none. Shape [P]. Labels of earlier
     turns are kept."""
     length: int
     """P. Ignored as input."""
     messages: list[ChatMessage]
-    """The conversation of the tokens, if they came from a Trajectory; appended messages continue it."""
+    """The conversation of the tokens, if they came from a Trajectory; appended messages continue it. A PromptError if
+    the tokens are not those of the messages."""
     tools: list[dict[str, object]]
     """Tools that the model may call, as its chat template reads them."""
     user_data: Any
     """The caller's own data, passed through unchanged."""
     encoded: Encoded
-    """The messages that the tokens cover, as written by `new_input_feature`."""
+    """The messages that the tokens cover, as written by `new_input_feature`. Without it, the tokens must be those of
+    the rendered messages, or of the first of them."""
 
 
 Input: TypeAlias = Trajectory | InputFeature

@@ -11,7 +11,17 @@ from typing import cast, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from twinkle_serve.data_format.messages import ChatMessage, Encoded, MessageParser, Turn, checksum
+from twinkle_serve.data_format.columns import OWN_COLUMNS, grown_columns
+from twinkle_serve.data_format.messages import (
+    ChatMessage,
+    Encoded,
+    MessageParser,
+    Turn,
+    checksum,
+    ids_checksum,
+    tools_checksum,
+)
+from twinkle_serve.data_format.plain import as_items, is_absent, plain
 from twinkle_serve.data_format.prompts import InputDict, InputFeature
 from twinkle_serve.data_format.samples import (
     NO_SEED,
@@ -26,7 +36,6 @@ from twinkle_serve.data_format.weights import VersionSpan
 
 IGNORED_LABEL = -100
 """Label of a position without a loss, as in torch's cross entropy."""
-_MADE_ANEW = {"input_ids", "labels", "attention_mask", "position_ids", "length", "encoded"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,31 +282,36 @@ class SampledSequence:
         learnt += self.tokens
         length = len(prompt) + len(self.tokens)
         source = response.inputs[number]
-        feature = copy.deepcopy({key: value for key, value in source.items() if key not in _MADE_ANEW})
-        feature |= {
-            "input_ids": prompt + self.tokens,
-            "labels": [*learnt[1:], IGNORED_LABEL],
-            "attention_mask": [1] * length,
-            "position_ids": list(range(length)),
-            "length": length,
-        }
-        if source.get("messages") is not None:
-            messages, start = self._with_message(
-                list(feature["messages"]), feature.get("tools") or (), turn, len(prompt)
-            )
+        feature = copy.deepcopy({key: value for key, value in source.items() if key not in OWN_COLUMNS})
+        feature |= {"input_ids": prompt + self.tokens, "labels": [*learnt[1:], IGNORED_LABEL]}
+        feature |= grown_columns(source, length)
+        if not is_absent(source.get("messages")):
+            tools = source.get("tools")
+            messages, start = self._with_message(as_items(feature["messages"]) or [], tools, turn, len(prompt))
             feature["messages"] = messages
-            feature["encoded"] = Encoded(ids=length, messages=[*map(checksum, messages)], assistant_start=start)
+            feature["encoded"] = Encoded(
+                ids=length,
+                checksum=ids_checksum(response.prompts[number], self.token_array),
+                messages=[*map(checksum, messages)],
+                tools=tools_checksum(tools),
+                assistant_start=start,
+            )
+            if turn.written is not None:
+                feature["encoded"]["written"] = turn.written
         return cast(InputFeature, feature)
 
     def _with_message(
-        self, messages: list[ChatMessage], tools: Tools, turn: Turn, prompt_length: int
+        self, messages: list[ChatMessage], tools: object, turn: Turn, prompt_length: int
     ) -> tuple[list[ChatMessage], int]:
         """Returns the messages with this sample's, and where its tokens begin. A sample without tokens adds none."""
         start = prompt_length if turn.resumed_at is None else turn.resumed_at
         if not self.tokens:
             return messages, start
         before = messages if turn.resumed_at is None else messages[:-1]
-        message = self.response.parser.message(turn.opening + self.decoded, tools, len(before))
+        known: Tools = () if is_absent(tools) else plain(tools)
+        message = self.response.parser.message(turn.opening + self.decoded, known, len(before))
+        if turn.written is not None:  # other keys of a message that the caller began
+            message = {key: messages[-1][key] for key in messages[-1] if key not in ("content", "tool_calls")} | message
         return [*before, message], start
 
     def __repr__(self) -> str:

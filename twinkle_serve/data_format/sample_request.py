@@ -27,6 +27,8 @@ class StreamOptions(TypedDict, total=False):
     """Sample with the base model; refused together with an adapter."""
     timeout_s: float | None
     """Deadline of the call in seconds, queueing included; None: the config's request_timeout_s."""
+    continue_final_message: bool | None
+    """Whether the sample continues the assistant's message that ends the conversation; None: as the template says."""
 
 
 class SampleOptions(StreamOptions, total=False):
@@ -71,6 +73,7 @@ class SampleRequest:
     num_samples: int | None = None
     logprobs: int | Unset | None = UNSET
     use_base_model: bool = False
+    continue_final_message: bool | None = None
     template: TemplateChoice = None
     timeout_s: float | None = None
     sample_timeout_s: float | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeAlias
 
 from twinkle_serve.errors import TemplateError, unknown_name
@@ -70,6 +70,12 @@ def tool_parser(name: str) -> ToolParser:
     return TOOL_PARSERS[name]
 
 
+def read_both_dialects() -> None:
+    """Makes `hermes` and `qwen3_coder` read each other's calls too in this process, as Twinkle's parser does."""
+    for name in ("hermes", "qwen3_coder"):
+        TOOL_PARSERS[name] = replace(TOOL_PARSERS["hermes_qwen"], sign=TOOL_PARSERS[name].sign)
+
+
 def recognise_tool_parser(chat_template: str) -> str:
     """Name of the parser for the tool calls of a chat template; hermes if it writes none in a known format."""
     return next(
@@ -103,18 +109,34 @@ def _json_at(text: str, at: int) -> tuple[object, int] | None:
         return None
 
 
+def _arguments_of(value: object) -> dict[str, Any] | None:
+    """Arguments of a call, which may be JSON in a string; null and "" are none. None if invalid."""
+    if isinstance(value, str):
+        parsed = _json_at(value, 0) if value.strip() else (None, len(value))
+        if parsed is None or value[parsed[1] :].strip():
+            return None
+        value = parsed[0]
+    if value is None:
+        return {}
+    return value if isinstance(value, dict) else None
+
+
 def _call_of(value: object, keys: Sequence[str] = ("arguments",)) -> ToolCall | None:
-    """Converts `{"name": …, "arguments": …}` to a call; the arguments may be JSON in a string. None if invalid."""
+    """Converts `{"name": …, "arguments": …}` to a call. None if invalid."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return None
-    arguments: object = next((value[key] for key in keys if key in value), {})
-    if isinstance(arguments, str):
-        parsed = _json_at(arguments, 0)
-        arguments = parsed[0] if parsed and not arguments[parsed[1] :].strip() else None
-    if not isinstance(arguments, dict):
+    arguments = _arguments_of(next((value[key] for key in keys if value.get(key) is not None), None))
+    if arguments is None:
         return None
     call_id = value.get("id")
     return ToolCall(value["name"], arguments, call_id if isinstance(call_id, str) and call_id else None)
+
+
+def _calls_of(value: object, keys: Sequence[str] = ("arguments",)) -> list[ToolCall] | None:
+    """Converts a call, or a list of calls. None if it is empty or one of them is invalid."""
+    calls = [_call_of(item, keys) for item in (value if isinstance(value, list) else [value])]
+    whole = [call for call in calls if call is not None]
+    return whole if whole and len(whole) == len(calls) else None
 
 
 def _scan(text: str, opening: re.Pattern[str], read: Callable[[re.Match[str]], CallsAndEnd | None]) -> Parsed:
@@ -149,11 +171,19 @@ _HERMES = re.compile("<tool_call>")
 
 
 def _read_hermes(match: re.Match[str]) -> CallsAndEnd | None:
-    parsed = _json_at(match.string, match.end())
-    if parsed is None or (call := _call_of(parsed[0])) is None:
-        return None
-    end = _closed(match.string, parsed[1], "</tool_call>")
-    return None if end is None else ([call], end)
+    """Reads the calls in a tag: one, a list, or one after the other."""
+    text, at = match.string, match.end()
+    calls: list[ToolCall] = []
+    while (parsed := _json_at(text, at)) is not None:
+        read = _calls_of(parsed[0])
+        if read is None:
+            return None
+        calls += read
+        if (end := _closed(text, parsed[1], "</tool_call>")) is not None:
+            return calls, end
+        at = _skip_space(text, parsed[1])
+        at += text.startswith(",", at)
+    return None
 
 
 def _parse_hermes(text: str, tools: Tools) -> Parsed:
@@ -166,38 +196,70 @@ _FUNCTION = re.compile(r"(?:<tool_call>\s*)?<function=([^<>\n]+)>(.*?)</function
 _PARAMETER = re.compile(r"<parameter=([^<>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
 
-def _properties(tools: Tools, function: str) -> Mapping[str, object]:
-    """The declared parameters of a function, `{}` if the tools do not declare any."""
+def parameters_of(tools: Tools, function: str) -> Mapping[str, object]:
+    """The JSON schema of a function's parameters; `{}` if the tools do not declare it."""
     for tool in tools:
         described = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if isinstance(described, Mapping) and described.get("name") == function:
             parameters = described.get("parameters")
-            properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-            return properties if isinstance(properties, Mapping) else {}
+            return parameters if isinstance(parameters, Mapping) else {}
     return {}
 
 
+def declared_types(schema: object) -> set[str]:
+    """Types that a JSON schema allows, by `type`, anyOf or oneOf; empty if it does not say."""
+    if not isinstance(schema, Mapping):
+        return set()
+    kind = schema.get("type")
+    types = {item for item in (kind if isinstance(kind, (list, tuple)) else [kind]) if isinstance(item, str)}
+    for key in ("anyOf", "oneOf"):
+        choices = schema.get(key)
+        types.update(*map(declared_types, choices if isinstance(choices, (list, tuple)) else ()))
+    return types
+
+
 def _value(text: str, declared: object) -> object:
-    """A parameter's value: text if it is declared as a string, else parsed if it is JSON."""
-    kind = declared.get("type") if isinstance(declared, Mapping) else None
-    kinds = kind if isinstance(kind, list) else [kind]
-    if "string" in kinds and not (text == "null" and "null" in kinds):
+    """A parameter's value: text if it is declared as a string, else parsed if it is JSON or one of Python's constants.
+
+    Chat templates write true as True.
+    """
+    types = declared_types(declared)
+    bare = text.strip()
+    if "null" in types and (text == "null" or (bare == "None" and "string" not in types)):
+        return None
+    if "string" in types:
         return text
+    if "boolean" in types and bare.lower() in ("true", "false"):
+        return bare.lower() == "true"
     parsed = _json_at(text, 0)
     return parsed[0] if parsed and not text[parsed[1] :].strip() else text
 
 
-def _parse_qwen3_coder(text: str, tools: Tools) -> Parsed:
-    def read(match: re.Match[str]) -> CallsAndEnd | None:
-        name, body = match[1].strip(), match[2]
-        if _PARAMETER.sub("", body).strip():
-            return None
-        declared = _properties(tools, name)
-        arguments = {key: _value(value, declared.get(key)) for key, value in _PARAMETER.findall(body)}
-        end = _closed(text, match.end(), "</tool_call>")
-        return [ToolCall(name, arguments)], match.end() if end is None else end
+def _read_qwen3_coder(match: re.Match[str], tools: Tools) -> CallsAndEnd | None:
+    name, body = match[1].strip(), match[2]
+    if _PARAMETER.sub("", body).strip():
+        return None
+    properties = parameters_of(tools, name).get("properties")
+    declared = properties if isinstance(properties, Mapping) else {}
+    arguments = {key: _value(value, declared.get(key)) for key, value in _PARAMETER.findall(body)}
+    end = _closed(match.string, match.end(), "</tool_call>")
+    return [ToolCall(name, arguments)], match.end() if end is None else end
 
-    return _scan(text, _FUNCTION, read)
+
+def _parse_qwen3_coder(text: str, tools: Tools) -> Parsed:
+    return _scan(text, _FUNCTION, lambda match: _read_qwen3_coder(match, tools))
+
+
+# -- hermes_qwen: Twinkle's parser, which reads both of the above ---------------------------------
+
+_EITHER = re.compile(f"{_FUNCTION.pattern}|{_HERMES.pattern}", re.DOTALL)
+
+
+def _parse_hermes_qwen(text: str, tools: Tools) -> Parsed:
+    def read(match: re.Match[str]) -> CallsAndEnd | None:
+        return _read_hermes(match) if match[1] is None else _read_qwen3_coder(match, tools)
+
+    return _scan(text, _EITHER, read)
 
 
 # -- llama3_json: {"name": …, "parameters": …}, alone or after <|python_tag|> --------------------
@@ -209,10 +271,14 @@ def _llama_calls(text: str) -> Iterator[ToolCall | None]:
     at = _skip_space(text, 0)
     while at < len(text):
         parsed = _json_at(text, at)
-        if parsed is None or not isinstance(parsed[0], dict) or not {"parameters", "arguments"} & set(parsed[0]):
-            yield None
+        values = parsed[0] if parsed and isinstance(parsed[0], list) else [parsed[0] if parsed else None]
+        for value in values:
+            if not isinstance(value, dict) or not {"parameters", "arguments"} & set(value):
+                yield None
+                return
+            yield _call_of(value, ("parameters", "arguments"))
+        if parsed is None:
             return
-        yield _call_of(parsed[0], ("parameters", "arguments"))
         at = _skip_space(text, parsed[1])
         if text.startswith(";", at):
             at = _skip_space(text, at + 1)
@@ -239,14 +305,14 @@ def _read_mistral(match: re.Match[str]) -> CallsAndEnd | None:
     text = match.string
     parsed = _json_at(text, match.end())
     if parsed and isinstance(parsed[0], list):
-        calls = [_call_of(value) for value in parsed[0]]
-        whole = [call for call in calls if call is not None]
-        return (whole, parsed[1]) if whole and len(whole) == len(calls) else None
+        calls = _calls_of(parsed[0])
+        return None if calls is None else (calls, parsed[1])
     name = _MISTRAL_NAME.match(text, match.end())
     parsed = _json_at(text, name.end()) if name else None
-    if name is None or parsed is None or not isinstance(parsed[0], dict):
+    arguments = _arguments_of(parsed[0]) if parsed else None
+    if name is None or parsed is None or arguments is None:
         return None
-    return [ToolCall(name[1], parsed[0], name[2])], parsed[1]
+    return [ToolCall(name[1], arguments, name[2])], parsed[1]
 
 
 def _parse_mistral(text: str, tools: Tools) -> Parsed:
@@ -260,16 +326,22 @@ _DEEPSEEK_FRAME = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 
 
 def _read_deepseek(match: re.Match[str]) -> CallsAndEnd | None:
-    parsed = _json_at(match.string, match.end())
-    name = (match[2] or match[1]).strip()
-    if parsed is None or not isinstance(parsed[0], dict) or not name:
+    text, name = match.string, (match[2] or match[1]).strip()
+    closing = "```" if match[2] else "<｜tool▁call▁end｜>"
+    value, at = (None, match.end())
+    if not text.startswith(closing, _skip_space(text, at)):  # else without arguments
+        parsed = _json_at(text, at)
+        if parsed is None:
+            return None
+        value, at = parsed
+    arguments = _arguments_of(value)
+    if arguments is None or not name:
         return None
-    at = parsed[1]
     if match[2]:
-        fence = _skip_space(match.string, at)
-        at = fence + 3 if match.string.startswith("```", fence) else at
-    end = _closed(match.string, at, "<｜tool▁call▁end｜>")
-    return None if end is None else ([ToolCall(name, parsed[0])], end)
+        fence = _skip_space(text, at)
+        at = fence + 3 if text.startswith("```", fence) else at
+    end = _closed(text, at, "<｜tool▁call▁end｜>")
+    return None if end is None else ([ToolCall(name, arguments)], end)
 
 
 def _parse_deepseek(text: str, tools: Tools) -> Parsed:
@@ -288,6 +360,10 @@ TOOL_PARSERS: dict[str, ToolParser] = {
         sign="<function=",
     ),
     "hermes": ToolParser(parse=_parse_hermes, markers=("<tool_call>", "</tool_call>"), sign="<tool_call>"),
+    "hermes_qwen": ToolParser(
+        parse=_parse_hermes_qwen,
+        markers=("<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>"),
+    ),
     "mistral": ToolParser(parse=_parse_mistral, markers=("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"), sign="[TOOL_CALLS]"),
     "deepseek": ToolParser(
         parse=_parse_deepseek,

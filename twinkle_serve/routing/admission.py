@@ -170,7 +170,8 @@ class Admission:
             self._publisher.require(name)  # refused before waiting for engines
         template = await self.template(call.template)
         # A conversation that is only scored does not open a turn for the assistant.
-        prompts = await self._in_thread(encode_inputs, call.inputs, template, params.max_tokens != 0)
+        opens_turn = params.max_tokens != 0
+        prompts = await self._in_thread(encode_inputs, call.inputs, template, opens_turn, call.continue_final_message)
         info = await self._engines.wait_for_info()
         await self._in_thread(_check_all, info, prompts, params)
         call.check_limits(len(prompts))

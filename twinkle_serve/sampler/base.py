@@ -110,6 +110,8 @@ class RunningSampler(EngineControls, Sampler):
             num_samples: samples of each prompt; None takes it from sampling_params, where it is 1.
             logprobs: as in sampling_params, which has 0: of each sampled token.
             use_base_model: the base model, said explicitly; refused together with an adapter.
+            continue_final_message: whether the assistant's message that ends a conversation is continued. True: of
+                every input that has messages. False: such a conversation is a PromptError. None: as the template says.
             timeout_s: deadline of the call in seconds, queueing included; None: the config's request_timeout_s.
             sample_timeout_s: seconds that each sample may take on its engine, waiting and pauses included; then it
                 ends, with stop_reason abort.
@@ -193,6 +195,7 @@ class RunningSampler(EngineControls, Sampler):
 
         Keyword Args:
             use_base_model: as in `sample`.
+            continue_final_message: as in `sample`.
             timeout_s: as in `sample`.
 
         Raises:

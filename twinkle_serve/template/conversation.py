@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from twinkle_serve.data_format.columns import is_media
 from twinkle_serve.data_format.messages import ChatMessage
+from twinkle_serve.data_format.plain import as_items, is_absent, plain, shown
+from twinkle_serve.data_format.tool_calls import parameters_of
 from twinkle_serve.errors import PromptError
+from twinkle_serve.template.tools import without_filled_arguments
 
-MEDIA = ("images", "videos", "audios")
+TEXT_KEYS = ("reasoning_content", "name", "tool_call_id")
+"""Keys of a message, besides its content, whose value is text."""
+RESULT_ROLES = ("tool", "function", "ipython")
+"""Roles of messages with a tool's result."""
+ONLY_TEXT = "this service samples from text only"
 
 
-def conversation(messages: object, where: str) -> list[ChatMessage]:
+def conversation(messages: object, where: str, tools: list[object] | None = None) -> list[ChatMessage]:
     """Returns deep copies of the messages, with tool calls in OpenAI's form and their arguments parsed.
+
+    Keys without a value, as columnar formats fill them in, are left out. The content is text; of a tool's result, it
+    may be a dict.
 
     Raises:
         PromptError: no message, one without a role, one that is not text, or an invalid tool call.
     """
-    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
+    items = as_items(messages)
+    if not items:
         raise PromptError(f"{where}.messages must be a list of at least one message, got {messages!r}.")
-    return [_message(message, f"{where}.messages[{j}]") for j, message in enumerate(messages)]
+    return [_message(message, f"{where}.messages[{j}]", tools) for j, message in enumerate(items)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +62,7 @@ class CallForm:
 
 CALL_FORMS = (CallForm(), CallForm(as_json=True), CallForm(content=None), CallForm(content=None, as_json=True))
 PROBE = "probe_key"
+PROBED = "probe_value"
 
 
 def find_call_form(render: Callable[[list[ChatMessage]], str]) -> CallForm:
@@ -66,63 +80,150 @@ def find_call_form(render: Callable[[list[ChatMessage]], str]) -> CallForm:
     return CALL_FORMS[0]
 
 
-def _message(message: object, where: str) -> ChatMessage:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+def require_continuable(message: ChatMessage, where: str) -> str:
+    """Returns the text of a message that a sample is to continue.
+
+    Raises:
+        PromptError: it has tool calls, or reasoning and no text, so that it does not end with its text.
+    """
+    if "tool_calls" in message:
+        raise PromptError(f"{where} has tool_calls, and cannot be continued. Append the tools' results.")
+    content = str(message["content"])
+    if message.get("reasoning_content") and not content.strip():
+        raise PromptError(
+            f"{where} has reasoning_content and no content, and only content can be continued. Pass the "
+            "new_input_feature of its sample, or input_ids."
+        )
+    return content
+
+
+def write_results(messages: list[ChatMessage], where: str, as_json: bool) -> list[ChatMessage]:
+    """Converts tools' results that are dicts to JSON if `as_json`.
+
+    Raises:
+        PromptError: a result holds a value that JSON has not.
+    """
+    written = list(messages)
+    for j, message in enumerate(messages):
+        if isinstance(message.get("content"), dict):
+            try:
+                text = json.dumps(message["content"], ensure_ascii=False, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise PromptError(f"{where}.messages[{j}].content cannot be written as JSON: {error}.") from None
+            if as_json:
+                written[j] = {**message, "content": text}
+    return written
+
+
+def writes_objects(render: Callable[[list[ChatMessage]], str]) -> bool:
+    """Whether `render` writes a tool's result that is a dict as JSON by itself."""
+    call = {"id": "call00000", "type": "function", "function": {"name": "probe", "arguments": {}}}
+    messages: list[ChatMessage] = [
+        {"role": "user", "content": "-"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call00000", "name": "probe", "content": {PROBE: PROBED}},
+    ]
+    try:
+        return re.search(rf'"{PROBE}": ?"{PROBED}"', render(messages)) is not None
+    except Exception:  # a model's template may raise anything; only its form matters here
+        return False
+
+
+def _message(message: object, where: str, tools: list[object] | None) -> ChatMessage:
+    try:
+        clean = plain(message)
+    except RecursionError:
+        raise PromptError(f"{where} is nested too deeply.") from None
+    if not isinstance(clean, dict) or not isinstance(clean.get("role"), str) or not clean["role"]:
         raise PromptError(f"{where} must be a dict with a role, got {message!r}.")
-    for key in MEDIA:
-        if message.get(key):
-            raise PromptError(f"{where}.{key}: this service samples from text only. Leave it out.")
-    clean = copy.deepcopy(dict(message))
-    if isinstance(clean.get("content"), list):
-        clean["content"] = "".join(_text(part, f"{where}.content[{k}]") for k, part in enumerate(clean["content"]))
-    calls = clean.get("tool_calls")
-    if calls is None:
-        clean.pop("tool_calls", None)
-        return clean
-    if not isinstance(calls, Sequence) or isinstance(calls, (str, bytes)):
-        raise PromptError(f"{where}.tool_calls must be a list, got {calls!r}.")
-    clean["tool_calls"] = [_call(call, f"{where}.tool_calls[{k}]") for k, call in enumerate(calls)]
-    return clean
+    content, calls = clean.pop("content", None), clean.pop("tool_calls", None)
+    for key, value in list(clean.items()):
+        if is_media(key) and not is_absent(value):
+            raise PromptError(f"{where}.{key}: {ONLY_TEXT}. Leave it out.")
+        if value is None or is_media(key):
+            del clean[key]
+        elif key in TEXT_KEYS and not isinstance(value, str):
+            raise PromptError(f"{where}.{key} must be text, got {shown(value)}.")
+    if not is_absent(calls):
+        items = as_items(calls)
+        if items is None:
+            raise PromptError(f"{where}.tool_calls must be a list, got {calls!r}.")
+        clean["tool_calls"] = [_call(call, f"{where}.tool_calls[{k}]", tools) for k, call in enumerate(items)]
+    if content is None and clean["role"] == "assistant" and "tool_calls" in clean:
+        return {**clean, "content": None}
+    return {**clean, "content": _content(content, clean["role"], f"{where}.content")}
+
+
+def _content(content: object, role: str, where: str) -> str | dict[str, object]:
+    """Returns the text of a message, or a tool's result that is an object."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        # Many chat templates ignore content that is not a string.
+        return "".join(_text(part, f"{where}[{k}]") for k, part in enumerate(content))
+    if isinstance(content, dict) and role in RESULT_ROLES and content.get("type") != "text":
+        return content
+    if isinstance(content, dict) and content.get("type") == "text":
+        remedy = "Put the part into a list."
+    elif role in RESULT_ROLES:
+        remedy = "Write the result as text, for example with json.dumps."
+    elif content is None and role == "assistant":
+        remedy = 'It may be None beside tool_calls only. Write "" for an empty message.'
+    else:
+        remedy = 'Write "" for an empty message.' if content is None else "Convert it to text."
+    raise PromptError(
+        f'{where} of a message with role {role!r} must be text or a list of {{"type": "text", "text": …}}, got '
+        f"{shown(content)}. {remedy}"
+    )
 
 
 def _text(part: object, where: str) -> str:
-    """Text of a part of a message. The caller joins parts: many chat templates ignore content that is not a string."""
-    if isinstance(part, Mapping):
-        kind = part.get("type", "text")
-        if kind != "text":
-            raise PromptError(f"{where} is of type {kind!r}: this service samples from text only.")
+    """Text of a part of a message."""
+    if isinstance(part, dict):
+        kind = part.get("type")
+        if kind not in (None, "text"):
+            raise PromptError(f"{where} is of type {kind!r}: {ONLY_TEXT}.")
+        for key, value in part.items():
+            if is_media(key) and not is_absent(value):
+                raise PromptError(f"{where}.{key}: {ONLY_TEXT}. Leave it out.")
         part = part.get("text")
     if not isinstance(part, str):
         raise PromptError(f'{where} must be {{"type": "text", "text": …}}, got the text {part!r}.')
     return part
 
 
-def _call(call: object, where: str) -> dict[str, object]:
+def _call(call: Any, where: str, tools: list[object] | None) -> dict[str, object]:
     """Converts a call, nested in `function` or not, to `{"type": "function", "function": {"name", "arguments"}}`."""
-    entry: Mapping[str, object] = call if isinstance(call, Mapping) else {}
-    function = entry.get("function", entry)
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    entry: dict[str, Any] = call if isinstance(call, dict) else {}
+    function = entry if is_absent(entry.get("function")) else entry["function"]
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise PromptError(f'{where} must be {{"function": {{"name": …, "arguments": …}}}}, got {call!r}.')
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
+    name, arguments = function["name"], function.get("arguments")
+    if arguments is None:
+        arguments = {}
+    elif isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PromptError(f"{where}: its arguments are not JSON ({error}): {arguments!r}.") from None
-    if not isinstance(arguments, Mapping):
+        arguments = {} if arguments is None else arguments
+    elif isinstance(arguments, dict):
+        arguments = without_filled_arguments(arguments, parameters_of(tools or (), name))
+    if not isinstance(arguments, dict):
         raise PromptError(f"{where}: its arguments must be a dict or the JSON of one, got {arguments!r}.")
     _require_text_keys(arguments, where)
-    extra = {key: value for key, value in entry.items() if key not in ("name", "arguments", "function")}
-    return {"type": "function", **extra, "function": {"name": function["name"], "arguments": dict(arguments)}}
+    own = ("name", "arguments", "function")
+    extra = {key: value for key, value in entry.items() if key not in own and value is not None}
+    return {"type": "function", **extra, "function": {"name": name, "arguments": arguments}}
 
 
 def _require_text_keys(value: object, where: str) -> None:
     """Refuses keys that JSON does not have, at every depth of a call's arguments: templates would write others."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise PromptError(f"{where}: its arguments have the key {key!r}, and JSON's keys are strings.")
             _require_text_keys(item, where)
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, list):
         for item in value:
             _require_text_keys(item, where)

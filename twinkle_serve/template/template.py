@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Callable
@@ -18,7 +17,8 @@ from twinkle_serve.data_format.prompts import TRUNCATION_STRATEGIES, TruncationS
 from twinkle_serve.data_format.tool_calls import ToolParser, recognise_tool_parser, tool_parser
 from twinkle_serve.errors import ModelNotFoundError, PromptError, TemplateError, unknown_name
 from twinkle_serve.extras import require_extra
-from twinkle_serve.template.conversation import CallForm, conversation, find_call_form
+from twinkle_serve.template.conversation import CallForm, find_call_form
+from twinkle_serve.template.rendering import Renderer
 from twinkle_serve.validation import whole_number
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ REASONING = ("<think>", "</think>")
 """Tags of reasoning before an answer, as Qwen's, DeepSeek's and later models write them."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """Written by tokenizers for bytes that are not a complete character."""
-SAMPLED_TURN = "@@the-turn-that-was-sampled@@"
-"""Placeholder of the sampled message while the text around it is rendered."""
+NOT_PICKLED = ("tokenizer", "text_of", "renderer")
 
 
 class Template:
     """The chat template and tokenizer of one model. Inputs are never changed.
 
-    Override `render` to render messages differently, `message_parser` to parse samples differently.
+    Override `render` to render messages differently, `message_parser` to parse samples differently. Messages that the
+    chat template would leave out are refused; an override of `render` decides itself what it writes.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Template:
         enable_thinking: bool | None = None,
         tool_parser: str | ToolParser | None = "auto",
         use_chat_template: bool = True,
+        continue_final_message: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         """
@@ -61,6 +62,8 @@ class Template:
             tool_parser: format of the model's tool calls, a name in TOOL_PARSERS or a parser. auto: detected from its
                 chat template. None: it writes none.
             use_chat_template: False for base models: the prompt is the text of a single user message.
+            continue_final_message: continue the assistant's message that ends a conversation; False: PromptError. Calls
+                can say otherwise.
             trust_remote_code: run code that comes with the tokenizer.
 
         Raises:
@@ -75,18 +78,21 @@ class Template:
         self.truncation_strategy: TruncationStrategy = truncation_strategy
         self.enable_thinking = enable_thinking
         self.use_chat_template = use_chat_template
+        self.continue_final_message = continue_final_message
         self.tool_parser: str | ToolParser | None = tool_parser
         self._check()
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickles a template without its tokenizer, which is loaded again from the model's directory."""
-        state = {name: value for name, value in vars(self).items() if name not in ("tokenizer", "_text_of")}
+        state = {name: value for name, value in vars(self).items() if name not in NOT_PICKLED}
         return _rebuild, (type(self), state)
 
     def _check(self) -> None:
         _check_type("system", self.system, str)
         _check_type("max_length", self.max_length, int)
         _check_type("enable_thinking", self.enable_thinking, bool)
+        if not isinstance(self.continue_final_message, bool):
+            raise TemplateError(f"continue_final_message must be true or false, got {self.continue_final_message!r}.")
         if self.max_length is not None:
             whole_number("max_length", self.max_length, 1, error=TemplateError)
         if self.truncation_strategy not in TRUNCATION_STRATEGIES:
@@ -94,7 +100,7 @@ class Template:
             raise TemplateError(f"{unknown}. A prompt is never split.")
         if self.max_length is None and self.truncation_strategy != "raise":
             raise TemplateError(f"truncation_strategy={self.truncation_strategy!r} needs max_length, which is not set.")
-        is_set = self.enable_thinking is not None and not self._renders_itself
+        is_set = self.enable_thinking is not None and not self.renders_itself
         if is_set and "enable_thinking" not in self._variables:
             raise TemplateError(
                 f"enable_thinking={self.enable_thinking}: the chat template of {self.model} does not read it. "
@@ -108,7 +114,8 @@ class Template:
             raise TemplateError(f"tool_parser must be a name, a ToolParser or None, got {self.tool_parser!r}.")
 
     @property
-    def _renders_itself(self) -> bool:
+    def renders_itself(self) -> bool:
+        """Whether `render` is overridden."""
         return type(self).render is not Template.render
 
     @cached_property
@@ -140,11 +147,11 @@ class Template:
         return tuple(dict.fromkeys([*self.tokenizer.all_special_tokens, *marked]))
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def special_ids(self) -> frozenset[int]:
         return frozenset(self.tokenizer.convert_tokens_to_ids(list(self.special_tokens)))
 
     @cached_property
-    def _end_ids(self) -> frozenset[int]:
+    def end_ids(self) -> frozenset[int]:
         """Tokens that end a turn: the tokenizer's end of sequence and the stop tokens of generation_config.json."""
         ends = [self.tokenizer.eos_token_id]
         path = self.model / "generation_config.json"
@@ -159,7 +166,7 @@ class Template:
         Override it to render differently; exceptions become PromptErrors of the call.
 
         Args:
-            messages: copies of the messages, with the system prompt; arguments of tool calls are dicts.
+            messages: copies of the messages, with the system prompt; contents are text, arguments of tool calls dicts.
             tools: tools of the conversation.
             generation_prompt: whether to end at the beginning of the assistant's turn, or after the last message.
 
@@ -169,10 +176,9 @@ class Template:
         if not self.use_chat_template:
             if len(messages) != 1 or messages[0]["role"] != "user" or tools or not generation_prompt:
                 raise PromptError("without chat template, the messages must be one user message, and no tools.")
-            content = messages[0].get("content")
-            if not isinstance(content, str):
-                raise PromptError(f"without chat template, the message's content must be text, got {content!r}.")
-            return content
+            if "tool_calls" in messages[0]:
+                raise PromptError("without chat template, tool_calls cannot be written. Leave them out.")
+            return str(messages[0]["content"])
         if self._source is None:
             raise PromptError("the model has no chat template. Pass input_ids instead of messages.")
         if tools and "tools" not in self._variables:
@@ -197,7 +203,13 @@ class Template:
         return MessageParser(special_tokens=self.special_tokens, tool_parser=self.tool_parser, reasoning=REASONING)
 
     def encode(
-        self, messages: object, tools: list[object] | None, where: str, generation_prompt: bool = True
+        self,
+        messages: object,
+        tools: object,
+        where: str,
+        generation_prompt: bool = True,
+        *,
+        continue_final_message: bool = False,
     ) -> NDArray[np.int32]:
         """Renders and tokenises a conversation.
 
@@ -206,91 +218,32 @@ class Template:
             tools: tools of the conversation.
             where: name of the input in error messages.
             generation_prompt: whether to end at the beginning of the assistant's turn, or after the last message.
+            continue_final_message: end with the text of the last message instead, so that a sample continues it.
 
         Returns:
             Token ids, shape [P].
 
         Raises:
-            PromptError: invalid messages, or the chat template refuses them or does not read their tool calls.
+            PromptError: invalid messages, or the chat template refuses them or leaves a part of them out.
         """
-        copied = conversation(messages, where)
-        self._refuse_unread_calls(copied, where)
-        return self._tokenize(self._rendered(copied, tools, where, generation_prompt), where)
+        text = self.renderer.text(
+            messages, tools, where, generation_prompt, continue_final_message=continue_final_message
+        )
+        return self.tokenize(text, where)
 
-    def encode_after(
-        self,
-        ids: NDArray[np.int32],
-        messages: object,
-        covered: int,
-        tools: list[object] | None,
-        where: str,
-        generation_prompt: bool = True,
-    ) -> NDArray[np.int32]:
-        """Renders and tokenises the messages after a sampled one.
+    @cached_property
+    def renderer(self) -> Renderer:
+        """Renders inputs with this template."""
+        return Renderer(self)
 
-        The chat template's text after the sampled message: the end of its turn, the later messages and the beginning of
-        the next turn. The sampled message itself is not rendered, so its tokens never change.
-
-        Args:
-            ids: token ids of the first `covered` messages, shape [P].
-            messages: all messages of the conversation.
-            covered: number of messages that `ids` cover, the last of them sampled.
-            tools: tools of the conversation.
-            where: name of the input in error messages.
-            generation_prompt: whether to end at the beginning of the assistant's turn, or after the last message.
-
-        Returns:
-            Token ids to append to `ids`, shape [S].
+    def tokenize(self, text: str, where: str) -> NDArray[np.int32]:
+        """Tokenises text that `render` returned, or a part of it.
 
         Raises:
-            PromptError: the chat template refuses the messages, or does not write the sampled one exactly once.
+            PromptError: the tokenizer refuses it.
         """
-        marked = conversation(messages, where)
-        self._refuse_unread_calls(marked, where, covered)
-        marked[covered - 1] = {"role": "assistant", "content": SAMPLED_TURN}
-        parts = self._rendered(marked, tools, where, generation_prompt).split(SAMPLED_TURN)
-        if len(parts) != 2:
-            raise PromptError(
-                f"{where}: the chat template writes {where}.messages[{covered - 1}] {len(parts) - 1} times, so that "
-                'no text follows its tokens. Pass {"messages": …} only to encode them again.'
-            )
-        return self._without_end(int(ids[-1]), self._tokenize(parts[1], where))
-
-    def _refuse_unread_calls(self, messages: list[ChatMessage], where: str, first: int = 0) -> None:
-        """Refuses tool calls, in messages from `first` on, that the chat template would leave out."""
-        if not self._source or self._renders_itself or "tool_calls" in self._source:
-            return
-        for j, message in enumerate(messages[first:], first):
-            if message.get("tool_calls"):
-                raise PromptError(
-                    f"{where}.messages[{j}].tool_calls: the model's chat template does not read them. "
-                    "Write them into the message's content."
-                )
-
-    def _without_end(self, last: int, suffix: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Removes the end of turn at the beginning of `suffix` if the token `last` has already ended the turn."""
-        ends = self._special_ids | self._end_ids
-        first = next((i for i, token in enumerate(suffix.tolist()) if token in ends), None)
-        if first is None or self.decode(suffix[:first]).strip():
-            return suffix
-        end = int(suffix[first])
-        return suffix[first + 1 :] if last == end or {last, end} <= self._end_ids else suffix
-
-    def _rendered(
-        self, messages: list[ChatMessage], tools: list[object] | None, where: str, generation_prompt: bool
-    ) -> str:
-        if self.system is not None and all(message["role"] != "system" for message in messages):
-            messages = [{"role": "system", "content": self.system}, *messages]
-        try:
-            return self.render(messages, copy.deepcopy(tools), generation_prompt=generation_prompt)
-        except PromptError as error:
-            raise PromptError(f"{where}: {error}") from error
-        except Exception as error:  # a model's template may raise anything
-            raise PromptError(
-                f"{where}: the chat template refuses the messages: {type(error).__name__}: {error}"
-            ) from error
-
-    def _tokenize(self, text: str, where: str) -> NDArray[np.int32]:
+        if not text:
+            return np.empty(0, np.int32)
         try:
             # A chat template writes its special tokens itself.
             ids = self.tokenizer.encode(text, add_special_tokens=not self.use_chat_template)
@@ -316,13 +269,13 @@ class Template:
 
         Decides by the last token that is not space: decoding all would take half of the time of a prompt of ids.
         """
-        for text in map(self._text_of, reversed(ids.tolist())):
+        for text in map(self.text_of, reversed(ids.tolist())):
             if text := text.rstrip():
                 return text[-1] in (character, REPLACEMENT)
         return False
 
     @cached_property
-    def _text_of(self) -> Callable[[int], str]:
+    def text_of(self) -> Callable[[int], str]:
         """Decodes one token; REPLACEMENT stands for an incomplete character."""
         tokenizer = self.tokenizer  # not self, which would keep this template alive
         return lru_cache(maxsize=4096)(lambda token: _text(tokenizer, [token]))

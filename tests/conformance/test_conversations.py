@@ -1,0 +1,60 @@
+"""Conversations on every sampler: what the caller wrote and what was sampled are in the prompt, in full."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from twinkle_serve import Template, hub
+from twinkle_serve.errors import PromptError
+from twinkle_serve.sampler import RunningSampler
+
+USER = {"role": "user", "content": "12+34="}
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+PARAMS = {"max_tokens": 6, "temperature": 1.0, "seed": 3, "ignore_eos": True}
+
+
+def text_of(ids: Any) -> str:
+    return Template(hub.DEMO).decode(np.asarray(ids, np.int32))
+
+
+def test_sampler_continues_a_final_message(sampler: RunningSampler) -> None:
+    """In every call that samples; the next turn begins with the ids of the whole message."""
+    begun = {"messages": [USER, {"role": "assistant", "content": "Sum: "}]}
+    with pytest.raises(PromptError, match="ends with an assistant's message"):
+        sampler.sample(begun, PARAMS)
+    sequence = sampler.sample(begun, PARAMS, continue_final_message=True).sequences[0]
+    assert text_of(sequence.response.prompt_token_ids).endswith("<|im_start|>assistant\nSum: ")
+    (part,) = sampler.sample_iter(begun, PARAMS, continue_final_message=True)
+    assert part.sequences[0].tokens == sequence.tokens
+    stream = sampler.sample_stream(begun, PARAMS, continue_final_message=True)
+    assert "".join(delta for delta, _ in stream) == sequence.decoded
+    feature: Any = sequence.new_input_feature
+    assert len(feature["messages"]) == 2 and feature["messages"][1]["content"].startswith("Sum: ")
+    resumed = sampler.sample(feature, PARAMS)
+    assert resumed.prompt_token_ids == feature["input_ids"]
+    assert len(resumed.sequences[0].new_input_feature["messages"]) == 2
+    feature["messages"].append(USER)
+    assert sampler.sample(feature, PARAMS).prompt_token_ids[: len(feature["input_ids"])] == feature["input_ids"]
+
+
+def test_message_appended_to_a_feature_is_in_the_prompt_or_refused(sampler: RunningSampler) -> None:
+    """With `encoded` and without, after a round trip through JSON; and never if the ids are of another conversation."""
+    greedy = {**PARAMS, "temperature": 0, "ignore_eos": False}
+    sequence = sampler.sample({"messages": [USER]}, greedy).sequences[0]
+    feature: Any = json.loads(json.dumps(sequence.new_input_feature))
+    feature["messages"].append({"role": "user", "content": "90+9="})
+    with_encoded = sampler.sample(feature, greedy).prompt_token_ids
+    assert with_encoded[: len(feature["input_ids"])] == feature["input_ids"] and "90+9=" in text_of(with_encoded)
+    del feature["encoded"]
+    if REPLACEMENT in sequence.decoded:  # random bytes of fake, whose text is rendered to others
+        with pytest.raises(PromptError, match="input_ids are not the tokens of its messages"):
+            sampler.sample(feature, greedy)
+    else:
+        assert sampler.sample(feature, greedy).prompt_token_ids == with_encoded
+    feature["messages"][0] = {"role": "user", "content": "12+35="}
+    with pytest.raises(PromptError, match=r"not the tokens of its messages.* is messages\[0\]"):
+        sampler.sample(feature, greedy)

@@ -1,0 +1,62 @@
+"""Turns of a conversation without an engine: prompts, and features of samples with a given text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tests.support.responses import columns
+from twinkle_serve.data_format import SampleColumns, SampleResponse
+from twinkle_serve.template import Template
+from twinkle_serve.template.prompts import Prompt, encode_inputs
+
+
+def tokens_of(template: Template, text: str) -> list[int]:
+    """One token per byte, where a tokenizer would use fewer: sampled tokens often differ from their text's encoding."""
+    special = {token: template.tokenizer.convert_tokens_to_ids(token) for token in template.special_tokens}
+    found = next((token for token in special if text.endswith(token)), "")
+    plain = [i for c in text.removesuffix(found) for i in template.tokenizer.encode(c, add_special_tokens=False)]
+    return [*plain, special[found]] if found else plain
+
+
+@dataclass(frozen=True)
+class Made(Prompt):
+    """A prompt and its input."""
+
+    item: Any = None
+
+
+def feature_of(prompt: Made, template: Template, text: str) -> dict[str, Any]:
+    """Returns `new_input_feature` of a sample with that text."""
+    tokens = np.array(tokens_of(template, text), np.int32)
+    sampled = columns(0, [text])
+    made = SampleColumns(
+        **{
+            **{name: getattr(sampled, name) for name in sampled.__dataclass_fields__},
+            "tokens": tokens,
+            "lengths": np.array([len(tokens)], np.int32),
+            "logprobs": None,
+            "logprob_tokens": None,
+        }
+    )
+    response = SampleResponse(
+        columns=made,
+        prompts=[prompt.ids],
+        inputs=[prompt.item],
+        logprobs_mode="raw_logprobs",
+        parser=template.message_parser(),
+        turns=(prompt.turn,),
+        prompt_indices=(0,),
+    )
+    return dict(response.sequences[0].new_input_feature)
+
+
+def prompt_of(item: Any, template: Template) -> Made:
+    (prompt,) = encode_inputs(item, template)
+    return Made(prompt.ids, turn=prompt.turn, item=item)
+
+
+def after(feature: dict[str, Any], *messages: dict[str, Any]) -> dict[str, Any]:
+    return {**feature, "messages": [*feature["messages"], *messages]}

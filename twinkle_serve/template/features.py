@@ -1,0 +1,121 @@
+"""Validates the columns of an InputFeature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinkle_serve.data_format.columns import OWN_COLUMNS, TYPE_COLUMNS, is_media
+from twinkle_serve.data_format.plain import is_absent
+from twinkle_serve.data_format.response import IGNORED_LABEL
+from twinkle_serve.errors import PromptError
+
+MAX_ID = np.iinfo(np.int32).max
+NOT_COLUMNS = OWN_COLUMNS | {"messages", "tools", "user_data"}
+"""Keys that are read, or are the caller's own, whatever their length."""
+
+
+def refuse_media(item: Mapping[str, object], where: str) -> None:
+    """Raises PromptError if an input has images, videos or audio."""
+    for key, value in item.items():
+        if is_media(key) and not is_absent(value):
+            raise PromptError(
+                f"{where}.{key}: this service samples from text only. Leave it out, or put it into user_data."
+            )
+
+
+def array_of(value: object, where: str) -> NDArray[Any]:
+    """Converts a column to an array.
+
+    Raises:
+        PromptError: it is not an array of numbers.
+    """
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:  # rows of several lengths; a tensor on a GPU
+        raise PromptError(f"{where} is not an array of numbers: {error}") from None
+
+
+def ids_of(item: Mapping[str, object], where: str) -> NDArray[np.int32]:
+    """Returns `input_ids`, shape [P], after checking it and the other columns except labels.
+
+    Raises:
+        PromptError: not token ids, a padded prompt, or a column that cannot be made as long as prompt and sample.
+    """
+    ids = array_of(item["input_ids"], f"{where}.input_ids")
+    if ids.size and ids.dtype.kind not in "iu":
+        raise PromptError(f"{where}.input_ids must be whole numbers, got {ids.dtype}.")
+    if ids.ndim != 1:
+        raise PromptError(
+            f"{where}.input_ids must have one dimension, got shape {ids.shape}. Send each row as an InputFeature."
+        )
+    _check_attention(item, ids, where)
+    if ids.size and (ids.min() < 0 or (ids.dtype != np.int32 and ids.max() > MAX_ID)):
+        bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
+        raise PromptError(f"{where}.input_ids contains {bad}, which is not a token id.")
+    _check_derived(item, len(ids), where)
+    for key, value in item.items():
+        if key not in NOT_COLUMNS and len(ids) in _outer_lengths(value):
+            raise PromptError(
+                f"{where}.{key} has a value for each of the {len(ids)} tokens of input_ids, and none is known for the "
+                "sampled ones. Leave it out, or put it into user_data."
+            )
+    return ids.astype(np.int32)
+
+
+def labels_of(item: Mapping[str, object], ids: NDArray[np.int32], where: str) -> NDArray[np.int64] | None:
+    """Rolls the input's labels back to the positions of their tokens. None if all are ignored.
+
+    Raises:
+        PromptError: not a whole number for each token.
+    """
+    if is_absent(item.get("labels")):
+        return None
+    rolled = array_of(item["labels"], f"{where}.labels")
+    if rolled.shape != ids.shape or (rolled.size and rolled.dtype.kind not in "iu"):
+        raise PromptError(
+            f"{where}.labels has shape {rolled.shape} and type {rolled.dtype}, input_ids {ids.shape}. Give a whole "
+            "number for each token, or leave it out."
+        )
+    # No token comes before the first, so nothing predicts it.
+    labels = np.concatenate([[IGNORED_LABEL], rolled[:-1]]).astype(np.int64)[: len(ids)]
+    return None if (labels == IGNORED_LABEL).all() else labels
+
+
+def _check_attention(item: Mapping[str, object], ids: NDArray[Any], where: str) -> None:
+    if is_absent(item.get("attention_mask")):
+        return
+    mask = array_of(item["attention_mask"], f"{where}.attention_mask")
+    if mask.shape != ids.shape:
+        raise PromptError(f"{where}.attention_mask has shape {mask.shape}, input_ids {ids.shape}. Leave it out.")
+    if not mask.all():
+        hidden = int((mask == 0).sum())
+        raise PromptError(f"{where}.attention_mask hides {hidden} of {len(ids)} tokens. Send input_ids unpadded.")
+
+
+def _check_derived(item: Mapping[str, object], length: int, where: str) -> None:
+    """Checks position ids and token types, in any number of rows: engines compute with those of plain text."""
+    for key in ("position_ids", *TYPE_COLUMNS):
+        value = item.get(key)
+        if is_absent(value) or (type(value) is list and value == list(range(length)) and key == "position_ids"):
+            continue  # a list is not converted: it would take longer than all else here
+        column = array_of(value, f"{where}.{key}")
+        if column.ndim == 0 or column.shape[-1] != length:
+            raise PromptError(f"{where}.{key} has shape {column.shape}, input_ids ({length},). Leave it out.")
+        expected, rule = (np.arange(length), f"0 to {length - 1}") if key == "position_ids" else (0, "0, for text")
+        if not (column == expected).all():
+            raise PromptError(f"{where}.{key} must be {rule}: this service samples from text only. Leave it out.")
+
+
+def _outer_lengths(value: object) -> tuple[int, ...]:
+    """Lengths of the first and the last dimension of an array or a list; () for other values."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple):
+        return (int(shape[0]), int(shape[-1])) if shape else ()
+    if not isinstance(value, (list, tuple)):
+        return ()
+    inner = value[0] if value else None
+    return (len(value), len(inner)) if isinstance(inner, (list, tuple)) else (len(value),)

@@ -1,0 +1,81 @@
+"""Tools of a conversation: their copies, and nulls that a columnar format fills into them and into calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from twinkle_serve.data_format.plain import as_items, is_absent, plain, shown
+from twinkle_serve.data_format.tool_calls import declared_types
+from twinkle_serve.errors import PromptError
+
+VALUES = ("default", "const")
+"""Keys of a JSON schema for which null may be the value."""
+
+
+def copied_tools(tools: object, where: str) -> list[object] | None:
+    """Copies the tools of an input; None if there are none.
+
+    Keys whose value is None are left out: JSON schemas have no such keys, and a columnar format adds them to give each
+    tool the keys of all. A null `default` or `const` stays where the schema allows null.
+
+    Raises:
+        PromptError: not a list of dicts.
+    """
+    if is_absent(tools):
+        return None
+    items = as_items(tools)
+    if items is None:
+        raise PromptError(f"{where}.tools must be a list, got {tools!r}.")
+    return [_copied_tool(tool, f"{where}.tools[{k}]") for k, tool in enumerate(items)]
+
+
+def _copied_tool(tool: object, where: str) -> object:
+    if callable(tool):
+        return tool
+    try:
+        copied = plain(tool)
+    except RecursionError:
+        raise PromptError(f"{where} is nested too deeply.") from None
+    if not isinstance(copied, dict):
+        raise PromptError(f"{where} must be a dict, got {shown(tool)}.")
+    return _without_filled(copied)
+
+
+def without_filled_arguments(arguments: Any, schema: object) -> Any:
+    """Removes null arguments that `schema` declares and does not allow to be null, or does not declare.
+
+    A columnar format adds them to give each call the arguments of all. Without a schema, null is a value as any other.
+    """
+    properties = schema.get("properties") if isinstance(schema, Mapping) else None
+    if isinstance(arguments, dict) and isinstance(properties, Mapping):
+        return {
+            key: without_filled_arguments(value, properties.get(key))
+            for key, value in arguments.items()
+            if value is not None or _allows_null(properties.get(key))
+        }
+    if isinstance(arguments, list) and isinstance(schema, Mapping):
+        return [without_filled_arguments(value, schema.get("items")) for value in arguments]
+    return arguments
+
+
+def _without_filled(schema: Any, named: bool = False) -> Any:
+    """Removes keys without a value; `named` for a mapping of parameters' names to their schemas."""
+    if isinstance(schema, list):
+        return [_without_filled(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    allowed = VALUES if not named and _allows_null(schema) else ()
+    return {
+        key: _without_filled(value, key == "properties" and not named)
+        for key, value in schema.items()
+        if value is not None or key in allowed
+    }
+
+
+def _allows_null(schema: object) -> bool:
+    """Whether a JSON schema allows null. One whose type is itself null comes from a columnar format and does not."""
+    if not isinstance(schema, Mapping):
+        return False
+    types = declared_types(schema)
+    return "null" in types or (not types and ("type" not in schema or schema["type"] is not None))
