@@ -2,9 +2,10 @@
 
 from twinkle_serve.data_format.numpy1 import read_arrays_of_numpy2
 from twinkle_serve.data_format.prompts import Input, InputFeature, Message, Trajectory
-from twinkle_serve.data_format.response import SampledSequence, SampleResponse
+from twinkle_serve.data_format.response import SampleResponse
 from twinkle_serve.data_format.samples import PromptScores, SampleColumns
 from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.sequence import SampledSequence
 
 read_arrays_of_numpy2()
 
