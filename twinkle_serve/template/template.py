@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from twinkle_serve.data_format.tool_calls import ToolParser, recognise_tool_pars
 from twinkle_serve.errors import ModelNotFoundError, PromptError, TemplateError, unknown_name
 from twinkle_serve.extras import require_extra
 from twinkle_serve.template.conversation import CallForm, conversation, find_call_form
+from twinkle_serve.template.training import TrainingTemplate, model_directory, or_trajectory
 from twinkle_serve.validation import whole_number
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ SAMPLED_TURN = "@@the-turn-that-was-sampled@@"
 """Placeholder of the sampled message while the text around it is rendered."""
 
 
-class Template:
+class Template(TrainingTemplate):
     """The chat template and tokenizer of one model. Inputs are never changed.
 
     Override `render` to render messages differently, `message_parser` to parse samples differently.
@@ -40,8 +41,9 @@ class Template:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | None = None,
         *,
+        model_id: str | Path | None = None,
         system: str | None = None,
         max_length: int | None = None,
         truncation_strategy: TruncationStrategy = "raise",
@@ -49,10 +51,12 @@ class Template:
         tool_parser: str | ToolParser | None = "auto",
         use_chat_template: bool = True,
         trust_remote_code: bool = False,
+        default_system: str | None = None,
     ) -> None:
         """
         Args:
-            model: directory of the model.
+            model: directory of the model, or its id: demo, ms://org/name, hf://org/name, or org/name of ModelScope.
+            model_id: the same under Twinkle's name.
             system: system prompt for conversations without one.
             max_length: maximum length of a prompt, tokens. None: unlimited.
             truncation_strategy: treatment of a longer prompt. raise: PromptError. left, right: cut on that side.
@@ -62,15 +66,16 @@ class Template:
                 chat template. None: it writes none.
             use_chat_template: False for base models: the prompt is the text of a single user message.
             trust_remote_code: run code that comes with the tokenizer.
+            default_system: `system` under Twinkle's name.
 
         Raises:
-            ModelNotFoundError: the model has no tokenizer.
+            ModelNotFoundError: there is no such model, or it has no tokenizer.
             TemplateError: an invalid argument, or one that the model's chat template does not read.
         """
-        self.model = Path(model)
+        self.model = model_directory(model, model_id)
         self.trust_remote_code = trust_remote_code
         self.tokenizer = _tokenizer(self.model, trust_remote_code)
-        self.system = system
+        self.system = default_system if system is None else system
         self.max_length = max_length
         self.truncation_strategy: TruncationStrategy = truncation_strategy
         self.enable_thinking = enable_thinking
@@ -196,6 +201,7 @@ class Template:
         """Returns the parser of sampled text. It is sent along with the samples and used in the caller's process."""
         return MessageParser(special_tokens=self.special_tokens, tool_parser=self.tool_parser, reasoning=REASONING)
 
+    @or_trajectory
     def encode(
         self, messages: object, tools: list[object] | None, where: str, generation_prompt: bool = True
     ) -> NDArray[np.int32]:
@@ -327,9 +333,10 @@ class Template:
         tokenizer = self.tokenizer  # not self, which would keep this template alive
         return lru_cache(maxsize=4096)(lambda token: _text(tokenizer, [token]))
 
-    def decode(self, ids: NDArray[np.int32]) -> str:
-        """Decodes tokens, special tokens kept."""
-        return _text(self.tokenizer, ids.tolist())
+    def decode(self, ids: Sequence[int] | NDArray[np.int32], *, skip_special_tokens: bool = False) -> str:
+        """Decodes tokens, special tokens kept or left out."""
+        tokens = ids.tolist() if isinstance(ids, np.ndarray) else [int(token) for token in ids]
+        return _text(self.tokenizer, tokens, skip_special_tokens)
 
 
 def _tokenizer(model: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -344,8 +351,8 @@ def _tokenizer(model: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool = False) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
     return text
 
 
