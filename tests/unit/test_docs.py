@@ -101,6 +101,7 @@ def test_example_runs(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
             if name.split(".")[0] == "twinkle" or name == "twinkle_serve.as_twinkle":
                 del sys.modules[name]
         sys.meta_path[:] = finders
+        conventions.follow_twinkle(False)
 
 
 @pytest.mark.parametrize("block", of_language("yaml"))

@@ -179,7 +179,10 @@ def test_layout_of_workers_with_several_gpus() -> None:
     ("wrong", "message"),
     [
         ({"dispatch": "slicedp"}, "unknown dispatch 'slicedp', did you mean 'slice_dp'.* Known: all, slice, slice_dp"),
-        ({"collect": "avg"}, "unknown collect 'avg'.*Known: first, flatten, last_pp, mean, none, sum"),
+        (
+            {"collect": "median"},
+            "unknown collect 'median'.*Known: avg, first, flatten, last_pp, last_pp_first, mean, none, sum",
+        ),
         ({"execute": "last"}, "unknown execute 'last'.*Known: all, first, peer"),
         ({"collect": len}, "collect is called with \\(all_results, device_mesh\\)"),
         ({"dispatch": lambda x: x}, "dispatch is called with \\(length, i, args"),

@@ -49,7 +49,7 @@ class _EngineSampler(RunningSampler):
         """
         require_extra(type(self).__name__, "server", "torch", "transformers", "blake3")
         mesh = MeshArgs() if device_mesh is None else mesh_args(device_mesh)
-        twinkles = {"logprobs_mode": "processed_logprobs"} if follows_twinkle() else {}
+        twinkles = {"logprobs_mode": "processed_logprobs"} if follows_twinkle() and self.engine != "fake" else {}
         args = ServiceArgs.model_validate(
             {
                 "model_id": str(model_id),
