@@ -10,6 +10,7 @@ from pathlib import Path
 ARCHITECTURES = "tests/conformance/test_architectures.py"
 SAMPLERS = (
     "tests/conformance/test_samplers.py",
+    "tests/conformance/test_twinkle_calls.py",
     "tests/conformance/test_upstream_defects.py",
     "tests/conformance/test_weight_updates.py",
 )
@@ -70,6 +71,7 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("scripts/*", frozenset()),
     (".ci/*", frozenset()),
     ("twinkle_serve/as_twinkle*", frozenset({SPECIFICATION})),
+    ("twinkle_serve/upstream/*", frozenset({SPECIFICATION})),
     ("twinkle_serve/hub*", frozenset({SCRIPTS})),
     ("twinkle_serve/remote/*", frozenset({IN_GROUP, SPECIFICATION})),
     ("twinkle_serve/template/*", frozenset({CLIENT, *SAMPLERS})),

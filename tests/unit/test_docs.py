@@ -15,7 +15,7 @@ import pytest
 import twinkle_serve
 from graphs.config_file import check_config_file
 from tests.support.docs import IN_PROCESS, PAGES, ROOT, Block, blocks_of, prose_of
-from twinkle_serve import errors, remote, sampler
+from twinkle_serve import conventions, errors, remote, sampler
 from twinkle_serve.data_format import tool_calls
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]

@@ -82,15 +82,17 @@ def test_response_is_made_of_samples() -> None:
 
 def test_response_needs_samples_or_columns() -> None:
     """And not both."""
-    for arguments in ({}, {"sequences": [], "columns": columns(0, ["a"])}):
+    wrong: list[dict[str, Any]] = [{}, {"sequences": [], "columns": columns(0, ["a"])}]
+    for arguments in wrong:
         with pytest.raises(TypeError, match="either sequences or columns"):
             SampleResponse(**arguments)
 
 
 def test_samples_that_cannot_be_columns_are_named() -> None:
     """Only where columns are asked for."""
-    made = SampleResponse([SampledSequence("stop", ["a"])])  # type: ignore[list-item]
-    assert made.sequences[0].tokens == ["a"]
+    tokens: Any = ["a"]
+    made = SampleResponse([SampledSequence("stop", tokens)])
+    assert made.sequences[0].tokens is tokens
     with pytest.raises(ValueError, match=r"cannot be put in columns: .*'a'"):
         _ = made.columns
 
@@ -133,7 +135,7 @@ def test_response_is_a_list_where_defaults_are_twinkles(two_prompts: SampleRespo
     assert list(both.sequences) == list(two_prompts.sequences)
     assert both.prompts is two_prompts.prompts and both.columns is two_prompts.columns
     assert both.prompt_indices == (0, 1) and repr(both) == repr(two_prompts)
-    assert both + [both[0]] == [both[0], both[1], both[0]]
+    assert both + list(both) == [*both, *both]
     assert json.dumps(both, default=lambda part: part.prompt_token_ids) == "[[1, 2], [3, 4]]"
     with pytest.raises(ValueError, match="needs a response to one prompt"):
         _ = both.prompt_token_ids

@@ -150,21 +150,22 @@ class TrainingTemplate:
             ids: tokens of the whole conversation.
             encode: encodes the first messages, with a generation prompt or without.
         """
-        before = encode(i, True) if i else None
-        if before is None or not np.array_equal(ids[: len(before)], before):
+        start = _common_prefix(ids, encode(i, True)) if i else 0
+        if start <= (len(encode(i, False)) if i else 0):
             raise PromptError(
                 f"{HERE}.messages[{i}] cannot be labelled: what the chat template writes before it changes with what "
-                "follows. Leave out its labels, with add_generation_prompt=True."
+                "follows. Encode it without labels, by add_generation_prompt=True."
             )
-        start, until = len(before), encode(i + 1, False)
+        until = encode(i + 1, False)
         if np.array_equal(ids[: len(until)], until):
             return slice(start, len(until))
         # The chat template writes the last turn differently from earlier ones: with its reasoning, for example.
-        special = self.tokenizer.convert_tokens_to_ids(list(self.special_tokens))
-        ends = np.flatnonzero(np.isin(ids[start:], special))
-        if not len(ends):
+        special = np.isin(until, self.tokenizer.convert_tokens_to_ids(list(self.special_tokens)))
+        ending = until[int(np.flatnonzero(special)[-1]) :] if special.any() else until[:0]
+        ends = [at for at in range(start, len(ids)) if np.array_equal(ids[at : at + len(ending)], ending)]
+        if not len(ending) or not ends:
             raise PromptError(f"{HERE}.messages[{i}] cannot be labelled: no special token ends its turn.")
-        return slice(start, start + int(ends[0]) + 1)
+        return slice(start, ends[0] + len(ending))
 
     def _invoke_post_pipeline(self, input_features: Iterable[Feature]) -> list[Feature]:
         """Fits features to `max_length`, rolls their labels left by one, and adds the columns that follow from ids.
@@ -251,3 +252,10 @@ class TrainingTemplate:
     def is_mm(self) -> bool:
         """Whether the template reads images, videos or audio: none does."""
         return False
+
+
+def _common_prefix(mine: Ids, theirs: Ids) -> int:
+    """Returns the number of tokens with which both begin."""
+    length = min(len(mine), len(theirs))
+    different = np.flatnonzero(mine[:length] != theirs[:length])
+    return int(different[0]) if len(different) else length

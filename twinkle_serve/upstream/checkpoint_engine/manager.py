@@ -35,7 +35,7 @@ class CheckpointEngineManager:
         """
         if not callable(getattr(model, "named_modules", None)):
             raise UnsupportedError(
-                f"CheckpointEngineManager reads a torch module, got {type(model).__name__}. {REMEDY}"
+                f"CheckpointEngineManager takes a torch module, got {type(model).__name__}. {REMEDY}"
             )
         if not isinstance(sampler, RunningSampler):
             raise UnsupportedError(
