@@ -14,7 +14,7 @@ from twinkle_serve import SampleResponse, SamplingParams, Template, conventions
 from twinkle_serve.errors import AdapterError, UnsupportedError
 from twinkle_serve.sampler import RunningSampler
 
-QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}], "user_data": [("id", str(a))]} for a in (12, 345)]
+QUESTIONS: list[Any] = [{"messages": [{"role": "user", "content": f"{a}+{a}="}], "user_data": [("id", str(a))]} for a in (12, 345)]
 GREEDY = {"temperature": 0, "max_tokens": 8}
 _names = (f"default{i}" for i in itertools.count())
 
@@ -86,7 +86,7 @@ def test_sampler_is_twinkles_where_defaults_are_twinkles(sampler: RunningSampler
 def test_sampler_encodes_and_decodes_with_its_template(sampler: RunningSampler) -> None:
     """The feature of a trajectory is sampled as the trajectory itself is."""
     response = sampler.sample(QUESTIONS[0], GREEDY)
-    feature = sampler.encode_trajectory(QUESTIONS[0])  # type: ignore[arg-type]
+    feature = sampler.encode_trajectory(QUESTIONS[0])
     assert list(feature["input_ids"]) == response.prompt_token_ids and "labels" not in feature
     assert feature["messages"] == QUESTIONS[0]["messages"] and feature["user_data"] == [("id", "12")]
     again = sampler.sample(feature, GREEDY).sequences[0]
@@ -98,7 +98,7 @@ def test_sampler_encodes_and_decodes_with_its_template(sampler: RunningSampler) 
     try:
         assert sampler.template.system == "Add."
         ids = sampler.sample(QUESTIONS[0], GREEDY).prompt_token_ids
-        assert list(sampler.encode_trajectory(QUESTIONS[0])["input_ids"]) == ids  # type: ignore[arg-type]
+        assert list(sampler.encode_trajectory(QUESTIONS[0])["input_ids"]) == ids
     finally:
         sampler.template = Template("demo")
 

@@ -47,14 +47,16 @@ def test_sample_is_made_by_keyword_and_by_position() -> None:
     assert sample.token_array.tolist() == [1, 2] and sample.logprob_array is not None
     assert sample.logprob_array.tolist() == [-0.5, -1.0]
     bare = SampledSequence(stop_reason="length", tokens=[])
-    assert bare.logprobs is bare.decoded is bare.new_input_feature is bare.routed_experts is None
+    for name in ("logprobs", "decoded", "new_input_feature", "routed_experts"):
+        assert getattr(bare, name) is None
     assert (bare.seed, bare.engine, bare.adapter, bare.weight_versions) == (None, "", "", [])
     assert bare.logprob_array is None and "0 tokens, length" in repr(bare)
 
 
 def test_logprobs_of_any_form_are_kept() -> None:
     """A fake sampler may give one number a token."""
-    assert SampledSequence("length", [10, 20], logprobs=[-1.5, -2.0]).logprobs == [-1.5, -2.0]  # type: ignore[list-item]
+    logprobs: Any = [-1.5, -2.0]
+    assert SampledSequence("length", [10, 20], logprobs=logprobs).logprobs is logprobs
 
 
 def test_sample_can_be_changed_after_it_was_made() -> None:
@@ -76,7 +78,8 @@ def test_response_is_made_of_samples() -> None:
     assert made.columns.logprobs is None, "one of the samples has none"
     assert "1 prompts, 2 sequences, 3 tokens" in repr(made)
     bare = SampleResponse(sequences=[samples[0]])
-    assert bare.prompt_token_ids is bare.prompt_logprobs is bare.topk_prompt_logprobs is None
+    for name in ("prompt_token_ids", "prompt_logprobs", "topk_prompt_logprobs"):
+        assert getattr(bare, name) is None
     assert bare.columns.logprobs is not None and bare.columns.logprobs.tolist() == [[-1.0], [-2.0]]
 
 

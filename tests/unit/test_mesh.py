@@ -98,8 +98,8 @@ def test_mesh_places_this_process_by_its_rank(monkeypatch: pytest.MonkeyPatch) -
         fsdp, dp, tp = (int(at[0]) for at in np.where(mesh.mesh == rank))
         assert (mesh.fsdp_rank, mesh.dp_rank, mesh.tp_rank, mesh.pp_rank, mesh.cp_rank) == (fsdp, dp, tp, None, None)
         assert mesh.data_rank == mesh.get_data_rank_from_global_rank(rank) == dp * 3 + fsdp
-    for rank in ("12", "-1"):
-        monkeypatch.setenv("RANK", rank)
+    for outside in ("12", "-1"):
+        monkeypatch.setenv("RANK", outside)
         assert mesh.dp_rank is mesh.tp_rank is None and mesh.data_rank == 0
     monkeypatch.delenv("RANK")
     assert mesh.dp_rank is None and mesh.data_rank == 0

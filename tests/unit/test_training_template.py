@@ -12,6 +12,7 @@ import pytest
 from tests.support.chat_templates import OPENED, QWEN3, llama3, model_with
 from twinkle_serve import hub
 from twinkle_serve.data_format import pack_value, user_data_get
+from twinkle_serve.data_format.prompts import TruncationStrategy
 from twinkle_serve.data_format.response import IGNORED_LABEL
 from twinkle_serve.errors import ModelNotFoundError, PromptError, TemplateError
 from twinkle_serve.template import Template, resolve_template
@@ -120,8 +121,9 @@ def test_long_trajectories_are_cut_left_out_or_refused() -> None:
     length = Template("demo").encode(short)["length"]
     with pytest.raises(PromptError, match=f"tokens, max_length is {length}"):
         Template("demo", max_length=length).encode(long)
-    for side in ("left", "right"):
-        template = Template("demo", max_length=length, truncation_strategy=side)  # type: ignore[arg-type]
+    sides: list[TruncationStrategy] = ["left", "right"]
+    for side in sides:
+        template = Template("demo", max_length=length, truncation_strategy=side)
         whole, cut = Template("demo").encode(long), template.encode(long)
         kept = slice(-length, None) if side == "left" else slice(0, length)
         assert cut["input_ids"].tolist() == whole["input_ids"][kept].tolist() and cut["length"] == length
@@ -130,8 +132,9 @@ def test_long_trajectories_are_cut_left_out_or_refused() -> None:
     assert [feature["length"] for feature in deleting.batch_encode([long, short, long])] == [length]
     with pytest.raises(PromptError, match=f"longer than max_length={length}"):
         deleting.encode(long)
+    columns: Any = {"messages": [TURNS]}
     with pytest.raises(PromptError, match="takes a list of trajectories"):
-        deleting.batch_encode({"messages": [TURNS]})  # type: ignore[arg-type]
+        deleting.batch_encode(columns)
 
 
 def test_sampled_tokens_are_appended_as_the_sampler_does() -> None:

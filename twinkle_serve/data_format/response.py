@@ -26,6 +26,8 @@ from twinkle_serve.data_format.sequence import SampledSequence, columns_of, same
 from twinkle_serve.data_format.tool_calls import Tools
 from twinkle_serve.data_format.weights import VersionSpan
 
+__all__ = ["IGNORED_LABEL", "SampleResponse", "SampledSequence"]
+
 IGNORED_LABEL = -100
 """Label of a position without a loss, as in torch's cross entropy."""
 _MADE_ANEW = {"input_ids", "labels", "attention_mask", "position_ids", "length", "encoded"}

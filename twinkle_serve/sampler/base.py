@@ -71,7 +71,7 @@ class Sampler(EncodingSampler, ABC):
         raise UnsupportedError(f"{type(self).__name__} has no adapters.")
 
 
-class RunningSampler(TwinkleCalls, EngineControls, Sampler):
+class RunningSampler(EngineControls, Sampler, TwinkleCalls):
     """A sampler whose engines run, in this process or as a service.
 
     Guarantees:
