@@ -14,7 +14,9 @@ from twinkle_serve import SampleResponse, SamplingParams, Template, conventions
 from twinkle_serve.errors import AdapterError, UnsupportedError
 from twinkle_serve.sampler import RunningSampler
 
-QUESTIONS: list[Any] = [{"messages": [{"role": "user", "content": f"{a}+{a}="}], "user_data": [("id", str(a))]} for a in (12, 345)]
+QUESTIONS: list[Any] = [
+    {"messages": [{"role": "user", "content": f"{a}+{a}="}], "user_data": [("id", str(a))]} for a in (12, 345)
+]
 GREEDY = {"temperature": 0, "max_tokens": 8}
 _names = (f"default{i}" for i in itertools.count())
 
@@ -123,26 +125,31 @@ def test_multi_turn_rollout_of_upstreams_kind_keeps_tokens_and_logprobs_aligned(
     """
     template = Template("demo")
     features: list[dict[str, Any]] = [template.encode(question, add_generation_prompt=True) for question in QUESTIONS]
-    params = SamplingParams(max_tokens=6, logprobs=1, temperature=0)
+    params = SamplingParams(max_tokens=12, logprobs=1, temperature=0)
     logprobs: list[list[Any]] = [[] for _ in features]
-    for turn in range(3):
+    live = list(range(len(features)))
+    while live:
         width = sampler.device_mesh.data_world_size if sampler.device_mesh is not None else 1
-        batch = features + features[-1:] * (width - len(features))
+        batch = [features[i] for i in live]
+        batch += batch[-1:] * (width - len(batch))
         responses = sampler.sample(batch, sampling_params=params)
         assert isinstance(responses, list) and len(responses) == len(batch)
-        for i, response in enumerate(responses[: len(features)]):
+        for i, response in zip(list(live), responses, strict=False):
             sample = response.sequences[0]
             assert sample.logprobs is not None and len(sample.logprobs) == len(sample.tokens)
             assert template.parse_tool_call(sample.decoded) == []
             logprobs[i] += sample.logprobs
             features[i] = dict(sample.new_input_feature)
-            if turn < 2:
+            if sample.stop_reason == "length" or len(features[i]["messages"]) > 4:
+                live.remove(i)
+            else:
                 features[i] = with_tool_answer(features[i], template)
     for question, feature, known in zip(QUESTIONS, features, logprobs, strict=True):
         labels = list(feature["labels"])
         trained = [label for label in labels if label != -100]
         assert trained == [token for entry in known for token, _ in entry]
-        assert [m["role"] for m in feature["messages"]] == ["user", *(["assistant", "tool"] * 3)[:5]]
+        roles = [message["role"] for message in feature["messages"]]
+        assert roles == ["user", *["assistant", "tool"] * 3][: len(roles)] and roles[-1] == "assistant"
         assert feature["user_data"] == question["user_data"] and feature["length"] == len(labels)
 
 
