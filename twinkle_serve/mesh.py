@@ -5,6 +5,7 @@ Names and the order of dimensions follow Twinkle's DeviceMesh and DeviceGroup.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.errors import MeshError
+from twinkle_serve.platform import Platform
 from twinkle_serve.validation import one_of, whole_number
 
 DeviceType: TypeAlias = Literal["auto", "cpu", "cuda"]
@@ -36,7 +38,11 @@ def _device_type(where: str, value: object) -> DeviceType:
     return one_of(f"{where}.device_type", value, DEVICE_TYPES, error=MeshError)
 
 
-@dataclass(frozen=True)
+DIMENSIONS = ("fsdp", "pp", "dp", "cp", "tp")
+"""Dimensions of a mesh, the innermost last."""
+
+
+@dataclass(frozen=True, init=False)
 class DeviceMesh:
     """Devices arranged as fsdp x pp x dp x cp x tp, ranks counted with tp innermost.
 
@@ -60,6 +66,42 @@ class DeviceMesh:
     sequence_parallel: bool = False
     """Whether tensor-parallel ranks split the sequence. Training only."""
 
+    def __init__(
+        self,
+        sizes: tuple[tuple[str, int], ...] | None = None,
+        device_type: str | None = "auto",
+        ulysses_size: int | None = None,
+        ep_size: int | None = None,
+        etp_size: int | None = None,
+        ep_fsdp_size: int | None = None,
+        vpp_size: int | None = None,
+        sequence_parallel: bool = False,
+        *,
+        mesh: object = None,
+        mesh_dim_names: Sequence[str] | None = None,
+    ) -> None:
+        """Makes a mesh of an array of ranks, as Twinkle's constructor does; or of the sizes of its dimensions.
+
+        Args:
+            sizes: named dimensions in order.
+            mesh: array of ranks instead, with one axis per name in `mesh_dim_names`.
+            mesh_dim_names: some of fsdp, pp, dp, cp and tp, in this order.
+
+        Raises:
+            MeshError: other dimensions, or ranks in another order.
+        """
+        if (sizes is None) == (mesh is None):
+            raise MeshError("DeviceMesh takes an array of ranks as mesh=…, with mesh_dim_names. Or use from_sizes.")
+        values: dict[str, object] = {
+            "sizes": _sizes_of(mesh, mesh_dim_names) if sizes is None else sizes,
+            "device_type": _device_type("device_mesh", device_type or "auto"),
+            "sequence_parallel": sequence_parallel,
+        }
+        training = (ulysses_size, ep_size, etp_size, ep_fsdp_size, vpp_size)
+        values |= {name: size or 1 for name, size in zip(TRAINING_SIZES, training, strict=True)}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
     @classmethod
     def from_sizes(
         cls,
@@ -75,7 +117,7 @@ class DeviceMesh:
         etp_size: int | None = None,
         ep_fsdp_size: int | None = None,
         vpp_size: int | None = None,
-        device_type: str = "auto",
+        device_type: str | None = "auto",
         sequence_parallel: bool = False,
     ) -> DeviceMesh:
         """Builds a mesh from the sizes of its dimensions.
@@ -116,9 +158,9 @@ class DeviceMesh:
         training = zip(TRAINING_SIZES, (ulysses_size, ep_size, etp_size, ep_fsdp_size, vpp_size), strict=True)
         return cls(
             sizes=sizes,
-            device_type=_device_type("device_mesh", device_type),
+            device_type=device_type,
             sequence_parallel=sequence_parallel,
-            **{name: _size(name, size) for name, size in training if size is not None},
+            **{name: _size(name, size) for name, size in training if size is not None},  # type: ignore[arg-type]
         )
 
     @property
@@ -156,6 +198,83 @@ class DeviceMesh:
         return self.size("pp")
 
     @property
+    def data_world_size(self) -> int:
+        """Number of data-parallel ranks, FSDP shards among them: parts into which data is divided.
+
+        Raises:
+            MeshError: they cannot be divided by ulysses_size.
+        """
+        ranks, rest = divmod(self.dp_size * self.size("fsdp"), self.ulysses_size)
+        if rest:
+            raise MeshError(
+                f"device_mesh.ulysses_size={self.ulysses_size} does not divide dp_size={self.dp_size} x "
+                f"fsdp_size={self.size('fsdp')}."
+            )
+        return ranks
+
+    @property
+    def data_rank(self) -> int:
+        """Data-parallel rank of this process; 0 if it is not in the mesh."""
+        return self.get_data_rank_from_global_rank(Platform.get_rank())
+
+    def get_data_rank_from_global_rank(self, global_rank: int) -> int:
+        """Data-parallel rank of a process; 0 if it is not in the mesh."""
+        place = self._place(global_rank)
+        return (place.get("dp", 0) * self.size("fsdp") + place.get("fsdp", 0)) // self.ulysses_size
+
+    def get_slice(self, total_length: int, rank: int | None = None) -> slice:
+        """Part of `total_length` items of a data-parallel rank, by default this process's."""
+        rank = self.data_rank if rank is None else rank
+        items, rest = divmod(total_length, self.data_world_size)
+        return slice(rank * items + min(rank, rest), (rank + 1) * items + min(rank + 1, rest))
+
+    def has_dim(self, dim_name: str) -> bool:
+        """Whether the mesh names a dimension."""
+        return dim_name in self.mesh_dim_names
+
+    def get_dim_size(self, dim_name: str) -> int:
+        """Size of a dimension.
+
+        Raises:
+            MeshError: the mesh does not name it.
+        """
+        if not self.has_dim(dim_name):
+            raise MeshError(f"device_mesh has no dimension {dim_name!r}. It has: {', '.join(self.mesh_dim_names)}.")
+        return self.size(dim_name)
+
+    def _place(self, rank: int) -> dict[str, int]:
+        """Returns the index of a rank in each dimension; {} if it is not in the mesh."""
+        if not 0 <= rank < self.world_size:
+            return {}
+        return dict(zip(self.mesh_dim_names, map(int, np.unravel_index(rank, self.mesh.shape)), strict=True))
+
+    def _own(self, dim: str) -> int | None:
+        return self._place(Platform.get_rank()).get(dim)
+
+    def _named(self, dim: str) -> int:
+        return self.size(dim) if self.has_dim(dim) else 0
+
+    # Of this process, None if it is not in the mesh or the mesh does not name the dimension; and sizes of dimensions, 0
+    # for one that the mesh does not name. Names and values are Twinkle's.
+    dp_rank = property(lambda self: self._own("dp"), doc="Data-parallel rank of this process.")
+    fsdp_rank = property(lambda self: self._own("fsdp"), doc="FSDP rank of this process.")
+    tp_rank = property(lambda self: self._own("tp"), doc="Tensor-parallel rank of this process.")
+    pp_rank = property(lambda self: self._own("pp"), doc="Pipeline stage of this process.")
+    ep_rank = property(lambda self: self._own("ep"), doc="None: experts are no dimension of a mesh here.")
+    cp_rank = property(lambda self: self._own("cp"), doc="Context-parallel rank of this process.")
+    dp_world_size = property(lambda self: self._named("dp"), doc="Data-parallel replicas.")
+    fsdp_world_size = property(lambda self: self._named("fsdp"), doc="FSDP shards.")
+    tp_world_size = property(lambda self: self._named("tp"), doc="Tensor-parallel devices.")
+    pp_world_size = property(lambda self: self._named("pp"), doc="Pipeline stages.")
+    ep_world_size = property(lambda self: self._named("ep"), doc="0: experts are no dimension of a mesh here.")
+    cp_world_size = property(lambda self: self._named("cp"), doc="Context-parallel devices.")
+
+    @property
+    def etp_world_size(self) -> int:
+        """Tensor-parallel devices of experts."""
+        return self.etp_size
+
+    @property
     def devices_per_replica(self) -> int:
         """Number of devices of one data-parallel replica."""
         return self.tp_size * self.pp_size
@@ -179,6 +298,20 @@ class DeviceMesh:
         if self.sequence_parallel:
             raise MeshError("device_mesh.sequence_parallel=true is for training. Leave it out.")
         return self
+
+
+def _sizes_of(mesh: object, names: Sequence[str] | None) -> tuple[tuple[str, int], ...]:
+    """Returns the named dimensions of an array of ranks."""
+    ranks = np.asarray(mesh)
+    names = tuple(names or ())
+    if list(names) != [name for name in DIMENSIONS if name in names] or len(names) != ranks.ndim:
+        raise MeshError(
+            f"device_mesh has the dimensions {', '.join(names) or 'none'} for an array of {ranks.ndim} axes. Name each "
+            f"axis: {', '.join(DIMENSIONS)}, in this order."
+        )
+    if not np.array_equal(ranks.ravel(), np.arange(ranks.size)):
+        raise MeshError(f"device_mesh must have the ranks 0, 1, … in order, got {ranks.ravel().tolist()}.")
+    return tuple(zip(names, ranks.shape, strict=True))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ ARCHITECTURES = "tests/conformance/test_architectures.py"
 SAMPLERS = (
     "tests/conformance/test_conversations.py",
     "tests/conformance/test_samplers.py",
+    "tests/conformance/test_twinkle_calls.py",
     "tests/conformance/test_upstream_defects.py",
     "tests/conformance/test_weight_updates.py",
 )
@@ -75,6 +76,7 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("scripts/*", frozenset()),
     (".ci/*", frozenset()),
     ("twinkle_serve/as_twinkle*", frozenset({SPECIFICATION})),
+    ("twinkle_serve/upstream/*", frozenset({SPECIFICATION})),
     ("twinkle_serve/hub*", frozenset({SCRIPTS})),
     ("twinkle_serve/remote/*", frozenset({APPLICATIONS, IN_GROUP, SPECIFICATION})),
     ("twinkle_serve/template/*", frozenset({CLIENT, *SAMPLERS})),

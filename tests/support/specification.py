@@ -27,7 +27,11 @@ SUBSTITUTES = {
 }
 """Literal in the specification, literal in the test."""
 
-SMALL: dict[str, Any] = {"engine_args": ENGINE_ARGS["vllm"], "failover": "resume"}
+# The tests that share this sampler compare logprobs with the model's own, and Twinkle's default is another one.
+SMALL: dict[str, Any] = {
+    "engine_args": {**ENGINE_ARGS["vllm"], "logprobs_mode": "raw_logprobs"},
+    "failover": "resume",
+}
 
 INTERFACE = """
 class Sampler(ABC):
@@ -124,10 +128,12 @@ TRAJECTORIES = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a i
 
 @contextlib.contextmanager
 def as_twinkle() -> Iterator[None]:
-    """The name `twinkle` in this process."""
+    """The name `twinkle`, and its defaults, in this process."""
     import twinkle_serve.as_twinkle  # noqa: F401
+    from twinkle_serve import conventions
 
     yield
+    conventions.follow_twinkle(False)
     for name in [name for name in sys.modules if name.split(".")[0] == "twinkle"]:
         del sys.modules[name]
     del sys.modules["twinkle_serve.as_twinkle"]

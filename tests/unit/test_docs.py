@@ -15,7 +15,7 @@ import pytest
 import twinkle_serve
 from graphs.config_file import check_config_file
 from tests.support.docs import IN_PROCESS, PAGES, ROOT, Block, blocks_of, prose_of
-from twinkle_serve import errors, remote, sampler
+from twinkle_serve import conventions, errors, remote, sampler
 from twinkle_serve.data_format import tool_calls
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -101,6 +101,7 @@ def test_example_runs(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
             if name.split(".")[0] == "twinkle" or name == "twinkle_serve.as_twinkle":
                 del sys.modules[name]
         sys.meta_path[:] = finders
+        conventions.follow_twinkle(False)
 
 
 @pytest.mark.parametrize("block", of_language("yaml"))

@@ -187,3 +187,51 @@ def test_import_loads_neither_ray_nor_torch() -> None:
     code = "import sys, twinkle_serve.remote as r; r.initialize('local'); print({'ray', 'torch'} & set(sys.modules))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert answer.stdout.strip() == "set()"
+
+
+@remote_class()
+class Failing:
+    """Fails, also by way of another remote function."""
+
+    @remote_function()
+    def fail(self, text: str) -> None:
+        raise ValueError(text)
+
+    @remote_function()
+    def outer(self, text: str) -> None:
+        self.fail(text)
+
+
+def test_notifier_is_told_of_exceptions_of_remote_functions() -> None:
+    """Once each, with the run's name, the function and the traceback; the exception is raised all the same."""
+    told: list[str] = []
+    initialize("local", name="run-7", notifier=told.append)
+    for call in (Failing().fail, Failing().outer):
+        with pytest.raises(ValueError, match="no such thing"):
+            call("no such thing")
+    assert len(told) == 2
+    assert told[0].startswith("Failing.fail of run 'run-7' failed: ValueError: no such thing")
+    assert "Traceback" in told[0] and "test_remote_class_local.py" in told[0]
+    shutdown()
+    with pytest.raises(ValueError, match="again"):
+        Failing().fail("again")
+    assert len(told) == 2, "of the run that is over"
+
+
+def test_failing_notifier_is_logged_and_replaces_no_exception(caplog: pytest.LogCaptureFixture) -> None:
+    """The run's own exception is the one that counts."""
+
+    def broken(text: str) -> None:
+        raise OSError("no network")
+
+    initialize("local", notifier=broken)
+    with pytest.raises(ValueError, match="mine"):
+        Failing().fail("mine")
+    assert "no network" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", [{"name": 3}, {"notifier": "url"}])
+def test_initialize_refuses_what_it_cannot_call(wrong: dict[str, Any]) -> None:
+    """Both are named."""
+    with pytest.raises(ConfigError, match="name must be a string and notifier a function"):
+        initialize("local", **wrong)

@@ -134,6 +134,30 @@ def test_last_pp_collects_the_last_stage() -> None:
     assert {call.worker: call.order for call in planned.calls} == {0: None, 1: None, 2: 0, 3: 1}
 
 
+def test_last_pp_first_returns_the_first_answer_of_the_last_stage() -> None:
+    """One answer, also where the batch is empty."""
+    layout = Layout.of(DeviceMesh.from_sizes(pp_size=2, dp_size=2))
+    modes = Modes("slice_dp", collect="last_pp_first")
+    planned = plan(modes, layout, ([1, 2],), {})
+    assert {call.worker: call.order for call in planned.calls} == {0: None, 1: None, 2: 0, 3: 1}
+    assert collect("last_pp_first", ["two", "three"], single=False, mesh=layout.mesh) == "two"
+    assert [call.worker for call in plan(modes, layout, ([],), {}).calls if call.order is not None] == [2]
+    everyone = Modes("all", collect="last_pp_first")
+    assert {call.worker: call.order for call in plan(everyone, layout, (), {}).calls}[2] == 0
+
+
+def test_avg_is_mean() -> None:
+    """Upstream's two names for one mode."""
+    for answers in ([1.0, 2.0], [{"a": 1, "b": 3}, {"a": 2, "b": 4}], [np.array([1.0]), np.array([3.0])]):
+        results = [collect(method, answers, single=False, mesh=DP2_TP2.mesh) for method in ("avg", "mean")]
+        assert results[0] == results[1]
+    assert run(Modes("slice", collect="avg"), FOUR, square_sum, [1, 2, 3, 4]) == 7.5
+
+
+def square_sum(batch: list[int]) -> float:
+    return float(sum(item * item for item in batch))
+
+
 def test_dispatch_function_gives_each_worker_its_arguments() -> None:
     """As documented: length, i, args, kwargs, device_mesh; all answers are collected."""
 
@@ -179,7 +203,10 @@ def test_layout_of_workers_with_several_gpus() -> None:
     ("wrong", "message"),
     [
         ({"dispatch": "slicedp"}, "unknown dispatch 'slicedp', did you mean 'slice_dp'.* Known: all, slice, slice_dp"),
-        ({"collect": "avg"}, "unknown collect 'avg'.*Known: first, flatten, last_pp, mean, none, sum"),
+        (
+            {"collect": "median"},
+            "unknown collect 'median'.*Known: avg, first, flatten, last_pp, last_pp_first, mean, none, sum",
+        ),
         ({"execute": "last"}, "unknown execute 'last'.*Known: all, first, peer"),
         ({"collect": len}, "collect is called with \\(all_results, device_mesh\\)"),
         ({"dispatch": lambda x: x}, "dispatch is called with \\(length, i, args"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from twinkle_serve import SamplingParams
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.errors import SamplingParamsError
 
 
@@ -106,6 +107,9 @@ def test_params_tell_stop_strings_from_token_ids() -> None:
     assert SamplingParams(stop=["ab", "c"]).stop_strings == ("ab", "c")
     assert SamplingParams(stop=[5, 6]).stop_token_ids == (5, 6)
     assert SamplingParams(stop=[5, 6]).stop_strings == ()
+    assert SamplingParams().stop is None and SamplingParams(stop=["ab"]).stop == ["ab"], "as they were given"
+    assert DecodingParams.of(SamplingParams(stop=["ab"])).stop == ("ab",)
+    assert DecodingParams.of(SamplingParams()).stop == ()
 
 
 def test_params_do_not_share_the_callers_list() -> None:

@@ -2,13 +2,18 @@
 
 from twinkle_serve.data_format.numpy1 import read_arrays_of_numpy2
 from twinkle_serve.data_format.prompts import Input, InputFeature, Message, Trajectory
-from twinkle_serve.data_format.response import SampledSequence, SampleResponse
+from twinkle_serve.data_format.response import SampleResponse
 from twinkle_serve.data_format.samples import PromptScores, SampleColumns
 from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.sequence import SampledSequence
+from twinkle_serve.data_format.tool_types import FunctionCall, FunctionSpec, Tool, ToolCall
+from twinkle_serve.data_format.user_data import pack_value, user_data_get
 
 read_arrays_of_numpy2()
 
 __all__ = [
+    "FunctionCall",
+    "FunctionSpec",
     "Input",
     "InputFeature",
     "Message",
@@ -17,5 +22,9 @@ __all__ = [
     "SampleResponse",
     "SampledSequence",
     "SamplingParams",
+    "Tool",
+    "ToolCall",
     "Trajectory",
+    "pack_value",
+    "user_data_get",
 ]

@@ -48,6 +48,8 @@ class Group:
     """Number of earlier attempts."""
     urgent: bool = False
     """Whether its call returns before all prompts are complete (`min_groups`), so that each finished one counts."""
+    skip_special_tokens: bool = False
+    """Whether special tokens are left out of its text, if it is streamed."""
 
     @property
     def key(self) -> GroupKey:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import cast, overload
+from typing import Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from twinkle_serve.conventions import follows_twinkle
 from twinkle_serve.data_format.columns import OWN_COLUMNS, grown_columns
 from twinkle_serve.data_format.messages import (
     ChatMessage,
@@ -31,14 +32,21 @@ from twinkle_serve.data_format.samples import (
     SampleColumns,
     StopReason,
 )
+from twinkle_serve.data_format.sequence import SampledSequence, columns_of, same
 from twinkle_serve.data_format.tool_calls import Tools
 from twinkle_serve.data_format.weights import VersionSpan
+
+__all__ = ["IGNORED_LABEL", "SampleResponse", "SampledSequence"]
 
 IGNORED_LABEL = -100
 """Label of a position without a loss, as in torch's cross entropy."""
 
 
-@dataclass(frozen=True, eq=False)
+def _computed_columns(response: SampleResponse) -> SampleColumns:
+    return columns_of(response.sequences)
+
+
+@dataclass(init=False, eq=False, repr=False)
 class SampleResponse(Sequence["SampleResponse"]):
     """Samples of one or more prompts.
 
@@ -46,39 +54,100 @@ class SampleResponse(Sequence["SampleResponse"]):
     `len(response)` is the number of prompts, and `response[i]` is the response to prompt i alone.
     """
 
-    columns: SampleColumns
-    """The samples as numpy columns. Column `group` is the index into `prompts`; rows are sorted by (group, sample)."""
     prompts: list[NDArray[np.int32]]
     """Token ids of each prompt, shape [P_i]."""
     inputs: list[InputDict]
     """The input of each prompt, as it was when the call was sent; empty after a call with return_inputs=False."""
     logprobs_mode: str
     """Distribution of the logprobs. `raw_logprobs`: the model's own, before temperature, penalties, top-k and top-p.
-    `processed_logprobs`: the one that was sampled from."""
-    parser: MessageParser = field(default_factory=MessageParser)
+    `processed_logprobs`: the one that was sampled from. "" in a response made by hand."""
+    parser: MessageParser
     """Parses a sample's text into the assistant's message."""
-    turns: tuple[Turn, ...] = ()
+    turns: tuple[Turn, ...]
     """The beginning of the sampled turn in each prompt; empty if no prompt has any."""
-    prompt_indices: tuple[int, ...] = field(default=())
+    prompt_indices: tuple[int, ...]
     """Index in the call of each prompt here; differs from 0, 1, … in parts of a response."""
+    columns: SampleColumns = cast(Any, cached_property(_computed_columns))  # noqa: RUF009  computed if made by hand
+    """The samples as numpy columns. Column `group` is the index into `prompts`; rows are sorted by (group, sample)."""
+
+    def __init__(
+        self,
+        sequences: Sequence[SampledSequence] | None = None,
+        prompt_token_ids: list[int] | None = None,
+        prompt_logprobs: list[float | None] | None = None,
+        topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None,
+        *,
+        columns: SampleColumns | None = None,
+        prompts: list[NDArray[np.int32]] | None = None,
+        inputs: list[InputDict] | None = None,
+        logprobs_mode: str = "",
+        parser: MessageParser | None = None,
+        turns: tuple[Turn, ...] = (),
+        prompt_indices: tuple[int, ...] = (),
+    ) -> None:
+        """Makes the response to one prompt by hand, for a sampler of your own; or from columns, as the router does.
+
+        Args:
+            sequences: samples of one prompt, kept as they are.
+            prompt_token_ids: token ids of that prompt.
+            prompt_logprobs: log p of each of its tokens, nats, None at position 0.
+            topk_prompt_logprobs: the likeliest (token id, log p) at each of its positions, None at position 0.
+            columns: the samples as columns, instead of these four. The other arguments come with it.
+        """
+        if (sequences is None) == (columns is None):
+            raise TypeError("SampleResponse takes either sequences or columns.")
+        self.prompts = prompts or []
+        self.inputs = inputs or []
+        self.logprobs_mode = logprobs_mode
+        self.parser = MessageParser() if parser is None else parser
+        self.turns = turns
+        self.prompt_indices = prompt_indices
+        self._by_hand = columns is None
+        if columns is not None:
+            self.columns = columns
+            return
+        self.prompts, self.prompt_indices = [np.asarray(prompt_token_ids or [], np.int32)], (0,)
+        vars(self).update(  # these stand for the cached properties
+            sequences=sequences,
+            prompt_token_ids=prompt_token_ids,
+            prompt_logprobs=prompt_logprobs,
+            topk_prompt_logprobs=topk_prompt_logprobs,
+        )
 
     def __getstate__(self) -> dict[str, object]:
         """Packs prompts into one array, since each array costs Ray a few microseconds; leaves out cached properties."""
-        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self._by_hand:
+            return dict(vars(self))
+        state = {field.name: getattr(self, field.name) for field in fields(self)} | {"_by_hand": False}
         lengths = [len(prompt) for prompt in self.prompts]
         return state | {"prompts": (np.concatenate([*self.prompts, np.empty(0, np.int32)]), lengths)}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        ids, lengths = cast("tuple[NDArray[np.int32], list[int]]", state["prompts"])
-        ends = np.cumsum(lengths).tolist()
-        prompts = [ids[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-        self.__dict__.update(state, prompts=prompts)
+        vars(self).update(state)
+        if not self._by_hand:
+            ids, lengths = cast("tuple[NDArray[np.int32], list[int]]", state["prompts"])
+            ends = np.cumsum(lengths).tolist()
+            self.prompts = [ids[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+    def __eq__(self, other: object) -> bool:
+        """Compares samples, and each prompt's tokens and logprobs."""
+        if not isinstance(other, SampleResponse):
+            return NotImplemented
+        if len(self) != 1 or len(other) != 1:
+            return len(self) == len(other) and all(map(SampleResponse.__eq__, self, other))
+        names = ("prompt_token_ids", "prompt_logprobs", "topk_prompt_logprobs")
+        return list(self.sequences) == list(other.sequences) and all(
+            same(getattr(self, name), getattr(other, name)) for name in names
+        )
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.sequences))
 
     @cached_property
-    def sequences(self) -> list[SampledSequence]:
+    def sequences(self) -> Sequence[SampledSequence]:
         """All samples, prompt-major."""
         starts = self.columns.starts
-        return [SampledSequence(self, row, int(starts[row])) for row in range(len(self.columns))]
+        return [_Row(self, row, int(starts[row])) for row in range(len(self.columns))]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -121,7 +190,7 @@ class SampleResponse(Sequence["SampleResponse"]):
         """
         return self.prompt_indices[self._only("prompt_index")]
 
-    @property
+    @cached_property
     def prompt_token_ids(self) -> list[int]:
         """Token ids of this response's only prompt. P of them.
 
@@ -130,7 +199,7 @@ class SampleResponse(Sequence["SampleResponse"]):
         """
         return cast(list[int], self.prompts[self._only("prompt_token_ids")].tolist())
 
-    @property
+    @cached_property
     def prompt_logprobs(self) -> list[float | None] | None:
         """Log p of each prompt token, nats, None at position 0; None if not requested. P of them.
 
@@ -140,7 +209,7 @@ class SampleResponse(Sequence["SampleResponse"]):
         scores = self._scores("prompt_logprobs")
         return None if scores is None else [None, *scores.logprobs[1:].tolist()]
 
-    @property
+    @cached_property
     def topk_prompt_logprobs(self) -> list[list[tuple[int, float]] | None] | None:
         """The k likeliest (token id, log p) at each prompt position, None at position 0. P lists of k, nats.
 
@@ -166,19 +235,21 @@ class SampleResponse(Sequence["SampleResponse"]):
         return 0
 
     def __repr__(self) -> str:
-        return f"SampleResponse({len(self)} prompts, {len(self.columns)} sequences, {len(self.columns.tokens)} tokens)"
+        tokens = sum(len(sequence.token_array) for sequence in self.sequences)
+        return f"SampleResponse({len(self)} prompts, {len(self.sequences)} sequences, {tokens} tokens)"
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class SampledSequence:
-    """One sample: a view of one row of a SampleResponse."""
+class _Row(SampledSequence):
+    """One sample of a call: a row of its response's columns."""
 
-    response: SampleResponse
-    """The response that the sample is part of."""
-    row: int
-    """Index of the sample in the response's columns."""
-    start: int
-    """Index of its first token in the column `tokens`."""
+    def __init__(self, response: SampleResponse, row: int, start: int) -> None:
+        self.response, self.row, self.start = response, row, start
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leaves out cached properties."""
+        return {"response": self.response, "row": self.row, "start": self.start}
+
+    routed_experts = None
 
     @property
     def _tokens_at(self) -> slice:
@@ -186,78 +257,65 @@ class SampledSequence:
 
     @property
     def token_array(self) -> NDArray[np.int32]:
-        """Sampled token ids, prompt excluded. Shape [T], int32."""
         return self.response.columns.tokens[self._tokens_at]
 
     @property
     def logprob_array(self) -> FloatArray | None:
-        """Log p of each sampled token, nats, under `SampleResponse.logprobs_mode`. Shape [T]; None if not requested."""
         logprobs = self.response.columns.logprobs
         return None if logprobs is None else logprobs[self._tokens_at, 0]
 
     @cached_property
     def tokens(self) -> list[int]:
-        """Sampled token ids, prompt excluded. T of them."""
         return cast(list[int], self.token_array.tolist())
 
     @cached_property
     def logprobs(self) -> list[list[tuple[int, float]]] | None:
-        """(token id, log p) at each position, nats: the sampled token, then the others of the k likeliest, best first.
-
-        T lists of up to 1 + k. `[lp[0][1] for lp in seq.logprobs]` are the logprobs of the sampled tokens. None if not
-        requested.
-        """
         columns = self.response.columns
         if columns.logprobs is None:
             return None
         values = columns.logprobs[self._tokens_at].tolist()
-        if columns.logprob_tokens is None:
+        if columns.logprob_tokens is None or (columns.logprobs_width == 2 and follows_twinkle()):
             return [[(token, row[0])] for token, row in zip(self.tokens, values, strict=True)]
         ids = columns.logprob_tokens[self._tokens_at].tolist()
+        if follows_twinkle():
+            return [list(zip(tokens[1:], row[1:], strict=True)) for tokens, row in zip(ids, values, strict=True)]
         # The sampled token is often among the k likeliest: dict keeps its first place.
         return [list(dict(zip(tokens, row, strict=True)).items()) for tokens, row in zip(ids, values, strict=True)]
 
-    @property
+    @cached_property
     def decoded(self) -> str:
-        """Text of the tokens, special tokens kept, cut off before a stop string."""
         return self.response.columns.decoded[self.row]
 
-    @property
+    @cached_property
     def stop_reason(self) -> StopReason:
-        """Why the sample ended. length: max_tokens or the end of the context. stop: an end-of-sequence token, a stop
-        string or a stop token id. abort: a weight update or a pause ended it early."""
         return STOP_REASONS[int(self.response.columns.stop_reason[self.row])]
 
-    @property
+    @cached_property
     def seed(self) -> int | None:
-        """Seed of this sample's own random stream; None if the request had none."""
         seed = int(self.response.columns.seed[self.row])
         return None if seed == NO_SEED else seed
 
-    @property
+    @cached_property
     def engine(self) -> str:
-        """Name of the engine that sampled it."""
         return self.response.columns.engine[self.row]
 
-    @property
+    @cached_property
     def adapter(self) -> str:
-        """`name@version` of the adapter that sampled it; "" for the base model."""
         return self.response.columns.adapter[self.row]
 
-    @property
+    @cached_property
     def weight_versions(self) -> list[VersionSpan]:
-        """Versions of the model's own weights that sampled it, with their spans of tokens, which cover all of them.
-
-        More than one if weights were updated while it ran. A sample of an adapter has these in addition to `adapter`.
-        """
         spans = self.response.columns.weight_versions[self.row]
         ends = [start for _, start in spans[1:]] + [int(self.response.columns.lengths[self.row])]
         return [VersionSpan(label, start, end) for (label, start), end in zip(spans, ends, strict=True)]
 
-    @property
+    @cached_property
     def prompt_index(self) -> int:
-        """Index in the call of the prompt that it continues."""
         return self.response.prompt_indices[int(self.response.columns.group[self.row])]
+
+    @property
+    def _feature(self) -> InputFeature | None:
+        return self.new_input_feature if self.response.inputs else None
 
     @cached_property
     def new_input_feature(self) -> InputFeature:
@@ -313,6 +371,3 @@ class SampledSequence:
         if turn.written is not None:  # other keys of a message that the caller began
             message = {key: messages[-1][key] for key in messages[-1] if key not in ("content", "tool_calls")} | message
         return [*before, message], start
-
-    def __repr__(self) -> str:
-        return f"SampledSequence({self.decoded!r}, {len(self.token_array)} tokens, {self.stop_reason})"

@@ -31,6 +31,13 @@ class StreamOptions(TypedDict, total=False):
     """Whether the sample continues the assistant's message that ends the conversation; None: as the template says."""
 
 
+class TextOptions(StreamOptions, total=False):
+    """Keywords of `sample_stream` that no other call has."""
+
+    skip_special_tokens: bool
+    """Leave special tokens, such as the end of the turn, out of the text."""
+
+
 class SampleOptions(StreamOptions, total=False):
     """Keywords of `sample`, `sample_async`, `sample_iter` and `sample_iter_async`."""
 
@@ -46,7 +53,7 @@ class SampleOptions(StreamOptions, total=False):
     None: wait for all."""
 
 
-class HandleOptions(SampleOptions, total=False):
+class HandleOptions(SampleOptions, TextOptions, total=False):
     """Keywords of the router's methods, by handle: the other fields of `SampleRequest`."""
 
     template: TemplateChoice
@@ -78,6 +85,8 @@ class SampleRequest:
     timeout_s: float | None = None
     sample_timeout_s: float | None = None
     min_groups: int | None = None
+    skip_special_tokens: bool = False
+    """As a keyword of `sample_stream`."""
     request_id: str = ""
     """Id by which the caller cancels the call. It replaces a running call with the same id."""
     caller: str = ""
@@ -117,13 +126,15 @@ class SampleRequest:
         return len(as_list(self.inputs) or ())
 
     def check_limits(self, prompts: int) -> None:
-        """Validates sample_timeout_s, and min_groups against the number of prompts.
+        """Validates sample_timeout_s, skip_special_tokens, and min_groups against the number of prompts.
 
         Raises:
             RequestError: an invalid limit.
         """
         if self.sample_timeout_s is not None:
             seconds("sample_timeout_s", self.sample_timeout_s)
+        if not isinstance(self.skip_special_tokens, bool):
+            raise RequestError(f"skip_special_tokens must be true or false, got {self.skip_special_tokens!r}.")
         groups = self.min_groups
         if groups is not None and (
             isinstance(groups, bool) or not isinstance(groups, int) or not 1 <= groups <= prompts

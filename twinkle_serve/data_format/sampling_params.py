@@ -136,7 +136,8 @@ class SamplingParams(_DerivedParams):
             )
         if self.seed is not None:
             self._put("seed", _whole("seed", self.seed, 0, 2**62 - 1))
-        self._put("stop", _stop(self.stop))
+        stops = _stop(self.stop)  # of the caller's type, but not the caller's own list
+        self._put("stop", None if self.stop is None else list(stops) if isinstance(self.stop, list) else stops)
         if not isinstance(self.ignore_eos, bool):
             raise SamplingParamsError(f"ignore_eos must be true or false, got {self.ignore_eos!r}.")
         for name in ("logprobs", "prompt_logprobs"):
@@ -226,4 +227,5 @@ class DecodingParams(_DerivedParams):
 
     @classmethod
     def of(cls, params: SamplingParams) -> DecodingParams:
-        return cls(**{field.name: getattr(params, field.name) for field in fields(cls)})
+        shared = {field.name: getattr(params, field.name) for field in fields(cls)}
+        return cls(**shared | {"stop": _stop(params.stop)})

@@ -32,6 +32,8 @@ class SamplerStatus(TypedDict):
     """Engines, adapters and queues of a sampler."""
 
     model_id: str
+    template: dict[str, object]
+    """`template` of the config."""
     request_timeout_s: float
     """Deadline of calls that name none, in seconds."""
     engines: dict[str, EngineStatus]

@@ -211,8 +211,8 @@ class FakeEngine:
             decode=self.decode,
         )
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
 
     async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
         adapter = describe_adapter(files)

@@ -81,8 +81,8 @@ class Engine(Protocol):
         """
         ...
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Decodes tokens to text, special tokens included."""
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Decodes tokens to text."""
         ...
 
     async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:

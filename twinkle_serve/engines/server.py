@@ -9,6 +9,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +146,8 @@ class EngineServer(EngineClient):
 
     async def stream(self, session: Session, group: Group) -> AsyncGenerator[TextDelta, None]:
         lease = self._lease_of(session)
-        text = TextStream(self._engine.decode, group.params.stop_strings)
+        decode = partial(self._engine.decode, skip_special_tokens=group.skip_special_tokens)
+        text = TextStream(decode, group.params.stop_strings)
         abandoned = asyncio.Event()
         async with contextlib.AsyncExitStack() as stack:
             lease.streams.add(abandoned)

@@ -35,9 +35,9 @@ def collect(method: Collect, answers: Sequence[Value], *, single: bool, mesh: De
         return answers[0] if single and answers else list(answers)
     if not answers:
         return []
-    if method == "first" or len(answers) == 1:
+    if method in ("first", "last_pp_first") or len(answers) == 1:
         return answers[0]
-    return _join(method, answers)
+    return _join("mean" if method == "avg" else method, answers)
 
 
 def _join(method: str, answers: Sequence[Value]) -> Value:

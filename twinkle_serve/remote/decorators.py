@@ -23,6 +23,7 @@ from twinkle_serve.errors import ConfigError, unknown_name
 from twinkle_serve.remote.constructor import Arguments, give_mesh, take_mesh, without_group
 from twinkle_serve.remote.dispatch import EXECUTES, Collect, Dispatch, Modes
 from twinkle_serve.remote.lazy import Args, Kwargs, LazyResult, Value, resolved
+from twinkle_serve.remote.notify import notifying
 from twinkle_serve.remote.session import current_group, session
 
 Class = TypeVar("Class", bound=type)
@@ -59,8 +60,9 @@ def remote_function(
             several workers, its share of them.
         collect: how the answers are joined. `none`: a list of the answers; if only one worker answers, for any batch,
             its answer. `flatten`: concatenated to the result of a single worker. `mean`, `sum`: of numbers and arrays,
-            elementwise, with equal weights. `first`: the first answer. `last_pp`: as `none`, of the last pipeline
-            stage. A function is called as (all_results, device_mesh). Workers of one data-parallel rank answer once.
+            elementwise, with equal weights. `avg`: as `mean`. `first`: the first answer. `last_pp`: as `none`, of the
+            last pipeline stage. `last_pp_first`: its first answer. A function is called as (all_results, device_mesh).
+            Workers of one data-parallel rank answer once.
         sync: whether the method is collective: every worker is called, those without a share with an empty batch.
             Otherwise a worker without a share is not called.
         lazy_collect: whether to return a LazyResult. None: as passed to `initialize`.
@@ -80,7 +82,8 @@ def remote_function(
         @functools.wraps(function)
         def call(self: object, *args: Value, **kwargs: Value) -> Value:
             args, kwargs = resolved(args, kwargs)
-            result = function(self, *args, **kwargs)
+            with notifying(f"{type(self).__name__}.{function.__name__}"):
+                result = function(self, *args, **kwargs)
             lazy = session.lazy_collect if lazy_collect is None else lazy_collect
             return LazyResult.of(result) if lazy and not function.__name__.startswith("__") else result
 

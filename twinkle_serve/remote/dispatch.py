@@ -20,7 +20,9 @@ Collect: TypeAlias = str | Callable[..., object]
 
 DISPATCHES = ("all", "slice", "slice_dp")
 EXECUTES = ("all", "first", "peer")
-COLLECTS = ("first", "flatten", "last_pp", "mean", "none", "sum")
+COLLECTS = ("avg", "first", "flatten", "last_pp", "last_pp_first", "mean", "none", "sum")
+ONE_ANSWER = ("avg", "first", "last_pp_first", "mean", "sum")
+"""Those whose result needs an answer, also of an empty batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +209,7 @@ def plan(
         share_of = {worker: places[layout.data_ranks[worker]] for worker in workers}
     shares = split(length, max(share_of.values()) + 1)
     called = [worker for worker in workers if modes.sync or shares[share_of[worker]].start < length]
-    if not called and (single or modes.collect in ("first", "mean", "sum")):
+    if not called and (single or modes.collect in ONE_ANSWER):
         called = [worker for worker in workers if share_of[worker] == 0]
     answering = [w for w in speakers if w in called and (length == 0 or shares[share_of[w]].start < length)]
     order = {worker: place for place, worker in enumerate(answering)}
@@ -220,7 +222,7 @@ def plan(
 
 
 def _last_stage(modes: Modes, layout: Layout, workers: list[int]) -> list[int]:
-    if modes.collect != "last_pp":
+    if modes.collect not in ("last_pp", "last_pp_first"):
         return workers
     last = max(layout.pp_ranks[worker] for worker in workers)
     return [worker for worker in workers if layout.pp_ranks[worker] == last]

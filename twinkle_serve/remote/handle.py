@@ -20,6 +20,7 @@ from twinkle_serve.remote.collect import collect
 from twinkle_serve.remote.constructor import give_mesh, signature_of, take_mesh, without_group
 from twinkle_serve.remote.dispatch import Call, Collect, Layout, Plan, executing, peers, plan
 from twinkle_serve.remote.lazy import Args, Kwargs, LazyResult, Value, is_lazy
+from twinkle_serve.remote.notify import notifying
 from twinkle_serve.remote.reservation import group_devices
 from twinkle_serve.remote.session import session
 from twinkle_serve.remote.worker import Reply, Worker
@@ -85,7 +86,8 @@ class Handle:
                 for call in planned.calls
             ]
         names = [self._names[call.worker] for call in planned.calls]
-        answers = _Answers(refs, names, remote.modes.collect, self._layout.mesh, planned.single)
+        function = f"{self._kind.__name__}.{name}"
+        answers = _Answers(refs, names, remote.modes.collect, self._layout.mesh, planned.single, function)
         lazy = remote.lazy_collect if remote.lazy_collect is not None else session.lazy_collect
         if remote.modes.sync:
             value = answers()
@@ -101,15 +103,26 @@ class _Answers:
     """Pending answers; calling it waits for them and collects them."""
 
     def __init__(
-        self, refs: Sequence[ray.ObjectRef], names: Sequence[str], method: Collect, mesh: DeviceMesh, single: bool
+        self,
+        refs: Sequence[ray.ObjectRef],
+        names: Sequence[str],
+        method: Collect,
+        mesh: DeviceMesh,
+        single: bool,
+        function: str,
     ) -> None:
         self._refs = list(refs)
         self._names = list(names)
         self._method = method
         self._mesh = mesh
         self._single = single
+        self._function = function
 
     def __call__(self) -> Value:
+        with notifying(self._function):
+            return self._collected()
+
+    def _collected(self) -> Value:
         replies = _gather(self._refs, self._names)
         single = replies[0].single if replies else self._single
         answers = {reply.order: reply.value for reply in replies if reply.order is not None}

@@ -34,6 +34,8 @@ def initialize(
     groups: Sequence[DeviceGroup] | None = None,
     global_device_mesh: DeviceMesh | None = None,
     lazy_collect: bool = False,
+    name: str | None = None,
+    notifier: Callable[[str], object] | None = None,
 ) -> None:
     """Sets how remote classes run in this process, and reserves the device groups of the run.
 
@@ -55,12 +57,17 @@ def initialize(
         groups: groups to reserve. None: reserve nothing; groups reserved by others can be used.
         global_device_mesh: mesh of remote classes that get none.
         lazy_collect: whether remote functions return a LazyResult by default.
+        name: name of the run, for the notifier.
+        notifier: called with a text for each exception of a remote function that is called from this process. Its own
+            exceptions are logged.
 
     Raises:
         MeshError: a group cannot be reserved; or mode is `local` and this process still has groups reserved.
         ConfigError: an unknown mode, or an invalid argument.
     """
     _check_arguments(mode, nproc_per_node, ncpu_proc_per_node, full_determinism, groups)
+    if not (name is None or isinstance(name, str)) or not (notifier is None or callable(notifier)):
+        raise ConfigError(f"initialize: name must be a string and notifier a function, got {name!r} and {notifier!r}.")
     if mode == "local":
         if session.owned_groups:
             raise MeshError(
@@ -75,6 +82,7 @@ def initialize(
         if groups:
             _reserve(list(groups), per_node)
     session.mode, session.mesh, session.lazy_collect, session.seed = mode, global_device_mesh, lazy_collect, seed
+    session.name, session.notifier, session.groups = name, notifier, tuple(groups or ())
     if seed is not None:
         seed_everything(seed)
 

@@ -7,12 +7,14 @@ import random
 import sys
 import uuid
 import weakref
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import numpy as np
 
-from twinkle_serve.mesh import DeviceMesh
+from twinkle_serve.mesh import DeviceGroup, DeviceMesh
 
 if TYPE_CHECKING:
     from twinkle_serve.remote.handle import Handle
@@ -36,8 +38,16 @@ class Session:
     lazy_collect: bool = False
     mesh: DeviceMesh | None = None
     """Mesh of remote classes that get none."""
+    name: str | None = None
+    """Name of the run."""
+    notifier: Callable[[str], object] | None = None
+    """Called with a text for each exception of a remote function."""
+    notified: deque[Exception] = field(default_factory=lambda: deque(maxlen=16))
+    """The last exceptions that it was called for."""
     started_cluster: bool = False
     """Whether `initialize` started the Ray cluster."""
+    groups: tuple[DeviceGroup, ...] = ()
+    """As passed to `initialize`."""
     owned_groups: set[str] = field(default_factory=set)
     """Groups that `shutdown` frees."""
     token: str = field(default_factory=lambda: uuid.uuid4().hex)

@@ -8,6 +8,7 @@ import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import ParamSpec, TypeVar
 
@@ -133,7 +134,7 @@ class Admission:
                         "Use sample_iter for more."
                     )
                 self.require_awake()
-                yield groups[0], deadline, active
+                yield replace(groups[0], skip_special_tokens=call.skip_special_tokens), deadline, active
             except TimeoutError:
                 raise DeadlineError(f"timeout_s={limit_s:g} passed in a stream. Raise it or ask for less.") from None
 

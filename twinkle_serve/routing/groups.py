@@ -37,4 +37,5 @@ class RoutedGroup(Group):
             partial=self.partial,
             attempts=self.attempts,
             urgent=self.urgent,
+            skip_special_tokens=self.skip_special_tokens,
         )

@@ -337,6 +337,7 @@ class Router(RouterAPI):
     async def status(self) -> SamplerStatus:
         return {
             "model_id": self._args.model_id,
+            "template": self._args.template.model_dump(),
             "request_timeout_s": self._args.request_timeout_s,
             "engines": self._engines.status(),
             "groups_waiting": self._scheduler.waiting,

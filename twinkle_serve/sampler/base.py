@@ -8,11 +8,13 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Unpack
+from typing import TYPE_CHECKING, TypeAlias, Unpack, cast
 
 from twinkle_serve.adapters import of_memory, pack_adapter
+from twinkle_serve.conventions import follows_twinkle
 from twinkle_serve.data_format import SampleResponse, SamplingParams
 from twinkle_serve.data_format.adapters import AdapterFiles
+from twinkle_serve.data_format.response_list import ResponseList, as_called
 from twinkle_serve.data_format.sample_request import (
     Inputs,
     SampleOptions,
@@ -20,14 +22,17 @@ from twinkle_serve.data_format.sample_request import (
     SamplingParamsLike,
     StreamOptions,
     TemplateChoice,
+    TextOptions,
     check_options,
 )
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.errors import AdapterError, RequestError, UnsupportedError
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.controls import EngineControls
+from twinkle_serve.sampler.encoding import EncodingSampler, LocalTemplate
 from twinkle_serve.sampler.rollouts import AsyncRollouts, Rollouts
 from twinkle_serve.sampler.router_client import RouterClient
+from twinkle_serve.sampler.twinkle_calls import TwinkleCalls
 from twinkle_serve.sampler.verification import Verification, verify
 from twinkle_serve.template.packing import pack_template
 from twinkle_serve.tensors import AnyTensor
@@ -42,8 +47,8 @@ Tensors: TypeAlias = Mapping[str, AnyTensor]
 """Tensors by name: torch's on any device, or numpy's."""
 
 
-class Sampler(ABC):
-    """Generates a model's output. Source of the interface: Twinkle's Sampler."""
+class Sampler(EncodingSampler, ABC):
+    """Generates a model's output. Source of the interface: Twinkle's Sampler. A subclass implements `sample`."""
 
     @abstractmethod
     def sample(
@@ -66,12 +71,8 @@ class Sampler(ABC):
         """Adds a LoRA adapter. Returns its version."""
         raise UnsupportedError(f"{type(self).__name__} has no adapters.")
 
-    def set_template(self, template_cls: Template | type[Template] | str, **kwargs: object) -> None:
-        """Sets how messages become tokens."""
-        raise UnsupportedError(f"{type(self).__name__} has no templates.")
 
-
-class RunningSampler(EngineControls, Sampler):
+class RunningSampler(EngineControls, Sampler, TwinkleCalls):
     """A sampler whose engines run, in this process or as a service.
 
     Guarantees:
@@ -86,6 +87,8 @@ class RunningSampler(EngineControls, Sampler):
         """
         super().__init__(client)
         self._template: TemplateChoice = None
+        self._local_template = LocalTemplate()
+        self._default_adapter = ""
 
     # -- sampling --------------------------------------------------------------------------------
 
@@ -130,7 +133,7 @@ class RunningSampler(EngineControls, Sampler):
             ServiceError: the service's router failed or cannot be reached.
         """
         request = self._request(inputs, sampling_params, adapter_name, adapter_path, options)
-        return self._client.loop.call(self._client.run(request))
+        return as_called(self._client.loop.call(self._client.run(request)))
 
     async def sample_async(
         self,
@@ -142,7 +145,7 @@ class RunningSampler(EngineControls, Sampler):
     ) -> SampleResponse:
         """As `sample`, for async code: an async actor, or `asyncio.run`."""
         request = self._request(inputs, sampling_params, adapter_name, adapter_path, options)
-        return await self._client.loop.call_async(self._client.run(request))
+        return as_called(await self._client.loop.call_async(self._client.run(request)))
 
     def sample_iter(
         self,
@@ -186,22 +189,24 @@ class RunningSampler(EngineControls, Sampler):
         sampling_params: SamplingParamsLike | None = None,
         adapter_name: str = "",
         adapter_path: str | None = None,
-        **options: Unpack[StreamOptions],
+        **options: Unpack[TextOptions],
     ) -> Iterator[tuple[str, StopReason | None]]:
         """Samples one prompt once and yields (delta_text, finish_reason) as the text arrives.
 
-        No delta splits a character; together they are the sample's `decoded`. finish_reason is None until the last.
+        No delta splits a character; together they are the sample's `decoded`, or what is left of it without special
+        tokens. finish_reason is None until the last.
         Closing the iterator aborts the sample.
 
         Keyword Args:
             use_base_model: as in `sample`.
             continue_final_message: as in `sample`.
             timeout_s: as in `sample`.
+            skip_special_tokens: leave special tokens, such as the end of the turn, out of the text; False by default.
 
         Raises:
             RequestError: as `sample`; or more than one prompt or sample.
         """
-        request = self._request(inputs, sampling_params, adapter_name, adapter_path, options, StreamOptions)
+        request = self._request(inputs, sampling_params, adapter_name, adapter_path, options, TextOptions)
         return self._client.loop.iterate(self._client.run_stream(request))
 
     def sample_stream_async(
@@ -210,10 +215,10 @@ class RunningSampler(EngineControls, Sampler):
         sampling_params: SamplingParamsLike | None = None,
         adapter_name: str = "",
         adapter_path: str | None = None,
-        **options: Unpack[StreamOptions],
+        **options: Unpack[TextOptions],
     ) -> AsyncIterator[tuple[str, StopReason | None]]:
         """As `sample_stream`, for async code."""
-        request = self._request(inputs, sampling_params, adapter_name, adapter_path, options, StreamOptions)
+        request = self._request(inputs, sampling_params, adapter_name, adapter_path, options, TextOptions)
         return self._client.loop.iterate_async(self._client.run_stream(request))
 
     def _request(
@@ -225,6 +230,10 @@ class RunningSampler(EngineControls, Sampler):
         options: StreamOptions,
         allowed: type[StreamOptions] = SampleOptions,
     ) -> SampleRequest:
+        if not (adapter_name or adapter_path or options.get("use_base_model")):
+            adapter_name = self._default_adapter
+        if allowed is TextOptions and follows_twinkle():
+            options = cast(StreamOptions, {"skip_special_tokens": True, **options})
         request = SampleRequest(
             inputs=inputs,
             sampling_params=copy.deepcopy(sampling_params),  # the caller may change it while the call runs
@@ -281,6 +290,8 @@ class RunningSampler(EngineControls, Sampler):
                 two versions of an adapter, or of the model's own weights, and the other sampler has one.
             AdapterError: the other sampler has no such adapter, or has dropped that version.
         """
+        if isinstance(response, ResponseList):
+            response = response.whole()
         if not isinstance(response, SampleResponse):
             raise RequestError(f"response must be a SampleResponse, got {type(response).__name__}.")
         if not isinstance(against, RunningSampler):
@@ -343,7 +354,37 @@ class RunningSampler(EngineControls, Sampler):
         """
         choice = pack_template(template_cls, kwargs)
         self._control(RouterAPI.check_template, choice)
-        self._template = choice
+        self._template, self._local_template = choice, LocalTemplate()
+
+    @property
+    def template(self) -> Template:
+        """The template of this sampler object's calls, in this process: the one that was set, or the model's own.
+
+        It is built on first use, and needs the files of the model's tokenizer here. Setting it is `set_template`.
+
+        Raises:
+            ModelNotFoundError: the model's tokenizer cannot be found or loaded here.
+        """
+        return self._local_template.get(self._template, self.status)
+
+    @template.setter
+    def template(self, template: Template) -> None:
+        self.set_template(template)
+
+    @property
+    def default_adapter(self) -> str:
+        """Name of the adapter of calls that name none; "" is the base model.
+
+        It is of this sampler object alone. `use_base_model=True` is still the base model, and each sample's `adapter`
+        says which version sampled it. A name that no adapter has fails the calls, with AdapterError.
+        """
+        return self._default_adapter
+
+    @default_adapter.setter
+    def default_adapter(self, name: str) -> None:
+        if not isinstance(name, str):
+            raise AdapterError(f"default_adapter must be the name of an adapter, got {name!r}.")
+        self._default_adapter = name
 
 
 def _absolute(path: str | os.PathLike[str]) -> str:

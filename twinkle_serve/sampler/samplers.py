@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from twinkle_serve.config import MeshArgs, ServiceArgs, mesh_args
+from twinkle_serve.conventions import follows_twinkle
 from twinkle_serve.data_format.groups import EngineKind
 from twinkle_serve.errors import ConfigError
 from twinkle_serve.extras import require_extra
@@ -62,16 +63,19 @@ class _EngineSampler(RunningSampler):
             raise ConfigError("replace=True is for a sampler with a remote_group. Give one, or leave replace out.")
         require_extra(type(self).__name__, "server", "torch", "transformers", "blake3")
         mesh = MeshArgs() if device_mesh is None else mesh_args(device_mesh)
+        twinkles = {"logprobs_mode": "processed_logprobs"} if follows_twinkle() and self.engine != "fake" else {}
         args = ServiceArgs.model_validate(
             {
                 "model_id": str(model_id),
                 "engine": self.engine,
-                "engine_args": {**self.default_engine_args, **(engine_args or {})},
+                "engine_args": {**self.default_engine_args, **twinkles, **(engine_args or {})},
                 "device_mesh": mesh,
                 **service_args,
             }
         )
         super().__init__(_client(args, remote_group, replace))
+        self.device_mesh = args.device_mesh.mesh()
+        self.model_id = args.model_id
 
 
 class vLLMSampler(_EngineSampler):  # upstream's name

@@ -138,7 +138,8 @@ def _score(
     """Scores sequences of a response on another sampler, prompts included. Raises RequestError for other settings."""
     prompts = [response.prompts[int(response.columns.group[sequence.row])] for sequence in sequences]
     whole = [np.concatenate([p, s.token_array]) for p, s in zip(prompts, sequences, strict=True)]
-    scored = against.score([{"input_ids": ids} for ids in whole], adapter_name, adapter_path)
+    base_model = not (adapter_name or adapter_path)  # whatever the other sampler's default is
+    scored = against.score([{"input_ids": ids} for ids in whole], adapter_name, adapter_path, use_base_model=base_model)
     if len(scored) != len(whole):
         raise RequestError("the other sampler's template leaves out sequences. Raise its max_length.")
     if scored.logprobs_mode != response.logprobs_mode:

@@ -81,7 +81,8 @@ def _check_arguments(kind: type[Template], arguments: Mapping[str, object]) -> d
     else:
         accepted = dict(parameters)
     accepted = {name: p for name, p in accepted.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-    accepted.pop("model", None)
+    for name in ("model", "model_id"):
+        accepted.pop(name, None)
     clean: dict[str, object] = {}
     for key, value in arguments.items():
         name = ALIASES.get(key, key)

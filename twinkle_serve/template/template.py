@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from twinkle_serve.errors import ModelNotFoundError, PromptError, TemplateError,
 from twinkle_serve.extras import require_extra
 from twinkle_serve.template.conversation import CallForm, find_call_form
 from twinkle_serve.template.rendering import Renderer
+from twinkle_serve.template.training import TrainingTemplate, model_directory, or_trajectory
 from twinkle_serve.validation import whole_number
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 NOT_PICKLED = ("tokenizer", "text_of", "renderer")
 
 
-class Template:
+class Template(TrainingTemplate):
     """The chat template and tokenizer of one model. Inputs are never changed.
 
     Override `render` to render messages differently, `message_parser` to parse samples differently. Messages that the
@@ -40,8 +41,9 @@ class Template:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | None = None,
         *,
+        model_id: str | Path | None = None,
         system: str | None = None,
         max_length: int | None = None,
         truncation_strategy: TruncationStrategy = "raise",
@@ -50,10 +52,12 @@ class Template:
         use_chat_template: bool = True,
         continue_final_message: bool = False,
         trust_remote_code: bool = False,
+        default_system: str | None = None,
     ) -> None:
         """
         Args:
-            model: directory of the model.
+            model: directory of the model, or its id: demo, ms://org/name, hf://org/name, or org/name of ModelScope.
+            model_id: the same under Twinkle's name.
             system: system prompt for conversations without one.
             max_length: maximum length of a prompt, tokens. None: unlimited.
             truncation_strategy: treatment of a longer prompt. raise: PromptError. left, right: cut on that side.
@@ -65,15 +69,16 @@ class Template:
             continue_final_message: continue the assistant's message that ends a conversation; False: PromptError. Calls
                 can say otherwise.
             trust_remote_code: run code that comes with the tokenizer.
+            default_system: `system` under Twinkle's name.
 
         Raises:
-            ModelNotFoundError: the model has no tokenizer.
+            ModelNotFoundError: there is no such model, or it has no tokenizer.
             TemplateError: an invalid argument, or one that the model's chat template does not read.
         """
-        self.model = Path(model)
+        self.model = model_directory(model, model_id)
         self.trust_remote_code = trust_remote_code
         self.tokenizer = _tokenizer(self.model, trust_remote_code)
-        self.system = system
+        self.system = default_system if system is None else system
         self.max_length = max_length
         self.truncation_strategy: TruncationStrategy = truncation_strategy
         self.enable_thinking = enable_thinking
@@ -202,6 +207,7 @@ class Template:
         """Returns the parser of sampled text. It is sent along with the samples and used in the caller's process."""
         return MessageParser(special_tokens=self.special_tokens, tool_parser=self.tool_parser, reasoning=REASONING)
 
+    @or_trajectory
     def encode(
         self,
         messages: object,
@@ -280,9 +286,10 @@ class Template:
         tokenizer = self.tokenizer  # not self, which would keep this template alive
         return lru_cache(maxsize=4096)(lambda token: _text(tokenizer, [token]))
 
-    def decode(self, ids: NDArray[np.int32]) -> str:
-        """Decodes tokens, special tokens kept."""
-        return _text(self.tokenizer, ids.tolist())
+    def decode(self, ids: Sequence[int] | NDArray[np.int32], *, skip_special_tokens: bool = False) -> str:
+        """Decodes tokens, special tokens kept or left out."""
+        tokens = ids.tolist() if isinstance(ids, np.ndarray) else [int(token) for token in ids]
+        return _text(self.tokenizer, tokens, skip_special_tokens)
 
 
 def _tokenizer(model: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -297,8 +304,8 @@ def _tokenizer(model: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool = False) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
     return text
 
 

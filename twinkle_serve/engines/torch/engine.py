@@ -149,8 +149,8 @@ class TorchEngine:
             delta.cancel()
             job.done.cancel()
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        text: str = self._model.tokenizer.decode(tokens, skip_special_tokens=False)
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        text: str = self._model.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
         return text
 
     async def _run(self) -> None:

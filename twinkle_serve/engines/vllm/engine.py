@@ -278,8 +278,8 @@ class VLLMEngine:
                     elif over:  # without the one token that vLLM samples anyway
                         yield TokenDelta(tokens=[], stop_reason="length")
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
         return text
 
     async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:

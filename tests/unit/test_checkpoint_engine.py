@@ -1,0 +1,99 @@
+"""CheckpointEngineManager: a torch or PEFT model of this process, and a sampler."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.lora import random_adapter
+from tests.support.samplers import make_sampler
+from twinkle_serve import hub
+from twinkle_serve.errors import UnsupportedError
+from twinkle_serve.sampler import RunningSampler
+from twinkle_serve.upstream.checkpoint_engine import CheckpointEngineManager
+from twinkle_serve.upstream.checkpoint_engine.manager import _own_weights
+
+QUESTION = [{"messages": [{"role": "user", "content": "12+34="}]}]
+GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def sampler() -> Iterator[RunningSampler]:
+    sampler = make_sampler("torch")
+    yield sampler
+    sampler.shutdown()
+
+
+def trained() -> Any:
+    """A PEFT model with a trained adapter and a trained copy of a norm."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hub.DEMO, dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["norm"], bias="none")
+    peft = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return peft
+
+
+def test_merged_weights_are_those_that_peft_merges() -> None:
+    """By the names of the checkpoint, with what was trained beside LoRA; the model is not changed."""
+    model = trained()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mine = dict(_own_weights(model, merged=True))
+    expected = copy.deepcopy(model).merge_and_unload().state_dict()
+    assert mine.keys() == expected.keys()
+    assert all(torch.allclose(mine[name], tensor, atol=1e-6) for name, tensor in expected.items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_own_weights_are_those_without_adapters() -> None:
+    """By the names of the checkpoint, as the model was loaded."""
+    from transformers import AutoModelForCausalLM
+
+    expected = AutoModelForCausalLM.from_pretrained(hub.DEMO, dtype=torch.float32).state_dict()
+    for model in (trained(), random_adapter()):
+        mine = dict(_own_weights(model, merged=False))
+        assert mine.keys() == expected.keys()
+        assert all(torch.equal(mine[name], tensor) for name, tensor in expected.items())
+
+
+def test_synced_adapter_samples_calls_that_name_none(sampler: RunningSampler) -> None:
+    """The first call sends the model's own weights; each later one a version of the adapter, which samples name."""
+    model = random_adapter(scale=0.6)
+    manager = CheckpointEngineManager(model=model, sampler=sampler, platform="GPU")
+    plain = sampler.sample(QUESTION, GREEDY)
+    manager.sync_weights(merge_and_sync=False)
+    first = sampler.sample(QUESTION, GREEDY).sequences[0]
+    assert first.adapter == "" and first.tokens == plain.sequences[0].tokens
+    assert first.weight_versions[0].version.startswith("sync-")
+    for number in (1, 2):
+        manager.sync_weights(merge_and_sync=False)
+        assert sampler.sample(QUESTION, GREEDY).sequences[0].adapter == f"synced@{number}"
+    adapted = sampler.sample(QUESTION, GREEDY).sequences[0].tokens
+    assert adapted != first.tokens
+    assert sampler.sample(QUESTION, GREEDY, use_base_model=True).sequences[0].tokens == first.tokens
+    manager.sync_weights()
+    merged = sampler.sample(QUESTION, GREEDY).sequences[0]
+    assert merged.adapter == "" and merged.tokens == adapted, "the merged weights, without the adapter"
+    sampler.remove_adapter("synced")
+
+
+def test_models_and_samplers_of_other_kinds_are_refused_with_the_calls_to_make(sampler: RunningSampler) -> None:
+    """A model in Twinkle's actors, a sampler of one's own, adapters that are not plain LoRA."""
+    with pytest.raises(UnsupportedError, match=r"takes a torch module, got object. .*sampler.update_weights\("):
+        CheckpointEngineManager(model=object(), sampler=sampler)
+    model = random_adapter()
+    with pytest.raises(UnsupportedError, match="takes vLLMSampler, TorchSampler or connect"):
+        CheckpointEngineManager(model=model, sampler=object())
+    model.peft_config["default"].use_dora = True
+    with pytest.raises(UnsupportedError, match="adapter 'default' is DoRA, which is not merged here"):
+        CheckpointEngineManager(model, sampler).sync_weights()

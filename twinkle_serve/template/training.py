@@ -1,0 +1,261 @@
+"""Input features for training, and the calls of Twinkle's Template that multi-turn rollouts make."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinkle_serve import hub
+from twinkle_serve.data_format.response import IGNORED_LABEL, SampleResponse
+from twinkle_serve.data_format.sequence import SampledSequence, columns_of
+from twinkle_serve.data_format.user_data import user_data_get
+from twinkle_serve.errors import PromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from twinkle_serve.data_format.messages import MessageParser
+    from twinkle_serve.data_format.prompts import TruncationStrategy
+    from twinkle_serve.template.template import Template
+
+P = ParamSpec("P")
+Ids: TypeAlias = NDArray[np.int64]
+Feature: TypeAlias = dict[str, Any]
+"""An InputFeature as a plain dict."""
+ResultT_co = TypeVar("ResultT_co", covariant=True)
+
+HERE = "the trajectory"
+"""Name of the input in error messages."""
+
+
+class _Encode(Protocol[P, ResultT_co]):
+    @overload
+    def __call__(self, messages: Mapping[str, Any], add_generation_prompt: bool = False) -> Feature: ...
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> ResultT_co: ...
+
+
+def or_trajectory(encode: Callable[Concatenate[Any, P], ResultT_co]) -> _Encode[P, ResultT_co]:
+    """Makes a method that encodes messages encode a trajectory too, as `TrainingTemplate.encode_trajectory`."""
+
+    @functools.wraps(encode)
+    def either(self: TrainingTemplate, messages: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(messages, Mapping):
+            return self.encode_trajectory(messages, *args, **kwargs)
+        return encode(self, messages, *args, **kwargs)
+
+    return either  # type: ignore[return-value]  # a method, which is called without self
+
+
+def model_directory(model: str | Path | None, model_id: str | Path | None) -> Path:
+    """Returns the directory of a template's model, given under either name; one on a hub is downloaded.
+
+    Raises:
+        TypeError: neither or both are given.
+        ModelNotFoundError: there is no such model.
+    """
+    if (model is None) == (model_id is None):
+        raise TypeError("Template takes either model or model_id, a directory or the id of a model.")
+    name = model_id if model is None else model
+    if isinstance(name, Path) or (name != "demo" and Path(str(name)).is_dir()):
+        return Path(str(name))
+    return hub.resolve(str(name), weights=False)
+
+
+class TrainingTemplate:
+    """The part of a template that makes input features. Mixed into Template, which has what it uses."""
+
+    if TYPE_CHECKING:
+        encode: Any
+        max_length: int | None
+        model: Path
+        system: str | None
+        tokenizer: PreTrainedTokenizerBase
+        truncation_strategy: TruncationStrategy
+
+        @property
+        def special_tokens(self) -> tuple[str, ...]: ...
+
+        def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
+
+        def message_parser(self) -> MessageParser: ...
+
+    def encode_trajectory(self, trajectory: Mapping[str, Any], add_generation_prompt: bool = False) -> Feature:
+        """Encodes a conversation as an InputFeature, with the trajectory's other keys.
+
+        Args:
+            trajectory: the conversation; it is not changed.
+            add_generation_prompt: whether to end at the beginning of the assistant's turn, to be sampled. Then no
+                position has a label.
+
+        Returns:
+            `input_ids`, `attention_mask`, `position_ids` and `labels`, arrays of shape [P], and `length`. Labels are
+            the tokens of the assistant's turns, of those alone that `key_rounds` in `user_data` lists if it does,
+            rolled left by one; IGNORED_LABEL elsewhere.
+
+        Raises:
+            PromptError: an invalid conversation, one that is too long, or one whose turns cannot be told apart.
+        """
+        features = self.batch_encode([trajectory], add_generation_prompt)
+        if not features:
+            raise PromptError(f"{HERE} is longer than max_length={self.max_length}. Raise it, or call batch_encode.")
+        return features[0]
+
+    def batch_encode(
+        self, trajectories: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
+    ) -> list[Feature]:
+        """As `encode_trajectory`, for several; those that `truncation_strategy="delete"` leaves out are missing.
+
+        Raises:
+            PromptError: as `encode_trajectory`.
+        """
+        if isinstance(trajectories, Mapping):
+            raise PromptError("batch_encode takes a list of trajectories, got a dict. Give its rows.")
+        encoded = []
+        for trajectory in trajectories:
+            ids, labels = self._with_labels(trajectory, add_generation_prompt)
+            encoded.append({**copy.deepcopy(dict(trajectory)), "input_ids": ids, "labels": labels})
+        return self._invoke_post_pipeline(encoded)
+
+    def _with_labels(self, trajectory: Mapping[str, Any], add_generation_prompt: bool) -> tuple[Ids, Ids]:
+        messages, tools = trajectory.get("messages"), trajectory.get("tools") or None
+
+        def encode(count: int, generation_prompt: bool) -> Ids:
+            items = messages if messages is None else list(messages)[:count]
+            tokens: NDArray[np.int32] = self.encode(items, tools, HERE, generation_prompt)
+            return tokens.astype(np.int64)
+
+        if messages is None or len(messages) == 0 or add_generation_prompt:
+            ids = encode(0 if messages is None else len(messages), True)
+            return ids, np.full_like(ids, IGNORED_LABEL)
+        ids = encode(len(messages), False)
+        labels = np.full_like(ids, IGNORED_LABEL)
+        rounds = user_data_get(trajectory.get("user_data"), "key_rounds") or range(len(messages))
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant" and i in rounds:
+                turn = self._turn(ids, i, encode)
+                labels[turn] = ids[turn]
+        return ids, labels
+
+    def _turn(self, ids: Ids, i: int, encode: Callable[[int, bool], Ids]) -> slice:
+        """Returns the tokens of message i, without those of the generation prompt before it.
+
+        Args:
+            ids: tokens of the whole conversation.
+            encode: encodes the first messages, with a generation prompt or without.
+        """
+        start = _common_prefix(ids, encode(i, True)) if i else 0
+        if start <= (len(encode(i, False)) if i else 0):
+            raise PromptError(
+                f"{HERE}.messages[{i}] cannot be labelled: what the chat template writes before it changes with what "
+                "follows. Encode it without labels, by add_generation_prompt=True."
+            )
+        until = encode(i + 1, False)
+        if np.array_equal(ids[: len(until)], until):
+            return slice(start, len(until))
+        # The chat template writes the last turn differently from earlier ones: with its reasoning, for example.
+        special = np.isin(until, self.tokenizer.convert_tokens_to_ids(list(self.special_tokens)))
+        ending = until[int(np.flatnonzero(special)[-1]) :] if special.any() else until[:0]
+        ends = [at for at in range(start, len(ids)) if np.array_equal(ids[at : at + len(ending)], ending)]
+        if not len(ending) or not ends:
+            raise PromptError(f"{HERE}.messages[{i}] cannot be labelled: no special token ends its turn.")
+        return slice(start, ends[0] + len(ending))
+
+    def _invoke_post_pipeline(self, input_features: Iterable[Feature]) -> list[Feature]:
+        """Fits features to `max_length`, rolls their labels left by one, and adds the columns that follow from ids.
+
+        The name is Twinkle's, whose rollouts call it after they appended tokens to a feature.
+        """
+        finished = []
+        for feature in input_features:
+            ids = np.asarray(feature["input_ids"], np.int64)
+            given = feature.get("labels")
+            labels = np.full_like(ids, IGNORED_LABEL) if given is None else np.asarray(given, np.int64)
+            kept = self._kept(len(ids))
+            if kept is None:
+                continue
+            ids, labels = ids[kept], labels[kept]
+            columns = {"attention_mask": np.ones_like(ids), "position_ids": np.arange(len(ids)), "length": len(ids)}
+            rolled = np.append(labels[1:], IGNORED_LABEL)[: len(ids)]
+            finished.append({**feature, "input_ids": ids, "labels": rolled, **columns})
+        return finished
+
+    def _kept(self, length: int) -> slice | None:
+        """Returns the part of a sequence that fits; None to leave it out."""
+        if self.max_length is None or length <= self.max_length:
+            return slice(0, length)
+        if self.truncation_strategy == "raise":
+            raise PromptError(
+                f"{HERE} has {length} tokens, max_length is {self.max_length}. Shorten it, raise max_length, or set "
+                "truncation_strategy to left, right or delete."
+            )
+        cut = {"left": slice(length - self.max_length, length), "right": slice(0, self.max_length)}
+        return cut.get(self.truncation_strategy)
+
+    def concat_input_feature(self, prompt_input_feature: Mapping[str, Any], new_tokens: Sequence[int]) -> Feature:
+        """Appends sampled tokens to a feature, as the sampler does: see `SampledSequence.new_input_feature`.
+
+        Raises:
+            PromptError: as `sample`.
+        """
+        from twinkle_serve.template.prompts import encode_inputs
+
+        prompt = encode_inputs([prompt_input_feature], cast("Template", self))[0]
+        tokens = [int(token) for token in new_tokens]
+        sample = SampledSequence("stop", tokens, decoded=self.decode(tokens))
+        response = SampleResponse(
+            columns=columns_of([sample]),
+            prompts=[prompt.ids],
+            inputs=[dict(prompt_input_feature)],
+            parser=self.message_parser(),
+            turns=(prompt.turn,),
+            prompt_indices=(0,),
+        )
+        feature: Feature = response.sequences[0].new_input_feature
+        return feature
+
+    def parse_tool_call(self, decoded: str) -> list[dict[str, Any]]:
+        """Returns the tool calls in a sample's text, in OpenAI's form, arguments parsed; [] if it has none."""
+        calls = self.message_parser().message(decoded or "").get("tool_calls", [])
+        return [{key: value for key, value in call.items() if key != "id"} for call in calls]
+
+    def clean_tool_call(self, decoded: str) -> str:
+        """Returns a sample's text without its tool calls."""
+        return str(self.message_parser().message(decoded or "")["content"]).rstrip()
+
+    def batch_decode(self, token_ids: Iterable[Sequence[int]], **options: Any) -> list[str]:
+        """As `decode`, for several sequences."""
+        return [self.decode(ids, **options) for ids in token_ids]
+
+    @property
+    def model_id(self) -> str:
+        """Directory of the model."""
+        return str(self.model)
+
+    @property
+    def processor(self) -> Any:
+        """The tokenizer: inputs here are text."""
+        return self.tokenizer
+
+    @property
+    def default_system(self) -> str | None:
+        """System prompt for conversations without one."""
+        return self.system
+
+    @property
+    def is_mm(self) -> bool:
+        """Whether the template reads images, videos or audio: none does."""
+        return False
+
+
+def _common_prefix(mine: Ids, theirs: Ids) -> int:
+    """Returns the number of tokens with which both begin."""
+    length = min(len(mine), len(theirs))
+    different = np.flatnonzero(mine[:length] != theirs[:length])
+    return int(different[0]) if len(different) else length

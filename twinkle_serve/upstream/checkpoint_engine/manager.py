@@ -1,0 +1,127 @@
+"""Keeps a sampler's weights those of a model that is being trained."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from twinkle_serve.errors import UnsupportedError
+from twinkle_serve.sampler import RunningSampler
+
+SYNCED = "synced"
+"""Name of the adapter that `sync_weights(merge_and_sync=False)` keeps up to date."""
+
+REMEDY = (
+    "In the process that has the weights, call sampler.update_weights(state_dict or pairs, version), and for LoRA "
+    "sampler.add_adapter_to_model(name, config, state_dict=…) and sampler.default_adapter = name."
+)
+_PREFIX = "base_model.model."
+_SAVED = ".modules_to_save."
+
+
+class CheckpointEngineManager:
+    """Sends the weights of a torch or PEFT model of this process to a sampler."""
+
+    def __init__(self, model: Any, sampler: Any, platform: str | None = None) -> None:
+        """
+        Args:
+            model: a torch module, or one with PEFT's LoRA adapters.
+            sampler: a sampler of this package.
+            platform: makes no difference: weights travel through files in memory.
+
+        Raises:
+            UnsupportedError: another model or sampler.
+        """
+        if not callable(getattr(model, "named_modules", None)):
+            raise UnsupportedError(
+                f"CheckpointEngineManager takes a torch module, got {type(model).__name__}. {REMEDY}"
+            )
+        if not isinstance(sampler, RunningSampler):
+            raise UnsupportedError(
+                f"CheckpointEngineManager takes vLLMSampler, TorchSampler or connect(), got {type(sampler).__name__}."
+            )
+        self.model, self.sampler = model, sampler
+        self.base_sync_done = False
+
+    def sync_weights(self, merge_and_sync: bool = True) -> None:
+        """Makes the sampler's weights those of the model.
+
+        Args:
+            merge_and_sync: send all weights, adapters merged into copies of them. False: the first call sends the
+                model's own weights, without adapters; later ones the active adapter alone, which becomes the sampler's
+                `default_adapter`. Each sample's `adapter` then names its version, `synced@n`.
+
+        Raises:
+            UnsupportedError: adapters that are not plain LoRA, or several where one is sent.
+            WeightsError: as `update_weights`.
+            AdapterError: as `add_adapter_to_model`.
+        """
+        config = getattr(self.model, "peft_config", None)
+        if merge_and_sync or not self.base_sync_done or not config:
+            weights = _own_weights(self.model, merged=merge_and_sync)
+            self.sampler.update_weights(weights, f"sync-{uuid.uuid4().hex[:12]}")
+            self.sampler.default_adapter = ""
+            self.base_sync_done = True
+            return
+        from peft import get_peft_model_state_dict
+
+        name = _active(self.model)
+        tensors = get_peft_model_state_dict(self.model, adapter_name=name)
+        self.sampler.add_adapter_to_model(SYNCED, config[name], state_dict=tensors)
+        self.sampler.default_adapter = SYNCED
+
+
+def _active(model: Any) -> str:
+    active = list(getattr(model, "active_adapters", []))
+    if len(active) != 1:
+        raise UnsupportedError(f"one adapter of the model must be active, these are: {', '.join(active) or 'none'}.")
+    return str(active[0])
+
+
+def _own_weights(model: Any, *, merged: bool) -> Iterator[tuple[str, Any]]:
+    """Yields the weights of a model by the names of its checkpoint; the model is not changed.
+
+    Args:
+        merged: add what the active adapters learnt, to copies.
+    """
+    if not getattr(model, "peft_config", None):
+        yield from model.state_dict().items()
+        return
+    active = set(model.active_adapters) if merged else set()
+    _require_plain_lora(model)
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+    for name, tensor in model.state_dict().items():
+        place, base, rest = name.partition(".base_layer.")
+        if base and rest == "weight" and place in layers:
+            # One delta at a time: the sum of an adapter over all layers is as large as the model.
+            for adapter in sorted(active & set(layers[place].lora_A) | active & set(layers[place].lora_embedding_A)):
+                tensor = tensor + layers[place].get_delta_weight(adapter).to(tensor.dtype)
+        own = _checkpoint_name(name, active)
+        if own is not None:
+            yield own, tensor
+
+
+def _checkpoint_name(name: str, active: set[str]) -> str | None:
+    """Returns the name of a weight in the checkpoint; None for one that is not there."""
+    name = name.removeprefix(_PREFIX)
+    if ".lora_" in name:
+        return None
+    if _SAVED in name:
+        place, _, rest = name.partition(_SAVED)
+        adapter, _, parameter = rest.partition(".")
+        return f"{place}.{parameter}" if adapter in active else None
+    place, original, rest = name.partition(".original_module.")
+    if original:
+        return None if active else f"{place}.{rest}"
+    return name.replace(".base_layer.", ".")
+
+
+def _require_plain_lora(model: Any) -> None:
+    for name, config in model.peft_config.items():
+        kind = str(getattr(config, "peft_type", "")).rpartition(".")[2]
+        if kind != "LORA" or getattr(config, "use_dora", False):
+            raise UnsupportedError(
+                f"adapter {name!r} is {'DoRA' if kind == 'LORA' else kind}, which is not merged here. Merge it into "
+                "the model, and call sampler.update_weights(model.state_dict(), version)."
+            )
