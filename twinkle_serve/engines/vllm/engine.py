@@ -131,8 +131,9 @@ class VLLMEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         on_stage("loading")
+        assert self._files is not None
         vllm_args, config = build_config(
-            self._model,
+            self._files.own_weights(self._model) if self._executor == "mp" else self._model,
             self._engine_args,
             device=self._device,
             tp_size=self._tp_size,
