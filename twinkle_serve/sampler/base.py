@@ -6,9 +6,9 @@ import copy
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 from twinkle_serve.adapters import pack_adapter
 from twinkle_serve.data_format import SampleResponse, SamplingParams
@@ -129,17 +129,23 @@ class RunningSampler(EngineControls, Sampler):
         request = self._request(inputs, sampling_params, adapter_name, adapter_path, options)
         return self._client.loop.call(self._client.run(request))
 
-    async def sample_async(
+    def sample_async(
         self,
         inputs: Inputs,
         sampling_params: SamplingParamsLike | None = None,
         adapter_name: str = "",
         adapter_path: str | None = None,
         **options: Unpack[SampleOptions],
-    ) -> SampleResponse:
-        """As `sample`, for async code: an async actor, or `asyncio.run`."""
-        request = self._request(inputs, sampling_params, adapter_name, adapter_path, options)
-        return await self._client.loop.call_async(self._client.run(request))
+    ) -> Coroutine[Any, Any, SampleResponse]:
+        """As `sample`, for async code: an async actor, or `asyncio.run`.
+
+        Inputs are copied by the call itself; it is sent, and errors are raised, when it is awaited.
+        """
+        try:
+            call = self._client.run(self._request(inputs, sampling_params, adapter_name, adapter_path, options))
+        except Exception as error:
+            call = _failed(error)
+        return self._client.loop.call_async(call)
 
     def sample_iter(
         self,
@@ -295,11 +301,15 @@ class RunningSampler(EngineControls, Sampler):
         Args:
             config_or_dir: a directory as peft's save_pretrained writes it, on the service's nodes; or peft's
                 LoraConfig, with its tensors in `state_dict`.
+            state_dict: tensors of torch on any device, sharded ones (DTensor) included, or of numpy, named as in peft's
+                get_peft_model_state_dict or in the model's own state_dict. They are copied before the call returns.
 
         Raises:
-            AdapterError: unreadable, not of this model, a rank above the limit, or LoRA is switched off.
+            AdapterError: unreadable, incomplete, not of this model, a rank above the limit, other tensors that are not
+                the model's own, or LoRA is switched off.
             StoreError: the service's store cannot be reached or written.
-                After either, the name keeps its meaning.
+            DeadlineError: the engines did not load it within the config's startup_timeout_s.
+                After each, the name keeps its meaning.
         """
         source: AdapterFiles | str
         if isinstance(config_or_dir, (str, os.PathLike)):
@@ -331,6 +341,10 @@ class RunningSampler(EngineControls, Sampler):
         choice = pack_template(template_cls, kwargs)
         self._control(RouterAPI.check_template, choice)
         self._template = choice
+
+
+async def _failed(error: Exception) -> SampleResponse:
+    raise error
 
 
 def _absolute(path: str | os.PathLike[str]) -> str:
