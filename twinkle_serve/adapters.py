@@ -6,7 +6,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
@@ -16,7 +16,7 @@ import numpy as np
 from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.data_format.weights import WeightSpec
 from twinkle_serve.errors import AdapterError
-from twinkle_serve.tensors import DTYPES, AnyTensor, TensorFile, digest, dtype_name, gathered
+from twinkle_serve.tensors import DTYPES, AnyTensor, TensorFile, Tensors, digest, dtype_name, gathered
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -50,13 +50,14 @@ def read_adapter(path: str | Path) -> AdapterFiles:
     return AdapterFiles(config=(directory / CONFIG).read_bytes(), weights=(directory / WEIGHTS).read_bytes())
 
 
-def pack_adapter(config: LoraConfig, state_dict: Mapping[str, AnyTensor] | None) -> AdapterFiles:
+def pack_adapter(config: LoraConfig, state_dict: Tensors | None) -> AdapterFiles:
     """Packs an adapter from a trainer's memory.
 
     Args:
         config: peft's LoraConfig.
-        state_dict: the adapter's tensors, named as in peft's `get_peft_model_state_dict` or in the model's own
-            `state_dict`. Of other tensors the hashes are packed: an engine refuses those that are not its model's own.
+        state_dict: the adapter's tensors by name, or pairs of both, named as in peft's `get_peft_model_state_dict` or
+            in the model's own `state_dict`. Of other tensors the hashes are packed: an engine refuses those that are
+            not its model's own.
 
     Raises:
         AdapterError: no LoRA tensors, tensors of several adapters or without values, or not a LoraConfig.
@@ -65,13 +66,16 @@ def pack_adapter(config: LoraConfig, state_dict: Mapping[str, AnyTensor] | None)
         raise AdapterError(
             f"an adapter must be a directory, or peft's LoraConfig with a state_dict, got {type(config).__name__}."
         )
-    if not state_dict:
+    if state_dict is None:
         raise AdapterError("a LoraConfig alone has no weights. Pass state_dict=get_peft_model_state_dict(model).")
     tensors: dict[str, AnyTensor] = {}
     base: dict[str, tuple[str, list[int], str]] = {}
-    for name, given in state_dict.items():
-        tensor = _tensor(name, given)
+    first = None
+    for name, given in _pairs(state_dict):
+        tensor, first = _tensor(name, given), first or name
         if "lora_" not in name:
+            if _base_name(name) in base:
+                raise AdapterError(f"state_dict has {_base_name(name)!r} twice, once as {name!r}.")
             base[_base_name(name)] = (DTYPES[dtype_name(tensor)][0], list(tensor.shape), digest(tensor))
             continue
         if (saved := _saved_name(name)) in tensors:
@@ -79,14 +83,26 @@ def pack_adapter(config: LoraConfig, state_dict: Mapping[str, AnyTensor] | None)
                 f"state_dict has {saved} of several adapters, one of them as {name!r}. Pass only one: "
                 "state_dict=get_peft_model_state_dict(model, adapter_name=…)."
             )
-        tensors[saved] = tensor
+        # A lazy mapping may use the memory again for the next one.
+        tensors[saved] = tensor.copy() if isinstance(tensor, np.ndarray) else tensor.to("cpu", copy=True)
     if not tensors:
+        found = "it is empty" if first is None else f"its first name is {first!r}"
         raise AdapterError(
-            f"state_dict has no LoRA weights, its first name is {next(iter(state_dict))!r}. "
-            "Pass state_dict=get_peft_model_state_dict(model)."
+            f"state_dict has no LoRA weights, {found}. Pass state_dict=get_peft_model_state_dict(model)."
         )
     weights = _pack(tensors, {BASE: json.dumps(base)} if base else None)
     return AdapterFiles(config=json.dumps(config.to_dict(), default=_plain).encode(), weights=weights)
+
+
+def _pairs(state_dict: Tensors) -> Iterator[tuple[str, AnyTensor]]:
+    """Yields names and tensors. Raises AdapterError for anything else."""
+    if isinstance(state_dict, Mapping):
+        yield from state_dict.items()
+        return
+    for item in state_dict if isinstance(state_dict, Iterable) and not isinstance(state_dict, str) else [state_dict]:
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise AdapterError(f"state_dict must map names to tensors, or be pairs of both, got {item!r:.80}.")
+        yield item[0], item[1]
 
 
 def _tensor(name: str, tensor: object) -> AnyTensor:
@@ -237,8 +253,11 @@ def describe_adapter(files: AdapterFiles) -> AdapterDescription:
 def _read_base(weights: bytes) -> dict[str, BaseTensor]:
     """Reads which tensors were sent beside the adapter's, from its metadata."""
     header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
-    base = json.loads(header.get("__metadata__", {}).get(BASE, "{}"))
-    return {name: BaseTensor(WeightSpec(tuple(shape), dtype), value) for name, (dtype, shape, value) in base.items()}
+    try:
+        base = json.loads((header.get("__metadata__") or {}).get(BASE, "{}"))
+        return {name: BaseTensor(WeightSpec(tuple(shape), dtype), said) for name, (dtype, shape, said) in base.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{WEIGHTS}: its metadata has no valid {BASE}: {error}") from None
 
 
 def _check_pairs(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AnyTensor: TypeAlias = "Tensor | NDArray[Any]"
+
+Tensors: TypeAlias = Mapping[str, AnyTensor] | Iterable[tuple[str, AnyTensor]]
+"""Tensors by name, or pairs of both: torch's on any device, or numpy's."""
 
 DtypeClass: TypeAlias = Literal["float", "fp8", "fp4", "integer", "bool", "complex"]
 """Kinds of values. Floats of any width convert into each other."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,61 @@ def test_memory_that_is_used_again_for_the_next_weight_changes_nothing(
     assert equal(unpacked(buckets(source(), bucket_bytes)), TENSORS)
 
 
+class OneMemory(Mapping[str, torch.Tensor]):
+    """An adapter's tensors, each in the memory of the one before."""
+
+    def __init__(self) -> None:
+        self.config, self.tensors = adapter()
+        self._memory = torch.empty(max(tensor.numel() for tensor in self.tensors.values()))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.tensors[name]
+        return self._memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def adapter() -> tuple[Any, dict[str, torch.Tensor]]:
+    """A LoraConfig and its tensors."""
+    from peft import get_peft_model_state_dict
+
+    model = random_adapter(seed=1)
+    tensors = get_peft_model_state_dict(model)
+    return model.peft_config["default"], {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("take", [lambda lazy: lazy, lambda lazy: lazy.items(), lambda lazy: (p for p in lazy.items())])
+def test_adapter_from_memory_that_is_used_again_is_whole(take: Callable[[OneMemory], Any]) -> None:
+    """A lazy mapping, or pairs, as for weights."""
+    lazy = OneMemory()
+    assert equal(safetensors.torch.load(pack_adapter(lazy.config, take(lazy)).weights), lazy.tensors)
+
+
+@pytest.mark.parametrize(
+    ("state_dict", "message"),
+    [
+        ({}, "no LoRA weights, it is empty"),
+        ([], "no LoRA weights, it is empty"),
+        (None, "a LoraConfig alone has no weights"),
+        ("lora.pt", "must map names to tensors, or be pairs of both, got 'lora.pt'"),
+        (3, "must map names to tensors, or be pairs of both, got 3"),
+        ([torch.ones(2)], "must map names to tensors, or be pairs of both"),
+        ({"q.lora_A.weight": [[1.0]]}, "must map names to tensors, got 'q.lora_A.weight' and list"),
+        ({3: torch.ones(2, 2)}, "must map names to tensors, got 3 and Tensor"),
+        ({"q.weight": torch.ones(2, 2)}, "no LoRA weights, its first name is 'q.weight'"),
+        ([("q.weight", torch.ones(2)), ("base_model.model.q.weight", torch.ones(2))], "'q.weight' twice"),
+    ],
+)
+def test_state_dict_that_is_not_an_adapters_is_refused(state_dict: Any, message: str) -> None:
+    """With its kind."""
+    with pytest.raises(AdapterError, match=message):
+        pack_adapter(adapter()[0], state_dict)
+
+
 def test_bucket_stays_when_its_tensors_change_later() -> None:
     """Also while it is being sent."""
     own = {name: tensor.clone() for name, tensor in TENSORS.items()}
@@ -103,13 +158,10 @@ def test_weights_and_adapters_take_tensors_as_trainers_have_them(
     process_group: None, form: Callable[[torch.Tensor], Any]
 ) -> None:
     """Both by the same way, with the values of plain tensors."""
-    from peft import get_peft_model_state_dict
-
     assert equal(unpacked(buckets(((name, form(tensor)) for name, tensor in TENSORS.items()), 2**19)), TENSORS)
-    model = random_adapter(seed=1)
-    config, tensors = model.peft_config["default"], get_peft_model_state_dict(model)
-    files = pack_adapter(config, {name: form(tensor.detach()) for name, tensor in tensors.items()})
-    assert equal(safetensors.torch.load(files.weights), {name: tensor.detach() for name, tensor in tensors.items()})
+    config, lora = adapter()
+    files = pack_adapter(config, {name: form(tensor) for name, tensor in lora.items()})
+    assert equal(safetensors.torch.load(files.weights), lora)
 
 
 def test_shard_of_a_tensor_is_refused(process_group: None) -> None:
@@ -140,7 +192,7 @@ def test_tensors_that_share_memory_are_packed_each() -> None:
     tensors = {"a.lora_A.weight": flat[:12].view(2, 6), "a.lora_B.weight": flat[6:18].view(6, 2)}
     tensors["b.lora_A.weight"] = tensors["a.lora_A.weight"]
     assert equal(unpacked(buckets(tensors.items())), tensors)
-    config: Any = random_adapter(seed=1).peft_config["default"]
+    config, _ = adapter()
     named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
     assert equal(safetensors.torch.load(pack_adapter(config, tensors).weights), named)
 
@@ -167,7 +219,7 @@ def test_tensor_without_plain_values_is_refused(make: Callable[[], Any], message
     """By name, as a weight and as a part of an adapter."""
     with pytest.raises(WeightsError, match=f"weight 'w' .*{message}"):
         list(buckets({"w": make()}.items()))
-    config: Any = random_adapter(seed=1).peft_config["default"]
+    config, _ = adapter()
     with pytest.raises(AdapterError, match=f"tensor 'q.lora_A.weight' of the adapter .*{message}"):
         pack_adapter(config, {"q.lora_A.weight": make()})
 

@@ -6,9 +6,9 @@ import copy
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from twinkle_serve.adapters import pack_adapter
 from twinkle_serve.data_format import SampleResponse, SamplingParams
@@ -30,15 +30,12 @@ from twinkle_serve.sampler.rollouts import AsyncRollouts, Rollouts
 from twinkle_serve.sampler.router_client import RouterClient
 from twinkle_serve.sampler.verification import Verification, verify
 from twinkle_serve.template.packing import pack_template
-from twinkle_serve.tensors import AnyTensor
+from twinkle_serve.tensors import Tensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
     from twinkle_serve.template import Template
-
-Tensors: TypeAlias = Mapping[str, AnyTensor]
-"""Tensors by name: torch's on any device, or numpy's."""
 
 
 class Sampler(ABC):
