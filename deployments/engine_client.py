@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 
 from ray.serve.handle import DeploymentHandle
 
 from deployments.handles import call, engine_errors, iterate
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
-from twinkle_serve.data_format.weights import PauseMode, WeightsVersion
+from twinkle_serve.data_format.weights import ModelSpec, PauseMode, WeightsVersion
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.engines.group_runner import Finished
 from twinkle_serve.engines.server import EngineServer
@@ -58,8 +58,8 @@ class ServeEngineClient(EngineClient):
     async def keep_adapters(self, ids: Sequence[int]) -> None:
         await call(self._handle, EngineServer.keep_adapters, ids)
 
-    async def weight_shapes(self) -> tuple[Mapping[str, tuple[int, ...]], set[str]]:
-        return await call(self._handle, EngineServer.weight_shapes)
+    async def model_spec(self) -> ModelSpec:
+        return await call(self._handle, EngineServer.model_spec)
 
     async def load_weights(self, version: WeightsVersion) -> str:
         return await call(self._handle, EngineServer.load_weights, version)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 
 from ray.exceptions import RayError
@@ -15,7 +15,7 @@ from deployments.handles import send
 from deployments.store import Store
 from twinkle_serve import timing
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.weights import Bucket, BucketArgument, WeightsVersion
+from twinkle_serve.data_format.weights import Bucket, BucketArgument, ModelSpec, WeightsVersion
 from twinkle_serve.errors import StoreError, TwinkleServeError
 from twinkle_serve.remote.errors import raised_error
 from twinkle_serve.weights import StoreClient
@@ -61,8 +61,8 @@ class ServeStoreClient(StoreClient):
     async def current_weights(self) -> WeightsVersion:
         return await self._call(Store.current_weights)
 
-    async def begin_weights(self, label: str, expected: Mapping[str, tuple[int, ...]], tied: set[str]) -> int:
-        return await self._call(Store.begin_weights, label, expected, tied)
+    async def begin_weights(self, label: str, model: ModelSpec) -> int:
+        return await self._call(Store.begin_weights, label, model)
 
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
         await self._call(Store.append_weights, upload, index, bucket)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 
 from twinkle_serve.data_format.adapters import AdapterFiles
+from twinkle_serve.data_format.weights import WeightSpec
 from twinkle_serve.errors import AdapterError
-from twinkle_serve.tensors import AnyTensor, gathered, on_host, to_safetensors
+from twinkle_serve.tensors import DTYPES, AnyTensor, TensorFile, Tensors, digest, dtype_name, gathered
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -24,6 +27,22 @@ WEIGHTS = "adapter_model.safetensors"
 
 PREFIX = "base_model.model."
 """peft's prefix of module names."""
+
+BASE = "twinkle_serve.base"
+"""Key of the weights' metadata: the dtype, shape and hash of tensors of a state_dict that are not the adapter's."""
+
+
+def absolute_directory(path: str | os.PathLike[str]) -> str:
+    """Returns the absolute path of an adapter: the router's process has another working directory.
+
+    Raises:
+        AdapterError: not the path of a directory.
+    """
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+        raise AdapterError(f"an adapter's directory must be a path, got {path!r}.")
+    if "://" in str(path):
+        raise AdapterError(f"an adapter is loaded from a directory, got {str(path)!r}. Download it first.")
+    return str(Path(path).expanduser().absolute())
 
 
 def read_adapter(path: str | Path) -> AdapterFiles:
@@ -45,39 +64,85 @@ def read_adapter(path: str | Path) -> AdapterFiles:
     return AdapterFiles(config=(directory / CONFIG).read_bytes(), weights=(directory / WEIGHTS).read_bytes())
 
 
-def pack_adapter(config: LoraConfig, state_dict: Mapping[str, AnyTensor] | None) -> AdapterFiles:
+def pack_adapter(config: LoraConfig, state_dict: Tensors | None) -> AdapterFiles:
     """Packs an adapter from a trainer's memory.
 
     Args:
         config: peft's LoraConfig.
-        state_dict: the adapter's tensors, named as in peft's `get_peft_model_state_dict` or in the model's own
-            `state_dict`, whose other tensors are ignored.
+        state_dict: the adapter's tensors by name, or pairs of both, named as in peft's `get_peft_model_state_dict` or
+            in the model's own `state_dict`. Of other tensors the hashes are packed: an engine refuses those that are
+            not its model's own.
 
     Raises:
-        AdapterError: no LoRA tensors, tensors of several adapters, or not a LoraConfig.
+        AdapterError: no LoRA tensors, tensors of several adapters or without values, or not a LoraConfig.
     """
     if not hasattr(config, "to_dict") or not hasattr(config, "peft_type"):
         raise AdapterError(
             f"an adapter must be a directory, or peft's LoraConfig with a state_dict, got {type(config).__name__}."
         )
-    if not state_dict:
+    if state_dict is None:
         raise AdapterError("a LoraConfig alone has no weights. Pass state_dict=get_peft_model_state_dict(model).")
     tensors: dict[str, AnyTensor] = {}
-    for name, tensor in state_dict.items():
-        if "lora_" in name:
-            if (saved := _saved_name(name)) in tensors:
-                raise AdapterError(
-                    f"state_dict has {saved} of several adapters, one of them as {name!r}. Pass only one: "
-                    "state_dict=get_peft_model_state_dict(model, adapter_name=…)."
-                )
-            tensors[saved] = tensor
+    base: dict[str, tuple[str, list[int], str]] = {}
+    first = None
+    for name, given in _pairs(state_dict):
+        tensor, first = _tensor(name, given), first or name
+        if "lora_" not in name:
+            if _base_name(name) in base:
+                raise AdapterError(f"state_dict has {_base_name(name)!r} twice, once as {name!r}.")
+            base[_base_name(name)] = (DTYPES[dtype_name(tensor)][0], list(tensor.shape), digest(tensor))
+            continue
+        if (saved := _saved_name(name)) in tensors:
+            raise AdapterError(
+                f"state_dict has {saved} of several adapters, one of them as {name!r}. Pass only one: "
+                "state_dict=get_peft_model_state_dict(model, adapter_name=…)."
+            )
+        # A lazy mapping may use the memory again for the next one.
+        tensors[saved] = tensor.copy() if isinstance(tensor, np.ndarray) else tensor.to("cpu", copy=True)
     if not tensors:
+        found = "it is empty" if first is None else f"its first name is {first!r}"
         raise AdapterError(
-            f"state_dict has no LoRA weights, its first name is {next(iter(state_dict))!r}. "
-            "Pass state_dict=get_peft_model_state_dict(model)."
+            f"state_dict has no LoRA weights, {found}. Pass state_dict=get_peft_model_state_dict(model)."
         )
-    weights = to_safetensors({name: on_host(gathered(tensor)) for name, tensor in tensors.items()})
+    weights = _pack(tensors, {BASE: json.dumps(base)} if base else None)
     return AdapterFiles(config=json.dumps(config.to_dict(), default=_plain).encode(), weights=weights)
+
+
+def _pairs(state_dict: Tensors) -> Iterator[tuple[str, AnyTensor]]:
+    """Yields names and tensors. Raises AdapterError for anything else."""
+    if isinstance(state_dict, Mapping):
+        yield from state_dict.items()
+        return
+    for item in state_dict if isinstance(state_dict, Iterable) and not isinstance(state_dict, str) else [state_dict]:
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise AdapterError(f"state_dict must map names to tensors, or be pairs of both, got {item!r:.80}.")
+        yield item[0], item[1]
+
+
+def _tensor(name: str, tensor: object) -> AnyTensor:
+    """See `gathered`. Raises AdapterError."""
+    if not isinstance(name, str) or not hasattr(tensor, "shape"):
+        raise AdapterError(f"state_dict must map names to tensors, got {name!r} and {type(tensor).__name__}.")
+    try:
+        return gathered(tensor)
+    except ValueError as error:
+        raise AdapterError(f"tensor {name!r} of the adapter {error}") from error
+
+
+def _pack(tensors: Mapping[str, AnyTensor], metadata: Mapping[str, str] | None) -> bytes:
+    file = TensorFile(sum(tensor.nbytes for tensor in tensors.values()))
+    # The widest items first: each must begin at a multiple of its size.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-DTYPES[dtype_name(item[1])][1], item[0])):
+        try:
+            file.add(name, tensor)
+        except ValueError as error:
+            raise AdapterError(f"tensor {name!r} of the adapter {error}") from error
+    return file.finish(metadata).tobytes()
+
+
+def _base_name(name: str) -> str:
+    """Returns the checkpoint's name of a tensor of peft's model."""
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def _saved_name(name: str) -> str:
@@ -96,6 +161,14 @@ def _plain(value: object) -> object:
     return sorted(value) if isinstance(value, (set, frozenset)) else str(getattr(value, "value", value))
 
 
+class BaseTensor(NamedTuple):
+    """A tensor of the base model, as a trainer has it."""
+
+    spec: WeightSpec
+    digest: str
+    """Hash of its values, see `digest`."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterDescription:
     """An adapter's rank, config and tensor shapes."""
@@ -108,6 +181,9 @@ class AdapterDescription:
 
     checksum: int
     """Of the tensors, independent of their order in the file."""
+
+    base: Mapping[str, BaseTensor]
+    """Tensors that were sent beside the adapter's, by their names in the checkpoint, whose own they must be."""
 
     @property
     def modules(self) -> set[str]:
@@ -185,27 +261,47 @@ def describe_adapter(files: AdapterFiles) -> AdapterDescription:
         checksum = zlib.crc32(tensor["data"], checksum)
     if not shapes:
         raise AdapterError(f"{WEIGHTS} has no tensors.")
-    return AdapterDescription(_check_pairs(shapes, config), config, shapes, checksum)
+    return AdapterDescription(_check_pairs(shapes, config), config, shapes, checksum, _read_base(files.weights))
+
+
+def _read_base(weights: bytes) -> dict[str, BaseTensor]:
+    """Reads which tensors were sent beside the adapter's, from its metadata."""
+    header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
+    try:
+        base = json.loads((header.get("__metadata__") or {}).get(BASE, "{}"))
+        return {name: BaseTensor(WeightSpec(tuple(shape), dtype), said) for name, (dtype, shape, said) in base.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{WEIGHTS}: its metadata has no valid {BASE}: {error}") from None
 
 
 def _check_pairs(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> int:
-    """Checks that each module has both halves, of a rank that the config names. Returns the largest rank."""
+    """Checks that each module has both halves, of the rank that the config gives it. Returns the largest rank."""
     ranks = []
-    config_ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
     for module in sorted({name.split(".lora_")[0] for name in shapes}):
         halves = [shapes.get(f"{module}.lora_{half}.weight") for half in "AB"]
         if halves[0] is None or halves[1] is None:
             missing = "lora_A" if halves[0] is None else "lora_B"
-            raise AdapterError(f"{WEIGHTS}: {module} has no {missing}.")
+            raise AdapterError(f"the adapter's {module} has no {missing}.")
         if halves[0][0] != halves[1][1]:
             raise AdapterError(
-                f"{WEIGHTS}: {module} has lora_A of rank {halves[0][0]} and lora_B of rank {halves[1][1]}."
+                f"the adapter's {module} has lora_A of rank {halves[0][0]} and lora_B of rank {halves[1][1]}."
             )
-        if halves[0][0] not in config_ranks:
+        if halves[0][0] != (rank := _rank_of(module, config)):
             # The scale of an adapter is alpha / rank, with the config's rank.
-            raise AdapterError(f"{module} has rank {halves[0][0]}, {CONFIG} says r={config.get('r')}. They must agree.")
+            raise AdapterError(f"{module} has rank {halves[0][0]}, {CONFIG} says r={rank}. They must agree.")
         ranks.append(halves[0][0])
     return max(ranks)
+
+
+def _rank_of(module: str, config: Mapping[str, Any]) -> object:
+    """Returns the rank of a module: of the first key of rank_pattern that matches the end of its name, or else r."""
+    try:
+        for key, rank in (config.get("rank_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({key})$", module):
+                return rank
+    except (re.error, AttributeError) as error:
+        raise AdapterError(f"{CONFIG}: rank_pattern={config['rank_pattern']!r} is invalid: {error}.") from None
+    return config.get("r")
 
 
 def _check_finite(name: str, tensor: _RawTensor) -> None:
@@ -223,20 +319,20 @@ def _check_finite(name: str, tensor: _RawTensor) -> None:
         raise AdapterError(f"{WEIGHTS}: {name} has {bad} values of {values.size} that are not finite.")
 
 
-def check_shapes(adapter: AdapterDescription, weights: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(adapter: AdapterDescription, weights: Mapping[str, WeightSpec]) -> None:
     """Rejects an adapter of another model, by the shapes of the model's own weights.
 
     Modules that the checkpoint does not name are left to the engine, which may have renamed them.
 
     Args:
-        weights: shape of each weight of the model's checkpoint.
+        weights: of the model's checkpoint.
 
     Raises:
         AdapterError
     """
     for module in adapter.modules:
-        shape = weights.get(f"{module}.weight")
-        if shape is None or len(shape) != 2:
+        weight = weights.get(f"{module}.weight")
+        if weight is None or len(shape := weight.shape) != 2:
             continue
         adapter_shape = adapter.shapes[f"{module}.lora_B.weight"][0], adapter.shapes[f"{module}.lora_A.weight"][1]
         if adapter_shape != shape:

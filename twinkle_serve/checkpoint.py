@@ -1,4 +1,4 @@
-"""A model's weights under their checkpoint names: their shapes on disk, and buckets of them as bytes."""
+"""A model's weights under their checkpoint names: their files on disk, and buckets of them as bytes."""
 
 from __future__ import annotations
 
@@ -7,40 +7,173 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from twinkle_serve.data_format.weights import Bucket
+from twinkle_serve.data_format.weights import Bucket, ModelSpec, WeightSpec
 from twinkle_serve.errors import WeightsError
 from twinkle_serve.extras import require_extra
-from twinkle_serve.tensors import AnyTensor, count_nonfinite, gathered, on_host, to_safetensors
+from twinkle_serve.tensors import BITS, DTYPES, AnyTensor, TensorFile, count_nonfinite, digest, encode_header, gathered
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BUCKET_BYTES = 256 * 2**20
 
-DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "U8": 1, "I8": 1}
-"""Bytes per value, by safetensors' name of the dtype."""
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+"""Names of the input embedding's module."""
+HEADS = ("lm_head.weight", "embed_out.weight")
+"""Names of the output layer's weight."""
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Returns the safetensors files of a model in a directory, as transformers chooses them; empty if there are none.
+
+    The files of the index where there is one, else the one that is named for the model. Without both, files that are
+    named as parts of a model, or all. Other files, such as those of an optimizer or an adapter, are not the model's.
+
+    Raises:
+        WeightsError: the index cannot be read, or names a missing file.
+    """
+    if path.is_file():
+        return [path]
+    index = path / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = [path / name for name in names]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WeightsError(f"{index} cannot be read: {type(error).__name__}: {error}.") from None
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise WeightsError(f"{path.absolute()} has no {missing[0]}, which {INDEX} lists. Save the model again.")
+        return files
+    if (single := path / SINGLE).is_file():
+        return [single]
+    return sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
 
 
 def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
-    """Reads the shape of each weight from the headers of the safetensors files; empty if there are none."""
-    from safetensors import safe_open
+    """Reads the shape of each weight from the headers of the model's files; empty if there are none."""
+    return {name: spec.shape for name, spec in _weight_specs(model).items()}
 
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(model.glob("*.safetensors")):
-        with safe_open(path, framework="np") as file:
-            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
-    return shapes
+
+def _weight_specs(model: Path) -> dict[str, WeightSpec]:
+    from safetensors import SafetensorError, safe_open
+
+    specs: dict[str, WeightSpec] = {}
+    for path in weight_files(model):
+        try:
+            with safe_open(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118
+                    weight = file.get_slice(name)
+                    specs[name] = WeightSpec(tuple(weight.get_shape()), str(weight.get_dtype()))
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(path, error) from None
+    return specs
+
+
+def _unreadable(path: Path, error: Exception) -> WeightsError:
+    return WeightsError(f"{path} cannot be read, it is cut off or damaged: {error}")
+
+
+def read_model_spec(model: Path) -> ModelSpec:
+    """Reads which weights a model has, from the headers of its files and its config.
+
+    An output layer that shares the embedding's weights has names beside the checkpoint's own: trainers send it or leave
+    it out. Where the checkpoint stores both with different values, they are not shared.
+
+    Raises:
+        WeightsError: files that cannot be read.
+    """
+    weights = _weight_specs(model)
+    embedding = min((name for name in weights if _is_embedding(name)), key=len, default=None)
+    if embedding is None:
+        return ModelSpec(weights, {})
+    stored = [name for name in weights if name.endswith(HEADS) and weights[name].shape == weights[embedding].shape]
+    if not _config_ties(model, default=not stored):
+        return ModelSpec(weights, {})
+    parts = embedding.split(".")
+    heads = {".".join([*parts[:i], head]) for i in range(len(parts) - 1) for head in HEADS} - weights.keys()
+    same = {name for name in stored if _same_in_files(model, name, embedding)}
+    if len(same) < len(stored):
+        return ModelSpec(weights, {})
+    return ModelSpec(weights, dict.fromkeys(sorted(heads | same), embedding))
+
+
+def _is_embedding(name: str) -> bool:
+    """Whether a weight is the model's input embedding, and not that of one of its layers."""
+    parts = name.split(".")
+    return name.endswith(".weight") and parts[-2] in EMBEDDINGS and not any(part.isdigit() for part in parts)
+
+
+def _config_ties(model: Path, *, default: bool) -> bool:
+    """Whether the model's config says that its output layer is its embedding.
+
+    Args:
+        default: answer where neither the config nor transformers says it.
+    """
+    try:
+        config = json.loads((model / "config.json").read_text())
+        parts = [config, *(config[key] for key in ("text_config", "llm_config") if config.get(key) is not None)]
+        said = [bool(part["tie_word_embeddings"]) for part in parts if part.get("tie_word_embeddings") is not None]
+    except (OSError, ValueError, AttributeError):
+        return default
+    if said or default:
+        return any(said) if said else default
+    try:
+        from transformers import AutoConfig
+
+        return bool(AutoConfig.from_pretrained(model).get_text_config().tie_word_embeddings)
+    except Exception:  # a model of its own code, or of a newer transformers
+        return default
+
+
+def _same_in_files(model: Path, name: str, other: str) -> bool:
+    """Whether two weights of a checkpoint have the same values."""
+    return bool((_weight_in_files(model, name) == _weight_in_files(model, other)).all())
+
+
+def hash_weight(model: Path, name: str, dtype: str) -> str:
+    """Returns the hash of a weight in a model's files, see `digest`, as it would be in another dtype.
+
+    Raises:
+        WeightsError: files that cannot be read.
+    """
+    import torch
+
+    torch_name = next(key for key, (safetensors_name, _, _) in DTYPES.items() if safetensors_name == dtype)
+    return digest(_weight_in_files(model, name).to(getattr(torch, torch_name)))
+
+
+def _weight_in_files(model: Path, name: str) -> Tensor:
+    from safetensors import SafetensorError, safe_open
+
+    for path in weight_files(model):
+        try:
+            with safe_open(path, framework="pt") as file:
+                if name in file.keys():  # noqa: SIM118
+                    weight: Tensor = file.get_tensor(name)
+                    return weight
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(path, error) from None
+    raise WeightsError(f"{model} has no weight {name!r} any more. Save the model again.")
+
+
+# -- tensors -------------------------------------------------------------------------------------
 
 
 def named_tensors(source: object) -> Iterator[tuple[str, Tensor]]:
     """Yields weights with their names, one at a time.
 
     Args:
-        source: a directory with safetensors files or one such file; a mapping of names to tensors, such as a
+        source: a model's directory with safetensors files or one such file; a mapping of names to tensors, such as a
             `state_dict`; or an iterable of such pairs, which may be lazy.
 
     Raises:
@@ -64,7 +197,7 @@ def _tensors_in_files(path: Path) -> Iterator[tuple[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     require_extra("reading weights from files", "server", "torch")
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    files = weight_files(path)
     if not files:
         raise WeightsError(f"no safetensors files at {path.absolute()}. Save the model with save_pretrained.")
     for file in files:
@@ -73,7 +206,7 @@ def _tensors_in_files(path: Path) -> Iterator[tuple[str, Tensor]]:
                 for name in tensors.keys():  # noqa: SIM118
                     yield name, tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{file} cannot be read, it is cut off or damaged: {error}") from None
+            raise _unreadable(file, error) from None
 
 
 def buckets(
@@ -81,39 +214,51 @@ def buckets(
 ) -> Iterator[Bucket]:
     """Packs weights into buckets of about `bucket_bytes`, each of at least one tensor; holds one in memory at a time.
 
-    A sharded tensor (DTensor) is gathered when its turn comes, so every rank of its mesh must take part.
+    A tensor is copied before the next one is asked for: its memory may be used again for that one. A sharded tensor
+    (DTensor) is gathered when its turn comes, so every rank of its mesh must take part.
 
     Raises:
-        WeightsError: an item that is not a tensor, a repeated name, or values that are not finite.
+        WeightsError: an item that is not a tensor or has no values, a repeated name, or values that are not finite.
     """
-    pending: dict[str, AnyTensor] = {}
-    size, names = 0, set[str]()
+    capacity = int(min(bucket_bytes, BUCKET_BYTES))
+    file, names = TensorFile(capacity), set[str]()
     for name, tensor in tensors:
         if not isinstance(name, str) or not hasattr(tensor, "shape"):
             raise WeightsError(f"weights must be pairs of name and tensor, got {name!r} and {type(tensor).__name__}.")
         if name in names:
             raise WeightsError(f"weight {name!r} comes twice.")
         names.add(name)
-        whole = gathered(tensor)
-        if isinstance(whole, np.ndarray) and whole.dtype.kind in "OSUMm":
-            raise WeightsError(f"weight {name!r} is an array of {whole.dtype}, not of numbers.")
-        if not allow_nonfinite and (bad := count_nonfinite(whole)):
-            raise WeightsError(
-                f"weight {name!r} has {bad} values of {math.prod(whole.shape)} that are not finite. "
-                "Pass allow_nonfinite=True if that is intended."
-            )
-        nbytes = whole.nbytes
-        if pending and size + nbytes > bucket_bytes:
-            yield np.frombuffer(to_safetensors(pending), np.uint8)
-            pending, size = {}, 0
-        pending[name] = on_host(whole)
-        size += nbytes
-    if pending:
-        yield np.frombuffer(to_safetensors(pending), np.uint8)
+        try:
+            whole = gathered(tensor)
+            if not allow_nonfinite and (bad := count_nonfinite(whole)):
+                raise WeightsError(
+                    f"weight {name!r} has {bad} values of {math.prod(whole.shape)} that are not finite. "
+                    "Pass allow_nonfinite=True if that is intended."
+                )
+            if file.names and (file.size + whole.nbytes > bucket_bytes or not file.aligns(whole)):
+                yield file.finish()
+                file = TensorFile(capacity)
+            file.add(name, whole)
+        except ValueError as error:
+            raise WeightsError(f"weight {name!r} {error}") from error
+    if file.names:
+        yield file.finish()
 
 
-def bucket_shapes(bucket: Bucket) -> dict[str, tuple[int, ...]]:
-    """Reads the shape of each weight in a bucket from its header.
+# -- buckets -------------------------------------------------------------------------------------
+
+
+class PackedWeight(NamedTuple):
+    """A weight in a bucket."""
+
+    spec: WeightSpec
+    begin: int
+    """Index of its first byte in the bucket."""
+    end: int
+
+
+def read_bucket(bucket: Bucket) -> dict[str, PackedWeight]:
+    """Reads the header of a bucket.
 
     Raises:
         WeightsError: not a complete safetensors file.
@@ -122,13 +267,38 @@ def bucket_shapes(bucket: Bucket) -> dict[str, tuple[int, ...]]:
         start = 8 + int.from_bytes(bucket[:8].tobytes(), "little")
         header = json.loads(bucket[8:start].tobytes())
         header.pop("__metadata__", None)
-        shapes = {name: tuple(map(int, entry["shape"])) for name, entry in header.items()}
+        weights = {}
         for name, entry in header.items():
+            spec = WeightSpec(tuple(map(int, entry["shape"])), str(entry["dtype"]))
             begin, end = entry["data_offsets"]
-            if end - begin != math.prod(shapes[name]) * DTYPES[entry["dtype"]]:
-                raise ValueError(f"{name} of shape {shapes[name]} has {end - begin} bytes")
-        if (size := max(entry["data_offsets"][1] for entry in header.values())) != len(bucket) - start:
-            raise ValueError(f"it has {len(bucket) - start} bytes of {size}")
+            if 8 * (end - begin) != math.prod(spec.shape) * BITS[spec.dtype]:
+                raise ValueError(f"{name} of shape {spec.shape} has {end - begin} bytes")
+            weights[name] = PackedWeight(spec, start + begin, start + end)
+        if (size := max(weight.end for weight in weights.values())) != len(bucket):
+            raise ValueError(f"it has {len(bucket) - start} bytes of {size - start}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"a bucket of weights is cut off or damaged: {type(error).__name__}: {error}") from None
-    return shapes
+    return weights
+
+
+def bucket_shapes(bucket: Bucket) -> dict[str, tuple[int, ...]]:
+    """Reads the shape of each weight in a bucket; see `read_bucket`."""
+    return {name: weight.spec.shape for name, weight in read_bucket(bucket).items()}
+
+
+def without_weights(bucket: Bucket, names: set[str]) -> Bucket | None:
+    """Returns a bucket without some of its weights; None if it has no others."""
+    weights = {name: weight for name, weight in read_bucket(bucket).items() if name not in names}
+    if not weights:
+        return None
+    # The widest items first: each must begin at a multiple of its size.
+    order = sorted(weights.items(), key=lambda item: (-BITS[item[1].spec.dtype], item[1].begin))
+    header: dict[str, dict[str, object]] = {}
+    size = 0
+    for name, weight in order:
+        end = size + weight.end - weight.begin
+        header[name] = {"dtype": weight.spec.dtype, "shape": list(weight.spec.shape), "data_offsets": [size, end]}
+        size = end
+    parts = [bucket[weight.begin : weight.end] for _, weight in order]
+    file: Bucket = np.concatenate([np.frombuffer(encode_header(header), np.uint8), *parts])
+    return file

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,19 +15,96 @@ if TYPE_CHECKING:
 
 AnyTensor: TypeAlias = "Tensor | NDArray[Any]"
 
+Tensors: TypeAlias = Mapping[str, AnyTensor] | Iterable[tuple[str, AnyTensor]]
+"""Tensors by name, or pairs of both: torch's on any device, or numpy's."""
 
-def gathered(tensor: AnyTensor) -> AnyTensor:
-    """The full tensor, detached and on its device; anything but a torch tensor becomes a numpy array.
+DtypeClass: TypeAlias = Literal["float", "fp8", "fp4", "integer", "bool", "complex"]
+"""Kinds of values. Floats of any width convert into each other."""
+
+DTYPES: dict[str, tuple[str, int, DtypeClass]] = {
+    "float64": ("F64", 8, "float"),
+    "float32": ("F32", 4, "float"),
+    "float16": ("F16", 2, "float"),
+    "bfloat16": ("BF16", 2, "float"),
+    "float8_e4m3fn": ("F8_E4M3", 1, "fp8"),
+    "float8_e5m2": ("F8_E5M2", 1, "fp8"),
+    "float8_e4m3fnuz": ("F8_E4M3FNUZ", 1, "fp8"),
+    "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1, "fp8"),
+    "float8_e8m0fnu": ("F8_E8M0", 1, "fp8"),
+    "int64": ("I64", 8, "integer"),
+    "int32": ("I32", 4, "integer"),
+    "int16": ("I16", 2, "integer"),
+    "int8": ("I8", 1, "integer"),
+    "uint64": ("U64", 8, "integer"),
+    "uint32": ("U32", 4, "integer"),
+    "uint16": ("U16", 2, "integer"),
+    "uint8": ("U8", 1, "integer"),
+    "bool": ("BOOL", 1, "bool"),
+    "complex64": ("C64", 8, "complex"),
+}
+"""Name in safetensors, bytes per value and class of each dtype, by its name in torch and numpy."""
+
+BITS: dict[str, int] = {name: 8 * size for name, size, _ in DTYPES.values()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""Bits per value, by safetensors' name of the dtype."""
+
+CLASSES: dict[str, DtypeClass] = {name: kind for name, _, kind in DTYPES.values()} | dict.fromkeys(
+    ("F4", "F6_E2M3", "F6_E3M2"), "fp4"
+)
+"""Class by safetensors' name of the dtype."""
+
+HEADER_ROOM = 2**20
+"""Bytes kept free for the header before the tensors; a longer header costs a copy."""
+
+
+def gathered(tensor: object) -> AnyTensor:
+    """Returns the full tensor, detached and on its device; anything but a torch tensor becomes a numpy array.
 
     A sharded tensor (DTensor) is gathered, in which every rank of its mesh must take part.
+
+    Raises:
+        ValueError: it has no values, or its values are not plain numbers. The message continues a sentence that begins
+            with the tensor's name.
     """
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach() if hasattr(full, "detach") else np.asarray(full)
+    if getattr(tensor, "is_meta", False):
+        raise ValueError("is on the meta device and has no values. Load or initialize the model first.")
+    if hasattr(tensor, "local_shards"):
+        raise ValueError("is a ShardedTensor, which holds a part of the values. Take FSDP's full state_dict.")
+    if isinstance(tensor, np.ma.MaskedArray):
+        raise ValueError("is a masked array, whose mask would be lost. Fill it.")
+    try:
+        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        plain = full.detach() if hasattr(full, "detach") else np.asarray(full)
+    except Exception as error:  # of a process group, or of a class that is not torch's or numpy's
+        raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(plain, np.ndarray):
+        return _dense(plain)
+    if plain.dtype.name not in DTYPES:
+        raise ValueError(f"is an array of {plain.dtype}, not of numbers.")
+    return plain
 
 
-def on_host(tensor: AnyTensor) -> AnyTensor:
-    """A gathered tensor or array, contiguous and in host memory."""
-    return np.asarray(tensor, order="C") if isinstance(tensor, np.ndarray) else tensor.cpu().contiguous()
+def _dense(tensor: Any) -> Tensor:
+    """Returns a detached torch tensor. Raises ValueError where its values are not in its own memory, or packed."""
+    import torch
+
+    if tensor.layout != torch.strided:
+        raise ValueError(f"has the layout {tensor.layout}. Send it dense.")
+    if dtype_name(tensor) not in DTYPES:
+        raise ValueError(f"is a tensor of {tensor.dtype}, not of numbers.")
+    if type(tensor) is not torch.Tensor:
+        try:
+            return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+        except Exception as error:  # of the class
+            raise ValueError(f"is a {type(tensor).__name__} and cannot be copied: {error}") from error
+    if tensor.numel() and not tensor.untyped_storage().nbytes():
+        raise ValueError("has no storage: its memory was freed, as FSDP does with gathered weights. Gather it first.")
+    dense: Tensor = tensor
+    return dense
+
+
+def dtype_name(tensor: AnyTensor) -> str:
+    """Returns the name of a tensor's dtype without its library: `float32`."""
+    return tensor.dtype.name if isinstance(tensor, np.ndarray) else str(tensor.dtype).removeprefix("torch.")
 
 
 def count_nonfinite(tensor: AnyTensor) -> int:
@@ -36,26 +116,97 @@ def count_nonfinite(tensor: AnyTensor) -> int:
     if not tensor.is_floating_point():
         return 0
     if tensor.element_size() == 1:  # torch.isfinite does not take 8-bit floats
-        tensor = tensor.half()
+        tensor = tensor.float()
     return 0 if bool(torch.isfinite(tensor).all()) else int((~torch.isfinite(tensor)).sum())
 
 
-def to_safetensors(tensors: dict[str, AnyTensor]) -> bytes:
-    """Packs tensors and arrays from `on_host` into a safetensors file."""
-    if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
-        from safetensors.numpy import save as save_arrays
+class TensorFile:
+    """Writes a safetensors file in memory.
 
-        arrays: bytes = save_arrays(tensors)
-        return arrays
+    Guarantees:
+        A tensor is copied when it is added; its owner may change or free it afterwards.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """
+        Args:
+            capacity: expected bytes of all tensors; the memory is used as they are added.
+        """
+        self._buffer = np.empty(HEADER_ROOM + capacity, np.uint8)
+        self._end = HEADER_ROOM
+        self._header: dict[str, dict[str, object]] = {}
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of the tensors so far."""
+        return self._header.keys()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors so far."""
+        return self._end - HEADER_ROOM
+
+    def aligns(self, tensor: AnyTensor) -> bool:
+        """Whether a tensor that is added next starts at a multiple of its item size, as readers need."""
+        return self.size % DTYPES[dtype_name(tensor)][1] == 0
+
+    def add(self, name: str, tensor: AnyTensor) -> None:
+        """Adds a tensor from `gathered`.
+
+        Raises:
+            ValueError: it cannot be copied; see `gathered`.
+        """
+        begin, end = self._end, self._end + tensor.nbytes
+        if end > len(self._buffer):
+            grown = np.empty(max(end, 2 * len(self._buffer)), np.uint8)
+            grown[:begin] = self._buffer[:begin]
+            self._buffer = grown
+        if tensor.nbytes:
+            _copy(tensor, self._buffer[begin:end])
+        self._header[name] = {
+            "dtype": DTYPES[dtype_name(tensor)][0],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin - HEADER_ROOM, end - HEADER_ROOM],
+        }
+        self._end = end
+
+    def finish(self, metadata: Mapping[str, str] | None = None) -> NDArray[np.uint8]:
+        """Returns the file. Nothing can be added afterwards."""
+        header = encode_header(self._header, metadata)
+        if (start := HEADER_ROOM - len(header)) < 0:
+            return np.concatenate([np.frombuffer(header, np.uint8), self._buffer[HEADER_ROOM : self._end]])
+        self._buffer[start:HEADER_ROOM] = np.frombuffer(header, np.uint8)
+        return self._buffer[start : self._end]
+
+
+def encode_header(entries: Mapping[str, Mapping[str, object]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Returns the start of a safetensors file: the length of the header, and the header, padded to 8 bytes."""
+    content = {"__metadata__": metadata, **entries} if metadata else entries
+    header = json.dumps(content, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def digest(tensor: AnyTensor) -> str:
+    """Returns a hash of the values of a tensor from `gathered`, as bytes of its dtype.
+
+    Raises:
+        ValueError: it cannot be copied; see `gathered`.
+    """
+    memory = np.empty(tensor.nbytes, np.uint8)
+    if tensor.nbytes:
+        _copy(tensor, memory)
+    return hashlib.blake2b(memory.data, digest_size=16).hexdigest()
+
+
+def _copy(tensor: AnyTensor, memory: NDArray[np.uint8]) -> None:
+    """Copies a tensor's values into memory, row-major and little-endian."""
+    if isinstance(tensor, np.ndarray):
+        np.copyto(memory.view(tensor.dtype.newbyteorder("<")).reshape(tensor.shape), tensor)
+        return
     import torch
-    from safetensors.torch import save
 
-    # safetensors refuses tensors that share memory with each other.
-    apart, storages = {}, set[int]()
-    for name, value in tensors.items():
-        tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        storage = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if storage in storages else tensor
-        storages.add(storage)
-    packed: bytes = save(apart)
-    return packed
+    try:
+        torch.from_numpy(memory).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"cannot be copied to host memory: {type(error).__name__}: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,7 +228,10 @@ def test_sampler_reads_an_adapter_path_again_when_its_files_change(
     shutil.copytree(adapters[0], path)
     first = sampler.sample(QUESTIONS, GREEDY, adapter_path=str(path))
     again = sampler.sample(QUESTIONS, GREEDY, adapter_path=str(path))
-    shutil.copytree(adapters[1], path, dirs_exist_ok=True, copy_function=shutil.copy)
+    for file in path.iterdir():  # of the same size, under the same times
+        times = file.stat()
+        file.write_bytes((adapters[1] / file.name).read_bytes())
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     changed = sampler.sample(QUESTIONS, GREEDY, adapter_path=str(path))
     versions = [response.sequences[0].adapter.rpartition("@")[2] for response in (first, again, changed)]
     assert versions == ["1", "1", "2"]
@@ -238,7 +242,9 @@ def test_sampler_reads_an_adapter_path_again_when_its_files_change(
 def test_sampler_never_answers_for_an_adapter_with_the_base_model(
     sampler: RunningSampler, adapters: list[Path], tmp_path: Path, name: str
 ) -> None:
-    """Unknown, misspelt, missing, of another model, too large, contradictory: an error each; the next call works."""
+    """Unknown, missing, of another model, too large, incomplete, contradictory: an error each; the next call works."""
+    from peft import get_peft_model_state_dict
+
     sampler.add_adapter_to_model(name, adapters[0])
     big = save_adapter(tmp_path / "big", rank=32)
     other = save_adapter(tmp_path / "other", rank=8, modules=("q_proj",))
@@ -254,6 +260,16 @@ def test_sampler_never_answers_for_an_adapter_with_the_base_model(
         sampler.add_adapter_to_model(name, other)
     with pytest.raises(AdapterError, match="rank 32, the engine takes 16"):
         sampler.add_adapter_to_model(name, big)
+    model = random_adapter(seed=2)
+    config, tensors = model.peft_config["default"], get_peft_model_state_dict(model)
+    part = {tensor: value for tensor, value in tensors.items() if ".layers.0." in tensor}
+    with pytest.raises(AdapterError, match="incomplete: it has no matrices for 21 of the 28 modules"):
+        sampler.add_adapter_to_model(name, config, state_dict=part)
+    norm = {"base_model.model.model.norm.weight": 2 * model.get_base_model().model.norm.weight}
+    with pytest.raises(
+        AdapterError, match=r"'model.norm.weight' with values that the model's checkpoint does not have"
+    ):
+        sampler.add_adapter_to_model(name, config, state_dict={**tensors, **norm})
     with pytest.raises(AdapterError, match="contradict each other"):
         sampler.sample(QUESTIONS, GREEDY, name, use_base_model=True)
     with pytest.raises(AdapterError, match="LoraConfig with a state_dict, got dict"):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.lora import random_adapter
 from tests.support.weights import Reference, changed_weights
 from twinkle_serve import SampleResponse
 from twinkle_serve.errors import (
@@ -78,7 +79,16 @@ def as_state_dict(weights: dict[str, Any], path: Path) -> Any:
     return {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
 
 
-@pytest.mark.parametrize("form", [as_pairs, as_directory, as_state_dict])
+def as_reused_memory(weights: dict[str, Any], path: Path) -> Any:
+    """Each pair in the memory of the one before, and the tied output layer last, in a bucket of its own."""
+    import torch
+
+    memory = torch.empty(max(tensor.numel() for tensor in weights.values()))
+    for name, tensor in as_state_dict(weights, path).items():
+        yield name, memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("form", [as_pairs, as_directory, as_state_dict, as_reused_memory])
 def test_update_replaces_the_weights_of_every_engine(
     sampler: RunningSampler, weights: dict[str, Any], reference: Reference, tmp_path: Path, form: Any
 ) -> None:
@@ -143,6 +153,27 @@ def twice(weights: dict[str, Any]) -> Any:
     return [*weights.items(), ("model.norm.weight", weights["model.norm.weight"])]
 
 
+def tied(weights: dict[str, Any]) -> Any:
+    """An output layer of another version than the embedding, in a bucket of its own."""
+    return {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] * 2}
+
+
+def tied_shape(weights: dict[str, Any]) -> Any:
+    return {"lm_head.weight": weights["model.embed_tokens.weight"][:5], **weights}
+
+
+def integers(weights: dict[str, Any]) -> Any:
+    return {**weights, "model.norm.weight": weights["model.norm.weight"].long()}
+
+
+def meta(weights: dict[str, Any]) -> Any:
+    return {**weights, "model.norm.weight": weights["model.norm.weight"].to("meta")}
+
+
+def unmerged(weights: dict[str, Any]) -> Any:
+    return random_adapter(seed=1).state_dict()
+
+
 def no_pairs(weights: dict[str, Any]) -> Any:
     return list(weights)
 
@@ -169,6 +200,11 @@ def breaks_off(weights: dict[str, Any]) -> Any:
         (shape, WeightsError, r"has the shape \(5,\), the model's has \(128,\)"),
         (missing, WeightsError, "lacks 1 of the model's 46 weights, such as model.norm.weight"),
         (twice, WeightsError, "'model.norm.weight' comes twice"),
+        (tied, WeightsError, "'lm_head.weight' differs from 'model.embed_tokens.weight'"),
+        (tied_shape, WeightsError, r"'lm_head.weight' has the shape \(5, 128\)"),
+        (integers, WeightsError, r"'model.norm.weight' has the dtype I64 \(integer\), the model's has F32 \(float\)"),
+        (meta, WeightsError, "'model.norm.weight' is on the meta device"),
+        (unmerged, WeightsError, r"not merged. Call merge_and_unload\(\)"),
         (no_pairs, WeightsError, "pairs of name and tensor, got str"),
         (nothing, WeightsError, "a state_dict, pairs of name and tensor, or a path, got None"),
         (no_tensor, WeightsError, "pairs of name and tensor, got 'model.norm.weight' and str"),
@@ -216,6 +252,15 @@ def test_bad_arguments_are_refused(sampler: RunningSampler, weights: dict[str, A
     with pytest.raises(RequestError, match="mode must be"):
         sampler.pause("stop")  # type: ignore[arg-type]
     assert not sampler.status()["paused"]
+
+
+def test_update_that_takes_too_long_is_a_deadline_error(sampler: RunningSampler, weights: dict[str, Any]) -> None:
+    """Wherever its time ends; the weights before stay, and the next update is taken."""
+    before = sampler.status()["weights"]
+    with pytest.raises(DeadlineError):
+        sampler.update_weights(weights, next(LABELS), timeout_s=1e-6)
+    assert sampler.status()["weights"] == before and not sampler.status()["paused"]
+    sampler.update_weights(weights, next(LABELS))
 
 
 def test_nan_is_accepted_with_allow_nonfinite(sampler: RunningSampler, weights: dict[str, Any]) -> None:

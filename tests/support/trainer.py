@@ -34,7 +34,7 @@ class LoraConfig:
     peft_type = "LORA"
 
     def to_dict(self) -> dict[str, Any]:
-        return {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+        return {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": [MODULE], "bias": "none"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import ray
 from ray import serve
@@ -81,11 +82,13 @@ def test_call_to_a_cluster_that_has_gone_ends(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_call_whose_router_says_nothing_ends_by_its_deadline() -> None:
-    """The deadline is what passed, whatever the router was doing; of a control call it is the router that is late."""
+    """Whatever the router was doing, and also of a control call, whose deadline is the client's own."""
     backend = ServiceClient(Handle(TimeoutError()), "sampler")
     with pytest.raises(DeadlineError, match=r"timeout_s=100 passed.*sent 1 times"):
         sample(backend, [1])
-    with pytest.raises(ServiceError, match="did not answer in time"):
+    with pytest.raises(
+        DeadlineError, match="status did not end within 1 s, and the router of 'sampler' did not say so"
+    ):
         backend.loop.call(backend.call(1.0, RouterAPI.status))
 
 
@@ -226,6 +229,44 @@ def test_inputs_that_hold_references_are_left_to_ray() -> None:
 
     made = sample(ServiceClient(Handle(answer), "sampler"), inputs)
     assert [item["input_ids"] for item in made.inputs] == [[0], [1]]
+
+
+def test_arrays_beside_references_are_copied_by_the_call() -> None:
+    """The caller fills them again while the call runs."""
+    reference, ids = ray.ObjectRef(b"1" * 28), np.array([3, 4], np.int32)
+    inputs: Any = [{"input_ids": ids, "user_data": [reference, {"rows": [ids]}]}]
+
+    def answer(sent: SampleRequest) -> SampleResponse:
+        ids.fill(0)
+        assert sent.inputs[0]["input_ids"].tolist() == sent.inputs[0]["user_data"][1]["rows"][0].tolist() == [3, 4]
+        return answer_to(sent.inputs, (0,), sent.inputs)
+
+    sample(ServiceClient(Handle(answer), "sampler"), inputs)
+    assert ids.tolist() == [0, 0]
+
+
+def test_async_call_takes_its_inputs_when_it_is_made() -> None:
+    """Not when it is awaited: the caller may fill the array again for the next call. Errors come when it is awaited."""
+    ids = np.zeros(2, np.int32)
+
+    def answer(sent: SampleRequest) -> SampleResponse:
+        return answer_to(sent.inputs, (0,), as_list(sent.inputs))  # type: ignore[arg-type]
+
+    sampler = RunningSampler(ServiceClient(Handle(answer), "sampler"))
+
+    async def run() -> list[Any]:
+        calls = []
+        for number in range(3):
+            ids.fill(number)
+            calls.append(sampler.sample_async({"input_ids": ids}, timeout_s=10))
+        invalid: Any = {"best_of": 3}
+        calls.append(sampler.sample_async({"input_ids": ids}, **invalid))
+        answers: list[Any] = await asyncio.gather(*calls, return_exceptions=True)
+        return answers
+
+    *responses, error = asyncio.run(run())
+    assert [response.prompts[0].tolist() for response in responses] == [[0, 0], [1, 1], [2, 2]]
+    assert isinstance(error, TypeError)
 
 
 def test_inputs_that_cannot_be_sent_are_refused() -> None:

@@ -240,7 +240,8 @@ def test_adapter_of_one_call_fails_no_neighbour(sampler: RunningSampler, adapter
     async def run() -> list[Any]:
         names = ["", "bad", "good"] * 3
         calls = [sampler.sample_async(QUESTION, {"max_tokens": 3}, name) for name in names]
-        return await asyncio.gather(*calls, return_exceptions=True)
+        answers: list[Any] = await asyncio.gather(*calls, return_exceptions=True)
+        return answers
 
     results = asyncio.run(run())
     assert [type(result).__name__ for result in results] == ["SampleResponse", "AdapterError", "SampleResponse"] * 3
@@ -384,3 +385,29 @@ def test_second_sampler_on_a_state_dir_names_the_first(tmp_path: Path) -> None:
         FakeSampler("demo", state_dir=str(state)).shutdown()
     finally:
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_control_call_past_its_time_is_a_deadline_error(
+    sampler: RunningSampler, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any kind. Nothing of it is in effect, and the next call works."""
+    from twinkle_serve import hub
+    from twinkle_serve.checkpoint import named_tensors
+
+    weights = dict(named_tensors(hub.DEMO))
+    with pytest.raises(DeadlineError, match="did not end within 1e-06 s"):
+        sampler.update_weights(weights, "one", timeout_s=1e-6)
+    with monkeypatch.context() as patch:
+        patch.setattr("twinkle_serve.timing.CONTROL_TIMEOUT_S", 1e-6)
+        calls: list[Any] = [
+            lambda: sampler.add_adapter_to_model("policy", adapters[0]),
+            sampler.reset_prefix_cache,
+            sampler.get_state_keys,
+        ]
+        for call in calls:
+            with pytest.raises(DeadlineError, match="did not end within 1e-06 s"):
+                call()
+    status = sampler.status()
+    assert not status["paused"] and status["weights"] == "initial" and not status["adapters"]
+    assert sampler.update_weights(weights, "one") == "one"
+    assert sampler.add_adapter_to_model("policy", adapters[0]).startswith("policy@")

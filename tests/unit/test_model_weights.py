@@ -7,16 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load
 
 from twinkle_serve import hub
-from twinkle_serve.checkpoint import bucket_shapes, buckets, named_tensors, weight_shapes
-from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, WeightsVersion
+from twinkle_serve.checkpoint import bucket_shapes, buckets, named_tensors, read_model_spec, weight_shapes
+from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, ModelSpec, WeightSpec, WeightsVersion
 from twinkle_serve.errors import ConfigError, StoreError, WeightsError
 from twinkle_serve.weights.disk import Disk
 from twinkle_serve.weights.model import ModelWeights
 
 EXPECTED = weight_shapes(hub.DEMO)
+MODEL = read_model_spec(hub.DEMO)
 PARTS = list(buckets(named_tensors(hub.DEMO), 2**20))
+
+
+TENSORS: dict[str, torch.Tensor] = dict(named_tensors(hub.DEMO))
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
 @pytest.fixture(params=["memory", "directory", "url"])
@@ -27,7 +34,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Disk | None:
 
 
 def put(store: ModelWeights, label: str, parts: list[Bucket] = PARTS) -> WeightsVersion:
-    upload = store.begin(label, EXPECTED, set())
+    upload = store.begin(label, MODEL)
     for index, part in enumerate(parts):
         store.append(upload, index, part)
     return store.seal(upload)
@@ -63,7 +70,7 @@ def test_version_is_current_once_it_is_committed(disk: Disk | None) -> None:
         store.bucket(one, 0)
     for label in ("initial", "one", "two"):
         with pytest.raises(WeightsError, match="exists already"):
-            store.begin(label, EXPECTED, set())
+            store.begin(label, MODEL)
 
 
 def test_new_store_on_the_same_directory_has_only_the_current_version(tmp_path: Path) -> None:
@@ -71,7 +78,7 @@ def test_new_store_on_the_same_directory_has_only_the_current_version(tmp_path: 
     store = ModelWeights(Disk(str(tmp_path)))
     one = put(store, "one")
     store.commit(one)
-    upload = store.begin("two", EXPECTED, set())
+    upload = store.begin("two", MODEL)
     store.append(upload, 0, PARTS[0])
     again = ModelWeights(Disk(str(tmp_path)))
     assert again.recover() == (one, ["initial", "one"])
@@ -89,7 +96,7 @@ def test_new_store_on_the_same_directory_has_only_the_current_version(tmp_path: 
 def test_repeated_calls_are_idempotent(disk: Disk | None) -> None:
     """A caller that got no answer sends a call again."""
     store = ModelWeights(disk)
-    upload = store.begin("one", EXPECTED, set())
+    upload = store.begin("one", MODEL)
     for index, part in enumerate(PARTS):
         store.append(upload, index, part)
         store.append(upload, index, part)
@@ -103,7 +110,7 @@ def test_repeated_calls_are_idempotent(disk: Disk | None) -> None:
 def test_bucket_out_of_order_is_refused(disk: Disk | None) -> None:
     """A lost bucket is noticed."""
     store = ModelWeights(disk)
-    upload = store.begin("one", EXPECTED, set())
+    upload = store.begin("one", MODEL)
     with pytest.raises(StoreError, match="bucket 1 of 'one' came after 0 buckets"):
         store.append(upload, 1, PARTS[1])
 
@@ -122,7 +129,7 @@ def test_bucket_out_of_order_is_refused(disk: Disk | None) -> None:
 def test_damaged_bucket_ends_the_update(disk: Disk | None, damage: Any, message: str) -> None:
     """Nothing of the update is kept."""
     store = ModelWeights(disk)
-    upload = store.begin("one", EXPECTED, set())
+    upload = store.begin("one", MODEL)
     store.append(upload, 0, PARTS[0])
     with pytest.raises(WeightsError, match=message):
         store.append(upload, 1, damage(PARTS[1]))
@@ -178,3 +185,117 @@ def test_purged_store_starts_over(tmp_path: Path) -> None:
     assert files_in(tmp_path) == {"base.json"}
     assert ModelWeights(Disk(str(tmp_path))).recover() == (CHECKPOINT_VERSION, ["initial"])
     assert put(store, "one").number == 1
+
+
+def placed(name: str, tensor: torch.Tensor, where: str) -> dict[str, torch.Tensor]:
+    return {name: tensor, **TENSORS} if where == "first" else {**TENSORS, name: tensor}
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+@pytest.mark.parametrize("limit", [1, 2**20, 2**30])
+@pytest.mark.parametrize("cast", [torch.float32, torch.float64])
+def test_tied_name_with_the_embeddings_values_is_left_out(
+    disk: Disk | None, where: str, limit: int, cast: torch.dtype
+) -> None:
+    """Before or after the embedding, in its bucket, another or one of its own: engines get each weight once."""
+    store = ModelWeights(disk)
+    tensors = placed(HEAD, TENSORS[EMBEDDING].to(cast), where)
+    version = put(store, "one", list(buckets(tensors.items(), limit)))
+    read: dict[str, torch.Tensor] = {}
+    for index in range(len(version.buckets)):
+        part = load(bytes(store.bucket(version, index)))
+        assert part and not part.keys() & read.keys()
+        read |= part
+    assert read.keys() == TENSORS.keys() and all(torch.equal(read[name], TENSORS[name]) for name in read)
+    assert version.size_bytes == sum(len(store.bucket(version, index)) for index in range(len(version.buckets)))
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+@pytest.mark.parametrize("limit", [1, 2**20, 2**30])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor[:5], r"has the shape \(5, 128\), the model's 'model.embed_tokens.weight'"),
+        (lambda tensor: tensor.T.contiguous(), "has the shape"),
+        (lambda tensor: torch.cat([tensor[:-1], tensor[-1:] + 1]), "differs from 'model.embed_tokens.weight'"),
+        (lambda tensor: tensor.bfloat16(), "differs from 'model.embed_tokens.weight'"),
+        (lambda tensor: tensor.int(), r"has the dtype I32 \(integer\), .* has F32 \(float\)"),
+    ],
+)
+def test_tied_name_that_is_not_the_embedding_ends_the_update(
+    disk: Disk | None, where: str, limit: int, change: Any, message: str
+) -> None:
+    """By its shape, its dtype or a single row; the model has no place for it, and engines would differ."""
+    store = ModelWeights(disk)
+    with pytest.raises(WeightsError, match=f"'lm_head.weight' {message}"):
+        put(store, "one", list(buckets(placed(HEAD, change(TENSORS[EMBEDDING]), where).items(), limit)))
+    assert not store._memory and store.recover() == (CHECKPOINT_VERSION, ["initial"])
+
+
+def test_repeated_bucket_of_tied_names_is_idempotent(disk: Disk | None) -> None:
+    """Though nothing of it is stored."""
+    store = ModelWeights(disk)
+    upload = store.begin("one", MODEL)
+    parts = list(buckets(placed(HEAD, TENSORS[EMBEDDING], "last").items(), 1))
+    for index, part in enumerate(parts):
+        store.append(upload, index, part)
+        store.append(upload, index, part)
+    assert len(store.seal(upload).buckets) == len(parts) - 1 == len(TENSORS)
+
+
+def test_tied_name_does_not_stand_for_the_embedding() -> None:
+    """Without the embedding itself the version is incomplete."""
+    rest = {name: tensor for name, tensor in TENSORS.items() if name != EMBEDDING}
+    with pytest.raises(WeightsError, match="lacks 1 of the model's 46 weights, such as model"):
+        put(ModelWeights(), "one", list(buckets({**rest, HEAD: TENSORS[EMBEDDING]}.items())))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        ("int64", r"I64 \(integer\)"),
+        ("int8", r"I8 \(integer\)"),
+        ("uint8", r"U8 \(integer\)"),
+        ("bool", r"BOOL \(bool\)"),
+        ("float8_e4m3fn", r"F8_E4M3 \(fp8\)"),
+        ("float8_e5m2", r"F8_E5M2 \(fp8\)"),
+        ("complex64", r"C64 \(complex\)"),
+    ],
+)
+def test_weight_of_another_class_of_dtypes_is_refused(dtype: str, said: str) -> None:
+    """Both dtypes are named. Values of another class mean something else, such as those of a quantized weight."""
+    tensors = {**TENSORS, NORM: TENSORS[NORM].to(getattr(torch, dtype))}
+    with pytest.raises(WeightsError, match=rf"'model.norm.weight' has the dtype {said}, the model's has F32 \(float\)"):
+        put(ModelWeights(), "one", list(buckets(tensors.items())))
+
+
+def test_weights_of_a_quantized_model_have_its_dtypes() -> None:
+    """Floats do not stand for its packed values, nor integers of another width, whose values could not be held."""
+    spec = ModelSpec({"w": WeightSpec((4,), "F8_E4M3"), "q": WeightSpec((4,), "I8"), "s": WeightSpec((4,), "BF16")}, {})
+    good = {"w": torch.ones(4).to(torch.float8_e4m3fn), "q": torch.ones(4, dtype=torch.int8), "s": torch.ones(4)}
+    store = ModelWeights()
+    store.append(store.begin("one", spec), 0, next(buckets(good.items())))
+    for name, tensor in (("w", torch.ones(4)), ("q", torch.ones(4, dtype=torch.uint8)), ("q", torch.ones(4))):
+        with pytest.raises(WeightsError, match=f"'{name}' has the dtype"):
+            store.append(store.begin("one", spec), 0, next(buckets({**good, name: tensor}.items())))
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("base_model.model.model.norm.weight", r"merge_and_unload\(\)"),
+        ("model.layers.0.self_attn.q_proj.base_layer.weight", r"merge_and_unload\(\)"),
+        ("model.layers.0.self_attn.q_proj.lora_A.default.weight", r"merge_and_unload\(\)"),
+        ("model.norm.modules_to_save.default.weight", r"merge_and_unload\(\)"),
+        ("_fsdp_wrapped_module.model.norm.weight", "FSDP"),
+        ("model.layers.0._fsdp_wrapped_module._flat_param", "FSDP"),
+        ("_orig_mod.model.norm.weight", "torch.compile"),
+        ("model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight", "checkpointing"),
+        ("module.model.norm.weight", r"model\.module\.state_dict\(\)"),
+        ("model.normm.weight", r"get_state_keys\(\)"),
+    ],
+)
+def test_name_of_a_trainers_wrapper_has_its_remedy(name: str, remedy: str) -> None:
+    """An adapter that is not merged, FSDP, torch.compile and others."""
+    with pytest.raises(WeightsError, match=f"the model has no weight '{name}'.*{remedy}"):
+        put(ModelWeights(), "one", list(buckets({name: TENSORS[NORM]}.items())))

@@ -298,7 +298,7 @@ async def test_engine_that_dies_as_an_update_begins_does_not_fail_it(
         raise EngineDeadError("it died.")
 
     first = next(iter(service.router._engines.active))
-    monkeypatch.setattr(service.servers[first], "weight_shapes", dying.__get__(service.servers[first]))
+    monkeypatch.setattr(service.servers[first], "model_spec", dying.__get__(service.servers[first]))
     assert await service.update("one") == "one"
     assert asked
     await service.ready()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
@@ -38,6 +38,29 @@ class VersionSpan(NamedTuple):
     """Index of the first token."""
     end: int
     """Index after the last token."""
+
+
+class WeightSpec(NamedTuple):
+    """Shape and dtype of one weight."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """safetensors' name, such as BF16."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The weights of a model."""
+
+    weights: Mapping[str, WeightSpec]
+    """By name in the model's checkpoint; empty where it has no safetensors files."""
+    tied: Mapping[str, str]
+    """Other names of some weights, each with the weight whose values it has: an output layer that is the embedding."""
+
+    @property
+    def required(self) -> Mapping[str, WeightSpec]:
+        """The weights that an update must have."""
+        return {name: spec for name, spec in self.weights.items() if name not in self.tied}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

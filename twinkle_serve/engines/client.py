@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Protocol
 
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
-from twinkle_serve.data_format.weights import PauseMode, WeightsVersion
+from twinkle_serve.data_format.weights import ModelSpec, PauseMode, WeightsVersion
 from twinkle_serve.engines.group_runner import Finished
 
 
@@ -63,8 +63,8 @@ class EngineClient(Protocol):
     async def keep_adapters(self, ids: Sequence[int]) -> None:
         """Drops all adapter versions but these: whatever an earlier router had loaded."""
 
-    async def weight_shapes(self) -> tuple[Mapping[str, tuple[int, ...]], set[str]]:
-        """Returns the shape of each of the model's weights by name, and the names of tied weights."""
+    async def model_spec(self) -> ModelSpec:
+        """Returns the names, shapes and dtypes of the model's weights; see `read_model_spec`."""
         ...
 
     async def load_weights(self, version: WeightsVersion) -> str:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from twinkle_serve import timing
-from twinkle_serve.adapters import check_shapes, describe_adapter
-from twinkle_serve.checkpoint import buckets, named_tensors, weight_shapes
+from twinkle_serve.adapters import describe_adapter
+from twinkle_serve.checkpoint import buckets, named_tensors, read_model_spec
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
 from twinkle_serve.data_format.sampling_params import DecodingParams
-from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, PauseMode, WeightsVersion
+from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, ModelSpec, PauseMode, WeightsVersion
+from twinkle_serve.engines.adapter_checks import AdapterChecks
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.engines.group_runner import Finished, GroupRunner
 from twinkle_serve.engines.protocol import Engine
@@ -51,6 +52,10 @@ class EngineServer(EngineClient):
         self._engine = engine
         self._store = store
         self._model = model
+        self._adapter_checks = AdapterChecks(model)
+        self._checking = asyncio.Lock()
+        self._model_spec: ModelSpec | None = None
+        """Read from the model's files when it is first needed."""
         self._adapters: dict[int, AdapterVersion] = {}
         """Loaded versions, by id."""
         self._uses: Counter[int] = Counter()
@@ -229,7 +234,9 @@ class EngineServer(EngineClient):
             )
         files = await self._store.files(version)
         description = await asyncio.to_thread(describe_adapter, files)
-        check_shapes(description, await asyncio.to_thread(weight_shapes, self._model))
+        spec = await self.model_spec()
+        async with self._checking:
+            await asyncio.to_thread(self._adapter_checks.check, description, spec)
         await self._engine.load_adapter(version, files)
         self._adapters[version.id] = version
 
@@ -248,10 +255,10 @@ class EngineServer(EngineClient):
 
     # -- weights ---------------------------------------------------------------------------------
 
-    async def weight_shapes(self) -> tuple[Mapping[str, tuple[int, ...]], set[str]]:
-        shapes = await asyncio.to_thread(weight_shapes, self._model)
-        # An output layer that shares the embedding: it may be sent or left out.
-        return shapes, {"lm_head.weight"} - shapes.keys()
+    async def model_spec(self) -> ModelSpec:
+        if self._model_spec is None:
+            self._model_spec = await asyncio.to_thread(read_model_spec, self._model)
+        return self._model_spec
 
     async def pause(self, mode: PauseMode) -> None:
         self._paused = True
@@ -285,7 +292,9 @@ class EngineServer(EngineClient):
 
     async def _buckets(self, version: WeightsVersion) -> AsyncGenerator[Bucket, None]:
         if version == CHECKPOINT_VERSION:
-            own = buckets(named_tensors(self._model), allow_nonfinite=True)
+            tied = (await self.model_spec()).tied
+            weights = ((name, tensor) for name, tensor in named_tensors(self._model) if name not in tied)
+            own = buckets(weights, allow_nonfinite=True)
             while (bucket := await asyncio.to_thread(next, own, None)) is not None:
                 yield bucket
         else:

@@ -8,11 +8,10 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-from twinkle_serve.adapters import read_adapter
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.errors import DeadlineError, StoreError
 from twinkle_serve.routing.adapter_loading import AdapterLoader
-from twinkle_serve.routing.adapters import Adapters, fingerprint
+from twinkle_serve.routing.adapters import Adapters, Directory, absolute, read_directory
 from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.weights import StoreClient
 
@@ -39,8 +38,8 @@ class AdapterPublisher:
         """
         self._adapters, self._store, self._engines, self._loader = adapters, store, engines, loader
         self._timeout_s = timeout_s
-        self._paths: OrderedDict[str, tuple[tuple[int, int], ...]] = OrderedDict()
-        """Fingerprints of adapters that are known by path, as they were read; the last used is last."""
+        self._paths: OrderedDict[str, Directory] = OrderedDict()
+        """Adapters that are known by path, as they were read; the last used is last."""
         self._adding = asyncio.Lock()
         """Adapters are added one after the other, so that versions of a name are published in order."""
 
@@ -57,7 +56,7 @@ class AdapterPublisher:
 
     async def _add(self, name: str, source: AdapterFiles | str, *, is_path: bool = False) -> str:
         await self._engines.wait_for_info()
-        files = source if isinstance(source, AdapterFiles) else await asyncio.to_thread(read_adapter, source)
+        files = source if isinstance(source, AdapterFiles) else (await asyncio.to_thread(read_directory, source))[0]
         version = await self._store.put(name, files, is_path=is_path)
         try:
             await self._loader.load(version)
@@ -91,17 +90,29 @@ class AdapterPublisher:
 
     async def _resolve_path(self, path: str) -> AdapterVersion:
         """Returns the adapter in a directory, which is read again only after its files have changed."""
-        path, current = await asyncio.to_thread(fingerprint, path)
-        if self._paths.get(path) != current or not current:
+        path = absolute(path)
+        if not await self._is_current(path):
             async with self._adding:
-                if self._paths.get(path) != current or not current:  # another call may have just read it
-                    await self._add(path, path, is_path=True)
-                    self._paths[path] = current
+                if not await self._is_current(path):  # another call may have just read it
+                    await self._read(path)
         self._paths.move_to_end(path)
         version = self._adapters.resolve(path)
         while len(self._paths) > MAX_PATHS:
             await self.remove(next(iter(self._paths)))
         return version
+
+    async def _is_current(self, path: str) -> bool:
+        now = await asyncio.to_thread(Directory.at, path)
+        known = self._paths.get(path)
+        return known is not None and known.holds(now)
+
+    async def _read(self, path: str) -> None:
+        """Reads a directory, and loads its adapter if its content is new."""
+        files, directory = await asyncio.to_thread(read_directory, path)
+        known = self._paths.get(path)
+        if known is None or known.checksum != directory.checksum:
+            await self._add(path, files, is_path=True)
+        self._paths[path] = directory
 
     @contextlib.contextmanager
     def holding(self, adapter: AdapterVersion | None) -> Iterator[None]:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from twinkle_serve.adapters import CONFIG, WEIGHTS
-from twinkle_serve.data_format.adapters import AdapterVersion
+from twinkle_serve.adapters import CONFIG, WEIGHTS, read_adapter
+from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.errors import AdapterError, unknown_name
+
+FINE_STEP_NS = 50_000_000
+COARSE_STEP_NS = 2_000_000_000
+"""Largest steps of times on file systems that count fractions of a second, and on those that do not."""
+
+READ_ATTEMPTS = 5
 
 
 class Adapters:
@@ -104,14 +112,53 @@ class Adapters:
         return self._held.values()
 
 
-def fingerprint(path: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Returns the absolute path and (size, modification time) of each adapter file there.
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """The adapter files of a directory at some moment."""
 
-    The second is empty if a file is missing.
+    states: tuple[tuple[str | int, ...], ...]
+    """Directory without links, device, inode, size, and times of modification and change; empty if one is missing."""
+    checksum: str = ""
+    """Of their content, once it was read."""
+    settled: bool = False
+    """Whether a file that changes after this moment has other times: file systems count them in steps."""
+
+    @classmethod
+    def at(cls, path: str) -> Directory:
+        """Returns the files in a directory, without their content."""
+        now_ns, settled = time.time_ns(), True
+        states: list[tuple[str | int, ...]] = []
+        try:
+            directory = Path(path).resolve()
+            for name in (CONFIG, WEIGHTS):
+                stat = (directory / name).stat()
+                times = stat.st_mtime_ns, stat.st_ctime_ns
+                states.append((str(directory), stat.st_dev, stat.st_ino, stat.st_size, *times))
+                step_ns = FINE_STEP_NS if stat.st_ctime_ns % 10**9 else COARSE_STEP_NS
+                settled = settled and now_ns - stat.st_ctime_ns > step_ns
+        except OSError:
+            return cls(())
+        return cls(tuple(states), settled=settled)
+
+    def holds(self, now: Directory) -> bool:
+        """Whether the files are the same now, so that their content need not be read again."""
+        return self.settled and bool(now.states) and now.states == self.states
+
+
+def absolute(path: str) -> str:
+    """Returns the name of an adapter that is known by its path."""
+    return str(Path(path).expanduser().absolute())
+
+
+def read_directory(path: str) -> tuple[AdapterFiles, Directory]:
+    """Reads an adapter from a directory, in one state.
+
+    Raises:
+        AdapterError: no adapter there, or files that change all the time.
     """
-    directory = Path(path).expanduser().absolute()
-    try:
-        stats = [(directory / name).stat() for name in (CONFIG, WEIGHTS)]
-    except OSError:
-        return str(directory), ()
-    return str(directory), tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+    for _ in range(READ_ATTEMPTS):
+        before = Directory.at(path)
+        files = read_adapter(path)
+        if Directory.at(path).states == before.states:
+            return files, replace(before, checksum=files.checksum())
+    raise AdapterError(f"adapter {path!r}: its files change while they are read. Write them elsewhere, then rename.")

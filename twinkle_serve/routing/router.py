@@ -280,8 +280,8 @@ class Router(RouterAPI):
         await self._pauses.resume(pause)
 
     async def state_keys(self) -> list[str]:
-        shapes, _ = await self._engines.call_any(lambda client: client.weight_shapes())
-        return sorted(shapes)
+        model = await self._engines.call_any(lambda client: client.model_spec())
+        return sorted(model.weights)
 
     # -- control ---------------------------------------------------------------------------------
 

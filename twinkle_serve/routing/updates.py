@@ -70,10 +70,10 @@ class WeightUpdates:
             )
         update = self._update = _Update(label, now, Lease(self._expire))
         try:
-            shapes, tied = await self._engines.call_any(lambda client: client.weight_shapes())
-            if not shapes:
+            model = await self._engines.call_any(lambda client: client.model_spec())
+            if not model.weights:
                 raise UnsupportedError("the model has no safetensors files, which list its weights.")
-            update.upload = await self._store.begin_weights(label, shapes, tied)
+            update.upload = await self._store.begin_weights(label, model)
         except BaseException:
             self._end(update)
             raise

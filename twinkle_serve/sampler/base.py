@@ -6,11 +6,10 @@ import copy
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Unpack, cast
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
-from twinkle_serve.adapters import of_memory, pack_adapter
+from twinkle_serve.adapters import absolute_directory, of_memory, pack_adapter
 from twinkle_serve.conventions import follows_twinkle
 from twinkle_serve.data_format import SampleResponse, SamplingParams
 from twinkle_serve.data_format.adapters import AdapterFiles
@@ -35,16 +34,13 @@ from twinkle_serve.sampler.router_client import RouterClient
 from twinkle_serve.sampler.twinkle_calls import TwinkleCalls
 from twinkle_serve.sampler.verification import Verification, verify
 from twinkle_serve.template.packing import pack_template
-from twinkle_serve.tensors import AnyTensor
+from twinkle_serve.tensors import Tensors
 from twinkle_serve.validation import flag
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
     from twinkle_serve.template import Template
-
-Tensors: TypeAlias = Mapping[str, AnyTensor]
-"""Tensors by name: torch's on any device, or numpy's."""
 
 
 class Sampler(EncodingSampler, ABC):
@@ -135,17 +131,26 @@ class RunningSampler(EngineControls, Sampler, TwinkleCalls):
         request = self._request(inputs, sampling_params, adapter_name, adapter_path, options)
         return as_called(self._client.loop.call(self._client.run(request)))
 
-    async def sample_async(
+    def sample_async(
         self,
         inputs: Inputs,
         sampling_params: SamplingParamsLike | None = None,
         adapter_name: str = "",
         adapter_path: str | None = None,
         **options: Unpack[SampleOptions],
-    ) -> SampleResponse:
-        """As `sample`, for async code: an async actor, or `asyncio.run`."""
-        request = self._request(inputs, sampling_params, adapter_name, adapter_path, options)
-        return as_called(await self._client.loop.call_async(self._client.run(request)))
+    ) -> Coroutine[Any, Any, SampleResponse]:
+        """As `sample`, for async code: an async actor, or `asyncio.run`.
+
+        Inputs are copied by the call itself; it is sent, and errors are raised, when it is awaited.
+        """
+        try:
+            call = self._client.run(self._request(inputs, sampling_params, adapter_name, adapter_path, options))
+        except Exception as error:
+            call = _failed(error)
+        return self._response(call)
+
+    async def _response(self, call: Coroutine[Any, Any, SampleResponse]) -> SampleResponse:
+        return as_called(await self._client.loop.call_async(call))
 
     def sample_iter(
         self,
@@ -238,7 +243,7 @@ class RunningSampler(EngineControls, Sampler, TwinkleCalls):
             inputs=inputs,
             sampling_params=copy.deepcopy(sampling_params),  # the caller may change it while the call runs
             adapter_name=adapter_name,
-            adapter_path=None if adapter_path is None or adapter_path == "" else _absolute(adapter_path),
+            adapter_path=None if adapter_path is None or adapter_path == "" else absolute_directory(adapter_path),
             template=self._template,
             request_id=uuid.uuid4().hex,
             **check_options(options, allowed),
@@ -316,17 +321,21 @@ class RunningSampler(EngineControls, Sampler, TwinkleCalls):
         Args:
             config_or_dir: a directory as peft's save_pretrained writes it, on the service's nodes; or peft's
                 LoraConfig, with its tensors in `state_dict`.
+            state_dict: tensors of torch on any device, sharded ones (DTensor) included, or of numpy, named as in peft's
+                get_peft_model_state_dict or in the model's own state_dict. They are copied before the call returns.
 
         Raises:
-            AdapterError: unreadable, not of this model, a rank above the limit, or LoRA is switched off.
+            AdapterError: unreadable, incomplete, not of this model, a rank above the limit, other tensors that are not
+                the model's own, or LoRA is switched off.
             StoreError: the service's store cannot be reached or written.
-                After either, the name keeps its meaning.
+            DeadlineError: the engines did not load it within the config's startup_timeout_s.
+                After each, the name keeps its meaning.
         """
         source: AdapterFiles | str
         if isinstance(config_or_dir, (str, os.PathLike)):
             if state_dict is not None:
                 raise AdapterError("state_dict comes with a LoraConfig; the directory has weights of its own.")
-            source = _absolute(config_or_dir)
+            source = absolute_directory(config_or_dir)
         else:
             source = pack_adapter(config_or_dir, state_dict)
         try:
@@ -387,10 +396,5 @@ class RunningSampler(EngineControls, Sampler, TwinkleCalls):
         self._default_adapter = name
 
 
-def _absolute(path: str | os.PathLike[str]) -> str:
-    """Returns the absolute path of an adapter: the router's process has another working directory."""
-    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
-        raise AdapterError(f"an adapter's directory must be a path, got {path!r}.")
-    if "://" in str(path):
-        raise AdapterError(f"an adapter is loaded from a directory, got {str(path)!r}. Download it first.")
-    return str(Path(path).expanduser().absolute())
+async def _failed(error: Exception) -> SampleResponse:
+    raise error

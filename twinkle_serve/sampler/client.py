@@ -211,6 +211,12 @@ class ServiceClient(RouterClient):
             except BaseException as error:
                 _cancel(response)
                 error = _own_cancellation(error)
+                if isinstance(error, TimeoutError) and raised_error(error) is None:
+                    raise DeadlineError(
+                        f"{method.__name__} did not end within {timeout_s:g} s, and the router of {self._name!r} did "
+                        f"not say so within {timing.ROUTER_GRACE_S:g} s. See `serve status`; allow more time, or send "
+                        "it again."
+                    ) from None
                 left_s = deadline - asyncio.get_running_loop().time()
                 repeat = method in REPEATED and _is_death(error) and left_s > 0 and count < len(RETRY_PAUSES_S)
                 if not (repeat and await self._is_deployed(left_s)):

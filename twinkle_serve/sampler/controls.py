@@ -55,7 +55,8 @@ class EngineControls:
 
         Args:
             weights: every weight of the model by its name in the checkpoint: a `state_dict`, an iterable of pairs of
-                name and tensor, or a directory with safetensors files, on this machine.
+                name and tensor, or a directory with safetensors files, on this machine. A tensor is copied before the
+                next one is taken, so its memory may be used again.
             version: label of these weights; unique.
             mode: fate of running samples. keep: they continue, and their `weight_versions` say which tokens come from
                 which weights; their KV cache is recomputed. wait: they end first. abort: they end where they are, with
@@ -66,11 +67,11 @@ class EngineControls:
             timeout_s: limit of each step in seconds: sending a bucket, and the engines' part.
 
         Raises:
-            WeightsError: invalid names, shapes or values, missing weights, a version that exists, or another update
-                under way.
+            WeightsError: invalid names, shapes, dtypes or values, missing weights, a version that exists, or another
+                update under way.
             EngineError: an engine failed.
             StoreError: the store failed.
-            DeadlineError: the engines were not done within `timeout_s`.
+            DeadlineError: a step was not done within `timeout_s`.
                 After each, the previous weights are current on all engines, and none is paused.
             UnsupportedError: a model without safetensors files.
             RequestError: another invalid argument, or a sampler that is asleep.

@@ -22,7 +22,7 @@ from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.weights import Bucket, BucketArgument
 from twinkle_serve.engines import build_engine, check_engine_args
 from twinkle_serve.engines.server import EngineServer
-from twinkle_serve.errors import ConfigError, EngineError, MeshError, PromptError
+from twinkle_serve.errors import ConfigError, DeadlineError, MeshError, PromptError
 from twinkle_serve.placement import NodeResources, place
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.routing.router import Router
@@ -104,7 +104,9 @@ class LocalClient(RouterClient):
                 answer: T = await getattr(self._router, method.__name__)(*args, **options)
                 return answer
         except TimeoutError:
-            raise EngineError(f"{method.__name__} did not end within {timeout_s:g} s.") from None
+            raise DeadlineError(
+                f"{method.__name__} did not end within {timeout_s:g} s. Allow it more time, or send it again."
+            ) from None
 
     async def cancel(self, request_id: str, inputs: list[int] | None) -> int:
         return await self._router.cancel(request_id, inputs)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import ray
 from ray import cloudpickle
 from ray.actor import ActorHandle
@@ -97,8 +98,19 @@ def pack_inputs(inputs: Inputs) -> Inputs:
         return PackedInputs.of(items, _Pickler)
     except PromptError as error:
         if isinstance(error.__cause__, _HoldsReferenceError):
-            return [dict(item) if isinstance(item, Mapping) else item for item in items]
+            return [_copied(item) for item in items]
         raise
+
+
+def _copied(value: Any) -> Any:
+    """Copies containers and arrays; references stay, as Ray counts them where it pickles them itself."""
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_copied(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    return value.detach().clone() if hasattr(value, "detach") and hasattr(value, "clone") else value
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]

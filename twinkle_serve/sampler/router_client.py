@@ -56,6 +56,9 @@ class RouterClient(Protocol):
 
         Args:
             timeout_s: bounds the call, where the method does not bound itself.
+
+        Raises:
+            DeadlineError: it took longer.
         """
         ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, Protocol, TypeVar
@@ -11,7 +11,7 @@ from typing import ParamSpec, Protocol, TypeVar
 import numpy as np
 
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.weights import Bucket, BucketArgument, WeightsVersion
+from twinkle_serve.data_format.weights import Bucket, BucketArgument, ModelSpec, WeightsVersion
 from twinkle_serve.weights.store import WeightStore
 
 P = ParamSpec("P")
@@ -53,7 +53,7 @@ class StoreClient(Protocol):
         """Returns the current weights version."""
         ...
 
-    async def begin_weights(self, label: str, expected: Mapping[str, tuple[int, ...]], tied: set[str]) -> int:
+    async def begin_weights(self, label: str, model: ModelSpec) -> int:
         """Starts an upload and returns its id; see `ModelWeights.begin`."""
         ...
 
@@ -115,8 +115,8 @@ class LocalStore(StoreClient):
     async def current_weights(self) -> WeightsVersion:
         return await self._run(self._store.model.current)
 
-    async def begin_weights(self, label: str, expected: Mapping[str, tuple[int, ...]], tied: set[str]) -> int:
-        return await self._run(self._store.model.begin, label, expected, tied)
+    async def begin_weights(self, label: str, model: ModelSpec) -> int:
+        return await self._run(self._store.model.begin, label, model)
 
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
         data = await bucket[0] if isinstance(bucket, list) else bucket

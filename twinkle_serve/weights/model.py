@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 
 import blake3
 
-from twinkle_serve.checkpoint import bucket_shapes
-from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, WeightsVersion
+from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, ModelSpec, WeightsVersion
 from twinkle_serve.errors import ConfigError, StoreError, WeightsError
 from twinkle_serve.weights.disk import Disk
+from twinkle_serve.weights.upload import Upload
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "base.json"
 FORMAT = 1
-
-
-@dataclass(slots=True)
-class _Upload:
-    version: WeightsVersion
-    expected: Mapping[str, tuple[int, ...]]
-    """Shapes of the required weights by name."""
-    tied: frozenset[str]
-    """Names of optional weights."""
-    seen: set[str] = field(default_factory=set)
-    """Names received so far."""
 
 
 class ModelWeights:
@@ -58,7 +46,7 @@ class ModelWeights:
         self._labels = [CHECKPOINT_VERSION.label]
         """Labels of all versions that have been current; the index is the version's number."""
         self._current = CHECKPOINT_VERSION
-        self._upload: _Upload | None = None
+        self._upload: Upload | None = None
         # Random, so that a late call for a previous store does not match an upload of this one.
         self._uploads = random.getrandbits(40)
         self._sealed: WeightsVersion | None = None
@@ -77,13 +65,12 @@ class ModelWeights:
         """The version that engines should have."""
         return self._current
 
-    def begin(self, label: str, expected: Mapping[str, tuple[int, ...]], tied: set[str]) -> int:
+    def begin(self, label: str, model: ModelSpec) -> int:
         """Begins the upload of a version, in place of an uncommitted one.
 
         Args:
             label: name of the version.
-            expected: shape of every required weight by name.
-            tied: names of optional weights.
+            model: the weights that it must have.
 
         Returns:
             Id of the upload, for `append`, `seal` and `discard`.
@@ -99,7 +86,7 @@ class ModelWeights:
         self._drop_pending()
         self._uploads += 1
         version = WeightsVersion(label=label, number=len(self._labels))
-        self._upload = _Upload(version, expected, frozenset(tied))
+        self._upload = Upload(version, model, self._read)
         return self._uploads
 
     def append(self, upload: int, index: int, bucket: Bucket) -> None:
@@ -116,23 +103,28 @@ class ModelWeights:
             StoreError: the bucket is out of order, or the state directory cannot be written.
         """
         pending = self._require(upload)
-        version = pending.version
+        version, received = pending.version, pending.received
         checksum = _checksum(bucket.data)
-        if index == len(version.buckets) - 1 and checksum == version.buckets[index]:
+        if index == len(received) - 1 and checksum == received[index]:
             return  # sent again by a caller that got no answer
-        if index != len(version.buckets):
-            raise StoreError(f"bucket {index} of {version.label!r} came after {len(version.buckets)} buckets.")
+        if index != len(received):
+            raise StoreError(f"bucket {index} of {version.label!r} came after {len(received)} buckets.")
         try:
-            shapes = bucket_shapes(bucket)
-            _check_shapes(shapes, pending)
+            kept = pending.take(bucket)
         except WeightsError:
             self._drop_pending()
             raise
+        if kept is not None:
+            self._put(pending, kept, checksum if kept is bucket else _checksum(kept.data))
+        received.append(checksum)
+
+    def _put(self, pending: Upload, bucket: Bucket, checksum: str) -> None:
+        """Stores a bucket as the next one of its version."""
+        version, index = pending.version, len(pending.version.buckets)
         if self._disk is None:
             self._memory[version.number, index] = bytes(bucket)
         else:
             self._disk.write(_path(version, index), bucket.data)
-        pending.seen |= shapes.keys()
         pending.version = replace(
             version, buckets=(*version.buckets, checksum), size_bytes=version.size_bytes + len(bucket)
         )
@@ -146,10 +138,10 @@ class ModelWeights:
         if self._sealed is not None and upload == self._uploads:
             return self._sealed  # sent again
         pending = self._require(upload)
-        if missing := sorted(pending.expected.keys() - pending.seen):
+        if missing := pending.missing:
             self._drop_pending()
             raise WeightsError(
-                f"version {pending.version.label!r} lacks {len(missing)} of the model's {len(pending.expected)} "
+                f"version {pending.version.label!r} lacks {len(missing)} of the model's {pending.required} "
                 f"weights, such as {', '.join(missing[:3])}. Send all of them."
             )
         self._upload, self._sealed = None, pending.version
@@ -208,6 +200,9 @@ class ModelWeights:
         if version not in (self._current, self._sealed):
             current = self._current.label
             raise StoreError(f"the store no longer has version {version.label!r}; {current!r} is current.")
+        return self._read(version, index)
+
+    def _read(self, version: WeightsVersion, index: int) -> bytes:
         if self._disk is None:
             return self._memory[version.number, index]
         data = self._disk.read(_path(version, index))
@@ -219,7 +214,7 @@ class ModelWeights:
             )
         return data
 
-    def _require(self, upload: int) -> _Upload:
+    def _require(self, upload: int) -> Upload:
         if self._upload is None or upload != self._uploads:
             raise StoreError(
                 "the weight update was given up: another one began, or the store was restarted. Send it again."
@@ -279,21 +274,3 @@ def _path(version: WeightsVersion, index: int) -> str:
 
 def _checksum(data: bytes | memoryview) -> str:
     return str(blake3.blake3(data).hexdigest(length=16))
-
-
-def _check_shapes(shapes: Mapping[str, tuple[int, ...]], upload: _Upload) -> None:
-    """Raises WeightsError for weights that are repeated, unknown to the model, or of another shape."""
-    for name, shape in shapes.items():
-        if name in upload.seen:
-            raise WeightsError(f"weight {name!r} comes twice.")
-        if (wanted := upload.expected.get(name)) is None:
-            if name in upload.tied:
-                continue
-            some = ", ".join(sorted(upload.expected)[:2])
-            raise WeightsError(
-                f"the model has no weight {name!r}; it has, for example, {some}. Use the names of get_state_keys()."
-            )
-        if shape != wanted:
-            raise WeightsError(
-                f"weight {name!r} has the shape {shape}, the model's has {wanted}. Send weights of the served model."
-            )

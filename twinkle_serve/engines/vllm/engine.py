@@ -137,8 +137,9 @@ class VLLMEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         on_stage("loading")
+        assert self._files is not None
         vllm_args, config = build_config(
-            self._model,
+            self._files.own_weights(self._model) if self._executor == "mp" else self._model,
             self._engine_args,
             device=self._device,
             tp_size=self._tp_size,
@@ -279,8 +280,7 @@ class VLLMEngine:
                         yield TokenDelta(tokens=[], stop_reason="length")
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
-        return text
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
 
     async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
         from vllm.lora.request import LoRARequest

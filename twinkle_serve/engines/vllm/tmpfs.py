@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from twinkle_serve.adapters import CONFIG, WEIGHTS
+from twinkle_serve.checkpoint import weight_files
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.weights import Bucket
 
@@ -60,6 +61,22 @@ class MemoryDirectory:
             yield path
         finally:
             path.unlink(missing_ok=True)
+
+    def own_weights(self, model: str) -> str:
+        """Returns a model's directory, or one of links to its files if it has weights that are not the model's.
+
+        vLLM (0.32) loads every safetensors file that no index leaves out, and prefers `consolidated*.safetensors`:
+        those are left to models in Mistral's own format.
+        """
+        path = Path(model)
+        strangers = set(path.glob("*.safetensors")) - set(weight_files(path))
+        if not strangers or (path / "params.json").exists():
+            return model
+        links = self._path / "model"
+        links.mkdir()
+        for file in set(path.iterdir()) - strangers:
+            (links / file.name).symlink_to(file.absolute())
+        return str(links)
 
     def close(self) -> None:
         shutil.rmtree(self._path, ignore_errors=True)

@@ -1,0 +1,216 @@
+"""An adapter against its model: complete, and nothing trained beside it that would be lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM
+
+from tests.support.lora import LINEAR, random_adapter
+from twinkle_serve import hub
+from twinkle_serve.adapters import describe_adapter, pack_adapter, read_adapter
+from twinkle_serve.checkpoint import read_model_spec
+from twinkle_serve.engines.adapter_checks import AdapterChecks
+from twinkle_serve.errors import AdapterError
+
+MODEL = read_model_spec(hub.DEMO)
+CHECKS = AdapterChecks(hub.DEMO)
+TENSORS: dict[str, torch.Tensor] = get_peft_model_state_dict(random_adapter(seed=1))
+"""Of an adapter of all linear layers, of rank 8."""
+
+
+def check(config: Any, tensors: dict[str, Any]) -> None:
+    CHECKS.check(describe_adapter(pack_adapter(config, tensors)), MODEL)
+
+
+def adapted(**options: Any) -> Any:
+    """A peft model as it is before training, with the arguments of a LoraConfig."""
+    base = AutoModelForCausalLM.from_pretrained(hub.DEMO, dtype=torch.float32)
+    return get_peft_model(base, LoraConfig(**{"r": 8, "target_modules": ["q_proj", "v_proj"], **options}))
+
+
+def of_layers(*layers: int) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in TENSORS.items() if any(f".layers.{n}." in name for n in layers)}
+
+
+def without(*parts: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in TENSORS.items() if not any(part in name for part in parts)}
+
+
+COMPLETE: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = [
+    ({}, TENSORS),
+    ({"target_modules": "all-linear"}, TENSORS),
+    ({"target_modules": "all-linear", "exclude_modules": ["v_proj"]}, without("v_proj")),
+    ({"target_modules": r".*_proj"}, TENSORS),
+    ({"target_modules": r".*layers\.[02]\..*_proj"}, of_layers(0, 2)),
+    ({"layers_to_transform": [0, 3]}, of_layers(0, 3)),
+    ({"layers_to_transform": 1, "layers_pattern": "layers"}, of_layers(1)),
+    ({"exclude_modules": r".*layers\.[123]\..*"}, of_layers(0)),
+    ({"target_modules": None}, without("k_proj", "o_proj", "mlp")),
+    ({"target_modules": ["self_attn.q_proj", "model.layers.0.mlp.up_proj"]}, TENSORS),
+]
+INCOMPLETE: list[tuple[dict[str, Any], dict[str, torch.Tensor], str]] = [
+    ({}, of_layers(0), "21 of the 28 modules .*, such as model.layers.1.mlp.down_proj"),
+    ({}, without("v_proj"), "4 of the 28"),
+    ({}, without("layers.3.mlp.up_proj"), "1 of the 28 modules .*, such as model.layers.3.mlp.up_proj"),
+    ({"target_modules": "all-linear"}, of_layers(0, 1, 2), "7 of the 28"),
+    ({"target_modules": r".*_proj"}, of_layers(0, 1), "14 of the 28"),
+    ({"layers_to_transform": [0, 1]}, of_layers(0), "7 of the 14"),
+    ({"exclude_modules": ["k_proj"]}, without("k_proj", "q_proj"), "4 of the 24"),
+    (
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        without("k_proj"),
+        "1 of the 5 modules .*, such as model.embed_tok",
+    ),
+    ({"target_modules": ["q_proj", "lm_head"]}, TENSORS, "1 of the 5 modules .*, such as lm_head"),
+    ({}, without("layers.1.mlp.up_proj.lora_A"), "model.layers.1.mlp.up_proj has no lora_A"),
+    ({}, without("layers.1.mlp.up_proj.lora_B"), "model.layers.1.mlp.up_proj has no lora_B"),
+]
+
+
+@pytest.mark.parametrize(("options", "tensors"), COMPLETE)
+def test_adapter_with_all_modules_of_its_config_is_taken(
+    options: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Named in any way that peft knows."""
+    check(LoraConfig(**{"r": 8, "target_modules": list(LINEAR), **options}), tensors)
+
+
+@pytest.mark.parametrize(("options", "tensors", "message"), INCOMPLETE)
+def test_adapter_without_a_module_of_its_config_is_refused(
+    options: dict[str, Any], tensors: dict[str, torch.Tensor], message: str
+) -> None:
+    """Such a module would act as if it had not been trained."""
+    with pytest.raises(AdapterError, match=message):
+        check(LoraConfig(**{"r": 8, "target_modules": list(LINEAR), **options}), tensors)
+
+
+def test_directory_of_an_incomplete_adapter_is_refused(tmp_path: Path) -> None:
+    """By the same check."""
+    from safetensors.torch import save_file
+
+    random_adapter(seed=1).save_pretrained(tmp_path)
+    CHECKS.check(describe_adapter(read_adapter(tmp_path)), MODEL)
+    save_file(of_layers(0), tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="21 of the 28"):
+        CHECKS.check(describe_adapter(read_adapter(tmp_path)), MODEL)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": "(("}, "peft cannot read target_modules"),
+        ({"target_modules": []}, "names no target_modules"),
+        ({"rank_pattern": {"((": 8}}, "rank_pattern=.* is invalid"),
+        ({"rank_pattern": {"q_proj": 4}}, "q_proj has rank 8, adapter_config.json says r=4"),
+    ],
+)
+def test_config_that_names_no_modules_is_refused(options: dict[str, Any], message: str) -> None:
+    """So is one whose patterns cannot be read, or give another rank."""
+    with pytest.raises(AdapterError, match=message):
+        check(LoraConfig(**{"r": 8, "target_modules": list(LINEAR), **options}), TENSORS)
+
+
+def test_ranks_are_those_of_the_patterns() -> None:
+    """Each module's own, not any of the config's."""
+    model = adapted(rank_pattern={"v_proj": 4, r"layers\.0\.self_attn\.q_proj": 2})
+    tensors = get_peft_model_state_dict(model)
+    check(model.peft_config["default"], tensors)
+    with pytest.raises(AdapterError, match=r"layers.0.self_attn.q_proj has rank 2, .* r=4"):
+        check(LoraConfig(r=8, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2, "q_proj": 4}), tensors)
+
+
+def test_modules_are_known_by_the_checkpoint_where_transformers_cannot_build_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A model of its own code."""
+
+    def refuse(path: Path) -> None:
+        raise ValueError("no such model type")
+
+    monkeypatch.setattr("twinkle_serve.engines.adapter_checks._built_modules", refuse)
+    checks = AdapterChecks(hub.DEMO)
+    for target in ("all-linear", list(LINEAR)):
+        config: Any = LoraConfig(r=8, target_modules=target)
+        checks.check(describe_adapter(pack_adapter(config, TENSORS)), MODEL)
+        with pytest.raises(AdapterError, match="21 of the 28"):
+            checks.check(describe_adapter(pack_adapter(config, of_layers(0))), MODEL)
+
+
+def whole_state_dict(model: Any) -> dict[str, Any]:
+    return dict(model.state_dict())
+
+
+def with_embeddings(model: Any) -> dict[str, Any]:
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=True))
+
+
+def in_bfloat16(model: Any) -> dict[str, Any]:
+    return {name: tensor if "lora_" in name else tensor.bfloat16() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("state_dict", [whole_state_dict, with_embeddings, in_bfloat16])
+def test_tensors_of_the_base_model_beside_an_adapter_are_its_own(state_dict: Callable[[Any], dict[str, Any]]) -> None:
+    """Unchanged, in the dtype that the trainer has them in: they say nothing new."""
+    model = adapted()
+    check(model.peft_config["default"], state_dict(model))
+
+
+def resized(model: Any) -> dict[str, Any]:
+    model.get_base_model().resize_token_embeddings(330, mean_resizing=False)
+    return with_embeddings(model)
+
+
+def trained_embeddings(model: Any) -> dict[str, Any]:
+    with torch.no_grad():
+        model.get_base_model().model.embed_tokens.weight[7] += 0.1
+    return with_embeddings(model)
+
+
+def trained_norm(model: Any) -> dict[str, Any]:
+    with torch.no_grad():
+        model.get_base_model().model.norm.weight[7] += 0.1
+    return whole_state_dict(model)
+
+
+def trained_base_layer(model: Any) -> dict[str, Any]:
+    with torch.no_grad():
+        model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight[0, 0] += 0.1
+    return whole_state_dict(model)
+
+
+def trained_head(model: Any) -> dict[str, Any]:
+    tensors = whole_state_dict(model)
+    return {**tensors, "base_model.model.lm_head.weight": tensors["base_model.model.lm_head.weight"] * 2}
+
+
+def value_head(model: Any) -> dict[str, Any]:
+    return {**whole_state_dict(model), "v_head.weight": torch.ones(1, 4)}
+
+
+@pytest.mark.parametrize(
+    ("state_dict", "message"),
+    [
+        (resized, r"'(lm_head|model.embed_tokens).weight' with the shape \(330, 128\), not \(320, 128\)"),
+        (
+            trained_embeddings,
+            "'(lm_head|model.embed_tokens).weight' with values that the model's checkpoint does not have",
+        ),
+        (trained_norm, "'model.norm.weight' with values"),
+        (trained_base_layer, "'model.layers.0.self_attn.q_proj.weight' with values"),
+        (trained_head, "'lm_head.weight' with values"),
+        (value_head, "'v_head.weight', which is neither LoRA nor a weight of the model"),
+    ],
+)
+def test_tensors_that_were_trained_beside_an_adapter_are_refused(
+    state_dict: Callable[[Any], dict[str, Any]], message: str
+) -> None:
+    """They would be ignored, as in an adapter's directory they are refused."""
+    model = adapted()
+    with pytest.raises(AdapterError, match=message):
+        check(model.peft_config["default"], state_dict(model))

@@ -1,0 +1,157 @@
+"""Checks of an adapter against the model that is to use it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from twinkle_serve.adapters import CONFIG, AdapterDescription, check_shapes
+from twinkle_serve.checkpoint import hash_weight
+from twinkle_serve.data_format.weights import ModelSpec
+from twinkle_serve.errors import AdapterError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+TARGET_KEYS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+"""Keys of a LoraConfig that say which modules have matrices."""
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, slots=True)
+class _Modules:
+    """Modules of a model that peft can give LoRA matrices."""
+
+    type: str
+    """Model type of the config; "" if it is unknown."""
+    linear: frozenset[str]
+    """Linear layers but the output layer."""
+    others: frozenset[str]
+    """Embeddings and the output layer."""
+
+
+class AdapterChecks:
+    """Checks adapters against the files of one model. Used by one thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Args:
+            path: directory of the model.
+        """
+        self._path = path
+        self._modules: _Modules | None = None
+        """Determined with the first adapter."""
+        self._digests: dict[tuple[str, str], str] = {}
+        """Hash of each weight that was compared, by name and dtype."""
+
+    def check(self, adapter: AdapterDescription, model: ModelSpec) -> None:
+        """Checks that an adapter is of this model and complete, and that nothing of it would be ignored.
+
+        Raises:
+            AdapterError
+        """
+        check_shapes(adapter, model.weights)
+        self._check_base(adapter, model)
+        if self._modules is None:
+            self._modules = _read_modules(self._path, model)
+        _check_complete(adapter, self._modules, model)
+
+    def _check_base(self, adapter: AdapterDescription, model: ModelSpec) -> None:
+        """Checks that the tensors beside the adapter's own are those of the model's checkpoint."""
+        for name, tensor in adapter.base.items():
+            stored = model.tied.get(name, name)
+            weight = model.weights.get(stored)
+            if weight is None:
+                raise AdapterError(
+                    f"the adapter's state_dict has {name!r}, which is neither LoRA nor a weight of the model: it would "
+                    "be ignored. Pass state_dict=get_peft_model_state_dict(model)."
+                )
+            dtype, same = tensor.spec.dtype, weight.shape == tensor.spec.shape
+            if same and (key := (stored, dtype)) not in self._digests:
+                self._digests[key] = hash_weight(self._path, stored, dtype)
+            if not same or self._digests[stored, dtype] != tensor.digest:
+                how = "values" if same else f"the shape {tensor.spec.shape}, not {weight.shape}, and so values"
+                raise AdapterError(
+                    f"the adapter's state_dict has {name!r} with {how} that the model's checkpoint does not have: it "
+                    "was trained or resized beside the LoRA matrices, and would be ignored. Train these alone, or send "
+                    "the merged model with update_weights."
+                )
+
+
+def _check_complete(adapter: AdapterDescription, modules: _Modules, model: ModelSpec) -> None:
+    """Checks that an adapter has matrices for each module that its config names."""
+    promised, present = _promised(adapter, modules), adapter.modules
+    built = modules.linear | modules.others
+    if present - built:  # named by another version of transformers, or of another model
+        stored = (name.removesuffix(".weight") for name in model.weights)
+        promised, present = set(map(_without_prefix, promised)), set(map(_without_prefix, present))
+        if present - set(map(_without_prefix, {*built, *stored})):
+            return  # left to the engine, which may have renamed them
+    if missing := sorted(promised - present):
+        raise AdapterError(
+            f"the adapter is incomplete: it has no matrices for {len(missing)} of the {len(promised)} modules that "
+            f"{CONFIG} targets, such as {', '.join(missing[:3])}. Send the tensors of all, or a config that targets "
+            "only the trained ones."
+        )
+
+
+def _without_prefix(name: str) -> str:
+    """Returns a module's name from its layer on: `layers.0.self_attn.q_proj`."""
+    match = re.search(r"(?:^|\.)([^.]+\.\d+\..*)", name)
+    return match[1] if match else name
+
+
+def _promised(adapter: AdapterDescription, modules: _Modules) -> set[str]:
+    """Returns the modules that peft would give matrices, by the adapter's config."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    keys = {key: adapter.config.get(key) for key in TARGET_KEYS}
+    if keys["target_modules"] is None:
+        keys["target_modules"] = DEFAULTS.get(modules.type)
+    if not keys["target_modules"]:
+        raise AdapterError(f"{CONFIG} names no target_modules. Set them to the modules that were trained.")
+    try:
+        config: LoraConfig = LoraConfig(**keys)
+        candidates = modules.linear | modules.others
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+            config.target_modules = set(modules.linear)
+        return {name for name in candidates if check_target_module_exists(config, name)}
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        said = ", ".join(f"{key}={value!r}" for key, value in keys.items() if value is not None)
+        raise AdapterError(f"{CONFIG}: peft cannot read {said}: {error}") from None
+
+
+def _read_modules(path: Path, model: ModelSpec) -> _Modules:
+    """Returns a model's modules, as transformers builds it; by its weights where transformers cannot."""
+    try:
+        return _built_modules(path)
+    except Exception:  # a model of its own code, or one that transformers does not know
+        weights = [name.removesuffix(".weight") for name, weight in model.weights.items() if len(weight.shape) == 2]
+        # transformers stacks experts, and does not build layers for predicting several tokens.
+        kept = [name for name in weights if not re.search(r"\.experts\.|^mtp\.", name)]
+        others = {name for name in kept if re.search(r"embed|wte|wpe|lm_head", name.rpartition(".")[2])}
+        return _Modules("", frozenset(kept) - others, frozenset(others))
+
+
+def _built_modules(path: Path) -> _Modules:
+    import torch
+    import transformers
+    from transformers.pytorch_utils import Conv1D
+
+    config = transformers.AutoConfig.from_pretrained(path)
+    kind = getattr(transformers, config.architectures[0])
+    with torch.device("meta"):
+        built = kind(config)
+    head = built.get_output_embeddings()
+    linear, others = set(), set()
+    for name, module in built.named_modules():
+        if module is head or isinstance(module, torch.nn.Embedding):
+            others.add(name)
+        elif isinstance(module, (torch.nn.Linear, Conv1D)):
+            linear.add(name)
+    return _Modules(config.model_type, frozenset(linear), frozenset(others))
