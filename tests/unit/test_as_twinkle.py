@@ -145,7 +145,7 @@ def test_as_twinkle_makes_defaults_twinkles() -> None:
 from twinkle_serve import conventions, sampler
 from twinkle_serve.sampler import samplers
 taken = []
-samplers._client = lambda args, group: taken.append(args.engine_args.get('logprobs_mode'))
+samplers._client = lambda args, *_: taken.append(args.engine_args.get('logprobs_mode'))
 def make(**engine_args):
     samplers.TorchSampler('demo', engine_args=engine_args)
     return taken.pop()
