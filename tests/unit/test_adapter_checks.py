@@ -133,13 +133,35 @@ def test_modules_are_known_by_the_checkpoint_where_transformers_cannot_build_the
     def refuse(path: Path) -> None:
         raise ValueError("no such model type")
 
-    monkeypatch.setattr("twinkle_serve.engines.adapter_checks._built_modules", refuse)
+    for name in ("_build_stored", "_build_causal_lm"):
+        monkeypatch.setattr(f"twinkle_serve.engines.adapter_checks.{name}", refuse)
     checks = AdapterChecks(hub.DEMO)
     for target in ("all-linear", list(LINEAR)):
         config: Any = LoraConfig(r=8, target_modules=target)
         checks.check(describe_adapter(pack_adapter(config, TENSORS)), MODEL)
         with pytest.raises(AdapterError, match="21 of the 28"):
             checks.check(describe_adapter(pack_adapter(config, of_layers(0))), MODEL)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_adapter_of_the_language_model_alone_is_complete(tmp_path: Path, alone: bool) -> None:
+    """Where the served model has others too, whose modules have the same names."""
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 32}
+    config = transformers.Gemma3Config(text_config=text, vision_config={**sizes, "image_size": 28, "patch_size": 14})
+    served = transformers.Gemma3ForConditionalGeneration(config)
+    served.save_pretrained(tmp_path)
+    base = transformers.Gemma3ForCausalLM(config.text_config) if alone else served
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    tensors = get_peft_model_state_dict(model)
+    checks, spec = AdapterChecks(tmp_path), read_model_spec(tmp_path)
+    files = pack_adapter(model.peft_config["default"], tensors)
+    checks.check(describe_adapter(files), spec)
+    part = {name: tensor for name, tensor in tensors.items() if "layers.1." not in name}
+    with pytest.raises(AdapterError, match=rf"no matrices for {2 if alone else 4} of the {4 if alone else 8} modules"):
+        checks.check(describe_adapter(pack_adapter(model.peft_config["default"], part)), spec)
 
 
 def whole_state_dict(model: Any) -> dict[str, Any]:

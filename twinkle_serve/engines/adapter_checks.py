@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from twinkle_serve.errors import AdapterError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from transformers import PreTrainedModel
 
 TARGET_KEYS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """Keys of a LoraConfig that say which modules have matrices."""
@@ -42,8 +44,8 @@ class AdapterChecks:
             path: directory of the model.
         """
         self._path = path
-        self._modules: _Modules | None = None
-        """Determined with the first adapter."""
+        self._modules: list[_Modules] = []
+        """Of each class that transformers has for the model; determined with the first adapter."""
         self._digests: dict[tuple[str, str], str] = {}
         """Hash of each weight that was compared, by name and dtype."""
 
@@ -55,9 +57,10 @@ class AdapterChecks:
         """
         check_shapes(adapter, model.weights)
         self._check_base(adapter, model)
-        if self._modules is None:
+        if not self._modules:
             self._modules = _read_modules(self._path, model)
-        _check_complete(adapter, self._modules, model)
+        trained = (modules for modules in self._modules if adapter.modules <= modules.linear | modules.others)
+        _check_complete(adapter, next(trained, self._modules[0]), model)
 
     def _check_base(self, adapter: AdapterDescription, model: ModelSpec) -> None:
         """Checks that the tensors beside the adapter's own are those of the model's checkpoint."""
@@ -126,32 +129,53 @@ def _promised(adapter: AdapterDescription, modules: _Modules) -> set[str]:
         raise AdapterError(f"{CONFIG}: peft cannot read {said}: {error}") from None
 
 
-def _read_modules(path: Path, model: ModelSpec) -> _Modules:
-    """Returns a model's modules, as transformers builds it; by its weights where transformers cannot."""
-    try:
-        return _built_modules(path)
-    except Exception:  # a model of its own code, or one that transformers does not know
-        weights = [name.removesuffix(".weight") for name, weight in model.weights.items() if len(weight.shape) == 2]
-        # transformers stacks experts, and does not build layers for predicting several tokens.
-        kept = [name for name in weights if not re.search(r"\.experts\.|^mtp\.", name)]
-        others = {name for name in kept if re.search(r"embed|wte|wpe|lm_head", name.rpartition(".")[2])}
-        return _Modules("", frozenset(kept) - others, frozenset(others))
+def _read_modules(path: Path, model: ModelSpec) -> list[_Modules]:
+    """Returns a model's modules, as transformers builds it: as it is stored, and as a language model alone.
+
+    By the names of its weights where transformers cannot build it.
+    """
+    built = []
+    for build in (_build_stored, _build_causal_lm):
+        with contextlib.suppress(Exception):  # a model of its own code, or one that transformers does not know
+            built.append(_modules_of(build(path)))
+    if built:
+        return built
+    weights = [name.removesuffix(".weight") for name, weight in model.weights.items() if len(weight.shape) == 2]
+    # transformers stacks experts, and does not build layers for predicting several tokens.
+    kept = [name for name in weights if not re.search(r"\.experts\.|^mtp\.", name)]
+    others = {name for name in kept if re.search(r"embed|wte|wpe|lm_head", name.rpartition(".")[2])}
+    return [_Modules("", frozenset(kept) - others, frozenset(others))]
 
 
-def _built_modules(path: Path) -> _Modules:
+def _build_stored(path: Path) -> PreTrainedModel:
     import torch
     import transformers
-    from transformers.pytorch_utils import Conv1D
 
     config = transformers.AutoConfig.from_pretrained(path)
-    kind = getattr(transformers, config.architectures[0])
     with torch.device("meta"):
-        built = kind(config)
-    head = built.get_output_embeddings()
+        model: PreTrainedModel = getattr(transformers, config.architectures[0])(config)
+    return model
+
+
+def _build_causal_lm(path: Path) -> PreTrainedModel:
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def _modules_of(model: PreTrainedModel) -> _Modules:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
     linear, others = set(), set()
-    for name, module in built.named_modules():
+    for name, module in model.named_modules():
         if module is head or isinstance(module, torch.nn.Embedding):
             others.add(name)
         elif isinstance(module, (torch.nn.Linear, Conv1D)):
             linear.add(name)
-    return _Modules(config.model_type, frozenset(linear), frozenset(others))
+    return _Modules(model.config.model_type, frozenset(linear), frozenset(others))
