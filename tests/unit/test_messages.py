@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.chat_templates import LLAMA3, OPENED, QWEN3, model_with
 from tests.support.columnar import columnar
-from tests.support.turns import feature_of, prompt_of
+from tests.support.turns import after, feature_of, prompt_of
 from twinkle_serve import hub
 from twinkle_serve.errors import PromptError
 from twinkle_serve.template import Template
@@ -218,6 +218,24 @@ def test_message_that_leaves_no_trace_is_refused(source: str, messages: Any, err
         with pytest.raises(PromptError) as caught:
             text_of(template, messages)
         assert error in str(caught.value) and "inputs[0]" in str(caught.value)
+
+
+def test_result_that_answers_no_call_is_refused_if_the_template_writes_only_answers(tmp_path: Path) -> None:
+    """Whatever was written before: the result depends on the message that it follows."""
+    source = """{%- set ns = namespace(called=false) %}
+    {%- for m in messages %}{% if m.role != 'tool' or ns.called %}{{- m.content }}{% endif %}
+        {%- for c in m.tool_calls or [] %}{{- c.function.arguments | tojson }}{% endfor %}
+        {%- if m.role == 'assistant' %}{% set ns.called = m.tool_calls is defined %}{% endif %}
+    {%- endfor %}"""
+    template = template_of(tmp_path, source)
+    answered = [USER, CALLED, said("tool"), said("tool", "2")]
+    assert text_of(template, answered) and text_of(template, answered[:3])
+    for results in (answered[2:], answered[2:3]):
+        with pytest.raises(PromptError, match=r"messages\[2\]: the model's chat template leaves the content"):
+            text_of(template, [USER, said("assistant"), *results])
+    sampled = feature_of(prompt_of({"messages": [USER]}, template), template, "2<|im_end|>")
+    with pytest.raises(PromptError, match=r"It follows a sampled message here\. Pass"):
+        prompt_of(after(sampled, said("tool")), template)
 
 
 def test_unknown_role_is_refused_where_the_demo_template_ignores_it(demo: Template) -> None:

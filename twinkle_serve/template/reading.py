@@ -15,6 +15,8 @@ Position: TypeAlias = tuple[object, ...]
 """What a chat template may decide by whether it writes a message."""
 
 MAX_POSITIONS = 4096
+ELSEWHERE = "Leave it out, or give it another role or place."
+AFTER_SAMPLED = 'It follows a sampled message here. Pass {"messages": …} only to encode the conversation again.'
 TOOL_NAME = "probed_tool_name"
 TOOL: dict[str, Any] = {
     "type": "function",
@@ -85,6 +87,7 @@ class ReadingCheck:
 def _positions(messages: Sequence[ChatMessage], tools: bool, first: int) -> Iterator[Position]:
     roles = [message["role"] for message in messages]
     seen: set[str] = set()
+    called = False
     for j, message in enumerate(messages):
         role = roles[j]
         if j >= first:
@@ -92,8 +95,9 @@ def _positions(messages: Sequence[ChatMessage], tools: bool, first: int) -> Iter
             after = roles[j + 1] if j + 1 < len(roles) else None
             calls = min(2, len(message.get("tool_calls", ())))
             kind = _has_text(message) and type(message["content"])
-            yield role, kind, calls, before, after, role in seen, tools, first > 0
+            yield role, kind, calls, before, after, called, role in seen, tools, first > 0
         seen.add(role)
+        called = "tool_calls" in message if role == "assistant" else called
 
 
 def _check(text: str, messages: list[ChatMessage], tools: bool, where: str, begin: int, added: int) -> None:
@@ -107,13 +111,13 @@ def _check(text: str, messages: list[ChatMessage], tools: bool, where: str, begi
             beside = " beside tool_calls" if calls else ""
             raise PromptError(
                 f"{name}: the model's chat template leaves the content of a message with role {message['role']!r}"
-                f"{beside} out of the prompt here. Leave it out, or give it another role or place."
+                f"{beside} out of the prompt here. {AFTER_SAMPLED if begin else ELSEWHERE}"
             )
         written = sum(text.find(_marker(j, f"call{k}"), start) >= 0 for k in range(calls))
         if written < calls:
             raise PromptError(
                 f"{name}.tool_calls: the model's chat template does not read {'them' if not written else 'all of them'}"
-                " here. Write them into the message's content."
+                f" here. {AFTER_SAMPLED if begin else 'Write them into the content of the message.'}"
             )
 
 
