@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from graphs.cluster import http_host
 from graphs.config_file import check_config_file
 from twinkle_serve import errors
 from twinkle_serve.config import ServiceArgs
@@ -28,6 +29,24 @@ CONFIGS = sorted([ROOT / "serve_config.yaml", *(ROOT / "configs").glob("*.yaml")
 def test_every_config_in_the_repository_is_valid(path: Path) -> None:
     """Keys at every level, and the arguments of the chosen engine."""
     assert check_config_file(path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_has_http_listen_on_this_machine_alone(path: Path) -> None:
+    """Under `serve run` too, where Ray Serve's own default would be every interface."""
+    assert check_config_file(path).schema.http_options.host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("options", "host"),
+    [("{}", "127.0.0.1"), ("{port: 8001}", "127.0.0.1"), ("{host: 0.0.0.0}", "0.0.0.0"), ("{host: '::1'}", "::1")],
+)
+def test_launcher_listens_where_the_config_says(tmp_path: Path, options: str, host: str) -> None:
+    """On this machine alone where it says nothing."""
+    path = tmp_path / "config.yaml"
+    _, _, applications = (ROOT / "serve_config.yaml").read_text().partition("\napplications:")
+    path.write_text(f"http_options: {options}\napplications:{applications}")
+    assert http_host(check_config_file(path).schema) == host
 
 
 @pytest.mark.parametrize(
