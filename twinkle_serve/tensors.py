@@ -207,6 +207,10 @@ def _copy(tensor: AnyTensor, memory: NDArray[np.uint8]) -> None:
     import torch
 
     try:
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj():
+            # One thread: several, as torch takes, gain nothing and wait for each other where cores are busy.
+            np.copyto(memory, tensor.view(-1).view(torch.uint8).numpy())
+            return
         torch.from_numpy(memory).view(tensor.dtype).view(tensor.shape).copy_(tensor)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ValueError(f"cannot be copied to host memory: {type(error).__name__}: {error}") from error
