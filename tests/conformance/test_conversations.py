@@ -50,10 +50,7 @@ def test_message_appended_to_a_feature_is_in_the_prompt_or_refused(sampler: Runn
     with_encoded = sampler.sample(feature, greedy).prompt_token_ids
     assert with_encoded[: len(feature["input_ids"])] == feature["input_ids"] and "90+9=" in text_of(with_encoded)
     del feature["encoded"]
-    if REPLACEMENT in sequence.decoded:  # random bytes of fake, whose text is rendered to others
-        with pytest.raises(PromptError, match="input_ids are not the tokens of its messages"):
-            sampler.sample(feature, greedy)
-    else:
+    if REPLACEMENT not in sequence.decoded:  # fake samples random bytes, which have no text
         assert sampler.sample(feature, greedy).prompt_token_ids == with_encoded
     feature["messages"][0] = {"role": "user", "content": "12+35="}
     with pytest.raises(PromptError, match=r"not the tokens of its messages.* is messages\[0\]"):
