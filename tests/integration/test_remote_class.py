@@ -429,8 +429,9 @@ def test_mesh_larger_than_its_group_is_refused() -> None:
 
 
 def test_exception_of_a_worker_reaches_the_caller() -> None:
-    """As itself where it can travel, else as a WorkerError with its text; and a bystander goes on."""
-    initialize("ray", groups=[gpu("actor", 2)])
+    """As itself where it can travel, else as a WorkerError with its text; a bystander goes on, a notifier is told."""
+    told: list[str] = []
+    initialize("ray", groups=[gpu("actor", 2)], name="run-7", notifier=told.append)
     remote, bystander = counter("actor"), counter("actor")
     with pytest.raises(TooMuch, match="3 is more than 2") as raised:
         remote.fail("typed")
@@ -444,6 +445,10 @@ def test_exception_of_a_worker_reaches_the_caller() -> None:
     with pytest.raises(WorkerError, match="worker 0 of Counter in group 'actor' died"):
         remote.add([1, 2])
     assert bystander.add([1, 2]) == [2, 3]
+    assert [text.split(":")[0] for text in told] == [
+        *["Counter.fail of run 'run-7' failed"] * 3,
+        "Counter.add of run 'run-7' failed",
+    ]
 
 
 def test_constructor_that_fails_leaves_no_worker() -> None:

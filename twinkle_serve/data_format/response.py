@@ -282,34 +282,34 @@ class _Row(SampledSequence):
         # The sampled token is often among the k likeliest: dict keeps its first place.
         return [list(dict(zip(tokens, row, strict=True)).items()) for tokens, row in zip(ids, values, strict=True)]
 
-    @cached_property
+    @property
     def decoded(self) -> str:
         return self.response.columns.decoded[self.row]
 
-    @cached_property
+    @property
     def stop_reason(self) -> StopReason:
         return STOP_REASONS[int(self.response.columns.stop_reason[self.row])]
 
-    @cached_property
+    @property
     def seed(self) -> int | None:
         seed = int(self.response.columns.seed[self.row])
         return None if seed == NO_SEED else seed
 
-    @cached_property
+    @property
     def engine(self) -> str:
         return self.response.columns.engine[self.row]
 
-    @cached_property
+    @property
     def adapter(self) -> str:
         return self.response.columns.adapter[self.row]
 
-    @cached_property
+    @property
     def weight_versions(self) -> list[VersionSpan]:
         spans = self.response.columns.weight_versions[self.row]
         ends = [start for _, start in spans[1:]] + [int(self.response.columns.lengths[self.row])]
         return [VersionSpan(label, start, end) for (label, start), end in zip(spans, ends, strict=True)]
 
-    @cached_property
+    @property
     def prompt_index(self) -> int:
         return self.response.prompt_indices[int(self.response.columns.group[self.row])]
 
