@@ -125,10 +125,10 @@ def _install() -> None:
     sys.modules["twinkle"] = twinkle_serve
     sys.meta_path.insert(0, _AsTwinkle())
     twinkle_serve._HOMES.update(NAMES)
+    conventions.follow_twinkle()
     # Twinkle's option to return the encoded prompt, which `new_input_feature` always has.
     IGNORED_OPTIONS.add("return_encoded")
     read_both_dialects()
-    conventions.follow_twinkle()
 
 
 _install()

@@ -85,6 +85,27 @@ print(count("hermes"), count("qwen3_coder"))
     assert result.stdout == "1 1\n2 2\n", result.stderr
 
 
+def test_as_twinkle_is_refused_if_another_twinkle_is_installed(tmp_path: Path) -> None:
+    """The message has its path and the remedy; `twinkle` is unchanged."""
+    code = "import twinkle_serve.as_twinkle"
+    result = run(code, installed(tmp_path))
+    assert result.returncode == 1
+    assert "ConfigError: another package named twinkle is installed" in result.stderr
+    assert str(tmp_path) in result.stderr and "TWINKLE_SERVE_AS_TWINKLE=override" in result.stderr
+
+
+def test_as_twinkle_overrides_if_requested(tmp_path: Path) -> None:
+    """Also if the other package is imported already."""
+    code = "import twinkle; import twinkle_serve.as_twinkle; import twinkle; print(hasattr(twinkle, 'THEIRS'))"
+    result = run(code, installed(tmp_path), TWINKLE_SERVE_AS_TWINKLE="override")
+    assert result.stdout == "False\n", result.stderr
+
+
+def test_importing_twinkle_serve_does_not_define_twinkle() -> None:
+    """The alias needs its own import."""
+    assert run("import twinkle_serve, twinkle").returncode == 1
+
+
 def test_as_twinkle_has_what_scripts_import_beside_the_sampler() -> None:
     """Helpers, platforms, the checkpoint engine, message types, under each of upstream's module names."""
     code = """
@@ -158,24 +179,3 @@ print('done')
 """
     result = run(code)
     assert result.stdout == "done\n", result.stderr
-
-
-def test_as_twinkle_is_refused_if_another_twinkle_is_installed(tmp_path: Path) -> None:
-    """The message has its path and the remedy; `twinkle` is unchanged."""
-    code = "import twinkle_serve.as_twinkle"
-    result = run(code, installed(tmp_path))
-    assert result.returncode == 1
-    assert "ConfigError: another package named twinkle is installed" in result.stderr
-    assert str(tmp_path) in result.stderr and "TWINKLE_SERVE_AS_TWINKLE=override" in result.stderr
-
-
-def test_as_twinkle_overrides_if_requested(tmp_path: Path) -> None:
-    """Also if the other package is imported already."""
-    code = "import twinkle; import twinkle_serve.as_twinkle; import twinkle; print(hasattr(twinkle, 'THEIRS'))"
-    result = run(code, installed(tmp_path), TWINKLE_SERVE_AS_TWINKLE="override")
-    assert result.stdout == "False\n", result.stderr
-
-
-def test_importing_twinkle_serve_does_not_define_twinkle() -> None:
-    """The alias needs its own import."""
-    assert run("import twinkle_serve, twinkle").returncode == 1
