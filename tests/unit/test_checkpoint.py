@@ -54,6 +54,16 @@ def test_parts_without_an_index_are_read(tmp_path: Path) -> None:
     assert dict(named_tensors(tmp_path)).keys() == TENSORS.keys()
 
 
+@pytest.mark.parametrize("stranger", ["optimizer", "adapter_model"])
+def test_files_beside_a_pickled_model_are_not_read(tmp_path: Path, stranger: str) -> None:
+    """Its weights are not in safetensors files at all."""
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    save_file({"x": torch.ones(2)}, tmp_path / f"{stranger}.safetensors")
+    assert not read_model_spec(tmp_path).weights
+    with pytest.raises(WeightsError, match="no safetensors files"):
+        dict(named_tensors(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{", "cannot be read"), ("{}", "cannot be read"), ('{"weight_map": {"a": "gone.safetensors"}}', "has no gone")],
