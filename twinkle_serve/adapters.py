@@ -42,16 +42,25 @@ def absolute_directory(path: str | os.PathLike[str]) -> str:
         raise AdapterError(f"an adapter's directory must be a path, got {path!r}.")
     if "://" in str(path):
         raise AdapterError(f"an adapter is loaded from a directory, got {str(path)!r}. Download it first.")
-    return str(Path(path).expanduser().absolute())
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError as error:  # `~name` without such a user
+        raise AdapterError(f"an adapter's directory must be a path, got {path!r}: {error}") from None
 
 
 def read_adapter(path: str | Path) -> AdapterFiles:
     """Reads an adapter that peft saved in a directory.
 
     Raises:
-        AdapterError: no such directory, or no adapter in it.
+        AdapterError: no such directory, no adapter in it, or one that cannot be read.
     """
-    directory = Path(path).expanduser()
+    try:
+        return _read(path, Path(path).expanduser())
+    except (OSError, ValueError) as error:  # no permission; a name that no file can have
+        raise AdapterError(f"adapter {str(path)!r} cannot be read: {error}.") from None
+
+
+def _read(path: str | Path, directory: Path) -> AdapterFiles:
     if not directory.is_dir():
         raise AdapterError(f"adapter {str(path)!r}: no directory at {directory.absolute()}. Check the path.")
     for name in (CONFIG, WEIGHTS):

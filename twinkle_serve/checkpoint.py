@@ -197,7 +197,7 @@ def named_tensors(source: object) -> Iterator[tuple[str, Tensor]]:
         ConfigError: a directory or a file, and torch is not installed.
     """
     if isinstance(source, (str, os.PathLike)):
-        yield from _tensors_in_files(Path(source).expanduser())
+        yield from _tensors_in_files(source)
     elif isinstance(source, Mapping):
         yield from source.items()
     elif isinstance(source, Iterable):
@@ -209,11 +209,15 @@ def named_tensors(source: object) -> Iterator[tuple[str, Tensor]]:
         raise WeightsError(f"weights must be a state_dict, pairs of name and tensor, or a path, got {source!r}.")
 
 
-def _tensors_in_files(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors_in_files(source: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     require_extra("reading weights from files", "server", "torch")
-    files = weight_files(path)
+    try:
+        path = Path(source).expanduser()
+        files = weight_files(path)
+    except (OSError, RuntimeError) as error:  # no permission; a name that no file can have; `~name` without such a user
+        raise WeightsError(f"weights at {os.fspath(source)!r:.200} cannot be read: {error!s:.200}.") from None
     if not files:
         raise WeightsError(f"no safetensors files at {path.absolute()}. Save the model with save_pretrained.")
     for file in files:

@@ -123,6 +123,15 @@ def test_output_layer_is_found_under_the_names_of_larger_models(tmp_path: Path) 
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("a" * 300, "cannot be read: .*name too long"), ("~no-such-user/a", "cannot be read: .*home")]
+)
+def test_path_that_cannot_be_read_is_refused(name: str, message: str) -> None:
+    """Whichever way the operating system says it."""
+    with pytest.raises(WeightsError, match=message):
+        dict(named_tensors(name))
+
+
 def test_cut_off_files_are_refused(tmp_path: Path) -> None:
     """With a typed error, also where only their headers are read."""
     shutil.copy(hub.DEMO / "model.safetensors", tmp_path)
