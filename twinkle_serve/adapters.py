@@ -17,7 +17,7 @@ import numpy as np
 from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.data_format.weights import WeightSpec
 from twinkle_serve.errors import AdapterError
-from twinkle_serve.tensors import DTYPES, AnyTensor, TensorFile, Tensors, digest, dtype_name, gathered
+from twinkle_serve.tensors import DTYPES, AnyTensor, TensorFile, Tensors, digest, dtype_name, gathered, is_tensor
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -42,16 +42,25 @@ def absolute_directory(path: str | os.PathLike[str]) -> str:
         raise AdapterError(f"an adapter's directory must be a path, got {path!r}.")
     if "://" in str(path):
         raise AdapterError(f"an adapter is loaded from a directory, got {str(path)!r}. Download it first.")
-    return str(Path(path).expanduser().absolute())
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError as error:  # `~name` without such a user
+        raise AdapterError(f"an adapter's directory must be a path, got {path!r}: {error}") from None
 
 
 def read_adapter(path: str | Path) -> AdapterFiles:
     """Reads an adapter that peft saved in a directory.
 
     Raises:
-        AdapterError: no such directory, or no adapter in it.
+        AdapterError: no such directory, no adapter in it, or one that cannot be read.
     """
-    directory = Path(path).expanduser()
+    try:
+        return _read(path, Path(path).expanduser())
+    except (OSError, ValueError) as error:  # no permission; a name that no file can have
+        raise AdapterError(f"adapter {str(path)!r} cannot be read: {error}.") from None
+
+
+def _read(path: str | Path, directory: Path) -> AdapterFiles:
     if not directory.is_dir():
         raise AdapterError(f"adapter {str(path)!r}: no directory at {directory.absolute()}. Check the path.")
     for name in (CONFIG, WEIGHTS):
@@ -84,6 +93,7 @@ def pack_adapter(config: LoraConfig, state_dict: Tensors | None) -> AdapterFiles
         raise AdapterError("a LoraConfig alone has no weights. Pass state_dict=get_peft_model_state_dict(model).")
     tensors: dict[str, AnyTensor] = {}
     base: dict[str, tuple[str, list[int], str]] = {}
+    adapters: set[str] = set()
     first = None
     for name, given in _pairs(state_dict):
         tensor, first = _tensor(name, given), first or name
@@ -92,9 +102,11 @@ def pack_adapter(config: LoraConfig, state_dict: Tensors | None) -> AdapterFiles
                 raise AdapterError(f"state_dict has {_base_name(name)!r} twice, once as {name!r}.")
             base[_base_name(name)] = (DTYPES[dtype_name(tensor)][0], list(tensor.shape), digest(tensor))
             continue
-        if (saved := _saved_name(name)) in tensors:
+        saved, adapter = _saved_name(name)
+        adapters.add(adapter)
+        if saved in tensors or len(adapters) > 1:
             raise AdapterError(
-                f"state_dict has {saved} of several adapters, one of them as {name!r}. Pass only one: "
+                f"state_dict has tensors of several adapters, one of them as {name!r}. Pass only one: "
                 "state_dict=get_peft_model_state_dict(model, adapter_name=…)."
             )
         # A lazy mapping may use the memory again for the next one.
@@ -121,7 +133,7 @@ def _pairs(state_dict: Tensors) -> Iterator[tuple[str, AnyTensor]]:
 
 def _tensor(name: str, tensor: object) -> AnyTensor:
     """See `gathered`. Raises AdapterError."""
-    if not isinstance(name, str) or not hasattr(tensor, "shape"):
+    if not isinstance(name, str) or not is_tensor(tensor):
         raise AdapterError(f"state_dict must map names to tensors, got {name!r} and {type(tensor).__name__}.")
     try:
         return gathered(tensor)
@@ -145,15 +157,15 @@ def _base_name(name: str) -> str:
     return name.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
-def _saved_name(name: str) -> str:
-    """Returns the name under which peft saves a tensor: without the adapter's name after `lora_A`."""
-    parts = name.split(".")
+def _saved_name(name: str) -> tuple[str, str]:
+    """Returns the name under which peft saves a tensor, without the adapter's name after `lora_A`, and that name."""
+    parts, adapter = name.split("."), ""
     for i, part in enumerate(parts[:-1]):
         if part in ("lora_A", "lora_B") and parts[i + 1] != "weight":
-            del parts[i + 1]
+            adapter = parts.pop(i + 1)
             break
     saved = ".".join(parts)
-    return saved if saved.startswith(PREFIX) else PREFIX + saved
+    return saved if saved.startswith(PREFIX) else PREFIX + saved, adapter
 
 
 def _plain(value: object) -> object:

@@ -14,7 +14,17 @@ import numpy as np
 from twinkle_serve.data_format.weights import Bucket, ModelSpec, WeightSpec
 from twinkle_serve.errors import WeightsError
 from twinkle_serve.extras import require_extra
-from twinkle_serve.tensors import BITS, DTYPES, AnyTensor, TensorFile, count_nonfinite, digest, encode_header, gathered
+from twinkle_serve.tensors import (
+    BITS,
+    DTYPES,
+    AnyTensor,
+    TensorFile,
+    count_nonfinite,
+    digest,
+    encode_header,
+    gathered,
+    is_tensor,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +47,8 @@ def weight_files(path: Path) -> list[Path]:
     """Returns the safetensors files of a model in a directory, as transformers chooses them; empty if there are none.
 
     The files of the index where there is one, else the one that is named for the model. Without both, files that are
-    named as parts of a model, or all. Other files, such as those of an optimizer or an adapter, are not the model's.
+    named as parts of a model; or all, unless the model is in pickles. Other files, such as those of an optimizer or an
+    adapter, are not the model's.
 
     Raises:
         WeightsError: the index cannot be read, or names a missing file.
@@ -52,11 +63,16 @@ def weight_files(path: Path) -> list[Path]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{index} cannot be read: {type(error).__name__}: {error}.") from None
         if missing := [file.name for file in files if not file.is_file()]:
-            raise WeightsError(f"{path.absolute()} has no {missing[0]}, which {INDEX} lists. Save the model again.")
+            raise WeightsError(
+                f"{path.absolute()} has no {missing[0]}, which {INDEX} lists. Save the model again; or remove {INDEX} "
+                "if it is of an earlier save."
+            )
         return files
     if (single := path / SINGLE).is_file():
         return [single]
-    return sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
+    if parts := sorted(path.glob("model*.safetensors")):
+        return parts
+    return [] if any(path.glob("pytorch_model*.bin")) else sorted(path.glob("*.safetensors"))
 
 
 def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
@@ -181,7 +197,7 @@ def named_tensors(source: object) -> Iterator[tuple[str, Tensor]]:
         ConfigError: a directory or a file, and torch is not installed.
     """
     if isinstance(source, (str, os.PathLike)):
-        yield from _tensors_in_files(Path(source).expanduser())
+        yield from _tensors_in_files(source)
     elif isinstance(source, Mapping):
         yield from source.items()
     elif isinstance(source, Iterable):
@@ -193,11 +209,15 @@ def named_tensors(source: object) -> Iterator[tuple[str, Tensor]]:
         raise WeightsError(f"weights must be a state_dict, pairs of name and tensor, or a path, got {source!r}.")
 
 
-def _tensors_in_files(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors_in_files(source: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     require_extra("reading weights from files", "server", "torch")
-    files = weight_files(path)
+    try:
+        path = Path(source).expanduser()
+        files = weight_files(path)
+    except (OSError, RuntimeError) as error:  # no permission; a name that no file can have; `~name` without such a user
+        raise WeightsError(f"weights at {os.fspath(source)!r:.200} cannot be read: {error!s:.200}.") from None
     if not files:
         raise WeightsError(f"no safetensors files at {path.absolute()}. Save the model with save_pretrained.")
     for file in files:
@@ -223,7 +243,7 @@ def buckets(
     capacity = int(min(bucket_bytes, BUCKET_BYTES))
     file, names = TensorFile(capacity), set[str]()
     for name, tensor in tensors:
-        if not isinstance(name, str) or not hasattr(tensor, "shape"):
+        if not isinstance(name, str) or not is_tensor(tensor):
             raise WeightsError(f"weights must be pairs of name and tensor, got {name!r} and {type(tensor).__name__}.")
         if name in names:
             raise WeightsError(f"weight {name!r} comes twice.")

@@ -56,6 +56,15 @@ HEADER_ROOM = 2**20
 """Bytes kept free for the header before the tensors; a longer header costs a copy."""
 
 
+def is_tensor(value: object) -> bool:
+    """Whether a value is a tensor or an array, of whatever library. Some tensors of torch raise when asked for their
+    shape: nested ones, and those of lazy modules."""
+    try:
+        return hasattr(value, "shape")
+    except RuntimeError:
+        return True
+
+
 def gathered(tensor: object) -> AnyTensor:
     """Returns the full tensor, detached and on its device; anything but a torch tensor becomes a numpy array.
 
@@ -69,6 +78,8 @@ def gathered(tensor: object) -> AnyTensor:
         raise ValueError("is on the meta device and has no values. Load or initialize the model first.")
     if hasattr(tensor, "local_shards"):
         raise ValueError("is a ShardedTensor, which holds a part of the values. Take FSDP's full state_dict.")
+    if hasattr(tensor, "cls_to_become"):
+        raise ValueError("is of a lazy module and has no values. Call the module once to initialize it.")
     if isinstance(tensor, np.ma.MaskedArray):
         raise ValueError("is a masked array, whose mask would be lost. Fill it.")
     try:
@@ -87,6 +98,8 @@ def _dense(tensor: Any) -> Tensor:
     """Returns a detached torch tensor. Raises ValueError where its values are not in its own memory, or packed."""
     import torch
 
+    if tensor.is_nested:
+        raise ValueError("is nested. Send it dense.")
     if tensor.layout != torch.strided:
         raise ValueError(f"has the layout {tensor.layout}. Send it dense.")
     if dtype_name(tensor) not in DTYPES:

@@ -146,6 +146,9 @@ def test_state_dict_of_several_adapters_is_refused() -> None:
     config = model.peft_config["default"]
     with pytest.raises(AdapterError, match=r"of several adapters, one of them as .* adapter_name="):
         pack_adapter(config, model.state_dict())
+    apart = {name: tensor for name, tensor in model.state_dict().items() if "q_proj" not in name or "reference" in name}
+    with pytest.raises(AdapterError, match="of several adapters"):
+        pack_adapter(config, apart)
     alone = pack_adapter(config, get_peft_model_state_dict(model, adapter_name="default"))
     assert describe_adapter(alone).rank == 8
 

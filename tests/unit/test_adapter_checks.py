@@ -45,6 +45,7 @@ def without(*parts: str) -> dict[str, torch.Tensor]:
 COMPLETE: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = [
     ({}, TENSORS),
     ({"target_modules": "all-linear"}, TENSORS),
+    ({"target_modules": ["all-linear"]}, TENSORS),
     ({"target_modules": "all-linear", "exclude_modules": ["v_proj"]}, without("v_proj")),
     ({"target_modules": r".*_proj"}, TENSORS),
     ({"target_modules": r".*layers\.[02]\..*_proj"}, of_layers(0, 2)),
@@ -59,6 +60,7 @@ INCOMPLETE: list[tuple[dict[str, Any], dict[str, torch.Tensor], str]] = [
     ({}, without("v_proj"), "4 of the 28"),
     ({}, without("layers.3.mlp.up_proj"), "1 of the 28 modules .*, such as model.layers.3.mlp.up_proj"),
     ({"target_modules": "all-linear"}, of_layers(0, 1, 2), "7 of the 28"),
+    ({"target_modules": ["all-linear"]}, of_layers(0, 1, 2), "7 of the 28"),
     ({"target_modules": r".*_proj"}, of_layers(0, 1), "14 of the 28"),
     ({"layers_to_transform": [0, 1]}, of_layers(0), "7 of the 14"),
     ({"exclude_modules": ["k_proj"]}, without("k_proj", "q_proj"), "4 of the 24"),

@@ -96,6 +96,41 @@ def test_files_of_the_same_size_and_time_are_read_when_they_are_others(
     assert answer(sampler, path) == answer(sampler, path) == ("2", wanted[1])
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("loop", "no directory at"),
+        ("a\0b", "no directory at"),
+        ("a" * 300, "cannot be read: .*name too long"),
+        ("no file", "cannot be read: .*Input/output error"),
+        ("~no-such-user/adapter", "must be a path"),
+    ],
+)
+def test_path_that_cannot_be_read_is_an_adapter_error(
+    sampler: RunningSampler,
+    adapters: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    message: str,
+) -> None:
+    """Whichever way the operating system says it; the next call works."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    shutil.copytree(adapters[0], tmp_path / "no file")
+
+    def fail(path: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    path = name if name.startswith("~") else str(tmp_path / name)
+    with monkeypatch.context() as patch, pytest.raises(AdapterError, match=message):
+        patch.setattr(Path, "read_bytes", fail)
+        sampler.sample(QUESTION, PARAMS, adapter_path=path)
+    with pytest.raises(AdapterError, match=message), monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        sampler.add_adapter_to_model("policy", path)
+    assert answer(sampler, adapters[0])[1]
+
+
 @pytest.mark.parametrize("of_files", [True, False])
 def test_link_that_moved_is_followed(
     sampler: RunningSampler, adapters: list[Path], tmp_path: Path, of_files: bool

@@ -54,6 +54,16 @@ def test_parts_without_an_index_are_read(tmp_path: Path) -> None:
     assert dict(named_tensors(tmp_path)).keys() == TENSORS.keys()
 
 
+@pytest.mark.parametrize("stranger", ["optimizer", "adapter_model"])
+def test_files_beside_a_pickled_model_are_not_read(tmp_path: Path, stranger: str) -> None:
+    """Its weights are not in safetensors files at all."""
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    save_file({"x": torch.ones(2)}, tmp_path / f"{stranger}.safetensors")
+    assert not read_model_spec(tmp_path).weights
+    with pytest.raises(WeightsError, match="no safetensors files"):
+        dict(named_tensors(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{", "cannot be read"), ("{}", "cannot be read"), ('{"weight_map": {"a": "gone.safetensors"}}', "has no gone")],
@@ -111,6 +121,15 @@ def test_output_layer_is_found_under_the_names_of_larger_models(tmp_path: Path) 
     assert (
         spec.tied["lm_head.weight"] == spec.tied["model.lm_head.weight"] == "model.language_model.embed_tokens.weight"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("a" * 300, "cannot be read: .*name too long"), ("~no-such-user/a", "cannot be read: .*home")]
+)
+def test_path_that_cannot_be_read_is_refused(name: str, message: str) -> None:
+    """Whichever way the operating system says it."""
+    with pytest.raises(WeightsError, match=message):
+        dict(named_tensors(name))
 
 
 def test_cut_off_files_are_refused(tmp_path: Path) -> None:

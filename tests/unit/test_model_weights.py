@@ -269,6 +269,13 @@ def test_weight_of_another_class_of_dtypes_is_refused(dtype: str, said: str) -> 
         put(ModelWeights(), "one", list(buckets(tensors.items())))
 
 
+def test_weight_that_is_partitioned_has_its_remedy() -> None:
+    """DeepSpeed's ZeRO-3 leaves empty tensors in a state_dict."""
+    tensors = {name: torch.empty(0) for name in TENSORS}
+    with pytest.raises(WeightsError, match=r"has the shape \(0,\), .*GatheredParameters"):
+        put(ModelWeights(), "one", list(buckets(tensors.items())))
+
+
 def test_weights_of_a_quantized_model_have_its_dtypes() -> None:
     """Floats do not stand for its packed values, nor integers of another width, whose values could not be held."""
     spec = ModelSpec({"w": WeightSpec((4,), "F8_E4M3"), "q": WeightSpec((4,), "I8"), "s": WeightSpec((4,), "BF16")}, {})

@@ -208,6 +208,9 @@ def freed() -> torch.Tensor:
     [
         (lambda: torch.ones(2, 4, device="meta"), "is on the meta device and has no values"),
         (freed, "has no storage: its memory was freed"),
+        (torch.nn.UninitializedParameter, "is of a lazy module and has no values"),
+        (lambda: torch.nested.nested_tensor([torch.ones(4)]), "is nested. Send it dense"),
+        (lambda: torch.nested.nested_tensor([torch.ones(4)], layout=torch.jagged), "is nested. Send it dense"),
         (lambda: torch.ones(2, 4).to_sparse(), "has the layout torch.sparse_coo. Send it dense"),
         (lambda: np.ma.masked_equal([[1.0]], 1.0), "is a masked array"),  # type: ignore[no-untyped-call]
         (lambda: np.array([["a", "b"]]), "is an array of <U1, not of numbers"),

@@ -34,6 +34,8 @@ class Engine(FakeEngine):
         self.let_go = asyncio.Event()
         """Ends what hangs."""
         self.garbles: set[str] = set()
+        self.delays: dict[str, float] = {}
+        """Seconds that a load takes."""
         self.loads: list[str] = []
         self.steps = 0
 
@@ -48,6 +50,7 @@ class Engine(FakeEngine):
             raise WeightsError(f"{label} is not to my taste.")
         if label in self.hangs:
             await self.let_go.wait()
+        await asyncio.sleep(self.delays.get(label, 0.0))
         checksum = await super().load_weights(label, buckets)
         return "other" if label in self.garbles else checksum
 
@@ -131,6 +134,17 @@ async def test_engine_that_hangs_ends_the_update_at_its_deadline(service: Servic
     service.engines["a"].hangs.add("one")
     with pytest.raises(DeadlineError, match=r"not loaded within 2 s for 'one'; 'initial' is current"):
         await service.update("one", timeout_s=2.0)
+    assert await service.labels() == {("a", INITIAL_LABEL), ("b", INITIAL_LABEL)}
+
+
+async def test_engine_that_is_not_replaced_has_time_to_go_back(service: Service) -> None:
+    """More than the update had, which may be less than any load takes: without its engines, a sampler is at its end."""
+    service.router._engines.engines_return = False
+    for engine in service.engines.values():
+        engine.hangs.add("one")
+        engine.delays[INITIAL_LABEL] = 0.5
+    with pytest.raises(DeadlineError, match=r"not loaded within 0.2 s for 'one'; 'initial' is current"):
+        await service.update("one", timeout_s=0.2)
     assert await service.labels() == {("a", INITIAL_LABEL), ("b", INITIAL_LABEL)}
 
 

@@ -121,7 +121,8 @@ def _promised(adapter: AdapterDescription, modules: _Modules) -> set[str]:
     try:
         config: LoraConfig = LoraConfig(**keys)
         candidates = modules.linear | modules.others
-        if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+        targets = config.target_modules
+        if targets == {ALL_LINEAR} or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
             config.target_modules = set(modules.linear)
         return {name for name in candidates if check_target_module_exists(config, name)}
     except (ValueError, TypeError, AttributeError, re.error) as error:

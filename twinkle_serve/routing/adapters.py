@@ -136,7 +136,7 @@ class Directory:
                 states.append((str(directory), stat.st_dev, stat.st_ino, stat.st_size, *times))
                 step_ns = FINE_STEP_NS if stat.st_ctime_ns % 10**9 else COARSE_STEP_NS
                 settled = settled and now_ns - stat.st_ctime_ns > step_ns
-        except OSError:
+        except (OSError, ValueError, RuntimeError):  # also a name that no file can have, and a loop of links
             return cls(())
         return cls(tuple(states), settled=settled)
 

@@ -154,7 +154,9 @@ class PauseCoordinator:
         except BaseException as error:
             current = engines.weights_version
             if loading:
-                await self._broadcast_or_evict(timeout_s, lambda client: client.load_weights(current))
+                # An engine that is not replaced has as long as one that starts: without it, the sampler is at its end.
+                back_s = timeout_s if engines.engines_return else max(timeout_s, engines.load_timeout_s)
+                await self._broadcast_or_evict(back_s, lambda client: client.load_weights(current))
             where = f"{current.label!r} is current"
             if isinstance(error, TimeoutError):
                 step = "loaded" if loading else "paused"

@@ -19,6 +19,7 @@ MERGE = (
     "It is of an adapter that is not merged. Call merge_and_unload() of the peft model, and send the state_dict of the "
     "model that this returns; or add the adapter with add_adapter_to_model."
 )
+PARTITIONED = "It is partitioned, as by DeepSpeed's ZeRO-3. Send it gathered: with deepspeed.zero.GatheredParameters."
 REMEDIES: dict[str, str] = {
     "lora_": MERGE,
     "base_layer.": MERGE,
@@ -109,10 +110,8 @@ class Upload:
             else "the model's"
         )
         if spec.shape != wanted.shape:
-            raise WeightsError(
-                f"weight {name!r} has the shape {spec.shape}, {of_model} has {wanted.shape}. "
-                "Send weights of the served model."
-            )
+            remedy = PARTITIONED if spec.shape == (0,) else "Send weights of the served model."
+            raise WeightsError(f"weight {name!r} has the shape {spec.shape}, {of_model} has {wanted.shape}. {remedy}")
         kind, wanted_kind = CLASSES[spec.dtype], CLASSES.get(wanted.dtype)
         if kind != wanted_kind or (kind != "float" and spec.dtype != wanted.dtype):
             raise WeightsError(
