@@ -215,6 +215,7 @@ def test_other_tools_than_those_in_the_ids_are_refused(qwen3: Template) -> None:
 
 # -- round trips ---------------------------------------------------------------------------------
 
+
 def as_floats(value: Any) -> Any:
     """Whole numbers as pandas reads them from a column that has nulls too."""
     if isinstance(value, dict):
