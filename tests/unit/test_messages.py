@@ -163,11 +163,53 @@ def test_result_that_is_an_object_is_written_as_json(source: str, tmp_path: Path
             text_of(template, [USER, CALLED, {"role": "tool", "content": value}])
 
 
+KEYS: list[dict[Any, int]] = [{1: 2, "a": 3}, {None: 1}, {(1, 2): 3}, {1: 2}]
+
+
+@pytest.mark.parametrize("keys", KEYS)
+def test_results_and_tools_with_keys_that_are_not_text_are_refused(keys: dict[Any, int], demo: Template) -> None:
+    """JSON would have other keys, or none."""
+    with pytest.raises(PromptError, match=r"messages\[2\].content has the key .*, and JSON's keys are strings"):
+        text_of(demo, [USER, CALLED, {"role": "tool", "content": {"of": [keys]}}])
+    with pytest.raises(PromptError, match=r"tools\[0\] has the key .*, and JSON's keys are strings"):
+        text_of(demo, [USER], [{"name": "add", "parameters": {"properties": keys}}])
+
+
+def test_result_that_is_a_list_is_refused_with_its_remedy(demo: Template) -> None:
+    """It may be a list of parts or of results; the error shows the first that is no part."""
+    with pytest.raises(PromptError, match=r"got \{'id': 1\} \(dict\). Write a list of results as text"):
+        text_of(demo, [USER, CALLED, {"role": "tool", "content": [{"id": 1}]}])
+
+
 @pytest.mark.parametrize("content", [None, 3, True, [{"a": 1}], [1, 2], {"type": "text", "text": "3"}])
 def test_other_results_are_refused(content: Any, demo: Template) -> None:
     """They could mean several texts."""
     with pytest.raises(PromptError, match=r"messages\[2\].content"):
         text_of(demo, [USER, CALLED, {"role": "tool", "content": content}])
+
+
+def test_calls_in_the_form_before_tool_calls_are_refused(demo: Template) -> None:
+    """Chat templates leave them out."""
+    old = {"role": "assistant", "content": "", "function_call": {"name": "add", "arguments": "{}"}}
+    with pytest.raises(PromptError, match=r"messages\[1\].function_call would be left out.* Write it as tool_calls"):
+        text_of(demo, [USER, old, USER])
+    assert text_of(demo, [USER, {**CALLED, "function_call": None}, USER]) == text_of(demo, [USER, CALLED, USER])
+
+
+def test_reasoning_has_two_names(tmp_path: Path) -> None:
+    """vLLM's servers return it as `reasoning`, and chat templates read `reasoning_content`."""
+    template = template_of(tmp_path, QWEN3)
+    written = text_of(template, [USER, {**CALLED, "reasoning_content": "Hm."}, {"role": "tool", "content": "2"}])
+    assert "Hm." in written
+    named = {**CALLED, "reasoning": "Hm.", "reasoning_content": None}
+    assert text_of(template, [USER, named, {"role": "tool", "content": "2"}]) == written
+
+
+def test_one_message_instead_of_a_list_is_refused(demo: Template) -> None:
+    """It is no trajectory in itself."""
+    for item in ({"messages": USER}, {"input_ids": [5], "messages": USER}):
+        with pytest.raises(PromptError, match=r"messages must be a list of at least one message, got \{'role'"):
+            prompt_of(item, demo)
 
 
 # -- messages that a chat template does not read ----------------------------------------------------

@@ -171,7 +171,11 @@ def test_parts_of_a_message_are_joined(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": parts}]
     assert text_of(template, messages) == "user:1+1="
     assert messages == [{"role": "user", "content": [{"type": "text", "text": "1+"}, "1="]}]
-    for part, error in ((3, "got the text 3"), ({"type": "text"}, "got the text None"), ({"type": "audio"}, "'audio'")):
+    for part, error in (
+        (3, "with a text, got 3"),
+        ({"type": "text"}, "with a text, got {"),
+        ({"type": "audio"}, "'audio'"),
+    ):
         with pytest.raises(PromptError, match=error):
             text_of(template, [{"role": "user", "content": [part]}])
     with pytest.raises(PromptError, match=r"inputs\[0\] cannot be tokenised"):

@@ -12,7 +12,7 @@ from typing import Any, NotRequired, TypeAlias, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from twinkle_serve.data_format.plain import is_absent, plain, without_nulls
+from twinkle_serve.data_format.plain import is_absent, normalised, plain
 from twinkle_serve.data_format.tool_calls import ToolCall, ToolParser, Tools, tool_parser
 
 ChatMessage: TypeAlias = dict[str, Any]
@@ -47,9 +47,16 @@ TEMPLATE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_cal
 def checksum(message: Mapping[str, object]) -> int:
     """Checksum of the keys in TEMPLATE_KEYS; other keys that a caller adds, such as a reward, do not change it.
 
-    Nor do the types of lists, and nulls that a columnar format adds.
+    Nor do the types of lists, nulls that a columnar format adds, and whole numbers that it writes as floats.
     """
-    return _checksum([message.get(key) for key in TEMPLATE_KEYS])
+    values = {key: message.get(key) for key in TEMPLATE_KEYS} | {"reasoning_content": reasoning_of(message)}
+    return _checksum(list(values.values()))
+
+
+def reasoning_of(message: Mapping[str, object]) -> object:
+    """The reasoning of a message under either of its names: vLLM's servers return it as `reasoning`."""
+    known = message.get("reasoning_content")
+    return message.get("reasoning") if is_absent(known) else known
 
 
 def tools_checksum(tools: object) -> int:
@@ -67,7 +74,7 @@ def ids_checksum(*parts: NDArray[np.int32]) -> int:
 
 def _checksum(values: list[object]) -> int:
     clean = [
-        (value or None) if type(value) is str else None if is_absent(value) else without_nulls(plain(value))
+        (value or None) if type(value) is str else None if is_absent(value) else normalised(plain(value))
         for value in values
     ]
     return zlib.crc32(json.dumps(clean, sort_keys=True, default=_name).encode())

@@ -21,7 +21,7 @@ def plain(value: object) -> Any:
     if (arrow := _from_arrow(value)) is not value:
         return plain(arrow)
     if isinstance(value, Mapping):
-        return {plain(key): plain(item) for key, item in value.items()}
+        return {_plain_key(key): plain(item) for key, item in value.items()}
     if isinstance(value, (np.ndarray, np.generic)):
         return plain(value.tolist())
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
@@ -69,18 +69,22 @@ def _is_null(value: object) -> bool:
     return value is None or type(value).__name__ in ("NAType", "NaTType")
 
 
-def without_nulls(value: Any) -> Any:
-    """Removes the keys whose value is None from plain dicts, at every depth."""
+def normalised(value: Any) -> Any:
+    """Undoes at every depth of a plain value what columnar files do: keys without a value, whole numbers as floats."""
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+        return {key: normalised(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
+        return [normalised(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def shown(value: object) -> str:
     """Short text of a value and its type, for messages of errors."""
     return f"{reprlib.repr(value)} ({type(value).__name__})"
+
+
+def _plain_key(key: object) -> Any:
+    return plain(key) if isinstance(key, (str, np.generic)) else key
 
 
 def _holds_objects(value: object) -> bool:

@@ -125,6 +125,8 @@ def _call_of(value: object, keys: Sequence[str] = ("arguments",)) -> ToolCall | 
     """Converts `{"name": …, "arguments": …}` to a call. None if invalid."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return None
+    if not any(key in value for key in keys) and not set(value) <= {"name", "id", "type"}:
+        return None  # its arguments may be under another name
     arguments = _arguments_of(next((value[key] for key in keys if value.get(key) is not None), None))
     if arguments is None:
         return None

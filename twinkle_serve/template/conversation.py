@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinkle_serve.data_format.columns import is_media
-from twinkle_serve.data_format.messages import ChatMessage
+from twinkle_serve.data_format.messages import ChatMessage, reasoning_of
 from twinkle_serve.data_format.plain import as_items, is_absent, plain, shown
 from twinkle_serve.data_format.tool_calls import parameters_of
 from twinkle_serve.errors import PromptError
-from twinkle_serve.template.tools import without_filled_arguments
+from twinkle_serve.template.tools import require_text_keys, without_filled_arguments
 
 TEXT_KEYS = ("reasoning_content", "name", "tool_call_id")
 """Keys of a message, besides its content, whose value is text."""
@@ -137,6 +137,8 @@ def _message(message: object, where: str, tools: list[object] | None) -> ChatMes
     if not isinstance(clean, dict) or not isinstance(clean.get("role"), str) or not clean["role"]:
         raise PromptError(f"{where} must be a dict with a role, got {message!r}.")
     content, calls = clean.pop("content", None), clean.pop("tool_calls", None)
+    if not is_absent(clean.get("function_call")):
+        raise PromptError(f"{where}.function_call would be left out of the prompt. Write it as tool_calls.")
     for key, value in list(clean.items()):
         if is_media(key) and not is_absent(value):
             raise PromptError(f"{where}.{key}: {ONLY_TEXT}. Leave it out.")
@@ -144,6 +146,9 @@ def _message(message: object, where: str, tools: list[object] | None) -> ChatMes
             del clean[key]
         elif key in TEXT_KEYS and not isinstance(value, str):
             raise PromptError(f"{where}.{key} must be text, got {shown(value)}.")
+    reasoning = reasoning_of(clean)
+    if isinstance(reasoning, str):
+        clean["reasoning_content"] = reasoning
     if not is_absent(calls):
         items = as_items(calls)
         if items is None:
@@ -160,8 +165,9 @@ def _content(content: object, role: str, where: str) -> str | dict[str, object]:
         return content
     if isinstance(content, list):
         # Many chat templates ignore content that is not a string.
-        return "".join(_text(part, f"{where}[{k}]") for k, part in enumerate(content))
+        return "".join(_text(part, role, f"{where}[{k}]") for k, part in enumerate(content))
     if isinstance(content, dict) and role in RESULT_ROLES and content.get("type") != "text":
+        require_text_keys(content, f"{where} has")
         return content
     if isinstance(content, dict) and content.get("type") == "text":
         remedy = "Put the part into a list."
@@ -177,8 +183,9 @@ def _content(content: object, role: str, where: str) -> str | dict[str, object]:
     )
 
 
-def _text(part: object, where: str) -> str:
+def _text(part: object, role: str, where: str) -> str:
     """Text of a part of a message."""
+    text = part
     if isinstance(part, dict):
         kind = part.get("type")
         if kind not in (None, "text"):
@@ -186,10 +193,11 @@ def _text(part: object, where: str) -> str:
         for key, value in part.items():
             if is_media(key) and not is_absent(value):
                 raise PromptError(f"{where}.{key}: {ONLY_TEXT}. Leave it out.")
-        part = part.get("text")
-    if not isinstance(part, str):
-        raise PromptError(f'{where} must be {{"type": "text", "text": …}}, got the text {part!r}.')
-    return part
+        text = part.get("text")
+    if not isinstance(text, str):
+        remedy = " Write a list of results as text, for example with json.dumps." if role in RESULT_ROLES else ""
+        raise PromptError(f'{where} must be {{"type": "text", "text": …}} with a text, got {shown(part)}.{remedy}')
+    return text
 
 
 def _call(call: Any, where: str, tools: list[object] | None) -> dict[str, object]:
@@ -211,19 +219,7 @@ def _call(call: Any, where: str, tools: list[object] | None) -> dict[str, object
         arguments = without_filled_arguments(arguments, parameters_of(tools or (), name))
     if not isinstance(arguments, dict):
         raise PromptError(f"{where}: its arguments must be a dict or the JSON of one, got {arguments!r}.")
-    _require_text_keys(arguments, where)
+    require_text_keys(arguments, f"{where}: its arguments have")
     own = ("name", "arguments", "function")
     extra = {key: value for key, value in entry.items() if key not in own and value is not None}
     return {"type": "function", **extra, "function": {"name": name, "arguments": arguments}}
-
-
-def _require_text_keys(value: object, where: str) -> None:
-    """Refuses keys that JSON does not have, at every depth of a call's arguments: templates would write others."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise PromptError(f"{where}: its arguments have the key {key!r}, and JSON's keys are strings.")
-            _require_text_keys(item, where)
-    elif isinstance(value, list):
-        for item in value:
-            _require_text_keys(item, where)

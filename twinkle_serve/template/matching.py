@@ -49,13 +49,14 @@ class _Covered:
     @classmethod
     def of(cls, encoded: Any, where: str) -> _Covered:
         try:
+            written = encoded.get("written")
             return cls(
                 ids=int(encoded["ids"]),
                 checksum=int(encoded["checksum"]),
                 messages=[int(number) for number in encoded["messages"]],
                 tools=int(encoded["tools"]),
                 start=int(encoded["assistant_start"]),
-                written=None if encoded.get("written") is None else str(encoded["written"]),
+                written=written if isinstance(written, str) else None,
             )
         except (TypeError, KeyError, ValueError, OverflowError, AttributeError):
             raise PromptError(

@@ -39,7 +39,20 @@ def _copied_tool(tool: object, where: str) -> object:
         raise PromptError(f"{where} is nested too deeply.") from None
     if not isinstance(copied, dict):
         raise PromptError(f"{where} must be a dict, got {shown(tool)}.")
+    require_text_keys(copied, f"{where} has")
     return _without_filled(copied)
+
+
+def require_text_keys(value: object, subject: str) -> None:
+    """Refuses keys that JSON does not have, at every depth: templates would write others. The error begins so."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise PromptError(f"{subject} the key {key!r}, and JSON's keys are strings. Write it as text.")
+            require_text_keys(item, subject)
+    elif isinstance(value, list):
+        for item in value:
+            require_text_keys(item, subject)
 
 
 def without_filled_arguments(arguments: Any, schema: object) -> Any:

@@ -46,7 +46,7 @@ def or_trajectory(encode: Callable[Concatenate[Any, P], ResultT_co]) -> _Encode[
 
     @functools.wraps(encode)
     def either(self: TrainingTemplate, messages: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(messages, Mapping):
+        if isinstance(messages, Mapping) and len(args) < 2 and "where" not in kwargs:
             return self.encode_trajectory(messages, *args, **kwargs)
         return encode(self, messages, *args, **kwargs)
 
