@@ -21,12 +21,17 @@ def plain(value: object) -> Any:
     if (arrow := _from_arrow(value)) is not value:
         return plain(arrow)
     if isinstance(value, Mapping):
-        return {plain(key): plain(item) for key, item in value.items()}
+        return {_key(key): plain(item) for key, item in value.items()}
     if isinstance(value, (np.ndarray, np.generic)):
         return plain(value.tolist())
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         return [plain(item) for item in value]
     return copy.deepcopy(value)
+
+
+def _key(key: object) -> Any:
+    copied = plain(key)
+    return key if isinstance(copied, (list, dict)) else copied  # a tuple, of which a list would be no key
 
 
 def as_items(value: object) -> list[Any] | None:
