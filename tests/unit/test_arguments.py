@@ -111,7 +111,9 @@ def test_cancelling_prompts_that_the_call_does_not_have_is_refused(
 
 
 @pytest.mark.parametrize(
-    "arguments", [{1: "a", "b": 2}, {"a": {None: 1, "b": 2}}, {"a": [{"b": 1, 2.5: 3}]}, {True: 1}, {(1, 2): 3}], ids=str
+    "arguments",
+    [{1: "a", "b": 2}, {"a": {None: 1, "b": 2}}, {"a": [{"b": 1, 2.5: 3}]}, {True: 1}, {(1, 2): 3}],
+    ids=str,
 )
 def test_arguments_of_a_tool_call_with_keys_that_json_does_not_have_are_refused(
     sampler: RunningSampler, arguments: dict[Any, Any]
@@ -120,7 +122,9 @@ def test_arguments_of_a_tool_call_with_keys_that_json_does_not_have_are_refused(
     call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
     turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     messages = [*turns, {"role": "tool", "content": "2"}]
-    with pytest.raises(PromptError, match=r"its arguments have the key (1|None|2.5|True|\(1, 2\)), and JSON's keys are strings"):
+    with pytest.raises(
+        PromptError, match=r"its arguments have the key (1|None|2.5|True|\(1, 2\)), and JSON's keys are strings"
+    ):
         sampler.sample({"messages": messages}, SHORT)
 
 

@@ -129,5 +129,7 @@ def test_models_and_samplers_of_other_kinds_are_refused_with_the_calls_to_make(s
     with pytest.raises(UnsupportedError, match="takes vLLMSampler, TorchSampler or connect"):
         CheckpointEngineManager(model=model, sampler=object())
     model.peft_config["default"].use_dora = True
-    with pytest.raises(UnsupportedError, match="adapter 'default' is LORA with use_dora=True, which is not merged here"):
+    with pytest.raises(
+        UnsupportedError, match="adapter 'default' is LORA with use_dora=True, which is not merged here"
+    ):
         CheckpointEngineManager(model, sampler).sync_weights()
