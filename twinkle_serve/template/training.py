@@ -111,8 +111,8 @@ class TrainingTemplate:
             rolled left by one; IGNORED_LABEL elsewhere.
 
         Raises:
-            PromptError: an invalid conversation, one that is too long, one whose turns cannot be told apart, images or the
-                like, key_rounds that are no messages; or a last message of the assistant that would not be continued.
+            PromptError: an invalid conversation, one that is too long, or one whose turns cannot be told apart; images,
+                or key_rounds that are no messages; or the assistant's last message would not be continued.
         """
         features = self.batch_encode([trajectory], add_generation_prompt)
         if not features:

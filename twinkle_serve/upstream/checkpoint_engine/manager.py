@@ -57,8 +57,8 @@ class CheckpointEngineManager:
                 `default_adapter`. Each sample's `adapter` then names its version, `synced@n`.
 
         Raises:
-            UnsupportedError: adapters that are not plain LoRA, several where one is sent, or one that is merged into the
-                weights that are sent without it.
+            UnsupportedError: adapters that are not plain LoRA, several where one is sent, or one that is merged into
+                the weights that are sent without it.
             WeightsError: as `update_weights`.
             AdapterError: as `add_adapter_to_model`.
         """
