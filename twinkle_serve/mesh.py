@@ -92,13 +92,17 @@ class DeviceMesh:
         """
         if (sizes is None) == (mesh is None):
             raise MeshError("DeviceMesh takes an array of ranks as mesh=…, with mesh_dim_names. Or use from_sizes.")
+        if sizes is not None and not (isinstance(sizes, tuple) and all(isinstance(pair, tuple) for pair in sizes)):
+            raise MeshError(f"DeviceMesh.sizes must be pairs of name and size, got {sizes!r:.80}. Or use mesh=….")
         values: dict[str, object] = {
             "sizes": _sizes_of(mesh, mesh_dim_names) if sizes is None else sizes,
             "device_type": _device_type("device_mesh", device_type or "auto"),
             "sequence_parallel": sequence_parallel,
         }
         training = (ulysses_size, ep_size, etp_size, ep_fsdp_size, vpp_size)
-        values |= {name: size or 1 for name, size in zip(TRAINING_SIZES, training, strict=True)}
+        values |= {
+            name: 1 if size is None else _size(name, size) for name, size in zip(TRAINING_SIZES, training, strict=True)
+        }
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -225,6 +229,9 @@ class DeviceMesh:
     def get_slice(self, total_length: int, rank: int | None = None) -> slice:
         """Part of `total_length` items of a data-parallel rank, by default this process's."""
         rank = self.data_rank if rank is None else rank
+        if self.data_world_size == 1:
+            return slice(0, total_length)
+        rank = whole_number("get_slice: rank", rank, 0, self.data_world_size - 1, error=MeshError)
         items, rest = divmod(total_length, self.data_world_size)
         return slice(rank * items + min(rank, rest), (rank + 1) * items + min(rank + 1, rest))
 
@@ -302,7 +309,10 @@ class DeviceMesh:
 
 def _sizes_of(mesh: object, names: Sequence[str] | None) -> tuple[tuple[str, int], ...]:
     """Returns the named dimensions of an array of ranks."""
-    ranks = np.asarray(mesh)
+    try:
+        ranks = np.asarray(mesh)
+    except ValueError as error:
+        raise MeshError(f"device_mesh is no array of ranks: {error}") from error
     names = tuple(names or ())
     if list(names) != [name for name in DIMENSIONS if name in names] or len(names) != ranks.ndim:
         raise MeshError(

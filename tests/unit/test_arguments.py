@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.support.samplers import FakeSampler
+from twinkle_serve import SampledSequence, SampleResponse
 from twinkle_serve.errors import AdapterError, PromptError, RequestError, TwinkleServeError
 from twinkle_serve.sampler import RunningSampler
 
@@ -73,6 +74,22 @@ def test_argument_of_a_wrong_type_is_a_typed_error(sampler: RunningSampler, argu
     assert len(sampler.sample(QUESTION, SHORT).sequences) == 1
 
 
+@pytest.mark.parametrize("wrong", [0, False, [], {}, b"", np.zeros(2)], ids=repr)
+def test_adapter_name_that_is_false_but_no_text_is_refused(sampler: RunningSampler, wrong: Any) -> None:
+    """Not taken for the base model, or for the default adapter. None is none, as of adapter_path."""
+    with pytest.raises(AdapterError, match="adapter_name must be a string"):
+        sampler.sample(QUESTION, SHORT, wrong)
+    none: Any = None
+    assert sampler.sample(QUESTION, SHORT, none).sequences[0].adapter == ""
+
+
+def test_verifying_a_response_made_by_hand_is_refused(sampler: RunningSampler) -> None:
+    """By that name: no engine has sampled it."""
+    made = SampleResponse([SampledSequence("stop", [5], [[(5, -1.0)]])], [1, 2])
+    with pytest.raises(RequestError, match="made by hand"):
+        sampler.verify(made, against=sampler)
+
+
 @pytest.mark.parametrize(
     ("indices", "message"),
     [
@@ -94,7 +111,9 @@ def test_cancelling_prompts_that_the_call_does_not_have_is_refused(
 
 
 @pytest.mark.parametrize(
-    "arguments", [{1: "a", "b": 2}, {"a": {None: 1, "b": 2}}, {"a": [{"b": 1, 2.5: 3}]}, {True: 1}], ids=str
+    "arguments",
+    [{1: "a", "b": 2}, {"a": {None: 1, "b": 2}}, {"a": [{"b": 1, 2.5: 3}]}, {True: 1}, {(1, 2): 3}],
+    ids=str,
 )
 def test_arguments_of_a_tool_call_with_keys_that_json_does_not_have_are_refused(
     sampler: RunningSampler, arguments: dict[Any, Any]
@@ -103,7 +122,9 @@ def test_arguments_of_a_tool_call_with_keys_that_json_does_not_have_are_refused(
     call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
     turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     messages = [*turns, {"role": "tool", "content": "2"}]
-    with pytest.raises(PromptError, match=r"its arguments have the key (1|None|2.5|True), and JSON's keys are strings"):
+    with pytest.raises(
+        PromptError, match=r"its arguments have the key (1|None|2.5|True|\(1, 2\)), and JSON's keys are strings"
+    ):
         sampler.sample({"messages": messages}, SHORT)
 
 

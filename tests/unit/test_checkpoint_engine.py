@@ -66,6 +66,40 @@ def test_own_weights_are_those_without_adapters() -> None:
         assert all(torch.equal(mine[name], tensor) for name, tensor in expected.items())
 
 
+def test_adapter_that_is_merged_already_is_not_added_twice() -> None:
+    """Trainers merge, sync and unmerge. Where the adapter does not belong to the weights that are sent, it is said."""
+    model = trained()
+    expected = {name: tensor.clone() for name, tensor in _own_weights(model, merged=True)}
+    model.merge_adapter()
+    mine = dict(_own_weights(model, merged=True))
+    assert mine.keys() == expected.keys()
+    assert all(torch.allclose(mine[name], tensor, atol=1e-6) for name, tensor in expected.items())
+    with pytest.raises(UnsupportedError, match=r"the adapter default merged into them. Call model.unmerge_adapter\(\)"):
+        list(_own_weights(model, merged=False))
+    model.unmerge_adapter()
+    assert dict(_own_weights(model, merged=False)).keys() == expected.keys()
+
+
+@pytest.mark.parametrize(
+    "special",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"alora_invocation_tokens": [1]},
+        {"target_parameters": ["gate_up_proj"]},
+        {"trainable_token_indices": [1]},
+    ],
+    ids=str,
+)
+def test_adapter_that_is_more_than_a_sum_of_weights_is_refused(special: dict[str, Any]) -> None:
+    """Nothing of it is left out; the error names the key of its LoraConfig."""
+    model = random_adapter()
+    (key, value), *_ = special.items()
+    setattr(model.peft_config["default"], key, value)
+    with pytest.raises(UnsupportedError, match=rf"adapter 'default' is LORA with {key}=.*, which is not merged here"):
+        list(_own_weights(model, merged=True))
+
+
 def test_synced_adapter_samples_calls_that_name_none(sampler: RunningSampler) -> None:
     """The first call sends the model's own weights; each later one a version of the adapter, which samples name."""
     model = random_adapter(scale=0.6)
@@ -95,5 +129,7 @@ def test_models_and_samplers_of_other_kinds_are_refused_with_the_calls_to_make(s
     with pytest.raises(UnsupportedError, match="takes vLLMSampler, TorchSampler or connect"):
         CheckpointEngineManager(model=model, sampler=object())
     model.peft_config["default"].use_dora = True
-    with pytest.raises(UnsupportedError, match="adapter 'default' is DoRA, which is not merged here"):
+    with pytest.raises(
+        UnsupportedError, match="adapter 'default' is LORA with use_dora=True, which is not merged here"
+    ):
         CheckpointEngineManager(model, sampler).sync_weights()

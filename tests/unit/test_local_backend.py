@@ -411,3 +411,30 @@ def test_control_call_past_its_time_is_a_deadline_error(
     assert not status["paused"] and status["weights"] == "initial" and not status["adapters"]
     assert sampler.update_weights(weights, "one") == "one"
     assert sampler.add_adapter_to_model("policy", adapters[0]).startswith("policy@")
+
+
+def test_ctrl_c_in_shutdown_is_the_callers_and_the_engine_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process of an engine is left to a caller that goes on."""
+    sampler, backend = make()
+    server = backend._service._server
+    assert server is not None
+    stop, began, released = server.stop, threading.Event(), threading.Event()
+
+    async def slow() -> None:
+        began.set()
+        await asyncio.to_thread(released.wait)
+        await stop()
+
+    def interrupt() -> None:
+        began.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(server, "stop", slow)
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        sampler.shutdown()
+    assert backend.loop.thread.is_alive()
+    released.set()
+    wait_until(lambda: not backend.loop.thread.is_alive(), "the engine has ended, and its loop")
+    with pytest.raises(EngineDeadError):
+        sampler.sample(QUESTION)

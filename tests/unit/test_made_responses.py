@@ -56,7 +56,28 @@ def test_sample_is_made_by_keyword_and_by_position() -> None:
 def test_logprobs_of_any_form_are_kept() -> None:
     """A fake sampler may give one number a token."""
     logprobs: Any = [-1.5, -2.0]
-    assert SampledSequence("length", [10, 20], logprobs=logprobs).logprobs is logprobs
+    sample = SampledSequence("length", [10, 20], logprobs=logprobs)
+    assert sample.logprobs is logprobs
+    assert sample.logprob_array is not None and sample.logprob_array.tolist() == [-1.5, -2.0]
+    made = SampleResponse([sample, SampledSequence("stop", [1], [[(1, -0.5), (2, -1.0)]])])
+    assert made.columns.logprobs is not None and made.columns.logprobs.tolist() == [[-1.5], [-2.0], [-0.5]]
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "message"),
+    [([[(5, -1.0)]], "2 tokens and 1 logprobs"), ([[(5, -1.0)], [(7, -1.0)]], "do not have that of its token 6")],
+)
+def test_logprobs_of_other_tokens_are_named(logprobs: Any, message: str) -> None:
+    """Where the array of the sampled tokens' logprobs is asked for."""
+    with pytest.raises(ValueError, match=message):
+        _ = SampledSequence("stop", [5, 6], logprobs).logprob_array
+
+
+def test_prompt_is_given_as_a_list_or_an_array() -> None:
+    """Its ids are kept as they are, and are in `prompts`."""
+    ids: Any = np.arange(3)
+    made = SampleResponse([SampledSequence("stop", [1])], ids)
+    assert made.prompt_token_ids is ids and made.prompts[0].tolist() == [0, 1, 2]
 
 
 def test_sample_can_be_changed_after_it_was_made() -> None:
@@ -85,7 +106,12 @@ def test_response_is_made_of_samples() -> None:
 
 def test_response_needs_samples_or_columns() -> None:
     """And not both."""
-    wrong: list[dict[str, Any]] = [{}, {"sequences": [], "columns": columns(0, ["a"])}]
+    made = columns(0, ["a"])
+    wrong: list[dict[str, Any]] = [
+        {},
+        {"sequences": [], "columns": made},
+        {"columns": made, "prompt_token_ids": [1]},
+    ]
     for arguments in wrong:
         with pytest.raises(TypeError, match="either sequences or columns"):
             SampleResponse(**arguments)

@@ -156,3 +156,25 @@ def test_platform_reads_what_launchers_set(monkeypatch: pytest.MonkeyPatch) -> N
     assert Platform.device_prefix() in ("cuda", "cpu") and Platform.visible_device_env("CPU") is None
     with pytest.raises(UnsupportedError, match="one of GPU, CUDA, CPU, got 'NPU'"):
         Platform.get_platform("NPU")
+
+
+def test_mesh_of_other_arguments_is_refused() -> None:
+    """With a MeshError: upstream's arguments by position, an array of no shape, sizes of other types."""
+    ranks, ragged = np.arange(4).reshape(2, 2), [[0, 1], [2]]
+    wrong: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+        (("cuda", ranks, ("dp", "tp")), {}, "sizes must be pairs"),
+        ((5,), {}, "sizes must be pairs"),
+        ((), {"mesh": ragged, "mesh_dim_names": ("dp", "tp")}, "no array of ranks"),
+        ((), {"mesh": [0, 1], "mesh_dim_names": ("dp",), "ulysses_size": "2"}, "ulysses_size must be a whole number"),
+    ]
+    for positional, named, message in wrong:
+        with pytest.raises(MeshError, match=message):
+            DeviceMesh(*positional, **named)
+
+
+def test_part_of_a_rank_that_is_not_there_is_refused() -> None:
+    """It would be empty, or that of another rank. A mesh of one rank has one part, the whole."""
+    for rank in (2, -1, 5):
+        with pytest.raises(MeshError, match="rank must be between 0 and 1"):
+            DeviceMesh.from_sizes(dp_size=2).get_slice(10, rank)
+    assert DeviceMesh.from_sizes(tp_size=2).get_slice(10, 1) == slice(0, 10)

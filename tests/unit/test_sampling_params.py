@@ -57,6 +57,7 @@ def test_params_default_to_plain_sampling() -> None:
         ("stop", ""),
         ("stop", ["ok", ""]),
         ("stop", ["a", 1]),
+        ("stop", "\ud800"),
         ("stop", [-1]),
         ("stop", [1.5]),
         ("stop", 7),

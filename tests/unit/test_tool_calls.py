@@ -86,6 +86,8 @@ V31 = '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": {"b": "}"}}<｜tool�
         ("hermes", f"{ONE[:-13]}{ONE[11:]}", "", [("f", {"a": 1}), ("f", {"a": 1})]),
         ("hermes", '<tool_call>[{"name": "f"}, {"name": "g", "arguments": null}]', "", [("f", {}), ("g", {})]),
         ("hermes", '<tool_call>{"name": "f"},\n{"name": "g"}</tool_call> b', "b", [("f", {}), ("g", {})]),
+        ("hermes", '<tool_call>{"name": "f", "parameters": {"a": 1}}</tool_call>', "", [("f", {"a": 1})]),
+        ("mistral", '[TOOL_CALLS][{"name": "f", "parameters": {"a": 1}}]', "", [("f", {"a": 1})]),
         (
             "qwen3_coder",
             "<tool_call>\n<function=f>\n</function>\n<function=g>\n</function>\n</tool_call>",
@@ -115,6 +117,8 @@ def test_tool_calls_are_removed_from_the_text(name: str | None, text: str, conte
         ("hermes", '<tool_call>{"name": "", "arguments": {}}</tool_call>'),
         ("hermes", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>'),
         ("hermes", '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": -1e999}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1}, "parameters": {"b": 1}}</tool_call>'),
         ("hermes", '<tool_call>{"name": "f"} and more</tool_call>'),
         ("hermes", "<tool_call>" + "[" * 100_000),
         ("hermes", '<tool_call>{"name": "f"}{"name": ""}</tool_call>'),
@@ -191,6 +195,8 @@ def test_a_call_without_arguments_has_none_however_the_model_writes_it(name: str
         ({"oneOf": [{"type": "integer"}, {"type": "null"}]}, "None", None),
         ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "12", "12"),
         ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "null", None),
+        ({"allOf": [{"type": "boolean"}]}, "True", True),
+        ({"type": "number"}, "1e999", "1e999"),
         ({"type": ["string", "boolean"]}, "True", "True"),
         ({"type": "boolean"}, "Truely", "Truely"),
         ({"type": "string"}, "None", "None"),
@@ -199,9 +205,11 @@ def test_a_call_without_arguments_has_none_however_the_model_writes_it(name: str
 )
 def test_constants_that_python_writes_have_the_declared_type(declared: Any, text: str, value: object) -> None:
     """Chat templates write true as True, so models do; text that is declared as a string is never changed."""
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": declared}}}}]
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": declared}}}}]
     called = f"<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>"
     assert read("qwen3_coder", called, tools) == ("", [("f", {"x": value})])
+    tools[0]["function"]["parameters"] = json.dumps(tools[0]["function"]["parameters"])
+    assert read("qwen3_coder", called, tools) == ("", [("f", {"x": value})]), "as JSON text, as data sets have it"
 
 
 XML = "<tool_call>\n<function=g>\n<parameter=n>\n2\n</parameter>\n</function>\n</tool_call>"

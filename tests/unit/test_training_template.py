@@ -104,6 +104,71 @@ def test_labels_are_of_the_key_rounds_alone() -> None:
     assert learnt(template, feature) == "5<|im_end|>\n"
 
 
+@pytest.mark.parametrize("user_data", [(("key_rounds", "[3]"),), np.array([["key_rounds", "[3]"]])], ids=type)
+def test_key_rounds_are_read_from_pairs_of_any_kind(user_data: Any) -> None:
+    """Rows of columnar files have arrays."""
+    template = Template("demo")
+    assert learnt(template, template.encode({"messages": TURNS, "user_data": user_data})) == "5<|im_end|>\n"
+
+
+@pytest.mark.parametrize("rounds", [3, "x", ["3"], [9], [-1], {"a": 1}], ids=repr)
+def test_key_rounds_that_name_no_messages_are_refused(rounds: Any) -> None:
+    """Nothing would be learnt, and nobody would know."""
+    with pytest.raises(PromptError, match="key_rounds"):
+        Template("demo").encode({"messages": TURNS, "user_data": [("key_rounds", pack_value(rounds))]})
+
+
+def test_trajectory_is_encoded_whatever_library_its_values_are_from() -> None:
+    """By upstream's keyword too; arrays of messages and of tools, empty ones too."""
+    template = Template("demo")
+    tool: Any = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    for tools in ([], [tool]):
+        expected = template.encode({"messages": TURNS, "tools": tools})["input_ids"].tolist()
+        arrays = {"messages": np.array(TURNS), "tools": np.array(tools, dtype=object)}
+        assert template.encode(arrays)["input_ids"].tolist() == expected
+        assert template.encode(trajectory={"messages": TURNS, "tools": tools})["input_ids"].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("trajectory", "message"),
+    [
+        ("text", "must be a dict with messages, got 'text'"),
+        (None, "must be a dict with messages, got None"),
+        ({"messages": 5}, "messages must be a list"),
+        ({"messages": TURNS, "images": ["x.png"]}, "images: this service samples from text only"),
+    ],
+)
+def test_trajectory_that_cannot_be_encoded_is_refused(trajectory: Any, message: str) -> None:
+    """As it is when it is sampled."""
+    for generation_prompt in (False, True):
+        with pytest.raises(PromptError, match=message):
+            Template("demo").batch_encode([trajectory], generation_prompt)
+    with pytest.raises(PromptError, match="takes a list of trajectories, got str"):
+        Template("demo").batch_encode("text")  # type: ignore[arg-type]
+
+
+def test_second_turn_of_the_assistant_is_not_opened() -> None:
+    """As in a call that samples: the last message is continued if the template says so, else it is an error."""
+    with pytest.raises(PromptError, match=r"ends with an assistant's message\. Set continue_final_message=True"):
+        Template("demo").encode({"messages": TURNS}, add_generation_prompt=True)
+    template = Template("demo", continue_final_message=True)
+    feature = template.encode({"messages": TURNS}, add_generation_prompt=True)
+    assert template.decode(feature["input_ids"]).endswith("<|im_start|>assistant\n5")
+
+
+def test_columns_of_a_feature_stay_as_long_as_its_ids() -> None:
+    """Labels of another length are refused, types of tokens are cut with the tokens."""
+    for labels in ([5], [5, 6, 7, 8]):
+        with pytest.raises(PromptError, match=r"labels has shape \(\d,\), input_ids \(3,\)"):
+            Template("demo")._invoke_post_pipeline([{"input_ids": [5, 6, 7], "labels": labels}])
+    cutting = Template("demo", max_length=2, truncation_strategy="left")
+    (feature,) = cutting._invoke_post_pipeline([{"input_ids": [5, 6, 7], "token_type_ids": [0, 0, 1]}])
+    assert list(feature["token_type_ids"]) == [0, 1] and len(feature["input_ids"]) == 2
+    tokens: Any = [5.5]
+    with pytest.raises(PromptError, match=r"new_tokens must be a whole number, got 5\.5"):
+        Template("demo").concat_input_feature({"input_ids": [1]}, tokens)
+
+
 def test_turn_that_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:
     """Rather than labelled elsewhere."""
     reversed_order = "{%- for m in messages | reverse %}{{- '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"

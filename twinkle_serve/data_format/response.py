@@ -94,8 +94,9 @@ class SampleResponse(Sequence["SampleResponse"]):
             topk_prompt_logprobs: the likeliest (token id, log p) at each of its positions, None at position 0.
             columns: the samples as columns, instead of these four. The other arguments come with it.
         """
-        if (sequences is None) == (columns is None):
-            raise TypeError("SampleResponse takes either sequences or columns.")
+        by_hand = (sequences, prompt_token_ids, prompt_logprobs, topk_prompt_logprobs)
+        if (sequences is None) == (columns is None) or (columns is not None and any(x is not None for x in by_hand)):
+            raise TypeError("SampleResponse takes either sequences or columns, and each with its own arguments.")
         self.prompts = prompts or []
         self.inputs = inputs or []
         self.logprobs_mode = logprobs_mode
@@ -106,7 +107,8 @@ class SampleResponse(Sequence["SampleResponse"]):
         if columns is not None:
             self.columns = columns
             return
-        self.prompts, self.prompt_indices = [np.asarray(prompt_token_ids or [], np.int32)], (0,)
+        ids = [] if prompt_token_ids is None else prompt_token_ids
+        self.prompts, self.prompt_indices = [np.asarray(ids, np.int32)], (0,)
         vars(self).update(  # these stand for the cached properties
             sequences=sequences,
             prompt_token_ids=prompt_token_ids,

@@ -147,6 +147,10 @@ class SampleRequest:
         Raises:
             AdapterError: more than one of adapter_name, adapter_path and use_base_model is given.
         """
+        for key, value in (("adapter_name", self.adapter_name), ("adapter_path", self.adapter_path)):
+            if not isinstance(value, str) and not (key == "adapter_path" and value is None):
+                raise AdapterError(f"{key} must be a string, got {value!r}.")
+        flag("use_base_model", self.use_base_model)
         choices = {
             "adapter_name": self.adapter_name,
             "adapter_path": self.adapter_path,
@@ -156,10 +160,6 @@ class SampleRequest:
         if len(given) > 1:
             both = " and ".join(f"{key}={value!r}" for key, value in given.items())
             raise AdapterError(f"{both} contradict each other. Give one of them.")
-        for key, value in (("adapter_name", self.adapter_name), ("adapter_path", self.adapter_path or "")):
-            if not isinstance(value, str):
-                raise AdapterError(f"{key} must be a string, got {value!r}.")
-        flag("use_base_model", self.use_base_model)
         return self.adapter_name, self.adapter_path or ""
 
 

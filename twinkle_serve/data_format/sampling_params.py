@@ -49,6 +49,10 @@ def _stop(value: object) -> tuple[str, ...] | tuple[int, ...]:
     if all(isinstance(item, str) for item in items):
         if not all(items):
             raise SamplingParamsError(f"stop must not hold an empty string, which stops at once, got {value!r}.")
+        try:
+            "".join(items).encode()
+        except UnicodeEncodeError:
+            raise SamplingParamsError(f"stop must be text, got half of a surrogate pair: {value!r}.") from None
         return tuple(items)
     if any(isinstance(item, str) for item in items):
         raise SamplingParamsError(f"stop must be all strings or all token ids, got both: {value!r}. Choose one kind.")

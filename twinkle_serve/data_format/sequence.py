@@ -125,8 +125,14 @@ class SampledSequence:
         """Log p of each sampled token, nats, under `SampleResponse.logprobs_mode`. Shape [T]; None if not requested."""
         if self.logprobs is None:
             return None
-        rows = zip(self.tokens, self.logprobs, strict=True)
-        return np.asarray([dict(row)[token] for token, row in rows], np.float32)
+        if len(self.logprobs) != len(self.tokens):
+            raise ValueError(f"the sample has {len(self.tokens)} tokens and {len(self.logprobs)} logprobs.")
+        if self.tokens and np.ndim(self.logprobs[0]) == 0:  # made by hand, with one number a token
+            return np.asarray(self.logprobs, np.float32)
+        rows = [(token, dict(row)) for token, row in zip(self.tokens, self.logprobs, strict=True)]
+        if missing := [token for token, row in rows if token not in row]:
+            raise ValueError(f"the sample's logprobs do not have that of its token {missing[0]}.")
+        return np.asarray([row[token] for token, row in rows], np.float32)
 
     def __eq__(self, other: object) -> bool:
         """Compares how the samples ended, their tokens, logprobs and text, and their training inputs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -90,8 +91,13 @@ def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)  # 1e999
+
+
 # Not strict: models write raw line breaks into strings.
-_JSON = json.JSONDecoder(strict=False, parse_constant=_no_number)
+_JSON = json.JSONDecoder(strict=False, parse_constant=_no_number, parse_float=_finite)
 _SPACE = re.compile(r"\s*")
 
 
@@ -121,22 +127,24 @@ def _arguments_of(value: object) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _call_of(value: object, keys: Sequence[str] = ("arguments",)) -> ToolCall | None:
-    """Converts `{"name": …, "arguments": …}` to a call. None if invalid."""
+def _call_of(value: object) -> ToolCall | None:
+    """Converts `{"name": …, "arguments": …}` to a call; `parameters` may stand for arguments. None if invalid."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return None
+    keys = ("arguments", "parameters")
     if not any(key in value for key in keys) and not set(value) <= {"name", "id", "type"}:
         return None  # its arguments may be under another name
-    arguments = _arguments_of(next((value[key] for key in keys if value.get(key) is not None), None))
-    if arguments is None:
+    given = [value[key] for key in keys if value.get(key) is not None]
+    arguments = _arguments_of(given[0] if given else None)
+    if arguments is None or len(given) > 1:
         return None
     call_id = value.get("id")
     return ToolCall(value["name"], arguments, call_id if isinstance(call_id, str) and call_id else None)
 
 
-def _calls_of(value: object, keys: Sequence[str] = ("arguments",)) -> list[ToolCall] | None:
+def _calls_of(value: object) -> list[ToolCall] | None:
     """Converts a call, or a list of calls. None if it is empty or one of them is invalid."""
-    calls = [_call_of(item, keys) for item in (value if isinstance(value, list) else [value])]
+    calls = [_call_of(item) for item in (value if isinstance(value, list) else [value])]
     whole = [call for call in calls if call is not None]
     return whole if whole and len(whole) == len(calls) else None
 
@@ -204,17 +212,19 @@ def parameters_of(tools: Tools, function: str) -> Mapping[str, object]:
         described = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if isinstance(described, Mapping) and described.get("name") == function:
             parameters = described.get("parameters")
+            if isinstance(parameters, str) and (parsed := _json_at(parameters, 0)) is not None:
+                parameters = parsed[0]
             return parameters if isinstance(parameters, Mapping) else {}
     return {}
 
 
 def declared_types(schema: object) -> set[str]:
-    """Types that a JSON schema allows, by `type`, anyOf or oneOf; empty if it does not say."""
+    """Types that a JSON schema allows, by `type`, anyOf, oneOf or allOf; empty if it does not say."""
     if not isinstance(schema, Mapping):
         return set()
     kind = schema.get("type")
     types = {item for item in (kind if isinstance(kind, (list, tuple)) else [kind]) if isinstance(item, str)}
-    for key in ("anyOf", "oneOf"):
+    for key in ("anyOf", "oneOf", "allOf"):
         choices = schema.get(key)
         types.update(*map(declared_types, choices if isinstance(choices, (list, tuple)) else ()))
     return types
@@ -278,7 +288,7 @@ def _llama_calls(text: str) -> Iterator[ToolCall | None]:
             if not isinstance(value, dict) or not {"parameters", "arguments"} & set(value):
                 yield None
                 return
-            yield _call_of(value, ("parameters", "arguments"))
+            yield _call_of(value)
         if parsed is None:
             return
         at = _skip_space(text, parsed[1])

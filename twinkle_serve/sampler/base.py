@@ -235,8 +235,8 @@ class RunningSampler(EngineControls, Sampler, TwinkleCalls):
         options: StreamOptions,
         allowed: type[StreamOptions] = SampleOptions,
     ) -> SampleRequest:
-        if not (adapter_name or adapter_path or options.get("use_base_model")):
-            adapter_name = self._default_adapter
+        if adapter_name is None or (isinstance(adapter_name, str) and not adapter_name):
+            adapter_name = "" if adapter_path or options.get("use_base_model") else self._default_adapter
         if allowed is TextOptions and follows_twinkle():
             options = cast(StreamOptions, {"skip_special_tokens": True, **options})
         request = SampleRequest(

@@ -126,6 +126,7 @@ class _Service:
         self._server: EngineServer | None = None
         self._router: Router | None = None
         self._state_lock: StateLock | None = None
+        self._ended = threading.Event()
 
     async def start(self, args: ServiceArgs) -> Router:
         mesh = args.device_mesh.mesh()
@@ -166,12 +167,26 @@ class _Service:
             threading.Thread(target=self.end, daemon=True).start()
             return
         try:
-            with contextlib.suppress(TimeoutError):
-                self.loop.start(self._stop()).result(STOP_TIMEOUT_S)
-        finally:
-            self.loop.stop(STOP_TIMEOUT_S)
+            stopping = self.loop.start(self._stop())
+            self._end_loop()
+        except KeyboardInterrupt:  # it is the caller's: the engine ends all the same
+            threading.Thread(target=self._end_loop, daemon=True).start()
+            raise
+        if stopping.done():
+            stopping.result()
+
+    def _end_loop(self) -> None:
+        """Stops the loop once the engine has ended."""
+        self._ended.wait(STOP_TIMEOUT_S)
+        self.loop.stop(STOP_TIMEOUT_S)
 
     async def _stop(self) -> None:
+        try:
+            await self._stop_parts()
+        finally:
+            self._ended.set()
+
+    async def _stop_parts(self) -> None:
         if self._router is not None:
             self._router.close()
         if self._server is not None:

@@ -80,6 +80,8 @@ def verify(
 
 def _sampled_logprobs(response: SampleResponse) -> NDArray[np.float64]:
     """Returns the logprobs of the sampled tokens. Raises RequestError where they cannot be verified."""
+    if not response.logprobs_mode:
+        raise RequestError("the response was made by hand, and no engine's logprobs are in it to verify.")
     columns = response.columns
     if columns.logprobs is None:
         raise RequestError("the response has no logprobs to verify. Sample with logprobs=0 or more.")

@@ -12,10 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve import hub
+from twinkle_serve.data_format.columns import TYPE_COLUMNS
+from twinkle_serve.data_format.plain import as_items, is_absent
 from twinkle_serve.data_format.response import IGNORED_LABEL, SampleResponse
 from twinkle_serve.data_format.sequence import SampledSequence, columns_of
 from twinkle_serve.data_format.user_data import user_data_get
 from twinkle_serve.errors import PromptError
+from twinkle_serve.template.ending import Ending
+from twinkle_serve.template.features import refuse_media
+from twinkle_serve.validation import whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +43,8 @@ class _Encode(Protocol[P, ResultT_co]):
     @overload
     def __call__(self, messages: Mapping[str, Any], add_generation_prompt: bool = False) -> Feature: ...
     @overload
+    def __call__(self, *, trajectory: Mapping[str, Any], add_generation_prompt: bool = False) -> Feature: ...
+    @overload
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> ResultT_co: ...
 
 
@@ -45,7 +52,10 @@ def or_trajectory(encode: Callable[Concatenate[Any, P], ResultT_co]) -> _Encode[
     """Makes a method that encodes messages encode a trajectory too, as `TrainingTemplate.encode_trajectory`."""
 
     @functools.wraps(encode)
-    def either(self: TrainingTemplate, messages: Any, *args: Any, **kwargs: Any) -> Any:
+    def either(self: TrainingTemplate, *args: Any, **kwargs: Any) -> Any:
+        if "trajectory" in kwargs:  # Twinkle's name
+            return self.encode_trajectory(*args, **kwargs)
+        messages, args = (args[0], args[1:]) if args else (kwargs.pop("messages", None), args)
         if isinstance(messages, Mapping) and len(args) < 2 and "where" not in kwargs:
             return self.encode_trajectory(messages, *args, **kwargs)
         return encode(self, messages, *args, **kwargs)
@@ -72,6 +82,7 @@ class TrainingTemplate:
     """The part of a template that makes input features. Mixed into Template, which has what it uses."""
 
     if TYPE_CHECKING:
+        continue_final_message: bool
         encode: Any
         max_length: int | None
         model: Path
@@ -100,7 +111,8 @@ class TrainingTemplate:
             rolled left by one; IGNORED_LABEL elsewhere.
 
         Raises:
-            PromptError: an invalid conversation, one that is too long, or one whose turns cannot be told apart.
+            PromptError: an invalid conversation, one that is too long, or one whose turns cannot be told apart; images,
+                or key_rounds that are no messages; or the assistant's last message would not be continued.
         """
         features = self.batch_encode([trajectory], add_generation_prompt)
         if not features:
@@ -115,28 +127,34 @@ class TrainingTemplate:
         Raises:
             PromptError: as `encode_trajectory`.
         """
-        if isinstance(trajectories, Mapping):
-            raise PromptError("batch_encode takes a list of trajectories, got a dict. Give its rows.")
+        if isinstance(trajectories, (Mapping, str)) or not isinstance(trajectories, Iterable):
+            raise PromptError(
+                f"batch_encode takes a list of trajectories, got {type(trajectories).__name__}. Give rows, not columns."
+            )
         encoded = []
         for trajectory in trajectories:
+            if not isinstance(trajectory, Mapping):
+                raise PromptError(f"{HERE} must be a dict with messages, got {trajectory!r:.80}.")
+            refuse_media(trajectory, HERE)
             ids, labels = self._with_labels(trajectory, add_generation_prompt)
             encoded.append({**copy.deepcopy(dict(trajectory)), "input_ids": ids, "labels": labels})
         return self._invoke_post_pipeline(encoded)
 
     def _with_labels(self, trajectory: Mapping[str, Any], add_generation_prompt: bool) -> tuple[Ids, Ids]:
-        messages, tools = trajectory.get("messages"), trajectory.get("tools") or None
+        given, tools = trajectory.get("messages"), trajectory.get("tools")
+        messages = as_items(given)
+        if not messages or add_generation_prompt:
+            goes_on = Ending(default=self.continue_final_message).continues(given, HERE)
+            ids = self.encode(given, tools, HERE, continue_final_message=goes_on).astype(np.int64)
+            return ids, np.full_like(ids, IGNORED_LABEL)
 
         def encode(count: int, generation_prompt: bool) -> Ids:
-            items = messages if messages is None else list(messages)[:count]
-            tokens: NDArray[np.int32] = self.encode(items, tools, HERE, generation_prompt)
+            tokens: NDArray[np.int32] = self.encode(messages[:count], tools, HERE, generation_prompt)
             return tokens.astype(np.int64)
 
-        if messages is None or len(messages) == 0 or add_generation_prompt:
-            ids = encode(0 if messages is None else len(messages), True)
-            return ids, np.full_like(ids, IGNORED_LABEL)
         ids = encode(len(messages), False)
         labels = np.full_like(ids, IGNORED_LABEL)
-        rounds = user_data_get(trajectory.get("user_data"), "key_rounds") or range(len(messages))
+        rounds = _key_rounds(trajectory, len(messages))
         for i, message in enumerate(messages):
             if message["role"] == "assistant" and i in rounds:
                 turn = self._turn(ids, i, encode)
@@ -177,13 +195,17 @@ class TrainingTemplate:
             ids = np.asarray(feature["input_ids"], np.int64)
             given = feature.get("labels")
             labels = np.full_like(ids, IGNORED_LABEL) if given is None else np.asarray(given, np.int64)
+            if labels.shape != ids.shape:
+                raise PromptError(f"{HERE}.labels has shape {labels.shape}, input_ids {ids.shape}. Give one for each.")
             kept = self._kept(len(ids))
             if kept is None:
                 continue
             ids, labels = ids[kept], labels[kept]
             columns = {"attention_mask": np.ones_like(ids), "position_ids": np.arange(len(ids)), "length": len(ids)}
             rolled = np.append(labels[1:], IGNORED_LABEL)[: len(ids)]
-            finished.append({**feature, "input_ids": ids, "labels": rolled, **columns})
+            types = {name: as_items(feature[name]) for name in TYPE_COLUMNS if not is_absent(feature.get(name))}
+            types = {name: row[kept] for name, row in types.items() if row is not None}
+            finished.append({**feature, **types, "input_ids": ids, "labels": rolled, **columns})
         return finished
 
     def _kept(self, length: int) -> slice | None:
@@ -207,7 +229,7 @@ class TrainingTemplate:
         from twinkle_serve.template.prompts import encode_inputs
 
         prompt = encode_inputs([prompt_input_feature], cast("Template", self))[0]
-        tokens = [int(token) for token in new_tokens]
+        tokens = [whole_number("new_tokens", token, 0, error=PromptError) for token in new_tokens]
         sample = SampledSequence("stop", tokens, decoded=self.decode(tokens))
         response = SampleResponse(
             columns=columns_of([sample]),
@@ -252,6 +274,17 @@ class TrainingTemplate:
     def is_mm(self) -> bool:
         """Whether the template reads images, videos or audio: none does."""
         return False
+
+
+def _key_rounds(trajectory: Mapping[str, Any], count: int) -> Sequence[int]:
+    """Returns the indices of the messages to learn: those of `key_rounds`, by default all."""
+    given = user_data_get(trajectory.get("user_data"), "key_rounds")
+    if is_absent(given):
+        return range(count)
+    rounds = as_items(given)
+    if rounds is None:
+        raise PromptError(f"{HERE}: key_rounds must be a list of indices of messages, got {given!r:.80}.")
+    return [whole_number(f"{HERE}: an index in key_rounds", i, 0, count - 1, error=PromptError) for i in rounds]
 
 
 def _common_prefix(mine: Ids, theirs: Ids) -> int:

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from twinkle_serve.adapters import SUPPORTED
 from twinkle_serve.errors import UnsupportedError
 from twinkle_serve.sampler import RunningSampler
 
@@ -16,6 +17,9 @@ REMEDY = (
     "In the process that has the weights, call sampler.update_weights(state_dict or pairs, version), and for LoRA "
     "sampler.add_adapter_to_model(name, config, state_dict=…) and sampler.default_adapter = name."
 )
+MERGED_TOO = ("bias", "modules_to_save", "velora_config")
+"""Keys of a LoraConfig that a merged model can have with any value: they leave the sum of weights as it is."""
+
 _PREFIX = "base_model.model."
 _SAVED = ".modules_to_save."
 
@@ -53,7 +57,8 @@ class CheckpointEngineManager:
                 `default_adapter`. Each sample's `adapter` then names its version, `synced@n`.
 
         Raises:
-            UnsupportedError: adapters that are not plain LoRA, or several where one is sent.
+            UnsupportedError: adapters that are not plain LoRA, several where one is sent, or one that is merged into
+                the weights that are sent without it.
             WeightsError: as `update_weights`.
             AdapterError: as `add_adapter_to_model`.
         """
@@ -91,12 +96,15 @@ def _own_weights(model: Any, *, merged: bool) -> Iterator[tuple[str, Any]]:
     active = set(model.active_adapters) if merged else set()
     _require_plain_lora(model)
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+    _require_unmerged(layers, active)
     for name, tensor in model.state_dict().items():
         place, base, rest = name.partition(".base_layer.")
         if base and rest == "weight" and place in layers:
             # One delta at a time: the sum of an adapter over all layers is as large as the model.
-            for adapter in sorted(active & set(layers[place].lora_A) | active & set(layers[place].lora_embedding_A)):
-                tensor = tensor + layers[place].get_delta_weight(adapter).to(tensor.dtype)
+            layer = layers[place]
+            added = active & (set(layer.lora_A) | set(layer.lora_embedding_A)) - set(layer.merged_adapters)
+            for adapter in sorted(added):
+                tensor = tensor + layer.get_delta_weight(adapter).to(tensor.dtype)
         own = _checkpoint_name(name, active)
         if own is not None:
             yield own, tensor
@@ -120,8 +128,23 @@ def _checkpoint_name(name: str, active: set[str]) -> str | None:
 def _require_plain_lora(model: Any) -> None:
     for name, config in model.peft_config.items():
         kind = str(getattr(config, "peft_type", "")).rpartition(".")[2]
-        if kind != "LORA" or getattr(config, "use_dora", False):
+        special = [
+            f"{key}={getattr(config, key)!r}"
+            for key, plain in SUPPORTED.items()
+            if key not in MERGED_TOO and getattr(config, key, None) not in plain
+        ]
+        if kind != "LORA" or special:
             raise UnsupportedError(
-                f"adapter {name!r} is {'DoRA' if kind == 'LORA' else kind}, which is not merged here. Merge it into "
-                "the model, and call sampler.update_weights(model.state_dict(), version)."
+                f"adapter {name!r} is {kind}{' with ' * bool(special)}{', '.join(special)}, which is not merged here. "
+                "Merge it into the model, and call sampler.update_weights(model.state_dict(), version)."
             )
+
+
+def _require_unmerged(layers: dict[str, Any], sent: set[str]) -> None:
+    """Refuses adapters that PEFT has merged into the model's own weights and that are not to be sent with them."""
+    merged = {adapter for layer in layers.values() for adapter in layer.merged_adapters}
+    if others := sorted(merged - sent):
+        raise UnsupportedError(
+            f"the model's own weights have the adapter {', '.join(others)} merged into them. Call "
+            "model.unmerge_adapter() first."
+        )
