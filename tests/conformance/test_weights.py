@@ -176,7 +176,7 @@ async def test_weights_that_do_not_fit_are_refused_and_later_ones_loaded(
     bad[name] = bad[name][:1]
     await engine.server.pause("keep")
     # Of vLLM's worker too: what went wrong there, and where.
-    said = r"Worker failed with error '\w+Error: .*\.py:\d+" if engine.info.kind == "vllm" else "shape"
+    said = r"vLLM refuses weights 'bad': \w+Error.*\(in \S+\.py:\d+, " if engine.info.kind == "vllm" else "shape"
     with pytest.raises(TwinkleServeError, match=said):
         await engine.load("bad", bad, bucket_bytes=2**18)
     assert (await engine.server.describe("test")).weights_version is None

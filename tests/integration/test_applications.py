@@ -46,7 +46,11 @@ def other_job(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another driver on the shared cluster, which has deployed `theirs`."""
     script = tmp_path / "their_script.py"
     script.write_text(OTHER_JOB)
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    environment = {
+        **os.environ,
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
     process = subprocess.Popen(
         [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )

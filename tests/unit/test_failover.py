@@ -208,9 +208,12 @@ async def test_caller_that_is_silent_loses_its_call(service: Service) -> None:
     """Its lease ends, and its samples with it; one that renews keeps it."""
     for engine in service.engines.values():
         engine.gate = asyncio.Event()
-    options: dict[str, Any] = {"num_samples": 2, "lease_s": 0.2}
-    lost = asyncio.ensure_future(service.router.sample(PROMPTS[:2], {"max_tokens": 4}, request_id="lost", **options))
-    kept = asyncio.ensure_future(service.router.sample(PROMPTS[:2], {"max_tokens": 4}, request_id="kept", **options))
+    lost, kept = (
+        asyncio.ensure_future(
+            service.router.sample(PROMPTS[:2], {"max_tokens": 4}, num_samples=2, request_id=request_id, lease_s=lease_s)
+        )
+        for request_id, lease_s in (("lost", 0.2), ("kept", 2.0))
+    )
 
     async def given_up() -> bool:
         await service.router.renew(["kept", "unknown"], 5.0)

@@ -306,6 +306,8 @@ def test_verify_refuses_what_the_other_sampler_cuts(sampler: RunningSampler) -> 
     other.shutdown()
 
 
+WITH_TESTS = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
 FORKED = """
 import os, signal, sys
 from tests.support.samplers import FakeSampler
@@ -349,7 +351,9 @@ def test_iterators_from_before_a_fork_raise_in_the_child(tmp_path: Path) -> None
     """At once, as every other call does there; in the parent they go on."""
     script = tmp_path / "script.py"
     script.write_text(FORKED)
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=120, check=False, env=WITH_TESTS
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["stream", "rollouts", "cancel", "sample", "status", "cancelled", "2"]
 
@@ -369,7 +373,11 @@ def test_second_sampler_on_a_state_dir_names_the_first(tmp_path: Path) -> None:
     script, state = tmp_path / "script.py", tmp_path / "state"
     script.write_text(LOCKED)
     process = subprocess.Popen(
-        [sys.executable, str(script), str(state)], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, str(script), str(state)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=WITH_TESTS,
     )
     try:
         assert process.stdout is not None

@@ -125,7 +125,7 @@ def test_tool_calls_are_removed_from_the_text(name: str | None, text: str, conte
         ("hermes", '<tool_call>[{"name": "f"}, 1]</tool_call>'),
         ("hermes", "<tool_call>[]</tool_call>"),
         ("hermes", '<tool_call>{"name": "f", "arguments": false}</tool_call>'),
-        ("hermes", '<tool_call>{"name": "f", "parameters": {"a": 1}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "f", "args": {"a": 1}}</tool_call>'),
         ("llama3_json", '<|python_tag|>[{"name": "f", "parameters": {}}, {"a": 1}]'),
         ("llama3_json", "<|python_tag|>[]"),
         ("hermes", "<tool_call>"),

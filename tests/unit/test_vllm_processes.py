@@ -28,7 +28,7 @@ def worker():
     time.sleep(600)
 
 def core(started):
-    os.setsid()
+    os.setpgid(0, 0)
     end_with_starter()
     child = multiprocessing.get_context("spawn").Process(target=worker)
     child.start()

@@ -352,7 +352,7 @@ class VLLMEngine:
         except Exception as error:
             if self._llm.errored:
                 raise self._dead_error() from error
-            raise WeightsError(f"vLLM refuses weights {label!r}: {error}") from error
+            raise WeightsError(f"vLLM refuses weights {label!r}: {self._reported() or error}") from error
         self._label = label
         return " ".join(checksums)
 

@@ -46,14 +46,17 @@ def use_own_entry() -> None:
 
 
 def run_engine_core(*args: Any, **kwargs: Any) -> None:
-    """Runs vLLM's engine core in a session of its own, so that a terminal's Ctrl-C, which is for the caller, does not
-    reach it, and ends it with its parent. Engines that are not ours run as vLLM starts them."""
+    """Runs vLLM's engine core in a process group of its own, so that a terminal's Ctrl-C, which is for the caller, does
+    not reach it, and ends it with its parent. Engines that are not ours run as vLLM starts them.
+
+    Not in a session of its own: Linux shares cores between sessions, and an engine on CPU would starve its caller.
+    """
     from vllm.v1.engine.core import EngineCoreProc
 
     own = _vllms_own or EngineCoreProc.run_engine_core  # a forked process has inherited our replacement
     if kwargs["vllm_config"].parallel_config.worker_extension_cls == EXTENSION:
         with contextlib.suppress(PermissionError):  # it leads one already
-            os.setsid()
+            os.setpgid(0, 0)
         _write_pid()
         end_with_starter()
         report_errors()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import traceback
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -43,25 +40,6 @@ end_with_starter()
 report_errors("worker")
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _with_reason(method: Callable[P, T]) -> Callable[P, T]:
-    """Has errors say what they are and where they arose: vLLM passes on their text alone, which may be empty."""
-
-    @functools.wraps(method)
-    def call(*args: P.args, **options: P.kwargs) -> T:
-        try:
-            return method(*args, **options)
-        except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(frame.filename).name}:{frame.lineno}, {frame.line}"
-            raise RuntimeError(f"{type(error).__name__}: {error} ({where})") from error
-
-    return call
-
-
 class WorkerExtension:
     """Mixin for vLLM's worker class, set by `worker_extension_cls`."""
 
@@ -73,7 +51,6 @@ class WorkerExtension:
     _loading = False
     """Whether a load is in progress, with the model holding both old and new weights."""
 
-    @_with_reason
     def begin_weights(self) -> None:
         """Prepares the model to receive new weights layer by layer, under their checkpoint names."""
         with set_current_vllm_config(self.vllm_config):
@@ -87,13 +64,11 @@ class WorkerExtension:
             initialize_layerwise_reload(model)
         self._loading = True
 
-    @_with_reason
     def load_weights(self, path: str) -> None:
         """Loads some of the weights from a safetensors file. A layer is updated once all its weights are loaded."""
         with set_current_vllm_config(self.vllm_config):
             self.model_runner.get_model().load_weights(load_file(path).items())
 
-    @_with_reason
     def finish_weights(self) -> str:
         """Finishes a load. Returns a checksum of the tensors that the model computes with.
 
@@ -115,7 +90,6 @@ class WorkerExtension:
             digest.update(f"{name} {tensor}\n".encode())
         return digest.hexdigest()
 
-    @_with_reason
     def add_adapter(self, name: str, adapter_id: int, path: str) -> list[str]:
         """Loads an adapter. Returns the adapter's modules that this worker's part of the model lacks.
 
