@@ -84,6 +84,7 @@ def test_application_of_a_job_that_runs_is_left_alone_and_taken_over_when_it_is_
     assert "theirs" not in serve.status().applications
 
 
+@pytest.mark.nightly
 def test_application_of_serve_is_replaced_and_deleted_only_where_the_caller_says_so(
     cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

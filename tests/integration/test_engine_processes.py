@@ -78,8 +78,10 @@ def test_engine_ends_when_its_caller_is_killed(tmp_path: Path, stage: str) -> No
 
 
 INTERRUPTED = f"""
+import signal
 from twinkle_serve import vLLMSampler
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process of a shell ignores it
     try:
         vLLMSampler("demo", {ARGS})
     except KeyboardInterrupt:

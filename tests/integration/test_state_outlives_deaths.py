@@ -65,7 +65,7 @@ def same(one: SampleResponse, other: SampleResponse) -> bool:
         pytest.param(("store",), marks=pytest.mark.nightly),
         pytest.param(("router",), marks=pytest.mark.nightly),
         pytest.param(("engine-dp0",), marks=pytest.mark.nightly),
-        ("store", "engine-dp0"),
+        pytest.param(("store", "engine-dp0"), marks=pytest.mark.nightly),
         ALL,
     ],
     ids="-".join,

@@ -84,6 +84,7 @@ def interrupted(sampler, call):
     return 0
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process of a shell ignores it
     sampler = vLLMSampler("demo", {"max_model_len": 1024, "dtype": "float32"})
     prompt, endless = {"input_ids": [20, 21]}, {"max_tokens": 1000, "ignore_eos": True}
     calls = [
