@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 from tests.support.eventually import wait_until
 from twinkle_serve import connect
 from twinkle_serve.errors import ConfigError, ServiceNotReadyError
-from twinkle_serve.remote.clusters import Found, find_cluster, require_listener
+from twinkle_serve.remote.clusters import Found, find_cluster, join_cluster, require_listener
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +88,27 @@ def test_address_where_no_cluster_can_be_is_refused_at_once(address: str) -> Non
         require_listener(Found(address, f"address={address}"))
     with pytest.raises(ServiceNotReadyError, match=f"address={address}"):
         connect(address=address)
+
+
+def test_address_of_something_other_than_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An HTTP server, such as Ray's dashboard, and one that accepts connections and never answers."""
+    monkeypatch.setattr("twinkle_serve.remote.clusters.LISTENS_S", 0.3)
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(ServiceNotReadyError, match="something other than Ray listens there"):
+            connect(address=f"127.0.0.1:{server.server_port}")
+        server.shutdown()
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ServiceNotReadyError, match="timed out"):
+        connect(address=f"127.0.0.1:{silent.getsockname()[1]}")
+
+
+def test_token_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is sent to the cluster."""
+    monkeypatch.setattr("twinkle_serve.remote.clusters.require_listener", lambda found: None)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/nonexistent")
+    with pytest.raises(ServiceNotReadyError, match=r"RAY_AUTH_TOKEN_PATH .*/nonexistent"):
+        join_cluster(Found("127.0.0.1:1", "a test"))
 
 
 @pytest.mark.parametrize(

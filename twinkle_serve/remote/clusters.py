@@ -22,7 +22,10 @@ from twinkle_serve.errors import ServiceNotReadyError
 logger = logging.getLogger(__name__)
 
 LISTENS_S = 10.0
-"""How long an address may take to accept a connection."""
+"""How long an address may take to accept a connection, and to answer."""
+SETTINGS = b"\x04"
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + SETTINGS + b"\0" * 5
+"""Begins a gRPC connection, as RFC 9113 has it: the preface and a frame of settings. The server sends its own."""
 
 AUTO = "auto"
 LOCAL = "local"
@@ -61,8 +64,9 @@ def join_cluster(found: Found, *, log_to_driver: bool = False) -> None:
         ServiceNotReadyError: there is none, or it does not accept this process.
     """
     require_listener(found)
-    token = use_token()
+    token: str | None = None
     try:
+        token = use_token()
         ray.init(found.address, namespace="serve", log_to_driver=log_to_driver, logging_level="warning")
     except (RayError, RuntimeError, ValueError, OSError) as error:
         raise ServiceNotReadyError(
@@ -109,7 +113,7 @@ def token_source() -> str | None:
 
 
 def require_listener(found: Found) -> None:
-    """Refuses an address where nothing listens: Ray would go on trying for minutes.
+    """Refuses an address where nothing listens, or something other than Ray: Ray would go on trying for minutes.
 
     Raises:
         ServiceNotReadyError
@@ -118,10 +122,15 @@ def require_listener(found: Found) -> None:
     if not host or not port.isdecimal():
         raise ServiceNotReadyError(f"{found.source} is not host:port.")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), LISTENS_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), LISTENS_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") in ("", "0"):
+                connection.sendall(HELLO)
+                answer = connection.recv(9)
+                if answer[3:4] != SETTINGS:
+                    raise OSError("something other than Ray listens there")
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ServiceNotReadyError(f"no Ray cluster at {found.source}: {reason}. Start it, or unset it.") from error
+        raise ServiceNotReadyError(f"no Ray cluster at {found.source}: {reason}. Start it, or name another.") from error
 
 
 def serve_command(arguments: str) -> str:
