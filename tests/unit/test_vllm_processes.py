@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,16 @@ async def test_engine_in_a_script_that_a_child_imports_says_what_to_write(monkey
     monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
     engine = build_engine("vllm", "imported", str(hub.DEMO), {})
     with pytest.raises(EngineStartError, match='below `if __name__ == "__main__":`'):
+        await engine.start()
+
+
+async def test_engine_in_a_script_without_a_file_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as `python < script.py`, or a script that was deleted."""
+    main = types.ModuleType("__main__")
+    main.__file__ = "<stdin>"
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    engine = build_engine("vllm", "piped", str(hub.DEMO), {})
+    with pytest.raises(EngineStartError, match="there is no file <stdin>"):
         await engine.start()
 
 

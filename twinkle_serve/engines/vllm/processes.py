@@ -71,7 +71,8 @@ def end_with_starter() -> None:
 
 
 def refuse_import_of_main() -> None:
-    """Refuses to start an engine while this process, which was spawned, imports the main script of its parent.
+    """Refuses to start an engine while this process, which was spawned, imports the main script of its parent, and in a
+    script that no other process can import.
 
     Raises:
         EngineStartError
@@ -79,6 +80,10 @@ def refuse_import_of_main() -> None:
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         _report("main", MAIN_GUARD)
         raise EngineStartError(MAIN_GUARD)
+    main = sys.modules["__main__"]
+    path = getattr(main, "__file__", None)
+    if path is not None and getattr(main, "__spec__", None) is None and not Path(path).exists():
+        raise EngineStartError(f"vLLM's process imports the script again, and there is no file {path}. Save it in one.")
 
 
 class Reports:
