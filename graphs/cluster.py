@@ -39,7 +39,7 @@ def join_or_start(applications: Collection[str], *, replace: bool = False) -> Cl
     """Joins the cluster of RAY_ADDRESS, or starts one that ends with this process.
 
     Args:
-        replace: replace applications of these names, whoever has deployed them.
+        replace: replace applications of these names even if another job or `serve` deployed them.
 
     Raises:
         ConfigError: the cluster serves applications other than these.

@@ -82,7 +82,7 @@ class Launcher:
         """
         Args:
             started: when the user has started it, monotonic.
-            replace: replace applications of the same names on a cluster that it joins, whoever has deployed them.
+            replace: replace applications of the same names on a cluster that it joins, even if others deployed them.
         """
         self._replace = replace
         self._path, self._config, self._log, self._started = path, config, log, started

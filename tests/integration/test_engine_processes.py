@@ -28,7 +28,7 @@ SOON_S = 15.0
 
 @contextlib.contextmanager
 def running(tmp_path: Path, text: str, environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
-    """A script in a process group of its own. Whatever is left of what it started is killed."""
+    """Runs a script in its own process group, and kills what remains of the group."""
     script = tmp_path / "script.py"
     script.write_text(text)
     process = subprocess.Popen(

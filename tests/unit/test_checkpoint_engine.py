@@ -45,7 +45,7 @@ def trained() -> Any:
 
 
 def test_merged_weights_are_those_that_peft_merges() -> None:
-    """By the names of the checkpoint, with what was trained beside LoRA; the model is not changed."""
+    """Names are the checkpoint's, tensors trained beside LoRA are included, and the model is not changed."""
     model = trained()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     mine = dict(_own_weights(model, merged=True))

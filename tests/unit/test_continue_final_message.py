@@ -41,7 +41,7 @@ def continued(item: Any, template: Template, choice: bool | None = True) -> Made
     return Made(prompt.ids, turn=prompt.turn, item=item)
 
 
-# -- what is rendered ----------------------------------------------------------------------------
+# -- rendering -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["demo", "llama3", "qwen3", "opened"])

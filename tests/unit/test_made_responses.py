@@ -179,7 +179,7 @@ def test_response_is_no_list_otherwise(two_prompts: SampleResponse) -> None:
 
 @pytest.mark.parametrize("dump", [pickle, cloudpickle])
 def test_list_of_responses_survives_pickling(two_prompts: SampleResponse, dump: Any) -> None:
-    """As what it is; a changed list as the list that it has become."""
+    """An unchanged response stays one; a changed list is pickled as a list."""
     both = ResponseList(two_prompts)
     again = dump.loads(dump.dumps(both))
     assert type(again) is ResponseList and again == both and again.sequences == both.sequences

@@ -43,7 +43,7 @@ def text_of(template: Template, messages: list[dict[str, Any]], tools: Any = Non
     return template.decode(template.encode(messages, tools, "inputs[0]"))
 
 
-# -- what is rendered ----------------------------------------------------------------------------
+# -- rendering -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("messages", [[USER], [{"role": "system", "content": "Be brief."}, USER]])
