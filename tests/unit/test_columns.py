@@ -76,13 +76,30 @@ def test_columns_grow_with_messages_too(template: Template) -> None:
         ({"mm_token_type_ids": [0, 1, 0]}, "mm_token_type_ids must be 0, for text"),
         ({"mm_token_type_ids": [0, 0]}, "mm_token_type_ids has shape (2,)"),
         ({"token_type_ids": [[0, 0, 1]]}, "token_type_ids must be 0, for text"),
-        ({"loss_mask": [0, 1, 1]}, "loss_mask has a value for each of the 3 tokens"),
-        ({"completion_mask": np.ones(3, bool)}, "completion_mask has a value for each"),
-        ({"old_logps": torch.zeros(3)}, "old_logps has a value for each"),
-        ({"routed_experts": np.zeros((3, 2, 4))}, "routed_experts has a value for each"),
-        ({"mask": torch.zeros(2, 3)}, "mask has a value for each"),
-        ({"words": ["a", "b", "c"]}, "words has a value for each"),
-        ({"rows": [[1, 2, 3], [4, 5, 6]]}, "rows has a value for each"),
+        ({"loss_mask": [0, 1, 1]}, "loss_mask has a dimension of 3 numbers, and input_ids 3 tokens"),
+        ({"completion_mask": np.ones(3, bool)}, "completion_mask has a dimension of 3 numbers"),
+        ({"old_logps": torch.zeros(3)}, "old_logps has a dimension of 3 numbers"),
+        ({"routed_experts": np.zeros((3, 2, 4))}, "routed_experts has a dimension of 3 numbers"),
+        ({"mask": torch.zeros(2, 3)}, "mask has a dimension of 3 numbers"),
+        ({"rows": [[1, 2, 3], [4, 5, 6]]}, "rows has a dimension of 3 numbers"),
+        ({"old_logps": [-0.5, -0.25]}, "old_logps has a dimension of 2 numbers, and input_ids 3 tokens"),
+        ({"old_logps": np.zeros(4)}, "old_logps has a dimension of 4 numbers"),
+        ({"hidden": np.zeros((6, 3, 8))}, "hidden has a dimension of 3 numbers"),
+        ({"hidden": torch.zeros(6, 2, 8)}, "hidden has a dimension of 2 numbers"),
+        ({"hidden": [[[1.0], [2.0], [3.0]]] * 7}, "hidden has a dimension of 3 numbers"),
+        ({"logprobs": [None, -0.5, -0.25]}, "logprobs has a dimension of 3 numbers"),
+        ({"logprobs": [{"61": -0.5}, {"62": -0.25}, None]}, "logprobs has a dimension of 3 numbers"),
+        ({"logprobs": np.array([None, -0.5, -0.25], object)}, "logprobs has a dimension of 3 numbers"),
+        ({"extra": {"values": [torch.zeros(3)] * 9}}, "extra has a dimension of 3 numbers"),
+        ({"length": 2}, "length is 2, input_ids has 3 tokens"),
+        ({"length": [3, 3]}, "length is [3, 3], input_ids has 3 tokens"),
+        ({"length": "3"}, "length is '3', input_ids has 3 tokens"),
+        ({"attention_mask": [1, 1]}, "attention_mask has shape (2,), input_ids (3,)"),
+        ({"attention_mask": [1, 2, 1]}, "attention_mask must be 1 for each token, got 2"),
+        ({"attention_mask": [1.0, 1.0, float("nan")]}, "attention_mask must be 1 for each token, got nan"),
+        ({"attention_mask": ["1", "1", "0"]}, "attention_mask must be 1 for each token, got 1"),
+        ({"position_ids": ["0", "1", "2"]}, "position_ids must be 0 to 2"),
+        ({"position_ids": np.tile(np.arange(3), (3, 1)).T[:, :2]}, "position_ids has shape (3, 2)"),
         ({"audios": ["x.wav"]}, "audios: this service samples from text only"),
         ({"videos": np.array(["x.mp4"], object)}, "videos: this service samples from text only"),
         ({"input_features": np.ones((80, 10))}, "input_features: this service samples from text only"),
@@ -101,6 +118,19 @@ def test_column_that_cannot_grow_is_refused(columns: dict[str, Any], error: str,
     assert f"inputs[0].{error}" in str(caught.value) and "Leave it out" in str(caught.value)
 
 
+def test_labels_that_are_not_rolled_are_refused(template: Template) -> None:
+    """Their last value would be dropped, and the others would be those of the next tokens."""
+    with pytest.raises(PromptError, match=r"inputs\[0\].labels ends with 63, .* must be -100. Roll labels left"):
+        sampled(template, labels=[-100, 62, 63])
+    assert sampled(template, labels=[62, 63, -100])["labels"][:2] == [62, 63]
+
+
+@pytest.mark.parametrize("length", [3, 3.0, np.int64(3), torch.tensor([3]), None])
+def test_length_may_be_that_of_the_ids(length: Any, template: Template) -> None:
+    """Whichever library it is from."""
+    assert sampled(template, length=length)["length"] == 5
+
+
 def test_audio_of_a_trajectory_is_refused(template: Template) -> None:
     """As its images are; an empty list is not."""
     for key in ("images", "videos", "audios", "audio"):
@@ -110,7 +140,8 @@ def test_audio_of_a_trajectory_is_refused(template: Template) -> None:
 
 
 def test_other_keys_of_a_feature_are_carried_over(template: Template) -> None:
-    """Whatever their length: numbers, texts, data of the caller."""
+    """Numbers and arrays of other sizes, texts even if there are as many as tokens, data of the caller."""
     keys: dict[str, Any] = {"reward": 1.5, "tags": ["a", "b"], "text": "abc", "user_data": [1, 2, 3], "none": None}
+    keys |= {"words": ["a", "b", "c"], "scores": [0.5] * 5, "lists": [[], [], []], "of": [{"name": "a"}] * 3}
     feature = sampled(template, **keys)
     assert {key: feature[key] for key in keys} == keys

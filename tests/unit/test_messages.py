@@ -158,9 +158,43 @@ def test_result_that_is_an_object_is_written_as_json(source: str, tmp_path: Path
     result = {"role": "tool", "content": {"sum": np.int64(3), "ok": True, "of": ["ä", None]}}
     text = text_of(template, [USER, CALLED, result])
     assert '{"sum": 3, "ok": true, "of": ["ä", null]}' in text
-    for value in ({"a": b"x"}, {"a": float("nan")}, {"a": object()}):
-        with pytest.raises(PromptError, match=r"messages\[2\].content cannot be written as JSON"):
-            text_of(template, [USER, CALLED, {"role": "tool", "content": value}])
+
+
+NOT_JSON = [float("nan"), np.float32("inf"), [-float("inf")], {"b": [float("nan")]}, b"x", object(), {1}]
+
+
+@pytest.mark.parametrize("value", NOT_JSON, ids=type)
+def test_values_that_json_does_not_have_are_refused(value: Any, demo: Template, tmp_path: Path) -> None:
+    """In results, arguments and schemas, whoever writes the JSON; NaN would be written as Python's JSON does."""
+    said = [USER, {**CALLED, "tool_calls": [{"function": {"name": "add", "arguments": {"a": value}}}]}]
+    for template in (demo, template_of(tmp_path, OBJECTS)):
+        for where, messages, tools in (
+            (r"messages\[2\].content has", [USER, CALLED, {"role": "tool", "content": {"a": value}}], None),
+            (r"messages\[1\].tool_calls\[0\]: its arguments have", [*said, USER], None),
+            (r"tools\[0\] has", [USER], [{"name": "add", "parameters": {"properties": {"a": {"default": value}}}}]),
+        ):
+            with pytest.raises(PromptError, match=rf"inputs\[0\].{where} the (number|value) .*, which JSON does not"):
+                text_of(template, messages, tools)
+
+
+@pytest.mark.parametrize("arguments", ['{"a": NaN}', '{"a": [-Infinity]}', '{"a": 1e999}'])
+def test_arguments_in_text_are_json_too(arguments: str, demo: Template) -> None:
+    """Python's parser reads more than JSON."""
+    call = {"function": {"name": "add", "arguments": arguments}}
+    with pytest.raises(PromptError, match=r"its arguments have the number (nan|-inf|inf), which JSON does not have"):
+        text_of(demo, [USER, {**CALLED, "tool_calls": [call]}, USER])
+
+
+def test_nan_is_an_absent_key_of_a_message_and_of_a_call(demo: Template) -> None:
+    """As columnar files have it; in arguments it is refused."""
+    nan = float("nan")
+    call = {**CALL, "index": nan, "id": nan}
+    messages = [
+        {**USER, "name": nan, "tool_calls": nan},
+        {**CALLED, "tool_calls": [call], "reasoning_content": nan},
+        USER,
+    ]
+    assert text_of(demo, messages) == text_of(demo, [USER, CALLED, USER])
 
 
 KEYS: list[dict[Any, int]] = [{1: 2, "a": 3}, {None: 1}, {(1, 2): 3}, {1: 2}]

@@ -164,6 +164,13 @@ def test_columns_of_a_feature_stay_as_long_as_its_ids() -> None:
     cutting = Template("demo", max_length=2, truncation_strategy="left")
     (feature,) = cutting._invoke_post_pipeline([{"input_ids": [5, 6, 7], "token_type_ids": [0, 0, 1]}])
     assert list(feature["token_type_ids"]) == [0, 1] and len(feature["input_ids"]) == 2
+    rows = {"input_ids": [5, 6, 7], "mm_token_type_ids": [[0, 0, 1]], "position_ids": [[0, 1, 2]] * 3}
+    (feature,) = cutting._invoke_post_pipeline([rows])
+    assert feature["mm_token_type_ids"].tolist() == [[0, 1]] and feature["position_ids"].tolist() == [[0, 1]] * 3
+    with pytest.raises(PromptError, match=r"token_type_ids has shape \(2,\), input_ids \(3,\)"):
+        Template("demo")._invoke_post_pipeline([{"input_ids": [5, 6, 7], "token_type_ids": [0, 0]}])
+    with pytest.raises(PromptError, match=r"old_logps has a dimension of 3 numbers"):
+        cutting._invoke_post_pipeline([{"input_ids": [5, 6, 7], "old_logps": np.zeros(3)}])
     tokens: Any = [5.5]
     with pytest.raises(PromptError, match=r"new_tokens must be a whole number, got 5\.5"):
         Template("demo").concat_input_feature({"input_ids": [1]}, tokens)

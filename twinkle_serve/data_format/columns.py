@@ -30,16 +30,16 @@ def grown_columns(source: Mapping[str, Any], length: int) -> dict[str, Any]:
     """The columns of a feature besides its ids and labels, for `length` tokens; shapes as in `source`."""
     columns: dict[str, Any] = {
         "attention_mask": [1] * length,
-        "position_ids": _in_rows(list(range(length)), source.get("position_ids")),
+        "position_ids": in_rows(list(range(length)), source.get("position_ids")),
         "length": length,
     }
     for name in TYPE_COLUMNS:
         if not is_absent(source.get(name)):
-            columns[name] = _in_rows([0] * length, source[name])
+            columns[name] = in_rows([0] * length, source[name])
     return columns
 
 
-def _in_rows(row: list[int], like: Any) -> list[Any]:
+def in_rows(row: list[int], like: Any) -> list[Any]:
     """Repeats a row in the leading dimensions of `like`: position ids of Qwen's vision models have three."""
     if is_absent(like) or (type(like) is list and type(like[0]) is int):
         return row

@@ -71,7 +71,7 @@ class InputFeature(TypedDict, total=False):
     """Token to predict at each position (rolled left by one), IGNORED_LABEL for none. Shape [P]. Labels of earlier
     turns are kept."""
     length: int
-    """P. Ignored as input."""
+    """P, if given."""
     messages: list[ChatMessage]
     """The conversation of the tokens, if they came from a Trajectory; appended messages continue it. A PromptError if
     the tokens are not those of the messages."""

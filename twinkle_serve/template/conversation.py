@@ -13,7 +13,7 @@ from twinkle_serve.data_format.messages import ChatMessage, reasoning_of
 from twinkle_serve.data_format.plain import as_items, is_absent, plain, shown
 from twinkle_serve.data_format.tool_calls import parameters_of
 from twinkle_serve.errors import PromptError
-from twinkle_serve.template.tools import require_text_keys, without_filled_arguments
+from twinkle_serve.template.tools import require_json, without_filled_arguments
 
 TEXT_KEYS = ("reasoning_content", "name", "tool_call_id")
 """Keys of a message, besides its content, whose value is text."""
@@ -97,22 +97,14 @@ def require_continuable(message: ChatMessage, where: str) -> str:
     return content
 
 
-def write_results(messages: list[ChatMessage], where: str, as_json: bool) -> list[ChatMessage]:
-    """Converts tools' results that are dicts to JSON if `as_json`.
-
-    Raises:
-        PromptError: a result holds a value that JSON has not.
-    """
-    written = list(messages)
-    for j, message in enumerate(messages):
-        if isinstance(message.get("content"), dict):
-            try:
-                text = json.dumps(message["content"], ensure_ascii=False, allow_nan=False)
-            except (TypeError, ValueError) as error:
-                raise PromptError(f"{where}.messages[{j}].content cannot be written as JSON: {error}.") from None
-            if as_json:
-                written[j] = {**message, "content": text}
-    return written
+def write_results(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Converts tools' results that are dicts to JSON."""
+    return [
+        {**message, "content": json.dumps(message["content"], ensure_ascii=False)}
+        if isinstance(message["content"], dict)
+        else message
+        for message in messages
+    ]
 
 
 def writes_objects(render: Callable[[list[ChatMessage]], str]) -> bool:
@@ -142,7 +134,7 @@ def _message(message: object, where: str, tools: list[object] | None) -> ChatMes
     for key, value in list(clean.items()):
         if is_media(key) and not is_absent(value):
             raise PromptError(f"{where}.{key}: {ONLY_TEXT}. Leave it out.")
-        if value is None or is_media(key):
+        if is_media(key) or (is_absent(value) and not isinstance(value, (str, list, dict))):
             del clean[key]
         elif key in TEXT_KEYS and not isinstance(value, str):
             raise PromptError(f"{where}.{key} must be text, got {shown(value)}.")
@@ -167,7 +159,7 @@ def _content(content: object, role: str, where: str) -> str | dict[str, object]:
         # Many chat templates ignore content that is not a string.
         return "".join(_text(part, role, f"{where}[{k}]") for k, part in enumerate(content))
     if isinstance(content, dict) and role in RESULT_ROLES and content.get("type") != "text":
-        require_text_keys(content, f"{where} has")
+        require_json(content, f"{where} has")
         return content
     if isinstance(content, dict) and content.get("type") == "text":
         remedy = "Put the part into a list."
@@ -219,7 +211,7 @@ def _call(call: Any, where: str, tools: list[object] | None) -> dict[str, object
         arguments = without_filled_arguments(arguments, parameters_of(tools or (), name))
     if not isinstance(arguments, dict):
         raise PromptError(f"{where}: its arguments must be a dict or the JSON of one, got {arguments!r}.")
-    require_text_keys(arguments, f"{where}: its arguments have")
+    require_json(arguments, f"{where}: its arguments have")
     own = ("name", "arguments", "function")
-    extra = {key: value for key, value in entry.items() if key not in own and value is not None}
+    extra = {key: value for key, value in entry.items() if key not in own and not is_absent(value)}
     return {"type": "function", **extra, "function": {"name": name, "arguments": arguments}}

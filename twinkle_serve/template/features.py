@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.columns import OWN_COLUMNS, TYPE_COLUMNS, is_media
-from twinkle_serve.data_format.plain import is_absent
+from twinkle_serve.data_format.plain import as_items, is_absent
 from twinkle_serve.data_format.response import IGNORED_LABEL
 from twinkle_serve.errors import PromptError
 
@@ -57,12 +57,8 @@ def ids_of(item: Mapping[str, object], where: str) -> NDArray[np.int32]:
         bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
         raise PromptError(f"{where}.input_ids contains {bad}, which is not a token id.")
     _check_derived(item, len(ids), where)
-    for key, value in item.items():
-        if key not in NOT_COLUMNS and len(ids) in _outer_lengths(value):
-            raise PromptError(
-                f"{where}.{key} has a value for each of the {len(ids)} tokens of input_ids, and none is known for the "
-                "sampled ones. Leave it out, or put it into user_data."
-            )
+    _check_length(item, len(ids), where)
+    refuse_values_of_tokens(item, len(ids), where)
     return ids.astype(np.int32)
 
 
@@ -80,6 +76,11 @@ def labels_of(item: Mapping[str, object], ids: NDArray[np.int32], where: str) ->
             f"{where}.labels has shape {rolled.shape} and type {rolled.dtype}, input_ids {ids.shape}. Give a whole "
             "number for each token, or leave it out."
         )
+    if rolled.size and rolled[-1] != IGNORED_LABEL:
+        raise PromptError(
+            f"{where}.labels ends with {rolled[-1]}, and no token follows the last one: it must be {IGNORED_LABEL}. "
+            "Roll labels left by one, or leave them out."
+        )
     # No token comes before the first, so nothing predicts it.
     labels = np.concatenate([[IGNORED_LABEL], rolled[:-1]]).astype(np.int64)[: len(ids)]
     return None if (labels == IGNORED_LABEL).all() else labels
@@ -91,9 +92,11 @@ def _check_attention(item: Mapping[str, object], ids: NDArray[Any], where: str) 
     mask = array_of(item["attention_mask"], f"{where}.attention_mask")
     if mask.shape != ids.shape:
         raise PromptError(f"{where}.attention_mask has shape {mask.shape}, input_ids {ids.shape}. Leave it out.")
-    if not mask.all():
-        hidden = int((mask == 0).sum())
+    if hidden := int((mask == 0).sum()):
         raise PromptError(f"{where}.attention_mask hides {hidden} of {len(ids)} tokens. Send input_ids unpadded.")
+    if not (mask == 1).all():
+        other = mask[mask != 1][0]
+        raise PromptError(f"{where}.attention_mask must be 1 for each token, got {other}. Leave it out.")
 
 
 def _check_derived(item: Mapping[str, object], length: int, where: str) -> None:
@@ -110,12 +113,46 @@ def _check_derived(item: Mapping[str, object], length: int, where: str) -> None:
             raise PromptError(f"{where}.{key} must be {rule}: this service samples from text only. Leave it out.")
 
 
-def _outer_lengths(value: object) -> tuple[int, ...]:
-    """Lengths of the first and the last dimension of an array or a list; () for other values."""
-    shape = getattr(value, "shape", None)
-    if isinstance(shape, tuple):
-        return (int(shape[0]), int(shape[-1])) if shape else ()
-    if not isinstance(value, (list, tuple)):
-        return ()
-    inner = value[0] if value else None
-    return (len(value), len(inner)) if isinstance(inner, (list, tuple)) else (len(value),)
+def _check_length(item: Mapping[str, object], length: int, where: str) -> None:
+    given = item.get("length")
+    if not is_absent(given) and not np.array_equal(array_of(given, f"{where}.length").ravel(), [length]):
+        raise PromptError(f"{where}.length is {given!r:.80}, input_ids has {length} tokens. Leave it out.")
+
+
+def refuse_values_of_tokens(item: Mapping[str, object], length: int, where: str) -> None:
+    """Refuses unknown columns with a number for each token, which a sample would leave too short.
+
+    They have a dimension of about as many numbers as there are tokens: one more or less, as shifted columns have.
+    """
+    for key, value in item.items():
+        if key in NOT_COLUMNS:
+            continue
+        try:
+            sizes = sorted(size for size in _sizes(value) or () if abs(size - length) <= 1)
+        except RecursionError:  # a list that contains itself is no array
+            continue
+        if sizes:
+            size = length if length in sizes else sizes[0]
+            raise PromptError(
+                f"{where}.{key} has a dimension of {size} numbers, and input_ids {length} tokens: a value for each "
+                "token is not known for the sampled ones. Leave it out, or put it into user_data."
+            )
+
+
+def _sizes(value: object) -> set[int] | None:
+    """Sizes of the dimensions of an array, a list or the lists in a dict; None if there are no numbers in it."""
+    if isinstance(value, Mapping):
+        return _joined(map(_sizes, value.values()))
+    shape, kind = getattr(value, "shape", None), getattr(getattr(value, "dtype", None), "kind", "f")
+    if isinstance(shape, tuple) and kind not in "OSTU":
+        return {int(size) for size in shape}
+    items = as_items(value)
+    if items is None:
+        return set() if isinstance(value, (int, float)) else None
+    inner = _joined(map(_sizes, items))
+    return None if inner is None else inner | {len(items)}
+
+
+def _joined(sizes: Iterable[set[int] | None]) -> set[int] | None:
+    known = [size for size in sizes if size is not None]
+    return set().union(*known) if known else None

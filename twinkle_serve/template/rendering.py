@@ -143,7 +143,8 @@ class Renderer:
         first: int = 0,
     ) -> str:
         """Renders copies of messages and tools, and checks that the messages from `first` on are in the text."""
-        messages = write_results(messages, where, as_json=not self._writes_objects(messages))
+        if not self._writes_objects(messages):
+            messages = write_results(messages)
         system = self._template.system
         added = system is not None and all(message["role"] != "system" for message in messages)
         if added:

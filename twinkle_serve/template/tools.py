@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from twinkle_serve.data_format.plain import as_items, is_absent, plain, shown
+from twinkle_serve.data_format.plain import PLAIN, as_items, is_absent, plain, shown
 from twinkle_serve.data_format.tool_calls import declared_types
 from twinkle_serve.errors import PromptError
 
@@ -39,20 +40,26 @@ def _copied_tool(tool: object, where: str) -> object:
         raise PromptError(f"{where} is nested too deeply.") from None
     if not isinstance(copied, dict):
         raise PromptError(f"{where} must be a dict, got {shown(tool)}.")
-    require_text_keys(copied, f"{where} has")
+    require_json(copied, f"{where} has")
     return _without_filled(copied)
 
 
-def require_text_keys(value: object, subject: str) -> None:
-    """Refuses keys that JSON does not have, at every depth: templates would write others. The error begins so."""
+def require_json(value: object, subject: str) -> None:
+    """Refuses what JSON does not have, at every depth: templates would write something else. The error begins so."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise PromptError(f"{subject} the key {key!r}, and JSON's keys are strings. Write it as text.")
-            require_text_keys(item, subject)
+            require_json(item, subject)
     elif isinstance(value, list):
         for item in value:
-            require_text_keys(item, subject)
+            require_json(item, subject)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise PromptError(
+            f"{subject} the number {value}, which JSON does not have. Write null or text, or leave it out."
+        )
+    elif not isinstance(value, PLAIN):
+        raise PromptError(f"{subject} the value {shown(value)}, which JSON does not have. Write it as text.")
 
 
 def without_filled_arguments(arguments: Any, schema: object) -> Any:

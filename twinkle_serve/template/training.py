@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve import hub
-from twinkle_serve.data_format.columns import TYPE_COLUMNS
+from twinkle_serve.data_format.columns import TYPE_COLUMNS, in_rows
 from twinkle_serve.data_format.plain import as_items, is_absent
 from twinkle_serve.data_format.response import IGNORED_LABEL, SampleResponse
 from twinkle_serve.data_format.sequence import SampledSequence, columns_of
 from twinkle_serve.data_format.user_data import user_data_get
 from twinkle_serve.errors import PromptError
 from twinkle_serve.template.ending import Ending
-from twinkle_serve.template.features import refuse_media
+from twinkle_serve.template.features import array_of, refuse_media, refuse_values_of_tokens
 from twinkle_serve.validation import whole_number
 
 if TYPE_CHECKING:
@@ -200,11 +200,17 @@ class TrainingTemplate:
             kept = self._kept(len(ids))
             if kept is None:
                 continue
+            if kept != slice(0, len(ids)):
+                refuse_values_of_tokens(feature, len(ids), HERE)
+            present = [name for name in TYPE_COLUMNS if not is_absent(feature.get(name))]
+            types = {name: _types_of(feature, name, len(ids))[..., kept] for name in present}
             ids, labels = ids[kept], labels[kept]
-            columns = {"attention_mask": np.ones_like(ids), "position_ids": np.arange(len(ids)), "length": len(ids)}
+            columns = {
+                "attention_mask": np.ones_like(ids),
+                "position_ids": np.array(in_rows([*range(len(ids))], feature.get("position_ids")), np.int64),
+                "length": len(ids),
+            }
             rolled = np.append(labels[1:], IGNORED_LABEL)[: len(ids)]
-            types = {name: as_items(feature[name]) for name in TYPE_COLUMNS if not is_absent(feature.get(name))}
-            types = {name: row[kept] for name, row in types.items() if row is not None}
             finished.append({**feature, **types, "input_ids": ids, "labels": rolled, **columns})
         return finished
 
@@ -285,6 +291,16 @@ def _key_rounds(trajectory: Mapping[str, Any], count: int) -> Sequence[int]:
     if rounds is None:
         raise PromptError(f"{HERE}: key_rounds must be a list of indices of messages, got {given!r:.80}.")
     return [whole_number(f"{HERE}: an index in key_rounds", i, 0, count - 1, error=PromptError) for i in rounds]
+
+
+def _types_of(feature: Feature, name: str, length: int) -> NDArray[Any]:
+    """Returns a column with the types of tokens, shape [P] or rows of them."""
+    column = array_of(feature[name], f"{HERE}.{name}")
+    if column.ndim == 0 or column.shape[-1] != length:
+        raise PromptError(
+            f"{HERE}.{name} has shape {column.shape}, input_ids ({length},). Append its tokens' types too."
+        )
+    return column
 
 
 def _common_prefix(mine: Ids, theirs: Ids) -> int:
