@@ -83,8 +83,8 @@ def _require_room_for(applications: Collection[str], replace: bool) -> None:
     present = set(serve.status().applications)
     if others := present - set(applications):
         raise ConfigError(
-            f"the cluster serves {', '.join(sorted(others))} too, and deploying this config would delete what it does "
-            "not name. Name them in it, or unset RAY_ADDRESS."
+            f"the cluster also serves {', '.join(sorted(others))}, and deploying this config would delete every "
+            "application that is not in it. Add them to the config, or unset RAY_ADDRESS to start a new cluster."
         )
     for name in () if replace else sorted(present & set(applications)):
         require_own(name, "replaced", "Change it by `serve deploy`, or replace it with --replace.")

@@ -1,4 +1,4 @@
-"""Conversations on every sampler: what the caller wrote and what was sampled are in the prompt, in full."""
+"""Conversations on every sampler: prompts contain all messages of the caller and all sampled tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def text_of(ids: Any) -> str:
 
 
 def test_sampler_continues_a_final_message(sampler: RunningSampler) -> None:
-    """In every call that samples; the next turn begins with the ids of the whole message."""
+    """Every call that samples continues it, and the prompt of the next turn begins with the ids of the whole message."""
     begun = {"messages": [USER, {"role": "assistant", "content": "Sum: "}]}
     with pytest.raises(PromptError, match="ends with an assistant's message"):
         sampler.sample(begun, PARAMS)
@@ -42,7 +42,7 @@ def test_sampler_continues_a_final_message(sampler: RunningSampler) -> None:
 
 
 def test_message_appended_to_a_feature_is_in_the_prompt_or_refused(sampler: RunningSampler) -> None:
-    """With `encoded` and without, after a round trip through JSON; and never if the ids are of another conversation."""
+    """Both with and without `encoded`, after a round trip through JSON; ids of another conversation are refused."""
     greedy = {**PARAMS, "temperature": 0, "ignore_eos": False}
     sequence = sampler.sample({"messages": [USER]}, greedy).sequences[0]
     feature: Any = json.loads(json.dumps(sequence.new_input_feature))

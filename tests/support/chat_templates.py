@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from twinkle_serve import hub
+from twinkle_serve import Template, hub
 
 QWEN3 = """
 {%- set ns = namespace(last=-1) %}
@@ -50,6 +50,59 @@ OPENED = """{%- for m in messages %}
 """The generation prompt opens the thoughts itself."""
 
 
+GPT_OSS = """{%- set ns = namespace(name=none) %}
+{%- for m in messages %}
+    {%- if m.tool_calls %}
+        {%- set call = m.tool_calls[0].function %}
+        {%- set ns.name = call.name %}
+        {{- '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json<|message|>' }}
+        {{- (call.arguments | tojson) + '<|call|>' }}
+    {%- elif m.role == 'assistant' %}
+        {%- set ns.name = none %}
+        {{- '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|end|>' }}
+    {%- elif m.role == 'tool' %}
+        {%- if ns.name is none %}{{ raise_exception('a result without a call') }}{% endif %}
+        {{- '<|start|>functions.' + ns.name + ' to=assistant<|message|>' + (m.content | tojson) + '<|end|>' }}
+    {%- else %}
+        {{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{% endif %}"""
+"""A result has the name of the call before it, and is refused without one."""
+GPT_OSS_TOKENS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>")
+
+GEMMA4 = """{%- set ns = namespace(result=false) %}
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {%- if not ns.result %}{{- '<|turn>model\n' }}{% endif %}
+        {{- m.content }}
+        {%- for call in m.tool_calls or [] %}
+            {{- '<|tool_call>call:' + call.function.name + '{' }}
+            {%- for key, value in call.function.arguments | items %}
+                {{- key + ':' + ('<|"|>' + value + '<|"|>' if value is string else value | string) }}
+            {%- endfor %}
+            {{- '}<tool_call|>' }}
+        {%- endfor %}
+        {%- set ns.result = false %}
+        {%- for result in messages[loop.index:] %}
+            {%- if result.role != 'tool' %}{% break %}{% endif %}
+            {%- if m.tool_calls %}
+                {{- '<|tool_response>response:' + m.tool_calls[0].function.name }}
+                {{- '{value:<|"|>' + result.content + '<|"|>}<tool_response|>' }}
+                {%- set ns.result = true %}
+            {%- endif %}
+        {%- endfor %}
+        {%- if not ns.result %}{{- '<turn|>\n' }}{% endif %}
+    {%- elif m.role != 'tool' %}
+        {%- set ns.result = false %}
+        {{- '<|turn>' + m.role + '\n' + m.content + '<turn|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt and not ns.result %}{{- '<|turn>model\n' }}{% endif %}"""
+"""Results are part of the turn that called, and are written with the call only."""
+GEMMA4_TOKENS = ("<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+
+
 def model_with(folder: Path, chat_template: str | None, special: tuple[str, ...] = (), **tokens: str) -> Path:
     """The demo model's tokenizer with another chat template, in a folder of its own."""
     from transformers import AutoTokenizer
@@ -81,3 +134,12 @@ def llama3(folder: Path) -> Path:
     )
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+def kinds_of_templates(folder: Path) -> dict[str, Template]:
+    """Templates of the demo model and, in folders of their own, of other kinds of chat templates."""
+    made = {"demo": Template(hub.DEMO)}
+    for name, source in (("llama3", None), ("qwen3", QWEN3), ("opened", OPENED)):
+        (own := folder / name).mkdir()
+        made[name] = Template(llama3(own) if source is None else model_with(own, source))
+    return made

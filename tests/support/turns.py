@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,16 @@ from twinkle_serve.template.prompts import Prompt, encode_inputs
 
 
 def tokens_of(template: Template, text: str) -> list[int]:
-    """One token per byte, where a tokenizer would use fewer: sampled tokens often differ from their text's encoding."""
+    """One token per byte, where a tokenizer would use fewer: sampled tokens often differ from their text's encoding.
+
+    Special tokens are one token each.
+    """
     special = {token: template.tokenizer.convert_tokens_to_ids(token) for token in template.special_tokens}
-    found = next((token for token in special if text.endswith(token)), "")
-    plain = [i for c in text.removesuffix(found) for i in template.tokenizer.encode(c, add_special_tokens=False)]
-    return [*plain, special[found]] if found else plain
+    parts = re.findall("|".join([*map(re.escape, sorted(special, key=len, reverse=True)), "."]), text, re.DOTALL)
+    encode = template.tokenizer.encode
+    return [
+        i for part in parts for i in ([special[part]] if part in special else encode(part, add_special_tokens=False))
+    ]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.chat_templates import LLAMA3, OPENED, QWEN3, llama3, model_with
-from tests.support.turns import Made, after, feature_of
+from tests.support.chat_templates import LLAMA3, OPENED, QWEN3, kinds_of_templates, model_with
+from tests.support.turns import Made, after, feature_of, prompt_of
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.errors import PromptError, RequestError, TemplateError
@@ -25,15 +25,13 @@ USER = {"role": "user", "content": "1+1="}
 BEGUN = {"role": "assistant", "content": "The sum"}
 CALL = {"id": "x", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 RESULT = {"role": "tool", "content": "2"}
+NEXT = "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Template]:
     """One per kind of chat template."""
-    made = {"demo": Template(hub.DEMO), "llama3": Template(llama3(tmp_path_factory.mktemp("llama3")))}
-    for name, source in (("qwen3", QWEN3), ("opened", OPENED)):
-        made[name] = Template(model_with(tmp_path_factory.mktemp(name), source))
-    return made
+    return kinds_of_templates(tmp_path_factory.mktemp("templates"))
 
 
 def continued(item: Any, template: Template, choice: bool | None = True) -> Made:
@@ -64,7 +62,7 @@ def test_continued_text_is_not_changed_at_its_end(content: str, templates: dict[
         assert feature["messages"] == [USER, {"role": "assistant", "content": content + "x"}]
 
 
-def test_message_that_cannot_be_continued_is_refused(templates: dict[str, Template], tmp_path: Path) -> None:
+def test_message_that_cannot_be_continued_is_refused(templates: dict[str, Template]) -> None:
     """The text at the end of the prompt would not be the message's."""
     thought = {**BEGUN, "reasoning_content": "Hm."}
     for name, message, error in (
@@ -76,10 +74,39 @@ def test_message_that_cannot_be_continued_is_refused(templates: dict[str, Templa
     ):
         with pytest.raises(PromptError, match=rf"inputs\[0\].*{error}"):
             continued({"messages": [USER, message]}, templates[name])
-    closing = QWEN3.replace("{{- m.content or '' }}", "{{- '<think>\\n\\n</think>\\n\\n' + (m.content or '') }}")
-    template = Template(model_with(tmp_path, closing))
-    with pytest.raises(PromptError, match="writes it in other words"):  # its reasoning would begin after one that ended
-        continued({"messages": [USER, {"role": "assistant", "content": "<think>\nHm"}]}, template)
+
+
+@pytest.mark.parametrize("thought", ["<think>\nHm", "<think>", "<think>\nHm.\n</think>\n\n2", "\n<think>Hm</think>2"])
+def test_reasoning_is_continued_as_it_is_written(thought: str, templates: dict[str, Template], tmp_path: Path) -> None:
+    """After the beginning of a turn, though the chat template writes other reasoning before the text of a message."""
+    closing = QWEN3.replace("{{- m.content or '' }}", "{{- '<think>\n\n</think>\n\n' + (m.content or '') }}")
+    earlier = [USER, {"role": "assistant", "content": "2"}, USER]
+    for template in (templates["qwen3"], Template(model_with(tmp_path, closing))):
+        prompt = continued({"messages": [*earlier, {"role": "assistant", "content": thought}]}, template)
+        before = prompt_of({"messages": earlier}, template)
+        assert template.decode(prompt.ids) == template.decode(before.ids) + thought
+        feature = feature_of(prompt, template, "!<|im_end|>")
+        assert feature["messages"][3] == template.message_parser().message(f"{thought}!")
+        assert prompt_of(feature, template).ids.tolist() == feature["input_ids"]
+        assert prompt_of(after(feature, USER), template).ids.tolist()[: feature["length"]] == feature["input_ids"]
+    turn = feature_of(prompt_of({"messages": [USER]}, templates["qwen3"]), templates["qwen3"], "2<|im_end|>")
+    following = continued(after(turn, USER, {"role": "assistant", "content": thought}), templates["qwen3"])
+    assert templates["qwen3"].decode(following.ids).endswith(f"assistant\n2<|im_end|>\n{NEXT}{thought}")
+
+
+def test_reasoning_is_continued_where_the_prompt_opens_it(tmp_path: Path) -> None:
+    """The tag of the generation prompt is that of the message."""
+    rewritten = OPENED.replace("+ said +", "+ ('<think>\n\n</think>' if m.role == 'assistant' else '') + said +")
+    template = Template(model_with(tmp_path, rewritten))
+    prompt = continued({"messages": [USER, {"role": "assistant", "content": "<think>\nHm"}]}, template)
+    assert template.decode(prompt.ids).endswith("<|im_start|>assistant\n<think>\nHm")
+
+
+def test_reasoning_is_refused_after_one_that_the_prompt_has_ended(templates: dict[str, Template]) -> None:
+    """It would begin again."""
+    quiet = Template(templates["qwen3"].model, enable_thinking=False)
+    with pytest.raises(PromptError, match="writes it in other words"):
+        continued({"messages": [USER, {"role": "assistant", "content": "<think>\nHm"}]}, quiet)
 
 
 # -- who says it ---------------------------------------------------------------------------------

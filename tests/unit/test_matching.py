@@ -1,4 +1,4 @@
-"""Features whose ids and messages come back: every message is in the prompt, or the feature is refused."""
+"""Features that are sent again: every message is in the prompt, or the feature is refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def text_of(item: Any, template: Template) -> str:
 @pytest.mark.parametrize("text", ["2<|im_end|>", "2", "1\n2"])
 @pytest.mark.parametrize("lost", [lambda f: without(f, "encoded"), lambda f: {**f, "encoded": None}])
 def test_message_appended_to_a_feature_without_encoded_is_in_the_prompt(text: str, lost: Any, demo: Template) -> None:
-    """As if `encoded` were there: the prompt begins with the feature's own ids."""
+    """The prompt is the same as with `encoded`, and begins with the ids of the feature."""
     feature = sampled(demo, text)
     expected = prompt_of(after(feature, USER), demo).ids.tolist()
     assert prompt_of(after(lost(feature), USER), demo).ids.tolist() == expected
@@ -63,7 +63,7 @@ def test_message_appended_to_a_feature_without_encoded_is_in_the_prompt(text: st
 
 
 def test_unchanged_feature_without_encoded_resumes_its_message(demo: Template) -> None:
-    """One assistant's message results, with the text of both samples, and it can be resumed again."""
+    """The result is one assistant's message with the text of both samples, which can be resumed again."""
     feature = without(sampled(demo, "12"), "encoded")
     for text, content in (("3", "123"), ("4", "1234"), ("<|im_end|>", "1234")):
         prompt = prompt_of(feature, demo)
@@ -74,7 +74,7 @@ def test_unchanged_feature_without_encoded_resumes_its_message(demo: Template) -
 
 
 def test_ids_of_messages_alone_are_their_prompt(demo: Template) -> None:
-    """Nothing is appended to ids that hold all messages; what they lack is appended."""
+    """Ids that contain all messages stay as they are; missing messages are appended."""
     ids = prompt_of({"messages": [USER]}, demo).ids
     assert prompt_of({"input_ids": ids, "messages": [USER]}, demo).ids.tolist() == ids.tolist()
     assert prompt_of({"input_ids": ids[:-3], "messages": [USER]}, demo).ids.tolist() == ids.tolist()
@@ -83,7 +83,7 @@ def test_ids_of_messages_alone_are_their_prompt(demo: Template) -> None:
 
 
 def test_ids_that_are_not_those_of_the_messages_are_refused(demo: Template, qwen3: Template) -> None:
-    """The message says which message is not covered, and what to send instead."""
+    """The error names the first message that is not covered, and says what to send instead."""
     feature = without(sampled(demo), "encoded")
     said = feature["messages"][1]
     for changed in (
@@ -116,11 +116,11 @@ def test_tokens_that_only_decode_to_the_text_of_the_messages_are_refused(demo: T
             prompt_of({"input_ids": other, "messages": [USER]}, demo)
     feature = without(sampled(demo), "attention_mask", "position_ids", "labels")
     with pytest.raises(PromptError, match=r"messages\[2\] is not covered"):
-        prompt_of({**after(feature, USER), "input_ids": [*feature["input_ids"], nothing]}, demo)
+        prompt_of({**without(after(feature, USER), "length"), "input_ids": [*feature["input_ids"], nothing]}, demo)
 
 
 def test_ids_of_a_base_models_text_are_its_prompt(tmp_path: Path) -> None:
-    """With the token that the tokenizer puts before it, which is in no rendered text."""
+    """They include the token that the tokenizer prepends, which no rendered text contains."""
     template = Template(llama3(tmp_path), use_chat_template=False)
     ids = prompt_of({"messages": [USER]}, template).ids
     assert len(template.tokenizer.encode("", add_special_tokens=True)) == 1
@@ -128,7 +128,7 @@ def test_ids_of_a_base_models_text_are_its_prompt(tmp_path: Path) -> None:
 
 
 def test_conversation_that_was_scored_opens_a_turn_when_it_is_sampled(demo: Template) -> None:
-    """Its ids hold all messages and no turn of the assistant; those that open one stay as they are."""
+    """Its ids contain all messages and do not open the assistant's turn. Ids that open it stay as they are."""
     (scored,) = encode_inputs({"messages": [USER]}, demo, False)
     feature = feature_of(Made(scored.ids, turn=scored.turn, item={"messages": [USER]}), demo, "")
     assert feature["encoded"] and text_of(feature, demo) == text_of({"messages": [USER]}, demo)
@@ -146,12 +146,18 @@ def test_conversation_that_was_scored_opens_a_turn_when_it_is_sampled(demo: Temp
 
 
 def test_feature_whose_end_of_turn_was_removed_gets_it_back(demo: Template, qwen3: Template) -> None:
-    """If its text proves which messages it holds; else it is refused."""
+    """If its text proves which messages it contains; otherwise it is refused."""
     feature = sampled(demo)
-    stripped = {**without(feature, "labels", "attention_mask", "position_ids"), "input_ids": feature["input_ids"][:-1]}
+    stripped = {
+        **without(feature, "labels", "attention_mask", "position_ids", "length"),
+        "input_ids": feature["input_ids"][:-1],
+    }
     assert text_of(after(stripped, USER), demo) == text_of(after(feature, USER), demo)
     feature = sampled(qwen3, "<think>\nHm.\n</think>\n\n2<|im_end|>")
-    stripped = {**without(feature, "labels", "attention_mask", "position_ids"), "input_ids": feature["input_ids"][:-1]}
+    stripped = {
+        **without(feature, "labels", "attention_mask", "position_ids", "length"),
+        "input_ids": feature["input_ids"][:-1],
+    }
     with pytest.raises(PromptError, match=r"they are not the \d+ tokens that new_input_feature returned"):
         prompt_of(after(stripped, USER), qwen3)
 
@@ -169,7 +175,7 @@ RENDERED = "\n<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n
 
 @pytest.mark.parametrize("cut", [0, 1, 12, 40, len(RENDERED) - 22, len(RENDERED) - 1, len(RENDERED)])
 def test_tokens_of_appended_messages_may_come_with_them(cut: int, qwen3: Template) -> None:
-    """All of them, as Twinkle's rollouts append them, or their beginning; what is missing follows."""
+    """Twinkle's rollouts append all tokens of a message. If only the first are appended, the rest is added."""
     feature = sampled(qwen3, f"<think>\nHm.\n</think>\n\n{CALL}<|im_end|>", tools=TOOLS)
     expected = qwen3.decode(np.array(feature["input_ids"])) + RENDERED
     assert text_of(extended(feature, qwen3, RENDERED[:cut], RESULT), qwen3) == expected
@@ -183,7 +189,7 @@ def test_tokens_of_appended_messages_may_come_with_them(cut: int, qwen3: Templat
 
 @pytest.mark.parametrize("text", ["2", "\n<|im_start|>user\n<tool_response>\n3", RENDERED + "3", "<|im_end|>"])
 def test_appended_tokens_that_are_not_those_of_the_appended_messages_are_refused(text: str, qwen3: Template) -> None:
-    """Also if no message was appended: the sampled message would be another."""
+    """Even if no message was appended: they would change the sampled message."""
     feature = sampled(qwen3, f"<think>\nHm.\n</think>\n\n{CALL}<|im_end|>", tools=TOOLS)
     with pytest.raises(PromptError, match=r"messages\[2\] is not covered: the \d+ tokens that were appended"):
         prompt_of(extended(feature, qwen3, text, RESULT), qwen3)
@@ -192,7 +198,7 @@ def test_appended_tokens_that_are_not_those_of_the_appended_messages_are_refused
 
 
 def test_replaced_ids_are_refused(qwen3: Template) -> None:
-    """Though there are as many as before."""
+    """Even if their number is the same."""
     feature = sampled(qwen3, "<think>\nHm.\n</think>\n\n2<|im_end|>")
     for index in (0, 5, -1):
         ids = list(feature["input_ids"])
@@ -203,7 +209,7 @@ def test_replaced_ids_are_refused(qwen3: Template) -> None:
 
 
 def test_other_tools_than_those_in_the_ids_are_refused(qwen3: Template) -> None:
-    """The ids would show the model the earlier ones."""
+    """The ids contain the earlier tools, so the model would see those."""
     feature = sampled(qwen3, f"{CALL}<|im_end|>", tools=TOOLS)
     other = copy.deepcopy(TOOLS)
     other[0]["function"]["name"] = "sub"  # type: ignore[index]
@@ -250,7 +256,7 @@ def test_feature_is_continued_after_a_round_trip(trip: str, thought: str, qwen3:
 
 
 def test_feature_is_refused_if_a_round_trip_changed_its_messages(qwen3: Template) -> None:
-    """What was sampled is in the ids, and an edit of it is not."""
+    """The ids contain the sampled message, not the edited one."""
     feature = json.loads(json.dumps(sampled(qwen3, f"{CALL}<|im_end|>", tools=TOOLS)))
     feature["messages"][1]["tool_calls"][0]["function"]["arguments"]["b"] = [3]
     with pytest.raises(PromptError, match=r"messages\[1\] does not match its input_ids"):
@@ -258,7 +264,7 @@ def test_feature_is_refused_if_a_round_trip_changed_its_messages(qwen3: Template
 
 
 def test_new_messages_that_the_template_writes_before_the_sample_are_refused(tmp_path: Path) -> None:
-    """A template that moves system messages to the beginning leaves nothing to append for one."""
+    """If a template moves system messages to the beginning, there is no text to append for a new one."""
     source = "{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}" + OPENED.replace(
         "for m in messages", "for m in messages if m.role != 'system'"
     )

@@ -438,6 +438,12 @@ def test_nulls_with_a_meaning_stay(tmp_path: Path) -> None:
     called = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, USER]
     assert '"arguments": {"a": null, "c": 1, "d": null}' in text_of(template, called)
     assert '"arguments": {"a": null, "c": 1}' in text_of(template, called, tools)
+    defs = {"Maybe": {"type": "string", "nullable": True}, "Name": {"type": "string"}}
+    referred = {"a": {"$ref": "#/$defs/Maybe"}, "c": {"enum": [1]}, "d": {"$ref": "#/$defs/Name"}}
+    inner = {"$defs": {**defs, "All": {"properties": referred}}, "$ref": "#/$defs/All"}
+    for schema in ({"properties": referred, "$defs": defs}, inner):
+        tool: Any = {"type": "function", "function": {"name": "add", "parameters": schema}}
+        assert '"arguments": {"a": null, "c": 1}' in text_of(template, called, [tool])
     call["arguments"] = json.dumps(call["arguments"])
     assert '"arguments": {"a": null, "c": 1, "d": null}' in text_of(template, called, tools)
 

@@ -37,7 +37,7 @@ def test_trajectory_is_rendered_up_to_the_assistants_turn(template: Template) ->
 @pytest.mark.parametrize("ids", [[1, 2, 3], (1, 2, 3), np.array([1, 2, 3]), np.array([1, 2, 3], np.uint8)])
 def test_input_feature_takes_lists_and_arrays(ids: Any, template: Template) -> None:
     """They give the same prompt."""
-    (prompt,) = encode_inputs([{"input_ids": ids, "labels": ids}], template)
+    (prompt,) = encode_inputs([{"input_ids": ids, "labels": [-100] * 3}], template)
     assert prompt.ids.tolist() == [1, 2, 3] and prompt.ids.dtype == np.int32
 
 

@@ -250,6 +250,57 @@ def test_hermes_calls_round_trip_with_any_arguments(calls: list[Any], said: str)
     assert read("hermes", text) == (said.strip(), calls)
 
 
+DEFS: dict[str, Any] = {
+    "Flag": {"type": "boolean"},
+    "Name": {"type": "string"},
+    "Mode": {"enum": ["1", "2"]},
+    "a/b": {"$ref": "#/$defs/Name"},
+    "Loop": {"anyOf": [{"$ref": "#/$defs/Loop"}, {"type": "boolean"}]},
+}
+
+
+@pytest.mark.parametrize(
+    ("declared", "text", "value"),
+    [
+        ({"$ref": "#/$defs/Flag"}, "True", True),
+        ({"$ref": "#/$defs/Name"}, "3", "3"),
+        ({"$ref": "#/$defs/Mode"}, "1", "1"),
+        ({"$ref": "#/$defs/a~1b"}, "3", "3"),
+        ({"$ref": "#/$defs/Loop"}, "True", True),
+        ({"anyOf": [{"$ref": "#/$defs/Flag"}, {"type": "null"}]}, "None", None),
+        ({"allOf": [{"$ref": "#/$defs/Flag"}], "default": True}, "False", False),
+        ({"$ref": "#/$defs/None"}, "3", 3),
+        ({"$ref": "other.json#/x"}, "3", 3),
+        ({"type": "boolean", "nullable": True}, "None", None),
+        ({"type": "string", "nullable": True}, "null", None),
+        ({"nullable": True, "enum": ["3", "4"]}, "3", "3"),
+        ({"type": "boolean", "nullable": False}, "None", "None"),
+        ({"enum": ["1", "2"]}, "2", "2"),
+        ({"enum": [True, False]}, "True", True),
+        ({"enum": [True, "auto"]}, "True", True),
+        ({"enum": [True, "auto"]}, "auto", "auto"),
+        ({"enum": [1, 2]}, "2", 2),
+        ({"enum": ["x", None]}, "None", None),
+        ({"enum": ["x", None]}, "7", "7"),
+        ({"const": "3"}, "3", "3"),
+        ({"anyOf": [{"type": "integer"}, {"const": "3"}]}, "3", "3"),
+        ({"type": "str"}, "3", "3"),
+        ({"type": "bool"}, "True", True),
+        (None, "True", "True"),
+    ],
+)
+def test_types_are_declared_in_other_ways_too(declared: Any, text: str, value: object) -> None:
+    """By a reference, by nullable, by the values alone, or by Python's names."""
+    call = f"<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>"
+    whole: dict[str, Any] = {"properties": {"x": declared}, "$defs": DEFS}
+    referred = {"$ref": "#/$defs/All", "$defs": {**DEFS, "All": {"properties": {"x": declared}}}}
+    for parameters in (whole, json.dumps(whole), referred, {"additionalProperties": declared, "$defs": DEFS}):
+        tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+        for name in ("qwen3_coder", "hermes_qwen"):
+            ((_, arguments),) = read(name, call, tools)[1]
+            assert arguments == {"x": value} and type(arguments["x"]) is type(value)
+
+
 @given(
     st.sampled_from(sorted(TOOL_PARSERS)),
     st.lists(

@@ -97,6 +97,32 @@ def test_labels_are_the_assistants_turns(which: str, tmp_path: Path) -> None:
     assert template.decode(feature["input_ids"]) == whole
 
 
+@pytest.mark.parametrize("which", ["demo", "qwen3", "opened", "llama3"])
+@pytest.mark.parametrize("system", [None, "Add."])
+def test_trajectory_may_begin_with_the_assistant(which: str, system: str | None, tmp_path: Path) -> None:
+    """Its turn begins where the chat template begins one, after a system prompt or the first token."""
+    source = {"qwen3": QWEN3, "opened": OPENED}.get(which)
+    model = hub.DEMO if which == "demo" else llama3(tmp_path) if which == "llama3" else model_with(tmp_path, source)
+    template = Template(model, system=system)
+    said = [TURNS[3], *TURNS[:2]]
+    end = "<|eot_id|>" if which == "llama3" else "<|im_end|>\n"
+    text = learnt(template, template.encode({"messages": said}))
+    assert text.replace("<think>\n\n</think>\n\n", "").replace("<|im_end|>2", f"{end}2") == f"5{end}2{end}"
+    assert (
+        learnt(template, template.encode({"messages": said[:1]})).removeprefix("<think>\n\n</think>\n\n") == f"5{end}"
+    )
+
+
+def test_first_turn_that_cannot_be_told_apart_is_refused() -> None:
+    """Its text has the beginning of another turn."""
+    said = {"role": "assistant", "content": "a<|im_start|>assistant\nb"}
+    with pytest.raises(PromptError, match=r"messages\[0\] cannot be labelled: .* is not found once\. Begin with"):
+        Template("demo").encode({"messages": [said, *TURNS]})
+    template = Template("demo")
+    feature = template.encode({"messages": [said, *TURNS[:2]], "user_data": [("key_rounds", "[2]")]})
+    assert learnt(template, feature) == "2<|im_end|>\n"
+
+
 def test_labels_are_of_the_key_rounds_alone() -> None:
     """Of the messages that `key_rounds` in user_data lists."""
     template = Template("demo")

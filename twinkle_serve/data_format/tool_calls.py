@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeAlias
+from urllib.parse import unquote
 
 from twinkle_serve.errors import TemplateError, unknown_name
 
@@ -206,6 +207,11 @@ _FUNCTION = re.compile(r"(?:<tool_call>\s*)?<function=([^<>\n]+)>(.*?)</function
 _PARAMETER = re.compile(r"<parameter=([^<>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
 
+TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null", list: "array"}
+TYPE_ALIASES = {"str": "string", "bool": "boolean", "int": "integer", "float": "number", "None": "null"}
+"""Python's names of JSON's types, which some schemas use."""
+
+
 def parameters_of(tools: Tools, function: str) -> Mapping[str, object]:
     """The JSON schema of a function's parameters; `{}` if the tools do not declare it."""
     for tool in tools:
@@ -218,25 +224,73 @@ def parameters_of(tools: Tools, function: str) -> Mapping[str, object]:
     return {}
 
 
-def declared_types(schema: object) -> set[str]:
-    """Types that a JSON schema allows, by `type`, anyOf, oneOf or allOf; empty if it does not say."""
-    if not isinstance(schema, Mapping):
-        return set()
-    kind = schema.get("type")
-    types = {item for item in (kind if isinstance(kind, (list, tuple)) else [kind]) if isinstance(item, str)}
-    for key in ("anyOf", "oneOf", "allOf"):
-        choices = schema.get(key)
-        types.update(*map(declared_types, choices if isinstance(choices, (list, tuple)) else ()))
+def variants_of(schema: object, root: object) -> list[Mapping[str, Any]]:
+    """A JSON schema and those that it refers to by anyOf, oneOf, allOf, or a `$ref` to a part of `root`."""
+    found: list[Mapping[str, Any]] = []
+    rest = [schema]
+    while rest:
+        variant = rest.pop(0)
+        if not isinstance(variant, Mapping) or any(variant is known for known in found):
+            continue
+        found.append(variant)
+        for key in ("anyOf", "oneOf", "allOf"):
+            choices = variant.get(key)
+            rest += choices if isinstance(choices, (list, tuple)) else ()
+        rest.append(_referred(variant.get("$ref"), root))
+    return found
+
+
+def _referred(reference: object, root: object) -> object:
+    """The part of a schema to which a reference such as #/$defs/Name points; None if there is none."""
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return None
+    for name in reference.split("/")[1:]:
+        key = unquote(name).replace("~1", "/").replace("~0", "~")
+        root = root.get(key) if isinstance(root, Mapping) else None
+    return root
+
+
+def _values_of(variant: Mapping[str, Any]) -> list[object]:
+    """Values that a schema lists by `enum` or `const`."""
+    listed, constant = variant.get("enum"), variant.get("const")
+    return [*(listed if isinstance(listed, (list, tuple)) else ()), *([] if constant is None else [constant])]
+
+
+def declared_types(schema: object, root: object) -> set[str]:
+    """Types that a JSON schema allows, or those of the values that it lists; empty if it does not say."""
+    types: set[str] = set()
+    for variant in variants_of(schema, root):
+        kind = variant.get("type")
+        names = [item for item in (kind if isinstance(kind, (list, tuple)) else [kind]) if isinstance(item, str)]
+        types.update(TYPE_ALIASES.get(name, name) for name in names)
+        if not names:
+            types.update(TYPES.get(type(value), "object") for value in _values_of(variant))
+        if variant.get("nullable") is True:
+            types.add("null")
     return types
 
 
-def _value(text: str, declared: object) -> object:
-    """A parameter's value: text if it is declared as a string, else parsed if it is JSON or one of Python's constants.
+def properties_of(schema: object, root: object) -> Mapping[str, object] | None:
+    """Schemas of an object's keys by name; None if it declares none."""
+    declared = [variant["properties"] for variant in variants_of(schema, root) if "properties" in variant]
+    known = [properties for properties in declared if isinstance(properties, Mapping)]
+    return {key: value for properties in reversed(known) for key, value in properties.items()} if known else None
+
+
+def _value(text: str, declared: object, root: object) -> object:
+    """A parameter's value: one that its schema lists, text if it is declared as a string, else parsed if it is JSON or
+    one of Python's constants.
 
     Chat templates write true as True.
     """
-    types = declared_types(declared)
+    types = declared_types(declared, root)
     bare = text.strip()
+    listed = [value for variant in variants_of(declared, root) for value in _values_of(variant)]
+    if text in listed:
+        return text
+    for value in listed:
+        if not isinstance(value, str) and bare in (str(value), json.dumps(value, default=str)):
+            return value
     if "null" in types and (text == "null" or (bare == "None" and "string" not in types)):
         return None
     if "string" in types:
@@ -251,9 +305,9 @@ def _read_qwen3_coder(match: re.Match[str], tools: Tools) -> CallsAndEnd | None:
     name, body = match[1].strip(), match[2]
     if _PARAMETER.sub("", body).strip():
         return None
-    properties = parameters_of(tools, name).get("properties")
-    declared = properties if isinstance(properties, Mapping) else {}
-    arguments = {key: _value(value, declared.get(key)) for key, value in _PARAMETER.findall(body)}
+    schema = parameters_of(tools, name)
+    declared, others = properties_of(schema, schema) or {}, schema.get("additionalProperties")
+    arguments = {key: _value(value, declared.get(key, others), schema) for key, value in _PARAMETER.findall(body)}
     end = _closed(match.string, match.end(), "</tool_call>")
     return [ToolCall(name, arguments)], match.end() if end is None else end
 

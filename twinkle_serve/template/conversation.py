@@ -97,6 +97,12 @@ def require_continuable(message: ChatMessage, where: str) -> str:
     return content
 
 
+def with_last_arguments(message: ChatMessage, arguments: dict[str, object]) -> ChatMessage:
+    """Copies a message with tool calls; its last call has other arguments."""
+    *calls, last = message["tool_calls"]
+    return {**message, "tool_calls": [*calls, {**last, "function": {**last["function"], "arguments": arguments}}]}
+
+
 def write_results(messages: list[ChatMessage]) -> list[ChatMessage]:
     """Converts tools' results that are dicts to JSON."""
     return [
@@ -208,7 +214,8 @@ def _call(call: Any, where: str, tools: list[object] | None) -> dict[str, object
             raise PromptError(f"{where}: its arguments are not JSON ({error}): {arguments!r}.") from None
         arguments = {} if arguments is None else arguments
     elif isinstance(arguments, dict):
-        arguments = without_filled_arguments(arguments, parameters_of(tools or (), name))
+        schema = parameters_of(tools or (), name)
+        arguments = without_filled_arguments(arguments, schema, schema)
     if not isinstance(arguments, dict):
         raise PromptError(f"{where}: its arguments must be a dict or the JSON of one, got {arguments!r}.")
     require_json(arguments, f"{where}: its arguments have")

@@ -75,7 +75,7 @@ class ReadingCheck:
         # It may raise if the template reads the texts themselves; it has accepted the real ones.
         with contextlib.suppress(Exception):
             text = self._render(marked, [TOOL] if tools else None, generation_prompt).lower()
-        if text is not None and begin and text.count(_marker(begin - 1, "content")) != 1:
+        if text is not None and begin and text.count(_last_marker(messages, begin - 1)) != 1:
             return  # refused by the caller, which looks for the message before
         if text is not None:
             _check(text, messages, bool(tools), where, begin, added)
@@ -103,7 +103,7 @@ def _positions(messages: Sequence[ChatMessage], tools: bool, first: int) -> Iter
 def _check(text: str, messages: list[ChatMessage], tools: bool, where: str, begin: int, added: int) -> None:
     if tools and not begin and TOOL_NAME not in text:
         raise PromptError(f"{where}: the model's chat template does not read tools here. Leave them out.")
-    start = text.find(_marker(begin - 1, "content")) if begin else 0
+    start = text.find(_last_marker(messages, begin - 1)) if begin else 0
     for j, message in enumerate(messages[begin:], begin):
         name = f"{where}.messages[{j - added}]" if j >= added else f"{where}: the template's system prompt"
         calls = len(message.get("tool_calls", ()))
@@ -128,6 +128,12 @@ def _has_text(message: ChatMessage) -> bool:
 
 def _marker(index: int, key: str) -> str:
     return f"probed{index}{key}mark"
+
+
+def _last_marker(messages: Sequence[ChatMessage], index: int) -> str:
+    """The marker after which later messages are written."""
+    calls = len(messages[index].get("tool_calls", ()))
+    return _marker(index, f"call{calls - 1}" if calls else "content")
 
 
 def _marked(message: ChatMessage, index: int) -> ChatMessage:

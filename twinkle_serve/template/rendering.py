@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import re
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -11,8 +14,14 @@ from numpy.typing import NDArray
 from twinkle_serve.data_format.messages import ChatMessage
 from twinkle_serve.data_format.plain import as_items
 from twinkle_serve.errors import PromptError
-from twinkle_serve.template.conversation import conversation, require_continuable, write_results, writes_objects
-from twinkle_serve.template.reading import ReadingCheck
+from twinkle_serve.template.conversation import (
+    conversation,
+    require_continuable,
+    with_last_arguments,
+    write_results,
+    writes_objects,
+)
+from twinkle_serve.template.reading import AFTER_SAMPLED, ReadingCheck
 from twinkle_serve.template.tools import copied_tools
 
 if TYPE_CHECKING:
@@ -92,19 +101,53 @@ class Renderer:
             PromptError: as of `encode`, or the chat template does not write the sampled message exactly once.
         """
         own_tools = copied_tools(tools, where)
-        marked = conversation(messages, where, own_tools)
-        marked[covered - 1] = {"role": "assistant", "content": SAMPLED_TURN}
-        if continue_final_message:
-            text = self._open(marked, own_tools, where, covered)
-        else:
-            text = self._rendered(marked, own_tools, where, generation_prompt, covered)
-        parts = text.split(SAMPLED_TURN)
-        if len(parts) != 2:
+        copied = conversation(messages, where, own_tools)
+        said = copied[covered - 1]
+
+        def parts(sampled: ChatMessage) -> list[str]:
+            marked = [*copied[: covered - 1], sampled, *copied[covered:]]
+            if continue_final_message:
+                text = self._open(marked, own_tools, where, covered)
+            else:
+                text = self._rendered(marked, own_tools, where, generation_prompt, covered)
+            return text.split(SAMPLED_TURN)
+
+        if "tool_calls" in said:
+            # Some templates write results only after a message with calls, and by the calls' names.
+            called = with_last_arguments(said, {"value": SAMPLED_TURN})
+            with contextlib.suppress(PromptError):
+                following = parts(called)
+                alone = self._rendered([*copied[: covered - 1], called], own_tools, where, False, covered)
+                rest = self._after_call(ids, following, alone.split(SAMPLED_TURN))
+                if rest is not None:
+                    return self._template.tokenize(rest, where)
+        texts = parts({"role": "assistant", "content": SAMPLED_TURN})
+        if len(texts) != 2:
             raise PromptError(
-                f"{where}: the chat template writes {where}.messages[{covered - 1}] {len(parts) - 1} times, so that "
+                f"{where}: the chat template writes {where}.messages[{covered - 1}] {len(texts) - 1} times, so that "
                 'no text follows its tokens. Pass {"messages": …} only to encode them again.'
             )
-        return self._without_end(int(ids[-1]), self._template.tokenize(parts[1], where))
+        return self._without_end(int(ids[-1]), self._template.tokenize(texts[1], where))
+
+    def _after_call(self, ids: NDArray[np.int32], whole: list[str], alone: list[str]) -> str | None:
+        """Returns the text that follows a sampled call.
+
+        Args:
+            ids: token ids that end with the call.
+            whole: rendered text of all messages before and after the last argument of the call.
+            alone: the same if no message follows.
+
+        Returns:
+            None if the special tokens that end the sample are not those with which the chat template ends a call.
+        """
+        if len(whole) != 2 or len(alone) != 2:
+            return None
+        last = itertools.takewhile(self._template.special_ids.__contains__, reversed(ids.tolist()))
+        ends = [*map(self._template.text_of, last)][::-1]
+        at = whole[1].find("".join(ends))
+        if not ends or at < 0 or not alone[1].startswith(whole[1][: at + len(ends[0])]):
+            return None
+        return whole[1][at + len("".join(ends)) :]
 
     def _without_end(self, last: int, suffix: NDArray[np.int32]) -> NDArray[np.int32]:
         """Removes the end of turn at the beginning of `suffix` if the token `last` has already ended the turn."""
@@ -116,23 +159,31 @@ class Renderer:
         return suffix[first + 1 :] if last == end or {last, end} <= self._template.end_ids else suffix
 
     def _open(self, messages: list[ChatMessage], tools: list[object] | None, where: str, first: int) -> str:
-        """Renders a conversation up to the end of its last message's text; `first` as of `_rendered`."""
+        """Renders a conversation up to the end of its last message's text; `first` as of `_rendered`.
+
+        Reasoning in the text follows the beginning of a turn as it is, if the chat template writes it otherwise.
+        """
         last = messages[-1]
         content = require_continuable(last, f"{where}.messages[{len(messages) - 1}]")
         marked = [*messages[:-1], {**last, "content": content + OPEN_END}]
         text, *rest = self._rendered(marked, tools, where, False, first).split(OPEN_END)
         # Space that a template removes at the beginning of every message is no change.
-        content = content.lstrip()
-        before = text.removesuffix(content).rstrip()
+        shown = content.lstrip()
+        before = text.removesuffix(shown).rstrip()
         opening, closing = self._template.message_parser().reasoning or ("", "")
-        reopened = bool(opening) and content.startswith(opening) and before.endswith(closing)
+        thinks = bool(opening) and shown.startswith(opening)
         unread = last.get("reasoning_content", "").strip() not in text
-        if len(rest) != 1 or not text.endswith(content) or reopened or unread:
-            raise PromptError(
-                f"{where}.messages[{len(messages) - 1}] cannot be continued: the chat template writes it in other "
-                "words. Pass input_ids, which are always continued."
-            )
-        return text
+        if len(rest) == 1 and text.endswith(shown) and not (thinks and before.endswith(closing)) and not unread:
+            return text
+        if thinks and "reasoning_content" not in last and len(messages) > 1:
+            turn = self._rendered(messages[:-1], tools, where, True, first)
+            turn = re.sub(re.escape(opening) + r"\s*\Z", "", turn)
+            if text.startswith(turn) and not turn.rstrip().endswith(closing):
+                return turn + content
+        raise PromptError(
+            f"{where}.messages[{len(messages) - 1}] cannot be continued: the chat template writes it in other "
+            "words. Pass input_ids, which are always continued."
+        )
 
     def _rendered(
         self,
@@ -156,6 +207,7 @@ class Renderer:
         except Exception as error:  # a model's template may raise anything
             raise PromptError(
                 f"{where}: the chat template refuses the messages: {type(error).__name__}: {error}"
+                + (f". {AFTER_SAMPLED}" if first else "")
             ) from error
         if self._checks:
             self._reading.require_written(messages, tools, generation_prompt, where, first, int(added))

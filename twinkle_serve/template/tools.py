@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from twinkle_serve.data_format.plain import PLAIN, as_items, is_absent, plain, shown
-from twinkle_serve.data_format.tool_calls import declared_types
+from twinkle_serve.data_format.tool_calls import declared_types, properties_of, variants_of
 from twinkle_serve.errors import PromptError
 
 VALUES = ("default", "const")
@@ -62,20 +62,26 @@ def require_json(value: object, subject: str) -> None:
         raise PromptError(f"{subject} the value {shown(value)}, which JSON does not have. Write it as text.")
 
 
-def without_filled_arguments(arguments: Any, schema: object) -> Any:
+def without_filled_arguments(arguments: Any, schema: object, root: object) -> Any:
     """Removes null arguments that `schema` declares and does not allow to be null, or does not declare.
 
     A columnar format adds them to give each call the arguments of all. Without a schema, null is a value as any other.
+
+    Args:
+        arguments: arguments of a call, or a part of them.
+        schema: JSON schema of that part.
+        root: JSON schema of all arguments, to which references point.
     """
-    properties = schema.get("properties") if isinstance(schema, Mapping) else None
-    if isinstance(arguments, dict) and isinstance(properties, Mapping):
+    properties = properties_of(schema, root)
+    if isinstance(arguments, dict) and properties is not None:
         return {
-            key: without_filled_arguments(value, properties.get(key))
+            key: without_filled_arguments(value, properties.get(key), root)
             for key, value in arguments.items()
-            if value is not None or _allows_null(properties.get(key))
+            if value is not None or _allows_null(properties.get(key), root)
         }
-    if isinstance(arguments, list) and isinstance(schema, Mapping):
-        return [without_filled_arguments(value, schema.get("items")) for value in arguments]
+    if isinstance(arguments, list):
+        items = next((variant["items"] for variant in variants_of(schema, root) if "items" in variant), None)
+        return [without_filled_arguments(value, items, root) for value in arguments]
     return arguments
 
 
@@ -85,7 +91,7 @@ def _without_filled(schema: Any, named: bool = False) -> Any:
         return [_without_filled(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    allowed = VALUES if not named and _allows_null(schema) else ()
+    allowed = VALUES if not named and _allows_null(schema, schema) else ()
     return {
         key: _without_filled(value, key == "properties" and not named)
         for key, value in schema.items()
@@ -93,9 +99,9 @@ def _without_filled(schema: Any, named: bool = False) -> Any:
     }
 
 
-def _allows_null(schema: object) -> bool:
+def _allows_null(schema: object, root: object) -> bool:
     """Whether a JSON schema allows null. One whose type is itself null comes from a columnar format and does not."""
     if not isinstance(schema, Mapping):
         return False
-    types = declared_types(schema)
+    types = declared_types(schema, root)
     return "null" in types or (not types and ("type" not in schema or schema["type"] is not None))

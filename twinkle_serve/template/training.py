@@ -93,7 +93,11 @@ class TrainingTemplate:
         @property
         def special_tokens(self) -> tuple[str, ...]: ...
 
-        def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
+        def decode(self, ids: Sequence[int] | NDArray[np.int32], *, skip_special_tokens: bool = False) -> str: ...
+
+        def opening(self, ids: NDArray[np.int32]) -> str: ...
+
+        def tokenize(self, text: str, where: str) -> NDArray[np.int32]: ...
 
         def message_parser(self) -> MessageParser: ...
 
@@ -168,13 +172,16 @@ class TrainingTemplate:
             ids: tokens of the whole conversation.
             encode: encodes the first messages, with a generation prompt or without.
         """
-        start = _common_prefix(ids, encode(i, True)) if i else 0
+        until = encode(i + 1, False)
+        start = _common_prefix(ids, encode(i, True)) if i else self._first_start(until, encode(1, True))
         if start <= (len(encode(i, False)) if i else 0):
             raise PromptError(
                 f"{HERE}.messages[{i}] cannot be labelled: what the chat template writes before it changes with what "
                 "follows. Encode it without labels, by add_generation_prompt=True."
+                if i
+                else f"{HERE}.messages[0] cannot be labelled: the chat template's beginning of the assistant's turn is "
+                "not found once. Begin with a message of another role, or leave messages[0] out of key_rounds."
             )
-        until = encode(i + 1, False)
         if np.array_equal(ids[: len(until)], until):
             return slice(start, len(until))
         # The chat template writes the last turn differently from earlier ones: with its reasoning, for example.
@@ -184,6 +191,22 @@ class TrainingTemplate:
         if not len(ending) or not ends:
             raise PromptError(f"{HERE}.messages[{i}] cannot be labelled: no special token ends its turn.")
         return slice(start, ends[0] + len(ending))
+
+    def _first_start(self, ids: Ids, opened: Ids) -> int:
+        """Returns the index after the beginning of the assistant's turn in a conversation of one message; 0 if unknown.
+
+        Args:
+            ids: tokens of the message.
+            opened: the same with a generation prompt after it, which begins a turn in the same way.
+        """
+        prompt = opened[len(ids) :].astype(np.int32)
+        if not len(prompt) or not np.array_equal(opened[: len(ids)], ids):
+            return 0
+        text = self.decode(prompt)
+        beginning = self.tokenize(text.removesuffix(self.opening(prompt)), HERE).astype(np.int64)
+        size = len(beginning)
+        ends = [at + size for at in range(len(ids) - size + 1) if np.array_equal(ids[at : at + size], beginning)]
+        return ends[0] if size and len(ends) == 1 else 0
 
     def _invoke_post_pipeline(self, input_features: Iterable[Feature]) -> list[Feature]:
         """Fits features to `max_length`, rolls their labels left by one, and adds the columns that follow from ids.
