@@ -22,7 +22,7 @@ def text_of(ids: Any) -> str:
 
 
 def test_sampler_continues_a_final_message(sampler: RunningSampler) -> None:
-    """Every call that samples continues it, and the prompt of the next turn begins with the ids of the whole message."""
+    """Every call that samples continues it. The prompt of the next turn begins with the ids of the whole message."""
     begun = {"messages": [USER, {"role": "assistant", "content": "Sum: "}]}
     with pytest.raises(PromptError, match="ends with an assistant's message"):
         sampler.sample(begun, PARAMS)

@@ -119,7 +119,7 @@ def test_column_that_cannot_grow_is_refused(columns: dict[str, Any], error: str,
 
 
 def test_labels_that_are_not_rolled_are_refused(template: Template) -> None:
-    """Their last value would be dropped, and the others would be those of the next tokens."""
+    """Rolled labels end with -100, because no token follows the last one. Another value would be lost."""
     with pytest.raises(PromptError, match=r"inputs\[0\].labels ends with 63, .* must be -100. Roll labels left"):
         sampled(template, labels=[-100, 62, 63])
     assert sampled(template, labels=[62, 63, -100])["labels"][:2] == [62, 63]
@@ -127,7 +127,7 @@ def test_labels_that_are_not_rolled_are_refused(template: Template) -> None:
 
 @pytest.mark.parametrize("length", [3, 3.0, np.int64(3), torch.tensor([3]), None])
 def test_length_may_be_that_of_the_ids(length: Any, template: Template) -> None:
-    """Whichever library it is from."""
+    """It is accepted as a number of any library, or as an array of one."""
     assert sampled(template, length=length)["length"] == 5
 
 

@@ -78,7 +78,7 @@ def test_message_that_cannot_be_continued_is_refused(templates: dict[str, Templa
 
 @pytest.mark.parametrize("thought", ["<think>\nHm", "<think>", "<think>\nHm.\n</think>\n\n2", "\n<think>Hm</think>2"])
 def test_reasoning_is_continued_as_it_is_written(thought: str, templates: dict[str, Template], tmp_path: Path) -> None:
-    """After the beginning of a turn, though the chat template writes other reasoning before the text of a message."""
+    """It follows the beginning of the turn, even if the chat template writes an empty block of reasoning there."""
     closing = QWEN3.replace("{{- m.content or '' }}", "{{- '<think>\n\n</think>\n\n' + (m.content or '') }}")
     earlier = [USER, {"role": "assistant", "content": "2"}, USER]
     for template in (templates["qwen3"], Template(model_with(tmp_path, closing))):
@@ -95,7 +95,7 @@ def test_reasoning_is_continued_as_it_is_written(thought: str, templates: dict[s
 
 
 def test_reasoning_is_continued_where_the_prompt_opens_it(tmp_path: Path) -> None:
-    """The tag of the generation prompt is that of the message."""
+    """The generation prompt has the tag already, so it is written once."""
     rewritten = OPENED.replace("+ said +", "+ ('<think>\n\n</think>' if m.role == 'assistant' else '') + said +")
     template = Template(model_with(tmp_path, rewritten))
     prompt = continued({"messages": [USER, {"role": "assistant", "content": "<think>\nHm"}]}, template)
@@ -103,7 +103,7 @@ def test_reasoning_is_continued_where_the_prompt_opens_it(tmp_path: Path) -> Non
 
 
 def test_reasoning_is_refused_after_one_that_the_prompt_has_ended(templates: dict[str, Template]) -> None:
-    """It would begin again."""
+    """The model would see two blocks of reasoning."""
     quiet = Template(templates["qwen3"].model, enable_thinking=False)
     with pytest.raises(PromptError, match="writes it in other words"):
         continued({"messages": [USER, {"role": "assistant", "content": "<think>\nHm"}]}, quiet)

@@ -165,7 +165,7 @@ NOT_JSON = [float("nan"), np.float32("inf"), [-float("inf")], {"b": [float("nan"
 
 @pytest.mark.parametrize("value", NOT_JSON, ids=type)
 def test_values_that_json_does_not_have_are_refused(value: Any, demo: Template, tmp_path: Path) -> None:
-    """In results, arguments and schemas, whoever writes the JSON; NaN would be written as Python's JSON does."""
+    """Results, arguments and schemas are checked, because Python writes NaN into JSON."""
     said = [USER, {**CALLED, "tool_calls": [{"function": {"name": "add", "arguments": {"a": value}}}]}]
     for template in (demo, template_of(tmp_path, OBJECTS)):
         for where, messages, tools in (
@@ -179,14 +179,14 @@ def test_values_that_json_does_not_have_are_refused(value: Any, demo: Template, 
 
 @pytest.mark.parametrize("arguments", ['{"a": NaN}', '{"a": [-Infinity]}', '{"a": 1e999}'])
 def test_arguments_in_text_are_json_too(arguments: str, demo: Template) -> None:
-    """Python's parser reads more than JSON."""
+    """Python's parser accepts NaN and infinities, which JSON does not have."""
     call = {"function": {"name": "add", "arguments": arguments}}
     with pytest.raises(PromptError, match=r"its arguments have the number (nan|-inf|inf), which JSON does not have"):
         text_of(demo, [USER, {**CALLED, "tool_calls": [call]}, USER])
 
 
 def test_nan_is_an_absent_key_of_a_message_and_of_a_call(demo: Template) -> None:
-    """As columnar files have it; in arguments it is refused."""
+    """Columnar files write NaN for missing keys. In arguments it is refused."""
     nan = float("nan")
     call = {**CALL, "index": nan, "id": nan}
     messages = [

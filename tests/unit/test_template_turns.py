@@ -142,7 +142,7 @@ ANSWERING = [
 def test_result_follows_the_sampled_call_that_it_answers(
     name: str, text: str, messages: Any, suffix: str, answering: dict[str, Template]
 ) -> None:
-    """If the sample ends as the chat template ends a call: the text after that is the suffix."""
+    """The sample ends as the chat template ends a call, so the text after that end follows it."""
     assert suffix_of(answering[name], text, *messages, tools=None) == suffix
 
 
@@ -151,20 +151,20 @@ def test_result_follows_the_sampled_call_that_it_answers(
     [("gpt_oss", "add"), ("gpt_oss", f"{HARMONY_CALL}<|return|>"), ("gpt_oss", "2<|end|>"), ("gemma4", "add<turn|>")],
 )
 def test_result_that_cannot_follow_the_sample_is_refused(name: str, text: str, answering: dict[str, Template]) -> None:
-    """The sample has no call, was truncated, or ended otherwise."""
+    """The sample has no call, was truncated, or ended with other tokens than the chat template's."""
     with pytest.raises(PromptError, match=r'It follows a sampled message here\. Pass {"messages": …} only'):
         suffix_of(answering[name], text, RESULT)
 
 
 @pytest.mark.parametrize("added", [{"role": "tool", "content": {"sum": 2}}, {"role": "critic", "content": "bad"}])
 def test_messages_after_a_sampled_call_are_in_the_prompt(added: Any, templates: dict[str, Template]) -> None:
-    """As they are after other messages."""
+    """Results that are dicts and messages of any role that the chat template writes follow it."""
     text = added["content"] if added["role"] == "critic" else '{"sum": 2}'
     assert f"\n{text}" in suffix_of(templates["qwen3"], f"{CALL}<|im_end|>", added, tools=TOOLS)
 
 
 def test_message_that_leaves_no_trace_after_a_sampled_call_is_refused(answering: dict[str, Template]) -> None:
-    """Its result may be written, and another one not."""
+    """A result that follows a user's message answers no call, and the chat template does not write it."""
     template = answering["gemma4"]
     assert suffix_of(template, GEMMA_CALL, RESULT)
     with pytest.raises(PromptError, match=r"messages\[3\]: the model's chat template leaves the content"):

@@ -290,7 +290,7 @@ DEFS: dict[str, Any] = {
     ],
 )
 def test_types_are_declared_in_other_ways_too(declared: Any, text: str, value: object) -> None:
-    """By a reference, by nullable, by the values alone, or by Python's names."""
+    """They may be in a `$ref`, `nullable`, the listed values alone, or written with Python's names."""
     call = f"<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>"
     whole: dict[str, Any] = {"properties": {"x": declared}, "$defs": DEFS}
     referred = {"$ref": "#/$defs/All", "$defs": {**DEFS, "All": {"properties": {"x": declared}}}}

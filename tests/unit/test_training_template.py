@@ -100,7 +100,7 @@ def test_labels_are_the_assistants_turns(which: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("which", ["demo", "qwen3", "opened", "llama3"])
 @pytest.mark.parametrize("system", [None, "Add."])
 def test_trajectory_may_begin_with_the_assistant(which: str, system: str | None, tmp_path: Path) -> None:
-    """Its turn begins where the chat template begins one, after a system prompt or the first token."""
+    """Its labels begin after the text that opens the assistant's turn, with a system prompt or without."""
     source = {"qwen3": QWEN3, "opened": OPENED}.get(which)
     model = hub.DEMO if which == "demo" else llama3(tmp_path) if which == "llama3" else model_with(tmp_path, source)
     template = Template(model, system=system)
@@ -114,7 +114,7 @@ def test_trajectory_may_begin_with_the_assistant(which: str, system: str | None,
 
 
 def test_first_turn_that_cannot_be_told_apart_is_refused() -> None:
-    """Its text has the beginning of another turn."""
+    """The message contains the text that opens a turn. It can be encoded without labels of its own."""
     said = {"role": "assistant", "content": "a<|im_start|>assistant\nb"}
     with pytest.raises(PromptError, match=r"messages\[0\] cannot be labelled: .* is not found once\. Begin with"):
         Template("demo").encode({"messages": [said, *TURNS]})

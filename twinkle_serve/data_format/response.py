@@ -321,17 +321,6 @@ class _Row(SampledSequence):
 
     @cached_property
     def new_input_feature(self) -> InputFeature:
-        """The prompt and this sample as one training input; the input's other keys are copied over.
-
-        `labels` are rolled left by one: position t holds the token to predict there, IGNORED_LABEL outside the samples.
-        Labels of the input are kept. The assistant's turn is appended to a trajectory's `messages`, and `encoded` says
-        which messages the tokens cover. Passed as an input again, it is continued token by token. Follows Twinkle's
-        samplers. Arrays are lists of P + T numbers.
-
-        Raises:
-            ValueError: the call was made with return_inputs=False.
-            TemplateError: the template's tool parser is not registered in this process.
-        """
         response = self.response
         if not response.inputs:
             raise ValueError("new_input_feature continues an input, and the call was made with return_inputs=False.")

@@ -253,7 +253,11 @@ class Template(TrainingTemplate):
         try:
             # A chat template writes its special tokens itself.
             ids = self.tokenizer.encode(text, add_special_tokens=not self.use_chat_template)
-        except Exception as error:  # e.g. for half a surrogate pair, in the tokenizer's own types
+        except Exception as error:  # in the tokenizer's own types
+            if half := re.search("[\ud800-\udfff]", text):
+                raise PromptError(
+                    f"{where} contains {half.group()!r}, half of a surrogate pair, which is no character. Leave it out."
+                ) from None
             raise PromptError(f"{where} cannot be tokenised: {type(error).__name__}: {error}") from None
         return np.asarray(ids, np.int32)
 

@@ -174,7 +174,8 @@ class TrainingTemplate:
         """
         until = encode(i + 1, False)
         start = _common_prefix(ids, encode(i, True)) if i else self._first_start(until, encode(1, True))
-        if start <= (len(encode(i, False)) if i else 0):
+        changed = not i and not np.array_equal(ids[:start], until[:start])
+        if changed or start <= (len(encode(i, False)) if i else 0):
             raise PromptError(
                 f"{HERE}.messages[{i}] cannot be labelled: what the chat template writes before it changes with what "
                 "follows. Encode it without labels, by add_generation_prompt=True."
