@@ -55,3 +55,21 @@ def test_message_appended_to_a_feature_is_in_the_prompt_or_refused(sampler: Runn
     feature["messages"][0] = {"role": "user", "content": "12+35="}
     with pytest.raises(PromptError, match=r"not the tokens of its messages.* is messages\[0\]"):
         sampler.sample(feature, greedy)
+
+
+@pytest.mark.parametrize(
+    ("columns", "error"),
+    [
+        ({"length": 2}, "length is 2, input_ids has 3 tokens"),
+        ({"old_logps": np.zeros(2)}, "old_logps has a dimension of 2 numbers"),
+        ({"attention_mask": [1, 2, 1]}, "attention_mask must be 1 for each token"),
+        ({"labels": [-100, 6, 7]}, "labels ends with 7"),
+    ],
+)
+def test_column_that_cannot_grow_is_refused_by_every_sampler(
+    columns: dict[str, Any], error: str, sampler: RunningSampler
+) -> None:
+    """The next call works."""
+    with pytest.raises(PromptError, match=rf"inputs\[0\].{error}"):
+        sampler.sample({"input_ids": [5, 6, 7], **columns}, PARAMS)
+    assert sampler.sample({"input_ids": [5, 6, 7], "words": ["a", "b", "c"]}, PARAMS).prompt_token_ids == [5, 6, 7]

@@ -168,12 +168,12 @@ class Renderer:
         marked = [*messages[:-1], {**last, "content": content + OPEN_END}]
         text, *rest = self._rendered(marked, tools, where, False, first).split(OPEN_END)
         # Space that a template removes at the beginning of every message is no change.
-        shown = content.lstrip()
-        before = text.removesuffix(shown).rstrip()
+        stripped = content.lstrip()
+        before = text.removesuffix(stripped).rstrip()
         opening, closing = self._template.message_parser().reasoning or ("", "")
-        thinks = bool(opening) and shown.startswith(opening)
+        thinks = bool(opening) and stripped.startswith(opening)
         unread = last.get("reasoning_content", "").strip() not in text
-        if len(rest) == 1 and text.endswith(shown) and not (thinks and before.endswith(closing)) and not unread:
+        if len(rest) == 1 and text.endswith(stripped) and not (thinks and before.endswith(closing)) and not unread:
             return text
         if thinks and "reasoning_content" not in last and len(messages) > 1:
             turn = self._rendered(messages[:-1], tools, where, True, first)

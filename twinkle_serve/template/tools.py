@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from twinkle_serve.data_format.json_schemas import declared_types, properties_of, variants_of
 from twinkle_serve.data_format.plain import PLAIN, as_items, is_absent, plain, shown
-from twinkle_serve.data_format.tool_calls import declared_types, properties_of, variants_of
 from twinkle_serve.errors import PromptError
 
 VALUES = ("default", "const")
