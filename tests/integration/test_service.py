@@ -321,6 +321,7 @@ def test_engine_that_died_without_work_is_not_waited_for(slow: RunningSampler) -
     wait_until(lambda: slow.status()["engines"]["engine-dp1"]["state"] == "ready", "engine-dp1 is back", timeout_s=60)
 
 
+@pytest.mark.nightly
 def test_samples_of_a_killed_engine_are_sampled_elsewhere(slow: RunningSampler) -> None:
     """Each sample comes once, the same as undisturbed; the engine comes back by itself."""
     params = SamplingParams(max_tokens=100, ignore_eos=True, seed=5)
@@ -387,6 +388,7 @@ def test_deploy_that_finds_no_room_ends_with_its_reason(monkeypatch: pytest.Monk
     wait_until(lambda: "crowded" not in serve.status().applications, "it is deleted")
 
 
+@pytest.mark.nightly
 def test_deploy_that_fails_leaves_nothing() -> None:
     """Nobody has an object to shut it down with; an engine that did start would keep its devices."""
     args = {

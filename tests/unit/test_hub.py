@@ -51,10 +51,14 @@ class Outcome:
 
 
 class Client:
-    """A process that resolves models, with its own environment, which the libraries read on import."""
+    """A process that resolves models, with its own environment, which the libraries read on import.
+
+    All are forked from one process that has imported torch, which ModelScope's library imports: that takes seconds.
+    """
 
     def __init__(self, environment: dict[str, str]) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", __name__])
         self._here, there = context.Pipe()
         self.process = context.Process(target=_serve, args=(there, environment), daemon=True)
         self.process.start()
