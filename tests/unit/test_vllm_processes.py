@@ -96,6 +96,40 @@ def test_processes_of_an_engine_end_with_their_caller(tmp_path: Path, how: str) 
                 process.kill()
 
 
+FORKING = """
+import multiprocessing, os, sys, time, weakref
+from twinkle_serve.engines.vllm.processes import leave_to_parent
+
+class Manager:
+    pass
+
+def shutdown(started):  # as vLLM's
+    for process in started:
+        if process.is_alive():
+            process.terminate()
+
+shutdown.__module__ = "vllm.v1.utils"
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    process.start()
+    manager = Manager()
+    weakref.finalize(manager, shutdown, [process])
+    leave_to_parent()
+    if (child := os.fork()) == 0:
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), process.is_alive())
+"""
+
+
+def test_fork_of_the_caller_exits_without_a_word(tmp_path: Path) -> None:
+    """What vLLM and multiprocessing do at exit is for the caller alone, which still does it."""
+    script = tmp_path / "script.py"
+    script.write_text(FORKING)
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    assert (result.stdout, result.stderr, result.returncode) == ("0 True\n", "", 0)
+
+
 async def test_engine_in_a_script_that_a_child_imports_says_what_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
     """As multiprocessing does for a script without a main guard."""
     monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)

@@ -6,13 +6,16 @@ Both the process with the engine and vLLM's own use this module; it imports vLLM
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import multiprocessing
+import multiprocessing.process
 import os
 import signal
 import sys
 import traceback
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +39,32 @@ _vllms_own: Any = None
 
 
 def use_own_entry() -> None:
-    """Makes vLLM start the processes of our engines by `run_engine_core`. Idempotent."""
+    """Makes vLLM start the processes of our engines by `run_engine_core`, and leaves them to this process alone.
+    Idempotent."""
     global _vllms_own
     from vllm.v1.engine.core import EngineCoreProc
 
+    leave_to_parent()
     if EngineCoreProc.run_engine_core is not run_engine_core:
         _vllms_own = EngineCoreProc.run_engine_core
         EngineCoreProc.run_engine_core = staticmethod(run_engine_core)
+
+
+@functools.cache
+def leave_to_parent() -> None:
+    """Makes forks of this process leave vLLM's processes to it. Idempotent.
+
+    A fork would end them as it exits, by the finalizers of vLLM and of multiprocessing: these raise there, and their
+    tracebacks are printed.
+    """
+    os.register_at_fork(after_in_child=_forget_processes)
+
+
+def _forget_processes() -> None:
+    for finalizer, info in list(weakref.finalize._registry.items()):  # type: ignore[attr-defined]
+        if str(getattr(info.func, "__module__", "")).partition(".")[0] == "vllm":
+            finalizer.detach()
+    multiprocessing.process._children.clear()  # type: ignore[attr-defined]  # as in multiprocessing's own forks
 
 
 def run_engine_core(*args: Any, **kwargs: Any) -> None:
