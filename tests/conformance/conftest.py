@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from tests.support.harness import EngineHarness, started
+from tests.support.lora import save_adapter
 from tests.support.samplers import make_sampler
 from twinkle_serve import hub
 from twinkle_serve.sampler import RunningSampler
@@ -76,3 +79,19 @@ def prompts() -> list[np.ndarray]:
     template = Template(hub.DEMO)
     questions = ["12+34=", "345-67=", "999+999=", "10-99=", "120+7=", "5+5="]
     return [template.encode([{"role": "user", "content": q}], None, "test") for q in questions]
+
+
+@pytest.fixture(scope="package")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two adapters in directories."""
+    directory = tmp_path_factory.mktemp("adapters")
+    return [save_adapter(directory / str(seed), seed=seed, scale=0.6) for seed in (1, 2)]
+
+
+_names = (f"lora{i}" for i in itertools.count())
+
+
+@pytest.fixture
+def name() -> str:
+    """A name that no other test has used."""
+    return next(_names)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 import pytest
@@ -27,12 +28,20 @@ SOON_S = 15.0
 
 
 @contextlib.contextmanager
-def running(tmp_path: Path, text: str, environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+def running(
+    tmp_path: Path, text: str, environment: dict[str, str] | None = None, stderr: TextIO | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """Runs a script in its own process group, and kills what remains of the group."""
     script = tmp_path / "script.py"
     script.write_text(text)
     process = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+        env=environment,
     )
     family: list[psutil.Process] = []
     try:
@@ -75,6 +84,43 @@ def test_engine_ends_when_its_caller_is_killed(tmp_path: Path, stage: str) -> No
         engine = [member for core in core_processes(caller) for member in [core, *core.children(recursive=True)]]
         process.kill()
         gone(engine)
+
+
+REPLACED = f"""
+import os, sys
+import psutil
+from twinkle_serve import vLLMSampler
+if __name__ == "__main__":
+    sampler = vLLMSampler("demo", {ARGS})
+    if (child := os.fork()) == 0:
+        sys.exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    samples = len(sampler.sample({{"input_ids": [20, 21]}}, {{"max_tokens": 2}}).sequences)
+    print(code, samples, *(process.pid for process in psutil.Process().children(recursive=True)), flush=True)
+    sys.stdin.readline()
+    os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(600)"])
+"""
+
+
+def test_engine_outlives_a_fork_of_its_caller_and_ends_when_the_caller_replaces_itself(tmp_path: Path) -> None:
+    """The fork exits without a word, and the caller samples on. By `exec` it has the same process id."""
+    errors = tmp_path / "errors"
+    with errors.open("w") as file, running(tmp_path, REPLACED, stderr=file) as process:
+        code, samples, *engine = map(int, line_of(process).split())
+        assert (code, samples) == (0, 1) and len(engine) >= 2
+        assert "Traceback" not in errors.read_text()
+        assert process.stdin is not None
+        process.stdin.close()
+        wait_until(lambda: not any(map(runs, engine)), "the engine has ended", SOON_S)
+        assert process.poll() is None
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there, and not as a zombie."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 INTERRUPTED = f"""

@@ -45,6 +45,7 @@ def groups(cluster: None) -> Iterator[None]:
     assert "sampler" not in serve.status().applications, "its engines would go on using devices of nobody"
 
 
+@pytest.mark.nightly
 def test_sampler_takes_devices_of_its_group_alone() -> None:
     """Its engines have the cores of their group, the actor's workers those of theirs: none is shared."""
     actor: Any = Actor(remote_group="actor")  # type: ignore[call-arg]

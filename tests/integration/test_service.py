@@ -7,7 +7,6 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,29 +17,21 @@ from graphs.sampler import build
 from tests.support.deploy import deployed
 from tests.support.eventually import wait_until
 from tests.support.processes import replica_process
+from tests.support.service import QUESTIONS, is_idle
 from twinkle_serve import SamplingParams, connect
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.errors import (
     AdapterError,
     DeadlineError,
-    EngineArgsError,
-    MeshError,
-    ModelNotFoundError,
     PromptError,
     RequestError,
     SamplingParamsError,
-    ServiceError,
     ServiceNotReadyError,
     TwinkleServeError,
 )
 from twinkle_serve.sampler import RunningSampler
-from twinkle_serve.sampler.connect import deploy as deploy_service
 
-QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(12, 24)]
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
-TOKEN_S = 0.02
-SLOW: dict[str, Any] = {"max_tokens": 500, "ignore_eos": True}
-"""Ten seconds on the slow service."""
 
 
 @pytest.fixture(scope="module")
@@ -51,27 +42,11 @@ def sampler(cluster: None) -> Iterator[RunningSampler]:
         yield service
 
 
-@pytest.fixture(scope="module")
-def slow(cluster: None) -> Iterator[RunningSampler]:
-    """Two engines that take TOKEN_S a token."""
-    engine_args = {"max_model_len": 600, "max_num_seqs": 8, "token_latency_s": TOKEN_S}
-    with deployed("slow", engine="fake", device_mesh={"dp_size": 2}, engine_args=engine_args) as service:
-        yield service
-
-
 @pytest.fixture(autouse=True)
-def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+def nothing_left_behind(sampler: RunningSampler) -> Iterator[None]:
     """After each test the service holds no request and its engines no sequence."""
     yield
-    for name in ("sampler", "slow"):
-        if name in request.fixturenames:
-            wait_until(functools.partial(is_idle, request.getfixturevalue(name)), f"{name} is idle")
-
-
-def is_idle(service: RunningSampler) -> bool:
-    status = service.status()
-    sequences = sum(engine["sequences"] for engine in status["engines"].values())
-    return not (sequences or status["requests"] or status["groups_waiting"])
+    wait_until(functools.partial(is_idle, sampler), "the service is idle")
 
 
 def test_sample_returns_every_sample_in_input_order(sampler: RunningSampler) -> None:
@@ -240,102 +215,6 @@ def test_bad_call_raises_a_typed_error_and_the_next_one_works(
     assert len(sampler.sample(QUESTIONS[0], {"max_tokens": 2}).sequences) == 1
 
 
-def test_deadline_ends_the_call_and_frees_the_engines(slow: RunningSampler) -> None:
-    """In sample and in sample_iter, while queued and while running; then the next call finds room."""
-    many = QUESTIONS * 4
-    for run in (
-        lambda: slow.sample(many, SLOW, timeout_s=0.5),
-        lambda: list(slow.sample_iter(many, SLOW, timeout_s=0.5)),
-    ):
-        started = time.monotonic()
-        with pytest.raises(DeadlineError, match=r"timeout_s=0.5 passed when 0 of 48 samples were done; 2 of 2 engines"):
-            run()
-        assert time.monotonic() - started < 8  # SLOW would take three times ten seconds
-        wait_until(lambda: is_idle(slow), "the engines are free", timeout_s=8)
-    assert len(slow.sample(many, {"max_tokens": 1}, timeout_s=20).sequences) == 48
-
-
-def test_cancelled_call_frees_the_engines(slow: RunningSampler) -> None:
-    """A cancelled response, and an iterator that is left, or never begun."""
-    response = serve.get_app_handle("slow").sample.remote(QUESTIONS, SLOW)
-    wait_until(lambda: not is_idle(slow), "the call has started")
-    response.cancel()
-    wait_until(lambda: is_idle(slow), "the cancelled call is gone", timeout_s=8)
-    parts = slow.sample_iter([*QUESTIONS, QUESTIONS[0]], {"max_tokens": 100, "ignore_eos": True}, num_samples=1)
-    next(parts)
-    parts.close()
-    wait_until(lambda: is_idle(slow), "the iterator's call is gone", timeout_s=8)
-    unused = slow.sample_iter(QUESTIONS, SLOW)
-    wait_until(lambda: not is_idle(slow), "its call is sent at once")
-    del unused
-    wait_until(lambda: is_idle(slow), "the unused iterator's call is gone", timeout_s=8)
-
-
-async def test_cancelled_coroutine_frees_the_engines(slow: RunningSampler) -> None:
-    """And a bystander finishes."""
-    bystander = asyncio.ensure_future(slow.sample_async(QUESTIONS[0], {"max_tokens": 100, "ignore_eos": True}))
-    doomed = asyncio.ensure_future(slow.sample_async(QUESTIONS, SLOW))
-    while (await serve.get_app_handle("slow").status.remote())["requests"] < 2:
-        pass
-    doomed.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await doomed
-    assert len((await bystander).sequences[0].tokens) == 100
-
-
-def test_cancelling_one_call_leaves_those_that_it_set_off(slow: RunningSampler) -> None:
-    """B waits behind A and is sent when one of A's prompts finishes: it is B's own work, not A's."""
-    handle = serve.get_app_handle("slow")
-    params = {"max_tokens": 100, "ignore_eos": True}
-    a = handle.sample.remote(QUESTIONS * 2 + QUESTIONS[:11], params)  # 35 prompts, 20 of which run at a time
-    wait_until(lambda: slow.status()["groups_waiting"] == 15, "A has filled the engines")
-    b = handle.sample.remote(QUESTIONS[0], params)
-    wait_until(lambda: slow.status()["groups_waiting"] == 16, "B waits behind it")
-    wait_until(lambda: slow.status()["groups_waiting"] == 0, "B is sent")
-    a.cancel()
-    assert len(b.result(timeout_s=30).sequences[0].tokens) == 100
-
-
-def test_streams_that_are_closed_cost_no_other_its_engine(slow: RunningSampler) -> None:
-    """Many, in the middle, at the same time: the engines stay in use, and those that are left end as they should."""
-
-    def stream(leave_after: int) -> str | None:
-        deltas = slow.sample_stream(QUESTIONS[0], {"max_tokens": 40, "ignore_eos": True})
-        for number, (_, reason) in enumerate(deltas):
-            if number == leave_after or reason is not None:
-                return reason
-        raise AssertionError("a stream ended without a reason")
-
-    with ThreadPoolExecutor(16) as pool:
-        for _ in range(4):
-            ended = set(pool.map(stream, [*range(8), *[1000] * 8]))
-            assert ended == {None, "length"}
-            assert {engine["state"] for engine in slow.status()["engines"].values()} == {"ready"}
-
-
-def test_engine_that_died_without_work_is_not_waited_for(slow: RunningSampler) -> None:
-    """Serve would keep a call to it until it is replaced; the router sends its work elsewhere."""
-    replica_process("slow", "engine-dp1").kill()
-    response = slow.sample(QUESTIONS, {"max_tokens": 2, "seed": 1}, num_samples=2, timeout_s=60)
-    assert len(response.sequences) == 24
-    wait_until(lambda: slow.status()["engines"]["engine-dp1"]["state"] == "ready", "engine-dp1 is back", timeout_s=60)
-
-
-def test_samples_of_a_killed_engine_are_sampled_elsewhere(slow: RunningSampler) -> None:
-    """Each sample comes once, the same as undisturbed; the engine comes back by itself."""
-    params = SamplingParams(max_tokens=100, ignore_eos=True, seed=5)
-    expected = slow.sample(QUESTIONS, params, num_samples=2)
-    assert {seq.engine for seq in expected.sequences} == {"engine-dp0", "engine-dp1"}
-    response = serve.get_app_handle("slow").sample.remote(QUESTIONS, params, num_samples=2)
-    wait_until(lambda: slow.status()["engines"]["engine-dp0"]["sequences"] > 0, "engine-dp0 has work")
-    replica_process("slow", "engine-dp0").kill()
-    result = response.result(timeout_s=60)
-    assert [seq.tokens for seq in result.sequences] == [seq.tokens for seq in expected.sequences]
-    wait_until(lambda: slow.status()["engines"]["engine-dp0"]["state"] == "ready", "engine-dp0 is back", timeout_s=60)
-    again = slow.sample(QUESTIONS, params, num_samples=2)
-    assert {seq.engine for seq in again.sequences} == {"engine-dp0", "engine-dp1"}
-
-
 def test_connect_names_what_is_wrong(sampler: RunningSampler) -> None:
     """An unknown application, and one that failed: at once, with the reason."""
     with pytest.raises(ServiceNotReadyError, match="unknown application 'quik', did you mean 'quick'"):
@@ -351,53 +230,6 @@ def test_connect_names_what_is_wrong(sampler: RunningSampler) -> None:
         connect("broken")
     assert time.monotonic() - started < 20
     serve.delete("broken")
-
-
-@pytest.mark.parametrize(
-    ("bad", "error", "message"),
-    [
-        ({"device_mesh": {"dp_size": 99, "device_type": "cpu"}}, MeshError, r"needs 99 CPUs .*, the cluster has 32"),
-        ({"engine_args": {"max_len": 1}}, EngineArgsError, "unknown vllm engine argument 'max_len'"),
-        ({"model_id": "/none"}, ModelNotFoundError, "no directory at /none"),
-    ],
-)
-def test_service_that_cannot_be_fails_as_it_is_built(
-    bad: dict[str, Any], error: type[TwinkleServeError], message: str
-) -> None:
-    """Instead of waiting for devices that do not come, or for an engine to find out."""
-    with pytest.raises(error, match=message):
-        build(ServiceArgs.model_validate({"model_id": "demo", "device_mesh": {"device_type": "cpu"}, **bad}))
-
-
-def test_deploy_that_finds_no_room_ends_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cores that somebody else holds: nothing waits for ever, and nothing is left behind."""
-    monkeypatch.setattr("twinkle_serve.timing.ROUTER_GRACE_S", 0.5)
-
-    @ray.remote(num_cpus=ray.available_resources()["CPU"] - 1)
-    class Greedy:
-        def here(self) -> bool:
-            return True
-
-    holder = Greedy.remote()  # type: ignore[attr-defined]
-    assert ray.get(holder.here.remote(), timeout=30)
-    args = {"model_id": "demo", "engine": "fake", "device_mesh": {"dp_size": 2, "device_type": "cpu"}}
-    with pytest.raises(ServiceNotReadyError, match=r"was not up within startup_timeout_s=2, and is deleted"):
-        deploy_service("crowded", ServiceArgs.model_validate({**args, "startup_timeout_s": 2.0}), build)
-    ray.kill(holder)
-    wait_until(lambda: "crowded" not in serve.status().applications, "it is deleted")
-
-
-def test_deploy_that_fails_leaves_nothing() -> None:
-    """Nobody has an object to shut it down with; an engine that did start would keep its devices."""
-    args = {
-        "model_id": "demo",
-        "engine": "torch",
-        "device_mesh": {"device_type": "cpu"},
-        "engine_args": {"max_model_len": 99_999},
-    }
-    with pytest.raises(ServiceNotReadyError, match="'failing' is DEPLOY_FAILED: EngineArgsError"):
-        deploy_service("failing", ServiceArgs.model_validate(args), build)
-    wait_until(lambda: "failing" not in serve.status().applications, "it is deleted")
 
 
 def test_caller_does_not_wait_for_ever_when_the_router_does_not_answer(
@@ -419,43 +251,3 @@ def test_caller_does_not_wait_for_ever_when_the_router_does_not_answer(
     finally:
         router.resume()
     assert len(sampler.sample(QUESTIONS).sequences) == len(QUESTIONS)
-
-
-def test_calls_outlive_the_router(slow: RunningSampler) -> None:
-    """Killed under four kinds of call, it is replaced, and they end as if nothing had been: exact, each prompt once."""
-    options: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "seed": 4}
-    reference = slow.sample(QUESTIONS, options, num_samples=2, timeout_s=60)
-    with ThreadPoolExecutor() as pool:
-        whole = pool.submit(slow.sample, QUESTIONS, options, num_samples=2, timeout_s=60)
-        other = pool.submit(asyncio.run, slow.sample_async(QUESTIONS, options, num_samples=2, timeout_s=60))
-        parts = slow.sample_iter(QUESTIONS * 2, options, num_samples=2, timeout_s=60)
-        first = next(parts)
-        stream = slow.sample_stream(QUESTIONS[0], {"max_tokens": 100, "ignore_eos": True})
-        assert next(stream)
-        replica_process("slow", "router").kill()
-        rest = list(parts)
-        with pytest.raises(ServiceError, match="did not answer: ActorDiedError"):
-            list(stream)
-        assert whole.result().columns.tokens.tolist() == reference.columns.tokens.tolist()
-        assert other.result().columns.tokens.tolist() == reference.columns.tokens.tolist()
-    assert sorted(part.prompt_index for part in [first, *rest]) == list(range(2 * len(QUESTIONS)))
-    assert {len(part.sequences) for part in [first, *rest]} == {2}
-    assert all(part.inputs == [(QUESTIONS * 2)[part.prompt_index]] for part in [first, *rest])
-
-
-def test_caller_that_is_killed_leaves_nothing(slow: RunningSampler, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its lease ends; engines and queue are free of its call long before that would have ended."""
-
-    @ray.remote
-    class Trainer:
-        def sample(self) -> None:
-            from twinkle_serve import timing
-
-            timing.CALL_LEASE_S = 2.0
-            connect("slow").sample(QUESTIONS * 4, SLOW, num_samples=4)
-
-    trainer: Any = Trainer.remote()  # type: ignore[attr-defined]
-    trainer.sample.remote()
-    wait_until(lambda: not is_idle(slow), "the call runs")
-    ray.kill(trainer)
-    wait_until(lambda: is_idle(slow), "the call is given up", timeout_s=8.0)

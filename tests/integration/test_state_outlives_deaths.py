@@ -166,6 +166,7 @@ def killed_trainer(what: str) -> None:
     trainer.wait()
 
 
+@pytest.mark.nightly
 def test_trainer_that_dies_while_it_sends_leaves_nothing(service: RunningSampler, weights: dict[str, Any]) -> None:
     """The version before goes on; a second trainer is refused while the first may live, and told for how long."""
     before = service.status()["weights"]

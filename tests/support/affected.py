@@ -10,6 +10,7 @@ from pathlib import Path
 ARCHITECTURES = "tests/conformance/test_architectures.py"
 SAMPLERS = (
     "tests/conformance/test_conversations.py",
+    "tests/conformance/test_sampler_adapters.py",
     "tests/conformance/test_samplers.py",
     "tests/conformance/test_twinkle_calls.py",
     "tests/conformance/test_upstream_defects.py",
@@ -19,7 +20,11 @@ CHAOS = "tests/integration/test_chaos.py"
 UNDER_FIRE = "tests/integration/test_weights_under_fire.py"
 CLIENT = "tests/integration/test_client_install.py"
 DEATHS = "tests/integration/test_state_outlives_deaths.py"
-SERVICE = "tests/integration/test_service.py"
+SERVICE = (
+    "tests/integration/test_service.py",
+    "tests/integration/test_service_calls.py",
+    "tests/integration/test_service_deploy.py",
+)
 SCRIPTS = "tests/integration/test_scripts_serve.py"
 VLLM = "tests/integration/test_vllm_service.py"
 SPECIFICATION = "tests/integration/test_specification.py"
@@ -40,7 +45,7 @@ ALL = frozenset(
         IN_GROUP,
         PROCESSES,
         SCRIPTS,
-        SERVICE,
+        *SERVICE,
         SPECIFICATION,
         UNDER_FIRE,
         VLLM,
@@ -81,8 +86,8 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("twinkle_serve/remote/*", frozenset({APPLICATIONS, IN_GROUP, SPECIFICATION})),
     ("twinkle_serve/template/*", frozenset({CLIENT, *SAMPLERS})),
     ("twinkle_serve/engines/torch*", frozenset({ARCHITECTURES, *SAMPLERS, VLLM, SCRIPTS})),
-    ("twinkle_serve/engines/fake*", frozenset({DEATHS, SERVICE})),
-    ("twinkle_serve/engines/vllm*", ALL - {APPLICATIONS, CLIENT, DEATHS, SERVICE}),
+    ("twinkle_serve/engines/fake*", frozenset({DEATHS, *SERVICE})),
+    ("twinkle_serve/engines/vllm*", ALL - {APPLICATIONS, CLIENT, DEATHS, *SERVICE}),
     ("twinkle_serve/demo/*", ALL - {APPLICATIONS, CLIENT, PROCESSES}),
 )
 """Pattern of a path, and the nightly tests that guard it; the first that matches counts. No match: all of them."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.support.deploy import deploy
 from twinkle_serve.config import ServiceArgs
+from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.groups import EngineKind
 from twinkle_serve.sampler import RunningSampler, TorchSampler
 from twinkle_serve.sampler.local import LocalClient
@@ -31,6 +32,8 @@ KINDS: dict[str, EngineKind] = {
     "torch-service": "torch",
     "vllm-service": "vllm",
 }
+QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{b}="}]} for a, b in ((12, 34), (345, 67), (999, 1))]
+GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
 
 def make_sampler(which: str) -> RunningSampler:
@@ -40,6 +43,10 @@ def make_sampler(which: str) -> RunningSampler:
         return deploy(which, device_mesh={"dp_size": 2}, **args)
     mesh = {"device_type": "cpu"}
     return RunningSampler(LocalClient(ServiceArgs.model_validate({"model_id": "demo", "device_mesh": mesh, **args})))
+
+
+def tokens(response: SampleResponse) -> list[list[int]]:
+    return [sequence.tokens for sequence in response.sequences]
 
 
 class FakeSampler(TorchSampler):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import os
 import random
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import setproctitle
 
 from benchmarks.chaos.calls import MAX_PROMPTS, MAX_SAMPLES, TIMEOUT_S, TOKENS, Call, draw, reference
 from benchmarks.chaos.checks import Answered, check, check_references
@@ -22,6 +20,7 @@ from benchmarks.chaos.scorers import FakeScorer, TransformersScorer, each_bucket
 from benchmarks.chaos.watch import Poll, Watch
 from tests.support import weights
 from tests.support.processes import core_processes
+from tests.support.titles import titled
 from twinkle_serve import SampleResponse, hub
 from twinkle_serve.adapters import pack_adapter
 from twinkle_serve.data_format.adapters import AdapterVersion
@@ -253,16 +252,6 @@ def test_engines_are_not_ready_while_the_service_does_not_answer() -> None:
     assert watch.all_ready_since(13.3) is None
     told = "0.0 s a ready, b ready; 1.0 s a ready, b dead; 3.0 s a ready, b ready; 5.0 s no answer; "
     assert watch.told(0) == told + "13.0 s a ready, b ready; 13.2 s a ready, b dead"
-
-
-def titled(changed: bool, begun: Any, end: Any) -> None:
-    """Takes the title of vLLM's core, after changing the first variable of the environment or not."""
-    first = next(iter(os.environ))
-    if changed:
-        os.environ[first] = os.environ[first] + "x"
-    setproctitle.setproctitle("VLLM::EngineCore")
-    begun.set()
-    end.wait(60)
 
 
 @pytest.mark.parametrize("changed", [False, True])

@@ -37,11 +37,11 @@ def test_part_past_its_deadline_is_stopped_with_its_children_and_keeps_its_figur
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Children in sessions of their own, as Ray starts them, end too."""
-    monkeypatch.setattr(gpu, "STOP_S", 2.0)
+    monkeypatch.setattr(gpu, "STOP_S", 0.5)
     (tmp_path / "hanging_part.py").write_text(HANGING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(gpu, "command", lambda part, options: ["hanging_part"])
-    outcome = gpu.run_part("overhead", options(tmp_path), limit_s=3.0)
+    outcome = gpu.run_part("overhead", options(tmp_path), limit_s=2.0)
     assert outcome.state == "timed out"
     assert outcome.figures == {
         "tokens_per_s": {"bare": 2, "service": 1},

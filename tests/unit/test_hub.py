@@ -3,150 +3,23 @@
 from __future__ import annotations
 
 import json
-import logging
-import multiprocessing
-import os
 import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 
+from tests.support.hub_clients import ANSWER_S, FILES, WEIGHTS, Client, World
 from tests.support.hub_server import HubServer
 from twinkle_serve import hub
 from twinkle_serve.errors import HubUnreachableError, IncompleteModelError, ModelNotFoundError
 
-ANSWER_S = 60.0
-"""How long a test waits for one call of resolve."""
-
 SOON_S = 6.0
 """Within this, a hub that cannot be reached has to be given up."""
-
-WEIGHTS = Random(0).randbytes(3 * 2**20)
-FILES = {
-    "config.json": b'{"model_type": "main"}',
-    "tokenizer.json": b"{}",
-    "model.safetensors": WEIGHTS,
-}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Outcome of one call of resolve."""
-
-    path: Path | None
-    error: str
-    """Name of the exception's class; empty if there was none."""
-    message: str
-    warnings: list[str]
-    seconds: float
-
-
-class Client:
-    """A process that resolves models, with its own environment, which the libraries read on import."""
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._here, there = context.Pipe()
-        self.process = context.Process(target=_serve, args=(there, environment), daemon=True)
-        self.process.start()
-        there.close()
-
-    def ask(self, model_id: str, **arguments: Any) -> None:
-        self._here.send((model_id, arguments))
-
-    def answer(self) -> Outcome:
-        assert self._here.poll(ANSWER_S), f"resolve took longer than {ANSWER_S} s"
-        outcome: Outcome = self._here.recv()
-        return outcome
-
-    def resolve(self, model_id: str, **arguments: Any) -> Outcome:
-        self.ask(model_id, **arguments)
-        return self.answer()
-
-    def whole(self, model_id: str, **arguments: Any) -> Path:
-        """Directory returned by a call that must succeed."""
-        outcome = self.resolve(model_id, **arguments)
-        assert outcome.path is not None, f"{outcome.error}: {outcome.message}"
-        return outcome.path
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self._here.close()
-
-
-def _serve(calls: Connection, environment: dict[str, str]) -> None:
-    for name in list(os.environ):
-        if name.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "MODELSCOPE_")) or name.lower().endswith("_proxy"):
-            del os.environ[name]
-    os.environ.update(environment)
-    warnings: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    hub.logger.addHandler(handler)
-    while True:
-        try:
-            model_id, arguments = calls.recv()
-        except EOFError:
-            return
-        warnings.clear()
-        started = time.monotonic()
-        path, error, message = None, "", ""
-        try:
-            path = hub.resolve(model_id, **arguments)
-        except Exception as caught:
-            error, message = type(caught).__name__, str(caught)
-        calls.send(Outcome(path, error, message, list(warnings), time.monotonic() - started))
-
-
-@dataclass
-class World:
-    """A hub, a cache, and clients of one library that share both."""
-
-    scheme: str
-    """hf or ms."""
-    server: HubServer
-    cache: Path
-    clients: list[Client] = field(default_factory=list)
-
-    def client(self, endpoint: str | None = None, **environment: str) -> Client:
-        made = Client(
-            {
-                "HF_ENDPOINT": endpoint or self.server.endpoint,
-                "HF_HOME": str(self.cache / "hf"),
-                "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-                "HF_HUB_DISABLE_TELEMETRY": "1",
-                "MODELSCOPE_ENDPOINT": endpoint or self.server.endpoint,
-                "MODELSCOPE_CACHE": str(self.cache / "ms"),
-                "MODELSCOPE_HOME": str(self.cache / "ms-home"),
-                "MODELSCOPE_DOWNLOAD_INTRA_CLOUD": "false",
-                **environment,
-            }
-        )
-        self.clients.append(made)
-        return made
-
-    def id(self, name: str) -> str:
-        return f"{self.scheme}://org/{name}"
-
-    def serve(self, name: str, revision: str = "main", **changed: bytes | None) -> str:
-        """Puts a model on the hub and returns its repository. Keywords replace files, by name without suffix."""
-        folder = self.server.root / "org" / name / revision
-        folder.mkdir(parents=True)
-        for path, body in FILES.items():
-            content = changed.get(path.split(".")[0], body)
-            if content is not None:
-                (folder / path).write_bytes(content)
-        return f"org/{name}"
 
 
 @pytest.fixture(scope="module", params=["hf", "ms"])
@@ -427,52 +300,6 @@ def test_modelscope_continues_within_a_file_when_called_again(world: World, onli
         (half, len(WEIGHTS) - half),
     ]
     client.kill()
-
-
-def sharded(folder: Path, *shards: str, index: str = "model.safetensors.index.json") -> Path:
-    """A model directory whose index lists three shards, some of which exist."""
-    names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
-    (folder / "config.json").write_text("{}")
-    (folder / index).write_text(json.dumps({"weight_map": {f"layer.{name}": name for name in names}}))
-    for shard in shards:
-        (folder / shard).write_bytes(b"")
-    return folder
-
-
-def test_directory_without_its_shards_is_incomplete(tmp_path: Path) -> None:
-    """Every missing shard is listed; without weights they are not required."""
-    sharded(tmp_path, "model-00001-of-00003.safetensors")
-    with pytest.raises(IncompleteModelError, match="lacks 2 of the 3 files") as caught:
-        hub.resolve(str(tmp_path))
-    assert "model-00002-of-00003.safetensors, model-00003-of-00003.safetensors" in str(caught.value)
-    assert hub.resolve(str(tmp_path), weights=False) == tmp_path
-
-
-def test_directory_with_all_its_shards_is_used_unchanged(tmp_path: Path) -> None:
-    """Pickled weights may be absent if there are safetensors."""
-    sharded(tmp_path, *(f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)))
-    (tmp_path / "pytorch_model.bin.index.json").write_text('{"weight_map": {"layer": "pytorch_model-00001.bin"}}')
-    assert hub.resolve(str(tmp_path)) == tmp_path
-    (tmp_path / "model.safetensors.index.json").unlink()
-    assert hub.resolve(str(tmp_path)) == tmp_path
-
-
-@pytest.mark.parametrize("text", ['{"weight_map": {"a": "m.safe', "[]", '{"metadata": {}}', '{"weight_map": []}'])
-def test_directory_is_incomplete_when_its_index_cannot_be_read(tmp_path: Path, text: str) -> None:
-    """A truncated copy, or a file with other content."""
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(IncompleteModelError, match=r"model\.safetensors\.index\.json does not name the model's shards"):
-        hub.resolve(str(tmp_path))
-
-
-def test_path_and_demo_have_no_revision(tmp_path: Path) -> None:
-    """It would be ignored silently."""
-    (tmp_path / "config.json").write_text("{}")
-    for model_id in ("demo", str(tmp_path)):
-        with pytest.raises(ModelNotFoundError, match="has no revision 'v2'"):
-            hub.resolve(model_id, revision="v2")
-        assert hub.resolve(model_id).is_dir()
 
 
 def test_importing_the_hub_loads_no_library() -> None:

@@ -1,10 +1,8 @@
-"""Messages of an input: every one reaches the model as it is, or is refused by name."""
+"""Content of messages: text of any kind reaches the model as it is, anything else is refused by name."""
 
 from __future__ import annotations
 
-import copy
 import enum
-import json
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -12,34 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.chat_templates import LLAMA3, OPENED, QWEN3, model_with
-from tests.support.columnar import columnar
-from tests.support.turns import after, feature_of, prompt_of
+from tests.support.chat_templates import QWEN3
+from tests.support.messages import CALL, CALLED, USER, template_of, text_of
+from tests.support.turns import prompt_of
 from twinkle_serve import hub
 from twinkle_serve.errors import PromptError
 from twinkle_serve.template import Template
 from twinkle_serve.template.prompts import encode_inputs
 
-USER: dict[str, Any] = {"role": "user", "content": "hi"}
-CALL = {"id": "x", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
-CALLED: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-
-BY_ROLE = """{%- for m in messages %}
-    {%- if m.role == 'system' and loop.first %}{{- '[' + m.content + ']' }}
-    {%- elif m.role == 'user' %}{{- 'U:' + m.content }}
-    {%- elif m.role == 'assistant' and m.tool_calls %}
-        {{- 'A:' + m.content + m.tool_calls[0].function.arguments | tojson }}
-    {%- elif m.role == 'assistant' %}{{- 'A:' + m.content }}{% endif %}
-{%- endfor %}"""
-"""Reads known roles only, the first system message, and the first of several calls; no tools' results."""
-MERGED = """{%- set first = messages[0].content if messages[0].role == 'system' else '' %}
-{%- for m in messages if m.role == 'user' %}{{- first + '|' + m.content }}{% endfor %}"""
-"""The system prompt is part of the user's message, and other roles are ignored."""
-CALLS_ONLY = """{%- for m in messages %}
-    {%- if m.tool_calls %}{% for c in m.tool_calls %}{{- c.function.arguments | tojson }}{% endfor %}
-    {%- else %}{{- m.role + ':' + m.content }}{% endif %}
-{%- endfor %}"""
-"""The text beside calls is not written, as Mistral's and Llama's templates do."""
 OBJECTS = """{%- for m in messages %}
     {%- if m.role == 'tool' and m.content is mapping %}{{- m.content | tojson }}
     {%- elif m.role == 'tool' %}{{- m.content | tojson }}{% else %}{{- m.content }}{% endif %}
@@ -55,17 +33,6 @@ ITERATED = """{%- for m in messages %}{% for part in m.content %}{{- part }}{% e
 @pytest.fixture(scope="module")
 def demo() -> Template:
     return Template(hub.DEMO)
-
-
-def template_of(folder: Path, source: str, **options: Any) -> Template:
-    return Template(model_with(folder, source), **options)
-
-
-def text_of(template: Template, messages: Any, tools: Any = None) -> str:
-    return template.decode(prompt_of({"messages": messages, "tools": tools}, template).ids)
-
-
-# -- content -------------------------------------------------------------------------------------
 
 
 class Word(enum.StrEnum):
@@ -244,265 +211,3 @@ def test_one_message_instead_of_a_list_is_refused(demo: Template) -> None:
     for item in ({"messages": USER}, {"input_ids": [5], "messages": USER}):
         with pytest.raises(PromptError, match=r"messages must be a list of at least one message, got \{'role'"):
             prompt_of(item, demo)
-
-
-# -- messages that a chat template does not read ----------------------------------------------------
-
-
-UNREAD = "the model's chat template does not read"
-
-
-def said(role: str, content: str = "and more") -> dict[str, Any]:
-    return {"role": role, "content": content}
-
-
-@pytest.mark.parametrize(
-    ("source", "messages", "error"),
-    [
-        (
-            BY_ROLE,
-            [said("usr")],
-            "messages[0]: the model's chat template leaves the content of a message with role 'usr'",
-        ),
-        (BY_ROLE, [USER, said("developer"), USER], "messages[1]: the model's"),
-        (BY_ROLE, [USER, said("function")], "messages[1]: the model's"),
-        (BY_ROLE, [USER, said("system"), USER], "messages[1]: the model's"),
-        (BY_ROLE, [said("system"), said("system"), USER], "messages[1]: the model's"),
-        (BY_ROLE, [USER, CALLED, said("tool")], "messages[2]: the model's chat template leaves the content"),
-        (
-            BY_ROLE,
-            [USER, {**CALLED, "tool_calls": [CALL, CALL]}, USER],
-            "messages[1].tool_calls: the model's chat template does not read all",
-        ),
-        (
-            BY_ROLE,
-            [{**USER, "tool_calls": [CALL]}],
-            "messages[0].tool_calls: the model's chat template does not read them",
-        ),
-        (CALLS_ONLY, [USER, {**CALLED, "content": "So:"}, USER], "role 'assistant' beside tool_calls out"),
-        (MERGED, [said("system")], "messages[0]: the model's"),
-        (MERGED, [USER, said("assistant"), USER], "messages[1]: the model's"),
-        (MERGED, [USER, said("system")], "messages[1]: the model's"),
-        (OPENED, [USER, CALLED, USER], f"messages[1].tool_calls: {UNREAD} them"),
-    ],
-)
-def test_message_that_leaves_no_trace_is_refused(source: str, messages: Any, error: str, tmp_path: Path) -> None:
-    """Also after the template has written the same role elsewhere; again each time that it is sent."""
-    template = template_of(tmp_path, source)
-    assert text_of(template, [said("system"), USER]) and text_of(template, [USER])
-    for _ in range(2):
-        with pytest.raises(PromptError) as caught:
-            text_of(template, messages)
-        assert error in str(caught.value) and "inputs[0]" in str(caught.value)
-
-
-def test_result_that_answers_no_call_is_refused_if_the_template_writes_only_answers(tmp_path: Path) -> None:
-    """Whatever was written before: the result depends on the message that it follows."""
-    source = """{%- set ns = namespace(called=false) %}
-    {%- for m in messages %}{% if m.role != 'tool' or ns.called %}{{- m.content }}{% endif %}
-        {%- for c in m.tool_calls or [] %}{{- c.function.arguments | tojson }}{% endfor %}
-        {%- if m.role == 'assistant' %}{% set ns.called = m.tool_calls is defined %}{% endif %}
-    {%- endfor %}"""
-    template = template_of(tmp_path, source)
-    answered = [USER, CALLED, said("tool"), said("tool", "2")]
-    assert text_of(template, answered) and text_of(template, answered[:3])
-    for results in (answered[2:], answered[2:3]):
-        with pytest.raises(PromptError, match=r"messages\[2\]: the model's chat template leaves the content"):
-            text_of(template, [USER, said("assistant"), *results])
-    sampled = feature_of(prompt_of({"messages": [USER]}, template), template, "2<|im_end|>")
-    with pytest.raises(PromptError, match=r"It follows a sampled message here\. Pass"):
-        prompt_of(after(sampled, said("tool")), template)
-
-
-def test_unknown_role_is_refused_where_the_demo_template_ignores_it(demo: Template) -> None:
-    """At the beginning of a conversation; elsewhere it is written."""
-    for messages in ([said("usr")], [said("developer"), USER]):
-        with pytest.raises(PromptError, match=r"messages\[0\]: the model's chat template leaves"):
-            text_of(demo, messages)
-    assert "<|im_start|>developer\nand more<|im_end|>" in text_of(demo, [USER, said("developer")])
-
-
-def test_system_prompt_of_a_template_is_refused_if_the_chat_template_ignores_it(tmp_path: Path) -> None:
-    """The message says which one is meant."""
-    template = template_of(
-        tmp_path, "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", system="s"
-    )
-    with pytest.raises(PromptError, match=r"inputs\[0\]: the template's system prompt: the model's"):
-        text_of(template, [USER])
-
-
-def test_tools_are_refused_if_the_chat_template_only_tests_for_them(tmp_path: Path) -> None:
-    """Its source reads the name, and no tool is in the text."""
-    template = template_of(tmp_path, "{% if tools %}{% endif %}{{ messages[0].content }}")
-    with pytest.raises(PromptError, match="the model's chat template does not read tools here"):
-        text_of(template, [USER], [{"type": "function", "function": {"name": "add"}}])
-
-
-@pytest.mark.parametrize("source", [QWEN3, LLAMA3.replace("{{- bos_token }}", ""), OPENED])
-def test_a_form_of_conversation_is_rendered_once_more_and_never_again(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A prompt costs one render, whatever its texts."""
-    template = template_of(tmp_path, source)
-    renders = 0
-    render = template._apply
-
-    def counted(*arguments: Any) -> str:
-        nonlocal renders
-        renders += 1
-        return render(*arguments)
-
-    monkeypatch.setattr(template, "_apply", counted)
-    conversations = [[said("system", f"s{i}"), said("user", f"u{i}")] for i in range(20)]
-    encode_inputs([{"messages": messages} for messages in conversations], template)
-    assert renders == 21
-    longer = [
-        [*messages, said("assistant"), said("user"), said("assistant"), said("user")] for messages in conversations
-    ]
-    encode_inputs([{"messages": messages} for messages in longer], template)
-    assert renders == 42
-
-
-def test_override_of_render_decides_itself(tmp_path: Path) -> None:
-    """It gets text, and its text is not compared with the messages."""
-
-    class Short(Template):
-        def render(self, messages: Any, tools: Any, *, generation_prompt: bool = True) -> str:
-            assert all(isinstance(message["content"], str) for message in messages)
-            return str(messages[-1]["content"])
-
-    short = Short(model_with(tmp_path, OPENED))
-    assert text_of(short, [said("usr"), said("tool", {"a": 1})]) == '{"a": 1}'  # type: ignore[arg-type]
-
-
-# -- rows of data sets ---------------------------------------------------------------------------
-
-NAMED = {"a": {"type": "integer", "default": 0}, "b": {"type": "string", "enum": ["x", None]}}
-TOOLS = [
-    {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": NAMED}}},
-    {
-        "type": "function",
-        "function": {"name": "stop", "parameters": {"type": "object", "properties": {}}, "strict": True},
-    },
-]
-CALL_OF_STOP = {"id": "y", "function": {"name": "stop", "arguments": {}}}
-CONVERSATION: list[dict[str, Any]] = [
-    {"role": "system", "content": "s"},
-    USER,
-    {
-        "role": "assistant",
-        "content": "So:",
-        "tool_calls": [CALL, CALL_OF_STOP],
-    },
-    {"role": "tool", "content": "2", "tool_call_id": "x", "name": "add"},
-]
-
-
-def test_row_of_a_columnar_file_is_rendered_as_what_was_written(tmp_path: Path) -> None:
-    """Arrays, and nulls in the keys of other rows, change nothing: in messages, calls and tools."""
-    template = template_of(tmp_path, QWEN3)
-    before = columnar(row := {"messages": CONVERSATION, "tools": TOOLS})
-    assert before["messages"][0]["tool_calls"] is None and before["messages"][2]["tool_calls"][1]["type"] is None
-    assert before["messages"][2]["tool_calls"][1]["function"]["arguments"] == {"a": None}
-    assert before["tools"][1]["function"]["parameters"]["properties"] == {"a": None, "b": None}
-    assert prompt_of(before, template).ids.tolist() == prompt_of(row, template).ids.tolist()
-    feature = feature_of(prompt_of(before, template), template, "3<|im_end|>")
-    assert feature["messages"][-1] == {"role": "assistant", "content": "3"}
-
-
-EMPTY: list[Any] = [None, "", [], (), {}, np.array([]), np.array([], object)]
-NULLS: list[Any] = [float("nan"), np.float32("nan"), [None], np.array([None, None]), {"bytes": None, "path": None}]
-
-
-@pytest.mark.parametrize("absent", [*EMPTY, *NULLS])
-def test_none_and_empty_values_are_absent(absent: Any, demo: Template) -> None:
-    """In trajectories, features, messages and calls; nothing else of the input changes."""
-    keys = ["tools", "images", "videos", "audios", "prompt", "input_ids", "labels", "attention_mask", "reward"]
-    row = {"messages": [{**USER, "tool_calls": absent, "images": absent}], **dict.fromkeys(keys, absent)}
-    assert text_of(demo, [USER]) == demo.decode(prompt_of(row, demo).ids)
-    ids = prompt_of(row, demo).ids
-    keys = ["tools", "labels", "attention_mask", "position_ids", "token_type_ids", "messages", "encoded", "audios"]
-    feature = feature_of(prompt_of({**dict.fromkeys(keys, absent), "input_ids": ids}, demo), demo, "2")
-    assert feature["input_ids"][:-1] == ids.tolist() and len(feature["position_ids"]) == len(ids) + 1
-    assert "token_type_ids" not in feature and "encoded" not in feature
-
-
-def test_nulls_with_a_meaning_stay(tmp_path: Path) -> None:
-    """A null default that the schema allows, items of lists, and null arguments unless a tool does not allow them."""
-    template = template_of(tmp_path, QWEN3)
-    optional = {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None}
-    parameters = {"type": "object", "properties": {"a": optional, "default": {"const": None}, "c": {"enum": [1, None]}}}
-    tools: list[Any] = [{"type": "function", "function": {"name": "add", "parameters": parameters}}]
-    assert json.dumps(parameters) in text_of(template, [USER], tools)
-    call = {"name": "add", "arguments": {"a": None, "c": 1, "d": None}}
-    called = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, USER]
-    assert '"arguments": {"a": null, "c": 1, "d": null}' in text_of(template, called)
-    assert '"arguments": {"a": null, "c": 1}' in text_of(template, called, tools)
-    defs = {"Maybe": {"type": "string", "nullable": True}, "Name": {"type": "string"}}
-    referred = {"a": {"$ref": "#/$defs/Maybe"}, "c": {"enum": [1]}, "d": {"$ref": "#/$defs/Name"}}
-    inner = {"$defs": {**defs, "All": {"properties": referred}}, "$ref": "#/$defs/All"}
-    for schema in ({"properties": referred, "$defs": defs}, inner):
-        tool: Any = {"type": "function", "function": {"name": "add", "parameters": schema}}
-        assert '"arguments": {"a": null, "c": 1}' in text_of(template, called, [tool])
-    call["arguments"] = json.dumps(call["arguments"])
-    assert '"arguments": {"a": null, "c": 1, "d": null}' in text_of(template, called, tools)
-
-
-@pytest.mark.parametrize("arguments", [None, "", " ", "null", {}, "{}"])
-def test_call_without_arguments_has_none(arguments: Any, demo: Template) -> None:
-    """However a caller writes it."""
-    call = {"id": None, "function": {"name": "f", "arguments": arguments}, "name": None, "arguments": None}
-    message = {"role": "assistant", "content": None, "tool_calls": np.array([call])}
-    assert '{"name": "f", "arguments": {}}' in text_of(demo, [USER, message, USER])
-
-
-@pytest.mark.parametrize("messages", [tuple, deque, np.array, lambda m: np.array(m, object)])
-def test_any_sequence_is_a_list_of_messages(messages: Any, demo: Template) -> None:
-    """And stays as it is."""
-    given = messages([USER, said("assistant"), USER])
-    before = copy.deepcopy(given)
-    assert text_of(demo, given) == text_of(demo, [USER, said("assistant"), USER])
-    assert list(before) == list(given)
-
-
-class Arrow:
-    """A scalar of Arrow, by the one method that is used of it."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def as_py(self) -> Any:
-        return self._value
-
-
-def test_scalars_of_arrow_are_their_values(demo: Template) -> None:
-    """A table's row has them where nothing converts it."""
-    row = {"messages": Arrow([USER]), "tools": Arrow(None), "images": Arrow([])}
-    assert demo.decode(prompt_of(row, demo).ids) == text_of(demo, [USER])
-    feature = feature_of(prompt_of(row, demo), demo, "2")
-    assert feature["messages"] == [USER, said("assistant", "2")]
-
-
-@pytest.mark.parametrize(
-    ("tools", "error"),
-    [
-        ({"type": "function"}, "must be a list"),
-        ("[]", "must be a list"),
-        ([3], r"tools\[0\] must be a dict, got 3"),
-        ([{}, None], r"tools\[1\]"),
-    ],
-)
-def test_tools_that_are_no_dicts_are_refused(tools: Any, error: str, demo: Template) -> None:
-    """With their position."""
-    with pytest.raises(PromptError, match=error):
-        text_of(demo, [USER], tools)
-
-
-def test_messages_and_tools_that_contain_themselves_are_refused(demo: Template) -> None:
-    """They have no end; other keys of a feature may."""
-    endless: dict[str, Any] = {}
-    endless["more"] = endless
-    for item in ({"messages": [{**USER, "notes": endless}]}, {"messages": [USER], "tools": [endless]}):
-        with pytest.raises(PromptError, match=r"inputs\[0\].(messages|tools)\[0\] is nested too deeply"):
-            prompt_of(item, demo)
-    assert prompt_of({"input_ids": [5], "notes": endless, "user_data": endless}, demo)

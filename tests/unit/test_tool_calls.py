@@ -236,12 +236,15 @@ def test_tool_calls_have_ids_that_differ_within_a_conversation() -> None:
 
 names = st.from_regex(r"[a-z_]{1,8}", fullmatch=True)
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=8), v, max_size=3),
+    max_leaves=8,
 )
 
 
 @given(
-    st.lists(st.tuples(names, st.dictionaries(st.text(), values)), min_size=1, max_size=3), st.text("ab\n", max_size=5)
+    st.lists(st.tuples(names, st.dictionaries(st.text(max_size=8), values, max_size=3)), min_size=1, max_size=3),
+    st.text("ab\n", max_size=5),
 )
 def test_hermes_calls_round_trip_with_any_arguments(calls: list[Any], said: str) -> None:
     """Including markup inside a string."""

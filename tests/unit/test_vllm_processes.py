@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support.eventually import wait_until
 from twinkle_serve import hub
 from twinkle_serve.engines import build_engine
 from twinkle_serve.engines.vllm.processes import REPORTS, Reports, describe, report_errors
@@ -23,53 +25,109 @@ from twinkle_serve.errors import EngineStartError
 
 FAMILY = """
 import multiprocessing, os, sys, threading, time
-from twinkle_serve.engines.vllm.processes import end_with_starter
+from twinkle_serve.engines.vllm.processes import Reports, end_with_owner, end_with_starter
+from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
 
-def worker():
+def worker(started):
+    end_with_starter()
+    started.send(os.getpid())
     time.sleep(600)
 
 def core(started):
     os.setpgid(0, 0)
-    end_with_starter()
-    child = multiprocessing.get_context("spawn").Process(target=worker)
-    child.start()
-    started.send((os.getpid(), child.pid))
+    end_with_owner()
+    started.send(os.getpid())
+    multiprocessing.get_context("spawn").Process(target=worker, args=(started,)).start()
     time.sleep(600)
 
 def start(context, pipe):
     context.Process(target=core, args=(pipe,)).start()
 
 if __name__ == "__main__":
+    files = MemoryDirectory()
+    reports = Reports(files)
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
     thread = threading.Thread(target=start, args=(context, writer))  # ends before the process that it starts
     thread.start()
     thread.join()
-    print(*reader.recv(), flush=True)
-    if "fork" in sys.argv and not os.fork():  # holds every pipe of its parent
+    family = [reader.recv() for _ in range(2)]
+    if not os.fork():  # holds every pipe and open file of its parent
         time.sleep(600)
+    print(*family, flush=True)
+    if "replaced" in sys.argv:
+        os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(600)"])
     time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("forked", [False, True])
-def test_processes_of_an_engine_end_with_a_parent_that_is_killed(tmp_path: Path, forked: bool) -> None:
-    """Within seconds, whichever thread started them, and though a fork of the parent lives."""
+def has_ended(process: psutil.Process) -> bool:
+    """Also as a zombie, which a caller that has replaced itself does not wait for."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.parametrize("how", ["killed", "replaced"])
+def test_processes_of_an_engine_end_with_their_caller(tmp_path: Path, how: str) -> None:
+    """Within seconds, whichever thread started them, and though a fork of the caller lives. A caller that replaces
+    itself by `exec` keeps its process id."""
     script = tmp_path / "script.py"
     script.write_text(FAMILY)
-    command = [sys.executable, str(script), *(["fork"] if forked else [])]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    parent = subprocess.Popen(
+        [sys.executable, str(script), how], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    engine: list[psutil.Process] = []
     try:
         assert parent.stdout is not None
         engine = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
         assert len(engine) == 2
-        assert all(process.is_running() for process in engine)
-        parent.kill()
-        _, alive = psutil.wait_procs(engine, timeout=10)
-        assert not alive
+        if how == "killed":
+            assert all(process.is_running() for process in engine)
+            parent.kill()
+        wait_until(lambda: all(has_ended(process) for process in engine), "they have ended", timeout_s=10)
+        assert parent.poll() == (-signal.SIGKILL if how == "killed" else None)
     finally:
-        os.killpg(parent.pid, signal.SIGKILL) if forked else parent.kill()
+        os.killpg(parent.pid, signal.SIGKILL)
         parent.wait()
+        for process in engine:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+FORKING = """
+import multiprocessing, os, sys, time, weakref
+from twinkle_serve.engines.vllm.processes import leave_to_parent
+
+class Manager:
+    pass
+
+def shutdown(started):  # as vLLM's
+    for process in started:
+        if process.is_alive():
+            process.terminate()
+
+shutdown.__module__ = "vllm.v1.utils"
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    process.start()
+    manager = Manager()
+    weakref.finalize(manager, shutdown, [process])
+    leave_to_parent()
+    if (child := os.fork()) == 0:
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), process.is_alive())
+"""
+
+
+def test_fork_of_the_caller_exits_without_a_word(tmp_path: Path) -> None:
+    """What vLLM and multiprocessing do at exit is for the caller alone, which still does it."""
+    script = tmp_path / "script.py"
+    script.write_text(FORKING)
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    assert (result.stdout, result.stderr, result.returncode) == ("0 True\n", "", 0)
 
 
 async def test_engine_in_a_script_that_a_child_imports_says_what_to_write(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,19 +6,22 @@ Both the process with the engine and vLLM's own use this module; it imports vLLM
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import multiprocessing
+import multiprocessing.process
 import os
 import signal
 import sys
 import traceback
+import weakref
 from pathlib import Path
 from typing import Any
 
-from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
+from twinkle_serve.engines.vllm.tmpfs import OWNER, MemoryDirectory
 from twinkle_serve.errors import EngineStartError
-from twinkle_serve.parent import end_with_parent
+from twinkle_serve.parent import end_with_holder, end_with_parent
 
 REPORTS = "TWINKLE_SERVE_VLLM_REPORTS"
 """Environment variable with the path of the file in which vLLM's processes report their errors."""
@@ -36,18 +39,37 @@ _vllms_own: Any = None
 
 
 def use_own_entry() -> None:
-    """Makes vLLM start the processes of our engines by `run_engine_core`. Idempotent."""
+    """Makes vLLM start the processes of our engines by `run_engine_core`, and leaves them to this process alone.
+    Idempotent."""
     global _vllms_own
     from vllm.v1.engine.core import EngineCoreProc
 
+    leave_to_parent()
     if EngineCoreProc.run_engine_core is not run_engine_core:
         _vllms_own = EngineCoreProc.run_engine_core
         EngineCoreProc.run_engine_core = staticmethod(run_engine_core)
 
 
+@functools.cache
+def leave_to_parent() -> None:
+    """Makes forks of this process leave vLLM's processes to it. Idempotent.
+
+    A fork would end them as it exits, by the finalizers of vLLM and of multiprocessing: these raise there, and their
+    tracebacks are printed.
+    """
+    os.register_at_fork(after_in_child=_forget_processes)
+
+
+def _forget_processes() -> None:
+    for finalizer, info in list(weakref.finalize._registry.items()):  # type: ignore[attr-defined]
+        if str(getattr(info.func, "__module__", "")).partition(".")[0] == "vllm":
+            finalizer.detach()
+    multiprocessing.process._children.clear()  # type: ignore[attr-defined]  # as in multiprocessing's own forks
+
+
 def run_engine_core(*args: Any, **kwargs: Any) -> None:
     """Runs vLLM's engine core in a process group of its own, so that a terminal's Ctrl-C, which is for the caller, does
-    not reach it, and ends it with its parent. Engines that are not ours run as vLLM starts them.
+    not reach it, and ends it with its caller. Engines that are not ours run as vLLM starts them.
 
     Not in a session of its own: Linux shares cores between sessions, and an engine on CPU would starve its caller.
     """
@@ -57,14 +79,27 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
     if kwargs["vllm_config"].parallel_config.worker_extension_cls == EXTENSION:
         with contextlib.suppress(PermissionError):  # it leads one already
             os.setpgid(0, 0)
-        _write_pid()
-        end_with_starter()
+        end_with_owner()
         report_errors()
     own(*args, **kwargs)
 
 
+def end_with_owner() -> None:
+    """Ends this process, the core, with the one that has the engine, and names it to `Reports.kill_core`. Ends it at
+    once where the engine was stopped before it began.
+
+    Unlike a parent's process id, the owner's file tells, too, that the owner has replaced itself by `exec`.
+    """
+    reports = Path(os.environ[REPORTS])
+    try:
+        end_with_holder(reports.with_name(OWNER))
+        _pid_file(reports).write_text(str(os.getpid()))
+    except OSError:
+        sys.exit(1)
+
+
 def end_with_starter() -> None:
-    """Ends this process with the one that started it by `multiprocessing`; Ray ends its own workers."""
+    """Ends this process, a worker, with the core that started it by `multiprocessing`; Ray ends its own workers."""
     starter = multiprocessing.parent_process()
     if starter is not None and starter.pid is not None:
         end_with_parent(starter.pid)
@@ -149,15 +184,6 @@ def describe(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" (in {Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].line})" if frames else ""
     return f"{type(error).__name__}{f': {text}' if text else ''}{place}"
-
-
-def _write_pid() -> None:
-    """Names this process to `Reports.kill_core`. Ends it where the engine was stopped before it began."""
-    if path := os.environ.get(REPORTS):
-        try:
-            _pid_file(Path(path)).write_text(str(os.getpid()))
-        except OSError:
-            sys.exit(1)
 
 
 def _pid_file(reports: Path) -> Path:

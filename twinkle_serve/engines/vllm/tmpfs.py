@@ -14,9 +14,12 @@ from twinkle_serve.adapters import CONFIG, WEIGHTS
 from twinkle_serve.checkpoint import weight_files
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.weights import Bucket
+from twinkle_serve.parent import hold
 
 MEMORY = Path("/dev/shm")
 PREFIX = "twinkle-serve-"
+OWNER = "owner"
+"""File that the process with the engine holds; its name in the directory."""
 
 
 class MemoryDirectory:
@@ -34,6 +37,8 @@ class MemoryDirectory:
         self._lock = os.open(new / "lock", os.O_CREAT | os.O_RDWR)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._path = new.rename(root / new.name.removeprefix("new-"))
+        # A lock of another kind: forks of this process hold the first one too.
+        self._held = hold(self._path / OWNER)
 
     def write(self, name: str, text: str) -> Path:
         """Writes a small file and returns its path."""
@@ -80,6 +85,7 @@ class MemoryDirectory:
 
     def close(self) -> None:
         shutil.rmtree(self._path, ignore_errors=True)
+        os.close(self._held)
         os.close(self._lock)
 
 
