@@ -107,6 +107,14 @@ def test_config_that_targets_no_module_of_the_model_is_refused(targets: list[str
         check(LoraConfig(r=8, target_modules=targets), tensors)
 
 
+def test_pattern_of_the_names_of_another_transformers_is_matched_with_those() -> None:
+    """The adapter's tensors have these names too, and differ from the model's by their prefix alone."""
+    older = {name.replace(".model.layers.", ".language_model.model.layers."): t for name, t in TENSORS.items()}
+    check(LoraConfig(r=8, target_modules=r"language_model\.model\.layers\..*_proj"), older)
+    with pytest.raises(AdapterError, match=r"does not target, .* such as language_model.model.layers.0.self_attn.k_"):
+        check(LoraConfig(r=8, target_modules=r"language_model\.model\.layers\..*(mlp|v|q|o).*_proj"), older)
+
+
 def test_module_of_an_unknown_name_excuses_no_other() -> None:
     """The engine may have renamed it, but not those that the adapter lacks besides."""
     renamed = {name.replace("model.layers.3.", "blocks.three."): tensor for name, tensor in TENSORS.items()}
