@@ -17,7 +17,20 @@ import numpy as np
 from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.data_format.weights import WeightSpec
 from twinkle_serve.errors import AdapterError
-from twinkle_serve.tensors import DTYPES, AnyTensor, TensorFile, Tensors, digest, dtype_name, gathered, is_tensor
+from twinkle_serve.tensors import (
+    DTYPES,
+    FLOAT_READERS,
+    MAX_FINITE,
+    WRAPPERS,
+    AnyTensor,
+    TensorFile,
+    Tensors,
+    digest,
+    dtype_name,
+    find_remedy,
+    gathered,
+    is_tensor,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -27,6 +40,15 @@ WEIGHTS = "adapter_model.safetensors"
 
 PREFIX = "base_model.model."
 """peft's prefix of module names."""
+
+EMBEDDING = (
+    "It is of an embedding. Train without it in target_modules, or send the merged model with update_weights if its "
+    "embedding and output layer are not tied."
+)
+"""What to do about the LoRA of an embedding."""
+
+OWN_WRAPPERS = {part: remedy for part, remedy in WRAPPERS.items() if part.startswith("_")}
+"""Remedies for parts of names that no model has itself."""
 
 BASE = "twinkle_serve.base"
 """Key of the weights' metadata: the dtype, shape and hash of tensors of a state_dict that are not the adapter's."""
@@ -97,6 +119,8 @@ def pack_adapter(config: LoraConfig, state_dict: Tensors | None) -> AdapterFiles
     first = None
     for name, given in _pairs(state_dict):
         tensor, first = _tensor(name, given), first or name
+        if remedy := find_remedy(name, OWN_WRAPPERS, ""):
+            raise AdapterError(f"state_dict has {name!r}. {remedy}")
         if "lora_" not in name:
             if _base_name(name) in base:
                 raise AdapterError(f"state_dict has {_base_name(name)!r} twice, once as {name!r}.")
@@ -161,7 +185,7 @@ def _saved_name(name: str) -> tuple[str, str]:
     """Returns the name under which peft saves a tensor, without the adapter's name after `lora_A`, and that name."""
     parts, adapter = name.split("."), ""
     for i, part in enumerate(parts[:-1]):
-        if part in ("lora_A", "lora_B") and parts[i + 1] != "weight":
+        if part.startswith("lora_") and parts[i + 1] != "weight":
             adapter = parts.pop(i + 1)
             break
     saved = ".".join(parts)
@@ -190,6 +214,9 @@ class AdapterDescription:
     config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     """Shape of each tensor, named without peft's prefix: `model.layers.0.self_attn.q_proj.lora_A.weight`."""
+
+    largest: dict[str, float]
+    """Largest magnitude in each tensor, by the same names; of lora_B also once scaled by alpha / rank, as in vLLM."""
 
     checksum: int
     """Of the tensors, independent of their order in the file."""
@@ -220,6 +247,9 @@ SUPPORTED: dict[str, tuple[object, ...]] = {
     "velora_config": (None,),
 }
 """Supported values of a LoraConfig: with others, some engine would ignore a part of the adapter."""
+
+PEFT_ALPHA = 8
+"""peft's lora_alpha where a config has none."""
 
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 """Initialisations that leave the base model unchanged; others, such as PiSSA, change it."""
@@ -262,18 +292,24 @@ def describe_adapter(files: AdapterFiles) -> AdapterDescription:
         tensors: dict[str, _RawTensor] = dict(safetensors.deserialize(files.weights))  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise AdapterError(f"{WEIGHTS} cannot be read, it is cut off or damaged: {error}") from None
-    shapes, checksum = {}, 0
+    shapes, largest, checksum = {}, {}, 0
     for name, tensor in sorted(tensors.items()):
         if not name.endswith((".lora_A.weight", ".lora_B.weight")) or len(tensor["shape"]) != 2:
+            remedy = EMBEDDING if ".lora_embedding_" in name else "Use an adapter of linear layers alone."
+            remedy = find_remedy(name, WRAPPERS, remedy)
             raise AdapterError(
-                f"{WEIGHTS} has {name!r} of shape {tensor['shape']}, which is not the LoRA of a linear layer."
+                f"{WEIGHTS} has {name!r} of shape {tensor['shape']}, which is not the LoRA of a linear layer. {remedy}"
             )
-        _check_finite(name, tensor)
-        shapes[name.removeprefix(PREFIX)] = tuple(tensor["shape"])
+        own_name = name.removeprefix(PREFIX)
+        shapes[own_name], largest[own_name] = tuple(tensor["shape"]), _largest_of(name, tensor)
         checksum = zlib.crc32(tensor["data"], checksum)
     if not shapes:
         raise AdapterError(f"{WEIGHTS} has no tensors.")
-    return AdapterDescription(_check_pairs(shapes, config), config, shapes, checksum, _read_base(files.weights))
+    rank = _check_pairs(shapes, config)
+    for name in largest:
+        if name.endswith(".lora_B.weight"):
+            largest[name] *= max(1.0, _scale_of(name.split(".lora_")[0], config))
+    return AdapterDescription(rank, config, shapes, largest, checksum, _read_base(files.weights))
 
 
 def _read_base(weights: bytes) -> dict[str, BaseTensor]:
@@ -298,37 +334,66 @@ def _check_pairs(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any
             raise AdapterError(
                 f"the adapter's {module} has lora_A of rank {halves[0][0]} and lora_B of rank {halves[1][1]}."
             )
-        if halves[0][0] != (rank := _rank_of(module, config)):
+        if halves[0][0] != (rank := _of_module(module, config, "rank_pattern", "r")):
             # The scale of an adapter is alpha / rank, with the config's rank.
             raise AdapterError(f"{module} has rank {halves[0][0]}, {CONFIG} says r={rank}. They must agree.")
         ranks.append(halves[0][0])
     return max(ranks)
 
 
-def _rank_of(module: str, config: Mapping[str, Any]) -> object:
-    """Returns the rank of a module: of the first key of rank_pattern that matches the end of its name, or else r."""
+def _of_module(module: str, config: Mapping[str, Any], patterns: str, default: str) -> Any:
+    """Returns a module's value: of the first key of the patterns that matches the end of its name, or else the default.
+
+    Args:
+        patterns: key of the config, such as rank_pattern.
+        default: key of the config, such as r.
+    """
     try:
-        for key, rank in (config.get("rank_pattern") or {}).items():
+        for key, value in (config.get(patterns) or {}).items():
             if re.match(rf"(.*\.)?({key})$", module):
-                return rank
+                return value
     except (re.error, AttributeError) as error:
-        raise AdapterError(f"{CONFIG}: rank_pattern={config['rank_pattern']!r} is invalid: {error}.") from None
-    return config.get("r")
+        raise AdapterError(f"{CONFIG}: {patterns}={config[patterns]!r} is invalid: {error}.") from None
+    return config.get(default)
 
 
-def _check_finite(name: str, tensor: _RawTensor) -> None:
-    """Rejects NaN and infinite values. numpy cannot read bfloat16, which is the upper half of a float32."""
-    kinds = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
-    if tensor["dtype"] == "BF16":
-        values = (np.frombuffer(tensor["data"], np.uint16).astype(np.uint32) << 16).view(np.float32)
-    elif tensor["dtype"] in kinds:
-        values = np.frombuffer(tensor["data"], kinds[tensor["dtype"]])
-    else:
+def _scale_of(module: str, config: Mapping[str, Any]) -> float:
+    rank = _of_module(module, config, "rank_pattern", "r")
+    alpha = _of_module(module, {"lora_alpha": PEFT_ALPHA, **config}, "alpha_pattern", "lora_alpha")
+    try:
+        return float(abs(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    except (TypeError, ZeroDivisionError):
+        raise AdapterError(f"{CONFIG}: lora_alpha={alpha!r} of {module} is not a number.") from None
+
+
+def _largest_of(name: str, tensor: _RawTensor) -> float:
+    """Returns the largest magnitude of a tensor. Raises AdapterError for NaN and infinite values."""
+    if tensor["dtype"] not in FLOAT_READERS:
         raise AdapterError(f"{WEIGHTS}: {name} has dtype {tensor['dtype']}. Save it as float32, bfloat16 or float16.")
+    values = FLOAT_READERS[tensor["dtype"]](np.frombuffer(tensor["data"], np.uint8))
     if values.size != math.prod(tensor["shape"]):
         raise AdapterError(f"{WEIGHTS}: {name} has {values.size} values for shape {tensor['shape']}.")
     if bad := int((~np.isfinite(values)).sum()):
         raise AdapterError(f"{WEIGHTS}: {name} has {bad} values of {values.size} that are not finite.")
+    return float(np.abs(values).max(initial=0))
+
+
+def check_range(adapter: AdapterDescription, dtype: str) -> None:
+    """Rejects an adapter with values that would be infinite in an engine.
+
+    Args:
+        dtype: safetensors' name of the dtype that the engine has adapters in.
+
+    Raises:
+        AdapterError
+    """
+    for name, largest in adapter.largest.items():
+        if largest > (limit := MAX_FINITE.get(dtype, math.inf)):
+            raise AdapterError(
+                f"the adapter's {name} reaches {largest:g}, with its scale of alpha / rank; the engine holds adapters "
+                f"in {dtype}, up to {limit:g}: its values would become infinite. Start the service with an "
+                "engine_args.dtype of larger range, or train within this one."
+            )
 
 
 def check_shapes(adapter: AdapterDescription, weights: Mapping[str, WeightSpec]) -> None:
@@ -356,10 +421,15 @@ def check_shapes(adapter: AdapterDescription, weights: Mapping[str, WeightSpec])
 
 def not_in_model(modules: set[str]) -> AdapterError:
     """Returns the error for an adapter's modules that the model lacks."""
-    examples = ", ".join(sorted(modules)[:3])
+    names = sorted(modules)
+    remedy = find_remedy(
+        names[0],
+        WRAPPERS,
+        "Use the model that it was trained on, and only modules for which the engine supports LoRA.",
+    )
     return AdapterError(
-        f"{len(modules)} modules of the adapter are not in the model, such as {examples}, and would be ignored. "
-        "Use the model that it was trained on, and only modules for which the engine supports LoRA."
+        f"{len(modules)} modules of the adapter are not in the model, such as {', '.join(names[:3])}, and would be "
+        f"ignored. {remedy}"
     )
 
 

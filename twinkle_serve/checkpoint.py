@@ -24,6 +24,8 @@ from twinkle_serve.tensors import (
     encode_header,
     gathered,
     is_tensor,
+    overflow,
+    range_is_narrower,
 )
 
 if TYPE_CHECKING:
@@ -51,11 +53,12 @@ def weight_files(path: Path) -> list[Path]:
     adapter, are not the model's.
 
     Raises:
-        WeightsError: the index cannot be read, or names a missing file.
+        WeightsError: the index cannot be read, or names a missing file; or loaders would read different files, as
+            transformers prefers one file to the index and pickles to parts without an index, and vLLM does not.
     """
     if path.is_file():
         return [path]
-    index = path / INDEX
+    index, single = path / INDEX, path / SINGLE
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -67,12 +70,24 @@ def weight_files(path: Path) -> list[Path]:
                 f"{path.absolute()} has no {missing[0]}, which {INDEX} lists. Save the model again; or remove {INDEX} "
                 "if it is of an earlier save."
             )
+        if single.is_file() and files != [single]:
+            raise _ambiguous(path, SINGLE, f"{INDEX}, which lists {len(files)} files such as {names[0]}")
         return files
-    if (single := path / SINGLE).is_file():
+    if single.is_file():
         return [single]
+    pickles = sorted(path.glob("pytorch_model*.bin"))
     if parts := sorted(path.glob("model*.safetensors")):
+        if pickles:
+            raise _ambiguous(path, pickles[0].name, f"{parts[0].name}, which no index lists")
         return parts
-    return [] if any(path.glob("pytorch_model*.bin")) else sorted(path.glob("*.safetensors"))
+    return [] if pickles else sorted(path.glob("*.safetensors"))
+
+
+def _ambiguous(path: Path, one: str, other: str) -> WeightsError:
+    return WeightsError(
+        f"{path.absolute()} has {one} and also {other}: transformers would read the former, and vLLM the latter. "
+        "Remove the one that is not the model's."
+    )
 
 
 def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
@@ -162,10 +177,14 @@ def hash_weight(model: Path, name: str, dtype: str) -> str:
     Raises:
         WeightsError: files that cannot be read.
     """
+    return _hash_as(_weight_in_files(model, name), dtype)
+
+
+def _hash_as(weight: Tensor, dtype: str) -> str:
     import torch
 
     torch_name = next(key for key, (safetensors_name, _, _) in DTYPES.items() if safetensors_name == dtype)
-    return digest(_weight_in_files(model, name).to(getattr(torch, torch_name)))
+    return digest(weight.to(getattr(torch, torch_name)))
 
 
 def _weight_in_files(model: Path, name: str) -> Tensor:
@@ -180,6 +199,31 @@ def _weight_in_files(model: Path, name: str) -> Tensor:
         except (SafetensorError, OSError) as error:
             raise _unreadable(path, error) from None
     raise WeightsError(f"{model} has no weight {name!r} any more. Save the model again.")
+
+
+def find_overflow(model: Path, dtype: str) -> tuple[str, float] | None:
+    """Returns a weight in a model's files that would become infinite in another dtype, and its largest magnitude.
+
+    Scalars are left out, see `Upload`. Reads only weights whose dtype has more exponents.
+
+    Args:
+        dtype: safetensors' name.
+
+    Raises:
+        WeightsError: files that cannot be read.
+    """
+    specs = _weight_specs(model)
+    wide = {name for name, spec in specs.items() if spec.shape and range_is_narrower(spec.dtype, dtype)}
+    if not wide:
+        return None
+    import torch
+
+    for name, tensor in named_tensors(model):
+        if name in wide:
+            data = tensor.reshape(-1).view(torch.uint8).numpy()
+            if (largest := overflow(specs[name].dtype, data, dtype)) is not None:
+                return name, largest
+    return None
 
 
 # -- tensors -------------------------------------------------------------------------------------
@@ -304,6 +348,21 @@ def read_bucket(bucket: Bucket) -> dict[str, PackedWeight]:
 def bucket_shapes(bucket: Bucket) -> dict[str, tuple[int, ...]]:
     """Reads the shape of each weight in a bucket; see `read_bucket`."""
     return {name: weight.spec.shape for name, weight in read_bucket(bucket).items()}
+
+
+def hash_weights(bucket: Bucket, wanted: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Returns the hashes of weights in a bucket, as `hash_weight` those in files.
+
+    Args:
+        wanted: name, and dtype to hash it in, of each; those that the bucket does not have are left out.
+    """
+    present = read_bucket(bucket).keys()
+    if not (wanted := [(name, dtype) for name, dtype in wanted if name in present]):
+        return {}
+    from safetensors.torch import load
+
+    weights = load(bucket.tobytes())
+    return {(name, dtype): _hash_as(weights[name], dtype) for name, dtype in wanted}
 
 
 def without_weights(bucket: Bucket, names: set[str]) -> Bucket | None:

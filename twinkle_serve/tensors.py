@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -51,6 +51,29 @@ CLASSES: dict[str, DtypeClass] = {name: kind for name, _, kind in DTYPES.values(
     ("F4", "F6_E2M3", "F6_E3M2"), "fp4"
 )
 """Class by safetensors' name of the dtype."""
+
+MAX_FINITE: dict[str, float] = {
+    "F16": 65504.0,
+    "BF16": float.fromhex("0x1.fep127"),
+    "F32": float.fromhex("0x1.fffffep127"),
+    "F64": float.fromhex("0x1.fffffffffffffp1023"),
+}
+"""Largest finite value, by safetensors' name of the dtype."""
+
+_EXPONENT_BITS = {"F16": 5, "BF16": 8, "F32": 8, "F64": 11}
+
+WRAPPERS: dict[str, str] = {
+    "_fsdp_wrapped_module.": "Its name is FSDP's. Take the names of FSDP's own state_dict, or that part out of them.",
+    "_flat_param": "It is a flat parameter of FSDP. Take the full state_dict that FSDP gathers.",
+    "_orig_mod.": "Its name is torch.compile's. Send the state_dict of model._orig_mod.",
+    "_checkpoint_wrapped_module.": "Its name is activation checkpointing's. Take that part out of the names.",
+    "parametrizations.": "It is parametrized. Call torch.nn.utils.parametrize.remove_parametrizations first.",
+    "module.": "Its name is that of a wrapper, such as DistributedDataParallel. Send the state_dict of model.module.",
+}
+"""What to do about a name that a trainer's wrapper gave, by the start of one of its parts."""
+
+RANGE_CHUNK_BYTES = 2**18
+"""Stays in a core's cache."""
 
 HEADER_ROOM = 2**20
 """Bytes kept free for the header before the tensors; a longer header costs a copy."""
@@ -120,6 +143,11 @@ def dtype_name(tensor: AnyTensor) -> str:
     return tensor.dtype.name if isinstance(tensor, np.ndarray) else str(tensor.dtype).removeprefix("torch.")
 
 
+def stored_dtype(dtype: object) -> str:
+    """Returns safetensors' name of a dtype of torch."""
+    return DTYPES[str(dtype).removeprefix("torch.")][0]
+
+
 def count_nonfinite(tensor: AnyTensor) -> int:
     """Counts the values of a gathered tensor or array that are NaN or infinite."""
     if isinstance(tensor, np.ndarray):
@@ -131,6 +159,59 @@ def count_nonfinite(tensor: AnyTensor) -> int:
     if tensor.element_size() == 1:  # torch.isfinite does not take 8-bit floats
         tensor = tensor.float()
     return 0 if bool(torch.isfinite(tensor).all()) else int((~torch.isfinite(tensor)).sum())
+
+
+def find_remedy(name: str, remedies: Mapping[str, str], default: str) -> str:
+    """Returns the remedy for a tensor's name, of the first key that one of its parts starts with."""
+    return next((remedy for part, remedy in remedies.items() if f".{part}" in f".{name}"), default)
+
+
+def range_is_narrower(dtype: str, target: str) -> bool:
+    """Whether a dtype has values that are infinite in another; bfloat16 counts as float32, whose exponents it has."""
+    return _EXPONENT_BITS.get(dtype, 0) > _EXPONENT_BITS.get(target, 16)
+
+
+def overflow(dtype: str, data: NDArray[np.uint8], target: str) -> float | None:
+    """Returns the largest magnitude of a tensor's finite values if these would be infinite in another dtype, else None.
+
+    Reads the values only if the other dtype's range is narrower.
+
+    Args:
+        dtype: safetensors' name, as is `target`.
+    """
+    if not range_is_narrower(dtype, target):
+        return None
+    largest = _max_magnitude(dtype, data)
+    return largest if largest > MAX_FINITE[target] else None
+
+
+def _max_magnitude(dtype: str, data: NDArray[np.uint8]) -> float:
+    """Returns the largest magnitude of the finite values in a tensor's bytes."""
+    unsigned = np.dtype(f"u{BITS[dtype] // 8}")
+    # Floats are sign and magnitude: without their sign, their bits have the order of their magnitudes.
+    sign = unsigned.type(1 << (BITS[dtype] - 1))
+    infinite = unsigned.type(((1 << _EXPONENT_BITS[dtype]) - 1) << (BITS[dtype] - 1 - _EXPONENT_BITS[dtype]))
+    top = np.zeros(1, unsigned)
+    for start in range(0, len(data), RANGE_CHUNK_BYTES):
+        bits = np.frombuffer(data[start : start + RANGE_CHUNK_BYTES], unsigned) & ~sign
+        if bits.max() >= infinite:
+            bits = bits[bits < infinite]
+        top[0] = bits.max(initial=top[0])
+    return float(FLOAT_READERS[dtype](top.view(np.uint8))[0])
+
+
+def _read_bfloat16(data: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Widens bfloat16, which numpy lacks, and which is the upper half of a float32."""
+    return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+FLOAT_READERS: dict[str, Callable[[NDArray[np.uint8]], NDArray[np.floating]]] = {
+    "BF16": _read_bfloat16,
+    "F16": lambda data: np.frombuffer(data, np.float16),
+    "F32": lambda data: np.frombuffer(data, np.float32),
+    "F64": lambda data: np.frombuffer(data, np.float64),
+}
+"""Readers of values from bytes, by safetensors' name of the dtype."""
 
 
 class TensorFile:

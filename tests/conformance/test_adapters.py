@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 
 from tests.support.harness import EngineHarness, Prompts
 from tests.support.lora import random_adapter, save_adapter
+from twinkle_serve import hub
 from twinkle_serve.adapters import CONFIG, read_adapter
-from twinkle_serve.data_format.adapters import AdapterFiles
+from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.engines import build_engine
 from twinkle_serve.errors import AdapterError
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
@@ -117,6 +121,33 @@ async def test_engine_refuses_an_adapter_of_another_model(
     assert after.columns.tokens.tolist() == before.columns.tokens.tolist()
     assert (await engine.one(prompts[0], adapter=version, **GREEDY)).adapter == "welcome@1"
     await engine.server.drop_adapter(version)
+
+
+async def test_engine_refuses_an_adapter_that_its_dtype_cannot_hold(
+    engine: EngineHarness, adapters: list[AdapterFiles]
+) -> None:
+    """By the dtypes that the engine says it has; the toy model has none."""
+    fake = engine.info.kind == "fake"
+    assert engine.info.dtype == engine.info.adapter_dtype == ("" if fake else "F32")
+    assert (await engine.server.model_spec()).dtype == engine.info.dtype
+    tensors = {name: t.astype(np.float64) for name, t in safetensors.numpy.load(adapters[0].weights).items()}
+    next(iter(tensors.values()))[0, 0] = 1e39
+    files = AdapterFiles(config=adapters[0].config, weights=safetensors.numpy.save(tensors))
+    if fake:
+        await engine.server.drop_adapter(await engine.add("huge", files))
+        return
+    with pytest.raises(AdapterError, match=r"in F32, up to .* would become infinite"):
+        await engine.add("huge", files)
+
+
+async def test_torch_holds_adapters_in_float32_whatever_its_model_has(adapters: list[AdapterFiles]) -> None:
+    """peft's choice, on which the check of an adapter's values relies."""
+    engine: Any = build_engine("torch", "half", str(hub.DEMO), {"dtype": "float16", "max_model_len": 64})
+    await engine.start()
+    await engine.load_adapter(AdapterVersion(name="half", version=1, id=1, rank=4), adapters[0])
+    dtypes = {p.dtype for name, p in engine._model.causal_lm.named_parameters() if ".lora_" in name}
+    assert (engine.info.dtype, engine.info.adapter_dtype, dtypes) == ("F16", "F32", {torch.float32})
+    await engine.stop()
 
 
 @pytest.mark.vllm

@@ -166,6 +166,11 @@ def integers(weights: dict[str, Any]) -> Any:
     return {**weights, "model.norm.weight": weights["model.norm.weight"].long()}
 
 
+def huge(weights: dict[str, Any]) -> Any:
+    """Finite in float64, and infinite in the engine's float32."""
+    return {**weights, "model.norm.weight": weights["model.norm.weight"].double() * 1e39}
+
+
 def meta(weights: dict[str, Any]) -> Any:
     return {**weights, "model.norm.weight": weights["model.norm.weight"].to("meta")}
 
@@ -203,6 +208,7 @@ def breaks_off(weights: dict[str, Any]) -> Any:
         (tied, WeightsError, "'lm_head.weight' differs from 'model.embed_tokens.weight'"),
         (tied_shape, WeightsError, r"'lm_head.weight' has the shape \(5, 128\)"),
         (integers, WeightsError, r"'model.norm.weight' has the dtype I64 \(integer\), the model's has F32 \(float\)"),
+        (huge, WeightsError, r"'model.norm.weight' has values of magnitude .* in F64; the engines hold it in F32, up"),
         (meta, WeightsError, "'model.norm.weight' is on the meta device"),
         (unmerged, WeightsError, r"not merged. Call merge_and_unload\(\)"),
         (no_pairs, WeightsError, "pairs of name and tensor, got str"),

@@ -138,7 +138,11 @@ async def started(kind: EngineKind, model: Path = hub.DEMO) -> AsyncIterator[Eng
     )
     store: Any = Files()
     server = EngineServer(engine, model, store)
-    await server.start(kind, 300)
+    try:
+        await server.start(kind, 300)
+    except BaseException:
+        await server.stop()
+        raise
     harness = EngineHarness(engine, server, store)
     yield harness
     assert not harness.unfinished, "a test left groups running"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from tests.support.lora import LINEAR, random_adapter
 from twinkle_serve import hub
 from twinkle_serve.adapters import describe_adapter, pack_adapter, read_adapter
 from twinkle_serve.checkpoint import read_model_spec
+from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.engines.adapter_checks import AdapterChecks
+from twinkle_serve.engines.fake import FakeEngine
 from twinkle_serve.errors import AdapterError
 
 MODEL = read_model_spec(hub.DEMO)
@@ -53,7 +57,10 @@ COMPLETE: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = [
     ({"layers_to_transform": 1, "layers_pattern": "layers"}, of_layers(1)),
     ({"exclude_modules": r".*layers\.[123]\..*"}, of_layers(0)),
     ({"target_modules": None}, without("k_proj", "o_proj", "mlp")),
-    ({"target_modules": ["self_attn.q_proj", "model.layers.0.mlp.up_proj"]}, TENSORS),
+    (
+        {"target_modules": ["self_attn.q_proj", "model.layers.0.mlp.up_proj"]},
+        {name: tensor for name, tensor in TENSORS.items() if "q_proj" in name or "layers.0.mlp.up_proj" in name},
+    ),
 ]
 INCOMPLETE: list[tuple[dict[str, Any], dict[str, torch.Tensor], str]] = [
     ({}, of_layers(0), "21 of the 28 modules .*, such as model.layers.1.mlp.down_proj"),
@@ -73,6 +80,141 @@ INCOMPLETE: list[tuple[dict[str, Any], dict[str, torch.Tensor], str]] = [
     ({}, without("layers.1.mlp.up_proj.lora_A"), "model.layers.1.mlp.up_proj has no lora_A"),
     ({}, without("layers.1.mlp.up_proj.lora_B"), "model.layers.1.mlp.up_proj has no lora_B"),
 ]
+
+
+BEYOND: list[tuple[dict[str, Any], str]] = [
+    ({"target_modules": ["q_proj", "v_proj"]}, "20 modules that .* does not target, by target_modules=.*mlp.down_proj"),
+    ({"target_modules": r".*\.q_proj"}, "24 modules"),
+    ({"exclude_modules": ["v_proj"]}, "4 modules .*, by .*exclude_modules=.*, such as model.layers.0.self_attn.v_proj"),
+    ({"layers_to_transform": [0, 1]}, "14 modules .*, such as model.layers.2.mlp.down_proj"),
+    ({"target_modules": "all-linear", "exclude_modules": ["v_proj"]}, "4 modules"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BEYOND)
+def test_adapter_with_modules_beyond_its_config_is_refused(options: dict[str, Any], message: str) -> None:
+    """peft would ignore them, so the trainer's model does."""
+    with pytest.raises(AdapterError, match=message):
+        check(LoraConfig(**{"r": 8, "target_modules": list(LINEAR), **options}), TENSORS)
+
+
+@pytest.mark.parametrize("targets", [["c_attn"], r"transformer\.h\..*", ["query", "key"]])
+@pytest.mark.parametrize("renamed", [False, True])
+def test_config_that_targets_no_module_of_the_model_is_refused(targets: list[str] | str, renamed: bool) -> None:
+    """Whether the engine may know the tensors' modules or not: nothing could be said of what is missing."""
+    tensors = {name.replace("q_proj", "c_attn") if renamed else name: tensor for name, tensor in TENSORS.items()}
+    with pytest.raises(AdapterError, match=r"targets no module of the model, by target_modules=.*The model has, for"):
+        check(LoraConfig(r=8, target_modules=targets), tensors)
+
+
+def test_pattern_of_the_names_of_another_transformers_is_matched_with_those() -> None:
+    """The adapter's tensors have these names too, and differ from the model's by their prefix alone."""
+    older = {name.replace(".model.layers.", ".language_model.model.layers."): t for name, t in TENSORS.items()}
+    check(LoraConfig(r=8, target_modules=r"language_model\.model\.layers\..*_proj"), older)
+    with pytest.raises(AdapterError, match=r"does not target, .* such as language_model.model.layers.0.self_attn.k_"):
+        check(LoraConfig(r=8, target_modules=r"language_model\.model\.layers\..*(mlp|v|q|o).*_proj"), older)
+
+
+def test_module_of_an_unknown_name_excuses_no_other() -> None:
+    """The engine may have renamed it, but not those that the adapter lacks besides."""
+    renamed = {name.replace("model.layers.3.", "blocks.three."): tensor for name, tensor in TENSORS.items()}
+    check(LoraConfig(r=8, target_modules=list(LINEAR)), renamed)
+    part = {name: tensor for name, tensor in renamed.items() if "layers.1.mlp.up_proj" not in name}
+    with pytest.raises(AdapterError, match=r"incomplete: .* such as layers.1.mlp.up_proj"):
+        check(LoraConfig(r=8, target_modules=list(LINEAR)), part)
+
+
+def test_adapter_of_experts_that_the_checkpoint_stores_apart_is_complete(tmp_path: Path) -> None:
+    """transformers stacks them; an older one, and the trainer with it, did not."""
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 8, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 32}
+    config = transformers.Qwen3MoeConfig(**sizes, **heads, num_experts=4, num_experts_per_tok=2)
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
+    checks, spec = AdapterChecks(tmp_path), read_model_spec(tmp_path)
+    tensors = {}
+    for name, weight in spec.weights.items():
+        if name.endswith("up_proj.weight"):
+            place = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{place}.lora_A.weight"] = torch.ones(2, weight.shape[1])
+            tensors[f"{place}.lora_B.weight"] = torch.ones(weight.shape[0], 2)
+    assert len(tensors) == 2 * 2 * 4
+    peft: Any = LoraConfig(r=2, target_modules=["up_proj"])
+    checks.check(describe_adapter(pack_adapter(peft, tensors)), spec)
+    part = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.experts.3." not in name}
+    with pytest.raises(AdapterError, match="1 of the 8 modules"):
+        checks.check(describe_adapter(pack_adapter(peft, part)), spec)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "half", "value", "options", "limit"),
+    [
+        ("F16", "lora_A", 1e5, {}, "65504"),
+        ("F16", "lora_B", -4e4, {"lora_alpha": 16}, "65504"),
+        ("F16", "lora_B", 4e4, {"lora_alpha": 8, "alpha_pattern": {"q_proj": 16}}, "65504"),
+        ("F16", "lora_B", 4e4, {"lora_alpha": 8, "use_rslora": True}, "65504"),
+        ("F32", "lora_A", 1e39, {}, "3.40282e+38"),
+        ("F32", "lora_A", 1e5, {}, None),
+        ("F16", "lora_A", 6e4, {"lora_alpha": 16}, None),
+        ("F16", "lora_B", 4e4, {"lora_alpha": 8}, None),
+        ("", "lora_A", 1e39, {}, None),
+    ],
+)
+def test_adapter_whose_values_would_be_infinite_in_the_engine_is_refused(
+    dtype: str, half: str, value: float, options: dict[str, Any], limit: str | None
+) -> None:
+    """By the dtype that the engine holds adapters in; vLLM multiplies lora_B by its scale in it."""
+    tensors = {name: tensor.double() for name, tensor in TENSORS.items() if "q_proj" in name}
+    name = f"model.layers.2.self_attn.q_proj.{half}.weight"
+    tensors[f"base_model.model.{name}"][1, 1] = value
+    config: Any = LoraConfig(**{"r": 8, "target_modules": ["q_proj"], **options})
+    adapter = describe_adapter(pack_adapter(config, tensors))
+    if limit is None:
+        CHECKS.check(adapter, MODEL, dtype)
+        return
+    with pytest.raises(AdapterError, match=f"{name} reaches .* in {dtype}, up to {re.escape(limit)}: .*infinite"):
+        CHECKS.check(adapter, MODEL, dtype)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "remedy"),
+    [
+        ("_orig_mod.", "torch.compile"),
+        ("_fsdp_wrapped_module.", "FSDP"),
+        ("_checkpoint_wrapped_module.", "activation checkpointing"),
+        ("module.", "DistributedDataParallel"),
+    ],
+)
+@pytest.mark.parametrize("place", ["", "base_model.model.", "base_model.model.model.layers.0."])
+def test_name_of_a_trainers_wrapper_has_its_remedy(wrapper: str, remedy: str, place: str) -> None:
+    """In the adapter's own names and in those of the model's tensors beside it, as in `update_weights`."""
+    model = adapted()
+    prefix = "base_model.model."
+    tensors = get_peft_model_state_dict(model)
+
+    def load(tensors: dict[str, torch.Tensor]) -> None:
+        files = pack_adapter(model.peft_config["default"], tensors)
+        adapter = describe_adapter(files)
+        CHECKS.check(adapter, MODEL)
+        engine = FakeEngine("fake", str(hub.DEMO), {})
+        asyncio.run(engine.start())
+        asyncio.run(engine.load_adapter(AdapterVersion(name="x", version=1, id=1, rank=8), files))
+
+    load(tensors)
+    wrapped = {name.replace(place, place + wrapper, 1) if place else wrapper + name: t for name, t in tensors.items()}
+    beside = {f"{place or prefix}{wrapper}norm.weight": torch.ones(128)}
+    for bad in (wrapped, {**tensors, **beside}):
+        with pytest.raises(AdapterError, match=remedy):
+            load(bad)
+
+
+def test_lora_of_an_embedding_is_refused_with_its_remedy() -> None:
+    """As peft saves it and in the model's state_dict."""
+    model = adapted(target_modules=["q_proj", "embed_tokens"])
+    for tensors in (get_peft_model_state_dict(model), whole_state_dict(model)):
+        with pytest.raises(AdapterError, match=r"embed_tokens.lora_embedding_A' .*Train without"):
+            check(model.peft_config["default"], tensors)
 
 
 @pytest.mark.parametrize(("options", "tensors"), COMPLETE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.support.harness import started
+from tests.support.samplers import ENGINE_ARGS
 from twinkle_serve import hub
-from twinkle_serve.checkpoint import named_tensors, read_model_spec, weight_files
-from twinkle_serve.errors import WeightsError
+from twinkle_serve.checkpoint import find_overflow, named_tensors, read_model_spec, weight_files
+from twinkle_serve.errors import EngineArgsError, EngineStartError, WeightsError
 
 TENSORS: dict[str, torch.Tensor] = dict(named_tensors(hub.DEMO))
 EMBEDDING = "model.embed_tokens.weight"
@@ -74,6 +77,71 @@ def test_index_that_does_not_fit_is_refused(tmp_path: Path, content: str, messag
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(WeightsError, match=message):
         weight_files(tmp_path)
+
+
+def stale_index(path: Path) -> None:
+    """All parts are there, of an earlier save."""
+    shards(path)
+    save(path, "model.safetensors", list(TENSORS))
+
+
+def index_of_one_and_more(path: Path) -> None:
+    save(path, "model.safetensors", list(TENSORS)[1:])
+    save(path, "model-1.safetensors", list(TENSORS)[:1])
+    where = {name: f"model{'' if i else '-1'}.safetensors" for i, name in enumerate(TENSORS)}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+def pickles_and_parts(path: Path) -> None:
+    shards(path, index=False)
+    torch.save(TENSORS, path / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("files", [stale_index, index_of_one_and_more, pickles_and_parts])
+def test_directory_of_which_loaders_read_different_files_is_refused(
+    tmp_path: Path, files: Callable[[Path], None]
+) -> None:
+    """transformers prefers the one file to an index, and pickles to parts; vLLM does not."""
+    files(tmp_path)
+    for read in (read_model_spec, lambda path: list(named_tensors(path))):
+        with pytest.raises(WeightsError, match=r"has .* and also .*: transformers would read the former, and vLLM the"):
+            read(tmp_path)
+
+
+def test_index_that_lists_the_one_file_is_read(tmp_path: Path) -> None:
+    """Whichever loader reads it."""
+    save(tmp_path, "model.safetensors", list(TENSORS))
+    where = dict.fromkeys(TENSORS, "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+
+
+async def test_engine_does_not_start_on_a_directory_of_which_loaders_read_different_files(tmp_path: Path) -> None:
+    """Whatever the engine: it may read the files that the checks do not."""
+    shutil.copytree(hub.DEMO, tmp_path / "model")
+    stale_index(tmp_path / "model")
+    with pytest.raises(EngineStartError, match="transformers would read the former"):
+        async with started("fake", tmp_path / "model"):
+            pass
+
+
+@pytest.mark.parametrize(("stored", "value"), [(torch.float32, 7e4), (torch.bfloat16, -1e6)])
+async def test_engine_does_not_start_with_a_dtype_that_the_checkpoint_exceeds(
+    tmp_path: Path, stored: torch.dtype, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values would be infinite. Scalars are not weights, such as constants that masked attention once stored."""
+    tensors = {name: tensor.to(stored, copy=True) for name, tensor in TENSORS.items()}
+    path = model(tmp_path / "model", {**tensors, "masked_bias": torch.tensor(-1e9)})
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(hub.DEMO / name, path)
+    monkeypatch.setitem(ENGINE_ARGS, "torch", {"dtype": "float16", "max_model_len": 64})
+    assert find_overflow(path, "F16") is find_overflow(path, "BF16") is None
+    tensors["model.norm.weight"][3] = value
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path / "model.safetensors")
+    message = r"'model.norm.weight' has values of magnitude .*; the engine holds it in F16, up to 65504: .* bfloat16"
+    with pytest.raises(EngineArgsError, match=message):
+        async with started("torch", path):
+            pass
 
 
 def model(path: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:

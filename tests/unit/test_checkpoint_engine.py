@@ -12,7 +12,7 @@ import torch
 from tests.support.lora import random_adapter
 from tests.support.samplers import make_sampler
 from twinkle_serve import hub
-from twinkle_serve.errors import UnsupportedError
+from twinkle_serve.errors import AdapterError, UnsupportedError
 from twinkle_serve.sampler import RunningSampler
 from twinkle_serve.upstream.checkpoint_engine import CheckpointEngineManager
 from twinkle_serve.upstream.checkpoint_engine.manager import _own_weights
@@ -98,6 +98,22 @@ def test_adapter_that_is_more_than_a_sum_of_weights_is_refused(special: dict[str
     setattr(model.peft_config["default"], key, value)
     with pytest.raises(UnsupportedError, match=rf"adapter 'default' is LORA with {key}=.*, which is not merged here"):
         list(_own_weights(model, merged=True))
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_adapter_of_tied_weights_is_not_merged(target: str) -> None:
+    """It would change the embedding and the output layer. Untied, it is merged as peft merges it."""
+    model = random_adapter(modules=("q_proj", target))
+    with pytest.raises(
+        AdapterError, match=rf"'default' has matrices for .*{target}, .* one weight for .* Train without"
+    ):
+        list(_own_weights(model, merged=True))
+    assert "lm_head.weight" in dict(_own_weights(model, merged=False))
+    base = model.get_base_model()
+    layer = base.lm_head.base_layer if target == "lm_head" else base.lm_head
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    merged = dict(_own_weights(model, merged=True))
+    assert not torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
 
 
 def test_synced_adapter_samples_calls_that_name_none(sampler: RunningSampler) -> None:

@@ -11,7 +11,10 @@ import pytest
 
 from tests.support.eventually import wait_until
 from tests.support.local_sampler import QUESTION, make
-from tests.support.lora import save_adapter
+from tests.support.lora import random_adapter, save_adapter
+from twinkle_serve.adapters import PREFIX
+from twinkle_serve.checkpoint import buckets
+from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.errors import (
     AdapterError,
 )
@@ -104,3 +107,57 @@ def test_paths_do_not_pass_for_versions_of_others(
     assert labels == [f"{plain}@1", f"{tricky}@1", f"{plain}@1"]
     tokens = [response.sequences[0].tokens for response in by_path]
     assert tokens[0] == tokens[2] != tokens[1]
+
+
+def test_base_tensors_of_an_adapter_are_compared_with_the_weights_that_it_is_added_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of the last update, not the checkpoint's; tied names too. The adapter stays through later updates."""
+    sampler, backend = make()
+    server = backend._service._server
+    assert server is not None
+    model = random_adapter(modules=("q_proj",))
+    config, old = model.peft_config["default"], {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sampler.add_adapter_to_model("first", config, state_dict=old)
+
+    def scaled(factor: int) -> dict[str, Any]:
+        return {name: tensor if "lora_" in name else tensor * factor for name, tensor in old.items()}
+
+    def own(factor: int) -> dict[str, Any]:
+        names = {name: name.removeprefix(PREFIX).replace(".base_layer.", ".") for name in old if "lora_" not in name}
+        return {names[name]: tensor for name, tensor in scaled(factor).items() if name in names}
+
+    sampler.update_weights(own(2), "doubled", bucket_bytes=2**18)
+    with pytest.raises(AdapterError, match="with values that the model's weights 'doubled' do not have"):
+        sampler.add_adapter_to_model("second", config, state_dict=old)
+    in_bfloat16 = {name: tensor if "lora_" in name else tensor.bfloat16() for name, tensor in scaled(2).items()}
+    for tensors in (scaled(2), in_bfloat16):
+        label = sampler.add_adapter_to_model("second", config, state_dict=tensors)
+    norm = f"{PREFIX}model.norm.weight"
+    with pytest.raises(AdapterError, match=r"'model.norm.weight' with values that the model's weights 'doubled' do"):
+        sampler.add_adapter_to_model("second", config, state_dict={**scaled(2), norm: old[norm]})
+    sampler.update_weights(own(3), "tripled")
+    versions = list(server._adapters.values())
+    assert {version.weights for version in versions} == {0, 1}
+
+    async def reload() -> None:
+        """As an engine that starts anew."""
+        await server.keep_adapters([])
+        for version in versions:
+            await server.load_adapter(version)
+
+    backend.loop.call(reload())
+    assert sampler.sample(QUESTION, {"max_tokens": 2}, label).sequences[0].adapter == label
+    load = server.load_adapter
+
+    async def update_first(version: AdapterVersion) -> None:
+        upload = await server._store.begin_weights("meanwhile", await server.model_spec())
+        for index, part in enumerate(buckets(own(4).items())):
+            await server._store.append_weights(upload, index, part)
+        await server._store.commit_weights(await server._store.seal_weights(upload))
+        await load(version)
+
+    monkeypatch.setattr(server, "load_adapter", update_first)
+    with pytest.raises(AdapterError, match=r"weights were updated to 'meanwhile' meanwhile\. Add it again"):
+        sampler.add_adapter_to_model("third", config, state_dict=scaled(3))
+    sampler.shutdown()

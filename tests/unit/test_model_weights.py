@@ -269,6 +269,43 @@ def test_weight_of_another_class_of_dtypes_is_refused(dtype: str, said: str) -> 
         put(ModelWeights(), "one", list(buckets(tensors.items())))
 
 
+@pytest.mark.parametrize(
+    ("held", "engine", "sent", "value", "said"),
+    [
+        ("F16", "", torch.float32, 65536.0, "65536 in F32; the engines hold it in F16, up to 65504"),
+        ("F16", "", torch.bfloat16, -1e6, "999424 in BF16; .* in F16"),
+        ("F32", "", torch.float64, 1e39, r"1e\+39 in F64; .* in F32, up to 3.40282e\+38"),
+        ("BF16", "", torch.float64, -3.4e38, r"3.4e\+38 in F64; .* in BF16, up to 3.38953e\+38"),
+        ("F32", "F16", torch.float32, 65536.0, "65536 in F32; .* in F16"),
+        ("BF16", "F16", torch.bfloat16, 1e5, "99840 in BF16; .* in F16"),
+        ("F16", "F32", torch.float32, 1e9, ""),
+        ("F16", "BF16", torch.bfloat16, 1e9, ""),
+        ("F32", "", torch.float64, 3e38, ""),
+        ("F32", "", torch.float32, 3.4e38, ""),
+        ("F16", "", torch.float32, 65504.0, ""),
+    ],
+)
+@pytest.mark.parametrize("nonfinite", [None, float("inf"), float("nan")])
+def test_value_that_would_be_infinite_in_the_engine_ends_the_update(
+    held: str, engine: str, sent: torch.dtype, value: float, said: str, nonfinite: float | None
+) -> None:
+    """The engine's dtype counts, or else the checkpoint's; values that were sent as infinite are as they are."""
+    spec = ModelSpec({"w": WeightSpec((3, 100_000), held), "s": WeightSpec((), held)}, {}, engine)
+    weight = torch.ones(3, 100_000, dtype=sent)
+    weight[2, 99_998] = value
+    if nonfinite is not None:
+        weight[0, 0] = weight[2, 99_999] = nonfinite
+    tensors = {"w": weight, "s": torch.tensor(value, dtype=sent)}
+    store = ModelWeights()
+    upload, part = store.begin("one", spec), next(buckets(tensors.items(), allow_nonfinite=True))
+    if not said:
+        store.append(upload, 0, part)
+        return
+    with pytest.raises(WeightsError, match=f"weight 'w' has values of magnitude {said}.*engine_args.dtype"):
+        store.append(upload, 0, part)
+    assert not store._memory
+
+
 def test_weight_that_is_partitioned_has_its_remedy() -> None:
     """DeepSpeed's ZeRO-3 leaves empty tensors in a state_dict."""
     tensors = {name: torch.empty(0) for name in TENSORS}
@@ -298,7 +335,7 @@ def test_weights_of_a_quantized_model_have_its_dtypes() -> None:
         ("model.layers.0._fsdp_wrapped_module._flat_param", "FSDP"),
         ("_orig_mod.model.norm.weight", "torch.compile"),
         ("model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight", "checkpointing"),
-        ("module.model.norm.weight", r"model\.module\.state_dict\(\)"),
+        ("module.model.norm.weight", r"the state_dict of model\.module"),
         ("model.normm.weight", r"get_state_keys\(\)"),
     ],
 )

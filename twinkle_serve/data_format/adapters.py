@@ -20,6 +20,9 @@ class AdapterVersion:
     """Largest rank of its modules."""
     checksum: str = ""
     """Checksum of its files."""
+    weights: int | None = None
+    """Number of the weights version with which the model's own tensors in it are compared, the current one when it was
+    added; None if it has none."""
 
     @property
     def label(self) -> str:

@@ -119,6 +119,10 @@ class EngineInfo:
     """Cores that its compute threads are pinned to; empty if not pinned."""
     max_lora_rank: int = 0
     """Maximum rank of an adapter; 0 if LoRA is off."""
+    dtype: str = ""
+    """safetensors' name of the dtype that it converts the model's floats to; "" if it keeps the checkpoint's."""
+    adapter_dtype: str = ""
+    """The same for adapters; "" if it keeps theirs."""
     incarnation: str = ""
     """Id of the engine process; its replacement has another."""
     weights_version: WeightsVersion | None = None

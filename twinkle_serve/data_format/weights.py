@@ -56,6 +56,8 @@ class ModelSpec:
     """By name in the model's checkpoint; empty where it has no safetensors files."""
     tied: Mapping[str, str]
     """Other names of some weights, each with the weight whose values it has: an output layer that is the embedding."""
+    dtype: str = ""
+    """safetensors' name of the dtype that an engine converts floats to; "" if it keeps the checkpoint's."""
 
     @property
     def required(self) -> Mapping[str, WeightSpec]:

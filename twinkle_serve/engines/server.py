@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from twinkle_serve import timing
-from twinkle_serve.adapters import describe_adapter
-from twinkle_serve.checkpoint import buckets, named_tensors, read_model_spec
+from twinkle_serve.adapters import AdapterDescription, describe_adapter
+from twinkle_serve.checkpoint import buckets, find_overflow, hash_weights, named_tensors, read_model_spec, weight_shapes
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
 from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, ModelSpec, PauseMode, WeightsVersion
-from twinkle_serve.engines.adapter_checks import AdapterChecks
+from twinkle_serve.engines.adapter_checks import AdapterChecks, BaseDigests, base_keys
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.engines.group_runner import Finished, GroupRunner
 from twinkle_serve.engines.protocol import Engine
@@ -30,9 +30,18 @@ from twinkle_serve.engines.resumed import as_resume_prompt, join_resumed
 from twinkle_serve.engines.router_lease import RouterLease
 from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.text import TextStream
-from twinkle_serve.errors import AdapterError, EngineDeadError, EngineError, EngineStartError, StoreError
+from twinkle_serve.errors import (
+    AdapterError,
+    EngineArgsError,
+    EngineDeadError,
+    EngineError,
+    EngineStartError,
+    StoreError,
+    WeightsError,
+)
 from twinkle_serve.lease import Lease
 from twinkle_serve.tasks import BackgroundTasks
+from twinkle_serve.tensors import MAX_FINITE
 from twinkle_serve.weights import StoreClient
 
 logger = logging.getLogger(__name__)
@@ -54,6 +63,8 @@ class EngineServer(EngineClient):
         self._model = model
         self._adapter_checks = AdapterChecks(model)
         self._checking = asyncio.Lock()
+        self._updated = BaseDigests(CHECKPOINT_VERSION)
+        """Hashes of the last updated weights that an adapter was compared with."""
         self._model_spec: ModelSpec | None = None
         """Read from the model's files when it is first needed."""
         self._adapters: dict[int, AdapterVersion] = {}
@@ -87,7 +98,9 @@ class EngineServer(EngineClient):
         """
         try:
             async with asyncio.timeout(timeout_s):
+                await self._check_files(name)
                 await self._engine.start(on_stage)
+                await self._check_dtype(name)
                 await self._load_current()
                 on_stage("warming")
                 await self._engine.sample_group(WARM_UP)  # takes vLLM seconds on CPU
@@ -96,6 +109,24 @@ class EngineServer(EngineClient):
                 f"{name}: {self._model} did not load within startup_timeout_s={timeout_s:g}. Raise it."
             ) from None
         self._info = replace(self._engine.info, incarnation=uuid.uuid4().hex)
+
+    async def _check_files(self, name: str) -> None:
+        """Raises EngineStartError for a model whose weights cannot be read, or of which loaders would differ."""
+        try:
+            await asyncio.to_thread(weight_shapes, self._model)
+        except WeightsError as error:
+            raise EngineStartError(f"{name}: {error}") from None
+
+    async def _check_dtype(self, name: str) -> None:
+        """Raises EngineArgsError if weights of the checkpoint are infinite in the engine's dtype."""
+        dtype = self._engine.info.dtype
+        if (found := await asyncio.to_thread(find_overflow, self._model, dtype)) is not None:
+            weight, largest = found
+            raise EngineArgsError(
+                f"{name}: the checkpoint's weight {weight!r} has values of magnitude {largest:g}; the engine holds it "
+                f"in {dtype}, up to {MAX_FINITE[dtype]:g}: they would be infinite. Set engine_args.dtype to bfloat16 "
+                "or float32."
+            )
 
     async def _load_current(self) -> None:
         """Loads the current weights version, and again if it changes meanwhile."""
@@ -236,9 +267,36 @@ class EngineServer(EngineClient):
         description = await asyncio.to_thread(describe_adapter, files)
         spec = await self.model_spec()
         async with self._checking:
-            await asyncio.to_thread(self._adapter_checks.check, description, spec)
+            updated = await self._updated_base(version, description, spec)
+            dtype = self._engine.info.adapter_dtype
+            await asyncio.to_thread(self._adapter_checks.check, description, spec, dtype, updated)
         await self._engine.load_adapter(version, files)
         self._adapters[version.id] = version
+
+    async def _updated_base(
+        self, version: AdapterVersion, adapter: AdapterDescription, spec: ModelSpec
+    ) -> BaseDigests | None:
+        """Returns the hashes of the weights with which the adapter's base tensors are compared; None: the checkpoint's.
+
+        Without hashes if these weights are no longer current: an adapter is compared with them when it is added.
+        """
+        if not version.weights:
+            return None
+        current = await self._store.current_weights()
+        if current.number != version.weights:
+            return BaseDigests(current, outdated=True)
+        if self._updated.version != current:
+            self._updated = BaseDigests(current)
+        known, wanted = self._updated.digests, base_keys(adapter, spec)
+        try:
+            async with contextlib.aclosing(self._buckets(current)) as parts:
+                while not known.keys() >= wanted and (part := await anext(parts, None)) is not None:
+                    known |= await asyncio.to_thread(hash_weights, part, wanted - known.keys())
+        except StoreError:
+            if (await self._store.current_weights()).number == version.weights:
+                raise
+            return BaseDigests(current, outdated=True)
+        return self._updated
 
     async def drop_adapter(self, version: AdapterVersion) -> None:
         if self._adapters.pop(version.id, None) is not None:
@@ -257,7 +315,8 @@ class EngineServer(EngineClient):
 
     async def model_spec(self) -> ModelSpec:
         if self._model_spec is None:
-            self._model_spec = await asyncio.to_thread(read_model_spec, self._model)
+            spec = await asyncio.to_thread(read_model_spec, self._model)
+            self._model_spec = replace(spec, dtype=self._engine.info.dtype)
         return self._model_spec
 
     async def pause(self, mode: PauseMode) -> None:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.errors import DeadlineError, StoreError
+from twinkle_serve.errors import AdapterError, DeadlineError, StoreError
 from twinkle_serve.routing.adapter_loading import AdapterLoader
 from twinkle_serve.routing.adapters import Adapters, Directory, absolute, read_directory
 from twinkle_serve.routing.membership import EngineMembership
@@ -60,12 +60,22 @@ class AdapterPublisher:
         version = await self._store.put(name, files, is_path=is_path)
         try:
             await self._loader.load(version)
+            await self._require_same_weights(version)
             await self._store.publish(version)
         except BaseException:
             self._drop([version])
             raise
         self._drop(self._adapters.publish(version))
         return version.label
+
+    async def _require_same_weights(self, version: AdapterVersion) -> None:
+        """Raises AdapterError if the weights changed with which the engines were to compare tensors of an adapter."""
+        if version.weights is None or version.weights == (current := await self._store.current_weights()).number:
+            return
+        raise AdapterError(
+            f"adapter {version.name!r} came with tensors of the model itself, and the model's weights were updated to "
+            f"{current.label!r} meanwhile. Add it again, or with state_dict=get_peft_model_state_dict(model)."
+        )
 
     async def remove(self, name: str) -> None:
         """See `RouterAPI.remove_adapter`."""

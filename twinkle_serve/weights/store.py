@@ -99,6 +99,7 @@ class WeightStore:
             id=self._next_id,
             rank=description.rank,
             checksum=files.checksum(),
+            weights=self.model.current().number if description.base else None,
         )
         if self._disk is not None:
             self._disk.write(f"{_directory(version)}/{CONFIG}", files.config)

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from twinkle_serve.checkpoint import PackedWeight, read_bucket, without_weights
 from twinkle_serve.data_format.weights import Bucket, ModelSpec, WeightSpec, WeightsVersion
 from twinkle_serve.errors import WeightsError
-from twinkle_serve.tensors import CLASSES
+from twinkle_serve.tensors import CLASSES, FLOAT_READERS, MAX_FINITE, WRAPPERS, find_remedy, overflow
 
 CHUNK_BYTES = 2**24
 
@@ -26,12 +25,7 @@ REMEDIES: dict[str, str] = {
     "modules_to_save.": MERGE,
     "original_module.": MERGE,
     "base_model.model.": MERGE,
-    "_fsdp_wrapped_module.": "Its name is FSDP's. Take the names of FSDP's own state_dict, or that part out of them.",
-    "_flat_param": "It is a flat parameter of FSDP. Take the full state_dict that FSDP gathers.",
-    "_orig_mod.": "Its name is torch.compile's. Send the state_dict of model._orig_mod.",
-    "_checkpoint_wrapped_module.": "Its name is activation checkpointing's. Take that part out of the names.",
-    "parametrizations.": "It is parametrized. Call torch.nn.utils.parametrize.remove_parametrizations first.",
-    "module.": "Its name is that of a wrapper, such as DistributedDataParallel. Send model.module.state_dict().",
+    **WRAPPERS,
 }
 """What to do about a name that the model does not have, by the start of one of its parts."""
 
@@ -82,6 +76,7 @@ class Upload:
         weights = read_bucket(bucket)
         for name, weight in weights.items():
             self._check(name, weight.spec)
+            self._check_range(name, weight, bucket)
         self._seen |= weights.keys()
         tied = {name for name in weights if name in self._model.tied}
         self._compare_tied(bucket, weights, tied)
@@ -119,10 +114,24 @@ class Upload:
                 "Send it as the checkpoint stores it; floats may be of any width."
             )
 
+    def _check_range(self, name: str, weight: PackedWeight, bucket: Bucket) -> None:
+        """Raises WeightsError for finite values that would be infinite in the engines.
+
+        Not for scalars, which are constants, or scales that engines keep in float32.
+        """
+        dtype = weight.spec.dtype
+        target = self._model.dtype or self._model.weights[self._model.tied.get(name, name)].dtype
+        largest = overflow(dtype, bucket[weight.begin : weight.end], target) if weight.spec.shape else None
+        if largest is not None:
+            raise WeightsError(
+                f"weight {name!r} has values of magnitude {largest:g} in {dtype}; the engines hold it in {target}, up "
+                f"to {MAX_FINITE[target]:g}: they would become infinite. Start the service with an engine_args.dtype "
+                "of larger range, or train within this one."
+            )
+
     def _unknown(self, name: str) -> str:
         some = ", ".join(sorted(self._required)[:2])
-        remedies = (remedy for part, remedy in REMEDIES.items() if f".{part}" in f".{name}")
-        remedy = next(remedies, "Use the names of get_state_keys().")
+        remedy = find_remedy(name, REMEDIES, "Use the names of get_state_keys().")
         return f"the model has no weight {name!r}; it has, for example, {some}. {remedy}"
 
     def _compare_tied(self, bucket: Bucket, weights: Mapping[str, PackedWeight], tied: set[str]) -> None:
@@ -163,18 +172,5 @@ def _same_values(dtype: str, data: Bucket, other_dtype: str, other: Bucket) -> b
     if dtype == other_dtype:
         starts = range(0, len(data), CHUNK_BYTES)
         return all(data[i : i + CHUNK_BYTES].tobytes() == other[i : i + CHUNK_BYTES].tobytes() for i in starts)
-    widen = _FLOATS.keys() >= {dtype, other_dtype}
-    return widen and np.array_equal(_FLOATS[dtype](data), _FLOATS[other_dtype](other), equal_nan=True)
-
-
-def _bfloat16(data: Bucket) -> NDArray[np.float32]:
-    return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-
-
-_FLOATS: dict[str, Callable[[Bucket], NDArray[np.floating]]] = {
-    "BF16": _bfloat16,
-    "F16": lambda data: np.frombuffer(data, np.float16),
-    "F32": lambda data: np.frombuffer(data, np.float32),
-    "F64": lambda data: np.frombuffer(data, np.float64),
-}
-"""Readers of values by dtype."""
+    widen = FLOAT_READERS.keys() >= {dtype, other_dtype}
+    return widen and np.array_equal(FLOAT_READERS[dtype](data), FLOAT_READERS[other_dtype](other), equal_nan=True)

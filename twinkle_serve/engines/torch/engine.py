@@ -24,6 +24,7 @@ from twinkle_serve.engines.torch.model import TorchModel
 from twinkle_serve.engines.torch.rows import Row, group_columns
 from twinkle_serve.engines.torch.weights import copy_renamed, copy_weights, weights_checksum
 from twinkle_serve.errors import EngineArgsError, EngineDeadError, EngineError, EngineStartError, UnsupportedError
+from twinkle_serve.tensors import stored_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,6 +112,8 @@ class TorchEngine:
             device=self._device,
             cpus=self._cpus,
             max_lora_rank=self._args.max_lora_rank if self._args.enable_lora else 0,
+            dtype=stored_dtype(self._model.causal_lm.dtype),
+            adapter_dtype="F32",  # peft's, whatever the model's
         )
         self._event_loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._run())

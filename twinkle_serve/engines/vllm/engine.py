@@ -41,6 +41,7 @@ from twinkle_serve.errors import (
     UnsupportedError,
     WeightsError,
 )
+from twinkle_serve.tensors import stored_dtype
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -130,6 +131,8 @@ class VLLMEngine:
             device=self._device,
             cpus=tuple(sorted({core for cores in self._cpus for core in cores})),
             max_lora_rank=0 if lora is None else lora.max_lora_rank,
+            dtype=stored_dtype(config.model_config.dtype),
+            adapter_dtype="" if lora is None else stored_dtype(lora.lora_dtype),
         )
         self._tokenizer = self._llm.get_tokenizer()
 

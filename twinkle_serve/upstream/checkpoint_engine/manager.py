@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from twinkle_serve.adapters import SUPPORTED
-from twinkle_serve.errors import UnsupportedError
+from twinkle_serve.errors import AdapterError, UnsupportedError
 from twinkle_serve.sampler import RunningSampler
 
 SYNCED = "synced"
@@ -60,7 +60,7 @@ class CheckpointEngineManager:
             UnsupportedError: adapters that are not plain LoRA, several where one is sent, or one that is merged into
                 the weights that are sent without it.
             WeightsError: as `update_weights`.
-            AdapterError: as `add_adapter_to_model`.
+            AdapterError: as `add_adapter_to_model`; or an adapter to be merged is of a weight that two modules share.
         """
         config = getattr(self.model, "peft_config", None)
         if merge_and_sync or not self.base_sync_done or not config:
@@ -97,6 +97,7 @@ def _own_weights(model: Any, *, merged: bool) -> Iterator[tuple[str, Any]]:
     _require_plain_lora(model)
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
     _require_unmerged(layers, active)
+    _require_own_weights(model, layers, active)
     for name, tensor in model.state_dict().items():
         place, base, rest = name.partition(".base_layer.")
         if base and rest == "weight" and place in layers:
@@ -123,6 +124,21 @@ def _checkpoint_name(name: str, active: set[str]) -> str | None:
     if original:
         return None if active else f"{place}.{rest}"
     return name.replace(".base_layer.", ".")
+
+
+def _require_own_weights(model: Any, layers: Mapping[str, Any], active: set[str]) -> None:
+    """Raises AdapterError for an adapter of a weight that two modules share: merging it would change both."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(_checkpoint_name(name, active) or name)
+    for place, layer in layers.items():
+        shared = names[id(layer.get_base_layer().weight)]
+        if len(shared) > 1 and (adapters := sorted(active & (set(layer.lora_A) | set(layer.lora_embedding_A)))):
+            raise AdapterError(
+                f"adapter {adapters[0]!r} has matrices for {place.removeprefix(_PREFIX)}, and the model has one weight "
+                f"for {' and '.join(shared)} (tie_word_embeddings): they cannot be merged into one of these alone. "
+                "Train without that module in target_modules, or a model whose weights are not tied."
+            )
 
 
 def _require_plain_lora(model: Any) -> None:
