@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -13,10 +14,12 @@ from deployments.progress import StageReporter
 from deployments.store_client import ServeStoreClient
 from twinkle_serve import hub, timing
 from twinkle_serve.config import ServiceArgs
+from twinkle_serve.data_format.groups import Chunk, Session
 from twinkle_serve.engines import build_engine
 from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import Placement, cores_of_devices, cores_of_engine
+from twinkle_serve.remote.inbox import Address, Inbox
 from twinkle_serve.remote.reservation import enter_group
 
 
@@ -64,8 +67,18 @@ class Engine(EngineServer):
             trust_remote_code=args.trust_remote_code,
         )
         super().__init__(engine, model, ServeStoreClient(store))
+        self._chunks = Inbox(self.take)
         await self.start(name, args.startup_timeout_s, on_stage)
         on_stage("ready")
+
+    async def address(self, session: Session) -> Address[Chunk]:
+        """Returns where the chunks of a session are sent to.
+
+        Raises:
+            EngineDeadError: the session belongs to another process, or is over.
+        """
+        self._lease_of(session)
+        return Address(ray.get_runtime_context().current_actor, self._chunks.name)
 
     async def __del__(self) -> None:
         """Called by Serve when the replica stops."""

@@ -7,13 +7,15 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.engine import Engine
 from deployments.handles import call, engine_errors, iterate
 from twinkle_serve.data_format.adapters import AdapterVersion
-from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
+from twinkle_serve.data_format.groups import Attempt, Chunk, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.data_format.weights import ModelSpec, PauseMode, WeightsVersion
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.engines.group_runner import Finished
 from twinkle_serve.engines.server import EngineServer
+from twinkle_serve.remote.inbox import Address
 
 
 class ServeEngineClient(EngineClient):
@@ -22,23 +24,26 @@ class ServeEngineClient(EngineClient):
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
         self._streams = handle.options(stream=True)
+        self._opening = asyncio.Lock()
+        self._session: Session | None = None
+        """The session that chunks were last sent in."""
+        self._address: Address[Chunk] | None = None
+        self._sent = 0
+        """Number of chunks sent in the session."""
 
     async def describe(self, router: str) -> EngineInfo:
         return await call(self._handle, EngineServer.describe, router)
 
     async def submit(self, session: Session, groups: Sequence[Group], more: bool = False) -> None:
-        # A broadcast skips the queue-length probe that Serve makes before a call, two fifths of its cost; and without
-        # a living replica it fails at once.
-        try:
-            with engine_errors():
-                responses = self._handle.broadcast(EngineServer.submit.__name__, session, groups, more)
-                answers = await responses.results_async(return_exceptions=True)
-                if all(isinstance(answer, BaseException) for answer in answers):
-                    raise answers[0]
-                # While one replica replaces another there are two answers; the session belongs to one of them.
-        except asyncio.CancelledError:  # a broadcast cannot be cancelled
-            self._handle.abort.remote(session, [group.attempt for group in groups])
-            raise
+        async with self._opening:
+            if session != self._session:
+                self._address = await call(self._handle, Engine.address, session)
+                self._session, self._sent = session, 0
+        assert self._address is not None
+        # No answer: `results` raises if the process is gone, or if a chunk was lost.
+        with engine_errors():
+            self._address.post(Chunk(self._sent, session, groups, more))
+        self._sent += 1
 
     def results(self, session: Session) -> AsyncGenerator[Finished, None]:
         return iterate(self._streams, EngineServer.results, session)

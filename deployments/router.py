@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
+import ray
 from ray import serve
 from ray.serve import metrics
 from ray.serve.handle import DeploymentHandle
@@ -18,9 +20,12 @@ from deployments.log_config import QUIET, log_to_serve
 from deployments.store_client import ServeStoreClient
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
+from twinkle_serve.data_format.call_messages import Answers, CallMessage
 from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import SIDE_CPUS
+from twinkle_serve.remote.inbox import Address, Inbox
 from twinkle_serve.routing import router as routing
+from twinkle_serve.routing.caller_session import CallerSession
 
 SWITCH_S = 0.0005
 """Longest time that one thread of the router's process keeps the others waiting. A call passes through several threads:
@@ -64,6 +69,19 @@ class Router(routing.Router):
         """
         handles = [await asyncio.to_thread(serve.get_deployment_handle, name) for name in config["engines"]]
         self.set_engines({handle.deployment_name: ServeEngineClient(handle) for handle in handles})
+
+    async def answers(self) -> AsyncGenerator[Address[CallMessage] | Answers, None]:
+        """Opens a session of calls: yields the address for its messages, then answers. See `CallerSession`."""
+        session = CallerSession(self)
+        inbox = Inbox(session.take)
+        try:
+            yield Address(ray.get_runtime_context().current_actor, inbox.name)
+            async with contextlib.aclosing(session.answers()) as items:
+                async for answers in items:
+                    yield answers
+        finally:
+            inbox.close()
+            session.close()
 
     async def __call__(self, request: Request) -> JSONResponse:
         """Answers HTTP requests with a pointer to the calls by handle."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
-from collections.abc import AsyncIterator, Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
@@ -17,6 +17,7 @@ from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from tests.support.responses import columns, response
+from tests.support.router_handle import Response, RouterHandle
 from twinkle_serve import timing
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.inputs import as_list
@@ -29,45 +30,9 @@ from twinkle_serve.sampler.client import ServiceClient
 from twinkle_serve.sampler.lease_keeper import keep_renewed
 
 
-class Response:
-    """A response that ends in a value or an error."""
-
-    def __init__(self, end: Any) -> None:
-        self._end = end
-
-    def __await__(self) -> Generator[None, None, Any]:
-        yield
-        if isinstance(self._end, BaseException):
-            raise self._end
-        return self._end
-
-    def cancel(self) -> None:
-        pass
-
-
 def sample(client: ServiceClient, inputs: Any) -> SampleResponse:
     """Samples through the client, as a sampler does."""
     return client.loop.call(client.run(client.prepare(SampleRequest(inputs=inputs, timeout_s=100.0))))
-
-
-class Handle:
-    """A handle whose calls all end alike."""
-
-    def __init__(self, end: Any) -> None:
-        """
-        Args:
-            end: what a call returns, an error that it raises, or a function of its arguments.
-        """
-        self._end = end
-
-    def options(self, **options: Any) -> Handle:
-        return self
-
-    def __getattr__(self, method: str) -> Any:
-        def remote(*args: Any, **options: Any) -> Any:
-            return Response(self._end(*args, **options) if callable(self._end) else self._end)
-
-        return Mock(remote=remote)
 
 
 def test_call_to_a_cluster_that_has_gone_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +40,7 @@ def test_call_to_a_cluster_that_has_gone_ends(monkeypatch: pytest.MonkeyPatch) -
     released = threading.Event()
     monkeypatch.setattr(serve, "status", released.wait)
     monkeypatch.setattr(timing, "CONTROLLER_TIMEOUT_S", 0.05)
-    backend = ServiceClient(Handle(ActorDiedError()), "sampler")
+    backend = ServiceClient(RouterHandle(ActorDiedError()), "sampler")
     with pytest.raises(ServiceError, match=r"did not answer: ActorDiedError.*where its service still runs"):
         sample(backend, [1])
     released.set()
@@ -83,7 +48,7 @@ def test_call_to_a_cluster_that_has_gone_ends(monkeypatch: pytest.MonkeyPatch) -
 
 def test_call_whose_router_says_nothing_ends_by_its_deadline() -> None:
     """Whatever the router was doing, and also of a control call, whose deadline is the client's own."""
-    backend = ServiceClient(Handle(TimeoutError()), "sampler")
+    backend = ServiceClient(RouterHandle(TimeoutError()), "sampler")
     with pytest.raises(DeadlineError, match=r"timeout_s=100 passed.*sent 1 times"):
         sample(backend, [1])
     with pytest.raises(
@@ -113,7 +78,7 @@ def test_response_has_the_inputs_as_they_were_sent() -> None:
         inputs[2]["user_data"] = None
         return answer_to(sent.inputs, (2, 38, 39), [])
 
-    made = sample(ServiceClient(Handle(answer), "sampler"), inputs)
+    made = sample(ServiceClient(RouterHandle(answer), "sampler"), inputs)
     assert made.inputs == [{"input_ids": [i], "user_data": {"id": i}} for i in (2, 38, 38)]
     assert made.sequences[0].new_input_feature["user_data"] == {"id": 2}
     made.inputs[1]["reward"] = 1.0
@@ -133,7 +98,7 @@ def test_call_is_sent_again_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
         inputs[2]["user_data"] = None
         return died.pop() if died else answer_to(sent.inputs, (0, 1, 2), [])
 
-    made = sample(ServiceClient(Handle(answer), "sampler"), inputs)
+    made = sample(ServiceClient(RouterHandle(answer), "sampler"), inputs)
     assert made.inputs == inputs_of(3) and not died
 
 
@@ -147,7 +112,7 @@ def test_router_death_that_serve_reports_as_a_cancellation_is_repeated(monkeypat
         calls.append(sent if isinstance(sent, str) else "run")
         return answer_to(sent.inputs, (0,), []) if len(calls) > 1 else asyncio.CancelledError()
 
-    assert len(sample(ServiceClient(Handle(answer), "sampler"), inputs_of(1)).sequences) == 1
+    assert len(sample(ServiceClient(RouterHandle(answer), "sampler"), inputs_of(1)).sequences) == 1
     assert calls == ["run", "run"]
 
 
@@ -177,43 +142,38 @@ def test_prompts_of_a_call_that_is_about_to_be_sent_can_be_cancelled() -> None:
     asked, released = threading.Event(), threading.Event()
     calls: list[str] = []
 
-    class Router:
-        """A handle that notes the order of calls."""
+    class Handle(RouterHandle):
+        """Notes the order of calls."""
 
-        def options(self, **options: Any) -> Router:
-            return self
-
-        def __getattr__(self, method: str) -> Any:
-            return Mock(remote=getattr(self, f"call_{method}"))
-
-        def call_status(self) -> Any:
+        @property
+        def status(self) -> Any:
             async def status() -> dict[str, float]:
                 asked.set()
                 await asyncio.to_thread(released.wait)
                 return {"request_timeout_s": 100.0}
 
-            return asyncio.ensure_future(status())
+            return Mock(remote=status)
 
-        def call_run_iter(self, sent: SampleRequest) -> Any:
-            calls.append("run_iter")
+        @property
+        def cancel(self) -> Any:
+            def cancel(request_id: str, inputs: list[int] | None) -> Response:
+                calls.append(f"cancel {inputs}")
+                return Response(1)
 
-            async def responses() -> AsyncIterator[SampleResponse]:
-                yield answer_to(sent.inputs, (1,), [])
+            return Mock(remote=cancel)
 
-            return responses()
+    def answer(sent: SampleRequest) -> SampleResponse:
+        calls.append("run_iter")
+        return answer_to(sent.inputs, (1,), [])
 
-        def call_cancel(self, request_id: str, inputs: list[int] | None) -> Any:
-            calls.append(f"cancel {inputs}")
-            return Response(1)
-
-    handle: Any = Router()
-    client = ServiceClient(handle, "sampler")
+    client = ServiceClient(Handle(answer), "sampler")
     responses = RunningSampler(client).sample_iter(inputs_of(2))
     asked.wait()
     cancelled = client.loop.start(client.cancel(responses._request_id, [0]))
     client.loop.call(asyncio.sleep(0))  # it waits now
     released.set()
     assert cancelled.result(10) == 1
+    assert len(list(responses)) == 1
     assert calls == ["run_iter", "cancel [0]"]
 
 
@@ -227,7 +187,7 @@ def test_inputs_that_hold_references_are_left_to_ray() -> None:
         inputs.pop()
         return answer_to(sent.inputs, (0, 1), sent.inputs)
 
-    made = sample(ServiceClient(Handle(answer), "sampler"), inputs)
+    made = sample(ServiceClient(RouterHandle(answer), "sampler"), inputs)
     assert [item["input_ids"] for item in made.inputs] == [[0], [1]]
 
 
@@ -241,7 +201,7 @@ def test_arrays_beside_references_are_copied_by_the_call() -> None:
         assert sent.inputs[0]["input_ids"].tolist() == sent.inputs[0]["user_data"][1]["rows"][0].tolist() == [3, 4]
         return answer_to(sent.inputs, (0,), sent.inputs)
 
-    sample(ServiceClient(Handle(answer), "sampler"), inputs)
+    sample(ServiceClient(RouterHandle(answer), "sampler"), inputs)
     assert ids.tolist() == [0, 0]
 
 
@@ -252,7 +212,7 @@ def test_async_call_takes_its_inputs_when_it_is_made() -> None:
     def answer(sent: SampleRequest) -> SampleResponse:
         return answer_to(sent.inputs, (0,), as_list(sent.inputs))  # type: ignore[arg-type]
 
-    sampler = RunningSampler(ServiceClient(Handle(answer), "sampler"))
+    sampler = RunningSampler(ServiceClient(RouterHandle(answer), "sampler"))
 
     async def run() -> list[Any]:
         calls = []
@@ -272,7 +232,7 @@ def test_async_call_takes_its_inputs_when_it_is_made() -> None:
 def test_inputs_that_cannot_be_sent_are_refused() -> None:
     """Before anything is sent; what is none at all is for the router to refuse."""
     refused = RequestError("inputs is empty")
-    backend = ServiceClient(Handle(lambda sent: refused), "sampler")
+    backend = ServiceClient(RouterHandle(lambda sent: refused), "sampler")
     with pytest.raises(PromptError, match=r"inputs\[0:1\] cannot be sent: TypeError.*lock"):
         sample(backend, [{"user_data": threading.Lock()}])
     invalid: list[Any] = [[], "text"]
@@ -282,9 +242,14 @@ def test_inputs_that_cannot_be_sent_are_refused() -> None:
 
 
 def test_bug_in_the_router_is_no_deadline() -> None:
-    """Though it may be a TimeoutError, which Ray raises as both."""
-    bug = RayTaskError("sample", "traceback", TimeoutError("of something else")).as_instanceof_cause()
-    assert isinstance(bug, TimeoutError)
-    backend = ServiceClient(Handle(bug), "sampler")
+    """Though it may be a TimeoutError, of something else."""
+
+    def bug(sent: SampleRequest) -> SampleResponse:
+        raise TimeoutError("of something else")
+
+    with pytest.raises(ServiceError, match=r"a bug in the router.*TimeoutError: of something else"):
+        sample(ServiceClient(RouterHandle(bug), "sampler"), [{"input_ids": [1]}])
+    error = RayTaskError("status", "traceback", TimeoutError("of something else")).as_instanceof_cause()
+    client = ServiceClient(RouterHandle(error), "sampler")
     with pytest.raises(ServiceError, match=r"a bug in the router of 'sampler'.*of something else"):
-        sample(backend, [{"input_ids": [1]}])
+        client.loop.call(client.call(1.0, RouterAPI.status))

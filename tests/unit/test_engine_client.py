@@ -1,77 +1,124 @@
-"""How the router hands chunks to an engine's deployment, on a handle that answers as it is told."""
+"""How the router hands chunks to an engine's deployment: by messages without an answer."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
 
 from deployments.engine_client import ServeEngineClient
-from twinkle_serve.data_format.groups import Group, Session
+from tests.support.harness import started
+from tests.support.inboxes import Actor
+from twinkle_serve.data_format.groups import Chunk, Group, Session
 from twinkle_serve.data_format.sampling_params import DecodingParams
+from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import EngineDeadError
+from twinkle_serve.remote.inbox import Address, Inbox
 
-SESSION = Session(incarnation="life", router="router")
-GROUPS = [Group(id=i, prompt_ids=np.array([20, 21], np.int32), params=DecodingParams()) for i in range(3)]
+
+def groups(*ids: int) -> list[Group]:
+    return [Group(id=i, prompt_ids=np.array([40, 41], np.int32), params=DecodingParams(max_tokens=2)) for i in ids]
 
 
 class Handle:
-    """A handle of a deployment whose replicas give these answers to a broadcast; None: they never answer."""
+    """A handle of a deployment whose `address` ends so; its streams are those of a server in this process."""
 
-    def __init__(self, answers: list[Any] | None) -> None:
-        self._answers = answers
-        self.asked = asyncio.Event()
-        self.aborted: list[Any] = []
-        self.abort = self
+    def __init__(self, address: Callable[[Session], Awaitable[Address[Chunk]]], server: EngineServer | None) -> None:
+        self.address = Mock(remote=address)
+        self._server = server
 
-    def options(self, **_: Any) -> Handle:
-        return self
+    def options(self, **_: Any) -> Any:
+        return Mock(results=Mock(remote=lambda session: self._results(session)))
 
-    def broadcast(self, method: str, *_: Any) -> Handle:
-        assert method == "submit"
-        return self
-
-    async def results_async(self, *, return_exceptions: bool) -> list[Any]:
-        assert return_exceptions
-        self.asked.set()
-        if self._answers is None:
-            await asyncio.Event().wait()
-        assert self._answers is not None
-        return self._answers
-
-    def remote(self, session: Session, attempts: list[Any]) -> None:
-        assert session == SESSION
-        self.aborted += attempts
+    async def _results(self, session: Session) -> AsyncIterator[Any]:
+        assert self._server is not None
+        async with contextlib.aclosing(self._server.results(session)) as items:
+            async for item in items:
+                yield item
 
 
-async def submit(handle: Handle) -> None:
-    await ServeEngineClient(handle).submit(SESSION, GROUPS)  # all of a handle that it needs
+class Service:
+    """An engine's server, and a client that reaches it by messages, as through Serve."""
+
+    def __init__(self, server: EngineServer, incarnation: str) -> None:
+        self.actor = Actor()
+        self.session = Session(incarnation=incarnation, router="router")
+        inbox = Inbox(server.take)
+
+        async def address(session: Session) -> Address[Chunk]:
+            server._lease_of(session)
+            return Address(self.actor, inbox.name)
+
+        handle: Any = Handle(address, server)
+        self.client = ServeEngineClient(handle)
+
+    async def sampled(self) -> set[int]:
+        """Ids of the groups whose samples the engine returns until it is idle."""
+        return {
+            group
+            async for finished in self.client.results(self.session)
+            if finished.columns is not None
+            for group in finished.columns.group.tolist()
+        }
 
 
-@pytest.mark.parametrize("answers", [[None], [EngineDeadError("it was restarted"), None]])
-async def test_chunk_is_taken_by_the_replica_whose_session_it_is(answers: list[Any]) -> None:
-    """Where one replica takes another's place, the other one refuses it."""
-    handle = Handle(answers)
-    await submit(handle)
-    assert not handle.aborted
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    async with started("fake") as harness:
+        info = await harness.server.describe("router")
+        yield Service(harness.server, info.incarnation)
 
 
-@pytest.mark.parametrize("answers", [[ActorDiedError()], [EngineDeadError("it was restarted"), ActorDiedError()]])
-async def test_chunk_that_no_replica_takes_ends_the_use_of_the_engine(answers: list[Any]) -> None:
-    """Dead, or another life of it."""
+async def test_chunks_arrive_by_messages(service: Service) -> None:
+    await service.client.submit(service.session, groups(1, 2))
+    await service.client.submit(service.session, groups(3))
+    assert await service.sampled() == {1, 2, 3}
+
+
+async def test_lost_chunk_ends_the_use_of_the_engine(service: Service) -> None:
+    """Its router places all groups of this session anew; nothing waits for the lost ones until a deadline."""
+    await service.client.submit(service.session, groups(1))
+    service.actor.loses = 1
+    await service.client.submit(service.session, groups(2))
+    await service.client.submit(service.session, groups(3))
+    with pytest.raises(EngineDeadError, match="chunk 1 was lost"):
+        await service.sampled()
+
+
+async def test_next_session_counts_anew(service: Service) -> None:
+    """After a lost chunk the router begins another one with the same process."""
+    service.actor.loses = 1
+    await service.client.submit(service.session, groups(1))
+    await service.client.submit(service.session, groups(2))
+    service.session = Session(incarnation=service.session.incarnation, router="router", epoch=1)
+    await service.client.submit(service.session, groups(1, 2))
+    assert await service.sampled() == {1, 2}
+
+
+async def test_first_chunks_of_a_session_may_be_sent_at_the_same_time(service: Service) -> None:
+    await asyncio.gather(*(service.client.submit(service.session, groups(i)) for i in range(4)))
+    assert await service.sampled() == {0, 1, 2, 3}
+
+
+async def test_chunk_of_a_session_that_is_over_is_dropped(service: Service) -> None:
+    """As of an earlier life of the process; its router hears it from `results`."""
+    old, service.session = service.session, Session(incarnation="earlier", router="router")
+    with pytest.raises(EngineDeadError, match="was restarted"):
+        await service.client.submit(service.session, groups(1))
+    service.session = old
+    assert await service.sampled() == set()
+
+
+async def test_engine_whose_process_is_gone_takes_no_chunk() -> None:
+    async def dead(session: Session) -> Address[Chunk]:
+        raise ActorDiedError
+
+    handle: Any = Handle(dead, None)
     with pytest.raises(EngineDeadError):
-        await submit(Handle(answers))
-
-
-async def test_chunk_that_is_given_up_on_its_way_is_aborted() -> None:
-    """A broadcast cannot be called back: what it may have brought there must not be sampled for nobody."""
-    handle = Handle(None)
-    sending = asyncio.create_task(submit(handle))
-    await handle.asked.wait()
-    sending.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await sending
-    assert handle.aborted == [group.attempt for group in GROUPS]
+        await ServeEngineClient(handle).submit(Session(incarnation="life", router="router"), groups(1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -107,20 +107,22 @@ async def test_queue_that_is_full_refuses_at_once_and_says_when_to_come_back(sma
     assert exact(await small.router.sample(PROMPTS, {"max_tokens": 2}), len(PROMPTS), 1)
 
 
-@contextlib.contextmanager
-def encoding_waits(router: Router) -> Iterator[None]:
+@contextlib.asynccontextmanager
+async def encoding_waits(router: Router) -> AsyncIterator[None]:
     """Inside, no call's prompts are encoded."""
     end = threading.Event()
-    router._admission._encoding.submit(end.wait)
+    encoding = asyncio.ensure_future(router._admission._encoding.run(False, end.wait))
+    await asyncio.sleep(0)  # it has begun
     try:
         yield
     finally:
         end.set()
+        await encoding
 
 
 async def test_what_is_cancelled_while_its_call_is_encoded_is_not_sampled(service: Service) -> None:
     """Some of its prompts, which the response does not have, or all, which is an error."""
-    with encoding_waits(service.router):
+    async with encoding_waits(service.router):
         some = asyncio.ensure_future(service.router.sample(PROMPTS, {"max_tokens": 2}, request_id="some"))
         every = asyncio.ensure_future(service.router.sample(PROMPTS, {"max_tokens": 2}, request_id="every"))
         await asyncio.sleep(0)
@@ -140,7 +142,7 @@ async def test_lease_that_lapses_while_its_call_is_encoded_ends_it(service: Serv
         live = service.router._admission._calls.get("left")
         return live is not None and live.error is not None
 
-    with encoding_waits(service.router):
+    async with encoding_waits(service.router):
         call = asyncio.ensure_future(service.router.sample(PROMPTS, request_id="left", lease_s=0.01))
         await eventually(lapsed)
     with pytest.raises(LeaseExpiredError, match="the caller of left has been silent"):
@@ -152,7 +154,7 @@ async def test_lease_that_lapses_while_its_call_is_encoded_ends_it(service: Serv
 
 async def test_calls_that_are_encoded_are_bounded_too(small: Service) -> None:
     """They are in no queue, and would be taken without end."""
-    with encoding_waits(small.router):
+    async with encoding_waits(small.router):
         calls = [asyncio.ensure_future(small.router.sample(PROMPTS[:1], {"max_tokens": 2})) for _ in range(3)]
         await asyncio.sleep(0)
         with pytest.raises(QueueFullError, match="max_queued_requests=3"):

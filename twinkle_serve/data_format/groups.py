@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from twinkle_serve.compact import pickled_by_value
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.samples import PartialSample, StopReason
 from twinkle_serve.data_format.sampling_params import DecodingParams
@@ -22,6 +24,7 @@ Attempt: TypeAlias = tuple[int, int, int]
 """A group's key and its number of earlier attempts, so that a late abort does not hit the next attempt."""
 
 
+@pickled_by_value
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """`count` samples of one prompt, placed on one engine."""
@@ -48,6 +51,8 @@ class Group:
     """Number of earlier attempts."""
     urgent: bool = False
     """Whether its call returns before all prompts are complete (`min_groups`), so that each finished one counts."""
+    alone: bool = False
+    """Whether its call has no other prompt, so that its last sample ends the call."""
     skip_special_tokens: bool = False
     """Whether special tokens are left out of its text, if it is streamed."""
 
@@ -73,6 +78,7 @@ class Group:
         return replace(self, first_sample=first_sample, count=count, seed=seed)
 
 
+@pickled_by_value
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
     """One router's use of one engine process, from when it is ready until it is lost."""
@@ -83,6 +89,19 @@ class Session:
     """Id of the router."""
     epoch: int = 0
     """Increases with each session of the same router; a later one ends the earlier ones."""
+
+
+@pickled_by_value
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Groups that a router sends to an engine together."""
+
+    number: int
+    """0, 1, … in a session, so that a lost chunk is noticed."""
+    session: Session
+    groups: Sequence[Group]
+    more: bool
+    """Whether further groups wait at the router for places."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

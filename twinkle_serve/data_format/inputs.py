@@ -54,6 +54,11 @@ class PackedInputs:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def size_bytes(self) -> int:
+        """Size of the pickled inputs."""
+        return len(self._pickles)
+
     def to_list(self) -> list[RawInput]:
         """Unpickles all inputs into a new list.
 

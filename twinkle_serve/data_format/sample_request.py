@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict, TypeVar, cast, get_type_hints
 
+from twinkle_serve.compact import pickled_by_value
 from twinkle_serve.data_format.inputs import PackedInputs, as_list
 from twinkle_serve.data_format.sampling_params import UNSET, SamplingParams, Unset
 from twinkle_serve.errors import AdapterError, RequestError, unknown_name
@@ -15,6 +16,9 @@ Inputs: TypeAlias = Any
 """A Trajectory, an InputFeature, a list of either kind, or PackedInputs; validated where prompts are encoded."""
 
 SamplingParamsLike: TypeAlias = SamplingParams | Mapping[str, Any]
+
+SHORT_BYTES = 2**12
+"""Size of the inputs of a short call: about 1,000 tokens, as ids or text."""
 
 TemplateChoice: TypeAlias = str | bytes | None
 """A registered name, the result of `pack_template`, or None for the config's template."""
@@ -69,6 +73,7 @@ IGNORED_OPTIONS: set[str] = set()
 """Keywords of other samplers that have no effect here."""
 
 
+@pickled_by_value
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRequest:
     """A call that samples; fields as in `RunningSampler.sample`."""
@@ -124,6 +129,11 @@ class SampleRequest:
         if isinstance(self.inputs, PackedInputs):
             return len(self.inputs)
         return len(as_list(self.inputs) or ())
+
+    @property
+    def is_short(self) -> bool:
+        """Whether its inputs are read and encoded in about a millisecond."""
+        return isinstance(self.inputs, PackedInputs) and self.inputs.size_bytes <= SHORT_BYTES
 
     def check_limits(self, prompts: int) -> None:
         """Validates sample_timeout_s, skip_special_tokens, and min_groups against the number of prompts.

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from cachetools import LRUCache
 
+from twinkle_serve.compact import pickled_by_value
 from twinkle_serve.data_format.groups import Attempt, Group, GroupKey
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
 from twinkle_serve.errors import EngineDeadError, EngineError, TwinkleServeError
@@ -35,6 +36,7 @@ class PartialUpdate:
     partial: PartialSample
 
 
+@pickled_by_value
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """Finished samples and failed groups, of one or more chunks."""
@@ -78,7 +80,7 @@ LINGER_S = 1.0
 
 @dataclass(slots=True, eq=False)
 class _Chunk:
-    """Groups that arrived together."""
+    """Groups that arrived together and that one call may wait for."""
 
     left: int = 0
     """Running parts."""
@@ -131,6 +133,7 @@ class GroupRunner:
         self._aborted_early: LRUCache[Attempt, None] = LRUCache(MAX_EARLY_ABORTS)
         self._resumable: dict[asyncio.Task[SampleColumns], _Part] = {}
         self._report_at = 0.0
+        self._failure: EngineDeadError | None = None
 
     @property
     def running(self) -> int:
@@ -140,12 +143,13 @@ class GroupRunner:
     def submit(self, groups: Iterable[Group], *, more: bool = False) -> None:
         """Starts a chunk; `more` says that other groups wait for places."""
         self._more = more
-        chunk, now = _Chunk(), self._loop.time()
+        shared, now = _Chunk(), self._loop.time()
         for group in groups:
             if group.attempt in self._aborted_early:
                 del self._aborted_early[group.attempt]
                 continue
             tasks = self._running[group.attempt] = []
+            chunk = _Chunk() if group.alone else shared
             for part in split_by_sample(group):
                 task = asyncio.ensure_future(self._sample_group(part))
                 tasks.append(task)
@@ -205,6 +209,8 @@ class GroupRunner:
         """Waits until something is due; returns False when nothing has run for LINGER_S."""
         idle_at = self._loop.time() + LINGER_S
         while True:
+            if self._failure is not None:
+                raise self._failure
             self._changed.clear()
             due = self._due
             if self._resumable:
@@ -254,6 +260,11 @@ class GroupRunner:
             else:
                 # It has ended, or has not arrived: an abort may overtake its chunk.
                 self._aborted_early[attempt] = None
+
+    def fail(self, error: EngineDeadError) -> None:
+        """Makes `results` raise, now or when it is called."""
+        self._failure = error
+        self._changed.set()
 
     def close(self) -> None:
         """Aborts and removes everything."""

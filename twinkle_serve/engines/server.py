@@ -18,7 +18,7 @@ from twinkle_serve import timing
 from twinkle_serve.adapters import AdapterDescription, describe_adapter
 from twinkle_serve.checkpoint import buckets, find_overflow, hash_weights, named_tensors, read_model_spec, weight_shapes
 from twinkle_serve.data_format.adapters import AdapterVersion
-from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
+from twinkle_serve.data_format.groups import Attempt, Chunk, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
 from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, ModelSpec, PauseMode, WeightsVersion
@@ -174,6 +174,19 @@ class EngineServer(EngineClient):
 
     async def submit(self, session: Session, groups: Sequence[Group], more: bool = False) -> None:
         self._lease_of(session).runner.submit(groups, more=more)
+
+    def take(self, chunk: Chunk) -> None:
+        """Starts sampling a chunk that came by message. `results` raises if an earlier one was lost."""
+        try:
+            lease = self._lease_of(chunk.session)
+        except EngineDeadError as over:  # `results` raises it
+            logger.info(f"a chunk came after its session: {over}")
+            return
+        if chunk.number != lease.chunks:
+            lease.runner.fail(EngineDeadError(f"{self._info.name}: chunk {lease.chunks} was lost on its way."))
+            return
+        lease.chunks += 1
+        lease.runner.submit(chunk.groups, more=chunk.more)
 
     async def results(self, session: Session) -> AsyncGenerator[Finished, None]:
         async with contextlib.aclosing(self._lease_of(session).runner.results()) as items:

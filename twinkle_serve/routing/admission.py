@@ -6,11 +6,8 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
-from typing import ParamSpec, TypeVar
 
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SamplingParams
@@ -22,6 +19,7 @@ from twinkle_serve.engines.protocol import check_fits
 from twinkle_serve.errors import DeadlineError, QueueFullError, RequestError, SamplingParamsError, TwinkleServeError
 from twinkle_serve.routing.adapter_publishing import AdapterPublisher
 from twinkle_serve.routing.calls import ActiveCall, CallRegistry, Rate
+from twinkle_serve.routing.encoding_thread import EncodingThread
 from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.request import Request, ResponseHeader
@@ -31,9 +29,6 @@ from twinkle_serve.routing.templates import TemplateCache
 from twinkle_serve.template import Template
 from twinkle_serve.template.prompts import Prompt, encode_inputs
 from twinkle_serve.validation import seconds
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class Admission:
@@ -67,15 +62,14 @@ class Admission:
         self._rate, self._on_complete = rate, on_complete
         # A random start, so that ids do not repeat those of the router that this one replaces.
         self._next_id = random.getrandbits(40) << 20
-        # One thread: tokenizers are not thread-safe, and the event loop must not wait for them.
-        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._encoding = EncodingThread()
         self._calls = CallRegistry(self.fail)
         self.asleep = False
         """Whether requests are refused because the engines sleep."""
 
     def close(self) -> None:
         """Stops encoding; running calls are cancelled by their callers."""
-        self._encoding.shutdown(wait=False, cancel_futures=True)
+        self._encoding.close()
 
     @property
     def running(self) -> int:
@@ -101,7 +95,7 @@ class Admission:
             except TimeoutError:
                 raise DeadlineError(self._late(limit_s, None)) from None
             self._require_admissible(active)
-            active.request = request
+            self._calls.became_request(active, request)
             self._requests.update(dict.fromkeys(request.ids, request))
             self._scheduler.enqueue(groups)
             if active.cancelled:  # while the call was being validated
@@ -169,12 +163,15 @@ class Admission:
         name, path = call.adapter()
         if name:
             self._publisher.require(name)  # refused before waiting for engines
-        template = await self.template(call.template)
+        short = call.is_short
+        template = await self.template(call.template, short=short)
         # A conversation that is only scored does not open a turn for the assistant.
         opens_turn = params.max_tokens != 0
-        prompts = await self._in_thread(encode_inputs, call.inputs, template, opens_turn, call.continue_final_message)
+        prompts = await self._encoding.run(
+            short, encode_inputs, call.inputs, template, opens_turn, call.continue_final_message
+        )
         info = await self._engines.wait_for_info()
-        await self._in_thread(_check_all, info, prompts, params)
+        await self._encoding.run(short, _check_all, info, prompts, params)
         call.check_limits(len(prompts))
         if call.cancelled is None or (call.min_groups is not None and len(call.done) >= call.min_groups):
             prompts = []
@@ -184,18 +181,16 @@ class Admission:
         stack.enter_context(self._publisher.holding(adapter))
         header = ResponseHeader(logprobs_mode=info.logprobs_mode, parser=template.message_parser())
         # Building 10,000 groups takes long enough to delay other calls.
-        return await self._in_thread(_build, self._take_ids(len(prompts)), prompts, params, header, adapter, call)
+        first_id = self._take_ids(len(prompts))
+        return await self._encoding.run(short, _build, first_id, prompts, params, header, adapter, call)
 
-    async def template(self, choice: TemplateChoice) -> Template:
+    async def template(self, choice: TemplateChoice, *, short: bool = False) -> Template:
         """Returns the template of a call, built on first use. Raises TemplateError."""
         if choice is not None and not self._templates.has(choice):
             # A download must not occupy the one encoding thread.
             await asyncio.to_thread(self._templates.fetch, choice)
-        return await self._in_thread(self._templates.get, choice)
-
-    async def _in_thread(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        call = partial(function, *args, **options)
-        return await asyncio.get_running_loop().run_in_executor(self._encoding, call)
+            short = False
+        return await self._encoding.run(short, self._templates.get, choice)
 
     def _take_ids(self, count: int) -> int:
         """Reserves consecutive group ids. Returns the first."""

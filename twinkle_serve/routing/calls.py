@@ -86,6 +86,8 @@ class CallRegistry:
         self._give_up = give_up
         self._by_id: dict[str, ActiveCall] = {}
         self._all: set[ActiveCall] = set()
+        self._requests = 0
+        """Number of active calls that are requests."""
 
     def __len__(self) -> int:
         return len(self._all)
@@ -93,7 +95,7 @@ class CallRegistry:
     @property
     def outside_queue(self) -> int:
         """Number of calls whose prompts are in no queue: calls that are being validated, and streams."""
-        return sum(call.request is None for call in self._all)
+        return len(self._all) - self._requests
 
     def get(self, request_id: str) -> ActiveCall | None:
         """Returns the active call of an id."""
@@ -120,10 +122,16 @@ class CallRegistry:
             yield call
         finally:
             self._all.discard(call)
+            self._requests -= call.request is not None
             if call.lease is not None:
                 call.lease.end()
             if self._by_id.get(request_id) is call:
                 del self._by_id[request_id]
+
+    def became_request(self, call: ActiveCall, request: Request) -> None:
+        """Records that a call was validated, and that its prompts are queued."""
+        call.request = request
+        self._requests += 1
 
     def _end(self, call: ActiveCall, error: TwinkleServeError) -> None:
         call.end(error)

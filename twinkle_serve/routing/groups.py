@@ -37,5 +37,6 @@ class RoutedGroup(Group):
             partial=self.partial,
             attempts=self.attempts,
             urgent=self.urgent,
+            alone=self.alone,
             skip_special_tokens=self.skip_special_tokens,
         )

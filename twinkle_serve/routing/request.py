@@ -17,6 +17,9 @@ from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.seeds import prompt_seed
 from twinkle_serve.template.prompts import Prompt
 
+FEW_SAMPLES = 64
+"""Sorting so many samples takes less time than the way to a thread and back."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseHeader:
@@ -84,6 +87,7 @@ class Request:
                 adapter=self.adapter,
                 sample_timeout_s=self._sample_timeout_s,
                 urgent=self._to_complete < len(self._prompts),
+                alone=len(self._prompts) == 1,
                 input=prompt.index,
                 caller=self.caller,
             )
@@ -155,6 +159,8 @@ class Request:
         parts = [columns async for columns, _ in self.arrivals()]
         if not self._complete:
             raise RequestError("every prompt of the call was cancelled.")
+        if self.samples_wanted <= FEW_SAMPLES:
+            return self._respond(parts, sorted(self._complete))
         # Sorting the samples of 10,000 prompts would block the event loop for others.
         return await asyncio.to_thread(self._respond, parts, sorted(self._complete))
 

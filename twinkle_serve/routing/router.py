@@ -353,13 +353,13 @@ class Router(RouterAPI):
     def _deliver(self, columns: SampleColumns) -> None:
         """Hands samples of any number of groups to their requests."""
         self._rate.add(len(columns.tokens))
-        present = set(columns.group.tolist())
-        by_request: dict[Request, set[int]] = {}
-        for group_id in present & self._requests.keys():
-            by_request.setdefault(self._requests[group_id], set()).add(group_id)
-        for request, ids in by_request.items():
+        rows_of: dict[Request, list[int]] = {}
+        for row, group_id in enumerate(columns.group.tolist()):
+            if (request := self._requests.get(group_id)) is not None:
+                rows_of.setdefault(request, []).append(row)
+        for request, rows in rows_of.items():
             try:
-                not_needed = request.add(columns if ids == present else columns.without(present - ids))
+                not_needed = request.add(columns if len(rows) == len(columns) else columns.take(rows))
                 if not_needed:
                     self._admission.drop(request, not_needed)
             except Exception as error:  # a bug of ours; other requests must still get their samples

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 import ray
 from ray import serve
@@ -26,6 +26,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, 
 
 from twinkle_serve import tasks, timing
 from twinkle_serve.data_format import SampleResponse
+from twinkle_serve.data_format.call_messages import AnswerItem, CallKind
 from twinkle_serve.data_format.inputs import PackedInputs
 from twinkle_serve.data_format.sample_request import SampleRequest
 from twinkle_serve.data_format.samples import StopReason
@@ -35,6 +36,7 @@ from twinkle_serve.remote.applications import require_own
 from twinkle_serve.remote.clusters import serve_command
 from twinkle_serve.remote.errors import raised_error
 from twinkle_serve.routing.api import RouterAPI
+from twinkle_serve.sampler.connection import RouterConnection, SessionLostError
 from twinkle_serve.sampler.lease_keeper import keep_renewed
 from twinkle_serve.sampler.loop_thread import service_loop
 from twinkle_serve.sampler.retry import RETRY_PAUSES_S, Attempts, pack_inputs
@@ -58,6 +60,7 @@ ROUTER_DEATHS = (
     ObjectLostError,
     DeploymentUnavailableError,
     RequestCancelledError,
+    SessionLostError,
     TaskCancelledError,
 )
 
@@ -81,7 +84,7 @@ class ServiceClient(RouterClient):
         """
         self.loop = service_loop()
         self._handle = handle
-        self._streams = handle.options(stream=True)
+        self._connection = RouterConnection(handle.options(stream=True))
         self._name = name
         self._caller = uuid.uuid4().hex
         self._running: dict[str, Attempts] = {}
@@ -108,57 +111,51 @@ class ServiceClient(RouterClient):
     async def run(self, request: SampleRequest) -> SampleResponse:
         async with self._attempts(request) as attempts:
             while True:
-                response = self._send(self._handle, RouterAPI.run, attempts.next_request())
+                call = self._connection.start("run", attempts.next_request(), attempts.begun.set)
                 try:
                     async with asyncio.timeout(attempts.patience_s):
-                        return attempts.received(await response)
+                        return attempts.received(cast(SampleResponse, await anext(call.items())))
                 except BaseException as error:
-                    self._abandon(attempts, response, error)
+                    call.abandon()
                     await self._wait_to_repeat(attempts, error)
 
     async def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
         async with (
             self._attempts(request) as attempts,
-            contextlib.aclosing(self._items(attempts, RouterAPI.run_iter)) as responses,
+            contextlib.aclosing(self._items(attempts, "run_iter")) as responses,
         ):
             async for response in responses:
-                yield attempts.received(response)
+                yield attempts.received(cast(SampleResponse, response))
 
     async def run_stream(self, request: SampleRequest) -> AsyncGenerator[tuple[str, StopReason | None], None]:
         async with (
             self._attempts(request) as attempts,
-            contextlib.aclosing(self._items(attempts, RouterAPI.run_stream)) as deltas,
+            contextlib.aclosing(self._items(attempts, "run_stream")) as deltas,
         ):
             async for delta in deltas:
                 attempts.may_repeat = False
-                yield delta
+                yield cast(tuple[str, StopReason | None], delta)
 
-    async def _items(
-        self, attempts: Attempts, method: Callable[[RouterAPI, SampleRequest], AsyncGenerator[T, None]]
-    ) -> AsyncGenerator[T, None]:
-        """Yields items of a streaming call, over all its attempts."""
-        stream = self._send(self._streams, method, attempts.next_request())
-        try:
-            while True:
-                try:
-                    # A slow reader may ask long after the deadline for items that have arrived: each wait has a grace.
-                    async with asyncio.timeout(max(timing.ROUTER_GRACE_S, attempts.patience_s)):
-                        try:
-                            item: T = await anext(stream)
-                        except StopAsyncIteration:
-                            return
-                except (Exception, asyncio.CancelledError) as error:
-                    failure = _own_cancellation(error)
-                    _cancel(stream)
-                    await self._wait_to_repeat(attempts, failure)
-                    stream = self._send(self._streams, method, attempts.next_request())
-                    continue
-                yield item
-        except (GeneratorExit, asyncio.CancelledError) as closed:
-            self._abandon(attempts, stream, closed)
-            raise
-        finally:
-            _cancel(stream)
+    async def _items(self, attempts: Attempts, kind: CallKind) -> AsyncGenerator[AnswerItem, None]:
+        """Yields items of a call, over all its attempts."""
+        while True:
+            call = self._connection.start(kind, attempts.next_request(), attempts.begun.set)
+            items = call.items()
+            try:
+                while True:
+                    try:
+                        # A slow reader may ask long after the deadline for items that have arrived: each wait has a
+                        # grace.
+                        async with asyncio.timeout(max(timing.ROUTER_GRACE_S, attempts.patience_s)):
+                            item = await anext(items, None)
+                    except Exception as error:
+                        await self._wait_to_repeat(attempts, error)
+                        break
+                    if item is None:
+                        return
+                    yield item
+            finally:
+                call.abandon()
 
     @contextlib.asynccontextmanager
     async def _attempts(self, request: SampleRequest) -> AsyncGenerator[Attempts, None]:
@@ -251,15 +248,6 @@ class ServiceClient(RouterClient):
         except Exception as error:
             raise self._translated(error) from error
 
-    def _abandon(
-        self, attempts: Attempts, response: DeploymentResponse | DeploymentResponseGenerator, reason: BaseException
-    ) -> None:
-        """Ends a call. If its caller gave it up, the router is told directly: Serve takes long to pass that on."""
-        _cancel(response)
-        if isinstance(reason, GeneratorExit) or tasks.is_cancelled():
-            with contextlib.suppress(Exception):
-                self._send(self._handle, RouterAPI.cancel, attempts.request.request_id)
-
     async def _wait_to_repeat(self, attempts: Attempts, error: BaseException) -> None:
         """Waits until a call may be sent again. Raises its error where a repetition does not help."""
         error = _own_cancellation(error)
@@ -312,7 +300,7 @@ class ServiceClient(RouterClient):
             return ServiceError(
                 f"the router of {self._name!r} did not answer in time. See {serve_command('status')}; send it again."
             )
-        if isinstance(error, (RayError, RayServeException)):
+        if isinstance(error, (RayError, RayServeException, SessionLostError)):
             return ServiceError(
                 f"the router of {self._name!r} did not answer: {type(error).__name__}: {error}. It is restarted by "
                 f"itself where its service still runs, as {serve_command('status')} tells; then send the call again."

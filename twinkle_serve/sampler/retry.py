@@ -46,9 +46,8 @@ class Attempts:
         """Inputs whose responses are still to come, by index; None before the first response."""
 
     def begin(self, limit_s: float) -> None:
-        """Starts the clock, when the call is sent."""
+        """Starts the clock, before the call is sent."""
         self.limit_s, self._began = limit_s, time.monotonic()
-        self.begun.set()
 
     def cancel(self, inputs: Iterable[int] | None) -> None:
         """Excludes inputs from later attempts; None: all."""

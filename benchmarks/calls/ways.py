@@ -1,0 +1,213 @@
+"""Ways to sample: the bare engine, vLLM's own server, and the service. All return token ids and logprobs."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import aiohttp
+import psutil
+
+from benchmarks.common.engines import AsyncLLM, EngineArgs
+from twinkle_serve.engines.vllm import cpu_defaults
+from twinkle_serve.placement import cores_of_engine
+from twinkle_serve.sampler import RunningSampler
+
+START_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Samples of one prompt: the same work for each way."""
+
+    ids: Sequence[int]
+    tokens: int
+    samples: int = 1
+    adapter: str = ""
+
+
+class Way(Protocol):
+    """One way to sample."""
+
+    async def sample(self, job: Job) -> list[list[int]]:
+        """Samples one prompt. Returns the token ids of each sample."""
+        ...
+
+    async def sample_all(self, jobs: Sequence[Job]) -> list[list[list[int]]]:
+        """Samples jobs of one length and number of samples, in one call where the way has such calls."""
+        ...
+
+    def processes(self) -> list[psutil.Process]:
+        """Returns the processes that work for it, the caller's left out."""
+        ...
+
+
+class Bare(Way):
+    """AsyncLLM in this process, called in its cheapest way."""
+
+    def __init__(self, llm: AsyncLLM, adapters: Mapping[str, Path], processes: Sequence[psutil.Process]) -> None:
+        from vllm.lora.request import LoRARequest
+
+        self._llm, self._processes = llm, list(processes)
+        self._ids = itertools.count()
+        self._adapters = {
+            name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(adapters.items(), 1)
+        }
+
+    async def sample(self, job: Job) -> list[list[int]]:
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        params = SamplingParams(
+            n=job.samples,
+            max_tokens=job.tokens,
+            ignore_eos=True,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
+        output: Any = None
+        lora = self._adapters.get(job.adapter)
+        request_id = f"bare-{next(self._ids)}"
+        async for latest in self._llm.generate(tokens_input(list(job.ids)), params, request_id, lora_request=lora):
+            output = latest
+        return [list(sample.token_ids) for sample in output.outputs]
+
+    async def sample_all(self, jobs: Sequence[Job]) -> list[list[list[int]]]:
+        return await asyncio.gather(*map(self.sample, jobs))
+
+    def processes(self) -> list[psutil.Process]:
+        return self._processes
+
+
+class Endpoint(Way):
+    """`vllm serve`, called at its endpoint of tokens in, tokens out."""
+
+    def __init__(self, url: str, model: str, session: aiohttp.ClientSession, server: int | None = None) -> None:
+        self._url, self._model, self._session, self._server = url, model, session, server
+
+    async def sample(self, job: Job) -> list[list[int]]:
+        body = {
+            "model": job.adapter or self._model,
+            "token_ids": list(job.ids),
+            "sampling_params": {"n": job.samples, "max_tokens": job.tokens, "ignore_eos": True, "logprobs": 0},
+        }
+        async with self._session.post(f"{self._url}/inference/v1/generate", json=body) as answer:
+            answer.raise_for_status()
+            choices = (await answer.json())["choices"]
+        assert all(len(choice["logprobs"]["content"]) == job.tokens for choice in choices)
+        return [choice["token_ids"] for choice in choices]
+
+    async def sample_all(self, jobs: Sequence[Job]) -> list[list[list[int]]]:
+        return await asyncio.gather(*map(self.sample, jobs))
+
+    def processes(self) -> list[psutil.Process]:
+        return [] if self._server is None else _tree(self._server)
+
+
+class Service(Way):
+    """The service, through `connect`."""
+
+    def __init__(self, sampler: RunningSampler, others: Sequence[int] = ()) -> None:
+        """
+        Args:
+            others: ids of processes below this one that are not the service's.
+        """
+        self._sampler, self._others = sampler, others
+
+    async def sample(self, job: Job) -> list[list[int]]:
+        return (await self.sample_all([job]))[0]
+
+    async def sample_all(self, jobs: Sequence[Job]) -> list[list[list[int]]]:
+        (adapter,) = {job.adapter for job in jobs}
+        response = await self._sampler.sample_async(
+            [{"input_ids": job.ids} for job in jobs],
+            {"max_tokens": jobs[0].tokens, "ignore_eos": True},
+            adapter,
+            num_samples=jobs[0].samples,
+        )
+        columns = response.columns
+        assert columns.logprobs is not None and len(columns.logprobs) == len(columns.tokens)
+        return [[sequence.tokens for sequence in prompt.sequences] for prompt in response]
+
+    def processes(self) -> list[psutil.Process]:
+        others = {process.pid for pid in self._others for process in _tree(pid)}
+        return [each for each in psutil.Process().children(recursive=True) if each.pid not in others]
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    root = psutil.Process(pid)
+    return [root, *root.children(recursive=True)]
+
+
+def bare_engine(model: str, engine_args: EngineArgs) -> AsyncLLM:
+    """Starts AsyncLLM with the arguments and the core for its computing thread that the service's engine has."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, disable_log_stats=True, **_args(model, engine_args)))
+
+
+@asynccontextmanager
+async def endpoint(
+    model: str, engine_args: EngineArgs, adapters: Mapping[str, Path], port: int, log: Path
+) -> AsyncIterator[Endpoint]:
+    """Starts `vllm serve` with the same arguments, and ends it."""
+    flags = ["--enable-scale-out", "--no-enable-log-requests", "--disable-log-stats", "--port", str(port)]
+    for key, value in _args(model, engine_args).items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", str(value)]
+    if adapters:
+        flags += ["--lora-modules", *(f"{name}={path}" for name, path in adapters.items())]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *flags]
+    with log.open("w") as output:
+        server = await asyncio.create_subprocess_exec(*command, stdout=output, stderr=output)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            await _until_healthy(session, url, server, log)
+            yield Endpoint(url, model, session, server.pid)
+    finally:
+        server.terminate()
+        await server.wait()
+
+
+async def _until_healthy(
+    session: aiohttp.ClientSession, url: str, server: asyncio.subprocess.Process, log: Path
+) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if server.returncode is not None:
+            raise RuntimeError(f"vllm serve ended with {server.returncode}: see {log}")
+        try:
+            async with session.get(f"{url}/health") as answer:
+                if answer.status == 200:
+                    return
+        except aiohttp.ClientConnectionError:
+            pass
+        await asyncio.sleep(0.1)  # a server that starts has no event to wait for
+    raise TimeoutError(f"vllm serve was not up within {START_TIMEOUT_S:g} s: see {log}")
+
+
+def _args(model: str, engine_args: EngineArgs) -> EngineArgs:
+    """Returns the arguments that the service's engine ends up with, and binds engines to its core."""
+    args = cpu_defaults(model, engine_args, 1)
+    if args.get("enable_lora"):
+        args["max_loras"] = args.get("max_loras", 1) + 1  # as many slots as the service's engine has
+    cores = cores_of_engine(0, 1, 1, sorted(os.sched_getaffinity(0)))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores[0]))
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    return args

@@ -1,0 +1,103 @@
+"""A handle of a router that answers as it is told, through real sessions of calls."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from typing import Any
+from unittest.mock import Mock
+
+from tests.support.inboxes import Actor
+from twinkle_serve.data_format import SampleResponse
+from twinkle_serve.data_format.sample_request import SampleRequest
+from twinkle_serve.errors import TwinkleServeError
+from twinkle_serve.remote.inbox import Address, Inbox
+from twinkle_serve.routing.caller_session import CallerSession
+
+
+class Response:
+    """A response of a control call that ends in a value or an error."""
+
+    def __init__(self, end: Any) -> None:
+        self._end = end
+
+    def __await__(self) -> Generator[None, None, Any]:
+        yield
+        if isinstance(self._end, BaseException):
+            raise self._end
+        return self._end
+
+    def cancel(self) -> None:
+        pass
+
+
+class RouterHandle:
+    """A handle whose calls all end alike."""
+
+    def __init__(self, end: Any) -> None:
+        """
+        Args:
+            end: what a call returns, an error, or a function of its arguments that returns either. A
+                TwinkleServeError is the router's answer; with another error the router's process is gone.
+        """
+        self._end = end
+        self.actor = Actor()
+        self.sessions = 0
+        """Number of sessions that were opened."""
+
+    def options(self, **options: Any) -> RouterHandle:
+        return self
+
+    def __getattr__(self, method: str) -> Any:
+        def remote(*args: Any, **options: Any) -> Any:
+            return Response(self._end(*args, **options) if callable(self._end) else self._end)
+
+        return Mock(remote=remote)
+
+    @property
+    def answers(self) -> Any:
+        return Mock(remote=self._answers)
+
+    async def _answers(self) -> AsyncIterator[Any]:
+        self.sessions += 1
+        died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        router: Any = _Router(self._end, died)
+        session = CallerSession(router)
+        inbox = Inbox(session.take)
+        try:
+            yield Address(self.actor, inbox.name)
+            async with contextlib.aclosing(session.answers()) as items:
+                while True:
+                    item = asyncio.ensure_future(anext(items, None))
+                    await asyncio.wait([item, died], return_when=asyncio.FIRST_COMPLETED)
+                    if died.done():
+                        item.cancel()
+                        await asyncio.wait({item})
+                        died.result()
+                    if (answers := await item) is None:
+                        return
+                    yield answers
+        finally:
+            inbox.close()
+            session.close()
+
+
+class _Router:
+    """Samples as `RouterHandle` is told."""
+
+    def __init__(self, end: Any, died: asyncio.Future[None]) -> None:
+        self._end, self._died = end, died
+
+    async def run(self, request: SampleRequest) -> Any:
+        end = self._end(request) if isinstance(self._end, Callable) else self._end  # type: ignore[arg-type]
+        if isinstance(end, TwinkleServeError):
+            raise end
+        if isinstance(end, BaseException):
+            if not self._died.done():
+                self._died.set_exception(end)
+            await asyncio.Event().wait()
+        return end
+
+    async def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
+        yield await self.run(request)

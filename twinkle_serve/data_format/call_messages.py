@@ -1,0 +1,100 @@
+"""Messages between the clients of a service and its router. Many calls share one."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from twinkle_serve.compact import pickled_by_value
+from twinkle_serve.data_format.response import SampleResponse
+from twinkle_serve.data_format.sample_request import SampleRequest
+from twinkle_serve.data_format.samples import StopReason
+from twinkle_serve.errors import TwinkleServeError
+
+CallKind: TypeAlias = Literal["run", "run_iter", "run_stream"]
+"""The method of `RouterAPI` that a call is of."""
+
+AnswerItem: TypeAlias = SampleResponse | tuple[str, StopReason | None]
+"""A response, or the new text of a stream."""
+
+OUT_OF_BAND_BYTES = 2**14
+"""Arrays of this size are not copied on their way."""
+
+
+@pickled_by_value
+@dataclass(frozen=True, slots=True)
+class SentCall:
+    """One call."""
+
+    number: int
+    """Unique in the session."""
+    kind: CallKind
+    request: SampleRequest
+
+
+@pickled_by_value
+@dataclass(frozen=True, slots=True)
+class CallMessage:
+    """A message from a client."""
+
+    number: int
+    """0, 1, … in a session, so that a lost message is noticed."""
+    calls: Sequence[SentCall] = ()
+    abandoned: Sequence[int] = ()
+    """Calls whose callers no longer wait, by number."""
+    last: bool = False
+    """Whether the client sends no more messages in this session."""
+
+
+@pickled_by_value
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One item of a call, or its end, or both."""
+
+    call: int
+    """Number of the call."""
+    item: AnswerItem | None = None
+    error: TwinkleServeError | None = None
+    """The error that the call ended with."""
+    last: bool = False
+    """Whether the call is over."""
+
+
+@pickled_by_value
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """A message to a client."""
+
+    received: int
+    """Number of messages that the router has taken in this session."""
+    packed: Any
+    """See `pack` and `unpack`."""
+
+    @classmethod
+    def pack(cls, received: int, answers: Sequence[Answer]) -> Answers:
+        """Pickles answers at a third of the time that Ray takes; their large arrays are not copied.
+
+        Answers with inputs are left to Ray, which counts the references in them.
+        """
+        if any(isinstance(answer.item, SampleResponse) and answer.item.inputs for answer in answers):
+            return cls(received, list(answers))
+        buffers: list[pickle.PickleBuffer] = []
+
+        def in_band(buffer: pickle.PickleBuffer) -> bool:
+            if buffer.raw().nbytes < OUT_OF_BAND_BYTES:
+                return True
+            buffers.append(buffer)
+            return False
+
+        pickled = pickle.dumps(list(answers), protocol=5, buffer_callback=in_band)
+        return cls(received, (pickled, buffers))
+
+    def unpack(self) -> list[Answer]:
+        """Returns the answers."""
+        if isinstance(self.packed, list):
+            return self.packed
+        pickled, buffers = self.packed
+        answers: list[Answer] = pickle.loads(pickled, buffers=buffers)
+        return answers

@@ -1,0 +1,129 @@
+"""Runs the calls of one client process and hands their answers back together. Free of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator
+
+from twinkle_serve.data_format.call_messages import Answer, AnswerItem, Answers, CallMessage, SentCall
+from twinkle_serve.errors import ServiceError, TwinkleServeError
+from twinkle_serve.routing.api import RouterAPI
+from twinkle_serve.tasks import BackgroundTasks
+
+logger = logging.getLogger(__name__)
+
+LINGER_S = 1.0
+"""How long a session stays open when nothing runs. Serve waits for it before it ends the router's process."""
+
+CONFIRM_S = 1.0
+"""How soon the client hears that its messages have arrived, where no call ends before."""
+
+GATHER_S = 0.002
+"""How long an answer waits for others while further calls run."""
+
+
+class CallerSession:
+    """The calls that one client process sends in one session.
+
+    Guarantees:
+        Answers of a call come in order, each once; the last one says so.
+        Closing the iterator `answers` cancels all calls.
+        A session whose messages did not all arrive ends: its client sends the calls again.
+    """
+
+    def __init__(self, router: RouterAPI) -> None:
+        """Binds to the running event loop."""
+        self._router = router
+        self._tasks = BackgroundTasks()
+        self._running: dict[int, asyncio.Task[None]] = {}
+        """Calls by number."""
+        self._answers: list[Answer] = []
+        self._received = 0
+        self._confirmed = 0
+        self._broken = self._last = False
+        self._changed = asyncio.Event()
+
+    def take(self, message: CallMessage) -> None:
+        """Takes the client's next message."""
+        if message.number != self._received:
+            logger.warning(f"message {self._received} of a client was lost; it sends its calls again")
+            self._broken = True
+        else:
+            self._received += 1
+            self._last = message.last
+            for call in message.calls:
+                self._running[call.number] = self._tasks.spawn(self._run(call))
+            for number in message.abandoned:
+                if (task := self._running.pop(number, None)) is not None:
+                    task.cancel()
+        self._changed.set()
+
+    async def _run(self, call: SentCall) -> None:
+        error: TwinkleServeError | None = None
+        try:
+            match call.kind:
+                case "run":
+                    answer = Answer(call.number, await self._router.run(call.request), last=True)
+                    self._put(answer)
+                    return
+                case "run_iter":
+                    await self._put_all(call.number, self._router.run_iter(call.request))
+                case "run_stream":
+                    await self._put_all(call.number, self._router.run_stream(call.request))
+        except TwinkleServeError as raised:
+            error = raised
+        except Exception as bug:
+            logger.exception("a call failed by a bug in the router")
+            error = ServiceError(f"a bug in the router: {type(bug).__name__}: {bug}")
+        self._put(Answer(call.number, error=error, last=True))
+
+    async def _put_all(self, number: int, items: AsyncGenerator[AnswerItem, None]) -> None:
+        async with contextlib.aclosing(items):
+            async for item in items:
+                self._put(Answer(number, item))
+
+    def _put(self, answer: Answer) -> None:
+        if answer.call not in self._running:
+            return
+        self._answers.append(answer)
+        if answer.last:
+            del self._running[answer.call]
+        self._changed.set()
+
+    async def answers(self) -> AsyncGenerator[Answers, None]:
+        """Yields answers as calls end, until nothing has run for LINGER_S, or the client has sent its last message."""
+        try:
+            while await self._something_is_due():
+                answers, self._answers = self._answers, []
+                self._confirmed = self._received
+                yield Answers.pack(self._received, answers)
+        finally:
+            self.close()
+
+    async def _something_is_due(self) -> bool:
+        while not self._broken:
+            self._changed.clear()
+            if self._answers:
+                if self._running:
+                    await asyncio.sleep(GATHER_S)
+                return True
+            wait_s: float | None
+            if self._running:
+                wait_s = CONFIRM_S if self._confirmed < self._received else None
+            elif self._last:
+                return False
+            else:
+                wait_s = LINGER_S
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                return bool(self._running)
+        return False
+
+    def close(self) -> None:
+        """Cancels all calls."""
+        self._running.clear()
+        self._tasks.cancel()
