@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +11,21 @@ class Actor:
     """Stands for the handle of an actor: runs a function here, at once."""
 
     def __init__(self) -> None:
+        self.messages = 0
+        """How many messages were sent to it."""
         self.loses = 0
         """How many of the next messages are lost."""
+        self.lost = threading.Event()
+        """Set when one was."""
 
     def options(self, **options: Any) -> Actor:
         return self
 
     def remote(self, function: Callable[..., None], *args: Any) -> None:
+        self.messages += 1
         if self.loses:
             self.loses -= 1
+            self.lost.set()
         else:
             function(self, *args)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from typing import Any
 from unittest.mock import Mock
 
@@ -38,7 +38,7 @@ class RouterHandle:
     def __init__(self, end: Any) -> None:
         """
         Args:
-            end: what a call returns, an error, or a function of its arguments that returns either. A
+            end: what a call returns, an error, or a function of its arguments, async or not, that returns either. A
                 TwinkleServeError is the router's answer; with another error the router's process is gone.
         """
         self._end = end
@@ -67,17 +67,20 @@ class RouterHandle:
         inbox = Inbox(session.take)
         try:
             yield Address(self.actor, inbox.name)
-            async with contextlib.aclosing(session.answers()) as items:
-                while True:
-                    item = asyncio.ensure_future(anext(items, None))
+            items = session.answers()
+            while True:
+                item: asyncio.Future[Any] = asyncio.ensure_future(anext(items, None))
+                try:
                     await asyncio.wait([item, died], return_when=asyncio.FIRST_COMPLETED)
-                    if died.done():
+                finally:
+                    if not item.done():
                         item.cancel()
-                        await asyncio.wait({item})
-                        died.result()
-                    if (answers := await item) is None:
-                        return
-                    yield answers
+                        await asyncio.wait([item])
+                if died.done():
+                    died.result()
+                if (answers := item.result()) is None:
+                    return
+                yield answers
         finally:
             inbox.close()
             session.close()
@@ -90,7 +93,9 @@ class _Router:
         self._end, self._died = end, died
 
     async def run(self, request: SampleRequest) -> Any:
-        end = self._end(request) if isinstance(self._end, Callable) else self._end  # type: ignore[arg-type]
+        end = self._end(request) if callable(self._end) else self._end
+        if inspect.isawaitable(end):
+            end = await end
         if isinstance(end, TwinkleServeError):
             raise end
         if isinstance(end, BaseException):

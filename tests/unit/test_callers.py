@@ -17,7 +17,7 @@ from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from tests.support.responses import columns, response
-from tests.support.router_handle import Response, RouterHandle
+from tests.support.router_handle import RouterHandle
 from twinkle_serve import timing
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.inputs import as_list
@@ -156,9 +156,11 @@ def test_prompts_of_a_call_that_is_about_to_be_sent_can_be_cancelled() -> None:
 
         @property
         def cancel(self) -> Any:
-            def cancel(request_id: str, inputs: list[int] | None) -> Response:
+            async def cancel(request_id: str, inputs: list[int] | None) -> int:
+                for _ in range(3):  # turns of the event loop that a message takes too
+                    await asyncio.sleep(0)
                 calls.append(f"cancel {inputs}")
-                return Response(1)
+                return 1
 
             return Mock(remote=cancel)
 

@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator
 
+from twinkle_serve import timing
 from twinkle_serve.data_format.call_messages import Answer, AnswerItem, Answers, CallMessage, SentCall
 from twinkle_serve.errors import ServiceError, TwinkleServeError
 from twinkle_serve.routing.api import RouterAPI
@@ -115,7 +116,7 @@ class CallerSession:
             elif self._last:
                 return False
             else:
-                wait_s = LINGER_S
+                wait_s = LINGER_S if self._received else timing.SESSION_SILENCE_S
             try:
                 async with asyncio.timeout(wait_s):
                     await self._changed.wait()

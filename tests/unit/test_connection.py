@@ -1,0 +1,170 @@
+"""Calls of one process share messages to the router, and none is lost with a message or a session."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.responses import columns, response
+from tests.support.router_handle import RouterHandle
+from twinkle_serve import timing
+from twinkle_serve.data_format import SampleResponse
+from twinkle_serve.data_format.call_messages import OUT_OF_BAND_BYTES, Answer, Answers
+from twinkle_serve.data_format.inputs import as_list
+from twinkle_serve.data_format.sample_request import SampleRequest
+from twinkle_serve.errors import QueueFullError
+from twinkle_serve.routing import caller_session
+from twinkle_serve.sampler import connection
+from twinkle_serve.sampler.client import ServiceClient
+
+
+def answer(sent: SampleRequest) -> SampleResponse:
+    """A response whose sample is the prompt's first token."""
+    ids = [item["input_ids"] for item in as_list(sent.inputs) or []]
+    return response([columns(i, [chr(prompt[0])]) for i, prompt in enumerate(ids)], [], ids)
+
+
+class Client:
+    """A client of a router that answers so."""
+
+    def __init__(self, end: Any = answer) -> None:
+        self.handle = RouterHandle(end)
+        handle: Any = self.handle
+        self.client = ServiceClient(handle, "sampler")
+
+    def sampled(self, *tokens: int) -> list[str]:
+        """Texts of calls of one prompt each, which are made in one turn of the event loop."""
+
+        async def calls() -> list[SampleResponse]:
+            requests = (SampleRequest(inputs=[{"input_ids": [token]}], timeout_s=20.0) for token in tokens)
+            return await asyncio.gather(*(self.client.run(self.client.prepare(request)) for request in requests))
+
+        return [made.sequences[0].decoded for made in self.client.loop.call(calls())]
+
+
+TOKENS = range(65, 75)
+TEXTS = [chr(token) for token in TOKENS]
+
+
+def test_calls_of_one_turn_share_a_message() -> None:
+    client = Client()
+    client.sampled(*TOKENS)
+    before = client.handle.actor.messages
+    assert client.sampled(*TOKENS) == TEXTS
+    assert client.handle.actor.messages == before + 1
+    assert client.handle.sessions == 1
+
+
+def test_calls_of_a_lost_message_are_sent_again() -> None:
+    """The router notices at the next message that one is missing."""
+    client = Client()
+    client.sampled(65)
+    client.handle.actor.loses = 1
+
+    with ThreadPoolExecutor() as threads:
+        lost = threads.submit(client.sampled, *TOKENS)
+        assert client.handle.actor.lost.wait(10)
+        assert client.sampled(65) == ["A"]
+        assert lost.result(10) == TEXTS
+    assert client.handle.sessions == 2
+
+
+def test_message_that_no_other_follows_is_missed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SESSION_SILENCE_S", 0.2)
+    monkeypatch.setattr(caller_session, "LINGER_S", 60.0)
+    monkeypatch.setattr("twinkle_serve.sampler.client.RETRY_PAUSES_S", (0.0,))
+    monkeypatch.setattr(ServiceClient, "_is_deployed", lambda self, patience_s: asyncio.sleep(0, True))
+    client = Client()
+    client.sampled(65)
+    client.handle.actor.loses = 1
+    assert client.sampled(*TOKENS) == TEXTS
+    assert client.handle.sessions == 2
+
+
+def test_next_session_takes_the_place_of_an_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is opened beside, with whichever router Serve has by then; no call waits for it."""
+    monkeypatch.setattr(connection, "SESSION_S", 0.0)
+    client = Client()
+    for _ in range(6):
+        assert client.sampled(*TOKENS) == TEXTS
+    assert client.handle.sessions > 2
+
+
+def test_call_that_comes_as_its_session_ends_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session ends when it is idle, without asking the client."""
+    monkeypatch.setattr(caller_session, "LINGER_S", 0.0)
+    client = Client()
+    for _ in range(50):
+        assert client.sampled(65) == ["A"]
+
+
+def test_long_call_is_not_taken_for_a_lost_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router confirms each message, also where no call ends for long."""
+    monkeypatch.setattr(timing, "SESSION_SILENCE_S", 0.4)
+    monkeypatch.setattr(caller_session, "CONFIRM_S", 0.05)
+    answers = iter([0.8])
+
+    async def slowly(request: SampleRequest) -> SampleResponse:
+        await asyncio.sleep(next(answers))  # a second attempt would find none
+        return answer(request)
+
+    client = Client(slowly)
+    assert client.sampled(65) == ["A"]
+
+
+def test_caller_that_gives_up_ends_its_call_in_the_router() -> None:
+    ended, begun = asyncio.Event(), asyncio.Event()
+
+    async def forever(request: SampleRequest) -> SampleResponse:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        raise AssertionError
+
+    client = Client(forever)
+
+    async def give_up() -> None:
+        request = client.client.prepare(SampleRequest(inputs=[{"input_ids": [65]}], timeout_s=20.0))
+        call = asyncio.ensure_future(client.client.run(request))
+        await begun.wait()
+        call.cancel()
+        await asyncio.wait_for(ended.wait(), 10)
+
+    client.client.loop.call(give_up())
+
+
+def packed(answers: Sequence[Answer]) -> list[Answer]:
+    """Answers after their way, with arrays out of band as Ray carries them."""
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(Answers.pack(3, answers), protocol=5, buffer_callback=buffers.append)
+    received: Answers = pickle.loads(data, buffers=buffers)
+    assert received.received == 3
+    return received.unpack()
+
+
+def test_answers_arrive_as_they_were() -> None:
+    """Items, errors with their fields, and the end of a call, in order."""
+    error = QueueFullError("full", 2.5)
+    sent = [Answer(0, ("text", None)), Answer(1, answer(SampleRequest(inputs=[{"input_ids": [65]}])), last=True)]
+    text, sample, failed = packed([*sent, Answer(2, error=error, last=True)])
+    assert text == sent[0]
+    assert isinstance(sample.item, SampleResponse) and sample.last
+    assert sample.item.sequences[0].decoded == "A"
+    assert isinstance(failed.error, QueueFullError) and failed.error.retry_after_s == 2.5
+
+
+def test_large_arrays_of_answers_are_not_copied() -> None:
+    tokens = OUT_OF_BAND_BYTES
+    made = response([columns(0, ["a" * tokens])], [], [[65]])
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(Answers.pack(0, [Answer(0, made)]), protocol=5, buffer_callback=buffers.append)
+    assert len(data) < 3 * tokens  # the text; neither token ids nor logprobs
+    assert any(np.shares_memory(np.frombuffer(buffer.raw(), np.uint8), made.columns.tokens) for buffer in buffers)
