@@ -9,6 +9,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.collection import freeze_start_up
 from deployments.log_config import QUIET, log_to_serve
 from deployments.progress import StageReporter
 from deployments.store_client import ServeStoreClient
@@ -69,6 +70,7 @@ class Engine(EngineServer):
         super().__init__(engine, model, ServeStoreClient(store))
         self._chunks = Inbox(self.take)
         await self.start(name, args.startup_timeout_s, on_stage)
+        freeze_start_up()
         on_stage("ready")
 
     async def address(self, session: Session) -> Address[Chunk]:

@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from deployments.collection import freeze_start_up
 from deployments.engine_client import ServeEngineClient
 from deployments.log_config import QUIET, log_to_serve
 from deployments.store_client import ServeStoreClient
@@ -60,6 +61,7 @@ class Router(routing.Router):
             observe_staleness=lambda name, versions: staleness.observe(versions, tags={"adapter": name}),
         )
         await self.start()
+        freeze_start_up()
 
     async def reconfigure(self, config: Mapping[str, Sequence[str]]) -> None:
         """Called by Serve after `__init__`, and when the application is deployed with other engines.

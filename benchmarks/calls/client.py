@@ -20,7 +20,7 @@ from twinkle_serve import connect
 
 async def main() -> None:
     kind, first, second, calls, at_a_time, seed = sys.argv[1:]
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3)) as session:
         way: Way
         if kind == "service":
             way = Service(await asyncio.to_thread(connect, second, address=first))

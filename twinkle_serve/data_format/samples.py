@@ -143,9 +143,14 @@ class SampleColumns:
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> SampleColumns:
         """Selects rows, in the given order."""
         lengths = self.lengths[rows]
-        moved = self.starts[rows] - (np.cumsum(lengths, dtype=np.int64) - lengths)
-        # Old index of each new token: its offset within its sample is the same.
-        at = np.arange(lengths.sum()) + np.repeat(moved, lengths)
+        at: slice | NDArray[np.int64]
+        if len(rows) == 1:  # as in calls of one prompt: a quarter of the time
+            start = int(self.lengths[: rows[0]].sum())
+            at = slice(start, start + int(lengths[0]))
+        else:
+            moved = self.starts[rows] - (np.cumsum(lengths, dtype=np.int64) - lengths)
+            # Old index of each new token: its offset within its sample is the same.
+            at = np.arange(lengths.sum()) + np.repeat(moved, lengths)
         group = self.group[rows]
         return SampleColumns(
             group=group,
@@ -165,6 +170,9 @@ class SampleColumns:
 
     def regrouped(self, indices: dict[int, int]) -> SampleColumns:
         """Selects the samples of the groups in `indices`, replaces ids by `indices[id]`, sorts by (index, sample)."""
+        if len(self) == 1 and (alone := indices.get(int(self.group[0]))) is not None:
+            scores = dict.fromkeys([alone], *self.scores.values()) if self.scores else {}
+            return replace(self, group=np.full(1, alone, np.int64), scores=scores)
         index = np.array([indices.get(group, -1) for group in self.group.tolist()], np.int64)
         order = np.lexsort((self.sample, index))
         selected = self.take(order[index[order] >= 0])

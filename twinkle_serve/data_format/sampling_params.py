@@ -185,10 +185,9 @@ class SamplingParams(_DerivedParams):
         given = {"num_samples": num_samples} if num_samples is not None else {}
         if logprobs is not UNSET:
             given["logprobs"] = logprobs  # type: ignore[assignment]
-        defaults = cls()
         for name, value in given.items():
             other = getattr(params, name)
-            if other not in (value, getattr(defaults, name)):
+            if other not in (value, DEFAULTS[name]):
                 raise SamplingParamsError(
                     f"{name}={value} in the call contradicts {name}={other} in sampling_params. Give it once."
                 )
@@ -215,6 +214,9 @@ class SamplingParams(_DerivedParams):
             SamplingParamsError: an unknown key, both spellings of one, or an invalid value.
         """
         return cls.of(params)
+
+
+DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
 
 
 @pickled_by_value

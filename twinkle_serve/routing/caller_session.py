@@ -21,7 +21,7 @@ LINGER_S = 1.0
 CONFIRM_S = 1.0
 """How soon the client hears that its messages have arrived, where no call ends before."""
 
-GATHER_S = 0.002
+GATHER_S = 0.004
 """How long an answer waits for others while further calls run."""
 
 

@@ -25,6 +25,11 @@ SESSION_S = 2.0
 """How long a session takes new calls: the next one is with whichever router Serve has by then."""
 
 
+FEW_CALLS = 4
+GATHER_S = 0.004
+"""With more than FEW_CALLS calls under way, a call waits so long for others to share its message."""
+
+
 class SessionLostError(Exception):
     """A session ended in the middle of a call, or its messages did not arrive."""
 
@@ -114,8 +119,12 @@ class _Session:
         self.flush_soon()
 
     def flush_soon(self) -> None:
-        if not self._flush_due:
-            self._flush_due = True
+        if self._flush_due:
+            return
+        self._flush_due = True
+        if len(self.calls) > FEW_CALLS:
+            self._loop.call_later(GATHER_S, self._flush)
+        else:
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
