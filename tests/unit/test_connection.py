@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.call_messages import OUT_OF_BAND_BYTES, Answer, Answers
 from twinkle_serve.data_format.inputs import as_list
 from twinkle_serve.data_format.sample_request import SampleRequest
-from twinkle_serve.errors import QueueFullError
+from twinkle_serve.errors import QueueFullError, RequestError
 from twinkle_serve.routing import caller_session
 from twinkle_serve.sampler import connection
 from twinkle_serve.sampler.client import ServiceClient
@@ -139,6 +141,36 @@ def test_caller_that_gives_up_ends_its_call_in_the_router() -> None:
         await asyncio.wait_for(ended.wait(), 10)
 
     client.client.loop.call(give_up())
+
+
+class Unreadable:
+    """Cannot be read on the other side."""
+
+    def __reduce__(self) -> Any:
+        return Unreadable._raise, ()
+
+    @staticmethod
+    def _raise() -> None:
+        raise ImportError("no module named trainer")
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(threading.Lock(), "cannot pickle"), (Unreadable(), "cannot be read by the router")]
+)
+def test_call_that_cannot_be_sent_or_read_fails_alone(value: object, error: str) -> None:
+    """Not those that share its message."""
+    client = Client()
+
+    async def calls() -> list[Any]:
+        good = SampleRequest(inputs=[{"input_ids": [65]}], timeout_s=20.0)
+        bad = replace(good, sampling_params={"stop": value})
+        requests = map(client.client.prepare, (good, bad, good))
+        return await asyncio.gather(*map(client.client.run, requests), return_exceptions=True)
+
+    first, failed, last = client.client.loop.call(calls())
+    assert isinstance(failed, RequestError) and error in str(failed)
+    assert first.sequences[0].decoded == last.sequences[0].decoded == "A"
+    assert client.handle.sessions == 1
 
 
 def packed(answers: Sequence[Answer]) -> list[Answer]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from twinkle_serve.compact import pickled_by_value
+from twinkle_serve.data_format.inputs import PackedInputs
 from twinkle_serve.data_format.response import SampleResponse
 from twinkle_serve.data_format.sample_request import SampleRequest
 from twinkle_serve.data_format.samples import StopReason
-from twinkle_serve.errors import TwinkleServeError
+from twinkle_serve.errors import RequestError, TwinkleServeError
 
 CallKind: TypeAlias = Literal["run", "run_iter", "run_stream"]
 """The method of `RouterAPI` that a call is of."""
@@ -23,6 +24,9 @@ OUT_OF_BAND_BYTES = 2**14
 """Arrays of this size are not copied on their way."""
 
 
+PLAIN = "Give plain numbers, text, lists and dicts in sampling_params and the other arguments."
+
+
 @pickled_by_value
 @dataclass(frozen=True, slots=True)
 class SentCall:
@@ -31,7 +35,30 @@ class SentCall:
     number: int
     """Unique in the session."""
     kind: CallKind
-    request: SampleRequest
+    packed: SampleRequest | bytes
+    """Pickled where its inputs are, so that a request that cannot be read fails alone."""
+
+    @classmethod
+    def pack(cls, number: int, kind: CallKind, request: SampleRequest) -> SentCall:
+        """Packs a call. One whose inputs hold references is left to Ray, which counts them."""
+        packed = pickle.dumps(request, protocol=5) if isinstance(request.inputs, PackedInputs) else request
+        return cls(number, kind, packed)
+
+    def request(self) -> SampleRequest:
+        """Returns the request.
+
+        Raises:
+            RequestError: it holds an object that cannot be read here.
+        """
+        if isinstance(self.packed, SampleRequest):
+            return self.packed
+        try:
+            request: SampleRequest = pickle.loads(self.packed)
+        except Exception as error:  # a caller's class may raise anything
+            raise RequestError(
+                f"the call cannot be read by the router: {type(error).__name__}: {error}. {PLAIN}"
+            ) from None
+        return request
 
 
 @pickled_by_value

@@ -64,15 +64,16 @@ class CallerSession:
     async def _run(self, call: SentCall) -> None:
         error: TwinkleServeError | None = None
         try:
+            request = call.request()
             match call.kind:
                 case "run":
-                    answer = Answer(call.number, await self._router.run(call.request), last=True)
+                    answer = Answer(call.number, await self._router.run(request), last=True)
                     self._put(answer)
                     return
                 case "run_iter":
-                    await self._put_all(call.number, self._router.run_iter(call.request))
+                    await self._put_all(call.number, self._router.run_iter(request))
                 case "run_stream":
-                    await self._put_all(call.number, self._router.run_stream(call.request))
+                    await self._put_all(call.number, self._router.run_stream(request))
         except TwinkleServeError as raised:
             error = raised
         except Exception as bug:

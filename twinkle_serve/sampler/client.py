@@ -114,7 +114,7 @@ class ServiceClient(RouterClient):
                 call = self._connection.start("run", attempts.next_request(), attempts.begun.set)
                 try:
                     async with asyncio.timeout(attempts.patience_s):
-                        return attempts.received(cast(SampleResponse, await anext(call.items())))
+                        return attempts.received(cast(SampleResponse, await call.next()))
                 except BaseException as error:
                     call.abandon()
                     await self._wait_to_repeat(attempts, error)
@@ -140,14 +140,13 @@ class ServiceClient(RouterClient):
         """Yields items of a call, over all its attempts."""
         while True:
             call = self._connection.start(kind, attempts.next_request(), attempts.begun.set)
-            items = call.items()
             try:
                 while True:
                     try:
                         # A slow reader may ask long after the deadline for items that have arrived: each wait has a
                         # grace.
                         async with asyncio.timeout(max(timing.ROUTER_GRACE_S, attempts.patience_s)):
-                            item = await anext(items, None)
+                            item = await call.next()
                     except Exception as error:
                         await self._wait_to_repeat(attempts, error)
                         break

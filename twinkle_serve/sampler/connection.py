@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import ActorDiedError
 
 from twinkle_serve import tasks, timing
-from twinkle_serve.data_format.call_messages import Answer, AnswerItem, Answers, CallKind, CallMessage, SentCall
+from twinkle_serve.data_format.call_messages import PLAIN, Answer, AnswerItem, Answers, CallKind, CallMessage, SentCall
 from twinkle_serve.data_format.sample_request import SampleRequest
+from twinkle_serve.errors import RequestError
 from twinkle_serve.remote.inbox import Address
 from twinkle_serve.tasks import BackgroundTasks
 
@@ -30,6 +31,10 @@ GATHER_S = 0.004
 """With more than FEW_CALLS calls under way, a call waits so long for others to share its message."""
 
 
+MAX_MOVES = 3
+"""A call that so many sessions have ended without is not simply sent in the next: it may be what ends them."""
+
+
 class SessionLostError(Exception):
     """A session ended in the middle of a call, or its messages did not arrive."""
 
@@ -43,25 +48,27 @@ class RunningCall:
         self.number = 0
         self.begun = False
         """Whether any item has arrived."""
+        self.moves = 0
+        """How often it was sent in a session that ended without it."""
         self._answers: asyncio.Queue[Answer | BaseException] = asyncio.Queue()
+        self._over = False
 
     def put(self, answer: Answer | BaseException) -> None:
         """Hands over an item, or the error by which the session ended."""
         self.begun = True
         self._answers.put_nowait(answer)
 
-    async def items(self) -> AsyncGenerator[AnswerItem, None]:
-        """Yields the items until the call is over. Raises its error, or the one by which the session ended."""
-        while True:
-            answer = await self._answers.get()
-            if isinstance(answer, BaseException):
-                raise answer
-            if answer.error is not None:
-                raise answer.error
-            if answer.item is not None:
-                yield answer.item
-            if answer.last:
-                return
+    async def next(self) -> AnswerItem | None:
+        """Returns the next item; None when the call is over. Raises its error, or that by which the session ended."""
+        if self._over:
+            return None
+        answer = await self._answers.get()
+        if isinstance(answer, BaseException):
+            raise answer
+        if answer.error is not None:
+            raise answer.error
+        self._over = answer.last
+        return answer.item
 
     def abandon(self) -> None:
         """Tells the router that nobody waits for it any more. Ignored if it is over."""
@@ -133,19 +140,26 @@ class _Session:
             return
         calls, self._outgoing = self._outgoing, []
         abandoned, self._abandoned = self._abandoned, []
-        sent = [SentCall(call.number, call.kind, call.request) for call in calls]
         try:
-            self.address.post(CallMessage(self._sent, sent, abandoned, self._last))
-        except Exception as error:  # the stream tells of a router that is gone; these calls cannot be pickled
+            self._post(calls, abandoned)
+        except Exception:  # one of the calls cannot be pickled: it fails alone
+            self._post([], abandoned)
             for call in calls:
-                if self.calls.pop(call.number, None) is not None:
-                    call.put(error)
-            return
-        for call in calls:
-            call.on_sent()
+                try:
+                    self._post([call])
+                except Exception as error:
+                    del self.calls[call.number]
+                    call.put(RequestError(f"the call cannot be sent: {type(error).__name__}: {error}. {PLAIN}"))
+
+    def _post(self, calls: Sequence[RunningCall], abandoned: Sequence[int] = ()) -> None:
+        assert self.address is not None
+        sent = [SentCall.pack(call.number, call.kind, call.request) for call in calls]
+        self.address.post(CallMessage(self._sent, sent, abandoned, self._last))
         self._sent += 1
         if self._unconfirmed_since is None:
             self._unconfirmed_since = self._loop.time()
+        for call in calls:
+            call.on_sent()
 
     def take(self, answers: Answers) -> None:
         """Hands answers to their calls."""
@@ -227,7 +241,8 @@ class RouterConnection:
                     stream.cancel()
         calls, session.calls = session.calls, {}
         for call in calls.values():
-            if error is None and not call.begun:  # its message came after the end of an idle session
+            if error is None and not call.begun and call.moves < MAX_MOVES:
+                call.moves += 1  # its message came after the end of an idle session, or was lost
                 self._session().add(call)
             else:
                 call.put(error or SessionLostError("the session ended"))
