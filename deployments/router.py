@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse
 
 from deployments.collection import freeze_start_up
 from deployments.engine_client import ServeEngineClient
+from deployments.light_imports import import_transformers_without_torch
 from deployments.log_config import QUIET, log_to_serve
 from deployments.store_client import ServeStoreClient
 from twinkle_serve import hub
@@ -45,6 +46,7 @@ class Router(routing.Router):
         log_to_serve(refusals=True)
         end_with_parent(os.getppid())  # Serve's replicas outlive the raylet that started them
         sys.setswitchinterval(SWITCH_S)
+        await asyncio.to_thread(import_transformers_without_torch)
         model = await asyncio.to_thread(hub.resolve, args.model_id, revision=args.revision, weights=False)
         staleness = metrics.Histogram(
             "twinkle_sampler_staleness",
