@@ -20,7 +20,7 @@ from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.call_messages import OUT_OF_BAND_BYTES, Answer, Answers
 from twinkle_serve.data_format.inputs import as_list
 from twinkle_serve.data_format.sample_request import SampleRequest
-from twinkle_serve.errors import QueueFullError, RequestError
+from twinkle_serve.errors import QueueFullError, RequestError, ServiceError
 from twinkle_serve.routing import caller_session
 from twinkle_serve.sampler import connection
 from twinkle_serve.sampler.client import ServiceClient
@@ -171,6 +171,17 @@ def test_call_that_cannot_be_sent_or_read_fails_alone(value: object, error: str)
     assert isinstance(failed, RequestError) and error in str(failed)
     assert first.sequences[0].decoded == last.sequences[0].decoded == "A"
     assert client.handle.sessions == 1
+
+
+def test_call_that_is_cancelled_in_the_router_has_an_answer() -> None:
+    """Serve and futures raise CancelledError for errors of their own."""
+
+    async def cancelled(request: SampleRequest) -> SampleResponse:
+        raise asyncio.CancelledError
+
+    client = Client(cancelled)
+    with pytest.raises(ServiceError, match="was cancelled in the router"):
+        client.sampled(65)
 
 
 def packed(answers: Sequence[Answer]) -> list[Answer]:

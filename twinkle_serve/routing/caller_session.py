@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator
 
-from twinkle_serve import timing
+from twinkle_serve import tasks, timing
 from twinkle_serve.data_format.call_messages import Answer, AnswerItem, Answers, CallMessage, SentCall
 from twinkle_serve.errors import ServiceError, TwinkleServeError
 from twinkle_serve.routing.api import RouterAPI
@@ -76,6 +76,10 @@ class CallerSession:
                     await self._put_all(call.number, self._router.run_stream(request))
         except TwinkleServeError as raised:
             error = raised
+        except asyncio.CancelledError:
+            if tasks.is_cancelled():
+                raise
+            error = ServiceError("the call was cancelled in the router, by nobody who waits for it. Send it again.")
         except Exception as bug:
             logger.exception("a call failed by a bug in the router")
             error = ServiceError(f"a bug in the router: {type(bug).__name__}: {bug}")
