@@ -22,7 +22,7 @@ from typing import Any
 import uvloop
 
 from benchmarks.common.cpu_time import Round, measured
-from benchmarks.common.engines import AsyncLLM, EngineArgs, side_by_side
+from benchmarks.common.engines import AsyncLLM, EngineArgs, cheapest_params, side_by_side
 from benchmarks.common.models import large_model
 from benchmarks.common.report import Figures, Report, command, quartiles
 from tests.support.ray_cluster import ray_cluster
@@ -39,20 +39,9 @@ ENGINE_ARGS: dict[str, EngineArgs] = {
 async def through_engine(llm: AsyncLLM, prompts: list[list[int]], options: argparse.Namespace, number: int) -> int:
     """Samples with AsyncLLM, called in its cheapest way. Returns the number of tokens."""
     from vllm.inputs import tokens_input
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     async def one(i: int) -> int:
-        params = SamplingParams(
-            n=options.samples,
-            max_tokens=options.tokens,
-            ignore_eos=True,
-            temperature=1.0,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,
-        )
+        params = cheapest_params(options.samples, options.tokens)
         output: Any = None
         async for latest in llm.generate(tokens_input(prompts[i]), params, f"{number}-{i}"):
             output = latest

@@ -36,9 +36,9 @@ import uvloop
 
 from benchmarks.calls import workloads
 from benchmarks.calls.clients import Clients
-from benchmarks.calls.ways import Bare, Service, Way, bare_engine, endpoint
+from benchmarks.calls.ways import Bare, Service, Way, endpoint
 from benchmarks.calls.workloads import Work
-from benchmarks.common.engines import SERVICE, EngineArgs
+from benchmarks.common.engines import SERVICE, EngineArgs, bare_engine
 from benchmarks.common.report import Figures, Report, command, quartiles
 from tests.support.deploy import deploy
 from tests.support.lora import save_adapter
@@ -132,7 +132,7 @@ async def _start(
     others: list[int] = []
     if "bare" in options.ways:
         before = {process.pid for process in psutil.Process().children(recursive=True)}
-        llm = bare_engine(model, engine_args)
+        llm = bare_engine(model, engine_args, "cpu", same_core=True)
         stack.callback(gc.collect)  # vLLM's own finalizer fails when it runs at interpreter exit
         stack.callback(llm.shutdown)
         processes = [each for each in psutil.Process().children(recursive=True) if each.pid not in before]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -16,9 +15,7 @@ from typing import Any, Protocol
 import aiohttp
 import psutil
 
-from benchmarks.common.engines import AsyncLLM, EngineArgs
-from twinkle_serve.engines.vllm import cpu_defaults
-from twinkle_serve.placement import cores_of_engine
+from benchmarks.common.engines import AsyncLLM, EngineArgs, arguments_of_service, cheapest_params
 from twinkle_serve.sampler import RunningSampler
 
 START_TIMEOUT_S = 300.0
@@ -64,18 +61,8 @@ class Bare(Way):
 
     async def sample(self, job: Job) -> list[list[int]]:
         from vllm.inputs import tokens_input
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        params = SamplingParams(
-            n=job.samples,
-            max_tokens=job.tokens,
-            ignore_eos=True,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,
-        )
+        params = cheapest_params(job.samples, job.tokens)
         output: Any = None
         lora = self._adapters.get(job.adapter)
         request_id = f"bare-{next(self._ids)}"
@@ -150,21 +137,13 @@ def _tree(pid: int) -> list[psutil.Process]:
     return [root, *root.children(recursive=True)]
 
 
-def bare_engine(model: str, engine_args: EngineArgs) -> AsyncLLM:
-    """Starts AsyncLLM with the arguments and the core for its computing thread that the service's engine has."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, disable_log_stats=True, **_args(model, engine_args)))
-
-
 @asynccontextmanager
 async def endpoint(
     model: str, engine_args: EngineArgs, adapters: Mapping[str, Path], port: int, log: Path
 ) -> AsyncIterator[Endpoint]:
     """Starts `vllm serve` with the same arguments, and ends it."""
     flags = ["--enable-scale-out", "--no-enable-log-requests", "--disable-log-stats", "--port", str(port)]
-    for key, value in _args(model, engine_args).items():
+    for key, value in arguments_of_service(model, engine_args, same_core=True).items():
         name = key.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
@@ -203,14 +182,3 @@ async def _until_healthy(
             pass
         await asyncio.sleep(0.1)  # a server that starts has no event to wait for
     raise TimeoutError(f"vllm serve was not up within {START_TIMEOUT_S:g} s.")
-
-
-def _args(model: str, engine_args: EngineArgs) -> EngineArgs:
-    """Returns the arguments that the service's engine ends up with, and binds engines to its core."""
-    args = cpu_defaults(model, engine_args, 1)
-    if args.get("enable_lora"):
-        args["max_loras"] = args.get("max_loras", 1) + 1  # as many slots as the service's engine has
-    cores = cores_of_engine(0, 1, 1, sorted(os.sched_getaffinity(0)))
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores[0]))
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    return args

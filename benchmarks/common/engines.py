@@ -47,7 +47,7 @@ async def side_by_side(
     with tempfile.TemporaryDirectory(prefix="tsb", ignore_cleanup_errors=True) as cache:
         if device == "cuda":  # both engines compile the same model at the same time
             os.environ["VLLM_CACHE_ROOT"] = cache
-        llm = _bare_engine(model, engine_args, device, same_core=same_core)
+        llm = bare_engine(model, engine_args, device, same_core=same_core)
         try:
             sampler = await deploying
             yield sampler, llm
@@ -58,19 +58,47 @@ async def side_by_side(
             gc.collect()  # vLLM's own finalizer fails when it runs at interpreter exit
 
 
-def _bare_engine(model: str, engine_args: EngineArgs, device: str, *, same_core: bool) -> AsyncLLM:
+def arguments_of_service(model: str, engine_args: EngineArgs, *, same_core: bool) -> EngineArgs:
+    """Returns the arguments that the service's engine has on cpu.
+
+    Args:
+        same_core: binds engines that this process starts to the core of the service's engine.
+    """
+    args = cpu_defaults(model, engine_args, 1)
+    if args.get("enable_lora"):
+        args["max_loras"] = args.get("max_loras", 1) + 1  # as many slots as the service's engine has
+    if same_core:
+        cores = cores_of_engine(0, 1, 1, sorted(os.sched_getaffinity(0)))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores[0]))
+    return args
+
+
+def bare_engine(model: str, engine_args: EngineArgs, device: str, *, same_core: bool) -> AsyncLLM:
+    """Starts AsyncLLM in this process with the arguments of the service's engine."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if device == "cpu":
-        engine_args = cpu_defaults(model, engine_args, 1)
-        if engine_args.get("enable_lora"):
-            engine_args["max_loras"] = engine_args.get("max_loras", 1) + 1  # as many slots as the service's engine has
-        if same_core:
-            cores = cores_of_engine(0, 1, 1, sorted(os.sched_getaffinity(0)))
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores[0]))
+        engine_args = arguments_of_service(model, engine_args, same_core=same_core)
     return AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, disable_log_stats=True, **engine_args))
+
+
+def cheapest_params(samples: int, tokens: int) -> Any:
+    """vLLM's sampling parameters for token ids and logprobs, at the least cost to the caller."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(
+        n=samples,
+        max_tokens=tokens,
+        ignore_eos=True,
+        temperature=1.0,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
+    )
 
 
 async def first_token(llm: AsyncLLM, prompt: list[int], request_id: str, lora_request: Any = None) -> None:
