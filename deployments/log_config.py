@@ -6,7 +6,7 @@ import logging
 
 from ray.serve.schema import LoggingConfig
 
-from twinkle_serve.errors import TwinkleServeError
+from twinkle_serve.errors import TwinkleServeError, one_line
 from twinkle_serve.remote.errors import raised_error
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -48,8 +48,7 @@ class OneLineErrors(logging.Filter):
         message = record.getMessage()
         if message == REQUEST_FAILED and not self._refusals:
             return False
-        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        record.msg = f"call failed: {text}" if message == REQUEST_FAILED else f"{message} {text}"
+        record.msg = f"call failed: {one_line(error)}" if message == REQUEST_FAILED else f"{message} {one_line(error)}"
         record.args = None
         record.exc_info = record.exc_text = None
         if message == REQUEST_FAILED:

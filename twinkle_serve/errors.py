@@ -163,3 +163,8 @@ def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
     close = get_close_matches(str(name), names, n=1)
     hint = f", did you mean {close[0]!r}?" if close else "."
     return f"unknown {what} {name!r}{hint} Known: {', '.join(names) or 'none'}"
+
+
+def one_line(error: BaseException) -> str:
+    """Returns type and message of an error without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

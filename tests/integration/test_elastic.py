@@ -242,7 +242,7 @@ def test_launcher_of_another_application_leaves_the_service_alone(service: Servi
     config.write_text(yaml.safe_dump(document))
     before = replicas(service)
     answer = service.run("-m", "graphs.run", str(config))
-    assert answer.returncode == 2 and "serves sampler too" in answer.stderr
+    assert answer.returncode == 2 and "also serves sampler" in answer.stderr
     assert replicas(service) == before
     assert service.run("-c", "import twinkle_serve; twinkle_serve.connect('sampler').status()").returncode == 0
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 
 from twinkle_serve import tasks, timing
 from twinkle_serve.data_format.call_messages import Answer, AnswerItem, Answers, CallMessage, SentCall
-from twinkle_serve.errors import ServiceError, TwinkleServeError
+from twinkle_serve.errors import ServiceError, TwinkleServeError, one_line
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.tasks import BackgroundTasks
 
@@ -76,6 +76,7 @@ class CallerSession:
                     await self._put_all(call.number, self._router.run_stream(request))
         except TwinkleServeError as raised:
             error = raised
+            logger.warning(f"call failed: {one_line(error)}")
         except asyncio.CancelledError:
             if tasks.is_cancelled():
                 raise
