@@ -60,10 +60,10 @@ def line_of(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline()
 
 
-def gone(processes: list[psutil.Process]) -> None:
-    """All of them end soon; none is left to others."""
+def gone(processes: list[psutil.Process], within_s: float = SOON_S) -> None:
+    """All of them end in time; none is left to others."""
     try:
-        wait_until(lambda: not any(runs(process.pid) for process in processes), "all have ended", SOON_S)
+        wait_until(lambda: not any(runs(process.pid) for process in processes), "all have ended", within_s)
     finally:
         for survivor in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -93,7 +93,8 @@ def test_engine_ends_when_its_caller_is_killed(tmp_path: Path, stage: str) -> No
         wait_until(lambda: bool(core_processes(caller)), "the engine's process is there", START_S)
         engine = [member for core in core_processes(caller) for member in [core, *core.children(recursive=True)]]
         process.kill()
-        gone(engine)
+        # A process that imports vLLM ends when it has: 10 s, and several times that on busy cores.
+        gone(engine, START_S if stage == "starting" else SOON_S)
 
 
 REPLACED = f"""
