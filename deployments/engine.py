@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 
 import ray
 from ray import serve
@@ -68,7 +69,6 @@ class Engine(EngineServer):
             trust_remote_code=args.trust_remote_code,
         )
         super().__init__(engine, model, ServeStoreClient(store))
-        self._chunks = Inbox(self.take)
         await self.start(name, args.startup_timeout_s, on_stage)
         freeze_start_up()
         on_stage("ready")
@@ -79,8 +79,10 @@ class Engine(EngineServer):
         Raises:
             EngineDeadError: the session belongs to another process, or is over.
         """
-        self._lease_of(session)
-        return Address(ray.get_runtime_context().current_actor, self._chunks.name)
+        lease = self._lease_of(session)
+        inbox: Inbox[Chunk] = Inbox(self.take, partial(self.chunk_was_lost, session))
+        lease.at_end.append(inbox.close)
+        return Address(ray.get_runtime_context().current_actor, inbox.name)
 
     async def __del__(self) -> None:
         """Called by Serve when the replica stops."""

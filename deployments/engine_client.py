@@ -28,8 +28,6 @@ class ServeEngineClient(EngineClient):
         self._session: Session | None = None
         """The session that chunks were last sent in."""
         self._address: Address[Chunk] | None = None
-        self._sent = 0
-        """Number of chunks sent in the session."""
 
     async def describe(self, router: str) -> EngineInfo:
         return await call(self._handle, EngineServer.describe, router)
@@ -38,12 +36,11 @@ class ServeEngineClient(EngineClient):
         async with self._opening:
             if session != self._session:
                 self._address = await call(self._handle, Engine.address, session)
-                self._session, self._sent = session, 0
+                self._session = session
         assert self._address is not None
         # No answer: `results` raises if the process is gone, or if a chunk was lost.
         with engine_errors():
-            self._address.post(Chunk(self._sent, session, groups, more))
-        self._sent += 1
+            self._address.post(Chunk(session, groups, more))
 
     def results(self, session: Session) -> AsyncGenerator[Finished, None]:
         return iterate(self._streams, EngineServer.results, session)

@@ -77,7 +77,7 @@ class Router(routing.Router):
     async def answers(self) -> AsyncGenerator[Address[CallMessage] | Answers, None]:
         """Opens a session of calls: yields the address for its messages, then answers. See `CallerSession`."""
         session = CallerSession(self)
-        inbox = Inbox(session.take)
+        inbox = Inbox(session.take, session.end)
         try:
             yield Address(ray.get_runtime_context().current_actor, inbox.name)
             async with contextlib.aclosing(session.answers()) as items:

@@ -18,6 +18,9 @@ class Actor:
         """How many of the next messages are lost."""
         self.lost = threading.Event()
         """Set when one was."""
+        self.overtaken = 0
+        """How many of the next messages arrive after the one that is sent after them."""
+        self._waiting: list[Callable[[], None]] = []
 
     def options(self, **options: Any) -> Actor:
         return self
@@ -28,8 +31,13 @@ class Actor:
         if self.loses:
             self.loses -= 1
             self.lost.set()
+        elif self.overtaken:
+            self.overtaken -= 1
+            self._waiting.append(lambda: function(self, *args))
         else:
             function(self, *args)
+            while self._waiting:
+                self._waiting.pop()()
 
 
 Actor.__ray_call__ = property(lambda actor: actor)  # type: ignore[attr-defined]

@@ -64,7 +64,7 @@ class RouterHandle:
         died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         router: Any = _Router(self._end, died)
         session = CallerSession(router)
-        inbox = Inbox(session.take)
+        inbox = Inbox(session.take, session.end)
         try:
             yield Address(self.actor, inbox.name)
             items = session.answers()

@@ -8,11 +8,13 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.support.eventually import wait_until
 from tests.support.responses import columns, response
 from tests.support.router_handle import RouterHandle
 from twinkle_serve import timing
@@ -21,6 +23,7 @@ from twinkle_serve.data_format.call_messages import OUT_OF_BAND_BYTES, Answer, A
 from twinkle_serve.data_format.inputs import as_list
 from twinkle_serve.data_format.sample_request import SampleRequest
 from twinkle_serve.errors import QueueFullError, RequestError, ServiceError
+from twinkle_serve.remote import inbox
 from twinkle_serve.routing import caller_session
 from twinkle_serve.sampler import connection
 from twinkle_serve.sampler.client import ServiceClient
@@ -63,8 +66,28 @@ def test_calls_of_one_turn_share_a_message() -> None:
     assert client.handle.sessions == 1
 
 
-def test_calls_of_a_lost_message_are_sent_again() -> None:
-    """The router notices at the next message that one is missing."""
+def on_their_way(client: Client, messages: int) -> bool:
+    return client.handle.actor.overtaken == 2 - messages
+
+
+def test_messages_that_overtake_each_other_are_taken_in_order() -> None:
+    """Ray runs a large one after smaller ones that were sent later; no call is sent again for that."""
+    client = Client()
+    client.sampled(65)
+    client.handle.actor.overtaken = 2
+    with ThreadPoolExecutor() as threads:
+        early = []
+        for left in (1, 0):
+            early.append(threads.submit(client.sampled, 65))
+            wait_until(partial(on_their_way, client, 2 - left), "its message is on its way")
+        assert client.sampled(*TOKENS) == TEXTS
+        assert [call.result(10) for call in early] == [["A"], ["A"]]
+    assert client.handle.sessions == 1
+
+
+def test_calls_of_a_lost_message_are_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router notices that one is missing when later ones have come."""
+    monkeypatch.setattr(inbox, "LOST_S", 0.1)
     client = Client()
     client.sampled(65)
     client.handle.actor.loses = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -19,6 +20,7 @@ from twinkle_serve.data_format.groups import Chunk, Group, Session
 from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import EngineDeadError
+from twinkle_serve.remote import inbox
 from twinkle_serve.remote.inbox import Address, Inbox
 
 
@@ -49,11 +51,10 @@ class Service:
     def __init__(self, server: EngineServer, incarnation: str) -> None:
         self.actor = Actor()
         self.session = Session(incarnation=incarnation, router="router")
-        inbox = Inbox(server.take)
 
         async def address(session: Session) -> Address[Chunk]:
             server._lease_of(session)
-            return Address(self.actor, inbox.name)
+            return Address(self.actor, Inbox(server.take, partial(server.chunk_was_lost, session)).name)
 
         handle: Any = Handle(address, server)
         self.client = ServeEngineClient(handle)
@@ -81,13 +82,22 @@ async def test_chunks_arrive_by_messages(service: Service) -> None:
     assert await service.sampled() == {1, 2, 3}
 
 
-async def test_lost_chunk_ends_the_use_of_the_engine(service: Service) -> None:
+async def test_chunks_that_overtake_each_other_are_all_sampled(service: Service) -> None:
+    """Ray runs a large one after smaller ones that were sent later."""
+    service.actor.overtaken = 2
+    for i in range(4):
+        await service.client.submit(service.session, groups(i))
+    assert await service.sampled() == {0, 1, 2, 3}
+
+
+async def test_lost_chunk_ends_the_use_of_the_engine(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its router places all groups of this session anew; nothing waits for the lost ones until a deadline."""
+    monkeypatch.setattr(inbox, "LOST_S", 0.1)
     await service.client.submit(service.session, groups(1))
     service.actor.loses = 1
     await service.client.submit(service.session, groups(2))
     await service.client.submit(service.session, groups(3))
-    with pytest.raises(EngineDeadError, match="chunk 1 was lost"):
+    with pytest.raises(EngineDeadError, match="a chunk was lost"):
         await service.sampled()
 
 

@@ -66,8 +66,6 @@ class SentCall:
 class CallMessage:
     """A message from a client."""
 
-    number: int
-    """0, 1, … in a session, so that a lost message is noticed."""
     calls: Sequence[SentCall] = ()
     abandoned: Sequence[int] = ()
     """Calls whose callers no longer wait, by number."""

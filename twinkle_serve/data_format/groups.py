@@ -96,8 +96,6 @@ class Session:
 class Chunk:
     """Groups that a router sends to an engine together."""
 
-    number: int
-    """0, 1, … in a session, so that a lost chunk is noticed."""
     session: Session
     groups: Sequence[Group]
     more: bool

@@ -21,8 +21,8 @@ class RouterLease:
             abandon: called with the router's id when the lease expires.
         """
         self.session, self.runner = session, runner
-        self.chunks = 0
-        """Number of chunks that have arrived by message."""
+        self.at_end: list[Callable[[], None]] = []
+        """Called when this ends."""
         self.streams: set[asyncio.Event] = set()
         """One event per text stream; set when the stream must end."""
         self._lease = Lease(lambda: abandon(session.router))
@@ -38,3 +38,5 @@ class RouterLease:
         self.runner.close()
         for stream in self.streams:
             stream.set()
+        for end in self.at_end:
+            end()

@@ -176,17 +176,18 @@ class EngineServer(EngineClient):
         self._lease_of(session).runner.submit(groups, more=more)
 
     def take(self, chunk: Chunk) -> None:
-        """Starts sampling a chunk that came by message. `results` raises if an earlier one was lost."""
+        """Starts sampling a chunk that came by message."""
         try:
             lease = self._lease_of(chunk.session)
         except EngineDeadError as over:  # `results` raises it
             logger.info(f"a chunk came after its session: {over}")
             return
-        if chunk.number != lease.chunks:
-            lease.runner.fail(EngineDeadError(f"{self._info.name}: chunk {lease.chunks} was lost on its way."))
-            return
-        lease.chunks += 1
         lease.runner.submit(chunk.groups, more=chunk.more)
+
+    def chunk_was_lost(self, session: Session) -> None:
+        """Makes `results` of a session raise: its router places all of its groups anew."""
+        with contextlib.suppress(EngineDeadError):  # it is over
+            self._lease_of(session).runner.fail(EngineDeadError(f"{self._info.name}: a chunk was lost on its way."))
 
     async def results(self, session: Session) -> AsyncGenerator[Finished, None]:
         async with contextlib.aclosing(self._lease_of(session).runner.results()) as items:

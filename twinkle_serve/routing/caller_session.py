@@ -48,17 +48,19 @@ class CallerSession:
 
     def take(self, message: CallMessage) -> None:
         """Takes the client's next message."""
-        if message.number != self._received:
-            logger.warning(f"message {self._received} of a client was lost; it sends its calls again")
-            self._broken = True
-        else:
-            self._received += 1
-            self._last = message.last
-            for call in message.calls:
-                self._running[call.number] = self._tasks.spawn(self._run(call))
-            for number in message.abandoned:
-                if (task := self._running.pop(number, None)) is not None:
-                    task.cancel()
+        self._received += 1
+        self._last = message.last
+        for call in message.calls:
+            self._running[call.number] = self._tasks.spawn(self._run(call))
+        for number in message.abandoned:
+            if (task := self._running.pop(number, None)) is not None:
+                task.cancel()
+        self._changed.set()
+
+    def end(self) -> None:
+        """Ends the session, because a message was lost: its client sends the calls again."""
+        logger.warning("a client's message was lost; it sends its calls again")
+        self._broken = True
         self._changed.set()
 
     async def _run(self, call: SentCall) -> None:

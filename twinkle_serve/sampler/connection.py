@@ -90,7 +90,8 @@ class _Session:
         self._outgoing: list[RunningCall] = []
         self._abandoned: list[int] = []
         self._flush_due = False
-        self._sent = 0
+        self._confirmed = 0
+        """Number of messages that the router has taken."""
         self._unconfirmed_since: float | None = None
         self.ended = self._last = False
 
@@ -154,8 +155,7 @@ class _Session:
     def _post(self, calls: Sequence[RunningCall], abandoned: Sequence[int] = ()) -> None:
         assert self.address is not None
         sent = [SentCall.pack(call.number, call.kind, call.request) for call in calls]
-        self.address.post(CallMessage(self._sent, sent, abandoned, self._last))
-        self._sent += 1
+        self.address.post(CallMessage(sent, abandoned, self._last))
         if self._unconfirmed_since is None:
             self._unconfirmed_since = self._loop.time()
         for call in calls:
@@ -163,7 +163,12 @@ class _Session:
 
     def take(self, answers: Answers) -> None:
         """Hands answers to their calls."""
-        self._unconfirmed_since = None if answers.received == self._sent else self._loop.time()
+        assert self.address is not None
+        if answers.received == self.address.sent:
+            self._unconfirmed_since = None
+        elif answers.received > self._confirmed:
+            self._unconfirmed_since = self._loop.time()
+        self._confirmed = answers.received
         for answer in answers.unpack():
             call = self.calls.pop(answer.call, None) if answer.last else self.calls.get(answer.call)
             if call is not None:
