@@ -12,7 +12,8 @@ from deployments.router import router_deployment
 from deployments.store import store_deployment
 from graphs.versions import common_parts, engine_parts, versioned
 from twinkle_serve import hub
-from twinkle_serve.adapters import describe_adapter, read_adapter
+from twinkle_serve.adapter_description import describe_adapter
+from twinkle_serve.adapters import read_adapter
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.engines import check_engine_args
 from twinkle_serve.placement import NodeResources, Placement, place, place_in_group

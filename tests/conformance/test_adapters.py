@@ -170,7 +170,8 @@ def test_state_dict_of_several_adapters_is_refused() -> None:
     """One would be mistaken for the other."""
     from peft import LoraConfig, get_peft_model_state_dict
 
-    from twinkle_serve.adapters import describe_adapter, pack_adapter
+    from twinkle_serve.adapter_description import describe_adapter
+    from twinkle_serve.adapters import pack_adapter
 
     model = random_adapter(seed=1)
     model.add_adapter("reference", LoraConfig(r=8, target_modules=["q_proj"]))
@@ -186,7 +187,7 @@ def test_state_dict_of_several_adapters_is_refused() -> None:
 
 def test_unsupported_adapter_is_refused(adapters: list[AdapterFiles], tmp_path: Path) -> None:
     """A directory without the files, other kinds of adapter, and options that an engine would ignore."""
-    from twinkle_serve.adapters import describe_adapter
+    from twinkle_serve.adapter_description import describe_adapter
 
     config = json.loads(adapters[0].config)
     for key, value in (

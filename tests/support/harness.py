@@ -14,7 +14,7 @@ import numpy as np
 
 from tests.support.samplers import ENGINE_ARGS
 from twinkle_serve import hub
-from twinkle_serve.adapters import describe_adapter
+from twinkle_serve.adapter_description import describe_adapter
 from twinkle_serve.checkpoint import buckets, named_tensors
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import EngineKind, Group, Session, TextDelta

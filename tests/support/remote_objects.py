@@ -53,7 +53,7 @@ class Unpicklable(Exception):
 
 @remote_class(execute="all")
 class Counter:
-    """Says where it runs, and does what it is told."""
+    """Reports its process and devices, and raises or ends on request."""
 
     def __init__(self, start: int = 0, device_mesh: DeviceMesh | None = None) -> None:
         if start < 0:

@@ -13,6 +13,8 @@ from twinkle_serve.data_format import SampleColumns, SampleResponse
 from twinkle_serve.template import Template
 from twinkle_serve.template.prompts import Prompt, encode_inputs
 
+USER = {"role": "user", "content": "1+1="}
+
 
 def tokens_of(template: Template, text: str) -> list[int]:
     """One token per byte, where a tokenizer would use fewer: sampled tokens often differ from their text's encoding.
@@ -66,3 +68,13 @@ def prompt_of(item: Any, template: Template) -> Made:
 
 def after(feature: dict[str, Any], *messages: dict[str, Any]) -> dict[str, Any]:
     return {**feature, "messages": [*feature["messages"], *messages]}
+
+
+def suffix_of(template: Template, text: str, *messages: dict[str, Any], tools: Any = None) -> str:
+    """Text between a sample's tokens and the next turn."""
+    item = {"messages": [USER], **({"tools": tools} if tools else {})}
+    feature = feature_of(prompt_of(item, template), template, text)
+    ids = feature["input_ids"]
+    following = prompt_of(after(feature, *messages), template).ids.tolist()
+    assert following[: len(ids)] == ids
+    return template.decode(np.array(following[len(ids) :], np.int32))

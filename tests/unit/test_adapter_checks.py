@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.lora import LINEAR, random_adapter
 from twinkle_serve import hub
-from twinkle_serve.adapters import describe_adapter, pack_adapter, read_adapter
+from twinkle_serve.adapter_description import describe_adapter
+from twinkle_serve.adapters import pack_adapter, read_adapter
 from twinkle_serve.checkpoint import read_model_spec
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.engines.adapter_checks import AdapterChecks
@@ -101,7 +102,7 @@ def test_adapter_with_modules_beyond_its_config_is_refused(options: dict[str, An
 @pytest.mark.parametrize("targets", [["c_attn"], r"transformer\.h\..*", ["query", "key"]])
 @pytest.mark.parametrize("renamed", [False, True])
 def test_config_that_targets_no_module_of_the_model_is_refused(targets: list[str] | str, renamed: bool) -> None:
-    """Whether the engine may know the tensors' modules or not: nothing could be said of what is missing."""
+    """Also if the engine may know the tensors' modules under other names: completeness cannot be checked."""
     tensors = {name.replace("q_proj", "c_attn") if renamed else name: tensor for name, tensor in TENSORS.items()}
     with pytest.raises(AdapterError, match=r"targets no module of the model, by target_modules=.*The model has, for"):
         check(LoraConfig(r=8, target_modules=targets), tensors)

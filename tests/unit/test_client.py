@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from twinkle_serve import hub
-from twinkle_serve.adapters import describe_adapter, pack_adapter
+from twinkle_serve.adapter_description import describe_adapter
+from twinkle_serve.adapters import pack_adapter
 from twinkle_serve.checkpoint import bucket_shapes, buckets, named_tensors
 from twinkle_serve.errors import ConfigError, WeightsError
 from twinkle_serve.extras import require_extra

@@ -1,10 +1,10 @@
-"""What becomes of requests when engines end or hang: two engines in this process."""
+"""Requests when engines end or hang: two engines in this process."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -16,16 +16,6 @@ from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import EngineDeadError, PoisonPromptError, RequestError
 from twinkle_serve.routing.router import Router
-
-
-@pytest.fixture
-async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
-    monkeypatch.setattr("twinkle_serve.timing.PROBE_PERIOD_S", 0.05)
-    made = Service(stall_timeout_s=0.3)
-    await made.start()
-    yield made
-    await eventually(made.idle)
-    await made.stop()
 
 
 async def test_samples_that_had_arrived_are_kept_when_their_engine_ends(service: Service) -> None:

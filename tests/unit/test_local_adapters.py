@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from tests.support.eventually import wait_until
 from tests.support.local_sampler import QUESTION, make
-from tests.support.lora import random_adapter, save_adapter
+from tests.support.lora import random_adapter
 from twinkle_serve.adapters import PREFIX
 from twinkle_serve.checkpoint import buckets
 from twinkle_serve.data_format.adapters import AdapterVersion
@@ -19,19 +18,6 @@ from twinkle_serve.errors import (
     AdapterError,
 )
 from twinkle_serve.sampler import RunningSampler
-
-
-@pytest.fixture
-def sampler() -> Iterator[RunningSampler]:
-    made, _ = make()
-    yield made
-    made.shutdown()
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    directory = tmp_path_factory.mktemp("adapters")
-    return [save_adapter(directory / str(i), seed=i) for i in range(2)]
 
 
 def test_adapter_of_one_call_fails_no_neighbour(sampler: RunningSampler, adapters: list[Path]) -> None:
@@ -62,7 +48,7 @@ def test_adapter_of_one_call_fails_no_neighbour(sampler: RunningSampler, adapter
 
 
 def test_adapter_versions_are_freed(adapters: list[Path]) -> None:
-    """By a new version, by removal, by path, and after a call that was using it: the engine keeps what is meant."""
+    """After a new version, after removal, after a call by path, and when the last call that used it ends."""
     sampler, backend = make(token_latency_s=0.02)
     server: Any = backend._service._server
 

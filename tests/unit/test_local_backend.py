@@ -7,7 +7,6 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import pytest
 
 from tests.support.eventually import wait_until
 from tests.support.local_sampler import ENDLESS, QUESTION, TIMEOUT_S, make, soon
-from tests.support.lora import save_adapter
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import (
@@ -28,19 +26,6 @@ from twinkle_serve.errors import (
 )
 from twinkle_serve.sampler import RunningSampler
 from twinkle_serve.sampler.local import LocalClient
-
-
-@pytest.fixture
-def sampler() -> Iterator[RunningSampler]:
-    made, _ = make()
-    yield made
-    made.shutdown()
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    directory = tmp_path_factory.mktemp("adapters")
-    return [save_adapter(directory / str(i), seed=i) for i in range(2)]
 
 
 def test_shutdown_ends_what_runs_with_an_error() -> None:

@@ -13,17 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.local_sampler import QUESTION, make, soon
+from tests.support.local_sampler import QUESTION, soon
 from tests.support.samplers import FakeSampler
 from twinkle_serve.errors import ConfigError, EngineDeadError
 from twinkle_serve.sampler import RunningSampler
-
-
-@pytest.fixture
-def sampler() -> Iterator[RunningSampler]:
-    made, _ = make()
-    yield made
-    made.shutdown()
 
 
 def test_sampler_does_not_hang_in_a_forked_process(sampler: RunningSampler) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from typing import Any
 from unittest.mock import Mock
 
@@ -19,13 +18,6 @@ from twinkle_serve.errors import (
 )
 from twinkle_serve.sampler import RunningSampler
 from twinkle_serve.sampler.loop_thread import ITEMS_AHEAD
-
-
-@pytest.fixture
-def sampler() -> Iterator[RunningSampler]:
-    made, _ = make()
-    yield made
-    made.shutdown()
 
 
 def test_iterator_ends_as_often_as_it_is_asked(sampler: RunningSampler) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of calls that wait, that are sent again or whose callers lose interest: two engines in this process."""
+"""Calls that wait, that are sent again, or that are cancelled: two engines in this process."""
 
 from __future__ import annotations
 
@@ -14,16 +14,6 @@ from tests.support.eventually import eventually
 from tests.support.failing_service import PROMPTS, Service, exact
 from twinkle_serve.errors import LeaseExpiredError, QueueFullError, RequestError
 from twinkle_serve.routing.router import Router
-
-
-@pytest.fixture
-async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
-    monkeypatch.setattr("twinkle_serve.timing.PROBE_PERIOD_S", 0.05)
-    made = Service(stall_timeout_s=0.3)
-    await made.start()
-    yield made
-    await eventually(made.idle)
-    await made.stop()
 
 
 async def test_caller_that_is_silent_loses_its_call(service: Service) -> None:
@@ -51,7 +41,7 @@ async def test_caller_that_is_silent_loses_its_call(service: Service) -> None:
 
 
 async def test_call_that_is_sent_again_takes_the_place_of_the_first(service: Service) -> None:
-    """Under the same id; what it has already is not sampled, and the seeds are those of the whole call."""
+    """With the same id. Inputs that it lists as done are not sampled, and seeds are those of the whole call."""
     whole = await service.router.sample(PROMPTS[:4], {"max_tokens": 4, "seed": 9}, num_samples=2)
     for engine in service.engines.values():
         engine.gate = asyncio.Event()
@@ -88,7 +78,7 @@ async def small() -> AsyncIterator[Service]:
 
 
 async def test_queue_that_is_full_refuses_at_once_and_says_when_to_come_back(small: Service) -> None:
-    """A typed error with the queue's length; what was taken is sampled, and the next call is once there is room."""
+    """A typed error with the queue's length. Accepted calls are sampled, and later ones when there is room."""
     calls = [asyncio.ensure_future(small.router.sample(PROMPTS, {"max_tokens": 2}, num_samples=4)) for _ in range(3)]
 
     async def waiting() -> bool:

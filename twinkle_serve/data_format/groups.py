@@ -9,7 +9,6 @@ from typing import Literal, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from twinkle_serve.compact import pickled_by_value
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.samples import PartialSample, StopReason
 from twinkle_serve.data_format.sampling_params import DecodingParams
@@ -24,7 +23,6 @@ Attempt: TypeAlias = tuple[int, int, int]
 """A group's key and its number of earlier attempts, so that a late abort does not hit the next attempt."""
 
 
-@pickled_by_value
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """`count` samples of one prompt, placed on one engine."""
@@ -78,7 +76,6 @@ class Group:
         return replace(self, first_sample=first_sample, count=count, seed=seed)
 
 
-@pickled_by_value
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
     """One router's use of one engine process, from when it is ready until it is lost."""
@@ -91,7 +88,6 @@ class Session:
     """Increases with each session of the same router; a later one ends the earlier ones."""
 
 
-@pickled_by_value
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Groups that a router sends to an engine together."""

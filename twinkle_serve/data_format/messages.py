@@ -12,7 +12,6 @@ from typing import Any, NotRequired, TypeAlias, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from twinkle_serve.compact import pickled_by_value
 from twinkle_serve.data_format.plain import is_absent, normalised, plain
 from twinkle_serve.data_format.tool_calls import ToolCall, ToolParser, Tools, tool_parser
 
@@ -86,7 +85,6 @@ def _name(value: object) -> str:
     return str(getattr(value, "__qualname__", None) or repr(value))
 
 
-@pickled_by_value
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
     """The beginning of the sampled turn that a prompt already contains, and the labels of earlier turns."""

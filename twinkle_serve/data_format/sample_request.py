@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict, TypeVar, cast, get_type_hints
 
-from twinkle_serve.compact import pickled_by_value
 from twinkle_serve.data_format.inputs import PackedInputs, as_list
 from twinkle_serve.data_format.sampling_params import UNSET, SamplingParams, Unset
 from twinkle_serve.errors import AdapterError, RequestError, unknown_name
@@ -73,7 +72,6 @@ IGNORED_OPTIONS: set[str] = set()
 """Keywords of other samplers that have no effect here."""
 
 
-@pickled_by_value
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRequest:
     """A call that samples; fields as in `RunningSampler.sample`."""

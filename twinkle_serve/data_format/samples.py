@@ -12,7 +12,6 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from twinkle_serve.compact import pickled_by_value
 from twinkle_serve.data_format.weights import Spans
 
 FloatArray: TypeAlias = NDArray[np.float32]
@@ -71,7 +70,6 @@ class PartialSample:
         return cls(**{name: joined(name) for name in arrays}, weight_versions=tuple(spans))  # type: ignore[arg-type]
 
 
-@pickled_by_value
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleColumns:
     """S samples with T tokens between them."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import partial
 
-from twinkle_serve.compact import pickled_by_value
 from twinkle_serve.errors import SamplingParamsError, unknown_name
 from twinkle_serve.validation import finite_number, whole_number
 
@@ -84,7 +83,6 @@ class _DerivedParams:
         return self.temperature == 0
 
 
-@pickled_by_value
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams(_DerivedParams):
     """Sampling parameters of a request. Immutable; a plain dict of the same keys is accepted wherever this is.
@@ -219,7 +217,6 @@ class SamplingParams(_DerivedParams):
 DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
 
 
-@pickled_by_value
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodingParams(_DerivedParams):
     """The fields of SamplingParams that all groups of a request share; each group has its own count and seed."""

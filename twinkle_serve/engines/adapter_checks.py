@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from twinkle_serve.adapters import CONFIG, AdapterDescription, check_range, check_shapes
+from twinkle_serve.adapter_description import AdapterDescription, check_range, check_shapes
+from twinkle_serve.adapters import CONFIG
 from twinkle_serve.checkpoint import hash_weight
 from twinkle_serve.data_format.weights import ModelSpec, WeightsVersion
 from twinkle_serve.errors import AdapterError

@@ -21,7 +21,7 @@ import safetensors
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
 
-from twinkle_serve.adapters import describe_adapter, not_in_model
+from twinkle_serve.adapter_description import describe_adapter, not_in_model
 from twinkle_serve.checkpoint import weight_shapes
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group

@@ -12,7 +12,6 @@ from typing import TypeAlias
 
 from cachetools import LRUCache
 
-from twinkle_serve.compact import pickled_by_value
 from twinkle_serve.data_format.groups import Attempt, Group, GroupKey
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
 from twinkle_serve.errors import EngineDeadError, EngineError, TwinkleServeError
@@ -36,7 +35,6 @@ class PartialUpdate:
     partial: PartialSample
 
 
-@pickled_by_value
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """Finished samples and failed groups, of one or more chunks."""

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from twinkle_serve import timing
-from twinkle_serve.adapters import AdapterDescription, describe_adapter
-from twinkle_serve.checkpoint import buckets, find_overflow, hash_weights, named_tensors, read_model_spec, weight_shapes
+from twinkle_serve.adapter_description import AdapterDescription, describe_adapter
+from twinkle_serve.checkpoint import buckets, hash_weights, named_tensors, read_model_spec
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, Chunk, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
@@ -25,6 +25,7 @@ from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, ModelS
 from twinkle_serve.engines.adapter_checks import AdapterChecks, BaseDigests, base_keys
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.engines.group_runner import Finished, GroupRunner
+from twinkle_serve.engines.model_checks import require_range, require_readable
 from twinkle_serve.engines.protocol import Engine
 from twinkle_serve.engines.resumed import as_resume_prompt, join_resumed
 from twinkle_serve.engines.router_lease import RouterLease
@@ -32,16 +33,13 @@ from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.text import TextStream
 from twinkle_serve.errors import (
     AdapterError,
-    EngineArgsError,
     EngineDeadError,
     EngineError,
     EngineStartError,
     StoreError,
-    WeightsError,
 )
 from twinkle_serve.lease import Lease
 from twinkle_serve.tasks import BackgroundTasks
-from twinkle_serve.tensors import MAX_FINITE
 from twinkle_serve.weights import StoreClient
 
 logger = logging.getLogger(__name__)
@@ -98,9 +96,9 @@ class EngineServer(EngineClient):
         """
         try:
             async with asyncio.timeout(timeout_s):
-                await self._check_files(name)
+                await asyncio.to_thread(require_readable, name, self._model)
                 await self._engine.start(on_stage)
-                await self._check_dtype(name)
+                await asyncio.to_thread(require_range, name, self._model, self._engine.info.dtype)
                 await self._load_current()
                 on_stage("warming")
                 await self._engine.sample_group(WARM_UP)  # takes vLLM seconds on CPU
@@ -109,24 +107,6 @@ class EngineServer(EngineClient):
                 f"{name}: {self._model} did not load within startup_timeout_s={timeout_s:g}. Raise it."
             ) from None
         self._info = replace(self._engine.info, incarnation=uuid.uuid4().hex)
-
-    async def _check_files(self, name: str) -> None:
-        """Raises EngineStartError for a model whose weights cannot be read, or of which loaders would differ."""
-        try:
-            await asyncio.to_thread(weight_shapes, self._model)
-        except WeightsError as error:
-            raise EngineStartError(f"{name}: {error}") from None
-
-    async def _check_dtype(self, name: str) -> None:
-        """Raises EngineArgsError if weights of the checkpoint are infinite in the engine's dtype."""
-        dtype = self._engine.info.dtype
-        if (found := await asyncio.to_thread(find_overflow, self._model, dtype)) is not None:
-            weight, largest = found
-            raise EngineArgsError(
-                f"{name}: the checkpoint's weight {weight!r} has values of magnitude {largest:g}; the engine holds it "
-                f"in {dtype}, up to {MAX_FINITE[dtype]:g}: they would be infinite. Set engine_args.dtype to bfloat16 "
-                "or float32."
-            )
 
     async def _load_current(self) -> None:
         """Loads the current weights version, and again if it changes meanwhile."""

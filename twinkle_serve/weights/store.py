@@ -7,7 +7,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from twinkle_serve.adapters import CONFIG, WEIGHTS, describe_adapter
+from twinkle_serve.adapter_description import describe_adapter
+from twinkle_serve.adapters import CONFIG, WEIGHTS
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.errors import AdapterError, ConfigError, StoreError
 from twinkle_serve.weights.disk import Disk

@@ -103,7 +103,7 @@ def test_initialize_replaces_a_group_of_another_shape_and_keeps_one_of_the_same(
 
 
 def test_group_with_remote_objects_of_this_run_is_not_replaced() -> None:
-    """Their workers would go on using what is another group's by then; as it is, the group can be asked for again."""
+    """Their workers would go on using devices of another group. The group itself can be asked for again."""
     initialize("ray", groups=[gpu("actor", 2), gpu("sampler", 2)])
     remote = counter("sampler")
     with pytest.raises(MeshError, match=r"'sampler' has ranks=2 .* asks for ranks=1 .* remote objects of this run are"):
@@ -183,7 +183,7 @@ def test_initialize_starts_a_cluster_when_there_is_none_and_shutdown_ends_it(tmp
 
 
 def test_group_of_a_living_run_is_shared_but_never_replaced_nor_freed(cluster: str, tmp_path: Path) -> None:
-    """A second run may attach to it; what it does not own, it does not give back."""
+    """A second run may use it, and does not free it when it ends."""
     initialize("ray", groups=[gpu("sampler", 2)])
     answer = run_script(
         tmp_path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
-from twinkle_serve.adapters import describe_adapter, not_in_model
+from twinkle_serve.adapter_description import describe_adapter, not_in_model
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.errors import AdapterError
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping, Se
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from twinkle_serve.adapters import not_in_model
+from twinkle_serve.adapter_description import not_in_model
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from twinkle_serve.adapters import SUPPORTED
+from twinkle_serve.adapter_description import SUPPORTED
 from twinkle_serve.errors import AdapterError, UnsupportedError
 from twinkle_serve.sampler import RunningSampler
 
