@@ -10,11 +10,11 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.collection import freeze_start_up
 from deployments.log_config import QUIET, log_to_serve
 from deployments.progress import StageReporter
 from deployments.store_client import ServeStoreClient
 from twinkle_serve import hub, timing
+from twinkle_serve.collection import freeze_start_up
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.groups import Chunk, Session
 from twinkle_serve.engines import build_engine

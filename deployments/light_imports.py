@@ -7,6 +7,8 @@ import os
 import sys
 from importlib.machinery import ModuleSpec
 
+from twinkle_serve.collection import no_collection
+
 ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
 
@@ -26,7 +28,8 @@ def import_transformers_without_torch() -> None:
     importlib.util.find_spec = without_torch
     os.environ[ADVICE] = "1"  # it would say that there are no models
     try:
-        import transformers  # asks once whether there is torch
+        with no_collection():
+            import transformers  # asks once whether there is torch
 
         assert not transformers.utils.is_torch_available()
     finally:

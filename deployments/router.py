@@ -15,12 +15,12 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from deployments.collection import freeze_start_up
 from deployments.engine_client import ServeEngineClient
 from deployments.light_imports import import_transformers_without_torch
 from deployments.log_config import QUIET, log_to_serve
 from deployments.store_client import ServeStoreClient
 from twinkle_serve import hub
+from twinkle_serve.collection import freeze_start_up
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.call_messages import Answers, CallMessage
 from twinkle_serve.parent import end_with_parent

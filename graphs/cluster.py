@@ -49,13 +49,13 @@ def join_or_start(applications: Collection[str], *, replace: bool = False) -> Cl
     import ray
     from ray.exceptions import RayError
 
-    from twinkle_serve.remote.clusters import LOCAL, find_cluster, join_cluster
+    from twinkle_serve.remote.clusters import LOCAL, find_cluster, join_cluster, start_cluster
 
     address = os.environ.get("RAY_ADDRESS") or LOCAL
     joined = address != LOCAL
     try:
         if not joined:
-            ray.init(address=LOCAL, namespace="serve")
+            start_cluster()
         elif (found := find_cluster()) is not None:
             join_cluster(found, log_to_driver=True)
         else:

@@ -11,6 +11,7 @@ import ray
 from ray import serve
 
 from tests.support.service_logs import cluster_directory
+from twinkle_serve.remote.clusters import start_cluster
 
 
 @contextlib.contextmanager
@@ -18,10 +19,8 @@ def ray_cluster(num_cpus: int, *, with_serve: bool = True, **options: Any) -> It
     """A local cluster, with Serve and without HTTP; gone afterwards, processes and files. Yields its address."""
     before = set(psutil.Process().children(recursive=True))
     with cluster_directory() as directory:
-        context = ray.init(
-            address="local",
+        start_cluster(
             num_cpus=num_cpus,
-            namespace="serve",
             include_dashboard=False,
             log_to_driver=False,
             _temp_dir=directory,
@@ -31,7 +30,7 @@ def ray_cluster(num_cpus: int, *, with_serve: bool = True, **options: Any) -> It
         try:
             if with_serve:
                 serve.start(http_options={"location": "NoServer"})
-            yield context.address_info["address"]
+            yield ray.get_runtime_context().gcs_address
         finally:
             if with_serve:
                 serve.shutdown()

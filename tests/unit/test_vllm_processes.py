@@ -19,13 +19,14 @@ import pytest
 from tests.support.eventually import wait_until
 from twinkle_serve import hub
 from twinkle_serve.engines import build_engine
-from twinkle_serve.engines.vllm.processes import REPORTS, Reports, describe, report_errors
+from twinkle_serve.engines.vllm.reports import REPORTS, Reports, describe, report_errors
 from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
 from twinkle_serve.errors import EngineStartError
 
 FAMILY = """
 import multiprocessing, os, sys, threading, time
-from twinkle_serve.engines.vllm.processes import Reports, end_with_owner, end_with_starter
+from twinkle_serve.engines.vllm.processes import end_with_owner, end_with_starter
+from twinkle_serve.engines.vllm.reports import Reports
 from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
 
 def worker(started):
@@ -190,7 +191,7 @@ def test_workers_error_comes_before_its_consequences(reports: Reports) -> None:
 def test_report_that_cannot_be_written_is_no_error(reports: Reports, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file is another node's, or the engine has stopped: logging goes on."""
     monkeypatch.setenv(REPORTS, "/nowhere/reports")
-    report_errors()
+    report_errors("core")
     try:
         raise RuntimeError("late")
     except RuntimeError:

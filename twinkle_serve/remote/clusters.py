@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import services
@@ -30,6 +31,8 @@ HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + SETTINGS + b"\0" * 5
 AUTO = "auto"
 LOCAL = "local"
 """Ray's word for a new cluster."""
+NICENESS = "RAY_worker_niceness"
+"""Environment variable of Ray: the niceness of a node's workers, 15 unless it is set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,18 @@ def join_cluster(found: Found, *, log_to_driver: bool = False) -> None:
             f"cannot join the Ray cluster at {found.address} ({found.source}): {error}. {_missing(token)}"
         ) from error
     logger.info("joined the Ray cluster at %s (%s)", found.address, found.source)
+
+
+def start_cluster(**options: Any) -> None:
+    """Starts a cluster on this machine that ends with this process.
+
+    Its workers, and so the engines, have the priority of other processes, where Ray would put them last.
+
+    Args:
+        options: of `ray.init`.
+    """
+    os.environ.setdefault(NICENESS, "0")
+    ray.init(address=LOCAL, namespace="serve", **options)
 
 
 def is_at(address: str) -> bool:

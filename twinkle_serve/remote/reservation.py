@@ -204,13 +204,13 @@ def join_or_start(*, log_to_driver: bool) -> None:
     """
     import ray
 
-    from twinkle_serve.remote.clusters import LOCAL, find_cluster, join_cluster
+    from twinkle_serve.remote.clusters import LOCAL, find_cluster, join_cluster, start_cluster
 
     if ray.is_initialized():
         return
     found = find_cluster()
     if found is None or found.address == LOCAL:
-        ray.init(address=LOCAL, namespace="serve", log_to_driver=log_to_driver, logging_level="warning")
+        start_cluster(log_to_driver=log_to_driver, logging_level="warning")
         session.started_cluster = True
         logger.info("started a Ray cluster at %s", ray.get_runtime_context().gcs_address)
     else:

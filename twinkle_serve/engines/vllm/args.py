@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinkle_serve.engines.vllm.processes import EXTENSION
+from twinkle_serve.engines.vllm.processes import EXTENSION, prefer_spawn
 from twinkle_serve.engines.vllm.tmpfs import PREFIX, MemoryDirectory
 from twinkle_serve.errors import EngineArgsError, unknown_name
 
@@ -113,8 +113,7 @@ def set_environment(files: MemoryDirectory, cpus: Sequence[Sequence[int]]) -> No
     if cpus:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, cores)) for cores in cpus)
     keep_log_handlers(files)
-    # Forked workers would inherit this process's threads and event loop.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    prefer_spawn()
 
 
 def build_config(
@@ -159,7 +158,26 @@ def build_config(
     except (ValueError, TypeError) as error:
         raise EngineArgsError(f"vLLM refuses engine_args {dict(engine_args)}: {error}") from error
     _check_config(config, device)
+    if device == "cpu" and "kv_cache_memory_bytes" not in engine_args and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        _limit_kv_cache(config)
     return vllm_args, config
+
+
+def _limit_kv_cache(config: VllmConfig) -> None:
+    """Lowers the KV cache to what max_num_seqs sequences of max_model_len fill: vLLM writes zeros to all of it as it
+    starts, 0.5 to 1.8 s for 1 GiB on CPU.
+
+    Models whose layers differ, or keep something other than keys and values, keep all of it.
+    """
+    model, cache = config.model_config, config.cache_config
+    if model.is_hybrid or model.use_mla or cache.kv_cache_memory_bytes is None:
+        return
+    token_bytes = (
+        2 * model.get_num_layers(config.parallel_config) * model.get_num_kv_heads(config.parallel_config)
+        * model.get_head_size() * model.dtype.itemsize
+    )  # fmt: skip
+    tokens = config.scheduler_config.max_num_seqs * (model.max_model_len + cache.block_size)
+    cache.kv_cache_memory_bytes = min(cache.kv_cache_memory_bytes, token_bytes * tokens)
 
 
 def _check_config(config: VllmConfig, device: str) -> None:

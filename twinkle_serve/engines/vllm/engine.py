@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from twinkle_serve.adapter_description import not_in_model
+from twinkle_serve.collection import no_collection
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
@@ -27,7 +28,8 @@ from twinkle_serve.engines.vllm.outputs import (
     partial_sample,
     running_tokens,
 )
-from twinkle_serve.engines.vllm.processes import Reports, refuse_import_of_main, use_own_entry
+from twinkle_serve.engines.vllm.processes import refuse_import_of_main, use_own_entry
+from twinkle_serve.engines.vllm.reports import Reports
 from twinkle_serve.engines.vllm.requests import sampling_params
 from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
 from twinkle_serve.errors import (
@@ -137,7 +139,8 @@ class VLLMEngine:
         self._tokenizer = self._llm.get_tokenizer()
 
     def _start(self, on_stage: OnStage) -> None:
-        from vllm.v1.engine.async_llm import AsyncLLM
+        with no_collection():
+            from vllm.v1.engine.async_llm import AsyncLLM
 
         on_stage("loading")
         assert self._files is not None
@@ -394,6 +397,8 @@ class VLLMEngine:
         if llm is None and self._reports is not None:
             self._reports.kill_core()  # it is starting
         if llm is not None:
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()  # it would log the core's end as an error
             try:
                 await asyncio.to_thread(llm.shutdown)
             except RuntimeError:  # the interpreter is exiting and starts no more threads

@@ -1,30 +1,35 @@
-"""The processes that vLLM starts: how they begin, end and report their errors.
+"""The processes that vLLM starts: how they begin and end.
 
 Both the process with the engine and vLLM's own use this module; it imports vLLM where it needs it.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
-import json
-import logging
+import gc
 import multiprocessing
 import multiprocessing.process
 import os
-import signal
 import sys
-import traceback
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from twinkle_serve.engines.vllm.tmpfs import OWNER, MemoryDirectory
+from twinkle_serve.engines.vllm.reports import REPORTS, pid_file, report, report_errors
+from twinkle_serve.engines.vllm.tmpfs import OWNER
 from twinkle_serve.errors import EngineStartError
 from twinkle_serve.parent import end_with_holder, end_with_parent
 
-REPORTS = "TWINKLE_SERVE_VLLM_REPORTS"
-"""Environment variable with the path of the file in which vLLM's processes report their errors."""
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+"""vLLM's environment variable: whether processes are forked or spawned."""
+
+MAY_FORK = "TWINKLE_SERVE_VLLM_MAY_FORK"
+"""Environment variable that is set where METHOD is not the user's choice."""
 
 EXTENSION = "twinkle_serve.engines.vllm.worker.WorkerExtension"
 """`worker_extension_cls` of our engines."""
@@ -37,6 +42,37 @@ MAIN_GUARD = (
 _vllms_own: Any = None
 """EngineCoreProc.run_engine_core, once `use_own_entry` has replaced it."""
 
+_ended_well = False
+"""Whether this process is a core that was asked to end."""
+
+
+class _CoreEntry:
+    """`run_engine_core`, for another process: there its arguments, which import vLLM, are unpickled after it, without
+    garbage collection."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        run_engine_core(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _begin_core, ()
+
+
+def _begin_core() -> _CoreEntry:
+    gc.disable()
+    atexit.register(_leave)
+    return _ENTRY
+
+
+def _leave() -> None:
+    """Ends the core without the interpreter's last collection, which takes 3 s."""
+    if _ended_well:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+_ENTRY = _CoreEntry()
+
 
 def use_own_entry() -> None:
     """Makes vLLM start the processes of our engines by `run_engine_core`, and leaves them to this process alone.
@@ -45,9 +81,9 @@ def use_own_entry() -> None:
     from vllm.v1.engine.core import EngineCoreProc
 
     leave_to_parent()
-    if EngineCoreProc.run_engine_core is not run_engine_core:
+    if EngineCoreProc.run_engine_core is not _ENTRY:
         _vllms_own = EngineCoreProc.run_engine_core
-        EngineCoreProc.run_engine_core = staticmethod(run_engine_core)
+        EngineCoreProc.run_engine_core = _ENTRY
 
 
 @functools.cache
@@ -73,15 +109,62 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
 
     Not in a session of its own: Linux shares cores between sessions, and an engine on CPU would starve its caller.
     """
+    global _ended_well
     from vllm.v1.engine.core import EngineCoreProc
 
+    gc.enable()
     own = _vllms_own or EngineCoreProc.run_engine_core  # a forked process has inherited our replacement
-    if kwargs["vllm_config"].parallel_config.worker_extension_cls == EXTENSION:
-        with contextlib.suppress(PermissionError):  # it leads one already
-            os.setpgid(0, 0)
-        end_with_owner()
-        report_errors()
-    own(*args, **kwargs)
+    config = kwargs["vllm_config"]
+    if config.parallel_config.worker_extension_cls != EXTENSION:
+        own(*args, **kwargs)
+        return
+    with contextlib.suppress(PermissionError):  # it leads one already
+        os.setpgid(0, 0)
+    end_with_owner()
+    report_errors("core")
+    keep_frozen()
+    fork_workers(config)
+    try:
+        own(*args, **kwargs)
+    except SystemExit as end:
+        _ended_well = not end.code
+        raise
+
+
+def keep_frozen() -> None:
+    """Takes what this process, the core, has imported out of garbage collection, also while it ends, and in its forked
+    workers. vLLM would put it back as it ends, and walk all of it: 3 s in the core and in each worker."""
+    gc.freeze()
+    gc.unfreeze = lambda: None
+
+
+def prefer_spawn() -> None:
+    """Makes vLLM spawn the core, unless the user has chosen: a fork would inherit this process's threads."""
+    if METHOD not in os.environ:
+        os.environ[METHOD] = "spawn"
+        os.environ[MAY_FORK] = "1"
+
+
+def fork_workers(config: VllmConfig) -> None:
+    """Makes this process, the core, fork its workers: they share what it has imported, which takes seconds and
+    hundreds of MB. `use_own_cores` gives them their cores.
+
+    vLLM forks by default, but on CPU and where it must not: there each worker would import all of it again.
+    """
+    intel_openmp = any(name in os.environ.get("LD_PRELOAD", "") for name in ("libiomp", "libomp"))
+    if MAY_FORK in os.environ and not config.parallel_config.numa_bind and not intel_openmp:
+        os.environ[METHOD] = "fork"
+
+
+def use_own_cores() -> None:
+    """Gives this process, a forked worker on CPU, the cores that vLLM has chosen for it. OpenMP reads them from the
+    environment when it is loaded, which was in the core."""
+    cores = os.environ.get("GOMP_CPU_AFFINITY")
+    if cores is not None and os.environ.get(METHOD) == "fork":
+        import torch
+
+        os.sched_setaffinity(0, [int(core) for core in cores.split()])
+        torch.set_num_threads(len(cores.split()))
 
 
 def end_with_owner() -> None:
@@ -93,7 +176,7 @@ def end_with_owner() -> None:
     reports = Path(os.environ[REPORTS])
     try:
         end_with_holder(reports.with_name(OWNER))
-        _pid_file(reports).write_text(str(os.getpid()))
+        pid_file(reports).write_text(str(os.getpid()))
     except OSError:
         sys.exit(1)
 
@@ -113,84 +196,9 @@ def refuse_import_of_main() -> None:
         EngineStartError
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        _report("main", MAIN_GUARD)
+        report("main", MAIN_GUARD)
         raise EngineStartError(MAIN_GUARD)
     main = sys.modules["__main__"]
     path = getattr(main, "__file__", None)
     if path is not None and getattr(main, "__spec__", None) is None and not Path(path).exists():
         raise EngineStartError(f"vLLM's process imports the script again, and there is no file {path}. Save it in one.")
-
-
-class Reports:
-    """Errors that vLLM's processes have logged. vLLM passes on their text alone, which may be empty, or nothing."""
-
-    def __init__(self, files: MemoryDirectory) -> None:
-        self._path = files.write("reports", "")
-        os.environ[REPORTS] = str(self._path)
-        self._cause_of_death = ""
-
-    def take(self, *, starting: bool = False) -> str:
-        """Returns the last error since the last call, of a worker if one has failed; "" for none.
-
-        Args:
-            starting: include refused imports of the main script.
-        """
-        try:
-            lines = self._path.read_text().splitlines()
-            os.truncate(self._path, 0)
-        except OSError:  # the engine is being stopped
-            return ""
-        texts: dict[str, str] = dict(json.loads(line) for line in lines)
-        sources = ("main",) * starting + ("worker", "core")
-        return next((texts[source] for source in sources if source in texts), "")
-
-    def kill_core(self) -> None:
-        """Kills an engine that is starting. One whose process has yet to begin ends as it does."""
-        with contextlib.suppress(OSError, ValueError):  # it has not begun, or has ended
-            os.killpg(int(_pid_file(self._path).read_text()), signal.SIGKILL)
-
-    def cause_of_death(self) -> str:
-        """As `take`, for an engine that is dead: the same error whenever it is asked."""
-        self._cause_of_death = self._cause_of_death or self.take()
-        return self._cause_of_death
-
-
-class _ReportHandler(logging.Handler):
-    """Writes the exceptions that this process logs to the file of `Reports`."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__(logging.ERROR)
-        self._source = source
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and (error := record.exc_info[1]) is not None:
-            _report(self._source, describe(error))
-
-
-def report_errors(source: str = "core") -> None:
-    """Makes this process report the exceptions that vLLM logs in it.
-
-    Args:
-        source: core or worker.
-    """
-    logger = logging.getLogger("vllm")
-    if not any(isinstance(handler, _ReportHandler) for handler in logger.handlers):
-        logger.addHandler(_ReportHandler(source))
-
-
-def describe(error: BaseException) -> str:
-    """Type, text and place of an error, in one line."""
-    text = " ".join(str(error).split())
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" (in {Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].line})" if frames else ""
-    return f"{type(error).__name__}{f': {text}' if text else ''}{place}"
-
-
-def _pid_file(reports: Path) -> Path:
-    return reports.with_suffix(".pid")
-
-
-def _report(source: str, text: str) -> None:
-    if path := os.environ.get(REPORTS):
-        with contextlib.suppress(OSError), Path(path).open("a") as file:  # another node's, or the engine has stopped
-            file.write(json.dumps([source, text]) + "\n")

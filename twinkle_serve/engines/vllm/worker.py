@@ -16,7 +16,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
-from twinkle_serve.engines.vllm.processes import end_with_starter, report_errors
+from twinkle_serve.engines.vllm.processes import end_with_starter, use_own_cores
+from twinkle_serve.engines.vllm.reports import report_errors
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -36,6 +37,7 @@ def _experts_without_lora() -> None:
 
 if current_platform.is_cpu():
     _experts_without_lora()
+    use_own_cores()
 end_with_starter()
 report_errors("worker")
 
