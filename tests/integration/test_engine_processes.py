@@ -173,12 +173,11 @@ def test_engine_of_a_service_ends_with_each_parent(tmp_path: Path, killed: str) 
     with own_environment() as environment, running(tmp_path, SERVICE, environment) as process:
         assert line_of(process) == "ready\n"
         family = psutil.Process(process.pid).children(recursive=True)
-        cores = [core for member in family for core in core_processes(member)]
-        engine = [member for core in cores for member in [core, *core.children(recursive=True)]]
-        assert len(engine) >= 2, family
-        (replica,) = {parent for core in cores if (parent := core.parent())}
         replicas = [member for member in family if "ServeReplica" in "".join(member.cmdline()[:1])]
         assert len(replicas) == 3
+        (replica,) = [member for member in replicas if core_processes(member)]
+        engine = [member for core in core_processes(replica) for member in [core, *core.children(recursive=True)]]
+        assert len(engine) >= 2, family
         raylets = [member for member in family if member.name() == "raylet"]
         assert len(raylets) == 1
         victims = {"replica": replica, "raylet": raylets[0], "driver": psutil.Process(process.pid)}

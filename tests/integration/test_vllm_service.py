@@ -13,7 +13,7 @@ import pytest
 from tests.support.deploy import deployed
 from tests.support.eventually import wait_until
 from tests.support.lora import save_adapter
-from tests.support.processes import replica_process
+from tests.support.processes import core_processes, replica_process
 from twinkle_serve import hub
 from twinkle_serve.engines import build_engine
 from twinkle_serve.errors import AdapterError, EngineArgsError, SamplingParamsError
@@ -52,6 +52,19 @@ async def test_engines_own_refusal_fails_its_call_alone(vllm_service: RunningSam
     *responses, refused = await asyncio.gather(*good, bad, return_exceptions=True)
     assert all(len(response.sequences) == 16 for response in responses)  # type: ignore[union-attr]
     assert isinstance(refused, SamplingParamsError), refused
+
+
+@pytest.mark.ray
+async def test_workers_are_forks_on_their_own_cores_at_the_callers_priority(vllm_service: RunningSampler) -> None:
+    """They share what their core has imported, hundreds of MB. Ray would run them at niceness 15."""
+    application = vllm_service.name
+    for name in ("engine-dp0", "engine-dp1"):
+        (core,) = core_processes(replica_process(application, name))
+        (worker,) = core.children()
+        shared_bytes = sum(mapped.shared_dirty for mapped in worker.memory_maps())
+        assert shared_bytes > 50 * 2**20, shared_bytes
+        assert len(worker.cpu_affinity()) < len(core.cpu_affinity())
+        assert core.nice() == worker.nice() == psutil.Process().nice()
 
 
 async def test_adapters_in_float32_are_refused_on_a_gpu() -> None:

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from graphs.config_file import check_config_file
 from twinkle_serve import errors
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.engines.vllm import cpu_defaults
+from twinkle_serve.engines.vllm.args import limit_kv_cache
 from twinkle_serve.errors import ConfigError, EngineArgsError, MeshError, ModelNotFoundError, TwinkleServeError
 from twinkle_serve.hub import resolve
 from twinkle_serve.mesh import DeviceMesh
@@ -262,3 +264,24 @@ def test_model_in_float32_stays_so_on_cpu(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(written))
     assert cpu_defaults(str(tmp_path), given, 1).get("dtype") == dtype
+
+
+@pytest.mark.parametrize(
+    ("given", "limit", "expected"),
+    [
+        ({}, 4 * 2**30, 4 * (1000 + 128) * 2 * 8 * 2 * 32 * 4),  # sequences x tokens x (K, V) x layers x heads x size
+        ({}, 2**20, 2**20),
+        ({"is_hybrid": True}, 4 * 2**30, 4 * 2**30),  # keeps more than keys and values
+    ],
+)
+def test_kv_cache_is_no_larger_than_it_can_be_filled(given: dict[str, bool], limit: int, expected: int) -> None:
+    model = {"is_hybrid": False, "use_mla": False, "max_model_len": 1000, "dtype": SimpleNamespace(itemsize=4)}
+    shape: Any = {"get_num_layers": lambda _: 8, "get_num_kv_heads": lambda _: 2, "get_head_size": lambda: 32}
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(**{**model, **shape, **given}),
+        cache_config=SimpleNamespace(kv_cache_memory_bytes=limit, block_size=128),
+        scheduler_config=SimpleNamespace(max_num_seqs=4),
+        parallel_config=None,
+    )
+    limit_kv_cache(config)
+    assert config.cache_config.kv_cache_memory_bytes == expected

@@ -19,6 +19,7 @@ import pytest
 from tests.support.eventually import wait_until
 from twinkle_serve import hub
 from twinkle_serve.engines import build_engine
+from twinkle_serve.engines.vllm.processes import MAY_FORK, METHOD, fork_workers, prefer_spawn
 from twinkle_serve.engines.vllm.reports import REPORTS, Reports, describe, report_errors
 from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
 from twinkle_serve.errors import EngineStartError
@@ -131,6 +132,32 @@ def test_fork_of_the_caller_exits_without_a_word(tmp_path: Path) -> None:
     assert (result.stdout, result.stderr, result.returncode) == ("0 True\n", "", 0)
 
 
+@pytest.mark.parametrize(
+    ("environment", "numa_bind", "forks"),
+    [
+        ({}, False, True),
+        ({}, True, False),  # vLLM binds memory by spawning
+        ({"LD_PRELOAD": "/usr/lib/libiomp5.so"}, False, False),  # its threads would have the core's cores
+        ({METHOD: "spawn"}, False, False),
+        ({METHOD: "fork"}, False, True),
+    ],
+)
+def test_workers_are_forked_unless_the_user_or_the_machine_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], numa_bind: bool, forks: bool
+) -> None:
+    for name in (METHOD, MAY_FORK, "LD_PRELOAD"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for _ in range(2):  # a process may have two engines
+        prefer_spawn()
+    assert os.environ[METHOD] == environment.get(METHOD, "spawn")
+    config: Any = types.SimpleNamespace(parallel_config=types.SimpleNamespace(numa_bind=numa_bind))
+    fork_workers(config)
+    assert os.environ[METHOD] == ("fork" if forks else "spawn")
+
+
 async def test_engine_in_a_script_that_a_child_imports_says_what_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
     """As multiprocessing does for a script without a main guard."""
     monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
@@ -177,13 +204,11 @@ def test_error_without_text_is_reported_with_its_type_and_place(reports: Reports
 def test_workers_error_comes_before_its_consequences(reports: Reports) -> None:
     """The core's own error is that a worker failed; and a dead engine tells its cause every time."""
     for source, text in (("worker", "no memory"), ("core", "Worker failed with error ''")):
-        logger = logging.getLogger("vllm")
-        logger.handlers = [handler for handler in logger.handlers if "Report" not in type(handler).__name__]
         report_errors(source)
         try:
             raise RuntimeError(text)
         except RuntimeError:
-            logger.exception("failed")
+            logging.getLogger("vllm").exception("failed")
     assert reports.cause_of_death().startswith("RuntimeError: no memory")
     assert reports.cause_of_death().startswith("RuntimeError: no memory")
 

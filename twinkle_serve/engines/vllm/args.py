@@ -159,11 +159,11 @@ def build_config(
         raise EngineArgsError(f"vLLM refuses engine_args {dict(engine_args)}: {error}") from error
     _check_config(config, device)
     if device == "cpu" and "kv_cache_memory_bytes" not in engine_args and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        _limit_kv_cache(config)
+        limit_kv_cache(config)
     return vllm_args, config
 
 
-def _limit_kv_cache(config: VllmConfig) -> None:
+def limit_kv_cache(config: VllmConfig) -> None:
     """Lowers the KV cache to what max_num_seqs sequences of max_model_len fill: vLLM writes zeros to all of it as it
     starts, 0.5 to 1.8 s for 1 GiB on CPU.
 
