@@ -28,8 +28,23 @@ def checked(options: Options) -> Run:
 
 
 def test_nothing_is_lost_or_doubled_while_processes_die() -> None:
-    """A few kills, with two engines that take no time to start."""
-    checked(Options(engine="fake", kinds=KILLS, minutes=0.4, seed=SEED, period_s=1, calm_s=1, bound_s=60, publish_s=1))
+    """A few kills, with two engines that take no time to start. A quarter of the samples is scored."""
+    checked(
+        Options(
+            engine="fake",
+            kinds=KILLS,
+            minutes=0.4,
+            seed=SEED,
+            period_s=1,
+            calm_s=1,
+            bound_s=60,
+            warm_up_s=1,
+            settled_s=3,
+            trainers=2,
+            publish_s=1,
+            share=0.25,
+        )
+    )
 
 
 @pytest.mark.vllm
