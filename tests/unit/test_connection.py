@@ -121,6 +121,19 @@ def test_next_session_takes_the_place_of_an_old_one(monkeypatch: pytest.MonkeyPa
     assert client.handle.sessions > 2
 
 
+def test_call_after_a_long_pause_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By then the session has ended, and so has the next one, which was opened beside it and never used."""
+    monkeypatch.setattr(connection, "SESSION_S", 0.0)
+    monkeypatch.setattr(caller_session, "LINGER_S", 0.1)
+    monkeypatch.setattr(timing, "SESSION_SILENCE_S", 0.2)
+    client = Client()
+    for _ in range(2):
+        for _ in range(2):
+            assert client.sampled(65) == ["A"]
+        calls = client.client._connection
+        wait_until(lambda: not calls._tasks._tasks, "all sessions have ended")
+
+
 def test_call_that_comes_as_its_session_ends_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     """A session ends when it is idle, without asking the client."""
     monkeypatch.setattr(caller_session, "LINGER_S", 0.0)

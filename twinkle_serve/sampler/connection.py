@@ -106,6 +106,7 @@ class _Session:
 
     def add(self, call: RunningCall) -> None:
         """Sends a call with the next message, in the next turn of the event loop."""
+        assert not self.ended
         call.session, call.number = self, self._next_call
         self._next_call += 1
         self.calls[call.number] = call
@@ -206,18 +207,20 @@ class RouterConnection:
         return call
 
     def _session(self) -> _Session:
-        """Returns the session that takes new calls."""
-        if self._current is None or self._current.ended:
-            self._current, self._next = self._next or self._opened(), None
-        elif self._next is None:
-            if self._current.age_s > SESSION_S and self._current.address is not None:
-                self._next = self._opened()
-        elif self._next.ended:
-            self._next = None
-        elif self._next.address is not None:
-            self._current.close()
-            self._current, self._next = self._next, None
-        return self._current
+        """Returns the session that takes new calls, which has not ended."""
+        current, following = self._current, self._next
+        if following is not None and following.ended:  # it was idle for too long
+            following = None
+        if current is None or current.ended:
+            current, following = following or self._opened(), None
+        elif following is None:
+            if current.age_s > SESSION_S and current.address is not None:
+                following = self._opened()
+        elif following.address is not None:
+            current.close()
+            current, following = following, None
+        self._current, self._next = current, following
+        return current
 
     def _opened(self) -> _Session:
         session = _Session()
