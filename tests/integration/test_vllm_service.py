@@ -57,9 +57,8 @@ async def test_engines_own_refusal_fails_its_call_alone(vllm_service: RunningSam
 @pytest.mark.ray
 async def test_workers_are_forks_on_their_own_cores_at_the_callers_priority(vllm_service: RunningSampler) -> None:
     """They share what their core has imported, hundreds of MB. Ray would run them at niceness 15."""
-    application = vllm_service.name
-    for name in ("engine-dp0", "engine-dp1"):
-        (core,) = core_processes(replica_process(application, name))
+    for name in vllm_service.status()["engines"]:
+        (core,) = core_processes(replica_process("sampler_group", name))
         (worker,) = core.children()
         shared_bytes = sum(mapped.shared_dirty for mapped in worker.memory_maps())
         assert shared_bytes > 50 * 2**20, shared_bytes

@@ -127,10 +127,10 @@ def test_call_after_a_long_pause_is_answered(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(caller_session, "LINGER_S", 0.1)
     monkeypatch.setattr(timing, "SESSION_SILENCE_S", 0.2)
     client = Client()
+    calls = client.client._connection
     for _ in range(2):
         for _ in range(2):
             assert client.sampled(65) == ["A"]
-        calls = client.client._connection
         wait_until(lambda: not calls._tasks._tasks, "all sessions have ended")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict, TypeVar, cast, get_type_hints
 
@@ -182,12 +182,13 @@ def check_options(options: OptionsT, allowed: type[OptionsT]) -> OptionsT:
         TypeError: a keyword that the call does not take.
     """
     kept = {name: value for name, value in options.items() if name not in IGNORED_OPTIONS}
+    known = _names(cast(Hashable, allowed))
     for name in kept:
-        if name not in _names(allowed):
-            raise TypeError(f"unexpected keyword argument: {unknown_name('option', name, _names(allowed))}")
+        if name not in known:
+            raise TypeError(f"unexpected keyword argument: {unknown_name('option', name, known)}")
     return cast(OptionsT, kept)
 
 
 @functools.cache  # reading the types takes a third of a millisecond
-def _names(options: type[StreamOptions]) -> tuple[str, ...]:
+def _names(options: Hashable) -> tuple[str, ...]:
     return tuple(get_type_hints(options))
