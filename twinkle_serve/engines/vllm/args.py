@@ -169,15 +169,12 @@ def limit_kv_cache(config: VllmConfig) -> None:
 
     Models whose layers differ, or keep something other than keys and values, keep all of it.
     """
-    model, cache = config.model_config, config.cache_config
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     if model.is_hybrid or model.use_mla or cache.kv_cache_memory_bytes is None:
         return
-    token_bytes = (
-        2 * model.get_num_layers(config.parallel_config) * model.get_num_kv_heads(config.parallel_config)
-        * model.get_head_size() * model.dtype.itemsize
-    )  # fmt: skip
+    values = 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
     tokens = config.scheduler_config.max_num_seqs * (model.max_model_len + cache.block_size)
-    cache.kv_cache_memory_bytes = min(cache.kv_cache_memory_bytes, token_bytes * tokens)
+    cache.kv_cache_memory_bytes = min(cache.kv_cache_memory_bytes, tokens * values * model.dtype.itemsize)
 
 
 def _check_config(config: VllmConfig, device: str) -> None:
