@@ -27,6 +27,7 @@ def checked(options: Options) -> Run:
     return done
 
 
+@pytest.mark.nightly
 def test_nothing_is_lost_or_doubled_while_processes_die() -> None:
     """A few kills, with two engines that take no time to start. A quarter of the samples is scored."""
     checked(

@@ -132,8 +132,8 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
 
 
 def keep_frozen() -> None:
-    """Takes what this process, the core, has imported out of garbage collection, also while it ends, and in its forked
-    workers. vLLM would put it back as it ends, and walk all of it: 3 s in the core and in each worker."""
+    """Excludes the imported modules of this process, the core, and of its forked workers from garbage collection, also
+    at shutdown, where vLLM would unfreeze and collect them: 3 s in the core and in each worker."""
     gc.freeze()
     gc.unfreeze = lambda: None
 
@@ -146,8 +146,8 @@ def prefer_spawn() -> None:
 
 
 def fork_workers(config: VllmConfig) -> None:
-    """Makes this process, the core, fork its workers: they share what it has imported, which takes seconds and
-    hundreds of MB. `use_own_cores` gives them their cores.
+    """Makes this process, the core, fork its workers: they share its imported modules, which take seconds to import
+    and hundreds of MB. `use_own_cores` gives them their cores.
 
     vLLM forks by default, but on CPU and where it must not: there each worker would import all of it again.
     """
