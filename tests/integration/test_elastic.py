@@ -142,8 +142,8 @@ def require_two_engines(service: Service) -> None:
         wait_until(lambda: "engine-dp1" in replicas(service), "engine-dp1 started", 60)
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.nightly
+@pytest.mark.timeout(400)
 def test_dp_size_changes_without_failing_a_call_or_replacing_what_stays(service: Service) -> None:
     """1, 3, 1, 2: router, store and engine-dp0 keep their processes; those of engines that left are gone."""
     load = Load(service)
