@@ -177,7 +177,7 @@ print(sorted(sampler.status()["engines"]))
 """
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)  # the first test in CI that starts the service
 def test_router_that_is_replaced_has_the_engines_of_now(service: Service) -> None:
     """Not those that there were when the application was first deployed."""
     require_two_engines(service)
