@@ -17,7 +17,7 @@ from twinkle_serve.sampler import RunningSampler
 
 async def until_running(sampler: RunningSampler) -> None:
     """Waits until a call has been admitted."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not (await asyncio.to_thread(sampler.status))["requests"]:
             pass
 

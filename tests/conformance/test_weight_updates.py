@@ -283,14 +283,14 @@ def test_second_update_at_a_time_is_refused(sampler: RunningSampler, weights: di
 
     def slow() -> Iterator[tuple[str, Any]]:
         entered.set()
-        go_on.wait(30)
+        go_on.wait(60)
         yield from weights.items()
 
     label = next(LABELS)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(sampler.update_weights, slow(), label)
         # The first bucket starts the generator, after the update has begun.
-        assert entered.wait(30)
+        assert entered.wait(60)
         with pytest.raises(WeightsError, match=f"an update to '{label}' is under way"):
             sampler.update_weights(weights, next(LABELS))
         go_on.set()

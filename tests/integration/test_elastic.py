@@ -143,7 +143,6 @@ def require_two_engines(service: Service) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(400)
 def test_dp_size_changes_without_failing_a_call_or_replacing_what_stays(service: Service) -> None:
     """1, 3, 1, 2: router, store and engine-dp0 keep their processes; those of engines that left are gone."""
     load = Load(service)
@@ -157,7 +156,7 @@ def test_dp_size_changes_without_failing_a_call_or_replacing_what_stays(service:
         assert three.items() >= first.items() and len(three) == 5
         deploy(service, 1)
         load.until({"engine-dp0"})
-        _, alive = psutil.wait_procs([three["engine-dp1"], three["engine-dp2"]], timeout=30)
+        _, alive = psutil.wait_procs([three["engine-dp1"], three["engine-dp2"]], timeout=60)
         assert not alive and replicas(service) == first
         deploy(service, 2)
         load.until({"engine-dp0", "engine-dp1"})
@@ -177,14 +176,13 @@ print(sorted(sampler.status()["engines"]))
 """
 
 
-@pytest.mark.timeout(400)  # the first test in CI that starts the service
 def test_router_that_is_replaced_has_the_engines_of_now(service: Service) -> None:
     """Not those that there were when the application was first deployed."""
     require_two_engines(service)
     before = replicas(service)
     router = before.pop("router")
     router.kill()
-    router.wait(30)
+    router.wait(60)
     answer = service.run("-c", ROUTER_OF_NOW)
     assert answer.stdout.strip() == "['engine-dp0', 'engine-dp1']", answer.stderr
     assert replicas(service).items() >= before.items()
@@ -199,7 +197,6 @@ print(sampler.status()["engines"]["engine-dp1"]["state"])
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(200)
 def test_restart_by_name_replaces_that_process_alone(service: Service) -> None:
     """And returns when the new one is used; calls go on meanwhile."""
     require_two_engines(service)
@@ -217,7 +214,6 @@ def test_restart_by_name_replaces_that_process_alone(service: Service) -> None:
         load.kill()
 
 
-@pytest.mark.timeout(200)
 def test_launcher_says_what_becomes_of_the_application(service: Service) -> None:
     """Replaced, and unhealthy while a process is; and when it is over."""
     before = len(service.output)
@@ -234,7 +230,6 @@ def test_launcher_says_what_becomes_of_the_application(service: Service) -> None
     says("sampler is healthy again after")
 
 
-@pytest.mark.timeout(200)
 def test_launcher_of_another_application_leaves_the_service_alone(service: Service, tmp_path: Path) -> None:
     """Deploying its config would delete the service; nor may it shut Serve down as it ends."""
     document = yaml.safe_load(service.config.read_text())
@@ -248,7 +243,6 @@ def test_launcher_of_another_application_leaves_the_service_alone(service: Servi
     assert service.run("-c", "import twinkle_serve; twinkle_serve.connect('sampler').status()").returncode == 0
 
 
-@pytest.mark.timeout(200)
 def test_plain_kill_stops_all_of_it(service: Service) -> None:
     """SIGTERM means what Ctrl-C means: exit code 0, nothing left."""
     service.process.send_signal(signal.SIGTERM)

@@ -167,7 +167,6 @@ if __name__ == "__main__":
 @pytest.mark.ray
 @pytest.mark.own_cluster
 @pytest.mark.parametrize("killed", ["replica", "raylet", "driver"])
-@pytest.mark.timeout(400)
 def test_engine_of_a_service_ends_with_each_parent(tmp_path: Path, killed: str) -> None:
     """The replica, Ray's raylet, and the process that started Ray: nothing of the service's own is left."""
     with own_environment() as environment, running(tmp_path, SERVICE, environment) as process:

@@ -46,7 +46,6 @@ def test_start_is_shown_stage_by_stage(service: Service) -> None:
     assert "ServeController" in log.read_text() and "ServeReplica" in log.read_text()
 
 
-@pytest.mark.timeout(400)
 def test_calls_that_ready_prints_work(service: Service) -> None:
     """As they are, with the address beside them as an argument or in RAY_ADDRESS, and no other variable: the token is
     found. In the service's own directory neither is needed."""
@@ -63,7 +62,6 @@ def test_calls_that_ready_prints_work(service: Service) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(200)
 def test_caller_without_the_token_is_told_what_is_missing(service: Service, tmp_path: Path) -> None:
     """Where Ray looks for it, and how to get it; not that there is no cluster."""
     code = "import twinkle_serve; twinkle_serve.connect('sampler')"
@@ -73,7 +71,6 @@ def test_caller_without_the_token_is_told_what_is_missing(service: Service, tmp_
     assert "RAY_AUTH_TOKEN_PATH or in ~/.ray/auth_token" in error and "ray get-auth-token" in error
 
 
-@pytest.mark.timeout(200)
 def test_commands_that_ready_prints_work_where_they_are_pasted(service: Service) -> None:
     """`serve status` and `serve deploy` find this service and its token, without a variable of their own."""
     environment = {key: value for key, value in service.environment.items() if not key.startswith("RAY_A")}
@@ -85,7 +82,6 @@ def test_commands_that_ready_prints_work_where_they_are_pasted(service: Service)
         assert expected in result.stdout + result.stderr, result.stderr
 
 
-@pytest.mark.timeout(200)
 def test_readmes_own_call_runs_as_a_file(service: Service, tmp_path: Path) -> None:
     """As it stands."""
     script = tmp_path / "script.py"
@@ -141,7 +137,6 @@ for name, call in calls.items():
 """
 
 
-@pytest.mark.timeout(200)
 def test_refused_call_is_one_line_on_the_terminal(service: Service, tmp_path: Path) -> None:
     """Not a traceback: of sampling, streaming and control calls, by the router, an engine or the store."""
     before = len(service.output)
@@ -154,7 +149,6 @@ def test_refused_call_is_one_line_on_the_terminal(service: Service, tmp_path: Pa
     assert len(said.splitlines()) == 7, said
 
 
-@pytest.mark.timeout(400)
 def test_example_prints_right_and_wrong_sums(service: Service) -> None:
     """From both engines, with logprobs."""
     result = service.run("examples/sample.py", "--prompts", "16")
@@ -187,7 +181,6 @@ json.dump({
 """
 
 
-@pytest.mark.timeout(400)
 async def test_service_samples_what_the_torch_engine_does(service: Service, tmp_path: Path) -> None:
     """Greedy tokens of both vLLM engines are torch's, logprobs within 1e-3; a seed repeats itself."""
     import json
@@ -216,7 +209,6 @@ async def test_service_samples_what_the_torch_engine_does(service: Service, tmp_
     await engine.stop()
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("steps", "what"),
     [(2, ("--learning-rate", "2e-3")), pytest.param(5, ("--full",), marks=pytest.mark.nightly)],
@@ -273,7 +265,6 @@ def test_dashboard_shows_router_and_engines(service: Service) -> None:
         assert f"'{name}': 'HEALTHY'" in result.stdout
 
 
-@pytest.mark.timeout(400)
 def test_http_says_that_it_has_no_api(service: Service) -> None:
     """Plainly, without a traceback."""
     port = yaml.safe_load(service.config.read_text())["http_options"]["port"]
@@ -283,7 +274,6 @@ def test_http_says_that_it_has_no_api(service: Service) -> None:
     assert caught.value.code == 501 and "get_app_handle" in body and "Traceback" not in body
 
 
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -43,7 +43,7 @@ def test_deploy_that_finds_no_room_ends_with_its_reason(monkeypatch: pytest.Monk
             return True
 
     holder = Greedy.remote()  # type: ignore[attr-defined]
-    assert ray.get(holder.here.remote(), timeout=30)
+    assert ray.get(holder.here.remote(), timeout=60)
     args = {"model_id": "demo", "engine": "fake", "device_mesh": {"dp_size": 2, "device_type": "cpu"}}
     with pytest.raises(ServiceNotReadyError, match=r"was not up within startup_timeout_s=2, and is deleted"):
         deploy_service("crowded", ServiceArgs.model_validate({**args, "startup_timeout_s": 2.0}), build)

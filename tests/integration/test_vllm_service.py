@@ -27,7 +27,6 @@ VLLM_ARGS = {"max_model_len": 256, "dtype": "float32", "kv_cache_memory_bytes": 
 
 @pytest.mark.ray
 @pytest.mark.nightly
-@pytest.mark.timeout(400)
 def test_tensor_parallel_replicas_sample_what_torch_does(cluster: None, tmp_path: Path) -> None:
     """dp_size 2 x tp_size 2 on CPU: each sample once, the tokens of torch, and its logprobs within 1e-3."""
     with (
@@ -117,7 +116,7 @@ def test_script_goes_on_after_ctrl_c_and_leaves_nothing_though_it_forgets_shutdo
     script = tmp_path / "script.py"
     script.write_text(INTERRUPTED)
     result = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=180, check=False, start_new_session=True
+        [sys.executable, script], capture_output=True, text=True, timeout=500, check=False, start_new_session=True
     )
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr

@@ -203,7 +203,6 @@ def kill_core_of(application: str, deployment: str) -> None:
     core.kill()
 
 
-@pytest.mark.timeout(600)
 def test_every_sample_is_of_the_versions_that_it_names(cluster: None) -> None:
     """32 requests in flight on two adapters and the model, a version every 200 ms, and each engine killed in turn."""
     with deployed("fire", engine="vllm", device_mesh={"dp_size": 2}, engine_args=ENGINE_ARGS) as sampler:

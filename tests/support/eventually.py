@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 
-async def eventually(condition: Callable[[], bool | Awaitable[bool]], timeout_s: float = 30.0) -> None:
+async def eventually(condition: Callable[[], bool | Awaitable[bool]], timeout_s: float = 60.0) -> None:
     """Waits until a condition holds that the router brings about by itself: it polls its engines."""
     async with asyncio.timeout(timeout_s):
         while True:
@@ -18,7 +18,7 @@ async def eventually(condition: Callable[[], bool | Awaitable[bool]], timeout_s:
             await asyncio.sleep(0.01)
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
     """Polls a condition, leaving the cores to the processes that bring it about."""
     deadline = time.monotonic() + timeout_s
     while not condition():

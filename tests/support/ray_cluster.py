@@ -35,5 +35,5 @@ def ray_cluster(num_cpus: int, *, with_serve: bool = True, **options: Any) -> It
             if with_serve:
                 serve.shutdown()
             ray.shutdown()
-            _, alive = psutil.wait_procs(started, timeout=30)
+            _, alive = psutil.wait_procs(started, timeout=60)
             assert not alive, f"Ray left processes behind: {alive}"

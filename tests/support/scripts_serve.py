@@ -19,7 +19,7 @@ import yaml
 from tests.support.service_logs import cluster_directory
 
 ROOT = Path(__file__).parents[2]
-READY_S = 240
+READY_S = 500
 
 
 def free_port() -> int:
@@ -59,7 +59,7 @@ class Service:
         """What the launcher has printed."""
         return self.config.with_name("log").read_text()
 
-    def run(self, *command: str, timeout_s: float = 120, **environment: str | None) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout_s: float = 300, **environment: str | None) -> subprocess.CompletedProcess[str]:
         """Runs Python; a variable that is None is not set."""
         variables = {**self.environment, **environment}
         return subprocess.run(
@@ -83,7 +83,7 @@ def ended(process: subprocess.Popen[str], timeout_s: float) -> int:
     """Its exit code; nothing that it started may outlive it."""
     family = psutil.Process(process.pid).children(recursive=True)
     code = process.wait(timeout_s)
-    _, alive = psutil.wait_procs(family, timeout=15)
+    _, alive = psutil.wait_procs(family, timeout=60)
     for survivor in alive:
         survivor.kill()
     assert not alive, f"left behind: {alive}"

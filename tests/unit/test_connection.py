@@ -94,7 +94,7 @@ def test_calls_of_a_lost_message_are_sent_again(monkeypatch: pytest.MonkeyPatch)
 
     with ThreadPoolExecutor() as threads:
         lost = threads.submit(client.sampled, *TOKENS)
-        assert client.handle.actor.lost.wait(10)
+        assert client.handle.actor.lost.wait(60)
         assert client.sampled(65) == ["A"]
         assert lost.result(10) == TEXTS
     assert client.handle.sessions == 2
@@ -174,7 +174,7 @@ def test_caller_that_gives_up_ends_its_call_in_the_router() -> None:
         call = asyncio.ensure_future(client.client.run(request))
         await begun.wait()
         call.cancel()
-        await asyncio.wait_for(ended.wait(), 10)
+        await asyncio.wait_for(ended.wait(), 60)
 
     client.client.loop.call(give_up())
 

@@ -126,7 +126,7 @@ def tokens(response: SampleResponse) -> list[list[int]]:
 
 
 async def finished(awaitable: Awaitable[Any]) -> Any:
-    return await asyncio.wait_for(awaitable, 30)
+    return await asyncio.wait_for(awaitable, 60)
 
 
 async def test_engine_that_is_named_is_used(service: Service) -> None:

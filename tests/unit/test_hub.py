@@ -18,7 +18,7 @@ from tests.support.hub_server import HubServer
 from twinkle_serve import hub
 from twinkle_serve.errors import HubUnreachableError, IncompleteModelError, ModelNotFoundError
 
-SOON_S = 6.0
+SOON_S = 20.0
 """Within this, a hub that cannot be reached has to be given up."""
 
 

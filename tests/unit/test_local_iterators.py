@@ -88,5 +88,5 @@ def test_interrupted_iterator_cancels_its_call() -> None:
     responses._parts._arrived = Mock(get=Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         next(responses)
-    wait_until(lambda: sampler.status()["requests"] == 0, "it is cancelled", timeout_s=5.0)
+    wait_until(lambda: sampler.status()["requests"] == 0, "it is cancelled")
     sampler.shutdown()
