@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.ends_engine]
 async def test_error_of_a_worker_comes_with_its_type_and_place(vllm_engine: EngineHarness) -> None:
     """vLLM passes on its text alone, which may be empty."""
     engine: Any = vllm_engine.engine
-    with pytest.raises(Exception, match="Worker failed with error"):
+    with pytest.raises(Exception, match="No such file"):
         await engine._llm.collective_rpc("load_weights", args=("/no/such/file",))
     assert re.match(r"FileNotFoundError: .*/no/such/file.* \(in \S+\.py:\d+, ", engine._reported())
 

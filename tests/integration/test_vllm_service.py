@@ -34,6 +34,8 @@ def test_tensor_parallel_replicas_sample_what_torch_does(cluster: None, tmp_path
         deployed("torch", engine="torch", engine_args={"dtype": "float32"}) as torch,
     ):
         one, other = (sampler.sample(QUESTIONS, GREEDY, num_samples=2) for sampler in (four, torch))
+        for name in ("engine-dp0", "engine-dp1"):
+            require_forks(core_processes(replica_process("tp2", name))[0])
         with pytest.raises(AdapterError, match="LoRA is switched off"):  # it was not asked for
             four.add_adapter_to_model("lora", save_adapter(tmp_path / "lora"))
     assert [seq.prompt_index for seq in one.sequences] == [i for i in range(len(QUESTIONS)) for _ in range(2)]
@@ -41,6 +43,17 @@ def test_tensor_parallel_replicas_sample_what_torch_does(cluster: None, tmp_path
     assert [seq.tokens for seq in one.sequences] == [seq.tokens for seq in other.sequences]
     assert abs(one.columns.logprobs - other.columns.logprobs).max() < 1e-3  # type: ignore[operator]
     assert one.logprobs_mode == other.logprobs_mode == "raw_logprobs"
+
+
+def require_forks(core: psutil.Process) -> None:
+    """Workers share what their core has imported, hundreds of MB, and have cores and priority of their own."""
+    workers = core.children()
+    assert len(workers) == 2
+    for worker in workers:
+        shared_bytes = sum(mapped.shared_dirty for mapped in worker.memory_maps())
+        assert shared_bytes > 50 * 2**20, shared_bytes
+        assert len(worker.cpu_affinity()) < len(core.cpu_affinity())
+        assert core.nice() == worker.nice() == psutil.Process().nice()
 
 
 @pytest.mark.ray
@@ -54,15 +67,13 @@ async def test_engines_own_refusal_fails_its_call_alone(vllm_service: RunningSam
 
 
 @pytest.mark.ray
-async def test_workers_are_forks_on_their_own_cores_at_the_callers_priority(vllm_service: RunningSampler) -> None:
-    """They share what their core has imported, hundreds of MB. Ray would run them at niceness 15."""
+async def test_worker_that_is_alone_runs_in_the_core_on_its_own_cores(vllm_service: RunningSampler) -> None:
+    """At the priority of callers: Ray would run it at niceness 15."""
     for name in vllm_service.status()["engines"]:
         (core,) = core_processes(replica_process("sampler_group", name))
-        (worker,) = core.children()
-        shared_bytes = sum(mapped.shared_dirty for mapped in worker.memory_maps())
-        assert shared_bytes > 50 * 2**20, shared_bytes
-        assert len(worker.cpu_affinity()) < len(core.cpu_affinity())
-        assert core.nice() == worker.nice() == psutil.Process().nice()
+        assert not core.children()
+        assert len(core.cpu_affinity()) < len(psutil.Process().cpu_affinity())
+        assert core.nice() == psutil.Process().nice()
 
 
 async def test_adapters_in_float32_are_refused_on_a_gpu() -> None:

@@ -19,7 +19,8 @@ import pytest
 from tests.support.eventually import wait_until
 from twinkle_serve import hub
 from twinkle_serve.engines import build_engine
-from twinkle_serve.engines.vllm.processes import MAY_FORK, METHOD, fork_workers, prefer_spawn
+from twinkle_serve.engines.vllm.args import executor_backend
+from twinkle_serve.engines.vllm.processes import IN_CORE, MAY_FORK, METHOD, fork_workers, prefer_spawn
 from twinkle_serve.engines.vllm.reports import REPORTS, Reports, describe, report_errors
 from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
 from twinkle_serve.errors import EngineStartError
@@ -159,6 +160,24 @@ def test_workers_are_forked_unless_the_user_or_the_machine_says_otherwise(
     config: Any = types.SimpleNamespace(parallel_config=types.SimpleNamespace(numa_bind=numa_bind))
     fork_workers(config)
     assert os.environ[METHOD] == ("fork" if forks else "spawn")
+
+
+@pytest.mark.parametrize(
+    ("executor", "workers", "device", "preload", "expected"),
+    [
+        ("mp", 1, "cpu", "", IN_CORE),
+        ("mp", 1, "cuda", "", "uni"),
+        ("mp", 2, "cpu", "", "mp"),
+        ("mp", 2, "cuda", "", "mp"),
+        ("ray", 1, "cuda", "", "ray"),
+        ("mp", 1, "cpu", "/usr/lib/libiomp5.so", "mp"),  # it has to know its cores before it is loaded
+    ],
+)
+def test_worker_that_is_alone_runs_in_the_core(
+    monkeypatch: pytest.MonkeyPatch, executor: str, workers: int, device: str, preload: str, expected: str
+) -> None:
+    monkeypatch.setenv("LD_PRELOAD", preload)
+    assert executor_backend(executor, workers, device) == expected
 
 
 async def test_engine_in_a_script_that_a_child_imports_says_what_to_write(monkeypatch: pytest.MonkeyPatch) -> None:

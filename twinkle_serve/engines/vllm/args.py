@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinkle_serve.engines.vllm.processes import EXTENSION, prefer_spawn
+from twinkle_serve.engines.vllm.processes import EXTENSION, IN_CORE, has_intel_openmp, prefer_spawn
 from twinkle_serve.engines.vllm.tmpfs import PREFIX, MemoryDirectory
 from twinkle_serve.errors import EngineArgsError, unknown_name
 
@@ -148,7 +148,7 @@ def build_config(
             model=model,
             tensor_parallel_size=tp_size,
             pipeline_parallel_size=pp_size,
-            distributed_executor_backend=executor,
+            distributed_executor_backend=executor_backend(executor, tp_size * pp_size, device),
             trust_remote_code=trust_remote_code,
             # With equal seeds, engines would repeat each other's samples for requests without a seed.
             seed=int.from_bytes(os.urandom(4), "big") >> 1,
@@ -161,6 +161,17 @@ def build_config(
     if device == "cpu" and "kv_cache_memory_bytes" not in engine_args and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         limit_kv_cache(config)
     return vllm_args, config
+
+
+def executor_backend(executor: str, workers: int, device: str) -> str:
+    """Returns vLLM's executor for an engine: one worker runs in the core, unless Ray starts it.
+
+    Args:
+        executor: that for several workers, mp or ray.
+    """
+    if executor == "ray" or workers > 1 or (device == "cpu" and has_intel_openmp()):
+        return executor
+    return IN_CORE if device == "cpu" else "uni"
 
 
 def limit_kv_cache(config: VllmConfig) -> None:

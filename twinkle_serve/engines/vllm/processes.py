@@ -14,6 +14,7 @@ import multiprocessing.process
 import os
 import sys
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,9 @@ MAY_FORK = "TWINKLE_SERVE_VLLM_MAY_FORK"
 
 EXTENSION = "twinkle_serve.engines.vllm.worker.WorkerExtension"
 """`worker_extension_cls` of our engines."""
+
+IN_CORE = "twinkle_serve.engines.vllm.executor.WorkerInCore"
+"""`distributed_executor_backend` of our engines on CPU with one worker."""
 
 MAIN_GUARD = (
     "vLLM's process imports the script again, and the script makes a sampler when it is imported. Put the script's "
@@ -151,9 +155,13 @@ def fork_workers(config: VllmConfig) -> None:
 
     vLLM forks by default, but on CPU and where it must not: there each worker would import all of it again.
     """
-    intel_openmp = any(name in os.environ.get("LD_PRELOAD", "") for name in ("libiomp", "libomp"))
-    if MAY_FORK in os.environ and not config.parallel_config.numa_bind and not intel_openmp:
+    if MAY_FORK in os.environ and not config.parallel_config.numa_bind and not has_intel_openmp():
         os.environ[METHOD] = "fork"
+
+
+def has_intel_openmp() -> bool:
+    """Whether Intel's OpenMP is preloaded. It reads a worker's cores from the environment, when it is loaded."""
+    return any(name in os.environ.get("LD_PRELOAD", "") for name in ("libiomp", "libomp"))
 
 
 def use_own_cores() -> None:
@@ -161,10 +169,15 @@ def use_own_cores() -> None:
     environment when it is loaded, which was in the core."""
     cores = os.environ.get("GOMP_CPU_AFFINITY")
     if cores is not None and os.environ.get(METHOD) == "fork":
-        import torch
+        compute_on([int(core) for core in cores.split()])
 
-        os.sched_setaffinity(0, [int(core) for core in cores.split()])
-        torch.set_num_threads(len(cores.split()))
+
+def compute_on(cores: Sequence[int]) -> None:
+    """Gives this process some cores, and torch a thread on each."""
+    import torch
+
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
 
 
 def end_with_owner() -> None:
