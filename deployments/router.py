@@ -22,10 +22,10 @@ from deployments.store_client import ServeStoreClient
 from twinkle_serve import hub
 from twinkle_serve.collection import freeze_start_up
 from twinkle_serve.config import ServiceArgs
-from twinkle_serve.data_format.call_messages import Answers, CallMessage
+from twinkle_serve.data_format.call_messages import Answer, CallMessage
 from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import SIDE_CPUS
-from twinkle_serve.remote.inbox import Address, Inbox
+from twinkle_serve.remote.channel import Address, Channel, Listener
 from twinkle_serve.routing import router as routing
 from twinkle_serve.routing.caller_session import CallerSession
 
@@ -62,6 +62,7 @@ class Router(routing.Router):
             ServeStoreClient(store),
             observe_staleness=lambda name, versions: staleness.observe(versions, tags={"adapter": name}),
         )
+        self._listener = Listener()
         await self.start()
         freeze_start_up()
 
@@ -74,17 +75,21 @@ class Router(routing.Router):
         handles = [await asyncio.to_thread(serve.get_deployment_handle, name) for name in config["engines"]]
         self.set_engines({handle.deployment_name: ServeEngineClient(handle) for handle in handles})
 
-    async def answers(self) -> AsyncGenerator[Address[CallMessage] | Answers, None]:
-        """Opens a session of calls: yields the address for its messages, then answers. See `CallerSession`."""
+    async def answers(self) -> AsyncGenerator[Address, None]:
+        """Opens a session of calls, and ends with it. Yields the address for its connection; see `CallerSession`."""
         session = CallerSession(self)
-        inbox = Inbox(session.take, session.end)
+        channel: Channel[list[Answer], CallMessage] = Channel(session.take, session.end)
+        await self._listener.start(ray.util.get_node_ip_address())
+        address = self._listener.expect(channel)
         try:
-            yield Address(ray.get_runtime_context().current_actor, inbox.name)
+            yield address
             async with contextlib.aclosing(session.answers()) as items:
                 async for answers in items:
-                    yield answers
+                    channel.send(answers)
+                    await channel.drain()
         finally:
-            inbox.close()
+            self._listener.forget(address)
+            channel.close()
             session.close()
 
     async def __call__(self, request: Request) -> JSONResponse:

@@ -32,8 +32,6 @@ CONTROL_TIMEOUT_S = 600.0
 """Timeout for calls that sample nothing. The longest of them loads an adapter on every engine."""
 CALL_LEASE_S = 60.0
 """A router gives a call up when its caller has not renewed it for so long. Callers renew four times as often."""
-SESSION_SILENCE_S = 30.0
-"""A client sends its calls again when the router has not taken its messages for so long: they are lost."""
 UPLOAD_LEASE_S = 60.0
 """A router gives an update of weights up when no bucket has arrived for so long: its trainer is gone."""
 MAX_PAUSE_LEASE_S = 3600.0
@@ -54,6 +52,5 @@ assert PROBE_PERIOD_S + PROBE_TIMEOUT_S < ENGINE_PAUSE_LEASE_S, "one slow answer
 assert REMOVED_ENGINE_GRACE_S < ENGINE_SHUTDOWN_S, "a router takes its groups back before the process ends"
 assert ROUTER_GRACE_S < CONTROLLER_TIMEOUT_S < CLUSTER_LOSS_S, "a caller must report a lost cluster before Ray ends it"
 assert ROUTER_GRACE_S < ANSWER_TIMEOUT_S < CONTROL_TIMEOUT_S
-assert ROUTER_GRACE_S < SESSION_SILENCE_S < CALL_LEASE_S, "a call is sent again before its router gives it up"
 assert 2 * CONTROLLER_TIMEOUT_S <= CALL_LEASE_S, "a call outlives the replacement of its router"
 assert CONTROLLER_TIMEOUT_S < STORE_TIMEOUT_S < CONTROL_TIMEOUT_S, "a store may be replaced within a control call"

@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from typing import Any
 from unittest.mock import Mock
 
-from tests.support.inboxes import Actor
 from twinkle_serve.data_format import SampleResponse
+from twinkle_serve.data_format.call_messages import CallMessage
 from twinkle_serve.data_format.sample_request import SampleRequest
 from twinkle_serve.errors import TwinkleServeError
-from twinkle_serve.remote.inbox import Address, Inbox
+from twinkle_serve.remote.channel import Channel, Listener
 from twinkle_serve.routing.caller_session import CallerSession
 
 
@@ -42,12 +42,25 @@ class RouterHandle:
                 TwinkleServeError is the router's answer; with another error the router's process is gone.
         """
         self._end = end
-        self.actor = Actor()
         self.sessions = 0
         """Number of sessions that were opened."""
+        self.messages = 0
+        """Number of messages that came."""
+        self.channel: Channel[Any, Any]
+        """That of the last session."""
 
     def options(self, **options: Any) -> RouterHandle:
         return self
+
+    @property
+    def run(self) -> Any:
+        """Calls whose inputs hold references."""
+
+        async def run(request: SampleRequest) -> Any:
+            router: Any = _Router(self._end, asyncio.get_running_loop().create_future())
+            return await router.run(request)
+
+        return Mock(remote=lambda request: asyncio.ensure_future(run(request)))
 
     def __getattr__(self, method: str) -> Any:
         def remote(*args: Any, **options: Any) -> Any:
@@ -64,9 +77,17 @@ class RouterHandle:
         died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         router: Any = _Router(self._end, died)
         session = CallerSession(router)
-        inbox = Inbox(session.take, session.end)
+
+        def take(message: CallMessage) -> None:
+            self.messages += 1
+            session.take(message)
+
+        listener = Listener()
+        await listener.start("127.0.0.1")
+        channel: Channel[Any, CallMessage] = Channel(take, session.end)
+        self.channel = channel
         try:
-            yield Address(self.actor, inbox.name)
+            yield listener.expect(channel)
             items = session.answers()
             while True:
                 item: asyncio.Future[Any] = asyncio.ensure_future(anext(items, None))
@@ -80,10 +101,11 @@ class RouterHandle:
                     died.result()
                 if (answers := item.result()) is None:
                     return
-                yield answers
+                channel.send(answers)
         finally:
-            inbox.close()
+            channel.close()
             session.close()
+            listener.close()
 
 
 class _Router:

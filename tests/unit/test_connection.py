@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.support.eventually import wait_until
 from tests.support.responses import columns, response
 from tests.support.router_handle import RouterHandle
-from twinkle_serve import timing
 from twinkle_serve.data_format import SampleResponse
-from twinkle_serve.data_format.call_messages import OUT_OF_BAND_BYTES, Answer, Answers
 from twinkle_serve.data_format.inputs import as_list
 from twinkle_serve.data_format.sample_request import SampleRequest
-from twinkle_serve.errors import QueueFullError, RequestError, ServiceError
-from twinkle_serve.remote import inbox
+from twinkle_serve.errors import RequestError, ServiceError
+from twinkle_serve.remote.channel import Address
 from twinkle_serve.routing import caller_session
 from twinkle_serve.sampler import connection
 from twinkle_serve.sampler.client import ServiceClient
@@ -60,56 +54,50 @@ TEXTS = [chr(token) for token in TOKENS]
 def test_calls_of_one_turn_share_a_message() -> None:
     client = Client()
     client.sampled(*TOKENS)
-    before = client.handle.actor.messages
+    before = client.handle.messages
     assert client.sampled(*TOKENS) == TEXTS
-    assert client.handle.actor.messages == before + 1
+    assert client.handle.messages == before + 1
     assert client.handle.sessions == 1
 
 
-def on_their_way(client: Client, messages: int) -> bool:
-    return client.handle.actor.overtaken == 2 - messages
-
-
-def test_messages_that_overtake_each_other_are_taken_in_order() -> None:
-    """Ray runs a large one after smaller ones that were sent later; no call is sent again for that."""
-    client = Client()
-    client.sampled(65)
-    client.handle.actor.overtaken = 2
-    with ThreadPoolExecutor() as threads:
-        early = []
-        for left in (1, 0):
-            early.append(threads.submit(client.sampled, 65))
-            wait_until(partial(on_their_way, client, 2 - left), "its message is on its way")
-        assert client.sampled(*TOKENS) == TEXTS
-        assert [call.result(10) for call in early] == [["A"], ["A"]]
-    assert client.handle.sessions == 1
-
-
-def test_calls_of_a_lost_message_are_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The router notices that one is missing when later ones have come."""
-    monkeypatch.setattr(inbox, "LOST_S", 0.1)
-    client = Client()
-    client.sampled(65)
-    client.handle.actor.loses = 1
-
-    with ThreadPoolExecutor() as threads:
-        lost = threads.submit(client.sampled, *TOKENS)
-        assert client.handle.actor.lost.wait(60)
-        assert client.sampled(65) == ["A"]
-        assert lost.result(10) == TEXTS
-    assert client.handle.sessions == 2
-
-
-def test_message_that_no_other_follows_is_missed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "SESSION_SILENCE_S", 0.2)
-    monkeypatch.setattr(caller_session, "LINGER_S", 60.0)
-    monkeypatch.setattr("twinkle_serve.sampler.client.RETRY_PAUSES_S", (0.0,))
+def test_calls_of_a_lost_connection_are_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that run, and those that come before the client has noticed."""
+    monkeypatch.setattr("twinkle_serve.sampler.client.RETRY_PAUSES_S", (0.0, 0.0))
     monkeypatch.setattr(ServiceClient, "_is_deployed", lambda self, patience_s: asyncio.sleep(0, True))
-    client = Client()
-    client.sampled(65)
-    client.handle.actor.loses = 1
-    assert client.sampled(*TOKENS) == TEXTS
+    monkeypatch.setattr(connection, "END_S", 0.2)
+    begun = threading.Event()
+    ends: list[asyncio.Event] = [asyncio.Event()]
+
+    async def slowly(request: SampleRequest) -> SampleResponse:
+        begun.set()
+        if ends:
+            await ends.pop().wait()
+        return answer(request)
+
+    client = Client(slowly)
+    with ThreadPoolExecutor() as threads:
+        call = threads.submit(client.sampled, 65)
+        assert begun.wait(60)
+        client.client.loop.call(abort(client))
+        assert client.sampled(66) == ["B"]
+        assert call.result(60) == ["A"]
     assert client.handle.sessions == 2
+
+
+async def abort(client: Client) -> None:
+    """Ends the connection as a broken network does."""
+    client.handle.channel._transport.abort()
+
+
+def test_router_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twinkle_serve.sampler.client.RETRY_PAUSES_S", ())
+
+    async def refuse(address: Address, channel: Any) -> None:
+        raise ConnectionRefusedError("refused")
+
+    monkeypatch.setattr(connection, "connect", refuse)
+    with pytest.raises(ServiceError, match=r"no connection to the router at 127.0.0.1:\d+: refused"):
+        Client().sampled(65)
 
 
 def test_next_session_takes_the_place_of_an_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +113,7 @@ def test_call_after_a_long_pause_is_answered(monkeypatch: pytest.MonkeyPatch) ->
     """By then the session has ended, and so has the next one, which was opened beside it and never used."""
     monkeypatch.setattr(connection, "SESSION_S", 0.0)
     monkeypatch.setattr(caller_session, "LINGER_S", 0.1)
-    monkeypatch.setattr(timing, "SESSION_SILENCE_S", 0.2)
+    monkeypatch.setattr(caller_session, "FIRST_CALL_S", 0.2)
     client = Client()
     calls = client.client._connection
     for _ in range(2):
@@ -140,20 +128,6 @@ def test_call_that_comes_as_its_session_ends_is_answered(monkeypatch: pytest.Mon
     client = Client()
     for _ in range(50):
         assert client.sampled(65) == ["A"]
-
-
-def test_long_call_is_not_taken_for_a_lost_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The router confirms each message, also where no call ends for long."""
-    monkeypatch.setattr(timing, "SESSION_SILENCE_S", 0.4)
-    monkeypatch.setattr(caller_session, "CONFIRM_S", 0.05)
-    answers = iter([0.8])
-
-    async def slowly(request: SampleRequest) -> SampleResponse:
-        await asyncio.sleep(next(answers))  # a second attempt would find none
-        return answer(request)
-
-    client = Client(slowly)
-    assert client.sampled(65) == ["A"]
 
 
 def test_caller_that_gives_up_ends_its_call_in_the_router() -> None:
@@ -218,32 +192,3 @@ def test_call_that_is_cancelled_in_the_router_has_an_answer() -> None:
     client = Client(cancelled)
     with pytest.raises(ServiceError, match="was cancelled in the router"):
         client.sampled(65)
-
-
-def packed(answers: Sequence[Answer]) -> list[Answer]:
-    """Answers after their way, with arrays out of band as Ray carries them."""
-    buffers: list[pickle.PickleBuffer] = []
-    data = pickle.dumps(Answers.pack(3, answers), protocol=5, buffer_callback=buffers.append)
-    received: Answers = pickle.loads(data, buffers=buffers)
-    assert received.received == 3
-    return received.unpack()
-
-
-def test_answers_arrive_as_they_were() -> None:
-    """Items, errors with their fields, and the end of a call, in order."""
-    error = QueueFullError("full", 2.5)
-    sent = [Answer(0, ("text", None)), Answer(1, answer(SampleRequest(inputs=[{"input_ids": [65]}])), last=True)]
-    text, sample, failed = packed([*sent, Answer(2, error=error, last=True)])
-    assert text == sent[0]
-    assert isinstance(sample.item, SampleResponse) and sample.last
-    assert sample.item.sequences[0].decoded == "A"
-    assert isinstance(failed.error, QueueFullError) and failed.error.retry_after_s == 2.5
-
-
-def test_large_arrays_of_answers_are_not_copied() -> None:
-    tokens = OUT_OF_BAND_BYTES
-    made = response([columns(0, ["a" * tokens])], [], [[65]])
-    buffers: list[pickle.PickleBuffer] = []
-    data = pickle.dumps(Answers.pack(0, [Answer(0, made)]), protocol=5, buffer_callback=buffers.append)
-    assert len(data) < 3 * tokens  # the text; neither token ids nor logprobs
-    assert any(np.shares_memory(np.frombuffer(buffer.raw(), np.uint8), made.columns.tokens) for buffer in buffers)

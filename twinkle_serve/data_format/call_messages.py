@@ -5,9 +5,8 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from twinkle_serve.data_format.inputs import PackedInputs
 from twinkle_serve.data_format.response import SampleResponse
 from twinkle_serve.data_format.sample_request import SampleRequest
 from twinkle_serve.data_format.samples import StopReason
@@ -19,10 +18,6 @@ CallKind: TypeAlias = Literal["run", "run_iter", "run_stream"]
 AnswerItem: TypeAlias = SampleResponse | tuple[str, StopReason | None]
 """A response, or the new text of a stream."""
 
-OUT_OF_BAND_BYTES = 2**14
-"""Arrays of this size are not copied on their way."""
-
-
 PLAIN = "Give plain numbers, text, lists and dicts in sampling_params and the other arguments."
 
 
@@ -33,14 +28,13 @@ class SentCall:
     number: int
     """Unique in the session."""
     kind: CallKind
-    packed: SampleRequest | bytes
-    """Pickled where its inputs are, so that a request that cannot be read fails alone."""
+    packed: bytes
+    """The pickled request, so that one that cannot be read fails alone."""
 
     @classmethod
     def pack(cls, number: int, kind: CallKind, request: SampleRequest) -> SentCall:
-        """Packs a call. One whose inputs hold references is left to Ray, which counts them."""
-        packed = pickle.dumps(request, protocol=5) if isinstance(request.inputs, PackedInputs) else request
-        return cls(number, kind, packed)
+        """Packs a call. Raises exceptions of pickling."""
+        return cls(number, kind, pickle.dumps(request, protocol=5))
 
     def request(self) -> SampleRequest:
         """Returns the request.
@@ -48,8 +42,6 @@ class SentCall:
         Raises:
             RequestError: it holds an object that cannot be read here.
         """
-        if isinstance(self.packed, SampleRequest):
-            return self.packed
         try:
             request: SampleRequest = pickle.loads(self.packed)
         except Exception as error:  # a caller's class may raise anything
@@ -81,40 +73,3 @@ class Answer:
     """The error that the call ended with."""
     last: bool = False
     """Whether the call is over."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """A message to a client."""
-
-    received: int
-    """Number of messages that the router has taken in this session."""
-    packed: Any
-    """See `pack` and `unpack`."""
-
-    @classmethod
-    def pack(cls, received: int, answers: Sequence[Answer]) -> Answers:
-        """Pickles answers in about half of the time that Ray takes; their large arrays are not copied.
-
-        Answers with inputs are left to Ray, which counts the references in them.
-        """
-        if any(isinstance(answer.item, SampleResponse) and answer.item.inputs for answer in answers):
-            return cls(received, list(answers))
-        buffers: list[pickle.PickleBuffer] = []
-
-        def in_band(buffer: pickle.PickleBuffer) -> bool:
-            if buffer.raw().nbytes < OUT_OF_BAND_BYTES:
-                return True
-            buffers.append(buffer)
-            return False
-
-        pickled = pickle.dumps(list(answers), protocol=5, buffer_callback=in_band)
-        return cls(received, (pickled, buffers))
-
-    def unpack(self) -> list[Answer]:
-        """Returns the answers."""
-        if isinstance(self.packed, list):
-            return self.packed
-        pickled, buffers = self.packed
-        answers: list[Answer] = pickle.loads(pickled, buffers=buffers)
-        return answers

@@ -7,8 +7,8 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator
 
-from twinkle_serve import tasks, timing
-from twinkle_serve.data_format.call_messages import Answer, AnswerItem, Answers, CallMessage, SentCall
+from twinkle_serve import tasks
+from twinkle_serve.data_format.call_messages import Answer, AnswerItem, CallMessage, SentCall
 from twinkle_serve.errors import ServiceError, TwinkleServeError, one_line
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.tasks import BackgroundTasks
@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 LINGER_S = 1.0
 """How long a session stays open when nothing runs. Serve waits for it before it ends the router's process."""
 
-CONFIRM_S = 1.0
-"""How soon the client hears that its messages have arrived, where no call ends before."""
+FIRST_CALL_S = 30.0
+"""How long it stays open for the first one."""
 
 GATHER_S = 0.004
 """How long an answer waits for others while further calls run."""
@@ -30,8 +30,7 @@ class CallerSession:
 
     Guarantees:
         Answers of a call come in order, each once; the last one says so.
-        Closing the iterator `answers` cancels all calls.
-        A session whose messages did not all arrive ends: its client sends the calls again.
+        Closing the iterator `answers`, or `end`, cancels all calls.
     """
 
     def __init__(self, router: RouterAPI) -> None:
@@ -41,15 +40,12 @@ class CallerSession:
         self._running: dict[int, asyncio.Task[None]] = {}
         """Calls by number."""
         self._answers: list[Answer] = []
-        self._received = 0
-        self._confirmed = 0
-        self._broken = self._last = False
+        self._begun = self._over = self._last = False
         self._changed = asyncio.Event()
 
     def take(self, message: CallMessage) -> None:
         """Takes the client's next message."""
-        self._received += 1
-        self._last = message.last
+        self._begun, self._last = True, message.last
         for call in message.calls:
             self._running[call.number] = self._tasks.spawn(self._run(call))
         for number in message.abandoned:
@@ -58,9 +54,8 @@ class CallerSession:
         self._changed.set()
 
     def end(self) -> None:
-        """Ends the session, because a message was lost: its client sends the calls again."""
-        logger.warning("a client's message was lost; it sends its calls again")
-        self._broken = True
+        """Ends the session, because its client is gone, or has lost the connection and sends its calls again."""
+        self._over = True
         self._changed.set()
 
     async def _run(self, call: SentCall) -> None:
@@ -101,18 +96,17 @@ class CallerSession:
             del self._running[answer.call]
         self._changed.set()
 
-    async def answers(self) -> AsyncGenerator[Answers, None]:
+    async def answers(self) -> AsyncGenerator[list[Answer], None]:
         """Yields answers as calls end, until nothing has run for LINGER_S, or the client has sent its last message."""
         try:
             while await self._something_is_due():
                 answers, self._answers = self._answers, []
-                self._confirmed = self._received
-                yield Answers.pack(self._received, answers)
+                yield answers
         finally:
             self.close()
 
     async def _something_is_due(self) -> bool:
-        while not self._broken:
+        while not self._over:
             self._changed.clear()
             if self._answers:
                 if self._running:
@@ -120,16 +114,16 @@ class CallerSession:
                 return True
             wait_s: float | None
             if self._running:
-                wait_s = CONFIRM_S if self._confirmed < self._received else None
+                wait_s = None
             elif self._last:
                 return False
             else:
-                wait_s = LINGER_S if self._received else timing.SESSION_SILENCE_S
+                wait_s = LINGER_S if self._begun else FIRST_CALL_S
             try:
                 async with asyncio.timeout(wait_s):
                     await self._changed.wait()
             except TimeoutError:
-                return bool(self._running)
+                return False
         return False
 
     def close(self) -> None:

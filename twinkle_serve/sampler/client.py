@@ -84,7 +84,7 @@ class ServiceClient(RouterClient):
         """
         self.loop = service_loop()
         self._handle = handle
-        self._connection = RouterConnection(handle.options(stream=True))
+        self._connection = RouterConnection(handle)
         self._name = name
         self._caller = uuid.uuid4().hex
         self._running: dict[str, Attempts] = {}

@@ -1,26 +1,24 @@
-"""Sends the calls of this process to a router, many in a message, and receives their answers on one stream."""
+"""Sends the calls of this process to a router, many in a message, and receives their answers, over one connection."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import ActorDiedError
 
-from twinkle_serve import tasks, timing
-from twinkle_serve.data_format.call_messages import PLAIN, Answer, AnswerItem, Answers, CallKind, CallMessage, SentCall
+from twinkle_serve import tasks
+from twinkle_serve.data_format.call_messages import PLAIN, Answer, AnswerItem, CallKind, CallMessage, SentCall
+from twinkle_serve.data_format.inputs import PackedInputs
 from twinkle_serve.data_format.sample_request import SampleRequest
 from twinkle_serve.errors import RequestError
-from twinkle_serve.remote.inbox import Address
+from twinkle_serve.remote.channel import Channel, connect
 from twinkle_serve.tasks import BackgroundTasks
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
-
-logger = logging.getLogger(__name__)
 
 SESSION_S = 2.0
 """How long a session takes new calls: the next one is with whichever router Serve has by then."""
@@ -34,9 +32,12 @@ GATHER_S = 0.004
 MAX_MOVES = 3
 """A call that so many sessions have ended without is not simply sent in the next: it may be what ends them."""
 
+END_S = 5.0
+"""The stream and the connection of a session end together; one that has not ended so long after the other is lost."""
+
 
 class SessionLostError(Exception):
-    """A session ended in the middle of a call, or its messages did not arrive."""
+    """A session ended in the middle of a call, or has no connection."""
 
 
 class RunningCall:
@@ -45,6 +46,8 @@ class RunningCall:
     def __init__(self, kind: CallKind, request: SampleRequest, on_sent: Callable[[], None]) -> None:
         self.kind, self.request, self.on_sent = kind, request, on_sent
         self.session: _Session | None = None
+        self.by_handle: asyncio.Task[None] | None = None
+        """Carries the call if no session does."""
         self.number = 0
         self.begun = False
         """Whether any item has arrived."""
@@ -74,35 +77,29 @@ class RunningCall:
         """Tells the router that nobody waits for it any more. Ignored if it is over."""
         if self.session is not None:
             self.session.abandon(self)
+        if self.by_handle is not None:
+            self.by_handle.cancel()
 
 
 class _Session:
-    """One stream of answers, and the messages to the router that sends it."""
+    """One connection to a router."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.opened_at = self._loop.time()
-        self.address: Address[CallMessage] | None = None
-        """None until the router has answered."""
+        self.channel: Channel[CallMessage, list[Answer]] = Channel(self._take, self._end)
+        self.connected = False
         self.calls: dict[int, RunningCall] = {}
         """Calls that are not over, by number."""
         self._next_call = 0
         self._outgoing: list[RunningCall] = []
         self._abandoned: list[int] = []
         self._flush_due = False
-        self._confirmed = 0
-        """Number of messages that the router has taken."""
-        self._unconfirmed_since: float | None = None
         self.ended = self._last = False
 
     @property
     def age_s(self) -> float:
         return self._loop.time() - self.opened_at
-
-    @property
-    def silent_s(self) -> float:
-        """Seconds for which the router has not confirmed a message; 0 if it has confirmed all."""
-        return 0.0 if self._unconfirmed_since is None else self._loop.time() - self._unconfirmed_since
 
     def add(self, call: RunningCall) -> None:
         """Sends a call with the next message, in the next turn of the event loop."""
@@ -138,7 +135,7 @@ class _Session:
 
     def _flush(self) -> None:
         self._flush_due = False
-        if self.address is None or self.ended or not (self._outgoing or self._abandoned or self._last):
+        if not self.connected or self.ended or not (self._outgoing or self._abandoned or self._last):
             return
         calls, self._outgoing = self._outgoing, []
         abandoned, self._abandoned = self._abandoned, []
@@ -154,23 +151,18 @@ class _Session:
                     call.put(RequestError(f"the call cannot be sent: {type(error).__name__}: {error}. {PLAIN}"))
 
     def _post(self, calls: Sequence[RunningCall], abandoned: Sequence[int] = ()) -> None:
-        assert self.address is not None
         sent = [SentCall.pack(call.number, call.kind, call.request) for call in calls]
-        self.address.post(CallMessage(sent, abandoned, self._last))
-        if self._unconfirmed_since is None:
-            self._unconfirmed_since = self._loop.time()
+        self.channel.send(CallMessage(sent, abandoned, self._last))
         for call in calls:
             call.on_sent()
 
-    def take(self, answers: Answers) -> None:
+    def _end(self) -> None:
+        """Takes no more calls: nothing that is sent arrives."""
+        self.ended = True
+
+    def _take(self, answers: list[Answer]) -> None:
         """Hands answers to their calls."""
-        assert self.address is not None
-        if answers.received == self.address.sent:
-            self._unconfirmed_since = None
-        elif answers.received > self._confirmed:
-            self._unconfirmed_since = self._loop.time()
-        self._confirmed = answers.received
-        for answer in answers.unpack():
+        for answer in answers:
             call = self.calls.pop(answer.call, None) if answer.last else self.calls.get(answer.call)
             if call is not None:
                 call.put(answer)
@@ -181,16 +173,16 @@ class RouterConnection:
 
     Guarantees:
         Calls that are made in one turn of the event loop share a message, and their answers do as they come.
-        A call whose message was lost is sent again, within the router's and the call's own limits.
+        A call that a session has ended without is sent in the next one.
         A call in whose middle the router ends gets Ray's error, or SessionLostError.
     """
 
-    def __init__(self, streams: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle) -> None:
         """
         Args:
-            streams: of the application's ingress, for methods that yield.
+            handle: of the application's ingress.
         """
-        self._streams = streams
+        self._handle, self._streams = handle, handle.options(stream=True)
         self._current: _Session | None = None
         self._next: _Session | None = None
         """Opened to take the place of the current one."""
@@ -203,8 +195,32 @@ class RouterConnection:
             on_sent: called when it is on its way: a call by handle after that comes after it.
         """
         call = RunningCall(kind, request, on_sent)
-        self._session().add(call)
+        if isinstance(request.inputs, PackedInputs):
+            self._session().add(call)
+        else:
+            call.by_handle = self._tasks.spawn(self._call_by_handle(call))
         return call
+
+    async def _call_by_handle(self, call: RunningCall) -> None:
+        """Carries a call whose inputs hold references: Ray counts those that it carries itself."""
+        response: Any = None
+        try:
+            handle = self._handle if call.kind == "run" else self._streams
+            response = getattr(handle, call.kind).remote(call.request)
+            call.on_sent()
+            if call.kind == "run":
+                call.put(Answer(0, await response))
+            else:
+                async for item in response:
+                    call.put(Answer(0, item))
+            call.put(Answer(0, last=True))
+        except BaseException as error:
+            if response is not None:
+                with contextlib.suppress(Exception):
+                    response.cancel()
+            if tasks.is_cancelled():
+                raise
+            call.put(error)
 
     def _session(self) -> _Session:
         """Returns the session that takes new calls, which has not ended."""
@@ -214,9 +230,9 @@ class RouterConnection:
         if current is None or current.ended:
             current, following = following or self._opened(), None
         elif following is None:
-            if current.age_s > SESSION_S and current.address is not None:
+            if current.age_s > SESSION_S and current.connected:
                 following = self._opened()
-        elif following.address is not None:
+        elif following.connected:
             current.close()
             current, following = following, None
         self._current, self._next = current, following
@@ -224,43 +240,57 @@ class RouterConnection:
 
     def _opened(self) -> _Session:
         session = _Session()
-        self._check(session, self._tasks.spawn(self._receive(session)))
+        self._tasks.spawn(self._keep(session))
         return session
 
-    async def _receive(self, session: _Session) -> None:
-        """Receives the answers of a session until it ends."""
+    async def _keep(self, session: _Session) -> None:
+        """Connects a session, and moves or ends its calls when it has ended."""
         error: BaseException | None = None
         stream: Any = None
         try:
             stream = self._streams.answers.remote()
-            session.address = await anext(stream)
+            address = await anext(stream)
+            try:
+                await connect(address, session.channel)
+            except OSError as refused:
+                at = f"{address.host}:{address.port}"
+                raise SessionLostError(f"no connection to the router at {at}: {refused or 'no answer'}") from refused
+            session.connected = True
             session.flush_soon()
-            async for answers in stream:
-                session.take(answers)
+            await _both_end(stream, session.channel)
         except Exception as raised:
             error = raised
-        except asyncio.CancelledError:
-            # Serve reports a router's death so too; or the router was silent.
-            error = SessionLostError("the router was silent") if tasks.is_cancelled() else ActorDiedError()
+        except asyncio.CancelledError:  # Serve reports a router's death so too
+            error = SessionLostError("the client was closed") if tasks.is_cancelled() else ActorDiedError()
         finally:
             session.ended = True
+            session.channel.close()
             if stream is not None:
                 with contextlib.suppress(Exception):
                     stream.cancel()
         calls, session.calls = session.calls, {}
         for call in calls.values():
             if error is None and not call.begun and call.moves < MAX_MOVES:
-                call.moves += 1  # its message came after the end of an idle session, or was lost
+                call.moves += 1  # its message came after the end of an idle session
                 self._session().add(call)
             else:
                 call.put(error or SessionLostError("the session ended"))
 
-    def _check(self, session: _Session, receiving: asyncio.Task[None]) -> None:
-        """Ends a session whose messages do not arrive."""
-        if session.ended:
-            return
-        if session.silent_s > timing.SESSION_SILENCE_S:
-            logger.warning(f"the router has taken no message for {session.silent_s:.0f} s; calls are sent again")
-            receiving.cancel()
-            return
-        asyncio.get_running_loop().call_later(timing.SESSION_SILENCE_S / 4, self._check, session, receiving)
+
+async def _both_end(stream: Any, channel: Channel[Any, Any]) -> None:
+    """Waits until a session has ended. Raises the error of its stream, which is that of the router's process, or
+    SessionLostError where the connection alone has ended."""
+    stream_end = asyncio.ensure_future(anext(stream, None))
+    channel_end = asyncio.ensure_future(channel.ended.wait())
+    try:
+        done, _ = await asyncio.wait({stream_end, channel_end}, return_when=asyncio.FIRST_COMPLETED)
+        if stream_end not in done:  # its error, if there is one, comes soon
+            done, _ = await asyncio.wait({stream_end}, timeout=END_S)
+        if stream_end not in done:
+            raise SessionLostError("the connection to the router was lost")
+        stream_end.result()
+        if not (await asyncio.wait({channel_end}, timeout=END_S))[0]:
+            raise SessionLostError("the connection to the router does not end")
+    finally:
+        stream_end.cancel()
+        channel_end.cancel()
