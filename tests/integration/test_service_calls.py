@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray import serve
@@ -162,19 +165,28 @@ def test_calls_outlive_the_router(slow: RunningSampler) -> None:
     assert all(part.inputs == [(QUESTIONS * 2)[part.prompt_index]] for part in [first, *rest])
 
 
-def test_caller_that_is_killed_leaves_nothing(slow: RunningSampler, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its lease ends; engines and queue are free of its call long before that would have ended."""
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_caller_that_is_gone_leaves_nothing(slow: RunningSampler, how: str) -> None:
+    """Engines and queue are free of its call long before that would have ended: by the end of its connection, or by its
+    lease where it is silent."""
 
     @ray.remote
     class Trainer:
-        def sample(self) -> None:
+        def pid(self) -> int:
+            return os.getpid()
+
+        def sample(self, lease_s: float) -> None:
             from twinkle_serve import timing
 
-            timing.CALL_LEASE_S = 2.0
+            timing.CALL_LEASE_S = lease_s
             connect("slow").sample(QUESTIONS * 4, SLOW, num_samples=4)
 
     trainer: Any = Trainer.remote()  # type: ignore[attr-defined]
-    trainer.sample.remote()
+    process = psutil.Process(ray.get(trainer.pid.remote()))
+    trainer.sample.remote(600.0 if how == "killed" else 2.0)
     wait_until(lambda: not is_idle(slow), "the call runs")
-    ray.kill(trainer)
-    wait_until(lambda: is_idle(slow), "the call is given up", timeout_s=LONG_BEFORE_ITS_END_S)
+    process.send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    try:
+        wait_until(lambda: is_idle(slow), "the call is given up", timeout_s=LONG_BEFORE_ITS_END_S)
+    finally:
+        ray.kill(trainer)
