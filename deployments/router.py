@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -20,12 +19,11 @@ from deployments.light_imports import import_transformers_without_torch
 from deployments.log_config import QUIET, log_to_serve
 from deployments.store_client import ServeStoreClient
 from twinkle_serve import hub
+from twinkle_serve.channel import Address, Listener
 from twinkle_serve.collection import freeze_start_up
 from twinkle_serve.config import ServiceArgs
-from twinkle_serve.data_format.call_messages import Answer, CallMessage
 from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import SIDE_CPUS
-from twinkle_serve.remote.channel import Address, Channel, Listener
 from twinkle_serve.routing import router as routing
 from twinkle_serve.routing.caller_session import CallerSession
 
@@ -78,19 +76,13 @@ class Router(routing.Router):
     async def answers(self) -> AsyncGenerator[Address, None]:
         """Opens a session of calls, and ends with it. Yields the address for its connection; see `CallerSession`."""
         session = CallerSession(self)
-        channel: Channel[list[Answer], CallMessage] = Channel(session.take, session.end)
         await self._listener.start(ray.util.get_node_ip_address())
-        address = self._listener.expect(channel)
+        address = self._listener.expect(session.channel)
         try:
             yield address
-            async with contextlib.aclosing(session.answers()) as items:
-                async for answers in items:
-                    channel.send(answers)
-                    await channel.drain()
+            await session.run()
         finally:
             self._listener.forget(address)
-            channel.close()
-            session.close()
 
     async def __call__(self, request: Request) -> JSONResponse:
         """Answers HTTP requests with a pointer to the calls by handle."""

@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from typing import Any
 from unittest.mock import Mock
 
+from twinkle_serve.channel import Channel, Listener
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.call_messages import CallMessage
 from twinkle_serve.data_format.sample_request import SampleRequest
 from twinkle_serve.errors import TwinkleServeError
-from twinkle_serve.remote.channel import Channel, Listener
 from twinkle_serve.routing.caller_session import CallerSession
 
 
@@ -77,34 +77,24 @@ class RouterHandle:
         died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         router: Any = _Router(self._end, died)
         session = CallerSession(router)
+        self.channel = session.channel
+        take = session.channel._take
 
-        def take(message: CallMessage) -> None:
+        def count(message: CallMessage) -> None:
             self.messages += 1
-            session.take(message)
+            take(message)
 
+        session.channel._take = count
         listener = Listener()
         await listener.start("127.0.0.1")
-        channel: Channel[Any, CallMessage] = Channel(take, session.end)
-        self.channel = channel
+        yield listener.expect(session.channel)
+        running = asyncio.ensure_future(session.run())
         try:
-            yield listener.expect(channel)
-            items = session.answers()
-            while True:
-                item: asyncio.Future[Any] = asyncio.ensure_future(anext(items, None))
-                try:
-                    await asyncio.wait([item, died], return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    if not item.done():
-                        item.cancel()
-                        await asyncio.wait([item])
-                if died.done():
-                    died.result()
-                if (answers := item.result()) is None:
-                    return
-                channel.send(answers)
+            await asyncio.wait([running, died], return_when=asyncio.FIRST_COMPLETED)
+            if died.done():
+                died.result()
         finally:
-            channel.close()
-            session.close()
+            running.cancel()
             listener.close()
 
 

@@ -15,8 +15,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from twinkle_serve.remote import channel as module
-from twinkle_serve.remote.channel import OUT_OF_BAND_BYTES, Address, Channel, Listener, connect
+from twinkle_serve import channel as module
+from twinkle_serve.channel import OUT_OF_BAND_BYTES, Address, Channel, Listener, connect
 
 
 class Side:
@@ -104,13 +104,57 @@ async def test_sender_waits_for_a_slow_reader(pair: Pair) -> None:
 @pytest.mark.parametrize("again", [False, True])
 async def test_key_is_for_one_connection(pair: Pair, again: bool) -> None:
     """A stranger is cut off before anything that it sends is read; the connection with the key goes on."""
-    stranger = Side()
     address = pair.address if again else replace(pair.address, key=bytes(module.KEY_BYTES))
-    await connect(address, stranger.channel)
-    stranger.channel.send("let me in")
-    await stranger.channel.ended.wait()
+    with pytest.raises(ConnectionRefusedError):
+        await connect(address, Side().channel)
     pair.here.channel.send("it is me")
     assert await pair.there.taken.get() == "it is me" and pair.there.taken.empty()
+
+
+async def test_channel_takes_nothing_from_one_that_does_not_know_the_reply(pair: Pair) -> None:
+    """Such as a process that has got the port of one that has ended."""
+    side = Side()
+    address = replace(pair.listener.expect(Side().channel), reply=bytes(module.KEY_BYTES))
+    with pytest.raises(ConnectionRefusedError):
+        await connect(address, side.channel)
+    assert not side.channel.connected
+
+
+class Unreadable:
+    """Cannot be read on the other side."""
+
+    def __reduce__(self) -> Any:
+        return Unreadable._raise, ()
+
+    @staticmethod
+    def _raise() -> None:
+        raise ImportError("no module named trainer")
+
+
+async def test_message_that_cannot_be_read_ends_the_connection(pair: Pair) -> None:
+    """With its error on the side that cannot read it."""
+    pair.here.channel.send(Unreadable())
+    await pair.here.channel.ended.wait()
+    assert isinstance(pair.there.channel.error, ImportError) and pair.here.channel.error is None
+    assert (pair.here.ends, pair.there.ends) == (1, 1)
+
+
+async def test_fork_does_not_hold_the_connection(pair: Pair) -> None:
+    """It lives on when its parent ends the connection, or is killed."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(0)
+    os.close(reader)
+    try:
+        # The system ends a connection once no process holds it.
+        pair.here.channel.close()
+        async with asyncio.timeout(60):
+            await pair.there.channel.ended.wait()
+    finally:
+        os.close(writer)
+        await asyncio.to_thread(os.waitpid, child, 0)
 
 
 async def test_stranger_without_a_word_is_cut_off(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,9 +190,8 @@ async def test_connections_are_encrypted_where_rays_are(certificate: None, monke
     pair.here.channel.send(b"x" * 1_000_000)
     assert len(await pair.there.taken.get()) == 1_000_000
     monkeypatch.setitem(os.environ, "RAY_USE_TLS", "0")
-    plain = Side()
-    await connect(pair.listener.expect(Side().channel), plain.channel)
-    await plain.channel.ended.wait()
+    with pytest.raises(ConnectionRefusedError):
+        await connect(pair.listener.expect(Side().channel), Side().channel)
     pair.here.channel.close()
     pair.there.channel.close()
     pair.listener.close()

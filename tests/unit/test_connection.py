@@ -1,4 +1,4 @@
-"""Calls of one process share messages to the router, and none is lost with a message or a session."""
+"""Calls of one process share messages to the router, and none is lost with a connection or a session."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 from tests.support.eventually import wait_until
 from tests.support.responses import columns, response
 from tests.support.router_handle import RouterHandle
+from twinkle_serve.channel import Address, Channel
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.inputs import as_list
 from twinkle_serve.data_format.sample_request import SampleRequest
 from twinkle_serve.errors import RequestError, ServiceError
-from twinkle_serve.remote.channel import Address
 from twinkle_serve.routing import caller_session
 from twinkle_serve.sampler import connection
 from twinkle_serve.sampler.client import ServiceClient
@@ -82,6 +82,34 @@ def test_calls_of_a_lost_connection_are_sent_again(monkeypatch: pytest.MonkeyPat
         assert client.sampled(66) == ["B"]
         assert call.result(60) == ["A"]
     assert client.handle.sessions == 2
+
+
+def test_answer_that_cannot_be_read_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not sampled again: it would be no better."""
+    answered = []
+
+    def end(request: SampleRequest) -> Any:
+        answered.append(request)
+        made = answer(request)
+        object.__setattr__(made, "logprobs_mode", Unreadable())
+        return made
+
+    with pytest.raises(ServiceError, match=r"cannot be read here: ImportError: no module named trainer"):
+        Client(end).sampled(65)
+    assert len(answered) == 1
+
+
+def test_message_that_arrives_slowly_keeps_its_session_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caller_session, "LINGER_S", 0.0)
+    monkeypatch.setattr(caller_session, "FIRST_CALL_S", 0.1)
+    arriving = True
+    monkeypatch.setattr(Channel, "receiving", property(lambda channel: arriving))
+    client = Client()
+    assert client.sampled(65) == ["A"]
+    session = client.client._connection._current
+    assert session is not None and not session.ended
+    arriving = False
+    wait_until(lambda: session.ended, "it ends")
 
 
 async def abort(client: Client) -> None:

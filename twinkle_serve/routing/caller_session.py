@@ -7,7 +7,8 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator
 
-from twinkle_serve import tasks
+from twinkle_serve import tasks, timing
+from twinkle_serve.channel import Channel
 from twinkle_serve.data_format.call_messages import Answer, AnswerItem, CallMessage, SentCall
 from twinkle_serve.errors import ServiceError, TwinkleServeError, one_line
 from twinkle_serve.routing.api import RouterAPI
@@ -30,12 +31,14 @@ class CallerSession:
 
     Guarantees:
         Answers of a call come in order, each once; the last one says so.
-        Closing the iterator `answers`, or `end`, cancels all calls.
+        The last message is empty. Without it, the client knows that the connection was lost.
     """
 
     def __init__(self, router: RouterAPI) -> None:
         """Binds to the running event loop."""
         self._router = router
+        self.channel: Channel[list[Answer], CallMessage] = Channel(self._take, self._end)
+        """The router's side of the connection."""
         self._tasks = BackgroundTasks()
         self._running: dict[int, asyncio.Task[None]] = {}
         """Calls by number."""
@@ -43,8 +46,10 @@ class CallerSession:
         self._begun = self._over = self._last = False
         self._changed = asyncio.Event()
 
-    def take(self, message: CallMessage) -> None:
-        """Takes the client's next message."""
+    def _take(self, message: CallMessage) -> None:
+        """Takes the client's next message; ignored once the session is over: its calls are sent in the next one."""
+        if self._over:
+            return
         self._begun, self._last = True, message.last
         for call in message.calls:
             self._running[call.number] = self._tasks.spawn(self._run(call))
@@ -53,7 +58,7 @@ class CallerSession:
                 task.cancel()
         self._changed.set()
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Ends the session, because its client is gone, or has lost the connection and sends its calls again."""
         self._over = True
         self._changed.set()
@@ -96,14 +101,25 @@ class CallerSession:
             del self._running[answer.call]
         self._changed.set()
 
-    async def answers(self) -> AsyncGenerator[list[Answer], None]:
-        """Yields answers as calls end, until nothing has run for LINGER_S, or the client has sent its last message."""
+    async def run(self) -> None:
+        """Sends answers as calls end, until nothing has run for LINGER_S, the client has sent its last message, or its
+        connection has ended. Calls that still run are cancelled then."""
         try:
             while await self._something_is_due():
                 answers, self._answers = self._answers, []
-                yield answers
+                self.channel.send(answers)
+                await self.channel.drain()
+            self._over = True
+            if self.channel.connected:
+                self.channel.send([])  # the client closes the connection
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(timing.CALL_LEASE_S):
+                        await self.channel.ended.wait()
         finally:
-            self.close()
+            self._over = True
+            self.channel.close()
+            self._running.clear()
+            self._tasks.cancel()
 
     async def _something_is_due(self) -> bool:
         while not self._over:
@@ -123,10 +139,6 @@ class CallerSession:
                 async with asyncio.timeout(wait_s):
                     await self._changed.wait()
             except TimeoutError:
-                return False
+                if not (self._running or self._answers or self.channel.receiving):
+                    return False
         return False
-
-    def close(self) -> None:
-        """Cancels all calls."""
-        self._running.clear()
-        self._tasks.cancel()

@@ -265,7 +265,8 @@ class ServiceClient(RouterClient):
         if not (repeat and attempts.count < len(RETRY_PAUSES_S) and await self._is_deployed(attempts.patience_s)):
             raise translated from None
         attempts.count += 1
-        logger.warning(f"the router of {self._name!r} died; a call is sent again ({attempts.count})")
+        what = "the connection to" if isinstance(error, SessionLostError) else "the process of"
+        logger.warning(f"{what} the router of {self._name!r} has ended; a call is sent again ({attempts.count})")
         await asyncio.sleep(RETRY_PAUSES_S[attempts.count - 1])
 
     async def _is_deployed(self, patience_s: float) -> bool:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import ActorDiedError
 
 from twinkle_serve import tasks
+from twinkle_serve.channel import Channel, connect
 from twinkle_serve.data_format.call_messages import PLAIN, Answer, AnswerItem, CallKind, CallMessage, SentCall
 from twinkle_serve.data_format.inputs import PackedInputs
 from twinkle_serve.data_format.sample_request import SampleRequest
-from twinkle_serve.errors import RequestError
-from twinkle_serve.remote.channel import Channel, connect
+from twinkle_serve.errors import RequestError, ServiceError
 from twinkle_serve.tasks import BackgroundTasks
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ MAX_MOVES = 3
 """A call that so many sessions have ended without is not simply sent in the next: it may be what ends them."""
 
 END_S = 5.0
-"""The stream and the connection of a session end together; one that has not ended so long after the other is lost."""
+"""When the stream or the connection of a session has ended, the other must end within this time."""
 
 
 class SessionLostError(Exception):
@@ -96,6 +96,8 @@ class _Session:
         self._abandoned: list[int] = []
         self._flush_due = False
         self.ended = self._last = False
+        self.over = False
+        """Whether the router has ended it."""
 
     @property
     def age_s(self) -> float:
@@ -120,7 +122,7 @@ class _Session:
             self.flush_soon()
 
     def close(self) -> None:
-        """Takes no further calls; the router ends the stream when those that run are over."""
+        """Takes no further calls; the router ends the session when those that run are over."""
         self._last = True
         self.flush_soon()
 
@@ -161,7 +163,10 @@ class _Session:
         self.ended = True
 
     def _take(self, answers: list[Answer]) -> None:
-        """Hands answers to their calls."""
+        """Hands answers to their calls. Without any, the router has ended the session."""
+        if not answers:
+            self.over = self.ended = True
+            self.channel.close()
         for answer in answers:
             call = self.calls.pop(answer.call, None) if answer.last else self.calls.get(answer.call)
             if call is not None:
@@ -225,8 +230,10 @@ class RouterConnection:
     def _session(self) -> _Session:
         """Returns the session that takes new calls, which has not ended."""
         current, following = self._current, self._next
-        if following is not None and following.ended:  # it was idle for too long
+        if following is not None and following.ended:  # it was idle for too long, or could not be opened
             following = None
+            if current is not None:
+                current.opened_at = asyncio.get_running_loop().time()
         if current is None or current.ended:
             current, following = following or self._opened(), None
         elif following is None:
@@ -258,10 +265,19 @@ class RouterConnection:
             session.connected = True
             session.flush_soon()
             await _both_end(stream, session.channel)
+            if (unread := session.channel.error) is not None:
+                raise ServiceError(
+                    f"an answer of the router cannot be read here: {type(unread).__name__}: {unread}. Install the "
+                    "packages of the service's environment, in their versions."
+                )
+            if not session.over:
+                raise SessionLostError("the connection to the router was lost")
         except Exception as raised:
             error = raised
-        except asyncio.CancelledError:  # Serve reports a router's death so too
-            error = SessionLostError("the client was closed") if tasks.is_cancelled() else ActorDiedError()
+        except asyncio.CancelledError:
+            if tasks.is_cancelled():
+                raise
+            error = ActorDiedError()  # Serve reports a router's death so too
         finally:
             session.ended = True
             session.channel.close()
@@ -283,14 +299,11 @@ async def _both_end(stream: Any, channel: Channel[Any, Any]) -> None:
     stream_end = asyncio.ensure_future(anext(stream, None))
     channel_end = asyncio.ensure_future(channel.ended.wait())
     try:
-        done, _ = await asyncio.wait({stream_end, channel_end}, return_when=asyncio.FIRST_COMPLETED)
-        if stream_end not in done:  # its error, if there is one, comes soon
-            done, _ = await asyncio.wait({stream_end}, timeout=END_S)
-        if stream_end not in done:
+        await asyncio.wait({stream_end, channel_end}, return_when=asyncio.FIRST_COMPLETED)
+        if not (await asyncio.wait({stream_end}, timeout=END_S))[0]:
             raise SessionLostError("the connection to the router was lost")
         stream_end.result()
-        if not (await asyncio.wait({channel_end}, timeout=END_S))[0]:
-            raise SessionLostError("the connection to the router does not end")
     finally:
-        stream_end.cancel()
         channel_end.cancel()
+        stream_end.cancel()
+        stream_end.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody else asks

@@ -143,12 +143,13 @@ def build_config(
                 args["max_cpu_loras"] = max(args["max_cpu_loras"], args["max_loras"])
     args.setdefault("disable_log_stats", True)
     args["worker_extension_cls"] = EXTENSION
+    workers = tp_size * pp_size * args.get("prefill_context_parallel_size", 1)
     try:
         vllm_args = AsyncEngineArgs(
             model=model,
             tensor_parallel_size=tp_size,
             pipeline_parallel_size=pp_size,
-            distributed_executor_backend=executor_backend(executor, tp_size * pp_size, device),
+            distributed_executor_backend=executor_backend(executor, workers, device),
             trust_remote_code=trust_remote_code,
             # With equal seeds, engines would repeat each other's samples for requests without a seed.
             seed=int.from_bytes(os.urandom(4), "big") >> 1,

@@ -1,4 +1,4 @@
-"""Executor of an engine on CPU with one worker. Only vLLM's core imports this, by name."""
+"""Executor of an engine on CPU with one worker. vLLM imports this by name."""
 
 from __future__ import annotations
 

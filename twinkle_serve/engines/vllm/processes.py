@@ -49,6 +49,9 @@ _vllms_own: Any = None
 _ended_well = False
 """Whether this process is a core that was asked to end."""
 
+_works_itself = False
+"""Whether this process is a core that does the work of its only worker."""
+
 
 class _CoreEntry:
     """`run_engine_core`, for another process: there its arguments, which import vLLM, are unpickled after it, without
@@ -113,7 +116,7 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
 
     Not in a session of its own: Linux shares cores between sessions, and an engine on CPU would starve its caller.
     """
-    global _ended_well
+    global _ended_well, _works_itself
     from vllm.v1.engine.core import EngineCoreProc
 
     gc.enable()
@@ -127,6 +130,7 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
     end_with_owner()
     report_errors("core")
     keep_frozen()
+    _works_itself = config.parallel_config.distributed_executor_backend in (IN_CORE, "uni")
     fork_workers(config)
     try:
         own(*args, **kwargs)
@@ -192,6 +196,17 @@ def end_with_owner() -> None:
         pid_file(reports).write_text(str(os.getpid()))
     except OSError:
         sys.exit(1)
+
+
+def begin_worker(device_type: str) -> None:
+    """Prepares this process, if it is a worker: it has its own cores, reports its errors as a worker's, and ends with
+    the core. A core that does the work of its only worker is left as it is."""
+    if _works_itself:
+        return
+    if device_type == "cpu":
+        use_own_cores()
+    end_with_starter()
+    report_errors("worker")
 
 
 def end_with_starter() -> None:

@@ -1,4 +1,5 @@
-"""Methods added to vLLM's workers. Only vLLM's worker processes import this, by name, before they build the model."""
+"""Methods added to vLLM's workers. Only the processes of workers, and a core that works itself, import this, by name,
+before they build the model."""
 
 from __future__ import annotations
 
@@ -16,8 +17,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
-from twinkle_serve.engines.vllm.processes import end_with_starter, use_own_cores
-from twinkle_serve.engines.vllm.reports import report_errors
+from twinkle_serve.engines.vllm.processes import begin_worker
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -37,9 +37,7 @@ def _experts_without_lora() -> None:
 
 if current_platform.is_cpu():
     _experts_without_lora()
-    use_own_cores()
-end_with_starter()
-report_errors("worker")
+begin_worker(current_platform.device_type)
 
 
 class WorkerExtension:

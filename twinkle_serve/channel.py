@@ -1,8 +1,8 @@
 """Messages between two processes over a connection of their own.
 
-A message to an actor, or an item of a stream of Serve, takes 1.4 to 3.6 ms of CPU in both processes together; over a
-connection it takes 0.2 ms (docs/decisions/016). Messages are pickled, so a connection counts only once the other side
-has shown a key that it was given through Ray.
+A message to an actor, or an item of a stream of Serve, takes 1.4 to 3.6 ms of CPU in both processes together, several
+times what it takes over a connection (docs/decisions/016). Messages are pickled, so each side takes them only once the
+other has shown a key that both know through Ray.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import secrets
 import socket
 import ssl
 import struct
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -35,16 +36,21 @@ OUT_OF_BAND_BYTES = 2**14
 """Arrays of this size are not copied into the pickle."""
 
 KEY_BYTES = 32
+"""Of the key that either side shows."""
+
 _COUNT = struct.Struct("!I")
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where one process, once, may connect to."""
+    """Where to connect to, and the keys of one connection."""
 
     host: str
     port: int
     key: bytes = field(repr=False)
+    """Shown by the side that connects."""
+    reply: bytes = field(repr=False)
+    """Shown by the other side."""
 
 
 class Channel(asyncio.Protocol, Generic[Sent, Taken]):
@@ -52,10 +58,10 @@ class Channel(asyncio.Protocol, Generic[Sent, Taken]):
 
     Guarantees:
         Messages arrive in order, each once, until the channel has ended.
-        What was sent before `close` still arrives.
+        What was sent before `close` still arrives, unless the other side sends something meanwhile.
     """
 
-    def __init__(self, take: Callable[[Taken], None], on_end: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, take: Callable[[Taken], None], on_end: Callable[[], None]) -> None:
         """
         Args:
             take: called with each message, on the event loop of the channel.
@@ -68,7 +74,18 @@ class Channel(asyncio.Protocol, Generic[Sent, Taken]):
         self._writable = asyncio.Event()
         self._writable.set()
         self.ended = asyncio.Event()
-        """Set when nothing arrives any more."""
+        """Set when the connection has ended."""
+        self.error: Exception | None = None
+        """What ended the connection on this side: a message that could not be read."""
+
+    @property
+    def connected(self) -> bool:
+        return self._transport is not None and not self.ended.is_set()
+
+    @property
+    def receiving(self) -> bool:
+        """Whether a message has arrived in part."""
+        return bool(self._received)
 
     def send(self, message: Sent) -> None:
         """Sends a message; dropped if the connection has ended. Raises exceptions of pickling."""
@@ -83,7 +100,7 @@ class Channel(asyncio.Protocol, Generic[Sent, Taken]):
         parts: list[Any] = [pickle.dumps(message, protocol=5, buffer_callback=in_band)]
         parts += [buffer.raw() for buffer in buffers]
         sizes = struct.pack(f"!I{len(parts)}Q", len(parts), *(len(part) for part in parts))
-        if self._transport is not None and not self.ended.is_set():
+        if self.connected:
             self._transport.writelines([sizes, *parts])
 
     async def drain(self) -> None:
@@ -102,6 +119,7 @@ class Channel(asyncio.Protocol, Generic[Sent, Taken]):
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
+        _connected.add(self)
         _notice_silence(transport.get_extra_info("socket"))
         if self._closed:
             transport.close()
@@ -109,7 +127,13 @@ class Channel(asyncio.Protocol, Generic[Sent, Taken]):
     def data_received(self, data: bytes) -> None:
         self._received += data
         while (parts := self._next_parts()) is not None:
-            self._take(pickle.loads(parts[0], buffers=parts[1:]))
+            try:
+                message = pickle.loads(parts[0], buffers=parts[1:])
+            except Exception as error:  # such as a module that this process lacks
+                self.error = error
+                self._transport.abort()
+                return
+            self._take(message)
 
     def _next_parts(self) -> list[bytes] | None:
         """Removes the next message from what was received; None if it is not whole yet."""
@@ -137,6 +161,7 @@ class Channel(asyncio.Protocol, Generic[Sent, Taken]):
         self._writable.set()
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        _connected.discard(self)
         self._writable.set()
         if not self.ended.is_set():
             self.ended.set()
@@ -148,8 +173,8 @@ class Listener:
     """Accepts connections for the channels of this process."""
 
     def __init__(self) -> None:
-        self._expected: dict[bytes, Channel[Any, Any]] = {}
-        """Channels without a connection, by key."""
+        self._expected: dict[bytes, tuple[bytes, Channel[Any, Any]]] = {}
+        """Reply and channel, by key, of connections that are to come."""
         self._server: asyncio.Server | None = None
         self._starting = asyncio.Lock()
         self._host = ""
@@ -162,17 +187,22 @@ class Listener:
         """
         async with self._starting:
             if self._server is None:
-                loop = asyncio.get_running_loop()
-                self._server = await loop.create_server(
-                    lambda: _Stranger(self._expected), host, 0, ssl=_tls(server=True)
-                )
-                self._host, self._port = self._server.sockets[0].getsockname()[:2]
+                try:
+                    self._server = await self._listen(host)
+                except OSError as error:  # others reach this machine by an address that it does not have itself
+                    logger.warning(f"cannot listen on {host} ({error}); listening on every interface")
+                    self._server = await self._listen("0.0.0.0")
+                self._host, self._port = host, self._server.sockets[0].getsockname()[1]
+
+    async def _listen(self, host: str) -> asyncio.Server:
+        loop = asyncio.get_running_loop()
+        return await loop.create_server(lambda: _Handshake(self._welcome), host, 0, ssl=_tls(server=True))
 
     def expect(self, channel: Channel[Any, Any]) -> Address:
         """Returns the address for the other side of a channel."""
-        key = secrets.token_bytes(KEY_BYTES)
-        self._expected[key] = channel
-        return Address(self._host, self._port, key)
+        key, reply = secrets.token_bytes(KEY_BYTES), secrets.token_bytes(KEY_BYTES)
+        self._expected[key] = reply, channel
+        return Address(self._host, self._port, key, reply)
 
     def forget(self, address: Address) -> None:
         """Expects nobody any more at an address."""
@@ -183,27 +213,50 @@ class Listener:
         if self._server is not None:
             self._server.close()
 
+    def _welcome(self, key: bytes, transport: Any) -> Channel[Any, Any] | None:
+        reply, channel = self._expected.pop(key, (b"", None))
+        if channel is None:
+            logger.warning(f"a connection from {transport.get_extra_info('peername')} without a valid key is refused")
+        transport.write(reply)
+        return channel
+
 
 async def connect(address: Address, channel: Channel[Any, Any]) -> None:
     """Connects a channel.
 
     Raises:
-        OSError: nothing answers there, or not within CONNECT_S.
+        OSError: nothing answers there, not within CONNECT_S, or without the key.
     """
-    loop = asyncio.get_running_loop()
+
+    def welcome(key: bytes, transport: Any) -> Channel[Any, Any] | None:
+        return channel if secrets.compare_digest(key, address.reply) else None
+
     async with asyncio.timeout(CONNECT_S):  # a TimeoutError is an OSError
-        transport, _ = await loop.create_connection(lambda: channel, address.host, address.port, ssl=_tls(server=False))
-    transport.write(address.key)
+        transport, handshake = await asyncio.get_running_loop().create_connection(
+            lambda: _Handshake(welcome), address.host, address.port, ssl=_tls(server=False)
+        )
+        transport.write(address.key)
+        try:
+            if not await handshake.succeeded:
+                raise ConnectionRefusedError("refused")
+        except BaseException:
+            transport.abort()
+            raise
 
 
-class _Stranger(asyncio.Protocol):
-    """A connection that has not shown its key yet."""
+class _Handshake(asyncio.Protocol):
+    """A connection whose other side has not shown its key yet."""
 
-    def __init__(self, expected: dict[bytes, Channel[Any, Any]]) -> None:
-        self._expected = expected
+    def __init__(self, welcome: Callable[[bytes, Any], Channel[Any, Any] | None]) -> None:
+        """
+        Args:
+            welcome: returns the channel for a key, given the transport; None for a wrong one.
+        """
+        self._welcome = welcome
         self._received = b""
         self._transport: Any = None
         self._timer: asyncio.TimerHandle | None = None
+        self.succeeded: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
@@ -213,23 +266,39 @@ class _Stranger(asyncio.Protocol):
         self._received += data
         if len(self._received) < KEY_BYTES:
             return
-        assert self._timer is not None
-        self._timer.cancel()
-        channel = self._expected.pop(self._received[:KEY_BYTES], None)
+        channel = self._welcome(self._received[:KEY_BYTES], self._transport)
         if channel is None:
-            logger.warning(
-                f"a connection from {self._transport.get_extra_info('peername')} without a valid key is refused"
-            )
             self._transport.abort()
             return
+        self._end(True)
         self._transport.set_protocol(channel)
         channel.connection_made(self._transport)
         if rest := self._received[KEY_BYTES:]:
             channel.data_received(rest)
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        self._end(False)
+
+    def _end(self, succeeded: bool) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        if not self.succeeded.done():
+            self.succeeded.set_result(succeeded)
+
+
+_connected: weakref.WeakSet[Channel[Any, Any]] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """Closes the connections in a fork of this process: with its copies they would outlive the parent."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for channel in list(_connected):
+        os.dup2(null, channel._transport.get_extra_info("socket").fileno())  # its number stays taken
+    os.close(null)
+    _connected.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _notice_silence(connection: socket.socket) -> None:
