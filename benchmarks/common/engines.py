@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from tests.support.deploy import deploy
 from twinkle_serve.engines.vllm import cpu_defaults
+from twinkle_serve.engines.vllm.args import executor_backend
 from twinkle_serve.placement import cores_of_engine
 from twinkle_serve.sampler import RunningSampler
 
@@ -30,7 +31,7 @@ AsyncLLM: TypeAlias = Any
 async def side_by_side(
     model: str, engine_args: EngineArgs, device: str, *, same_core: bool = False
 ) -> AsyncIterator[tuple[RunningSampler, AsyncLLM]]:
-    """Starts both at the same time, and shuts both down.
+    """Starts both at the same time, with the same executor, and shuts both down.
 
     Args:
         model: directory of the model.
@@ -47,7 +48,8 @@ async def side_by_side(
     with tempfile.TemporaryDirectory(prefix="tsb", ignore_cleanup_errors=True) as cache:
         if device == "cuda":  # both engines compile the same model at the same time
             os.environ["VLLM_CACHE_ROOT"] = cache
-        llm = bare_engine(model, engine_args, device, same_core=same_core)
+        executor = {"distributed_executor_backend": executor_backend("mp", 1, device)}
+        llm = bare_engine(model, engine_args | executor, device, same_core=same_core)
         try:
             sampler = await deploying
             yield sampler, llm

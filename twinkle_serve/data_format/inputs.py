@@ -19,8 +19,8 @@ PIECE = 16
 class PackedInputs:
     """Inputs as they were when the call was sent, pickled in small batches.
 
-    Ray unpickles the arguments of calls on the event loop that handles every call to the router: 4 ms for 1,000 arrays,
-    several times that beside busy threads, and control calls wait behind it. Bytes cost nothing there.
+    Calls are unpickled on the event loop that handles every call to the router: 4 ms for 1,000 arrays, several times
+    that beside busy threads, and control calls wait behind it. Bytes cost nothing there.
     """
 
     def __init__(self, pickles: bytes, count: int) -> None:

@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinkle_serve.data_format.groups import EngineInfo
 from twinkle_serve.engines.vllm.processes import EXTENSION, IN_CORE, has_intel_openmp, prefer_spawn
 from twinkle_serve.engines.vllm.tmpfs import PREFIX, MemoryDirectory
 from twinkle_serve.errors import EngineArgsError, unknown_name
+from twinkle_serve.tensors import stored_dtype
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -162,6 +164,26 @@ def build_config(
     if device == "cpu" and "kv_cache_memory_bytes" not in engine_args and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         limit_kv_cache(config)
     return vllm_args, config
+
+
+def engine_info(name: str, config: VllmConfig, device: str, cpus: Sequence[Sequence[int]]) -> EngineInfo:
+    """Describes an engine to its router. The parameters are those of `VLLMEngine`."""
+    model, lora = config.model_config, config.lora_config
+    return EngineInfo(
+        name=name,
+        kind="vllm",
+        max_model_len=model.max_model_len,
+        scores_full_context=False,
+        vocab_size=model.get_vocab_size(),
+        max_num_seqs=config.scheduler_config.max_num_seqs,
+        max_logprobs=model.get_vocab_size() if model.max_logprobs == -1 else model.max_logprobs,
+        logprobs_mode=model.logprobs_mode,
+        device=device,
+        cpus=tuple(sorted({core for cores in cpus for core in cores})),
+        max_lora_rank=0 if lora is None else lora.max_lora_rank,
+        dtype=stored_dtype(model.dtype),
+        adapter_dtype="" if lora is None else stored_dtype(lora.lora_dtype),
+    )
 
 
 def executor_backend(executor: str, workers: int, device: str) -> str:

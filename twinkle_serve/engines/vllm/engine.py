@@ -18,7 +18,7 @@ from twinkle_serve.data_format.samples import PartialSample, SampleColumns
 from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
 from twinkle_serve.engines.protocol import TokenDelta
 from twinkle_serve.engines.stages import OnStage, ignore_stage
-from twinkle_serve.engines.vllm.args import build_config, check_engine_args, set_environment
+from twinkle_serve.engines.vllm.args import build_config, check_engine_args, engine_info, set_environment
 from twinkle_serve.engines.vllm.lora_slots import AdapterSlots
 from twinkle_serve.engines.vllm.outputs import (
     aborted_without_output,
@@ -43,7 +43,6 @@ from twinkle_serve.errors import (
     UnsupportedError,
     WeightsError,
 )
-from twinkle_serve.tensors import stored_dtype
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -120,22 +119,7 @@ class VLLMEngine:
             if self._device == "cpu":
                 await self._llm.collective_rpc("keep_last_slot_empty")
                 self._slots = AdapterSlots(lora.max_loras - 1)
-        vocab_size = config.model_config.get_vocab_size()
-        self.info = EngineInfo(
-            name=self._name,
-            kind="vllm",
-            max_model_len=config.model_config.max_model_len,
-            scores_full_context=False,
-            vocab_size=vocab_size,
-            max_num_seqs=config.scheduler_config.max_num_seqs,
-            max_logprobs=vocab_size if config.model_config.max_logprobs == -1 else config.model_config.max_logprobs,
-            logprobs_mode=config.model_config.logprobs_mode,
-            device=self._device,
-            cpus=tuple(sorted({core for cores in self._cpus for core in cores})),
-            max_lora_rank=0 if lora is None else lora.max_lora_rank,
-            dtype=stored_dtype(config.model_config.dtype),
-            adapter_dtype="" if lora is None else stored_dtype(lora.lora_dtype),
-        )
+        self.info = engine_info(self._name, config, self._device, self._cpus)
         self._tokenizer = self._llm.get_tokenizer()
 
     def _start(self, on_stage: OnStage) -> None:
