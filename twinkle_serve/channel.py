@@ -1,8 +1,8 @@
 """Messages between two processes over a connection of their own.
 
 A message to an actor, or an item of a stream of Serve, takes 1.4 to 3.6 ms of CPU in both processes together, several
-times what it takes over a connection (docs/decisions/016). Messages are pickled, so each side takes them only once the
-other has shown a key that both know through Ray.
+times as much as over a connection (docs/decisions/016). Messages are pickled, so each side reads them only after the
+other has shown a key that both got through Ray.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONNECT_S = 10.0
 """How long a connection may take to be made, and to show its key."""
 
 SILENCE_S = 60.0
-"""A connection is lost when the other machine has not confirmed what was sent for so long."""
+"""The system ends a connection whose other side has acknowledged nothing for this time."""
 
 OUT_OF_BAND_BYTES = 2**14
 """Arrays of this size are not copied into the pickle."""
@@ -58,7 +58,7 @@ class Channel(asyncio.Protocol, Generic[Sent, Taken]):
 
     Guarantees:
         Messages arrive in order, each once, until the channel has ended.
-        What was sent before `close` still arrives, unless the other side sends something meanwhile.
+        Messages sent before `close` still arrive, unless the other side sends something meanwhile.
     """
 
     def __init__(self, take: Callable[[Taken], None], on_end: Callable[[], None]) -> None:
@@ -104,7 +104,7 @@ class Channel(asyncio.Protocol, Generic[Sent, Taken]):
             self._transport.writelines([sizes, *parts])
 
     async def drain(self) -> None:
-        """Waits until the other side has read most of what was sent, or the connection has ended."""
+        """Waits until the send buffer has room, or the connection has ended."""
         await self._writable.wait()
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class Channel(asyncio.Protocol, Generic[Sent, Taken]):
             self._take(message)
 
     def _next_parts(self) -> list[bytes] | None:
-        """Removes the next message from what was received; None if it is not whole yet."""
+        """Removes the next message from the buffer and returns its parts; None if it is incomplete."""
         received = self._received
         if len(received) < _COUNT.size:
             return None
@@ -315,7 +315,7 @@ def _tls(*, server: bool) -> ssl.SSLContext | None:
     if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False  # as Ray: whoever has a certificate of this authority belongs to the cluster
+    context.check_hostname = False  # as Ray: a certificate of this authority is enough
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_cert_chain(os.environ["RAY_TLS_SERVER_CERT"], os.environ["RAY_TLS_SERVER_KEY"])
     context.load_verify_locations(os.environ["RAY_TLS_CA_CERT"])

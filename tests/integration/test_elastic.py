@@ -19,7 +19,7 @@ import yaml
 from tests.support.eventually import wait_until
 from tests.support.scripts_serve import Service, config_with, ended, own_environment, serving
 
-pytestmark = [pytest.mark.ray, pytest.mark.own_cluster]
+pytestmark = [pytest.mark.ray, pytest.mark.own_cluster, pytest.mark.nightly]
 
 LOAD = """
 import json, sys, threading, twinkle_serve
@@ -142,7 +142,6 @@ def require_two_engines(service: Service) -> None:
         wait_until(lambda: "engine-dp1" in replicas(service), "engine-dp1 started", 60)
 
 
-@pytest.mark.nightly
 def test_dp_size_changes_without_failing_a_call_or_replacing_what_stays(service: Service) -> None:
     """1, 3, 1, 2: router, store and engine-dp0 keep their processes; those of engines that left are gone."""
     load = Load(service)
@@ -196,7 +195,6 @@ print(sampler.status()["engines"]["engine-dp1"]["state"])
 """
 
 
-@pytest.mark.nightly
 def test_restart_by_name_replaces_that_process_alone(service: Service) -> None:
     """And returns when the new one is used; calls go on meanwhile."""
     require_two_engines(service)

@@ -121,6 +121,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.nightly
 def test_script_goes_on_after_ctrl_c_and_leaves_nothing_though_it_forgets_shutdown(tmp_path: Path) -> None:
     """Ctrl-C in a call raises KeyboardInterrupt and aborts this call alone: the engine lives, and the next call works.
     The script ends with its processes and files, and says nothing."""

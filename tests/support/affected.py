@@ -30,6 +30,7 @@ VLLM = "tests/integration/test_vllm_service.py"
 SPECIFICATION = "tests/integration/test_specification.py"
 APPLICATIONS = "tests/integration/test_applications.py"
 PROCESSES = "tests/integration/test_engine_processes.py"
+GROUPS = "tests/integration/remote/test_device_groups.py"
 IN_GROUP = "tests/integration/test_sampler_in_group.py"
 ELASTIC = "tests/integration/test_elastic.py"
 
@@ -42,6 +43,7 @@ ALL = frozenset(
         CLIENT,
         DEATHS,
         ELASTIC,
+        GROUPS,
         IN_GROUP,
         PROCESSES,
         SCRIPTS,
@@ -83,7 +85,7 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("twinkle_serve/as_twinkle*", frozenset({SPECIFICATION})),
     ("twinkle_serve/upstream/*", frozenset({SPECIFICATION})),
     ("twinkle_serve/hub*", frozenset({SCRIPTS})),
-    ("twinkle_serve/remote/*", frozenset({APPLICATIONS, IN_GROUP, SPECIFICATION})),
+    ("twinkle_serve/remote/*", frozenset({APPLICATIONS, GROUPS, IN_GROUP, SPECIFICATION})),
     ("twinkle_serve/template/*", frozenset({CLIENT, *SAMPLERS})),
     ("twinkle_serve/engines/torch*", frozenset({ARCHITECTURES, *SAMPLERS, VLLM, SCRIPTS})),
     ("twinkle_serve/engines/fake*", frozenset({DEATHS, *SERVICE})),

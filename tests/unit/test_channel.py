@@ -15,12 +15,13 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from tests.support.unreadable import Unreadable
 from twinkle_serve import channel as module
 from twinkle_serve.channel import OUT_OF_BAND_BYTES, Address, Channel, Listener, connect
 
 
 class Side:
-    """One side, with what it has taken."""
+    """One side, and the messages that it has taken."""
 
     def __init__(self) -> None:
         self.taken: asyncio.Queue[Any] = asyncio.Queue()
@@ -118,17 +119,6 @@ async def test_channel_takes_nothing_from_one_that_does_not_know_the_reply(pair:
     with pytest.raises(ConnectionRefusedError):
         await connect(address, side.channel)
     assert not side.channel.connected
-
-
-class Unreadable:
-    """Cannot be read on the other side."""
-
-    def __reduce__(self) -> Any:
-        return Unreadable._raise, ()
-
-    @staticmethod
-    def _raise() -> None:
-        raise ImportError("no module named trainer")
 
 
 async def test_message_that_cannot_be_read_ends_the_connection(pair: Pair) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tests.support.eventually import wait_until
 from tests.support.responses import columns, response
 from tests.support.router_handle import RouterHandle
+from tests.support.unreadable import Unreadable
 from twinkle_serve.channel import Address, Channel
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.inputs import as_list
@@ -179,17 +180,6 @@ def test_caller_that_gives_up_ends_its_call_in_the_router() -> None:
         await asyncio.wait_for(ended.wait(), 60)
 
     client.client.loop.call(give_up())
-
-
-class Unreadable:
-    """Cannot be read on the other side."""
-
-    def __reduce__(self) -> Any:
-        return Unreadable._raise, ()
-
-    @staticmethod
-    def _raise() -> None:
-        raise ImportError("no module named trainer")
 
 
 @pytest.mark.parametrize(

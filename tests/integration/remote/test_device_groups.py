@@ -62,6 +62,7 @@ def test_initialize_takes_nothing_when_one_group_does_not_fit(groups: list[Devic
     assert known_groups() == []
 
 
+@pytest.mark.nightly
 def test_initialize_takes_nothing_when_somebody_else_holds_devices() -> None:
     """Said within seconds, with both numbers; and a free rank can be had beside them."""
 
@@ -142,6 +143,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.nightly
 def test_group_of_a_crashed_run_is_taken_over(cluster: str, tmp_path: Path) -> None:
     """As it stands when it has the same shape, and replaced otherwise; a class of __main__ runs in its workers."""
     answer = run_script(tmp_path, cluster, SCRIPT)
@@ -162,6 +164,7 @@ def test_group_of_a_crashed_run_is_taken_over(cluster: str, tmp_path: Path) -> N
     assert ids("sampler") == ["7"]
 
 
+@pytest.mark.nightly
 def test_initialize_starts_a_cluster_when_there_is_none_and_shutdown_ends_it(tmp_path: Path) -> None:
     """RAY_ADDRESS=local stands for a machine without a cluster, which this one may have."""
     with cluster_directory() as directory:
