@@ -11,6 +11,7 @@ from deployments.engine import Engine
 from deployments.handles import call, engine_errors, iterate
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, Chunk, EngineInfo, Group, Session, TextDelta
+from twinkle_serve.data_format.structured_outputs import StructuredOutputs
 from twinkle_serve.data_format.weights import ModelSpec, PauseMode, WeightsVersion
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.engines.group_runner import Finished
@@ -50,6 +51,9 @@ class ServeEngineClient(EngineClient):
 
     async def abort(self, session: Session, attempts: Iterable[Attempt]) -> None:
         await call(self._handle, EngineServer.abort, session, list(attempts))
+
+    async def check_structured(self, structured: StructuredOutputs) -> None:
+        await call(self._handle, EngineServer.check_structured, structured)
 
     async def load_adapter(self, version: AdapterVersion) -> None:
         await call(self._handle, EngineServer.load_adapter, version)

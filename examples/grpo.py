@@ -20,16 +20,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import ray
 from ray.actor import ActorHandle
 from train_demo_model import is_held_out, problem
 
-from twinkle_serve import SampledSequence, SamplingParams, Trajectory, connect, hub
-
-if TYPE_CHECKING:
-    import torch
+from twinkle_serve import SampledSequence, SampleResponse, SamplingParams, Trajectory, connect, hub
 
 ADAPTER = "policy"
 ANSWER_TOKENS = 8
@@ -147,27 +143,12 @@ class Trainer:
         """Takes optimizer steps on the sampled tokens. Returns `logprob_difference` and `policy_change` of the step."""
         import torch
 
-        features = [sequence.new_input_feature for sequence in sequences]
-        width = max(feature["length"] for feature in features)
-
-        def padded(rows: Sequence[Sequence[float]], value: float, dtype: torch.dtype | None) -> torch.Tensor:
-            return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=dtype)
-
-        ids = padded([feature["input_ids"] for feature in features], 0, torch.long)
-        labels = padded([feature["labels"] for feature in features], -100, torch.long)
-        mask = labels != -100
-        attended = (torch.arange(width) < torch.tensor([[feature["length"]] for feature in features])).long()
-        # Aligned with the labels: the sampled tokens are the last of each row, and labels are shifted left by one.
-        before = [
-            [0.0] * (feature["length"] - len(s.tokens) - 1) for feature, s in zip(features, sequences, strict=True)
-        ]
-        old = padded(
-            [[*gap, *s.logprob_array.tolist(), 0.0] for gap, s in zip(before, sequences, strict=True)], 0.0, None
-        )
+        batch = SampleResponse(sequences).to_training_batch()
+        labels, mask, old = batch["labels"], batch["loss_mask"], batch["logprobs"]
         advantage = torch.tensor(advantages)[:, None]
         first = None
         for _ in range(self._inner_steps):
-            logits = self._policy(input_ids=ids, attention_mask=attended).logits
+            logits = self._policy(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             new = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
             first = new.detach() if first is None else first
             ratio = (new - old).exp()

@@ -10,7 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from twinkle_serve.data_format import InputFeature, SampledSequence, SampleResponse, SamplingParams, Trajectory
+    from twinkle_serve.data_format import (
+        InputFeature,
+        SampledSequence,
+        SampleResponse,
+        SamplingParams,
+        StructuredOutputs,
+        Trajectory,
+    )
     from twinkle_serve.errors import TwinkleServeError
     from twinkle_serve.mesh import DeviceGroup, DeviceMesh
     from twinkle_serve.remote import initialize, remote_class, remote_function, shutdown
@@ -26,6 +33,7 @@ _HOMES = {
     "SampledSequence": "data_format",
     "Sampler": "sampler",
     "SamplingParams": "data_format",
+    "StructuredOutputs": "data_format",
     "Template": "template",
     "TorchSampler": "sampler",
     "Trajectory": "data_format",
@@ -47,6 +55,7 @@ __all__ = [
     "SampledSequence",
     "Sampler",
     "SamplingParams",
+    "StructuredOutputs",
     "Template",
     "TorchSampler",
     "Trajectory",

@@ -19,7 +19,8 @@ from pydantic import (
 
 from twinkle_serve.data_format.groups import EngineKind
 from twinkle_serve.data_format.prompts import TruncationStrategy
-from twinkle_serve.errors import ConfigError, MeshError, unknown_name
+from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.errors import ConfigError, MeshError, SamplingParamsError, unknown_name
 from twinkle_serve.mesh import TRAINING_SIZES, DeviceMesh
 
 PolicyName: TypeAlias = Literal["balanced"]
@@ -148,6 +149,9 @@ class ServiceArgs(Strict):
     """Directory or fsspec URL where the store keeps every version. None: a directory that ends with the Ray cluster."""
     engine_args: dict[str, Any] = {}
     """Arguments passed to the engine unchanged."""
+    sampling_params: dict[str, Any] = {}
+    """Sampling parameters of calls that give none, and those that a call's dict leaves out. A SamplingParams object is
+    complete: nothing is added to it."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
     policy: PolicyName = "balanced"
@@ -177,6 +181,10 @@ class ServiceArgs(Strict):
         except ValidationError as error:
             raise ConfigError(f"args: {describe_errors(error, cls)}") from None
         args.device_mesh.mesh()
+        try:
+            SamplingParams.of(args.sampling_params)
+        except SamplingParamsError as error:
+            raise ConfigError(f"args: sampling_params: {error}") from None
         if args.adapters and not args.engine_args.get("enable_lora", args.engine != "vllm"):
             raise ConfigError(
                 f"adapters names {', '.join(sorted(args.adapters))}, and LoRA is switched off. "

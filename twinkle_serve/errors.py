@@ -18,7 +18,7 @@
     │   ├── UnsupportedError          the engine does not support this on its device
     │   ├── PoisonPromptError         a prompt crashed several engines in turn
     │   ├── QueueFullError            the queue is full; `retry_after_s` says when to send the call again
-    │   └── DeadlineError             timeout_s elapsed
+    │   └── DeadlineError             timeout_s elapsed; `response` has what was finished
     ├── EngineError                   an engine failed
     │   ├── EngineStartError          it could not start
     │   ├── EngineDeadError           it died, and its work could not be moved to another engine
@@ -36,6 +36,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from twinkle_serve.data_format.response import SampleResponse
 
 
 class TwinkleServeError(Exception):
@@ -123,6 +127,13 @@ class QueueFullError(RequestError):
 
 class DeadlineError(RequestError):
     """timeout_s elapsed."""
+
+    def __init__(self, message: str, response: SampleResponse | None = None) -> None:
+        super().__init__(message)
+        # An attribute, not a property of `args`: Ray's wrapper has args of its own, and passes attributes on.
+        self.response = response
+        """The prompts that were complete, as `min_groups` returns them. None if there were none, if the router did not
+        say so itself, and for `sample_iter`, which has yielded them, text streams and control calls."""
 
 
 class EngineError(TwinkleServeError):

@@ -64,7 +64,7 @@ class _Wanted:
         return not any(fnmatch(path, pattern) for pattern in self.ignored or ())
 
 
-def resolve(model_id: str, *, revision: str | None = None, weights: bool = True) -> Path:
+def resolve(model_id: str, *, revision: str | None = None, weights: bool = True, download: bool = True) -> Path:
     """Returns the local directory of a model; downloads it first if it is on a hub.
 
     Guarantees:
@@ -79,11 +79,12 @@ def resolve(model_id: str, *, revision: str | None = None, weights: bool = True)
         model_id: `demo`, a path, `ms://org/name` or `hf://org/name`; `org/name` alone is ModelScope's.
         revision: branch, tag or commit on the hub; None: the hub's default.
         weights: False downloads everything but the weights, which is enough for a tokenizer.
+        download: False takes a model of a hub from the cache only.
 
     Raises:
         ModelNotFoundError: no such directory, no model in it, or the hub has no such model or revision or denies this
             user access.
-        HubUnreachableError: the hub did not answer, or HF_HUB_OFFLINE is set, and the cache has no copy.
+        HubUnreachableError: the hub did not answer, or was not to be asked, and the cache has no copy.
         IncompleteModelError: the directory, or the cache if the hub did not answer, lacks files.
     """
     if revision is not None and (model_id == "demo" or is_path(model_id)):
@@ -105,7 +106,7 @@ def resolve(model_id: str, *, revision: str | None = None, weights: bool = True)
             f"model_id {model_id!r} is neither a directory here nor an id of the form org/name. "
             "Use demo, a path, ms://org/name or hf://org/name."
         )
-    return _directory(_download(_Wanted(hub or "ms", name, revision, weights)), model_id, weights)
+    return _directory(_download(_Wanted(hub or "ms", name, revision, weights), download), model_id, weights)
 
 
 def is_path(model_id: str) -> bool:
@@ -142,15 +143,15 @@ def _shards(index: Path, model_id: str) -> list[str]:
         ) from error
 
 
-def _download(wanted: _Wanted) -> Path:
-    """Downloads from the hub; falls back to the cache if the hub does not answer or HF_HUB_OFFLINE is set."""
+def _download(wanted: _Wanted, download: bool) -> Path:
+    """Downloads from the hub; takes the cache if the hub does not answer or must not be asked."""
     modules = ("huggingface_hub", "modelscope") if wanted.hub == "ms" else ("huggingface_hub",)
     require_extra("a download from a hub", "server", *modules)
     from huggingface_hub import is_offline_mode
 
     online, cached = {"hf": (_huggingface, _huggingface_cached), "ms": (_modelscope, _modelscope_cached)}[wanted.hub]
-    if is_offline_mode():
-        return cached(wanted, "HF_HUB_OFFLINE is set")
+    if not download or is_offline_mode():
+        return cached(wanted, "HF_HUB_OFFLINE is set" if download else "it must not be downloaded")
     try:
         return online(wanted)
     except HubUnreachableError as error:

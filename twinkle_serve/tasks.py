@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Coroutine
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 T = TypeVar("T")
 
 Call: TypeAlias = Coroutine[Any, Any, T]
 """A coroutine that returns T."""
+
+
+def deferred(make: Callable[[], Call[T]]) -> Call[T]:
+    """Makes a coroutine now. If that fails, the error is raised when it is awaited."""
+    try:
+        return make()
+    except Exception as error:
+        return _failed(error)
+
+
+async def _failed(error: Exception) -> NoReturn:
+    raise error
 
 
 def is_cancelled() -> bool:

@@ -1,7 +1,7 @@
 """Calls through the bare engine, vLLM's own server and the service, in turn: the same work, engine arguments and core.
 
-    scripts/bench calls [--only single processes alone conversations adapters batch] [--rounds 10] [--ways …]
-        [--json FILE]
+    scripts/bench calls [--only single processes alone conversations adapters batch tailed] [--rounds 10]
+        [--ways …] [--json FILE]
 
 - single: 1,000 calls of one sample of 16 tokens, 64 at a time, from one process.
 - processes: the same from 8 client processes with 8 calls each; the bare engine has none.
@@ -9,6 +9,7 @@
 - conversations: 32 at a time, 6 growing turns of 32 tokens.
 - adapters: 64 calls of 4 samples of 32 tokens over 8 adapters.
 - batch: 64 prompts of 8 samples of 64 tokens, in one call.
+- tailed: 128 prompts of 4 samples of 8 to 256 tokens, most of them short, in one call with a max_tokens for each.
 
 All return token ids and the logprob of each. A round runs each workload on each way, next to each other in time, and
 ratios are of the same round, since the machine's speed drifts.
@@ -53,7 +54,7 @@ ENGINE_ARGS: EngineArgs = {
 }
 ADAPTERS = [f"lora{i}" for i in range(8)]
 LORA_ARGS: EngineArgs = {"enable_lora": True, "max_loras": len(ADAPTERS), "max_lora_rank": 8}
-WORKLOADS = ("single", "processes", "alone", "conversations", "adapters", "batch")
+WORKLOADS = ("single", "processes", "alone", "conversations", "adapters", "batch", "tailed")
 WAYS = ("bare", "endpoint", "service")
 CLIENTS, CALLS_EACH = 8, 8
 
@@ -180,6 +181,7 @@ async def _compare(
         "conversations": workloads.conversations,
         "adapters": functools.partial(workloads.adapters, names=ADAPTERS),
         "batch": workloads.batch,
+        "tailed": workloads.tailed,
     }
     for number in range(options.rounds + 1):
         for workload in only:

@@ -39,7 +39,7 @@ class Way(Protocol):
         ...
 
     async def sample_all(self, jobs: Sequence[Job]) -> list[list[list[int]]]:
-        """Samples jobs of one length and number of samples, in one call where the way has such calls."""
+        """Samples jobs of one number of samples, in one call where the way has such calls."""
         ...
 
     def processes(self) -> list[psutil.Process]:
@@ -119,7 +119,7 @@ class Service(Way):
         (adapter,) = {job.adapter for job in jobs}
         response = await self._sampler.sample_async(
             [{"input_ids": job.ids} for job in jobs],
-            {"max_tokens": jobs[0].tokens, "ignore_eos": True},
+            [{"max_tokens": job.tokens, "ignore_eos": True} for job in jobs],
             adapter,
             num_samples=jobs[0].samples,
         )

@@ -77,6 +77,17 @@ async def adapters(way: Way, rng: random.Random, *, names: Sequence[str]) -> Wor
     return work
 
 
+async def tailed(way: Way, rng: random.Random) -> Work:
+    """128 prompts of 4 samples of 8 to 256 tokens, by Pareto: in one call where the way has such calls."""
+    lengths = [min(256, int(8 * rng.paretovariate(1.1))) for _ in range(128)]
+    jobs = [Job(ids=ids, tokens=n, samples=4) for ids, n in zip(prompts(128, rng), lengths, strict=True)]
+    began = time.perf_counter()
+    sampled = await way.sample_all(jobs)
+    wanted = [[job.tokens] * 4 for job in jobs]
+    assert [[len(tokens) for tokens in samples] for samples in sampled] == wanted
+    return Work(4 * sum(lengths), 4 * len(jobs), [time.perf_counter() - began])
+
+
 async def batch(way: Way, rng: random.Random) -> Work:
     """64 prompts of 8 samples, in one call where the way has such calls."""
     jobs = [Job(ids=ids, tokens=64, samples=8) for ids in prompts(64, rng)]

@@ -12,7 +12,7 @@ import pytest
 from tests.support.harness import LOGPROB_TOLERANCE, EngineHarness, Prompts
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.engines.group_runner import Finished, GroupRunner
-from twinkle_serve.engines.protocol import check_fits
+from twinkle_serve.engines.param_checks import check_fits
 
 
 async def test_engine_returns_count_samples_of_each_prompt_in_order(engine: EngineHarness, prompts: Prompts) -> None:

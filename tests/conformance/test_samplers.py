@@ -70,6 +70,19 @@ def test_sampler_takes_ids_of_any_kind(sampler: RunningSampler, kind: Any) -> No
     assert feature.keys() == before.keys() and list(feature["input_ids"]) == list(before["input_ids"])
 
 
+def test_sampler_encodes_and_decodes_what_it_samples(sampler: RunningSampler) -> None:
+    """Ids of inputs are the prompts, texts of tokens are `decoded`; one list of ids has one text."""
+    response = sampler.sample(QUESTIONS, {"max_tokens": 6, "ignore_eos": True}, num_samples=2)
+    ids = [part.prompt_token_ids for part in response]
+    assert sampler.encode(QUESTIONS) == ids and sampler.encode(QUESTIONS[0]) == ids[:1]
+    assert sampler.count_tokens([{"input_ids": np.asarray(each)} for each in ids]) == [*map(len, ids)]
+    assert sampler.decode(tokens(response)) == [sequence.decoded for sequence in response.sequences]
+    assert sampler.decode(torch.tensor(ids[0])) == sampler.decode(ids)[0] and sampler.decode([]) == ""
+    for call in (lambda: sampler.encode([*QUESTIONS, {"messages": []}]), lambda: sampler.decode([[0], [10**6]])):
+        with pytest.raises(PromptError):
+            call()
+
+
 def test_sampler_repeats_a_seed_in_any_batch(sampler: RunningSampler) -> None:
     """The first prompt alone or beside others, on one engine or two: the same samples. Another seed gives others."""
     params = SamplingParams(max_tokens=8, temperature=1.5, seed=11, ignore_eos=True)

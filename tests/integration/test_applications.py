@@ -63,6 +63,7 @@ def other_job(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
+@pytest.mark.nightly
 def test_application_of_a_job_that_runs_is_left_alone_and_taken_over_when_it_is_over(
     cluster: None, tmp_path: Path
 ) -> None:

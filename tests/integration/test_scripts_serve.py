@@ -209,10 +209,9 @@ async def test_service_samples_what_the_torch_engine_does(service: Service, tmp_
     await engine.stop()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
-    ("steps", "what"),
-    [(2, ("--learning-rate", "2e-3")), pytest.param(5, ("--full",), marks=pytest.mark.nightly)],
-    ids=["adapter", "full"],
+    ("steps", "what"), [(2, ("--learning-rate", "2e-3")), (5, ("--full",))], ids=["adapter", "full"]
 )
 def test_grpo_trains_on_what_it_published(service: Service, tmp_path: Path, steps: int, what: tuple[str, ...]) -> None:
     """Each step's samples come from the weights of the step before: the trainer's logprobs are the sampler's.

@@ -215,10 +215,15 @@ def test_bad_call_raises_a_typed_error_and_the_next_one_works(
     assert len(sampler.sample(QUESTIONS[0], {"max_tokens": 2}).sequences) == 1
 
 
-def test_connect_names_what_is_wrong(sampler: RunningSampler) -> None:
-    """An unknown application, and one that failed: at once, with the reason."""
+def test_connect_names_the_likely_application(sampler: RunningSampler) -> None:
+    """Where there is none of the name."""
     with pytest.raises(ServiceNotReadyError, match="unknown application 'quik', did you mean 'quick'"):
         connect("quik")
+
+
+@pytest.mark.nightly
+def test_connect_to_an_application_that_failed_says_why(sampler: RunningSampler) -> None:
+    """At once."""
     too_long = {"engine": "torch", "engine_args": {"max_model_len": 99_999}}
     args = ServiceArgs.model_validate({"model_id": "demo", "device_mesh": {"device_type": "cpu"}, **too_long})
     with pytest.raises(RuntimeError):

@@ -21,7 +21,7 @@ from tests.support.eventually import wait_until
 from tests.support.processes import replica_process
 from tests.support.service import QUESTIONS, is_idle
 from twinkle_serve import SamplingParams, connect
-from twinkle_serve.errors import DeadlineError, ServiceError
+from twinkle_serve.errors import DeadlineError, PromptError, ServiceError
 from twinkle_serve.sampler import RunningSampler
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
@@ -59,6 +59,25 @@ def test_deadline_ends_the_call_and_frees_the_engines(slow: RunningSampler) -> N
         assert time.monotonic() - started < LONG_BEFORE_ITS_END_S
         wait_until(lambda: is_idle(slow), "the engines are free", timeout_s=LONG_BEFORE_ITS_END_S)
     assert len(slow.sample(many, {"max_tokens": 1}, timeout_s=60).sequences) == 48
+
+
+def test_deadline_error_has_the_prompts_that_were_complete(slow: RunningSampler) -> None:
+    """The samples and inputs that the whole call would have returned, through the client and by handle."""
+    many, params = QUESTIONS * 8, {"max_tokens": 20, "ignore_eos": True, "seed": 2}  # six times TOKEN_S * 20
+    whole = slow.sample(many, params)
+    with pytest.raises(DeadlineError) as late:
+        slow.sample(many, params, timeout_s=2.0)
+    by_handle: Any = serve.get_app_handle("slow").sample.remote(many, params, timeout_s=2.0)
+    with pytest.raises(DeadlineError) as late_by_handle:
+        by_handle.result()
+    cause: Any = late_by_handle.value
+    assert cause.cause.response is late_by_handle.value.response
+    for error in (late.value, late_by_handle.value):
+        assert error.response is not None and 0 < len(error.response) < len(many)
+        assert list(error.response.prompt_indices) == sorted(error.response.prompt_indices)
+        for part in error.response:
+            assert part.sequences[0].tokens == whole[part.prompt_index].sequences[0].tokens
+            assert part.inputs == [many[part.prompt_index]]
 
 
 def test_cancelled_call_frees_the_engines(slow: RunningSampler) -> None:
@@ -125,6 +144,21 @@ def test_engine_that_died_without_work_is_not_waited_for(slow: RunningSampler) -
     response = slow.sample(QUESTIONS, {"max_tokens": 2, "seed": 1}, num_samples=2)
     assert len(response.sequences) == 24
     wait_until(lambda: slow.status()["engines"]["engine-dp1"]["state"] == "ready", "engine-dp1 is back")
+
+
+def test_busy_service_encodes_and_decodes(slow: RunningSampler) -> None:
+    """As it would sample, through the client and by handle, while its engines have no room."""
+    ids = [part.prompt_token_ids for part in slow.sample(QUESTIONS, {"max_tokens": 1})]
+    handle = serve.get_app_handle("slow")
+    with slow.sample_iter(QUESTIONS * 2, SLOW):
+        wait_until(lambda: slow.status()["groups_waiting"] > 0, "the engines have no room")
+        assert slow.encode(QUESTIONS) == list(handle.encode.remote(QUESTIONS).result()) == ids
+        assert slow.count_tokens(QUESTIONS) == handle.count_tokens.remote(QUESTIONS).result() == [*map(len, ids)]
+        texts = slow.decode(ids)
+        assert handle.decode.remote(ids).result() == texts and "12+12=" in texts[0]
+        assert slow.decode(ids[0]) == handle.decode.remote(ids[0]).result() == texts[0]
+        with pytest.raises(PromptError, match=r"token_ids\[1\]\[0\] must be between 0 and"):
+            slow.decode([[1], [10**6]])
 
 
 @pytest.mark.nightly

@@ -59,16 +59,9 @@ def same(one: SampleResponse, other: SampleResponse) -> bool:
     return one.columns.tokens.tolist() == other.columns.tokens.tolist() and one.columns.adapter == other.columns.adapter
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
-    "killed",
-    [
-        pytest.param(("store",), marks=pytest.mark.nightly),
-        pytest.param(("router",), marks=pytest.mark.nightly),
-        pytest.param(("engine-dp0",), marks=pytest.mark.nightly),
-        pytest.param(("store", "engine-dp0"), marks=pytest.mark.nightly),
-        ALL,
-    ],
-    ids="-".join,
+    "killed", [("store",), ("router",), ("engine-dp0",), ("store", "engine-dp0"), ALL], ids="-".join
 )
 def test_weights_and_adapters_are_there_again_after_a_death(
     service: RunningSampler, weights: dict[str, Any], adapters: list[Path], killed: tuple[str, ...]

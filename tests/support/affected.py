@@ -9,6 +9,7 @@ from pathlib import Path
 
 ARCHITECTURES = "tests/conformance/test_architectures.py"
 SAMPLERS = (
+    "tests/conformance/test_call_params.py",
     "tests/conformance/test_conversations.py",
     "tests/conformance/test_sampler_adapters.py",
     "tests/conformance/test_samplers.py",
@@ -65,6 +66,7 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("tests/support/specification.py", frozenset({SPECIFICATION})),
     ("tests/support/trainer.py", frozenset({CLIENT})),
     ("tests/support/docs.py", frozenset()),
+    ("tests/support/grammar_stub.py", frozenset()),
     ("tests/support/*", ALL),
     ("tests/conftest.py", ALL),
     ("tests/conformance/conftest.py", frozenset({ARCHITECTURES, *SAMPLERS})),

@@ -30,6 +30,14 @@ def core_processes(replica: psutil.Process) -> list[psutil.Process]:
     return []
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Whether a process has ended; also as a zombie, which its parent, or init, has yet to wait for."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 def _is_core(process: psutil.Process) -> bool:
     command = _command(process)
     return command.startswith("VLLM::EngineCor") or "--multiprocessing-fork" in command

@@ -11,6 +11,8 @@ from twinkle_serve.data_format.groups import EngineKind
 from twinkle_serve.sampler import RunningSampler, TorchSampler
 from twinkle_serve.sampler.local import LocalClient
 
+THINKING = {"reasoning_start_str": "?@A", "reasoning_end_str": "BC"}
+"""As if the demo model thought."""
 ENGINE_ARGS: dict[EngineKind, dict[str, Any]] = {
     "vllm": {
         "dtype": "float32",
@@ -20,8 +22,9 @@ ENGINE_ARGS: dict[EngineKind, dict[str, Any]] = {
         "enable_lora": True,
         "max_loras": 2,
         "max_lora_rank": 16,
+        "reasoning_config": THINKING,
     },
-    "torch": {"dtype": "float32", "max_model_len": 256, "max_lora_rank": 16},
+    "torch": {"dtype": "float32", "max_model_len": 256, "max_lora_rank": 16, "reasoning_config": THINKING},
     "fake": {"max_model_len": 256},
 }
 KINDS: dict[str, EngineKind] = {

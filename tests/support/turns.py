@@ -36,8 +36,17 @@ class Made(Prompt):
     item: Any = None
 
 
-def feature_of(prompt: Made, template: Template, text: str) -> dict[str, Any]:
-    """Returns `new_input_feature` of a sample with that text."""
+def feature_of(prompt: Made, template: Template, text: str, **fields: Any) -> dict[str, Any]:
+    """Returns `new_input_feature` of a sample with that text, without logprobs.
+
+    Args:
+        fields: other columns of the sample.
+    """
+    return dict(response_of(prompt, template, text, **fields).sequences[0].new_input_feature)
+
+
+def response_of(prompt: Made, template: Template, text: str, **fields: Any) -> SampleResponse:
+    """As `feature_of`, the response with the sample."""
     tokens = np.array(tokens_of(template, text), np.int32)
     sampled = columns(0, [text])
     made = SampleColumns(
@@ -47,9 +56,10 @@ def feature_of(prompt: Made, template: Template, text: str) -> dict[str, Any]:
             "lengths": np.array([len(tokens)], np.int32),
             "logprobs": None,
             "logprob_tokens": None,
+            **fields,
         }
     )
-    response = SampleResponse(
+    return SampleResponse(
         columns=made,
         prompts=[prompt.ids],
         inputs=[prompt.item],
@@ -58,7 +68,6 @@ def feature_of(prompt: Made, template: Template, text: str) -> dict[str, Any]:
         turns=(prompt.turn,),
         prompt_indices=(0,),
     )
-    return dict(response.sequences[0].new_input_feature)
 
 
 def prompt_of(item: Any, template: Template) -> Made:

@@ -32,7 +32,7 @@ def cancelled(sampler: RunningSampler, indices: Any) -> int:
 
 CALLS: dict[str, Callable[[Any, Any], object]] = {
     "inputs": lambda s, w: s.sample(w, SHORT),
-    "sampling_params": lambda s, w: s.sample(QUESTION, {"temperature": w}),
+    "sampling_params": lambda s, w: s.sample(QUESTION, {"top_p": w}),
     "adapter_name": lambda s, w: s.sample(QUESTION, SHORT, w),
     "adapter_path": lambda s, w: s.sample(QUESTION, SHORT, adapter_path=w),
     "stream's adapter_path": lambda s, w: list(s.sample_stream(QUESTION, SHORT, adapter_path=w)),

@@ -13,7 +13,7 @@ from twinkle_serve.data_format import SampleColumns
 from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines.group_runner import Finished, GroupRunner
-from twinkle_serve.engines.protocol import stop_cut
+from twinkle_serve.engines.stops import stop_cut
 from twinkle_serve.errors import EngineDeadError, EngineError, SamplingParamsError, TwinkleServeError
 
 
@@ -176,7 +176,40 @@ async def test_engine_with_free_places_hands_back_at_once_what_the_router_waits_
 
 def test_stop_cut_is_at_the_string_that_is_complete_first() -> None:
     """As when the text comes character by character."""
-    assert stop_cut("abcdef", ["abcd", "bc"]) == 1
-    assert stop_cut("abcdef", ["def", "cdef"]) == 3
-    assert stop_cut("abcdef", ["cdef", "def"]) == 2
-    assert stop_cut("abcdef", ["x"]) is None
+    assert (
+        stop_cut(
+            "abcdef",
+            DecodingParams(
+                stop_strings=(
+                    "abcd",
+                    "bc",
+                )
+            ),
+        )
+        == 1
+    )
+    assert (
+        stop_cut(
+            "abcdef",
+            DecodingParams(
+                stop_strings=(
+                    "def",
+                    "cdef",
+                )
+            ),
+        )
+        == 3
+    )
+    assert (
+        stop_cut(
+            "abcdef",
+            DecodingParams(
+                stop_strings=(
+                    "cdef",
+                    "def",
+                )
+            ),
+        )
+        == 2
+    )
+    assert stop_cut("abcdef", DecodingParams(stop_strings=("x",))) is None

@@ -33,8 +33,15 @@ def test_part_of_a_group_keeps_its_seeds_and_the_bookkeeping() -> None:
 def test_groups_of_a_request_share_all_its_parameters_but_count_and_seed() -> None:
     """Those are each group's own."""
     params = SamplingParams(max_tokens=3, temperature=0.5, top_k=4, seed=6, stop="x", logprobs=None, num_samples=5)
-    assert asdict(DecodingParams.of(params)) == {
-        name: value for name, value in asdict(params).items() if name not in ("num_samples", "seed")
+    shared = asdict(DecodingParams.of(params))
+    assert {name: shared[name] for name in ("max_tokens", "temperature", "top_k", "logprobs")} == {
+        "max_tokens": 3,
+        "temperature": 0.5,
+        "top_k": 4,
+        "logprobs": None,
+    }
+    assert {field.name for field in fields(SamplingParams)} - shared.keys() == {
+        *("stop", "num_samples", "seed", "seed_by", "priority"),
     }
     assert asdict(DecodingParams()) == asdict(DecodingParams.of(SamplingParams()))
     assert DecodingParams.of(params).stop_strings == ("x",) and DecodingParams(temperature=0).greedy

@@ -166,6 +166,19 @@ def test_cached_model_is_used_without_a_request_when_offline(world: World, onlin
     assert (outcome.path, outcome.warnings, world.server.listings) == (path, [], listings)
 
 
+def test_hub_is_not_asked_when_nothing_may_be_downloaded(world: World, online: Client) -> None:
+    """A model in the cache is found; another one is not, and the message does not blame the environment."""
+    world.serve("found")
+    path = online.whole(world.id("found"))
+    world.serve("lost")
+    listings = world.server.listings
+    outcome = online.resolve(world.id("found"), download=False)
+    assert (outcome.path, outcome.warnings) == (path, [])
+    outcome = online.resolve(world.id("lost"), download=False)
+    assert outcome.error == HubUnreachableError.__name__ and "it must not be downloaded" in outcome.message
+    assert world.server.listings == listings
+
+
 def test_model_outside_the_cache_is_unreachable_when_offline(world: World, offline: Client) -> None:
     """Also if only another revision is cached. The message names the variable that forbids downloads."""
     world.serve("unkept")

@@ -12,7 +12,7 @@ import pytest
 from twinkle_serve import hub
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.groups import EngineInfo
-from twinkle_serve.engines.protocol import check_fits
+from twinkle_serve.engines.param_checks import check_fits, check_params
 from twinkle_serve.errors import PromptError, SamplingParamsError
 from twinkle_serve.template import Template
 from twinkle_serve.template.prompts import encode_inputs
@@ -105,7 +105,17 @@ INFO = EngineInfo(
     logprobs_mode="raw_logprobs",
     device="cpu",
     cpus=(),
+    eos_token_ids=(2,),
+    lacks={"thinking_token_budget": "it never thinks."},
 )
+
+
+class Bytes:
+    """A tokenizer with a token for each byte."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return [*text.encode()]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +126,36 @@ INFO = EngineInfo(
         ([1] * 11, {"max_tokens": 0}, PromptError, "has 11 tokens, the context holds 10. Shorten it"),
         ([320], {}, PromptError, "holds token id 320, the model's vocabulary is 0 to 319"),
         ([1], {"stop": [5, 320]}, SamplingParamsError, "stop holds token id 320, the model's vocabulary is 0 to 319"),
+        ([1], {"stop_token_ids": [320]}, SamplingParamsError, "stop_token_ids holds token id 320, the model's"),
+        (
+            [1],
+            {"allowed_token_ids": [1, 320]},
+            SamplingParamsError,
+            "allowed_token_ids holds token id 320, the model's",
+        ),
+        ([1], {"logprob_token_ids": [320]}, SamplingParamsError, "logprob_token_ids holds token id 320, the model's"),
+        ([1], {"logit_bias": {320: 1}}, SamplingParamsError, "logit_bias holds token id 320, the model's"),
+        ([1] * 5, {"min_tokens": 6}, SamplingParamsError, "min_tokens=6 does not fit: inputs[0] has 5 tokens"),
+        (
+            [1] * 5,
+            {"prompt_logprobs": 0, "prompt_logprobs_start": 5},
+            SamplingParamsError,
+            "prompt_logprobs_start=5, but inputs[0] has 5 tokens",
+        ),
+        ([1], {"min_tokens": 1, "allowed_token_ids": [2]}, SamplingParamsError, "min_tokens may exclude all of them"),
+        (
+            [1],
+            {"min_tokens": 1, "allowed_token_ids": [2, 7], "stop_token_ids": [7]},
+            SamplingParamsError,
+            "allowed_token_ids has 2 tokens, and min_tokens may exclude all of them",
+        ),
+        (
+            [1],
+            {"bad_words": ["a"], "allowed_token_ids": [97]},
+            SamplingParamsError,
+            "bad_words may exclude all of them",
+        ),
+        ([1], {"thinking_token_budget": 0}, SamplingParamsError, "thinking_token_budget is not available: it never"),
         ([1], {"logprobs": 6}, SamplingParamsError, "logprobs=6, the engine returns at most 5"),
         ([1], {"prompt_logprobs": 6}, SamplingParamsError, "prompt_logprobs=6, the engine returns at most 5"),
     ],
@@ -125,6 +165,7 @@ def test_prompt_that_the_engine_does_not_support_is_refused(
 ) -> None:
     """Before it is sent; the message has both numbers."""
     with pytest.raises(error) as caught:
+        check_params(INFO, SamplingParams(**params), Bytes())
         check_fits(INFO, np.array(ids, np.int32), SamplingParams(**params), "inputs[0]")
     assert message in str(caught.value)
 

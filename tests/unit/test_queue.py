@@ -16,8 +16,9 @@ from twinkle_serve.routing.queue import FairQueue
 PARAMS = DecodingParams()
 
 
-def group(number: int, caller: str, count: int = 1) -> RoutedGroup:
-    return RoutedGroup(id=number, prompt_ids=np.zeros(1, np.int32), params=PARAMS, count=count, caller=caller)
+def group(number: int, caller: str, count: int = 1, priority: int = 0) -> RoutedGroup:
+    prompt = np.zeros(1, np.int32)
+    return RoutedGroup(id=number, prompt_ids=prompt, params=PARAMS, count=count, caller=caller, priority=priority)
 
 
 def queue() -> FairQueue:
@@ -32,6 +33,27 @@ def test_caller_with_much_waiting_does_not_keep_others() -> None:
     made.extend(group(2000 + i, "small") for i in range(3))
     first = [made.pop().caller for _ in range(6)]
     assert Counter(first) == {"large": 3, "small": 3}
+
+
+def test_groups_of_a_lower_number_leave_first() -> None:
+    """Whenever they came and whoever their caller is; among equals callers take turns, also in a later round."""
+    made = queue()
+    made.extend(group(i, "a") for i in range(4))
+    made.extend(group(10 + i, "b", priority=1) for i in range(2))
+    made.extend(group(20 + i, "ac"[i % 2], priority=-1) for i in range(4))
+    assert [made.pop().priority for _ in range(4)] == [-1] * 4
+    made.extend([group(30, "b"), group(31, "d", priority=-5)])
+    assert made.pop().id == 31
+    assert sorted(made.pop().caller for _ in range(2)) == ["a", "b"], "b waits for one group of a's at most"
+    assert [made.pop().priority for _ in range(len(made))] == [0, 0, 0, 1, 1]
+
+
+def test_withdrawal_covers_a_callers_groups_of_every_priority() -> None:
+    """And leaves other callers' alone."""
+    made = queue()
+    made.extend([group(1, "a", priority=2), group(2, "a"), group(3, "b", priority=2), group(4, "a", priority=2)])
+    made.withdraw("a", [1, 2])
+    assert ([made.pop().id for _ in range(len(made))], made.tokens) == ([4, 3], 0.0)
 
 
 def test_callers_get_the_same_tokens_whatever_the_size_of_their_groups() -> None:
@@ -53,7 +75,7 @@ def test_caller_that_leaves_and_returns_has_saved_nothing_and_owes_what_it_owed(
     served = Counter[str]()
     number = 10_000
     for _ in range(2000):
-        if served["greedy"] == 0 or not any(name == "greedy" for name in made._callers):
+        if served["greedy"] == 0 or not any(name == "greedy" for _, name in made._callers):
             number += 1
             made.extend([group(number, "greedy", count=1000)])
         taken = made.pop()

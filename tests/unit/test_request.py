@@ -11,7 +11,7 @@ from tests.support.responses import columns
 from twinkle_serve.data_format import SamplingParams
 from twinkle_serve.data_format.messages import MessageParser
 from twinkle_serve.errors import EngineError
-from twinkle_serve.routing.request import Request, ResponseHeader
+from twinkle_serve.routing.request import PlannedPrompt, Request, ResponseHeader, plan_prompts
 from twinkle_serve.routing.seeds import prompt_seed
 from twinkle_serve.template.prompts import Prompt
 
@@ -20,7 +20,8 @@ HEADER = ResponseHeader(logprobs_mode="raw_logprobs", parser=MessageParser())
 
 def request(prompts: int, samples: int, seed: int | None = None) -> Request:
     made = [Prompt(np.array([i, i], np.int32), index=i) for i in range(prompts)]
-    return Request(10, made, SamplingParams(num_samples=samples, seed=seed), HEADER)
+    params = [SamplingParams(num_samples=samples, seed=seed)] * prompts
+    return Request(10, plan_prompts(made, params), HEADER)
 
 
 def test_request_makes_one_group_a_prompt() -> None:
@@ -78,9 +79,9 @@ def test_request_refuses_a_sample_too_many() -> None:
 async def test_response_has_the_inputs_of_its_prompts() -> None:
     """By their indices in the call, a dict for each; or none, if they are not asked for."""
     inputs = [{"id": i} for i in range(4)]
-    prompts = [Prompt(np.array([i], np.int32), index=i) for i in (1, 3)]
+    prompts = [PlannedPrompt(Prompt(np.array([i], np.int32), index=i), SamplingParams()) for i in (1, 3)]
     for given, expected in ((inputs, [{"id": 1}, {"id": 3}]), (None, [])):
-        made = Request(10, prompts, SamplingParams(), HEADER, inputs=given)
+        made = Request(10, prompts, HEADER, inputs=given)
         made.add(columns(10, ["a"]))
         made.add(columns(11, ["b"]))
         response = await made.response()

@@ -62,13 +62,15 @@ def test_logprobs_list_no_token_twice() -> None:
 
 
 def test_new_input_feature_continues_the_prompt() -> None:
-    """Labels are rolled left by one; other keys are copied; the caller's data is unchanged."""
+    """Labels and logprobs are rolled left by one; other keys are copied; the caller's data is unchanged."""
     source = {"input_ids": [1, 2, 3], "reward_id": 9}
     one = response([columns(0, [chr(7) + chr(8)])], [source], [[1, 2, 3]])
     assert one.sequences[0].new_input_feature == {
         "reward_id": 9,
         "input_ids": [1, 2, 3, 7, 8],
         "labels": [-100, -100, 7, 8, -100],
+        "logprobs": [0.0, 0.0, -7.0, -8.0, 0.0],
+        "weight_versions": [{"weights": "initial", "adapter": "", "start": 3, "end": 5}],
         "attention_mask": [1] * 5,
         "position_ids": [0, 1, 2, 3, 4],
         "length": 5,

@@ -173,7 +173,7 @@ async def test_restart_is_the_default_and_has_nothing_reported() -> None:
 
 
 def group(**fields: Any) -> RoutedGroup:
-    params = DecodingParams(max_tokens=4, stop=(9,))
+    params = DecodingParams(max_tokens=4, stop_token_ids=(9,))
     return RoutedGroup(id=1, prompt_ids=np.zeros(2, np.int32), **{"params": params, **fields})
 
 
@@ -212,4 +212,4 @@ def test_suspects_are_prompts_and_not_samples() -> None:
 
 def test_stop_tokens_and_penalties_do_not_keep_a_sample_from_going_on() -> None:
     """What an engine needs for them is in the tokens."""
-    assert can_resume(group(params=DecodingParams(stop=(3,), repetition_penalty=1.2, top_p=0.5, logprobs=3)))
+    assert can_resume(group(params=DecodingParams(stop_token_ids=(3,), repetition_penalty=1.2, top_p=0.5, logprobs=3)))

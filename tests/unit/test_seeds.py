@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.eventually import eventually
@@ -18,6 +19,7 @@ from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import EngineDeadError
 from twinkle_serve.routing.policies import POLICIES
 from twinkle_serve.routing.router import Router
+from twinkle_serve.routing.seeds import SPACING, content_seed, occurrences
 from twinkle_serve.weights import LocalStore, WeightStore
 
 PROMPTS = [{"input_ids": [i, 20, 21]} for i in range(24, 41)]
@@ -112,3 +114,14 @@ async def test_other_calls_and_other_prompts_have_other_streams() -> None:
         responses = await asyncio.gather(*calls)
     seen = [tuple(seq.tokens) for response in responses for seq in response.sequences]
     assert len(set(seen)) == len(seen) == 5 * 8 * 4
+
+
+def test_seeds_by_content_stay_what_they_are() -> None:
+    """Ids, their order and their number decide; the values are part of the interface."""
+    ids = np.array([3, 1, 2], np.int32)
+    assert [content_seed(7, ids, k) for k in (0, 1)] == [3800103414987227136, 2929344663931322368]
+    assert content_seed(7, ids.astype(np.int64).astype(np.int32), 0) == content_seed(7, ids, 0)
+    others = {content_seed(7, np.array(other, np.int32), 0) for other in ([3, 2, 1], [3, 1], [3, 1, 2, 0])}
+    assert len(others | {content_seed(7, ids, 0), content_seed(8, ids, 0)}) == 5
+    assert content_seed(2**62 - 1, ids, 3) % SPACING == 0
+    assert occurrences([ids, ids[:1], ids, ids.copy()]) == [0, 0, 1, 2]

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinkle_serve.engines.protocol import stop_cut
+from twinkle_serve.data_format.sampling_params import DecodingParams
+from twinkle_serve.engines.stops import stop_cut
 from twinkle_serve.engines.text import TextStream
 
 
@@ -17,9 +18,13 @@ def decode(tokens: Sequence[int]) -> str:
     return bytes(tokens).decode(errors="replace")
 
 
+def stopping(*stops: str) -> DecodingParams:
+    return DecodingParams(stop_strings=stops)
+
+
 def streamed(text: str, stops: Sequence[str] = (), *, by_stop_string: bool = False) -> list[str]:
     """Deltas of a text whose bytes come one at a time."""
-    stream = TextStream(decode, stops)
+    stream = TextStream(decode, stopping(*stops))
     data = text.encode()
     return [
         stream.push([byte], last=i == len(data) - 1, by_stop_string=by_stop_string and i == len(data) - 1)
@@ -52,8 +57,8 @@ def test_deltas_together_are_the_text(stopped: bool, text: str, stop: str) -> No
     """Whatever is held back in between; up to the stop string where that ended it."""
     if stopped:
         text = text.replace(stop, "") + stop
-        cut = stop_cut(text, [stop])
+        cut = stop_cut(text, stopping(stop))
         text = text[: (cut or 0) + len(stop)]  # a sample ends where it is complete for the first time
     assert "".join(streamed(text, [stop], by_stop_string=stopped)) == (
-        text[: stop_cut(text, [stop])] if stopped else text
+        text[: stop_cut(text, stopping(stop))] if stopped else text
     )

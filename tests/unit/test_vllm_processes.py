@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.support.eventually import wait_until
+from tests.support.processes import has_ended
 from twinkle_serve import hub
 from twinkle_serve.engines import build_engine
 from twinkle_serve.engines.vllm.args import executor_backend
@@ -62,14 +63,6 @@ if __name__ == "__main__":
         os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(600)"])
     time.sleep(600)
 """
-
-
-def has_ended(process: psutil.Process) -> bool:
-    """Also as a zombie, which a caller that has replaced itself does not wait for."""
-    try:
-        return bool(process.status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
 
 
 @pytest.mark.parametrize("how", ["killed", "replaced"])

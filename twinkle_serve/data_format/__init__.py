@@ -6,6 +6,7 @@ from twinkle_serve.data_format.response import SampleResponse
 from twinkle_serve.data_format.samples import PromptScores, SampleColumns
 from twinkle_serve.data_format.sampling_params import SamplingParams
 from twinkle_serve.data_format.sequence import SampledSequence
+from twinkle_serve.data_format.structured_outputs import StructuredOutputs
 from twinkle_serve.data_format.tool_types import FunctionCall, FunctionSpec, Tool, ToolCall
 from twinkle_serve.data_format.user_data import pack_value, user_data_get
 
@@ -22,6 +23,7 @@ __all__ = [
     "SampleResponse",
     "SampledSequence",
     "SamplingParams",
+    "StructuredOutputs",
     "Tool",
     "ToolCall",
     "Trajectory",

@@ -10,9 +10,20 @@ import numpy as np
 
 from twinkle_serve.data_format.plain import is_absent
 
+IGNORED_LABEL = -100
+"""Label of a position without a loss, as in torch's cross entropy."""
+
 TYPE_COLUMNS = ("token_type_ids", "mm_token_type_ids")
 """Columns with the type of each token, which is 0 for text."""
-OWN_COLUMNS = frozenset({"input_ids", "labels", "attention_mask", "position_ids", "length", "encoded", *TYPE_COLUMNS})
+SAMPLED_COLUMNS = ("logprobs", "weight_versions")
+"""Columns about sampled tokens, which Twinkle's features do not have."""
+OWN_COLUMNS = frozenset(
+    {
+        *("input_ids", "labels", "attention_mask", "position_ids", "length", "encoded"),
+        *TYPE_COLUMNS,
+        *SAMPLED_COLUMNS,
+    }
+)
 """Keys that `new_input_feature` makes anew."""
 
 _MEDIA = re.compile(

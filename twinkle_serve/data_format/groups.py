@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self, TypeAlias
 
 import numpy as np
@@ -51,8 +51,6 @@ class Group:
     """Whether its call returns before all prompts are complete (`min_groups`), so that each finished one counts."""
     alone: bool = False
     """Whether its call has no other prompt, so that its last sample ends the call."""
-    skip_special_tokens: bool = False
-    """Whether special tokens are left out of its text, if it is streamed."""
 
     @property
     def key(self) -> GroupKey:
@@ -136,6 +134,12 @@ class EngineInfo:
     """safetensors' name of the dtype that it converts the model's floats to; "" if it keeps the checkpoint's."""
     adapter_dtype: str = ""
     """The same for adapters; "" if it keeps theirs."""
+    eos_token_ids: tuple[int, ...] = ()
+    """End-of-sequence ids of the model."""
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    """Sampling parameters that it does not have, and what to do instead."""
+    masks_raw_logprobs: bool = False
+    """Whether its raw logprobs are those under the mask of structured_outputs."""
     incarnation: str = ""
     """Id of the engine process; its replacement has another."""
     weights_version: WeightsVersion | None = None

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from twinkle_serve.data_format.plain import is_absent, normalised, plain
 from twinkle_serve.data_format.tool_calls import ToolCall, ToolParser, Tools, tool_parser
+from twinkle_serve.data_format.weights import SampledSpan
 
 ChatMessage: TypeAlias = dict[str, Any]
 """A message as a plain dict: the keys of `Message`, and others of the caller's."""
@@ -87,7 +88,7 @@ def _name(value: object) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """The beginning of the sampled turn that a prompt already contains, and the labels of earlier turns."""
+    """The beginning of the sampled turn that a prompt already contains, and the training columns of earlier turns."""
 
     opening: str = ""
     """Text at the end of the prompt that belongs to the assistant's message: `<think>`, or the unfinished text of an
@@ -99,6 +100,11 @@ class Turn:
     labels: NDArray[np.int64] | None = None
     """The token at each position of the prompt where a loss is taken, else IGNORED_LABEL. Shape [P], not rolled; None
     if there is no such position."""
+    logprobs: NDArray[np.float64] | None = None
+    """Log p of each label, nats; 0.0 for positions without a label and labels whose logprob is unknown. Shape [P], not
+    rolled; None if the input has no logprobs."""
+    weight_versions: tuple[SampledSpan, ...] = ()
+    """The tokens of the prompt that were sampled, by the weights that sampled them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 from twinkle_serve.data_format.messages import ChatMessage, Encoded
+from twinkle_serve.data_format.weights import SampledSpan
 
 InputDict: TypeAlias = dict[str, Any]
 """An input as a plain dict: the keys of `Trajectory` or `InputFeature`, and others of the caller's."""
@@ -70,6 +71,11 @@ class InputFeature(TypedDict, total=False):
     labels: Vector
     """Token to predict at each position (rolled left by one), IGNORED_LABEL for none. Shape [P]. Labels of earlier
     turns are kept."""
+    logprobs: Vector
+    """Log p of each label, nats, at the position of the label; 0.0 where there is no label or its logprob is unknown.
+    Shape [P]. Those of earlier turns are kept."""
+    weight_versions: list[SampledSpan]
+    """The tokens that were sampled, by the weights that sampled them, as written by `new_input_feature`."""
     length: int
     """P, if given."""
     messages: list[ChatMessage]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -12,17 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.conventions import follows_twinkle
-from twinkle_serve.data_format.columns import OWN_COLUMNS, grown_columns
-from twinkle_serve.data_format.messages import (
-    ChatMessage,
-    Encoded,
-    MessageParser,
-    Turn,
-    checksum,
-    ids_checksum,
-    tools_checksum,
-)
-from twinkle_serve.data_format.plain import as_items, is_absent, plain
+from twinkle_serve.data_format.columns import IGNORED_LABEL
+from twinkle_serve.data_format.features import continued_feature
+from twinkle_serve.data_format.messages import MessageParser, Turn
 from twinkle_serve.data_format.prompts import InputDict, InputFeature
 from twinkle_serve.data_format.samples import (
     NO_SEED,
@@ -30,16 +21,14 @@ from twinkle_serve.data_format.samples import (
     FloatArray,
     PromptScores,
     SampleColumns,
+    SamplingMask,
     StopReason,
 )
 from twinkle_serve.data_format.sequence import SampledSequence, columns_of, same
-from twinkle_serve.data_format.tool_calls import Tools
+from twinkle_serve.data_format.training_batch import TensorLibrary, TrainingBatch, build_batch
 from twinkle_serve.data_format.weights import VersionSpan
 
 __all__ = ["IGNORED_LABEL", "SampleResponse", "SampledSequence"]
-
-IGNORED_LABEL = -100
-"""Label of a position without a loss, as in torch's cross entropy."""
 
 
 def _computed_columns(response: SampleResponse) -> SampleColumns:
@@ -61,6 +50,9 @@ class SampleResponse(Sequence["SampleResponse"]):
     logprobs_mode: str
     """Distribution of the logprobs. `raw_logprobs`: the model's own, before temperature, penalties, top-k and top-p.
     `processed_logprobs`: the one that was sampled from. "" in a response made by hand."""
+    logprobs_are_masked: bool
+    """Whether the logprobs are those under the mask of structured_outputs. False where there is none, and for raw
+    logprobs of engines that compute them before it."""
     parser: MessageParser
     """Parses a sample's text into the assistant's message."""
     turns: tuple[Turn, ...]
@@ -81,6 +73,7 @@ class SampleResponse(Sequence["SampleResponse"]):
         prompts: list[NDArray[np.int32]] | None = None,
         inputs: list[InputDict] | None = None,
         logprobs_mode: str = "",
+        logprobs_are_masked: bool = False,
         parser: MessageParser | None = None,
         turns: tuple[Turn, ...] = (),
         prompt_indices: tuple[int, ...] = (),
@@ -100,6 +93,7 @@ class SampleResponse(Sequence["SampleResponse"]):
         self.prompts = prompts or []
         self.inputs = inputs or []
         self.logprobs_mode = logprobs_mode
+        self.logprobs_are_masked = logprobs_are_masked
         self.parser = MessageParser() if parser is None else parser
         self.turns = turns
         self.prompt_indices = prompt_indices
@@ -178,6 +172,7 @@ class SampleResponse(Sequence["SampleResponse"]):
             prompts=[self.prompts[index]],
             inputs=self.inputs[index : index + 1],
             logprobs_mode=self.logprobs_mode,
+            logprobs_are_masked=self.logprobs_are_masked,
             parser=self.parser,
             turns=self.turns[index : index + 1],
             prompt_indices=(self.prompt_indices[index],),
@@ -203,17 +198,22 @@ class SampleResponse(Sequence["SampleResponse"]):
 
     @cached_property
     def prompt_logprobs(self) -> list[float | None] | None:
-        """Log p of each prompt token, nats, None at position 0; None if not requested. P of them.
+        """Log p of each prompt token, nats, None at position 0 and before prompt_logprobs_start; None if not requested.
+        P of them.
 
         Raises:
             ValueError: the response has several prompts.
         """
         scores = self._scores("prompt_logprobs")
-        return None if scores is None else [None, *scores.logprobs[1:].tolist()]
+        if scores is None:
+            return None
+        without = max(1, scores.start)
+        return [*[None] * without, *scores.logprobs[without - scores.start :].tolist()]
 
     @cached_property
     def topk_prompt_logprobs(self) -> list[list[tuple[int, float]] | None] | None:
-        """The k likeliest (token id, log p) at each prompt position, None at position 0. P lists of k, nats.
+        """The k likeliest (token id, log p) at each prompt position, None at position 0 and before
+        prompt_logprobs_start. P lists of k, nats.
 
         None if not requested.
 
@@ -223,8 +223,51 @@ class SampleResponse(Sequence["SampleResponse"]):
         scores = self._scores("topk_prompt_logprobs")
         if scores is None or not scores.top_tokens.shape[1]:
             return None
-        rows = zip(scores.top_tokens[1:].tolist(), scores.top_logprobs[1:].tolist(), strict=True)
-        return [None, *(list(zip(tokens, logprobs, strict=True)) for tokens, logprobs in rows)]
+        without = max(1, scores.start)
+        kept = slice(without - scores.start, None)
+        rows = zip(scores.top_tokens[kept].tolist(), scores.top_logprobs[kept].tolist(), strict=True)
+        return [*[None] * without, *(list(zip(tokens, logprobs, strict=True)) for tokens, logprobs in rows)]
+
+    def to_training_batch(
+        self,
+        *,
+        packed: bool = False,
+        pad_to_multiple_of: int | None = None,
+        max_length: int | None = None,
+        pad_token_id: int = 0,
+        tensors: TensorLibrary = "torch",
+    ) -> TrainingBatch:
+        """Returns prompts and samples as tensors for a trainer, one row a sample in the order of `sequences`.
+
+        Ids, labels and logprobs are those of each sample's `new_input_feature`: labels and logprobs are rolled left by
+        one, and those of earlier turns are included, also after a call with return_inputs=False. For some of the
+        samples only, put them into a response: each keeps its prompt in `SampleResponse(chosen).to_training_batch()`.
+
+        Args:
+            packed: whether the samples follow each other in one row without padding, for kernels that take sequences of
+                several lengths; False: one padded row each.
+            pad_to_multiple_of: rows are padded to a multiple of so many tokens. None: to the longest one.
+            max_length: the most tokens that prompt and sample may have together. None: unlimited.
+            pad_token_id: token id of the padding.
+            tensors: torch (CPU tensors) or numpy (arrays).
+
+        Raises:
+            RequestError: a sample is longer than `max_length`: none is cut; torch is not installed; an argument, or a
+                sample made by hand, is invalid.
+            ValueError: a sample made by hand has invalid logprobs, see `SampledSequence.logprob_array`.
+        """
+        return build_batch(
+            self._parts(),
+            packed=packed,
+            pad_to_multiple_of=pad_to_multiple_of,
+            max_length=max_length,
+            pad_token_id=pad_token_id,
+            tensors=tensors,
+        )
+
+    def _parts(self) -> Sequence[SampleResponse]:
+        """Responses that have the samples in `sequences`, in order."""
+        return [self]
 
     def _scores(self, name: str) -> PromptScores | None:
         return self.columns.scores.get(self._only(name))
@@ -262,9 +305,15 @@ class _Row(SampledSequence):
         return self.response.columns.tokens[self._tokens_at]
 
     @property
+    def _logprob_count(self) -> int:
+        """Number of logprobs at each position."""
+        counts = self.response.columns.logprob_counts
+        return self.response.columns.logprobs_width if counts is None else int(counts[self.row])
+
+    @property
     def logprob_array(self) -> FloatArray | None:
         logprobs = self.response.columns.logprobs
-        return None if logprobs is None else logprobs[self._tokens_at, 0]
+        return None if logprobs is None or not self._logprob_count else logprobs[self._tokens_at, 0]
 
     @cached_property
     def tokens(self) -> list[int]:
@@ -272,13 +321,13 @@ class _Row(SampledSequence):
 
     @cached_property
     def logprobs(self) -> list[list[tuple[int, float]]] | None:
-        columns = self.response.columns
-        if columns.logprobs is None:
+        columns, count = self.response.columns, self._logprob_count
+        if columns.logprobs is None or not count:
             return None
-        values = columns.logprobs[self._tokens_at].tolist()
-        if columns.logprob_tokens is None or (columns.logprobs_width == 2 and follows_twinkle()):
+        values = columns.logprobs[self._tokens_at, :count].tolist()
+        if columns.logprob_tokens is None or count == 1 or (count == 2 and follows_twinkle()):
             return [[(token, row[0])] for token, row in zip(self.tokens, values, strict=True)]
-        ids = columns.logprob_tokens[self._tokens_at].tolist()
+        ids = columns.logprob_tokens[self._tokens_at, :count].tolist()
         if follows_twinkle():
             return [list(zip(tokens[1:], row[1:], strict=True)) for tokens, row in zip(ids, values, strict=True)]
         # The sampled token is often among the k likeliest: dict keeps its first place.
@@ -287,6 +336,16 @@ class _Row(SampledSequence):
     @property
     def decoded(self) -> str:
         return self.response.columns.decoded[self.row]
+
+    @property
+    def whole_text(self) -> str:
+        texts = self.response.columns.whole_text
+        return self.decoded if texts is None else texts[self.row]
+
+    @property
+    def sampling_mask(self) -> SamplingMask | None:
+        masks = self.response.columns.masks
+        return None if masks is None else masks[self.row]
 
     @property
     def stop_reason(self) -> StopReason:
@@ -308,6 +367,8 @@ class _Row(SampledSequence):
     @property
     def weight_versions(self) -> list[VersionSpan]:
         spans = self.response.columns.weight_versions[self.row]
+        if not spans:  # of a sample made by hand
+            return []
         ends = [start for _, start in spans[1:]] + [int(self.response.columns.lengths[self.row])]
         return [VersionSpan(label, start, end) for (label, start), end in zip(spans, ends, strict=True)]
 
@@ -316,49 +377,9 @@ class _Row(SampledSequence):
         return self.response.prompt_indices[int(self.response.columns.group[self.row])]
 
     @property
-    def _feature(self) -> InputFeature | None:
-        return self.new_input_feature if self.response.inputs else None
+    def _feature(self) -> object:
+        return super()._feature if self.response.inputs else None
 
     @cached_property
     def new_input_feature(self) -> InputFeature:
-        response = self.response
-        if not response.inputs:
-            raise ValueError("new_input_feature continues an input, and the call was made with return_inputs=False.")
-        number = int(response.columns.group[self.row])
-        turn = response.turns[number] if response.turns else Turn()
-        prompt = response.prompts[number].tolist()
-        learnt = [IGNORED_LABEL] * len(prompt) if turn.labels is None else turn.labels.tolist()
-        learnt += self.tokens
-        length = len(prompt) + len(self.tokens)
-        source = response.inputs[number]
-        feature = copy.deepcopy({key: value for key, value in source.items() if key not in OWN_COLUMNS})
-        feature |= {"input_ids": prompt + self.tokens, "labels": [*learnt[1:], IGNORED_LABEL]}
-        feature |= grown_columns(source, length)
-        if not is_absent(source.get("messages")):
-            tools = source.get("tools")
-            messages, start = self._with_message(as_items(feature["messages"]) or [], tools, turn, len(prompt))
-            feature["messages"] = messages
-            feature["encoded"] = Encoded(
-                ids=length,
-                checksum=ids_checksum(response.prompts[number], self.token_array),
-                messages=[*map(checksum, messages)],
-                tools=tools_checksum(tools),
-                assistant_start=start,
-            )
-            if turn.written is not None:
-                feature["encoded"]["written"] = turn.written
-        return cast(InputFeature, feature)
-
-    def _with_message(
-        self, messages: list[ChatMessage], tools: object, turn: Turn, prompt_length: int
-    ) -> tuple[list[ChatMessage], int]:
-        """Returns the messages with this sample's, and where its tokens begin. A sample without tokens adds none."""
-        start = prompt_length if turn.resumed_at is None else turn.resumed_at
-        if not self.tokens:
-            return messages, start
-        before = messages if turn.resumed_at is None else messages[:-1]
-        known: Tools = () if is_absent(tools) else plain(tools)
-        message = self.response.parser.message(turn.opening + self.decoded, known, len(before))
-        if turn.written is not None:  # other keys of a message that the caller began
-            message = {key: messages[-1][key] for key in messages[-1] if key not in ("content", "tool_calls")} | message
-        return [*before, message], start
+        return continued_feature(self)

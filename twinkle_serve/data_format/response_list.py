@@ -10,14 +10,15 @@ from twinkle_serve.conventions import follows_twinkle
 from twinkle_serve.data_format.response import SampleResponse
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.sequence import SampledSequence
+from twinkle_serve.errors import DeadlineError
 
 
 class ResponseList(list[SampleResponse], SampleResponse):
     """The response to a call as a list with the response to each prompt.
 
     Guarantees:
-        `sequences` are those of the items in the list. Once the list has been changed, whatever else belongs to the
-        call as a whole raises.
+        `sequences` and `to_training_batch` are of the items in the list. Once the list has been changed, whatever else
+        belongs to the call as a whole raises.
     """
 
     def __init__(self, response: SampleResponse) -> None:
@@ -45,6 +46,9 @@ class ResponseList(list[SampleResponse], SampleResponse):
     def sequences(self) -> Sequence[SampledSequence]:
         return self._call.sequences if self._is_unchanged() else [s for response in self for s in response.sequences]
 
+    def _parts(self) -> Sequence[SampleResponse]:
+        return [self._call] if self._is_unchanged() else list(self)
+
     @property
     def columns(self) -> SampleColumns:  # type: ignore[override]  # not to be set
         return self.whole().columns
@@ -64,3 +68,13 @@ class ResponseList(list[SampleResponse], SampleResponse):
 def as_called(response: SampleResponse) -> SampleResponse:
     """Returns a response as its caller expects it: where defaults are Twinkle's, as a list."""
     return ResponseList(response) if follows_twinkle() else response
+
+
+def as_raised(error: DeadlineError) -> DeadlineError:
+    """Returns a call's error with its response as the caller expects it.
+
+    It has no traceback: the frames that it came through hold everything of the call.
+    """
+    if error.response is not None:
+        error.response = as_called(error.response)
+    return error.with_traceback(None)

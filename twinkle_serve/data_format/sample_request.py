@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict, TypeVar, cast, get_type_hints
 
 from twinkle_serve.data_format.inputs import PackedInputs, as_list
-from twinkle_serve.data_format.sampling_params import UNSET, SamplingParams, Unset
-from twinkle_serve.errors import AdapterError, RequestError, unknown_name
+from twinkle_serve.data_format.sampling_params import ALIASES, UNSET, SamplingParams, Unset, with_defaults
+from twinkle_serve.errors import AdapterError, RequestError, SamplingParamsError, unknown_name
 from twinkle_serve.validation import flag, seconds
 
 Inputs: TypeAlias = Any
 """A Trajectory, an InputFeature, a list of either kind, or PackedInputs; validated where prompts are encoded."""
 
-SamplingParamsLike: TypeAlias = SamplingParams | Mapping[str, Any]
+SamplingParamsLike: TypeAlias = SamplingParams | Mapping[str, Any] | Sequence[SamplingParams | Mapping[str, Any]]
+"""SamplingParams or a dict of the same keys, for all inputs; or a list with one of them for each."""
 
 SHORT_BYTES = 2**12
 """Size of the inputs of a short call: about 1,000 tokens, as ids or text."""
@@ -67,6 +68,17 @@ class HandleOptions(SampleOptions, TextOptions, total=False):
     done: Sequence[int]
     cancelled: Sequence[int] | None
     return_inputs: bool
+
+
+class EncodeOptions(TypedDict, total=False):
+    """Keywords of `RouterAPI.encode` and `RouterAPI.count_tokens`."""
+
+    template: TemplateChoice
+    """As in a SampleRequest."""
+    continue_final_message: bool | None
+    """As in a SampleRequest."""
+    add_generation_prompt: bool
+    """Whether to end at the beginning of the assistant's turn, or after the last message."""
 
 
 IGNORED_OPTIONS: set[str] = set()
@@ -133,6 +145,44 @@ class SampleRequest:
     def is_short(self) -> bool:
         """Whether its inputs are read and encoded in about a millisecond."""
         return isinstance(self.inputs, PackedInputs) and self.inputs.size_bytes <= SHORT_BYTES
+
+    def params_of_inputs(self, defaults: Mapping[str, Any]) -> list[SamplingParams]:
+        """Returns the sampling parameters of each input, in order; those of all inputs are one object.
+
+        Args:
+            defaults: for calls without parameters, and for what their dicts leave out.
+
+        Raises:
+            SamplingParamsError: invalid ones, a list of another length than the inputs, or two that cannot be in one
+                call.
+        """
+        given, count = self.sampling_params, self.input_count
+        # The call's own arguments come before the defaults, and may not contradict its parameters.
+        own = {"num_samples": self.num_samples is not None, "logprobs": self.logprobs is not UNSET}
+        defaults = {name: value for name, value in defaults.items() if not own.get(ALIASES.get(name, name))}
+        if not isinstance(given, (list, tuple)):
+            params = with_defaults(cast(Any, given), defaults)
+            return [SamplingParams.of(params, self.num_samples, self.logprobs)] * count
+        if len(given) != count:
+            raise SamplingParamsError(
+                f"sampling_params is a list of {len(given)}, and the call has {count} inputs. Give one for each input, "
+                "or a single one for all."
+            )
+        each = [
+            SamplingParams.of(with_defaults(params, defaults), self.num_samples, self.logprobs, f"sampling_params[{i}]")
+            for i, params in enumerate(given)
+        ]
+        if len(modes := {params.logprobs_mode for params in each}) > 1:
+            raise SamplingParamsError(
+                f"logprobs_mode must be the same for all inputs of a call, got {' and '.join(map(repr, modes))}. Send "
+                "a call for each."
+            )
+        if len({params.max_tokens == 0 for params in each}) > 1:
+            raise SamplingParamsError(
+                "max_tokens is 0 for some inputs of the call and more for others: a prompt that is only scored is "
+                "rendered differently. Send a call for each kind."
+            )
+        return each
 
     def check_limits(self, prompts: int) -> None:
         """Validates sample_timeout_s, skip_special_tokens, and min_groups against the number of prompts.

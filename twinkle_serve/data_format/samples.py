@@ -25,14 +25,52 @@ NO_SEED = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptScores:
-    """Logprobs of the P tokens of one prompt. Position 0 has none: NaN, and token −1."""
+    """Logprobs of the tokens of one prompt from a position on, R of them. Position 0 has none: NaN, and token −1."""
 
     logprobs: FloatArray
-    """Shape [P], nats."""
+    """Shape [R], nats."""
     top_tokens: NDArray[np.int32]
-    """The k likeliest tokens at each position, best first. Shape [P, k]; k may be 0."""
+    """The k likeliest tokens at each position, best first. Shape [R, k]; k may be 0."""
     top_logprobs: FloatArray
-    """Shape [P, k], nats."""
+    """Shape [R, k], nats."""
+    start: int = 0
+    """Position in the prompt of the first of them."""
+
+    def since(self, start: int) -> PromptScores:
+        """Returns those from a position of the prompt on."""
+        rows = slice(start - self.start, None)
+        return PromptScores(
+            logprobs=self.logprobs[rows],
+            top_tokens=self.top_tokens[rows],
+            top_logprobs=self.top_logprobs[rows],
+            start=start,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingMask:
+    """The tokens that could be sampled at each of the T positions of a sample."""
+
+    counts: NDArray[np.int32]
+    """Number of tokens at each position. Shape [T], sum M."""
+    tokens: NDArray[np.int32]
+    """Their ids, ascending at each position. Shape [M]."""
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @classmethod
+    def of(cls, kept: Sequence[NDArray[np.int32]]) -> SamplingMask:
+        """Joins the token ids of each position."""
+        return cls(
+            counts=np.array([len(ids) for ids in kept], np.int32),
+            tokens=np.concatenate([*kept, np.empty(0, np.int32)]).astype(np.int32, copy=False),
+        )
+
+    def at(self, position: int) -> NDArray[np.int32]:
+        """Returns the token ids of a position."""
+        end = int(self.counts[: position + 1].sum())
+        return self.tokens[end - int(self.counts[position]) : end]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +121,10 @@ class SampleColumns:
     tokens: NDArray[np.int32]
     """Sampled token ids, prompt excluded, samples concatenated. Shape [T]."""
     logprobs: FloatArray | None
-    """Log p, nats: the sampled token first, then the k likeliest. Shape [T, 1 + k]; None if not requested."""
+    """Log p, nats: the sampled token first, then the k likeliest, then n named ones. Shape [T, 1 + k + n]; None if not
+    requested."""
     logprob_tokens: NDArray[np.int32] | None
-    """Token ids of `logprobs`. Shape [T, 1 + k]; None if k = 0: they are `tokens` then."""
+    """Token ids of `logprobs`. Shape [T, 1 + k + n]; None if k + n = 0: they are `tokens` then."""
     stop_reason: NDArray[np.uint8]
     """Index into STOP_REASONS. Shape [S]."""
     decoded: list[str]
@@ -100,14 +139,26 @@ class SampleColumns:
     """Versions of the model's own weights that sampled each sample. S of them."""
     scores: dict[int, PromptScores] = field(default_factory=dict)
     """Prompt logprobs by group, if requested."""
+    logprob_counts: NDArray[np.int32] | None = None
+    """Number of logprobs at each position of each sample, where samples differ: the others are NaN, of token −1. Shape
+    [S]."""
+    whole_text: list[str] | None = None
+    """`decoded` with special tokens, where that lacks them. S of them."""
+    masks: list[SamplingMask | None] | None = None
+    """S of them; None if not requested."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
     def logprobs_width(self) -> int:
-        """1 + k; 0 if logprobs were not requested."""
+        """1 + k + n; 0 if logprobs were not requested."""
         return 0 if self.logprobs is None else self.logprobs.shape[1]
+
+    @property
+    def layout(self) -> tuple[int, bool, bool]:
+        """Which columns there are, and their width."""
+        return (self.logprobs_width, self.whole_text is not None, self.masks is not None)
 
     @property
     def starts(self) -> NDArray[np.int64]:
@@ -117,9 +168,11 @@ class SampleColumns:
 
     @classmethod
     def concat(cls, parts: Sequence[SampleColumns]) -> SampleColumns:
-        """Concatenates parts. At least one; all have the same `logprobs_width`."""
+        """Concatenates parts. At least one."""
         if len(parts) == 1:
             return parts[0]
+        if len({part.layout for part in parts}) > 1:
+            parts = _of_one_layout(parts)
         first = parts[0]
         scores: dict[int, PromptScores] = {}
         for part in parts:
@@ -128,15 +181,26 @@ class SampleColumns:
         def joined(name: str) -> NDArray[np.generic] | None:
             return None if getattr(first, name) is None else np.concatenate([getattr(part, name) for part in parts])
 
-        arrays = ("group", "sample", "lengths", "tokens", "logprobs", "logprob_tokens", "stop_reason", "seed")
+        def listed(name: str) -> list[object] | None:
+            return None if getattr(first, name) is None else [x for part in parts for x in getattr(part, name)]
+
         return cls(
-            **{name: joined(name) for name in arrays},  # type: ignore[arg-type]
-            decoded=[text for part in parts for text in part.decoded],
-            engine=[engine for part in parts for engine in part.engine],
-            adapter=[adapter for part in parts for adapter in part.adapter],
-            weight_versions=[spans for part in parts for spans in part.weight_versions],
+            **{name: joined(name) for name in _ARRAYS},  # type: ignore[arg-type]
+            **{name: listed(name) for name in _LISTS},  # type: ignore[arg-type]
             scores=scores,
         )
+
+    def _widened(self, width: int) -> SampleColumns:
+        """Pads logprobs to a width."""
+        own, tokens = self.logprobs_width, len(self.tokens)
+        logprobs = np.full((tokens, width), np.nan, np.float32)
+        ids = None if width == 1 else np.full((tokens, width), -1, np.int32)
+        if self.logprobs is not None:
+            logprobs[:, :own] = self.logprobs
+            if ids is not None:
+                ids[:, :own] = self.tokens[:, None] if self.logprob_tokens is None else self.logprob_tokens
+        counts = np.full(len(self), own, np.int32) if self.logprob_counts is None else self.logprob_counts
+        return replace(self, logprobs=logprobs, logprob_tokens=ids, logprob_counts=counts)
 
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> SampleColumns:
         """Selects rows, in the given order."""
@@ -164,6 +228,9 @@ class SampleColumns:
             adapter=[self.adapter[row] for row in rows],
             weight_versions=[self.weight_versions[row] for row in rows],
             scores={g: self.scores[g] for g in dict.fromkeys(group.tolist()) if g in self.scores},
+            logprob_counts=None if self.logprob_counts is None else self.logprob_counts[rows],
+            whole_text=None if self.whole_text is None else [self.whole_text[row] for row in rows],
+            masks=None if self.masks is None else [self.masks[row] for row in rows],
         )
 
     def regrouped(self, indices: dict[int, int]) -> SampleColumns:
@@ -185,3 +252,33 @@ class SampleColumns:
         return self.take(
             np.array([row for row, group in enumerate(self.group.tolist()) if group not in groups], np.int64)
         )
+
+
+_ARRAYS = (
+    "group",
+    "sample",
+    "lengths",
+    "tokens",
+    "logprobs",
+    "logprob_tokens",
+    "stop_reason",
+    "seed",
+    "logprob_counts",
+)
+_LISTS = ("decoded", "engine", "adapter", "weight_versions", "whole_text", "masks")
+
+
+def _of_one_layout(parts: Sequence[SampleColumns]) -> list[SampleColumns]:
+    """Pads the columns of parts to the same layout."""
+    if len(widths := {part.logprobs_width for part in parts}) > 1:
+        parts = [part._widened(max(widths)) for part in parts]
+    texts = any(part.whole_text is not None for part in parts)
+    masks = any(part.masks is not None for part in parts)
+    return [
+        replace(
+            part,
+            whole_text=(part.whole_text or part.decoded) if texts else None,
+            masks=(part.masks or [None] * len(part)) if masks else None,
+        )
+        for part in parts
+    ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twinkle_serve.data_format.samples import NO_SEED, STOP_REASONS, FloatArray, SampleColumns, StopReason
+from twinkle_serve.data_format.samples import NO_SEED, STOP_REASONS, FloatArray, SampleColumns, SamplingMask, StopReason
 from twinkle_serve.data_format.weights import VersionSpan
 
 if TYPE_CHECKING:
@@ -60,26 +60,45 @@ class SampledSequence:
 
     @cached_property
     def logprobs(self) -> list[list[tuple[int, float]]] | None:
-        """(token id, log p) at each position, nats: the sampled token, then the others of the k likeliest, best first.
+        """(token id, log p) at each position, nats: the sampled token, then the others of the k likeliest, best first,
+        then those of logprob_token_ids that are not among them.
 
-        T lists of up to 1 + k. `[lp[0][1] for lp in seq.logprobs]` are the logprobs of the sampled tokens. None if not
-        requested.
+        T lists of up to 1 + k + n; None if not requested. `[lp[0][1] for lp in seq.logprobs]` are the logprobs of the
+        sampled tokens.
         """
         raise NotImplementedError
 
     @cached_property
     def decoded(self) -> str:
-        """Text of the tokens, special tokens kept, cut off before a stop string."""
+        """Text of the tokens, cut off before a stop string, special tokens kept; include_stop_str_in_output and
+        skip_special_tokens change that."""
         raise NotImplementedError
+
+    @property
+    def whole_text(self) -> str:
+        """`decoded` with special tokens: what the template's parser reads."""
+        return self.decoded
+
+    @property
+    def sampling_mask(self) -> SamplingMask | None:
+        """The tokens that could be sampled at each position; None without return_sampling_mask."""
+        return None
 
     @cached_property
     def new_input_feature(self) -> Any:
         """The prompt and this sample as one training input, an InputFeature; the input's other keys are copied over.
 
         `labels` are rolled left by one: position t holds the token to predict there, IGNORED_LABEL outside the samples.
-        Labels of the input are kept. The assistant's turn is appended to a trajectory's `messages`, and `encoded` says
-        which messages the tokens cover. Passed as an input again, it is continued token by token. Follows Twinkle's
-        samplers. Arrays are lists of P + T numbers.
+        Labels of the input are kept. `logprobs` are aligned with them: log p of each label, nats, under
+        `SampleResponse.logprobs_mode`; 0.0 where there is no label or its logprob is unknown, as of labels that the
+        caller gave without logprobs. The key is missing if neither the call nor its input has logprobs.
+        `weight_versions` are the sampled tokens in `input_ids`, of earlier turns too, as a list of
+        `{"weights": label, "adapter": name@version or "", "start": index, "end": index after the last}`.
+
+        The assistant's turn is appended to a trajectory's `messages`, and `encoded` says which messages the tokens
+        cover. Passed as an input again, it is continued token by token. Follows Twinkle's samplers; where defaults are
+        Twinkle's, `logprobs` and `weight_versions` are there only if the input has them. Arrays are lists of P + T
+        numbers.
 
         Raises:
             ValueError: the call was made with return_inputs=False.
@@ -135,7 +154,10 @@ class SampledSequence:
         return np.asarray([row[token] for token, row in rows], np.float32)
 
     def __eq__(self, other: object) -> bool:
-        """Compares how the samples ended, their tokens, logprobs and text, and their training inputs."""
+        """Compares how the samples ended, their tokens, logprobs and text, and their training inputs.
+
+        What sampled them makes no difference: seed, engine, and versions of weights and adapter.
+        """
         if not isinstance(other, SampledSequence):
             return NotImplemented
         names = ("stop_reason", "tokens", "logprobs", "decoded", "routed_experts", "_feature")
@@ -146,10 +168,17 @@ class SampledSequence:
 
     @property
     def _feature(self) -> object:
-        return self.new_input_feature
+        return _without_versions(self.new_input_feature)
 
     def __repr__(self) -> str:
         return f"SampledSequence({self.decoded!r}, {len(self.tokens)} tokens, {self.stop_reason})"
+
+
+def _without_versions(feature: object) -> object:
+    """Returns a feature without the versions that sampled it, for comparisons."""
+    if not isinstance(feature, Mapping):
+        return feature
+    return {key: value for key, value in feature.items() if key != "weight_versions"}
 
 
 def same(mine: object, theirs: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,19 @@ class VersionSpan(NamedTuple):
     """Label of the version."""
     start: int
     """Index of the first token."""
+    end: int
+    """Index after the last token."""
+
+
+class SampledSpan(TypedDict):
+    """Consecutive tokens of an InputFeature that were sampled, and the weights that sampled them."""
+
+    weights: str
+    """Label of the version of the model's own weights."""
+    adapter: str
+    """`name@version` of the adapter; "" for the base model."""
+    start: int
+    """Index in `input_ids` of the first token."""
     end: int
     """Index after the last token."""
 

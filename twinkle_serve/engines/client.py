@@ -7,6 +7,7 @@ from typing import Protocol
 
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
+from twinkle_serve.data_format.structured_outputs import StructuredOutputs
 from twinkle_serve.data_format.weights import ModelSpec, PauseMode, WeightsVersion
 from twinkle_serve.engines.group_runner import Finished
 
@@ -49,6 +50,9 @@ class EngineClient(Protocol):
 
     async def abort(self, session: Session, attempts: Iterable[Attempt]) -> None:
         """Aborts groups that still run. They appear in no item of `results`."""
+
+    async def check_structured(self, structured: StructuredOutputs) -> None:
+        """Checks structured outputs; see `engines.protocol.Engine.check_structured`."""
 
     async def load_adapter(self, version: AdapterVersion) -> None:
         """Fetches an adapter version from the store, checks it against the model and loads it. Idempotent.

@@ -12,8 +12,8 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,22 +25,32 @@ from twinkle_serve.adapter_description import describe_adapter, not_in_model
 from twinkle_serve.checkpoint import weight_shapes
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
-from twinkle_serve.data_format.samples import FloatArray, PartialSample, PromptScores, SampleColumns, StopReason
-from twinkle_serve.data_format.sampling_params import DecodingParams
+from twinkle_serve.data_format.samples import (
+    FloatArray,
+    PartialSample,
+    PromptScores,
+    SampleColumns,
+)
+from twinkle_serve.data_format.structured_outputs import StructuredOutputs
 from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
+from twinkle_serve.engines.drawing import DrawnSample, columns_of_samples
+from twinkle_serve.engines.logits import LogitsProcessor, log_softmax, softmax
 from twinkle_serve.engines.protocol import (
     TokenDelta,
-    columns_of_group,
     max_new_tokens,
     parse_engine_args,
     spans_from,
-    stop_cut,
 )
 from twinkle_serve.engines.stages import OnStage, ignore_stage
-from twinkle_serve.errors import EngineError, WeightsError
+from twinkle_serve.errors import EngineError, SamplingParamsError, WeightsError
 
 ROWS = 257
 """Number of distinct next-token distributions of the toy model."""
+
+LACKS = {
+    "structured_outputs": "the fake engine has no grammars. Use engine: vllm.",
+    "thinking_token_budget": "the fake engine does not think. Use engine: vllm.",
+}
 
 
 class FakeArgs(BaseModel):
@@ -111,6 +121,8 @@ class FakeEngine:
             device="cpu",
             cpus=(),
             max_lora_rank=self._args.max_lora_rank if self._args.enable_lora else 0,
+            eos_token_ids=(self._eos,),
+            lacks=LACKS,
         )
 
     def _logits_of(self, adapter: AdapterVersion | None) -> FloatArray:
@@ -136,28 +148,22 @@ class FakeEngine:
                     pass
             finally:
                 self._resumable.pop(group.attempt, None)
-        k = params.logprobs
-        return columns_of_group(
-            group,
-            self._name,
-            [sample.tokens for sample in samples],
-            [sample.text for sample in samples],
-            [sample.reason or "length" for sample in samples],
-            None if k is None else np.concatenate([sample.logprob_array for sample in samples]),
-            None if not k else np.concatenate([sample.top_token_array for sample in samples]),
-            scores,
-            [tuple(sample.weight_versions) or ((self._label, 0),) for sample in samples],
-        )
+        for sample in samples:
+            sample.weight_versions = sample.weight_versions or [(self._label, 0)]
+        return columns_of_samples(group, self._name, samples, scores, self.decode)
+
+    async def check_structured(self, structured: StructuredOutputs) -> None:
+        raise SamplingParamsError(f"structured_outputs is not available: {LACKS['structured_outputs']}")
 
     def partial_output(self, group: Group, offset: int) -> PartialSample | None:
         sample = self._resumable.get(group.attempt)
-        if sample is None or sample.reason is not None or len(sample.tokens) <= offset:
+        if sample is None or sample.stop_reason is not None or len(sample.tokens) <= offset:
             return None
-        k = group.params.logprobs
+        logprobs, ids = sample.logprob_array, sample.logprob_token_array
         return PartialSample(
             tokens=np.array(sample.tokens[offset:], np.int32),
-            logprobs=None if k is None else sample.logprob_array[offset:],
-            logprob_tokens=None if not k else sample.top_token_array[offset:],
+            logprobs=None if logprobs is None else logprobs[offset:],
+            logprob_tokens=None if ids is None else ids[offset:],
             weight_versions=spans_from(sample.weight_versions, offset),
         )
 
@@ -167,8 +173,8 @@ class FakeEngine:
             async for _ in self._steps(group, [sample]):
                 yield TokenDelta(
                     tokens=sample.tokens[-1:],
-                    stop_reason=sample.reason,
-                    by_stop_string=sample.reason == "stop" and sample.cut_text is not None,
+                    stop_reason=sample.stop_reason,
+                    by_stop_string=sample.by_stop_string,
                 )
             if not sample.tokens:
                 yield TokenDelta(tokens=[], stop_reason="length")
@@ -191,7 +197,7 @@ class FakeEngine:
         """Advances all samples in parallel, by one token per step."""
         clock = asyncio.get_running_loop().time
         end = math.inf if group.sample_timeout_s is None else clock() + group.sample_timeout_s
-        while unfinished := [sample for sample in samples if sample.reason is None and sample.max_tokens]:
+        while unfinished := [sample for sample in samples if sample.stop_reason is None and sample.max_tokens]:
             await asyncio.sleep(self._args.token_latency_s)
             await self._not_held.wait()
             table = self._logits_of(group.adapter)
@@ -202,14 +208,19 @@ class FakeEngine:
 
     def _new_sample(self, group: Group, j: int) -> _Sample:
         return _Sample(
-            prompt_ids=group.prompt_ids,
             params=group.params,
+            process=LogitsProcessor(group.params, group.prompt_ids, [self._eos], self._encode),
+            logprobs_mode=group.params.logprobs_mode or "raw_logprobs",
             max_tokens=max_new_tokens(self.info, group),
             rng=np.random.default_rng(group.seed_of(j)),
             state=zlib.crc32(group.prompt_ids.astype(np.int32).tobytes()),
-            eos=self._eos,
+            eos=[self._eos],
             decode=self.decode,
         )
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
@@ -277,60 +288,27 @@ class FakeEngine:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Sample:
-    """A sample being drawn."""
+class _Sample(DrawnSample):
+    """A sample of the toy model."""
 
-    prompt_ids: NDArray[np.int32]
-    params: DecodingParams
-    max_tokens: int
     rng: np.random.Generator
     state: int
     """Hash of the prompt and all tokens so far."""
-    eos: int
-    decode: Callable[[Sequence[int]], str]
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[FloatArray] = field(default_factory=list)
-    top_tokens: list[NDArray[np.int64]] = field(default_factory=list)
-    weight_versions: list[tuple[str, int]] = field(default_factory=list)
-    reason: StopReason | None = None
-    cut_text: str | None = None
-    """The text, if a stop string cut it."""
 
     def step(self, table: FloatArray, label: str, *, aborted: bool) -> None:
         """Draws the next token."""
-        params, k = self.params, self.params.logprobs or 0
-        if not self.weight_versions or self.weight_versions[-1][0] != label:
-            self.weight_versions.append((label, len(self.tokens)))
+        self.sampled_by(label)
         raw = table[self.state % ROWS]
-        token = _draw(raw, params, self.prompt_ids, self.tokens, self.rng)
+        logits = self.process(raw, self.tokens)
+        token = self._draw(logits)
         self.state = zlib.crc32(np.int32(token).tobytes(), self.state)
-        self.tokens.append(token)
-        logprobs = _log_softmax(raw)
-        top = np.argsort(-logprobs, kind="stable")[:k]
-        self.logprobs.append(np.concatenate([logprobs[token : token + 1], logprobs[top]]))
-        self.top_tokens.append(np.concatenate([[token], top]))
-        if token in params.stop_token_ids or (token == self.eos and not params.ignore_eos):
-            self.reason = "stop"
-        elif params.stop_strings and (end := stop_cut(self.decode(self.tokens), params.stop_strings)) is not None:
-            self.reason, self.cut_text = "stop", self.decode(self.tokens)[:end]
-        elif len(self.tokens) >= self.max_tokens:
-            self.reason = "length"
-        elif aborted:
-            self.reason = "abort"
+        self.add(token, raw, logits)
+        self.end(aborted=aborted)
 
-    @property
-    def text(self) -> str:
-        return self.decode(self.tokens) if self.cut_text is None else self.cut_text
-
-    @property
-    def logprob_array(self) -> FloatArray:
-        """Shape [T, 1 + k]."""
-        return np.array(self.logprobs, np.float32).reshape(-1, 1 + (self.params.logprobs or 0))
-
-    @property
-    def top_token_array(self) -> NDArray[np.int32]:
-        """Shape [T, 1 + k]."""
-        return np.array(self.top_tokens, np.int32).reshape(-1, 1 + (self.params.logprobs or 0))
+    def _draw(self, logits: FloatArray) -> int:
+        if self.params.greedy:
+            return int(logits.argmax())
+        return int((softmax(logits) / self.rng.standard_exponential(len(logits))).argmax())
 
 
 def _score(prompt_ids: NDArray[np.int32], k: int, table: FloatArray) -> PromptScores:
@@ -339,38 +317,9 @@ def _score(prompt_ids: NDArray[np.int32], k: int, table: FloatArray) -> PromptSc
     tokens = [np.full(k, -1, np.int32)]
     for before, token in itertools.pairwise(prompt_ids):
         state = zlib.crc32(np.int32(before).tobytes(), state)
-        logprobs = _log_softmax(table[state % ROWS])
+        logprobs = log_softmax(table[state % ROWS])
         top = np.argsort(-logprobs, kind="stable")[:k].astype(np.int32)
         rows.append(np.concatenate([logprobs[token : token + 1], logprobs[top]]))
         tokens.append(top)
     values = np.stack(rows)
     return PromptScores(logprobs=values[:, 0], top_tokens=np.stack(tokens), top_logprobs=values[:, 1:])
-
-
-def _log_softmax(logits: FloatArray) -> FloatArray:
-    shifted = logits - logits.max()
-    result: FloatArray = shifted - np.log(np.exp(shifted).sum())
-    return result
-
-
-def _draw(
-    raw: FloatArray, params: DecodingParams, prompt: NDArray[np.int32], tokens: list[int], rng: np.random.Generator
-) -> int:
-    """Draws one token; the steps and their order are vLLM's."""
-    logits = raw
-    if params.repetition_penalty != 1.0:
-        seen = np.unique(np.concatenate([np.asarray(prompt, np.int64), np.asarray(tokens, np.int64)]))
-        logits = raw.copy()
-        values = logits[seen]
-        logits[seen] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if params.greedy:
-        return int(logits.argmax())
-    logits = logits / params.temperature
-    if 0 < params.top_k < len(logits):
-        logits = np.where(logits < np.partition(logits, -params.top_k)[-params.top_k], -np.inf, logits)
-    probabilities = np.exp(_log_softmax(logits))
-    if params.top_p < 1:
-        order = np.argsort(-probabilities, kind="stable")
-        before = np.cumsum(probabilities[order]) - probabilities[order]
-        probabilities[order[before >= params.top_p]] = 0.0
-    return int((probabilities / rng.standard_exponential(len(probabilities))).argmax())

@@ -275,16 +275,16 @@ class GroupRunner:
 def _collect(
     done: Iterable[tuple[GroupKey, asyncio.Task[SampleColumns]]],
 ) -> tuple[list[Finished], EngineDeadError | None]:
-    """Returns one item per width of logprobs, one for the failures, and the error by which the engine died, if any."""
+    """Returns one item per layout of columns, one for the failures, and the error by which the engine died, if any."""
     death: EngineDeadError | None = None
     failures: dict[GroupKey, TwinkleServeError] = {}
-    by_width: dict[int, list[SampleColumns]] = {}
+    by_layout: dict[tuple[int, bool, bool], list[SampleColumns]] = {}
     for key, task in done:
         if task.cancelled():
             continue
         match task.exception():
             case None:
-                by_width.setdefault(task.result().logprobs_width, []).append(task.result())
+                by_layout.setdefault(task.result().layout, []).append(task.result())
             case EngineDeadError() as dead:
                 death = dead
             case TwinkleServeError() as failure:
@@ -292,5 +292,5 @@ def _collect(
             case bug:
                 logger.error(f"a bug in sampling group {key}", exc_info=bug)
                 failures[key] = EngineError(f"a bug in the engine: {bug!r}")
-    items = [Finished(columns=SampleColumns.concat(parts)) for parts in by_width.values()]
+    items = [Finished(columns=SampleColumns.concat(parts)) for parts in by_layout.values()]
     return ([*items, Finished(failures=failures)] if failures else items), death

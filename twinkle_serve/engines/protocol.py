@@ -19,12 +19,13 @@ from twinkle_serve.data_format.samples import (
     PartialSample,
     PromptScores,
     SampleColumns,
+    SamplingMask,
     StopReason,
 )
-from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.structured_outputs import StructuredOutputs
 from twinkle_serve.data_format.weights import Bucket, PauseMode, Spans
 from twinkle_serve.engines.stages import OnStage, ignore_stage
-from twinkle_serve.errors import EngineArgsError, PromptError, SamplingParamsError, unknown_name
+from twinkle_serve.errors import EngineArgsError, unknown_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +85,13 @@ class Engine(Protocol):
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Decodes tokens to text."""
         ...
+
+    async def check_structured(self, structured: StructuredOutputs) -> None:
+        """Checks that samples can be held to it, within seconds and bounded memory.
+
+        Raises:
+            SamplingParamsError: they cannot.
+        """
 
     async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
         """Loads an adapter version beside the loaded ones.
@@ -156,8 +164,15 @@ def columns_of_group(
     logprob_tokens: NDArray[np.int32] | None,
     scores: PromptScores | None,
     weight_versions: Sequence[Spans],
+    *,
+    whole_text: list[str] | None = None,
+    masks: Sequence[SamplingMask | None] | None = None,
 ) -> SampleColumns:
-    """Builds the columns of a finished group. `tokens` holds `group.count` sequences; the rest as in SampleColumns."""
+    """Builds the columns of a finished group. `tokens` holds `group.count` sequences; the rest as in SampleColumns.
+
+    Args:
+        scores: of all positions of the prompt.
+    """
     assert len(tokens) == len(decoded) == group.count, (len(tokens), len(decoded), group.count)
     seeds = [group.seed_of(j) for j in range(group.count)]
     return SampleColumns(
@@ -173,45 +188,10 @@ def columns_of_group(
         engine=[engine] * group.count,
         adapter=["" if group.adapter is None else group.adapter.label] * group.count,
         weight_versions=list(weight_versions),
-        scores={} if scores is None else {group.id: scores},
+        scores={} if scores is None else {group.id: scores.since(group.params.prompt_logprobs_start)},
+        whole_text=whole_text,
+        masks=None if masks is None else [*masks],
     )
-
-
-def check_fits(info: EngineInfo, prompt_ids: NDArray[np.int32], params: SamplingParams, where: str = "prompt") -> None:
-    """Checks a prompt and its parameters against the limits of an engine.
-
-    Raises:
-        PromptError: empty, too long for the context, or ids outside the vocabulary.
-        SamplingParamsError: more top logprobs than the engine returns, or stop ids outside the vocabulary.
-    """
-    length = len(prompt_ids)
-    if not length:
-        raise PromptError(f"{where} is empty. Give it at least one token.")
-    room = 0 if params.max_tokens == 0 and info.scores_full_context else 1
-    if length > info.max_model_len - room:
-        raise PromptError(
-            f"{where} has {length} tokens, the context holds {info.max_model_len}"
-            f"{', one of them for a sampled token' if room else ''}. "
-            "Shorten it, or raise engine_args.max_model_len."
-        )
-    low, high = int(prompt_ids.min()), int(prompt_ids.max())
-    if low < 0 or high >= info.vocab_size:
-        bad = low if low < 0 else high
-        raise PromptError(
-            f"{where} holds token id {bad}, the model's vocabulary is 0 to {info.vocab_size - 1}. "
-            "Tokenise it with this model's tokenizer."
-        )
-    if params.stop_token_ids and (last := max(params.stop_token_ids)) >= info.vocab_size:
-        raise SamplingParamsError(
-            f"stop holds token id {last}, the model's vocabulary is 0 to {info.vocab_size - 1}: no sample would end "
-            "with it. Use ids of this model's tokenizer."
-        )
-    for name, k in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
-        if k is not None and k > info.max_logprobs:
-            raise SamplingParamsError(
-                f"{name}={k}, the engine returns at most {info.max_logprobs}. "
-                "Lower it, or raise engine_args.max_logprobs."
-            )
 
 
 ArgsT = TypeVar("ArgsT", bound=BaseModel)
@@ -231,15 +211,6 @@ def parse_engine_args(model: type[ArgsT], kind: str, engine_args: Mapping[str, o
     except ValidationError as error:
         first = error.errors()[0]
         raise EngineArgsError(f"engine_args.{first['loc'][0]}={first['input']!r}: {first['msg']}.") from None
-
-
-def stop_cut(text: str, stop_strings: Sequence[str]) -> int | None:
-    """Returns where to cut the text: before the stop string that completes first, as in vLLM; None without one.
-
-    Of two that complete at the same character, the first one named counts.
-    """
-    found = [(at + len(stop), i, at) for i, stop in enumerate(stop_strings) if (at := text.find(stop)) >= 0]
-    return min(found)[2] if found else None
 
 
 def max_new_tokens(info: EngineInfo, group: Group) -> int:

@@ -21,6 +21,7 @@ from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, Chunk, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
 from twinkle_serve.data_format.sampling_params import DecodingParams
+from twinkle_serve.data_format.structured_outputs import StructuredOutputs
 from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, ModelSpec, PauseMode, WeightsVersion
 from twinkle_serve.engines.adapter_checks import AdapterChecks, BaseDigests, base_keys
 from twinkle_serve.engines.client import EngineClient
@@ -176,8 +177,8 @@ class EngineServer(EngineClient):
 
     async def stream(self, session: Session, group: Group) -> AsyncGenerator[TextDelta, None]:
         lease = self._lease_of(session)
-        decode = partial(self._engine.decode, skip_special_tokens=group.skip_special_tokens)
-        text = TextStream(decode, group.params.stop_strings)
+        decode = partial(self._engine.decode, skip_special_tokens=group.params.skip_special_tokens)
+        text = TextStream(decode, group.params)
         abandoned = asyncio.Event()
         async with contextlib.AsyncExitStack() as stack:
             lease.streams.add(abandoned)
@@ -194,6 +195,9 @@ class EngineServer(EngineClient):
                 new = text.push(delta.tokens, last=last, by_stop_string=delta.by_stop_string)
                 if new or last:
                     yield TextDelta(text=new, finish_reason=delta.stop_reason)
+
+    async def check_structured(self, structured: StructuredOutputs) -> None:
+        await self._engine.check_structured(structured)
 
     async def abort(self, session: Session, attempts: Iterable[Attempt]) -> None:
         self._lease_of(session).runner.abort(attempts)

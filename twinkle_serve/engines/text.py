@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from twinkle_serve.engines.protocol import stop_cut
+from twinkle_serve.data_format.sampling_params import DecodingParams
+from twinkle_serve.engines.stops import exempt_characters, stop_cut
 
 REPLACEMENT_CHARACTER = "\ufffd"
 """Written by tokenizers for bytes that are not a character, or not yet a complete one."""
@@ -14,13 +15,13 @@ class TextStream:
     """Turns tokens into text as they arrive.
 
     Guarantees:
-        No delta splits a character or contains part of a stop string.
+        No delta splits a character or contains part of a stop string, unless that is kept.
         All deltas joined are the sample's `decoded`.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], params: DecodingParams) -> None:
         self._decode = decode
-        self._stops = stop_strings
+        self._params = params
         self._tokens: list[int] = []
         self._decode_from = self._settled = 0
         """Decoding starts at `_decode_from`, as text may depend on the previous token; up to `_settled` it is final."""
@@ -32,7 +33,7 @@ class TextStream:
 
         Args:
             last: releases the text that was held back.
-            by_stop_string: the sample ended at a stop string; the text is cut before it.
+            by_stop_string: the sample ended at a stop string, and so does the text.
         """
         self._tokens.extend(tokens)
         known = self._decode(self._tokens[self._decode_from : self._settled])
@@ -41,17 +42,20 @@ class TextStream:
             self._text += new
             self._decode_from, self._settled = self._settled, len(self._tokens)
         end = len(self._text)
-        if by_stop_string and (cut := stop_cut(self._text, self._stops)) is not None:
+        if by_stop_string and (cut := self._cut()) is not None:
             end = cut
-        elif not last:
+        elif not last and not self._params.include_stop_str_in_output:
             end -= self._length_of_possible_stop()
         delta, self._sent = self._text[self._sent : end], max(self._sent, end)
         return delta
 
+    def _cut(self) -> int | None:
+        return stop_cut(self._text, self._params, exempt_characters(self._tokens, self._params, self._decode))
+
     def _length_of_possible_stop(self) -> int:
         """Returns the length of the longest end of the text that is the start of a stop string."""
         longest = 0
-        for stop in self._stops:
+        for stop in self._params.stop_strings:
             for length in range(min(len(stop) - 1, len(self._text)), longest, -1):
                 if self._text.endswith(stop[:length]):
                     longest = length

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
+
+from cachetools import LRUCache
 
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SamplingParams
@@ -15,20 +18,24 @@ from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import EngineInfo
 from twinkle_serve.data_format.inputs import as_list
 from twinkle_serve.data_format.sample_request import SampleRequest, TemplateChoice
-from twinkle_serve.engines.protocol import check_fits
+from twinkle_serve.data_format.structured_outputs import StructuredOutputs
+from twinkle_serve.engines.client import EngineClient
+from twinkle_serve.engines.param_checks import check_fits, check_params
 from twinkle_serve.errors import DeadlineError, QueueFullError, RequestError, SamplingParamsError, TwinkleServeError
 from twinkle_serve.routing.adapter_publishing import AdapterPublisher
 from twinkle_serve.routing.calls import ActiveCall, CallRegistry, Rate
 from twinkle_serve.routing.encoding_thread import EncodingThread
 from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.membership import EngineMembership
-from twinkle_serve.routing.request import Request, ResponseHeader
+from twinkle_serve.routing.request import PlannedPrompt, Request, ResponseHeader, plan_prompts
 from twinkle_serve.routing.scheduler import GroupScheduler
 from twinkle_serve.routing.seeds import SPACING
 from twinkle_serve.routing.templates import TemplateCache
 from twinkle_serve.template import Template
 from twinkle_serve.template.prompts import Prompt, encode_inputs
 from twinkle_serve.validation import seconds
+
+MAX_CHECKED = 1000
 
 
 class Admission:
@@ -44,6 +51,7 @@ class Admission:
         self,
         args: ServiceArgs,
         templates: TemplateCache,
+        encoding: EncodingThread,
         engines: EngineMembership,
         scheduler: GroupScheduler,
         publisher: AdapterPublisher,
@@ -57,19 +65,16 @@ class Admission:
             rate: tokens that engines return.
             on_complete: receives the adapter and the labels of the weights that sampled a request.
         """
-        self._args, self._templates, self._engines = args, templates, engines
+        self._args, self._templates, self._encoding, self._engines = args, templates, encoding, engines
         self._scheduler, self._publisher, self._requests = scheduler, publisher, requests
         self._rate, self._on_complete = rate, on_complete
         # A random start, so that ids do not repeat those of the router that this one replaces.
         self._next_id = random.getrandbits(40) << 20
-        self._encoding = EncodingThread()
         self._calls = CallRegistry(self.fail)
+        self._checked: LRUCache[StructuredOutputs, None] = LRUCache(MAX_CHECKED)
+        """Structured outputs that an engine has checked."""
         self.asleep = False
         """Whether requests are refused because the engines sleep."""
-
-    def close(self) -> None:
-        """Stops encoding; running calls are cancelled by their callers."""
-        self._encoding.close()
 
     @property
     def running(self) -> int:
@@ -128,7 +133,7 @@ class Admission:
                         "Use sample_iter for more."
                     )
                 self.require_awake()
-                yield replace(groups[0], skip_special_tokens=call.skip_special_tokens), deadline, active
+                yield _streamed(groups[0], call.skip_special_tokens), deadline, active
             except TimeoutError:
                 raise DeadlineError(f"timeout_s={limit_s:g} passed in a stream. Raise it or ask for less.") from None
 
@@ -156,9 +161,9 @@ class Admission:
 
     async def _prepared(self, call: SampleRequest, stack: contextlib.ExitStack) -> tuple[Request, list[RoutedGroup]]:
         """Validates a call and encodes its prompts. Its adapter version is held until the stack closes."""
-        params = SamplingParams.of(call.sampling_params, call.num_samples, call.logprobs)
-        if params.num_samples > SPACING:
-            raise SamplingParamsError(f"num_samples must be at most {SPACING}, got {params.num_samples}.")
+        params = call.params_of_inputs(self._args.sampling_params)
+        if (most := max((each.num_samples for each in params), default=1)) > SPACING:
+            raise SamplingParamsError(f"num_samples must be at most {SPACING}, got {most}.")
         self.require_awake()
         name, path = call.adapter()
         if name:
@@ -166,23 +171,32 @@ class Admission:
         short = call.is_short
         template = await self.template(call.template, short=short)
         # A conversation that is only scored does not open a turn for the assistant.
-        opens_turn = params.max_tokens != 0
+        opens_turn = not params or params[0].max_tokens != 0
         prompts = await self._encoding.run(
             short, encode_inputs, call.inputs, template, opens_turn, call.continue_final_message
         )
         info = await self._engines.wait_for_info()
-        await self._encoding.run(short, _check_all, info, prompts, params)
+        await self._encoding.run(short, _check_all, info, prompts, params, template)
         call.check_limits(len(prompts))
+        await self._check_structured(params)
+        planned = await self._encoding.run(short, plan_prompts, prompts, params)
         if call.cancelled is None or (call.min_groups is not None and len(call.done) >= call.min_groups):
-            prompts = []
+            planned = []
         elif excluded := {*call.done, *call.cancelled}:
-            prompts = [prompt for prompt in prompts if prompt.index not in excluded]
+            planned = [each for each in planned if each.prompt.index not in excluded]
         adapter = await self._publisher.resolve(name, path)
         stack.enter_context(self._publisher.holding(adapter))
-        header = ResponseHeader(logprobs_mode=info.logprobs_mode, parser=template.message_parser())
+        header = _header(info, template, params)
         # Building 10,000 groups takes long enough to delay other calls.
-        first_id = self._take_ids(len(prompts))
-        return await self._encoding.run(short, _build, first_id, prompts, params, header, adapter, call)
+        first_id = self._take_ids(len(planned))
+        return await self._encoding.run(short, _build, first_id, planned, header, adapter, call)
+
+    async def _check_structured(self, params: Sequence[SamplingParams]) -> None:
+        """Has an engine check the structured outputs of a call. Raises SamplingParamsError."""
+        for structured in dict.fromkeys(each.structured_outputs for each in params):
+            if isinstance(structured, StructuredOutputs) and structured not in self._checked:
+                await self._engines.call_any(partial(_check_structured_on, structured))
+                self._checked[structured] = None
 
     async def template(self, choice: TemplateChoice, *, short: bool = False) -> Template:
         """Returns the template of a call, built on first use. Raises TemplateError."""
@@ -270,24 +284,46 @@ class Admission:
         )
 
 
-def _check_all(info: EngineInfo, prompts: Sequence[Prompt], params: SamplingParams) -> None:
-    """See `check_fits`."""
+def _check_structured_on(structured: StructuredOutputs, client: EngineClient) -> Awaitable[None]:
+    return client.check_structured(structured)
+
+
+def _streamed(group: RoutedGroup, skip_special_tokens: bool) -> RoutedGroup:
+    if not skip_special_tokens:
+        return group
+    return replace(group, params=replace(group.params, skip_special_tokens=True))
+
+
+def _check_all(
+    info: EngineInfo, prompts: Sequence[Prompt], params: Sequence[SamplingParams], template: Template
+) -> None:
+    """See `check_fits` and `check_params`."""
+    for each in {id(each): each for each in params}.values():
+        check_params(info, each, template.tokenizer)
     for prompt in prompts:
-        check_fits(info, prompt.ids, params, f"inputs[{prompt.index}]")
+        check_fits(info, prompt.ids, params[prompt.index], f"inputs[{prompt.index}]")
+
+
+def _header(info: EngineInfo, template: Template, params: Sequence[SamplingParams]) -> ResponseHeader:
+    mode = (params[0].logprobs_mode if params else None) or info.logprobs_mode
+    masks_apply = mode == "processed_logprobs" or info.masks_raw_logprobs
+    return ResponseHeader(
+        logprobs_mode=mode,
+        logprobs_are_masked=masks_apply and any(each.structured_outputs is not None for each in params),
+        parser=template.message_parser(),
+    )
 
 
 def _build(
     first_id: int,
-    prompts: Sequence[Prompt],
-    params: SamplingParams,
+    planned: Sequence[PlannedPrompt],
     header: ResponseHeader,
     adapter: AdapterVersion | None,
     call: SampleRequest,
 ) -> tuple[Request, list[RoutedGroup]]:
     request = Request(
         first_id,
-        prompts,
-        params,
+        planned,
         header,
         adapter,
         inputs=as_list(call.inputs) if call.return_inputs else None,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from typing import Protocol
+from typing import Protocol, Unpack
 
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.adapters import AdapterFiles
-from twinkle_serve.data_format.sample_request import SampleRequest, TemplateChoice
+from twinkle_serve.data_format.sample_request import EncodeOptions, Inputs, SampleRequest, TemplateChoice
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.status import SamplerStatus
+from twinkle_serve.data_format.token_lists import TokenLists
 from twinkle_serve.data_format.weights import BucketArgument, PauseMode
 
 
@@ -21,13 +22,16 @@ class RouterAPI(Protocol):
 
         Raises:
             RequestError: the request cannot be served.
-            DeadlineError: it took longer than its timeout_s.
+            DeadlineError: it took longer than its timeout_s; with the response to the prompts that were complete.
             EngineError: engines failed.
         """
         ...
 
     def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
-        """As `run`, but yields responses over prompts as they finish: each prompt once, in any order."""
+        """As `run`, but yields responses over prompts as they finish: each prompt once, in any order.
+
+        Its DeadlineError has no response.
+        """
         ...
 
     def run_stream(self, request: SampleRequest) -> AsyncGenerator[tuple[str, StopReason | None], None]:
@@ -73,6 +77,36 @@ class RouterAPI(Protocol):
 
     async def check_template(self, template: TemplateChoice) -> None:
         """Builds a template, so that errors show before it is used. Raises TemplateError."""
+
+    async def encode(self, inputs: Inputs, **options: Unpack[EncodeOptions]) -> TokenLists:
+        """Returns the token ids of each input, as `run` makes them its prompts. Needs no engine.
+
+        Returns:
+            A list for each input, empty for one that `truncation_strategy="delete"` leaves out.
+
+        Raises:
+            PromptError: an input is invalid or too long for the template, or all are left out.
+            TemplateError: no such template.
+        """
+        ...
+
+    async def count_tokens(self, inputs: Inputs, **options: Unpack[EncodeOptions]) -> list[int]:
+        """Returns the number of tokens of each input. Arguments and errors as of `encode`."""
+        ...
+
+    async def decode(
+        self, token_ids: object, *, template: TemplateChoice = None, skip_special_tokens: bool = False
+    ) -> str | list[str]:
+        """Returns the text of token ids, or the texts of several lists of them. Needs no engine.
+
+        Args:
+            token_ids: a list of ids or a list of such lists, as lists, arrays or TokenLists.
+
+        Raises:
+            PromptError: it is neither, or an id is not in the vocabulary.
+            TemplateError: no such template.
+        """
+        ...
 
     async def begin_weights(self, label: str, mode: PauseMode) -> int:
         """Starts an update of weights. Returns the id of the upload. See `WeightUpdates.begin`."""

@@ -77,7 +77,7 @@ class CallerSession:
                 case "run_stream":
                     await self._put_all(call.number, self._router.run_stream(request))
         except TwinkleServeError as raised:
-            error = raised
+            error = raised.with_traceback(None)  # its frames hold the request
             logger.warning(f"call failed: {one_line(error)}")
         except asyncio.CancelledError:
             if tasks.is_cancelled():

@@ -13,6 +13,8 @@ class RoutedGroup(Group):
 
     caller: str = ""
     """Callers take turns."""
+    priority: int = 0
+    """Groups of a lower number leave the queue earlier."""
     input: int = 0
     """Index of its input in the call."""
     lost: tuple[str, ...] = ()
@@ -38,5 +40,4 @@ class RoutedGroup(Group):
             attempts=self.attempts,
             urgent=self.urgent,
             alone=self.alone,
-            skip_special_tokens=self.skip_special_tokens,
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from twinkle_serve.data_format.groups import GroupKey
 from twinkle_serve.routing.groups import RoutedGroup
@@ -21,12 +22,17 @@ class _Caller:
 MAX_ABSENT = 1000
 """Callers with nothing waiting whose turns are remembered; beyond that, turns in the past are dropped."""
 
+Key: TypeAlias = tuple[int, str]
+"""Priority of groups, and their caller."""
+
 
 class FairQueue:
     """A fair queue: callers take turns by tokens, and each caller's groups leave in order of arrival.
 
     Guarantees:
-        - A caller waits for at most one group of each other caller at a time, however many those have waiting.
+        - Groups of a lower priority number leave before all others.
+        - Among equal ones, a caller waits for at most one group of each other caller at a time, however many those have
+          waiting.
         - Groups put in front are next, whoever their caller is.
 
     Source: start-time fair queueing (Goyal et al., 1996), each caller of the same weight.
@@ -39,14 +45,14 @@ class FairQueue:
         """
         self._cost = cost
         self._front: deque[RoutedGroup] = deque()
-        self._callers: dict[str, _Caller] = {}
+        self._callers: dict[Key, _Caller] = {}
         """Callers with groups waiting."""
-        self._turns: list[tuple[float, int, str]] = []
-        """Heap of callers: turn, tie-breaker, name."""
-        self._absent_turns: dict[str, float] = {}
+        self._turns: list[tuple[int, float, int, Key]] = []
+        """Heap of callers: priority, turn, tie-breaker, key."""
+        self._absent_turns: dict[Key, float] = {}
         """Turns of callers with nothing waiting, which may be ahead of `_now`."""
-        self._now = 0.0
-        """Turn of the last caller served."""
+        self._now: defaultdict[int, float] = defaultdict(float)
+        """Turn of the last caller served, by priority."""
         self._entries = 0
         self._length = 0
         self.tokens = 0.0
@@ -59,12 +65,13 @@ class FairQueue:
     def extend(self, groups: Iterable[RoutedGroup]) -> None:
         """Adds groups at the end of their callers' queues."""
         for group in groups:
-            caller = self._callers.get(group.caller)
+            key = (group.priority, group.caller)
+            caller = self._callers.get(key)
             if caller is None:
                 # An absent caller accumulates no credit and keeps its debt.
-                turn = max(self._now, self._absent_turns.pop(group.caller, 0.0))
-                caller = self._callers[group.caller] = _Caller(turn=turn)
-                self._enter(group.caller)
+                turn = max(self._now[group.priority], self._absent_turns.pop(key, 0.0))
+                caller = self._callers[key] = _Caller(turn=turn)
+                self._enter(key)
             caller.groups[group.key] = group
             self._count(group)
 
@@ -86,17 +93,17 @@ class FairQueue:
         self.tokens = self.tokens - cost if self._length else 0.0
         return cost
 
-    def _enter(self, name: str) -> None:
+    def _enter(self, key: Key) -> None:
         self._entries += 1
-        heapq.heappush(self._turns, (self._callers[name].turn, self._entries, name))
+        heapq.heappush(self._turns, (key[0], self._callers[key].turn, self._entries, key))
 
-    def _next(self) -> str:
+    def _next(self) -> Key:
         """Returns the caller whose turn it is; the queue must not be empty."""
         while True:
-            turn, _, name = self._turns[0]
-            caller = self._callers.get(name)
+            _, turn, _, key = self._turns[0]
+            caller = self._callers.get(key)
             if caller is not None and caller.turn == turn and caller.groups:
-                return name
+                return key
             heapq.heappop(self._turns)
 
     def first(self) -> RoutedGroup:
@@ -111,23 +118,25 @@ class FairQueue:
             group = self._front.popleft()
             self._uncount(group)
             return group
-        name = self._next()
-        caller = self._callers[name]
+        key = self._next()
+        caller = self._callers[key]
         _, group = caller.groups.popitem(last=False)
         heapq.heappop(self._turns)
-        self._now = caller.turn
+        self._now[group.priority] = caller.turn
         caller.turn += self._uncount(group)
         if caller.groups:
-            self._enter(name)
+            self._enter(key)
         else:
-            self._leave(name)
+            self._leave(key)
         return group
 
-    def _leave(self, name: str) -> None:
+    def _leave(self, key: Key) -> None:
         """Removes a caller with nothing left waiting."""
-        self._absent_turns[name] = self._callers.pop(name).turn
+        self._absent_turns[key] = self._callers.pop(key).turn
         if len(self._absent_turns) > MAX_ABSENT:
-            self._absent_turns = {name: turn for name, turn in self._absent_turns.items() if turn > self._now}
+            self._absent_turns = {key: turn for key, turn in self._absent_turns.items() if turn > self._now[key[0]]}
+            kept = {priority for priority, _ in (*self._callers, *self._absent_turns)}
+            self._now = defaultdict(float, {each: turn for each, turn in self._now.items() if each in kept})
 
     def withdraw(self, caller: str, group_ids: Sequence[int]) -> None:
         """Drops groups of a caller."""
@@ -137,15 +146,18 @@ class FairQueue:
                 if group.id in withdrawn:
                     self._uncount(group)
             self._front = deque(group for group in self._front if group.id not in withdrawn)
-        if (queued := self._callers.get(caller)) is None:
-            return
+        for key in [key for key in self._callers if key[1] == caller]:
+            self._withdraw(key, group_ids)
+
+    def _withdraw(self, key: Key, group_ids: Sequence[int]) -> None:
+        queued = self._callers[key]
         # Groups that wait here are whole: parts of split groups are in front.
         for group_id in group_ids:
             if (group_id, 0) in queued.groups:
                 self._uncount(queued.groups.pop((group_id, 0)))
         if not queued.groups:
-            self._leave(caller)
-            self._turns = [entry for entry in self._turns if entry[2] in self._callers]
+            self._leave(key)
+            self._turns = [entry for entry in self._turns if entry[3] in self._callers]
             heapq.heapify(self._turns)
 
     def clear(self) -> list[RoutedGroup]:

@@ -12,9 +12,9 @@ from twinkle_serve.data_format.messages import MessageParser
 from twinkle_serve.data_format.response import SampleResponse
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.sampling_params import DecodingParams, SamplingParams
-from twinkle_serve.errors import RequestError, TwinkleServeError
+from twinkle_serve.errors import DeadlineError, RequestError, TwinkleServeError
 from twinkle_serve.routing.groups import RoutedGroup
-from twinkle_serve.routing.seeds import prompt_seed
+from twinkle_serve.routing.seeds import content_seed, occurrences, prompt_seed
 from twinkle_serve.template.prompts import Prompt
 
 FEW_SAMPLES = 64
@@ -27,21 +27,53 @@ class ResponseHeader:
 
     logprobs_mode: str
     parser: MessageParser
+    logprobs_are_masked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPrompt:
+    """A prompt and how it is sampled."""
+
+    prompt: Prompt
+    params: SamplingParams
+    seed: int | None = None
+    """Of its first sample."""
+
+
+def plan_prompts(prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[PlannedPrompt]:
+    """Gives each prompt of a call its parameters and its seed.
+
+    Args:
+        params: those of each input of the call, of which prompts may be fewer.
+    """
+    by_content = any(each.seed is not None and each.seed_by == "content" for each in params)
+    earlier = occurrences(prompt.ids for prompt in prompts) if by_content else [0] * len(prompts)
+    return [
+        PlannedPrompt(prompt, params[prompt.index], _seed(prompt, params[prompt.index], occurrence))
+        for prompt, occurrence in zip(prompts, earlier, strict=True)
+    ]
+
+
+def _seed(prompt: Prompt, params: SamplingParams, occurrence: int) -> int | None:
+    if params.seed is None:
+        return None
+    if params.seed_by == "content":
+        return content_seed(params.seed, prompt.ids, occurrence)
+    return prompt_seed(params.seed, prompt.index)
 
 
 class Request:
     """Gathers the samples of one request.
 
     Guarantees:
-        - `prompts_as_they_finish` yields each prompt that was not dropped once, with exactly `num_samples` samples, or
-          raises.
+        - `prompts_as_they_finish` yields each prompt that was not dropped once, with exactly its number of samples,
+          or raises.
     """
 
     def __init__(
         self,
         first_id: int,
-        prompts: Sequence[Prompt],
-        params: SamplingParams,
+        planned: Sequence[PlannedPrompt],
         header: ResponseHeader,
         adapter: AdapterVersion | None = None,
         *,
@@ -56,18 +88,19 @@ class Request:
             caller: callers take turns.
             min_groups: number of complete prompts after which the rest is dropped.
         """
-        self.ids = range(first_id, first_id + len(prompts))
+        self.ids = range(first_id, first_id + len(planned))
         """Group ids of the prompts, in order."""
         self.caller = caller
-        self._prompts = prompts
+        self._planned = planned
+        self._prompts = [each.prompt for each in planned]
         self._inputs = inputs
-        self._params = params
         self._header = header
         self.adapter = adapter
         self._sample_timeout_s = sample_timeout_s
-        self._missing = dict.fromkeys(self.ids, params.num_samples)
+        self._missing = {i: each.params.num_samples for i, each in zip(self.ids, planned, strict=True)}
         """Number of missing samples by group id; dropped groups are left out."""
-        self._to_complete = len(prompts) if min_groups is None else min_groups
+        self.samples_wanted = sum(self._missing.values())
+        self._to_complete = len(planned) if min_groups is None else min_groups
         self._complete: set[int] = set()
         """Group ids of complete prompts."""
         self.weight_versions: set[str] = set()
@@ -76,31 +109,28 @@ class Request:
 
     def groups(self) -> list[RoutedGroup]:
         """Makes one group per prompt."""
-        params, seed = DecodingParams.of(self._params), self._params.seed
+        decoding = {id(each.params): DecodingParams.of(each.params) for each in self._planned}
         return [
             RoutedGroup(
                 id=group_id,
-                prompt_ids=prompt.ids,
-                params=params,
-                count=self._params.num_samples,
-                seed=None if seed is None else prompt_seed(seed, prompt.index),
+                prompt_ids=each.prompt.ids,
+                params=decoding[id(each.params)],
+                count=each.params.num_samples,
+                seed=each.seed,
                 adapter=self.adapter,
                 sample_timeout_s=self._sample_timeout_s,
                 urgent=self._to_complete < len(self._prompts),
                 alone=len(self._prompts) == 1,
-                input=prompt.index,
+                input=each.prompt.index,
                 caller=self.caller,
+                priority=each.params.priority,
             )
-            for group_id, prompt in zip(self.ids, self._prompts, strict=True)
+            for group_id, each in zip(self.ids, self._planned, strict=True)
         ]
 
     @property
     def samples_missing(self) -> int:
         return sum(self._missing.values())
-
-    @property
-    def samples_wanted(self) -> int:
-        return len(self._prompts) * self._params.num_samples
 
     @property
     def complete(self) -> bool:
@@ -117,7 +147,7 @@ class Request:
         self.weight_versions.update(label for spans in set(columns.weight_versions) for label, _ in spans)
         complete = []
         for group_id in columns.group.tolist():
-            assert group_id in self._missing, f"group {group_id} has more than {self._params.num_samples} samples"
+            assert group_id in self._missing, self._too_many(group_id)
             self._missing[group_id] -= 1
             if not self._missing[group_id]:
                 del self._missing[group_id]
@@ -125,6 +155,9 @@ class Request:
         self._complete.update(complete)
         self._arrived.put_nowait((columns, complete))
         return list(self._missing) if len(self._complete) >= self._to_complete else []
+
+    def _too_many(self, group_id: int) -> str:
+        return f"group {group_id} has more than {self._planned[group_id - self.ids.start].params.num_samples} samples"
 
     def drop(self, group_ids: Iterable[int]) -> list[int]:
         """Drops groups; their samples must not be added afterwards. Returns ids of those that were incomplete."""
@@ -155,10 +188,23 @@ class Request:
 
         Raises:
             RequestError: every prompt was dropped.
+            DeadlineError: with the response to the prompts that were complete.
         """
-        parts = [columns async for columns, _ in self.arrivals()]
+        parts: list[SampleColumns] = []
+        late: str | None = None
+        try:
+            async for columns, _ in self.arrivals():
+                parts.append(columns)
+        except DeadlineError as error:
+            late = str(error)  # the error itself may fail other requests too
+        if late is not None:
+            raise DeadlineError(late, await self._ordered(parts) if self._complete else None)
         if not self._complete:
             raise RequestError("every prompt of the call was cancelled.")
+        return await self._ordered(parts)
+
+    async def _ordered(self, parts: list[SampleColumns]) -> SampleResponse:
+        """Returns the response to the complete prompts, in their order."""
         if self.samples_wanted <= FEW_SAMPLES:
             return self._respond(parts, sorted(self._complete))
         # Sorting the samples of 10,000 prompts would block the event loop for others.
@@ -189,6 +235,7 @@ class Request:
             prompts=[prompt.ids for prompt in prompts],
             inputs=[] if self._inputs is None else [dict(self._inputs[prompt.index]) for prompt in prompts],
             logprobs_mode=self._header.logprobs_mode,
+            logprobs_are_masked=self._header.logprobs_are_masked,
             parser=self._header.parser,
             turns=tuple(prompt.turn for prompt in prompts),
             prompt_indices=tuple(prompt.index for prompt in prompts),

@@ -15,11 +15,25 @@ from twinkle_serve.routing.groups import RoutedGroup
 def can_resume(group: Group) -> bool:
     """Whether samples of a group can continue on another engine without changing their distribution.
 
-    Not with a seed: a seeded generator cannot be resumed mid-stream. Not with stop strings: one may span the break.
-    Not with prompt logprobs or greedy samples: such a group is sampled as one.
+    Not with a seed: a seeded generator cannot be resumed mid-stream. Not with parameters that depend on the sample's
+    own tokens, of which those before the break would count as the prompt's: stop strings and bad words, which may span
+    it, minimum length, presence and frequency penalties, structured outputs and the budget for thinking. Not with a
+    sampling mask, which is not reported while a sample runs. Not with prompt logprobs or greedy samples: such a group
+    is sampled as one.
     """
     params = group.params
-    return group.seed is None and not (params.stop_strings or params.greedy or params.prompt_logprobs is not None)
+    return group.seed is None and not (
+        params.stop_strings
+        or params.bad_words
+        or params.min_tokens
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.structured_outputs is not None
+        or params.thinking_token_budget is not None
+        or params.return_sampling_mask
+        or params.greedy
+        or params.prompt_logprobs is not None
+    )
 
 
 def rejoin(groups: Iterable[RoutedGroup]) -> list[RoutedGroup]:

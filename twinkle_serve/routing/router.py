@@ -14,6 +14,7 @@ from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.sample_request import (
+    EncodeOptions,
     HandleOptions,
     Inputs,
     SampleRequest,
@@ -22,6 +23,7 @@ from twinkle_serve.data_format.sample_request import (
 )
 from twinkle_serve.data_format.samples import SampleColumns, StopReason
 from twinkle_serve.data_format.status import SamplerStatus
+from twinkle_serve.data_format.token_lists import TokenLists
 from twinkle_serve.data_format.weights import PAUSE_MODES, BucketArgument, PauseMode
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.errors import RequestError, ServiceError, TwinkleServeError
@@ -31,12 +33,14 @@ from twinkle_serve.routing.adapters import Adapters
 from twinkle_serve.routing.admission import Admission
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.routing.calls import Rate
+from twinkle_serve.routing.encoding_thread import EncodingThread
 from twinkle_serve.routing.lifecycle import EngineLifecycle
 from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.pause import CallerPauses, PauseCoordinator
 from twinkle_serve.routing.request import Request
 from twinkle_serve.routing.scheduler import GroupScheduler
 from twinkle_serve.routing.templates import TemplateCache
+from twinkle_serve.routing.tokenization import Tokenization
 from twinkle_serve.routing.updates import WeightUpdates
 from twinkle_serve.validation import one_of, seconds
 from twinkle_serve.weights import StoreClient
@@ -88,6 +92,7 @@ class Router(RouterAPI):
         self._observe_staleness = observe_staleness
         self._store = store
         self._templates = TemplateCache(model, args)
+        self._encoding = EncodingThread()
         self._requests: dict[int, Request] = {}
         """Live requests by the ids of the groups that they wait for."""
         self._rate = Rate()
@@ -98,6 +103,7 @@ class Router(RouterAPI):
         self._scheduler: GroupScheduler
         self._publisher: AdapterPublisher
         self._admission: Admission
+        self._tokenization: Tokenization
         self._pause_coordinator: PauseCoordinator
         self._pauses: CallerPauses
         self._updates: WeightUpdates
@@ -138,6 +144,7 @@ class Router(RouterAPI):
         self._admission = Admission(
             args,
             self._templates,
+            self._encoding,
             self._engines,
             self._scheduler,
             self._publisher,
@@ -145,6 +152,7 @@ class Router(RouterAPI):
             self._rate,
             on_complete=self._report_staleness,
         )
+        self._tokenization = Tokenization(self._encoding, self._admission.template)
         self._pause_coordinator = PauseCoordinator(self._engines)
         self._pauses = CallerPauses(self._engines, self._pause_coordinator)
         self._updates = WeightUpdates(self._store, self._engines, self._pause_coordinator, labels)
@@ -166,7 +174,7 @@ class Router(RouterAPI):
     def close(self) -> None:
         """Stops all background work; running calls are cancelled by their callers."""
         self._engines.close()
-        self._admission.close()
+        self._encoding.close()
 
     # -- sampling --------------------------------------------------------------------------------
 
@@ -243,6 +251,19 @@ class Router(RouterAPI):
 
     async def check_template(self, template: TemplateChoice) -> None:
         await self._admission.template(template)
+
+    # -- tokens ----------------------------------------------------------------------------------
+
+    async def encode(self, inputs: Inputs, **options: Unpack[EncodeOptions]) -> TokenLists:
+        return await self._tokenization.encode(inputs, **options)
+
+    async def count_tokens(self, inputs: Inputs, **options: Unpack[EncodeOptions]) -> list[int]:
+        return (await self._tokenization.encode(inputs, **options)).lengths
+
+    async def decode(
+        self, token_ids: object, *, template: TemplateChoice = None, skip_special_tokens: bool = False
+    ) -> str | list[str]:
+        return await self._tokenization.decode(token_ids, template, skip_special_tokens)
 
     # -- adapters --------------------------------------------------------------------------------
 

@@ -1,6 +1,14 @@
-"""Seeds of samples. They depend on the request's seed and on the indices of prompt and sample alone."""
+"""Seeds of samples. They depend on the request's seed, the index of the sample, and either the index of the prompt or
+its tokens."""
 
 from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
 
 _MASK = (1 << 64) - 1
 
@@ -14,7 +22,33 @@ def prompt_seed(request_seed: int, prompt_index: int) -> int:
 
     Two rounds of splitmix64 (Steele et al., 2014), so that requests with consecutive seeds share no random stream.
     """
-    mixed = _splitmix(_splitmix(request_seed) ^ prompt_index)
+    return _spaced(_splitmix(_splitmix(request_seed) ^ prompt_index))
+
+
+def content_seed(request_seed: int, ids: NDArray[np.int32], occurrence: int) -> int:
+    """Seed of sample 0 of a prompt by its token ids, as `prompt_seed` by its index.
+
+    Args:
+        ids: shape [P].
+        occurrence: number of earlier prompts of the call with the same ids.
+    """
+    digest = hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=8).digest()
+    mixed = _splitmix(_splitmix(request_seed) ^ int.from_bytes(digest, "little"))
+    return _spaced(_splitmix(mixed ^ occurrence))
+
+
+def occurrences(prompts: Iterable[NDArray[np.int32]]) -> list[int]:
+    """Returns, for each prompt, how many earlier ones have the same ids."""
+    seen = Counter[bytes]()
+    counts = []
+    for ids in prompts:
+        key = ids.tobytes()
+        counts.append(seen[key])
+        seen[key] += 1
+    return counts
+
+
+def _spaced(mixed: int) -> int:
     return (mixed & ((1 << 62) - 1)) // SPACING * SPACING
 
 

@@ -4,7 +4,7 @@ from twinkle_serve.sampler.base import RunningSampler, Sampler
 from twinkle_serve.sampler.pause import Pause
 from twinkle_serve.sampler.rollouts import AsyncRollouts, Rollouts
 from twinkle_serve.sampler.samplers import TorchSampler, VLLMSampler, vLLMSampler
-from twinkle_serve.sampler.verification import Verification
+from twinkle_serve.sampler.verification import TokenDifference, Verification
 
 __all__ = [
     "AsyncRollouts",
@@ -12,6 +12,7 @@ __all__ = [
     "Rollouts",
     "RunningSampler",
     "Sampler",
+    "TokenDifference",
     "TorchSampler",
     "VLLMSampler",
     "Verification",

@@ -13,7 +13,7 @@ from twinkle_serve.adapters import absolute_directory, of_memory, pack_adapter
 from twinkle_serve.conventions import follows_twinkle
 from twinkle_serve.data_format import SampleResponse, SamplingParams
 from twinkle_serve.data_format.adapters import AdapterFiles
-from twinkle_serve.data_format.response_list import ResponseList, as_called
+from twinkle_serve.data_format.response_list import as_called, as_raised
 from twinkle_serve.data_format.sample_request import (
     Inputs,
     SampleOptions,
@@ -25,14 +25,16 @@ from twinkle_serve.data_format.sample_request import (
     check_options,
 )
 from twinkle_serve.data_format.samples import StopReason
-from twinkle_serve.errors import AdapterError, RequestError, UnsupportedError
+from twinkle_serve.errors import AdapterError, DeadlineError, RequestError, UnsupportedError
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.controls import EngineControls
 from twinkle_serve.sampler.encoding import EncodingSampler, LocalTemplate
 from twinkle_serve.sampler.rollouts import AsyncRollouts, Rollouts
 from twinkle_serve.sampler.router_client import RouterClient
+from twinkle_serve.sampler.token_calls import TokenCalls
 from twinkle_serve.sampler.twinkle_calls import TwinkleCalls
 from twinkle_serve.sampler.verification import Verification, verify
+from twinkle_serve.tasks import Call, deferred
 from twinkle_serve.template.packing import pack_template
 from twinkle_serve.tensors import Tensors
 from twinkle_serve.validation import flag
@@ -68,7 +70,7 @@ class Sampler(EncodingSampler, ABC):
         raise UnsupportedError(f"{type(self).__name__} has no adapters.")
 
 
-class RunningSampler(EngineControls, Sampler, TwinkleCalls):
+class RunningSampler(EngineControls, TokenCalls, Sampler, TwinkleCalls):
     """A sampler whose engines run, in this process or as a service.
 
     Guarantees:
@@ -124,12 +126,15 @@ class RunningSampler(EngineControls, Sampler, TwinkleCalls):
             RequestError: the call cannot be served: SamplingParamsError, PromptError, AdapterError.
             PoisonPromptError: a prompt ended several engines.
             QueueFullError: the queue is full; `retry_after_s` says when there may be room.
-            DeadlineError: it took longer than `timeout_s`.
+            DeadlineError: it took longer than `timeout_s`; `response` of the error has the prompts that were complete.
             EngineError: engines failed.
             ServiceError: the service's router failed or cannot be reached.
         """
         request = self._request(inputs, sampling_params, adapter_name, adapter_path, options)
-        return as_called(self._client.loop.call(self._client.run(request)))
+        try:
+            return as_called(self._client.loop.call(self._client.run(request)))
+        except DeadlineError as error:
+            raise as_raised(error) from None
 
     def sample_async(
         self,
@@ -143,14 +148,17 @@ class RunningSampler(EngineControls, Sampler, TwinkleCalls):
 
         Inputs are copied by the call itself; it is sent, and errors are raised, when it is awaited.
         """
-        try:
-            call = self._client.run(self._request(inputs, sampling_params, adapter_name, adapter_path, options))
-        except Exception as error:
-            call = _failed(error)
-        return self._response(call)
 
-    async def _response(self, call: Coroutine[Any, Any, SampleResponse]) -> SampleResponse:
-        return as_called(await self._client.loop.call_async(call))
+        def run() -> Call[SampleResponse]:
+            return self._client.run(self._request(inputs, sampling_params, adapter_name, adapter_path, options))
+
+        return self._response(deferred(run))
+
+    async def _response(self, call: Call[SampleResponse]) -> SampleResponse:
+        try:
+            return as_called(await self._client.loop.call_async(call))
+        except DeadlineError as error:
+            raise as_raised(error) from None
 
     def sample_iter(
         self,
@@ -164,8 +172,8 @@ class RunningSampler(EngineControls, Sampler, TwinkleCalls):
     ) -> Rollouts:
         """Yields the response to each prompt as it finishes, in any order; `prompt_index` identifies it.
 
-        The call is sent at once; errors of the router are raised by the first `next`. Arguments as of `sample`. Prompts
-        can be cancelled while it runs.
+        The call is sent at once; errors of the router are raised by the first `next`. Arguments and errors as of
+        `sample`, but a DeadlineError has no response. Prompts can be cancelled while it runs.
 
         Args:
             progress: show a progress bar on the terminal.
@@ -198,15 +206,12 @@ class RunningSampler(EngineControls, Sampler, TwinkleCalls):
     ) -> Iterator[tuple[str, StopReason | None]]:
         """Samples one prompt once and yields (delta_text, finish_reason) as the text arrives.
 
-        No delta splits a character; together they are the sample's `decoded`, or what is left of it without special
-        tokens. finish_reason is None until the last.
+        No delta splits a character; together they are the sample's `decoded`. finish_reason is None until the last.
         Closing the iterator aborts the sample.
 
         Keyword Args:
-            use_base_model: as in `sample`.
-            continue_final_message: as in `sample`.
-            timeout_s: as in `sample`.
-            skip_special_tokens: leave special tokens, such as the end of the turn, out of the text; False by default.
+            use_base_model, continue_final_message, timeout_s: as in `sample`.
+            skip_special_tokens: as in sampling_params.
 
         Raises:
             RequestError: as `sample`; or more than one prompt or sample.
@@ -281,7 +286,7 @@ class RunningSampler(EngineControls, Sampler, TwinkleCalls):
         )
 
     def verify(
-        self, response: SampleResponse, *, against: RunningSampler, adapter_name: str | None = None
+        self, response: SampleResponse, *, against: RunningSampler, adapter_name: str | None = None, worst: int = 10
     ) -> Verification:
         """Scores a response's samples on a second sampler, and compares logprobs token by token.
 
@@ -289,21 +294,18 @@ class RunningSampler(EngineControls, Sampler, TwinkleCalls):
             against: the second sampler, of the same model. A torch engine in float32 is a good one.
             adapter_name: adapter to score with there. None: against this sampler itself, the version that each sample
                 names; against another one, the adapter of the same name there.
+            worst: number of tokens in `worst_tokens`, those with the largest differences.
 
         Raises:
             RequestError: the response has no logprobs, or not of the model's own distribution; or its samples are of
                 two versions of an adapter, or of the model's own weights, and the other sampler has one.
             AdapterError: the other sampler has no such adapter, or has dropped that version.
         """
-        if isinstance(response, ResponseList):
-            response = response.whole()
-        if not isinstance(response, SampleResponse):
-            raise RequestError(f"response must be a SampleResponse, got {type(response).__name__}.")
         if not isinstance(against, RunningSampler):
             raise RequestError(f"against must be a sampler, got {type(against).__name__}.")
-        if adapter_name is not None and not isinstance(adapter_name, str):
-            raise AdapterError(f"adapter_name must be a string, got {adapter_name!r}.")
-        return verify(response, against, adapter_name, same_service=against._client is self._client)
+        same_service = against._client is self._client
+        templates = (against._find_template, self._find_template)
+        return verify(response, against, adapter_name, worst, same_service=same_service, templates=templates)
 
     # -- adapters and templates ------------------------------------------------------------------
 
@@ -380,6 +382,9 @@ class RunningSampler(EngineControls, Sampler, TwinkleCalls):
     def template(self, template: Template) -> None:
         self.set_template(template)
 
+    def _find_template(self) -> Template | None:
+        return self._local_template.find(self._template, self.status)
+
     @property
     def default_adapter(self) -> str:
         """Name of the adapter of calls that name none; "" is the base model.
@@ -394,7 +399,3 @@ class RunningSampler(EngineControls, Sampler, TwinkleCalls):
         if not isinstance(name, str):
             raise AdapterError(f"default_adapter must be the name of an adapter, got {name!r}.")
         self._default_adapter = name
-
-
-async def _failed(error: Exception) -> SampleResponse:
-    raise error

@@ -28,7 +28,7 @@ from twinkle_serve import tasks, timing
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.call_messages import AnswerItem, CallKind
 from twinkle_serve.data_format.inputs import PackedInputs
-from twinkle_serve.data_format.sample_request import SampleRequest
+from twinkle_serve.data_format.sample_request import Inputs, SampleRequest
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.weights import Bucket, BucketArgument
 from twinkle_serve.errors import DeadlineError, QueueFullError, ServiceError, TwinkleServeError
@@ -51,7 +51,17 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-REPEATED = frozenset({RouterAPI.cancel, RouterAPI.status, RouterAPI.state_keys, RouterAPI.check_template})
+REPEATED = frozenset(
+    {
+        RouterAPI.cancel,
+        RouterAPI.status,
+        RouterAPI.state_keys,
+        RouterAPI.check_template,
+        RouterAPI.encode,
+        RouterAPI.count_tokens,
+        RouterAPI.decode,
+    }
+)
 """Control calls that are sent again when the router dies: they are idempotent. Calls that sample are, too."""
 
 ROUTER_DEATHS = (
@@ -97,8 +107,11 @@ class ServiceClient(RouterClient):
 
     # -- sampling --------------------------------------------------------------------------------
 
+    def snapshot(self, inputs: Inputs) -> Inputs:
+        return pack_inputs(inputs)
+
     def prepare(self, request: SampleRequest) -> SampleRequest:
-        inputs = pack_inputs(request.inputs)
+        inputs = self.snapshot(request.inputs)
         return replace(
             request,
             inputs=inputs,
@@ -263,7 +276,7 @@ class ServiceClient(RouterClient):
             return
         repeat = attempts.may_repeat and _is_death(error) and attempts.left_s > 0
         if not (repeat and attempts.count < len(RETRY_PAUSES_S) and await self._is_deployed(attempts.patience_s)):
-            raise translated from None
+            raise attempts.failed(translated) from None
         attempts.count += 1
         what = "the connection to" if isinstance(error, SessionLostError) else "the process of"
         logger.warning(f"{what} the router of {self._name!r} has ended; a call is sent again ({attempts.count})")

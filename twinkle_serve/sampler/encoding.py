@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from twinkle_serve import hub
 from twinkle_serve.data_format.sample_request import TemplateChoice
 from twinkle_serve.data_format.status import SamplerStatus
-from twinkle_serve.errors import TemplateError
+from twinkle_serve.errors import TemplateError, TwinkleServeError
 
 if TYPE_CHECKING:
     from twinkle_serve.data_format import InputFeature, Trajectory
@@ -114,7 +114,16 @@ class LocalTemplate:
             self._built = self._build(choice, status)
         return self._built
 
-    def _build(self, choice: TemplateChoice, status: Callable[[], SamplerStatus]) -> Template:
+    def find(self, choice: TemplateChoice, status: Callable[[], SamplerStatus]) -> Template | None:
+        """As `get`, without a download. None if the model's files are not here, or the sampler does not answer."""
+        if self._built is None:
+            try:
+                self._built = self._build(choice, status, download=False)
+            except TwinkleServeError:
+                return None
+        return self._built
+
+    def _build(self, choice: TemplateChoice, status: Callable[[], SamplerStatus], *, download: bool = True) -> Template:
         from twinkle_serve.template import Template, resolve_template
         from twinkle_serve.template.packing import unpack_template
 
@@ -127,4 +136,4 @@ class LocalTemplate:
             if isinstance(template, Template):
                 return template
         model = arguments.pop("model_id", None) or status()["model_id"]
-        return resolve_template(template, hub.resolve(str(model), weights=False), **arguments)
+        return resolve_template(template, hub.resolve(str(model), weights=False, download=download), **arguments)

@@ -17,7 +17,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse
-from twinkle_serve.data_format.sample_request import SampleRequest
+from twinkle_serve.data_format.sample_request import Inputs, SampleRequest
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.weights import Bucket, BucketArgument
 from twinkle_serve.engines import build_engine, check_engine_args
@@ -70,12 +70,15 @@ class LocalClient(RouterClient):
         # Registered now, so that it runs before multiprocessing's own exit, which waits forever for vLLM's processes.
         atexit.register(self._end)
 
-    def prepare(self, request: SampleRequest) -> SampleRequest:
+    def snapshot(self, inputs: Inputs) -> Inputs:
         self.loop.require_running()
         try:
-            return replace(request, inputs=copy.deepcopy(request.inputs))
+            return copy.deepcopy(inputs)
         except Exception as error:  # raised by a class of the caller's
             raise PromptError(f"inputs cannot be copied: {type(error).__name__}: {error}") from error
+
+    def prepare(self, request: SampleRequest) -> SampleRequest:
+        return replace(request, inputs=self.snapshot(request.inputs))
 
     # These are coroutines and generators of their own, not the router's: a running call keeps this client alive.
 

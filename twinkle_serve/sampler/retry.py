@@ -18,7 +18,7 @@ from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.inputs import PackedInputs, as_list
 from twinkle_serve.data_format.prompts import InputDict
 from twinkle_serve.data_format.sample_request import Inputs, SampleRequest
-from twinkle_serve.errors import PromptError
+from twinkle_serve.errors import DeadlineError, PromptError
 
 RETRY_PAUSES_S = (0.1, 0.3, 1.0, 1.0, 2.0, 2.0, 5.0, 5.0)
 """Pause before each repetition of a call. Their number is limited: the call may be what kills its routers."""
@@ -73,6 +73,12 @@ class Attempts:
             self._unread = dict(enumerate(packed.to_list()))
         # Each arrives once; every response gets a dict of its own, also where the caller gave one several times.
         return replace(response, inputs=[dict(self._unread.pop(i)) for i in response.prompt_indices])
+
+    def failed(self, error: BaseException) -> BaseException:
+        """Returns the call's error; that of its deadline has the inputs added to its response."""
+        if isinstance(error, DeadlineError) and error.response is not None:
+            error.response = self.received(error.response)
+        return error
 
     def next_request(self) -> SampleRequest:
         """Returns the request of the next attempt: the missing inputs, within the remaining time."""

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from twinkle_serve.data_format import SampleResponse
-from twinkle_serve.data_format.sample_request import SampleRequest
+from twinkle_serve.data_format.sample_request import Inputs, SampleRequest
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.weights import Bucket, BucketArgument
 from twinkle_serve.routing.api import RouterAPI
@@ -24,6 +24,14 @@ class RouterClient(Protocol):
     """
 
     loop: LoopThread
+
+    def snapshot(self, inputs: Inputs) -> Inputs:
+        """Returns inputs as they are now, ready to be sent.
+
+        Raises:
+            PromptError: inputs that cannot be copied.
+        """
+        ...
 
     def prepare(self, request: SampleRequest) -> SampleRequest:
         """Returns a request with its inputs as they are now, ready for `run`, `run_iter` or `run_stream`.

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from twinkle_serve.data_format.columns import OWN_COLUMNS, TYPE_COLUMNS, is_media
+from twinkle_serve.data_format.columns import IGNORED_LABEL, OWN_COLUMNS, TYPE_COLUMNS, is_media
 from twinkle_serve.data_format.plain import as_items, is_absent
-from twinkle_serve.data_format.response import IGNORED_LABEL
+from twinkle_serve.data_format.token_lists import MAX_ID
+from twinkle_serve.data_format.weights import SampledSpan
 from twinkle_serve.errors import PromptError
+from twinkle_serve.validation import whole_number
 
-MAX_ID = np.iinfo(np.int32).max
 NOT_COLUMNS = OWN_COLUMNS | {"messages", "tools", "user_data"}
 """Keys that are read, or are the caller's own, whatever their length."""
 
@@ -40,7 +42,7 @@ def array_of(value: object, where: str) -> NDArray[Any]:
 
 
 def ids_of(item: Mapping[str, object], where: str) -> NDArray[np.int32]:
-    """Returns `input_ids`, shape [P], after checking it and the other columns except labels.
+    """Returns `input_ids`, shape [P], after checking it and the other columns except those about sampled tokens.
 
     Raises:
         PromptError: not token ids, a padded prompt, or a column that cannot be made as long as prompt and sample.
@@ -84,6 +86,89 @@ def labels_of(item: Mapping[str, object], ids: NDArray[np.int32], where: str) ->
     # No token comes before the first, so nothing predicts it.
     labels = np.concatenate([[IGNORED_LABEL], rolled[:-1]]).astype(np.int64)[: len(ids)]
     return None if (labels == IGNORED_LABEL).all() else labels
+
+
+def logprobs_of(
+    item: Mapping[str, object], labels: NDArray[np.int64] | None, length: int, where: str
+) -> NDArray[np.float64] | None:
+    """Rolls the input's logprobs back to the positions of their tokens, 0.0 where there is no label. None if absent.
+
+    Args:
+        labels: labels at the positions of their tokens; None if all are ignored.
+
+    Raises:
+        PromptError: not a finite number for each token.
+    """
+    if is_absent(item.get("logprobs")):
+        return None
+    rolled = finite_logprobs(item["logprobs"], length, where)
+    if labels is None:
+        return np.zeros(length)
+    if rolled[-1] != 0:
+        raise PromptError(
+            f"{where}.logprobs ends with {rolled[-1]}, and no token follows the last one: it must be 0. Roll logprobs "
+            "left by one, as labels, or leave them out."
+        )
+    return np.where(labels == IGNORED_LABEL, 0.0, np.concatenate([[0.0], rolled[:-1]]))
+
+
+def finite_logprobs(column: object, length: int, where: str) -> NDArray[np.float64]:
+    """Returns a column of logprobs as an array.
+
+    Raises:
+        PromptError: not a finite number for each token.
+    """
+    logprobs = array_of(column, f"{where}.logprobs")
+    if logprobs.shape != (length,) or logprobs.dtype.kind not in "fiu":
+        raise PromptError(
+            f"{where}.logprobs has shape {logprobs.shape} and type {logprobs.dtype}, input_ids ({length},). Give a "
+            "number for each token, 0 where it is unknown, or leave it out."
+        )
+    if not np.isfinite(logprobs).all():
+        at = int(np.flatnonzero(~np.isfinite(logprobs))[0])
+        raise PromptError(
+            f"{where}.logprobs has {logprobs[at]} at index {at}, and must be finite. Give 0 where it is unknown, or "
+            "leave it out."
+        )
+    return logprobs.astype(np.float64)
+
+
+def spans_of(item: Mapping[str, object], length: int, where: str) -> tuple[SampledSpan, ...]:
+    """Returns the input's `weight_versions`, of the tokens that are there: callers take tokens away at the end.
+
+    Raises:
+        PromptError: `new_input_feature` cannot have written them.
+    """
+    given, name = item.get("weight_versions"), f"{where}.weight_versions"
+    if is_absent(given):
+        return ()
+    spans = [_span(span, name) for span in as_items(given) or [given]]
+    for before, span in itertools.pairwise(spans):
+        if span["start"] < before["end"]:
+            raise PromptError(
+                f"{name} has a span that ends at {before['end']} before one that starts at {span['start']}. Put them "
+                "in order, without overlaps, or leave it out."
+            )
+    return tuple(cut_spans(spans, slice(0, length)))
+
+
+def _span(span: object, name: str) -> SampledSpan:
+    if not isinstance(span, Mapping) or not all(isinstance(span.get(key), str) for key in ("weights", "adapter")):
+        raise PromptError(f"{name} was not written by new_input_feature: {span!r:.80}. Leave it out.")
+    start = whole_number(f"{name}: start", span.get("start"), 0, error=PromptError)
+    end = whole_number(f"{name}: end", span.get("end"), start, error=PromptError)
+    return SampledSpan(weights=str(span["weights"]), adapter=str(span["adapter"]), start=start, end=end)
+
+
+def cut_spans(spans: Iterable[SampledSpan], kept: slice) -> list[SampledSpan]:
+    """Returns the parts of spans that are left when only the tokens in `kept` are."""
+    cut = []
+    for span in spans:
+        start, end = max(span["start"], kept.start), min(span["end"], kept.stop)
+        if start < end:
+            moved = SampledSpan(**{**span, "start": start - kept.start, "end": end - kept.start})
+            cut.append(moved)
+    return cut
 
 
 def _check_attention(item: Mapping[str, object], ids: NDArray[Any], where: str) -> None:

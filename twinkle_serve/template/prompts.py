@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from twinkle_serve.data_format.columns import IGNORED_LABEL
 from twinkle_serve.data_format.inputs import as_list
 from twinkle_serve.data_format.messages import Turn
 from twinkle_serve.data_format.plain import is_absent
-from twinkle_serve.data_format.response import IGNORED_LABEL
 from twinkle_serve.errors import PromptError, unknown_name
 from twinkle_serve.template.ending import Ending
-from twinkle_serve.template.features import ids_of, labels_of, refuse_media
+from twinkle_serve.template.features import cut_spans, ids_of, labels_of, logprobs_of, refuse_media, spans_of
 from twinkle_serve.template.matching import match_messages
 from twinkle_serve.template.template import Template
 
@@ -31,7 +31,55 @@ class Prompt:
     index: int = 0
     """Index of its input in the call; `truncation_strategy="delete"` leaves inputs out."""
     turn: Turn = field(default_factory=Turn)
-    """The beginning of the sampled turn that it contains, and the labels of earlier turns."""
+    """The beginning of the sampled turn that it contains, and the training columns of earlier turns."""
+
+
+class InputEncoder:
+    """Encodes the inputs of one call, all at once or some at a time."""
+
+    def __init__(
+        self,
+        inputs: object,
+        template: Template,
+        generation_prompt: bool = True,
+        continue_final_message: bool | None = None,
+    ) -> None:
+        """Reads the inputs. Arguments and errors as of `encode_inputs`."""
+        items = as_list(inputs)
+        if items is None:
+            raise PromptError(
+                f"inputs must be a Trajectory or an InputFeature, or a list of one of them, got "
+                f'{type(inputs).__name__}. Give text as {{"messages": [{{"role": "user", "content": text}}]}}.'
+            )
+        if not items:
+            raise PromptError("inputs is empty. Give at least one Trajectory or InputFeature.")
+        kinds = [_kind(item, i) for i, item in enumerate(items)]
+        if len(set(kinds)) > 1:
+            other = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
+            raise PromptError(
+                f"inputs mixes kinds: inputs[0] is {_article(kinds[0])}, inputs[{other}] is {_article(kinds[other])}. "
+                "Send each kind in a separate call."
+            )
+        self._items, self._template = items, template
+        self._encode = _from_messages if kinds[0] == "messages" else _from_ids
+        self._ending = Ending(generation_prompt, continue_final_message, template.continue_final_message)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def encode(self, first: int, last: int) -> list[Prompt]:
+        """Encodes the inputs from `first` to before `last`; see `encode_inputs`."""
+        template, ending = self._template, self._ending
+        encoded = (self._encode(item, i, template, ending) for i, item in enumerate(self._items[first:last], first))
+        return [prompt for each in encoded if (prompt := _fit(each, template)) is not None]
+
+    def require_some(self, prompts: Sequence[Prompt]) -> None:
+        """Raises PromptError if all inputs were left out."""
+        if not prompts:
+            raise PromptError(
+                f"each of the {len(self)} inputs is longer than max_length={self._template.max_length}, and "
+                'truncation_strategy="delete" leaves them out. Raise max_length.'
+            )
 
 
 def encode_inputs(
@@ -55,30 +103,9 @@ def encode_inputs(
         PromptError: no input, inputs of several kinds, one that is neither a Trajectory nor an InputFeature, one that
             is too long, or all are left out.
     """
-    items = as_list(inputs)
-    if items is None:
-        raise PromptError(
-            f"inputs must be a Trajectory or an InputFeature, or a list of one of them, got {type(inputs).__name__}. "
-            'Give text as {"messages": [{"role": "user", "content": text}]}.'
-        )
-    if not items:
-        raise PromptError("inputs is empty. Give at least one Trajectory or InputFeature.")
-    kinds = [_kind(item, i) for i, item in enumerate(items)]
-    if len(set(kinds)) > 1:
-        other = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
-        raise PromptError(
-            f"inputs mixes kinds: inputs[0] is {_article(kinds[0])}, inputs[{other}] is {_article(kinds[other])}. "
-            "Send each kind in a separate call."
-        )
-    encode = _from_messages if kinds[0] == "messages" else _from_ids
-    ending = Ending(generation_prompt, continue_final_message, template.continue_final_message)
-    fitted = [_fit(encode(item, i, template, ending), template) for i, item in enumerate(items)]
-    prompts = [prompt for prompt in fitted if prompt is not None]
-    if not prompts:
-        raise PromptError(
-            f"each of the {len(items)} inputs is longer than max_length={template.max_length}, and "
-            'truncation_strategy="delete" leaves them out. Raise max_length.'
-        )
+    encoder = InputEncoder(inputs, template, generation_prompt, continue_final_message)
+    prompts = encoder.encode(0, len(encoder))
+    encoder.require_some(prompts)
     return prompts
 
 
@@ -124,14 +151,25 @@ def _from_ids(item: Mapping[str, object], index: int, template: Template, ending
     refuse_media(item, where)
     ids = ids_of(item, where)
     labels = labels_of(item, ids, where)
+    logprobs, spans = logprobs_of(item, labels, len(ids), where), spans_of(item, len(ids), where)
     rest = match_messages(item, ids, where, template, ending)
     whole = np.concatenate([ids, rest.following]) if len(rest.following) else ids
     if labels is not None:
         labels = np.concatenate([labels, np.full(len(rest.following), IGNORED_LABEL, np.int64)])
+    if logprobs is not None:
+        logprobs = np.concatenate([logprobs, np.zeros(len(rest.following))])
     opening = _opening(template, whole, rest.resumed_at, rest.written)
-    if rest.resumed_at is None and labels is None:
+    if rest.resumed_at is None and labels is None and logprobs is None and not spans:
         return Prompt(whole, index, _opened_turn(opening))
-    return Prompt(whole, index, Turn(opening=opening, resumed_at=rest.resumed_at, written=rest.written, labels=labels))
+    turn = Turn(
+        opening=opening,
+        resumed_at=rest.resumed_at,
+        written=rest.written,
+        labels=labels,
+        logprobs=logprobs,
+        weight_versions=spans,
+    )
+    return Prompt(whole, index, turn)
 
 
 @lru_cache(maxsize=64)
@@ -184,6 +222,8 @@ def _fit(prompt: Prompt, template: Template) -> Prompt | None:
             # Text cut on the left still belongs to the message; cut on the right, the sample continues what is left.
             opening=turn.opening if left else _opening(template, ids, start, None),
             labels=None if turn.labels is None else turn.labels[kept],
+            logprobs=None if turn.logprobs is None else turn.logprobs[kept],
+            weight_versions=tuple(cut_spans(turn.weight_versions, kept)),
             resumed_at=start,
         ),
     )

@@ -156,6 +156,16 @@ class Template(TrainingTemplate):
         return frozenset(self.tokenizer.convert_tokens_to_ids(list(self.special_tokens)))
 
     @cached_property
+    def max_id(self) -> int:
+        """Highest token id: of the tokenizer, or of the model, whose vocabulary may be padded."""
+        sizes: list[int] = [len(self.tokenizer), *(token + 1 for token in self.tokenizer.added_tokens_decoder)]
+        path = self.model / "config.json"
+        if path.is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+            sizes.append(int((config.get("text_config") or config).get("vocab_size") or 0))
+        return max(sizes) - 1
+
+    @cached_property
     def end_ids(self) -> frozenset[int]:
         """Tokens that end a turn: the tokenizer's end of sequence and the stop tokens of generation_config.json."""
         ends = [self.tokenizer.eos_token_id]

@@ -12,14 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve import hub
-from twinkle_serve.data_format.columns import TYPE_COLUMNS, in_rows
+from twinkle_serve.data_format.columns import IGNORED_LABEL, SAMPLED_COLUMNS, TYPE_COLUMNS, in_rows
 from twinkle_serve.data_format.plain import as_items, is_absent
-from twinkle_serve.data_format.response import IGNORED_LABEL, SampleResponse
+from twinkle_serve.data_format.response import SampleResponse
 from twinkle_serve.data_format.sequence import SampledSequence, columns_of
 from twinkle_serve.data_format.user_data import user_data_get
 from twinkle_serve.errors import PromptError
 from twinkle_serve.template.ending import Ending
-from twinkle_serve.template.features import array_of, refuse_media, refuse_values_of_tokens
+from twinkle_serve.template.features import (
+    array_of,
+    cut_spans,
+    finite_logprobs,
+    refuse_media,
+    refuse_values_of_tokens,
+    spans_of,
+)
 from twinkle_serve.validation import whole_number
 
 if TYPE_CHECKING:
@@ -141,7 +148,9 @@ class TrainingTemplate:
                 raise PromptError(f"{HERE} must be a dict with messages, got {trajectory!r:.80}.")
             refuse_media(trajectory, HERE)
             ids, labels = self._with_labels(trajectory, add_generation_prompt)
-            encoded.append({**copy.deepcopy(dict(trajectory)), "input_ids": ids, "labels": labels})
+            # Columns about sampled tokens are of other ids: the messages are encoded anew.
+            kept = {key: value for key, value in trajectory.items() if key not in SAMPLED_COLUMNS}
+            encoded.append({**copy.deepcopy(kept), "input_ids": ids, "labels": labels})
         return self._invoke_post_pipeline(encoded)
 
     def _with_labels(self, trajectory: Mapping[str, Any], add_generation_prompt: bool) -> tuple[Ids, Ids]:
@@ -212,7 +221,8 @@ class TrainingTemplate:
     def _invoke_post_pipeline(self, input_features: Iterable[Feature]) -> list[Feature]:
         """Fits features to `max_length`, rolls their labels left by one, and adds the columns that follow from ids.
 
-        The name is Twinkle's, whose rollouts call it after they appended tokens to a feature.
+        The name is Twinkle's, whose rollouts call it after they appended tokens to a feature and put its labels back to
+        the positions of their tokens. They know nothing of `logprobs`, which stay rolled; new tokens have none.
         """
         finished = []
         for feature in input_features:
@@ -221,6 +231,7 @@ class TrainingTemplate:
             labels = np.full_like(ids, IGNORED_LABEL) if given is None else np.asarray(given, np.int64)
             if labels.shape != ids.shape:
                 raise PromptError(f"{HERE}.labels has shape {labels.shape}, input_ids {ids.shape}. Give one for each.")
+            logprobs, spans = _longer_logprobs(feature, len(ids)), spans_of(feature, len(ids), HERE)
             kept = self._kept(len(ids))
             if kept is None:
                 continue
@@ -229,12 +240,16 @@ class TrainingTemplate:
             present = [name for name in TYPE_COLUMNS if not is_absent(feature.get(name))]
             types = {name: _types_of(feature, name, len(ids))[..., kept] for name in present}
             ids, labels = ids[kept], labels[kept]
-            columns = {
+            columns: Feature = {
                 "attention_mask": np.ones_like(ids),
                 "position_ids": np.array(in_rows([*range(len(ids))], feature.get("position_ids")), np.int64),
                 "length": len(ids),
             }
             rolled = np.append(labels[1:], IGNORED_LABEL)[: len(ids)]
+            if logprobs is not None:
+                columns["logprobs"] = np.where(rolled == IGNORED_LABEL, 0.0, logprobs[kept])
+            if spans:
+                columns["weight_versions"] = cut_spans(spans, kept)
             finished.append({**feature, **types, "input_ids": ids, "labels": rolled, **columns})
         return finished
 
@@ -315,6 +330,16 @@ def _key_rounds(trajectory: Mapping[str, Any], count: int) -> Sequence[int]:
     if rounds is None:
         raise PromptError(f"{HERE}: key_rounds must be a list of indices of messages, got {given!r:.80}.")
     return [whole_number(f"{HERE}: an index in key_rounds", i, 0, count - 1, error=PromptError) for i in rounds]
+
+
+def _longer_logprobs(feature: Feature, length: int) -> NDArray[np.float64] | None:
+    """Returns the logprobs of a feature to which tokens may have been appended, with 0.0 for these. None if absent."""
+    if is_absent(feature.get("logprobs")):
+        return None
+    given = array_of(feature["logprobs"], f"{HERE}.logprobs")
+    if given.ndim == 1 and len(given) < length:
+        given = np.append(given, np.zeros(length - len(given)))
+    return finite_logprobs(given, length, HERE)
 
 
 def _types_of(feature: Feature, name: str, length: int) -> NDArray[Any]:

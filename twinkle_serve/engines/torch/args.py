@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from twinkle_serve.data_format.sampling_params import LogprobsMode
 from twinkle_serve.engines.protocol import parse_engine_args
-from twinkle_serve.engines.torch.rows import LogprobsMode
+
+
+class ReasoningMarks(BaseModel):
+    """Texts that begin and end a model's thinking."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    reasoning_start_str: str = Field(min_length=1)
+    reasoning_end_str: str = Field(min_length=1)
 
 
 class TorchArgs(BaseModel):
@@ -23,6 +32,8 @@ class TorchArgs(BaseModel):
     """Largest number of rows in a batch."""
     max_logprobs: PositiveInt = 20
     logprobs_mode: LogprobsMode = "raw_logprobs"
+    reasoning_config: ReasoningMarks | None = None
+    """How the model marks its thinking; needed for thinking_token_budget."""
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     enable_lora: bool = True
     """Costs nothing until an adapter is loaded."""

@@ -15,15 +15,25 @@ from typing import TYPE_CHECKING
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import EngineInfo, Group
 from twinkle_serve.data_format.samples import STOP_REASONS, PartialSample, PromptScores, SampleColumns, StopReason
+from twinkle_serve.data_format.structured_outputs import StructuredOutputs
 from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
+from twinkle_serve.engines.drawing import columns_of_samples
+from twinkle_serve.engines.logits import LogitsProcessor
 from twinkle_serve.engines.protocol import TokenDelta, max_new_tokens
 from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.torch.adapters import ModelAdapters
 from twinkle_serve.engines.torch.args import check_engine_args
 from twinkle_serve.engines.torch.model import TorchModel
-from twinkle_serve.engines.torch.rows import Row, group_columns
+from twinkle_serve.engines.torch.rows import Row
 from twinkle_serve.engines.torch.weights import copy_renamed, copy_weights, weights_checksum
-from twinkle_serve.errors import EngineArgsError, EngineDeadError, EngineError, EngineStartError, UnsupportedError
+from twinkle_serve.errors import (
+    EngineArgsError,
+    EngineDeadError,
+    EngineError,
+    EngineStartError,
+    SamplingParamsError,
+    UnsupportedError,
+)
 from twinkle_serve.tensors import stored_dtype
 
 if TYPE_CHECKING:
@@ -114,9 +124,24 @@ class TorchEngine:
             max_lora_rank=self._args.max_lora_rank if self._args.enable_lora else 0,
             dtype=stored_dtype(self._model.causal_lm.dtype),
             adapter_dtype="F32",  # peft's, whatever the model's
+            eos_token_ids=tuple(sorted(self._model.eos)),
+            lacks=self._lacks(),
         )
         self._event_loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._run())
+
+    def _lacks(self) -> dict[str, str]:
+        """See `EngineInfo.lacks`."""
+        lacks = {"structured_outputs": "the torch engine has no grammars. Use engine: vllm."}
+        if self._model.thinking is None:
+            lacks["thinking_token_budget"] = (
+                "the engine does not know how the model marks its thinking. Set engine_args.reasoning_config to "
+                "{reasoning_start_str: …, reasoning_end_str: …}."
+            )
+        return lacks
+
+    async def check_structured(self, structured: StructuredOutputs) -> None:
+        raise SamplingParamsError(f"structured_outputs is not available: {self._lacks()['structured_outputs']}")
 
     async def sample_group(self, group: Group) -> SampleColumns:
         # Cancelling this call cancels the future, which the batch sees at its next token.
@@ -153,8 +178,7 @@ class TorchEngine:
             job.done.cancel()
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        text: str = self._model.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
-        return text
+        return self._model.decode(tokens, skip_special_tokens=skip_special_tokens)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -216,7 +240,7 @@ class TorchEngine:
                 # The weights changed under the remaining rows: they continue from the tokens that they have.
                 running = [(job, row) for job, row in running if row.stop_reason is None]
             return [
-                group_columns(job.group, self._name, part, score, self._model.tokenizer)
+                columns_of_samples(job.group, self._name, part, score, self._model.decode)
                 for job, part, score in zip(batch, rows, scores, strict=True)
             ]
 
@@ -237,8 +261,15 @@ class TorchEngine:
 
         limit_s = job.group.sample_timeout_s
         end = math.inf if limit_s is None else time.monotonic() + limit_s
+        params = job.group.params
         return Row(
-            params=job.group.params,
+            params=params,
+            process=LogitsProcessor(
+                params, job.group.prompt_ids, self._model.eos, self._model.encode, self._model.thinking
+            ),
+            logprobs_mode=params.logprobs_mode or self._args.logprobs_mode,
+            eos=self._model.eos,
+            decode=self._model.decode,
             max_tokens=max_new_tokens(self.info, job.group),
             generator=generator,
             aborted=lambda: self._aborting or job.done.done() or time.monotonic() >= end,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.samples import PromptScores
+from twinkle_serve.engines.logits import ThinkingMarks
 from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.torch.args import TorchArgs
 from twinkle_serve.engines.torch.rows import Row, RowSampler, RowStopper
@@ -24,6 +25,10 @@ class TorchModel:
     causal_lm: PreTrainedModel
     """Set by `load`."""
     tokenizer: PreTrainedTokenizerBase
+    """Set by `load`."""
+    eos: set[int]
+    """End-of-sequence ids. Set by `load`."""
+    thinking: ThinkingMarks | None
     """Set by `load`."""
 
     def __init__(
@@ -53,7 +58,11 @@ class TorchModel:
         )
         self.causal_lm.to(self._device).eval()
         eos = self.causal_lm.generation_config.eos_token_id
-        self._eos = {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id} - {None}
+        self.eos = {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id} - {None}
+        self.thinking = None
+        if (marks := self._args.reasoning_config) is not None:
+            start, end = self.encode(marks.reasoning_start_str), self.encode(marks.reasoning_end_str)
+            self.thinking = ThinkingMarks(start, end)
         # generate takes its defaults from here, such as the model's end-of-sequence ids and temperature.
         self.causal_lm.generation_config = GenerationConfig()
 
@@ -67,6 +76,16 @@ class TorchModel:
     def vocab_size(self) -> int:
         size: int = self.causal_lm.config.get_text_config().vocab_size
         return size
+
+    def encode(self, text: str) -> list[int]:
+        """Tokenises a text, without special tokens."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Decodes tokens to text."""
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+        return text
 
     def generate(
         self, prompts: Sequence[NDArray[np.int32]], rows: Sequence[Row], between_tokens: Callable[[], bool]
@@ -86,7 +105,6 @@ class TorchModel:
             tokens = torch.tensor([*prompt.tolist(), *row.tokens])
             ids[i, width - len(tokens) :] = tokens
             mask[i, width - len(tokens) :] = 1
-        sampler = RowSampler(rows, mask, self._args.logprobs_mode)
         self.causal_lm.generate(
             ids.to(self._device),
             attention_mask=mask.to(self._device),
@@ -95,8 +113,8 @@ class TorchModel:
                 max_new_tokens=max(row.max_tokens - len(row.tokens) for row in rows),
                 pad_token_id=0,
             ),
-            logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([RowStopper(rows, self._eos, self.tokenizer, between_tokens)]),
+            logits_processor=LogitsProcessorList([RowSampler(rows)]),
+            stopping_criteria=StoppingCriteriaList([RowStopper(rows, between_tokens)]),
         )
 
     def score(self, prompt_ids: NDArray[np.int32], k: int) -> PromptScores:

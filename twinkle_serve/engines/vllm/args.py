@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinkle_serve.data_format.groups import EngineInfo
+from twinkle_serve.data_format.sampling_params import MAX_NAMED_TOKENS
 from twinkle_serve.engines.vllm.processes import EXTENSION, IN_CORE, has_intel_openmp, prefer_spawn
 from twinkle_serve.engines.vllm.tmpfs import PREFIX, MemoryDirectory
 from twinkle_serve.errors import EngineArgsError, unknown_name
 from twinkle_serve.tensors import stored_dtype
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -34,6 +36,10 @@ SET_ELSEWHERE = {
     "lora_modules": "adapters of args",
 }
 """Engine arguments that are set elsewhere, and where."""
+
+
+DEFAULT_MAX_LOGPROBS = 20
+"""vLLM's."""
 
 
 @functools.cache
@@ -114,6 +120,8 @@ def set_environment(files: MemoryDirectory, cpus: Sequence[Sequence[int]]) -> No
     """
     if cpus:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, cores)) for cores in cpus)
+    # vLLM's core would fail requests where other load slows the compilation of their expression.
+    os.environ.setdefault("VLLM_REGEX_COMPILATION_TIMEOUT_S", "0")
     keep_log_handlers(files)
     prefer_spawn()
 
@@ -143,6 +151,8 @@ def build_config(
             args["max_loras"] = args.get("max_loras", 1) + 1  # see AdapterSlots
             if args.get("max_cpu_loras") is not None:
                 args["max_cpu_loras"] = max(args["max_cpu_loras"], args["max_loras"])
+        if args.get("max_logprobs", DEFAULT_MAX_LOGPROBS) != -1:
+            args["max_logprobs"] = args.get("max_logprobs", DEFAULT_MAX_LOGPROBS) + MAX_NAMED_TOKENS
     args.setdefault("disable_log_stats", True)
     args["worker_extension_cls"] = EXTENSION
     workers = tp_size * pp_size * args.get("prefill_context_parallel_size", 1)
@@ -161,14 +171,22 @@ def build_config(
     except (ValueError, TypeError) as error:
         raise EngineArgsError(f"vLLM refuses engine_args {dict(engine_args)}: {error}") from error
     _check_config(config, device)
+    use_one_grammar_backend(config)
     if device == "cpu" and "kv_cache_memory_bytes" not in engine_args and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         limit_kv_cache(config)
     return vllm_args, config
 
 
-def engine_info(name: str, config: VllmConfig, device: str, cpus: Sequence[Sequence[int]]) -> EngineInfo:
+def engine_info(
+    name: str,
+    config: VllmConfig,
+    device: str,
+    cpus: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> EngineInfo:
     """Describes an engine to its router. The parameters are those of `VLLMEngine`."""
     model, lora = config.model_config, config.lora_config
+    most = model.get_vocab_size() if model.max_logprobs == -1 else model.max_logprobs
     return EngineInfo(
         name=name,
         kind="vllm",
@@ -176,14 +194,45 @@ def engine_info(name: str, config: VllmConfig, device: str, cpus: Sequence[Seque
         scores_full_context=False,
         vocab_size=model.get_vocab_size(),
         max_num_seqs=config.scheduler_config.max_num_seqs,
-        max_logprobs=model.get_vocab_size() if model.max_logprobs == -1 else model.max_logprobs,
+        max_logprobs=most - MAX_NAMED_TOKENS if device == "cpu" and model.max_logprobs != -1 else most,
         logprobs_mode=model.logprobs_mode,
         device=device,
         cpus=tuple(sorted({core for cores in cpus for core in cores})),
         max_lora_rank=0 if lora is None else lora.max_lora_rank,
         dtype=stored_dtype(model.dtype),
         adapter_dtype="" if lora is None else stored_dtype(lora.lora_dtype),
+        eos_token_ids=_eos_token_ids(config, tokenizer),
+        lacks=_lacks(config, device),
+        masks_raw_logprobs=device != "cpu",
     )
+
+
+def _eos_token_ids(config: VllmConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Returns the ids that vLLM takes for ends of a sequence: the tokenizer's and those of the generation config."""
+    given = config.model_config.try_get_generation_config().get("eos_token_id") or []
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tuple(sorted({*own, *([given] if isinstance(given, int) else given)}))
+
+
+def _lacks(config: VllmConfig, device: str) -> dict[str, str]:
+    """See `EngineInfo.lacks`."""
+    lacks: dict[str, str] = {}
+    reasoning = config.reasoning_config
+    if reasoning is None or not reasoning.enabled:
+        lacks["thinking_token_budget"] = (
+            "the engine does not know how the model marks its thinking. Set engine_args.reasoning_config to "
+            "{reasoning_start_str: …, reasoning_end_str: …}."
+        )
+    if device != "cpu":
+        lacks["logprobs_mode"] = (
+            f"on a GPU an engine has one, and this one's is {config.model_config.logprobs_mode}. Set "
+            "engine_args.logprobs_mode."
+        )
+        if not config.model_config.return_sampling_mask:
+            lacks["return_sampling_mask"] = (
+                "on a GPU vLLM needs engine_args.return_sampling_mask: true, and then top_k in every call."
+            )
+    return lacks
 
 
 def executor_backend(executor: str, workers: int, device: str) -> str:
@@ -209,6 +258,17 @@ def limit_kv_cache(config: VllmConfig) -> None:
     values = 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
     tokens = config.scheduler_config.max_num_seqs * (model.max_model_len + cache.block_size)
     cache.kv_cache_memory_bytes = min(cache.kv_cache_memory_bytes, tokens * values * model.dtype.itemsize)
+
+
+def use_one_grammar_backend(config: VllmConfig) -> None:
+    """Replaces `auto`, vLLM's default for structured outputs, by xgrammar, which is its first choice.
+
+    With `auto`, vLLM validates each request for the backend that suits it, but compiles them all with the backend of
+    the first one (vllm 0.32, StructuredOutputManager.grammar_init): xgrammar then drops what it does not support.
+    Remove once the core has a backend for each.
+    """
+    if config.structured_outputs_config.backend == "auto":
+        config.structured_outputs_config.backend = "xgrammar"
 
 
 def _check_config(config: VllmConfig, device: str) -> None:

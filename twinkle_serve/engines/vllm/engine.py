@@ -15,10 +15,12 @@ from twinkle_serve.collection import no_collection
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
+from twinkle_serve.data_format.structured_outputs import StructuredOutputs
 from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
 from twinkle_serve.engines.protocol import TokenDelta
 from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.vllm.args import build_config, check_engine_args, engine_info, set_environment
+from twinkle_serve.engines.vllm.grammars import GrammarChecks
 from twinkle_serve.engines.vllm.lora_slots import AdapterSlots
 from twinkle_serve.engines.vllm.outputs import (
     aborted_without_output,
@@ -28,7 +30,7 @@ from twinkle_serve.engines.vllm.outputs import (
     partial_sample,
     running_tokens,
 )
-from twinkle_serve.engines.vllm.processes import refuse_import_of_main, use_own_entry
+from twinkle_serve.engines.vllm.processes import allow_high_temperatures, refuse_import_of_main, use_own_entry
 from twinkle_serve.engines.vllm.reports import Reports
 from twinkle_serve.engines.vllm.requests import sampling_params
 from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
@@ -103,6 +105,7 @@ class VLLMEngine:
         """vLLM's request ids of running groups that may be resumed."""
         self._finished_tokens = 0
         """Number of tokens of finished samples."""
+        self._grammars: GrammarChecks | None = None
 
     async def start(self, on_stage: OnStage = ignore_stage) -> None:
         check_engine_args(self._engine_args)
@@ -119,8 +122,11 @@ class VLLMEngine:
             if self._device == "cpu":
                 await self._llm.collective_rpc("keep_last_slot_empty")
                 self._slots = AdapterSlots(lora.max_loras - 1)
-        self.info = engine_info(self._name, config, self._device, self._cpus)
+        if self._device == "cpu":
+            await self._llm.collective_rpc("use_own_sampler")
         self._tokenizer = self._llm.get_tokenizer()
+        self._grammars = GrammarChecks(config, self._files.owner)
+        self.info = engine_info(self._name, config, self._device, self._cpus, self._tokenizer)
 
     def _start(self, on_stage: OnStage) -> None:
         with no_collection():
@@ -139,6 +145,7 @@ class VLLMEngine:
             trust_remote_code=self._trust_remote_code,
         )
         use_own_entry()
+        allow_high_temperatures()
         try:
             self._llm = AsyncLLM.from_vllm_config(
                 config, enable_log_requests=vllm_args.enable_log_requests, disable_log_stats=vllm_args.disable_log_stats
@@ -174,7 +181,8 @@ class VLLMEngine:
             slot = contextlib.nullcontext() if self._slots is None else self._slots.holding(group.adapter)
             async with slot:
                 prompt = tokens_input(group.prompt_ids.tolist())
-                params = sampling_params(self.info, group, streaming=streaming)
+                grammars = self._llm.vllm_config.structured_outputs_config.backend
+                params = sampling_params(self.info, group, streaming=streaming, grammars=grammars)
                 stream = self._llm.generate(prompt, params, request_id, lora_request=lora_request)
                 async with contextlib.aclosing(stream), self._time_limit(request_id, group.sample_timeout_s):
                     async for output in stream:
@@ -226,7 +234,8 @@ class VLLMEngine:
 
     def partial_output(self, group: Group, offset: int) -> PartialSample | None:
         request_id = self._resumable.get(group.attempt)
-        return partial_sample(self._llm.output_processor, request_id, group.params.logprobs, offset, self._label)
+        width = group.params.logprobs_width
+        return partial_sample(self._llm.output_processor, request_id, width, offset, self._label)
 
     async def sample_group(self, group: Group) -> SampleColumns:
         output = await last_output(self._outputs(group, streaming=False))
@@ -237,7 +246,7 @@ class VLLMEngine:
         )
         if group.params.greedy:  # vLLM refuses n > 1 when greedy; all n samples are the same
             samples = samples * group.count
-        columns = group_columns(group, self._name, self._label, output, samples, self._tokenizer)
+        columns = group_columns(group, self._name, self._label, output, samples, self.decode)
         self._finished_tokens += sum(len(sample.token_ids) for sample in samples)
         return columns
 
@@ -271,6 +280,10 @@ class VLLMEngine:
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
+
+    async def check_structured(self, structured: StructuredOutputs) -> None:
+        assert self._grammars is not None
+        await self._grammars.check(structured.kind, structured.spec)
 
     async def load_adapter(self, version: AdapterVersion, files: AdapterFiles) -> None:
         from vllm.lora.request import LoRARequest
@@ -387,6 +400,8 @@ class VLLMEngine:
                 await asyncio.to_thread(llm.shutdown)
             except RuntimeError:  # the interpreter is exiting and starts no more threads
                 llm.shutdown()
+        if self._grammars is not None:
+            await self._grammars.close()
         if self._files is not None:
             self._files.close()
             self._files = None

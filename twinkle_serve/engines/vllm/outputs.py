@@ -10,13 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.groups import Group
-from twinkle_serve.data_format.samples import FloatArray, PartialSample, PromptScores, SampleColumns, StopReason
+from twinkle_serve.data_format.samples import (
+    FloatArray,
+    PartialSample,
+    PromptScores,
+    SampleColumns,
+    SamplingMask,
+    StopReason,
+)
 from twinkle_serve.data_format.weights import Spans
-from twinkle_serve.engines.protocol import columns_of_group, spans_from, stop_cut
+from twinkle_serve.engines.protocol import columns_of_group, spans_from
+from twinkle_serve.engines.stops import Decode, Texts
 from twinkle_serve.errors import EngineError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
     from vllm.logprobs import FlatLogprobs
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.v1.engine.output_processor import OutputProcessor
@@ -28,7 +35,7 @@ def group_columns(
     label: str,
     output: RequestOutput,
     samples: Sequence[CompletionOutput],
-    tokenizer: PreTrainedTokenizerBase,
+    decode: Decode,
 ) -> SampleColumns:
     """Converts the samples of a group.
 
@@ -47,28 +54,44 @@ def group_columns(
     scores = None
     if params.prompt_logprobs is not None:
         scores = _prompt_scores(output.prompt_logprobs, group.prompt_ids, params.prompt_logprobs)
+    width = params.logprobs_width
     if params.max_tokens == 0:
         empty: list[list[int]] = [[] for _ in samples]
-        width = None if params.logprobs is None else 1 + params.logprobs
         return columns_of_group(
             group,
             engine,
             empty,
             [""] * len(empty),
             ["length"] * len(empty),
-            None if width is None else np.empty((0, width), np.float32),
-            None if width in (None, 1) else np.empty((0, width), np.int32),
+            np.empty((0, width), np.float32) if width else None,
+            np.empty((0, width), np.int32) if width > 1 else None,
             scores,
             weight_versions,
         )
     tokens = [np.asarray(sample.token_ids, np.int32) for sample in samples]
     # vLLM's own text lacks the end-of-sequence token, so it is decoded here and cut at stop strings as vLLM does.
-    decoded = tokenizer.batch_decode(tokens, skip_special_tokens=False)
-    for j, sample in enumerate(samples):
-        if isinstance(sample.stop_reason, str):  # the stop string; a stop token is an int
-            decoded[j] = decoded[j][: stop_cut(decoded[j], params.stop_strings)]
-    logprobs, logprob_tokens = _sample_logprobs([sample.logprobs for sample in samples], params.logprobs)
-    return columns_of_group(group, engine, tokens, decoded, reasons, logprobs, logprob_tokens, scores, weight_versions)
+    cut = [isinstance(sample.stop_reason, str) for sample in samples]  # the stop string; a stop token is an int
+    texts = Texts.of([sample.token_ids for sample in samples], cut, params, decode)
+    logprobs, logprob_tokens = _sample_logprobs([sample.logprobs for sample in samples], width)
+    masks = [_mask(sample) for sample in samples] if params.return_sampling_mask else None
+    return columns_of_group(
+        group,
+        engine,
+        tokens,
+        texts.decoded,
+        reasons,
+        logprobs,
+        logprob_tokens,
+        scores,
+        weight_versions,
+        whole_text=texts.whole,
+        masks=masks,
+    )
+
+
+def _mask(sample: CompletionOutput) -> SamplingMask:
+    kept = [] if sample.sampling_mask is None else sample.sampling_mask.token_ids
+    return SamplingMask.of([np.asarray(ids, np.int32) for ids in kept])
 
 
 def _spans(sample: CompletionOutput, label: str) -> Spans:
@@ -86,14 +109,14 @@ def aborted_without_output(output: RequestOutput, group: Group) -> bool:
     return not any(sample.token_ids for sample in output.outputs)
 
 
-def _sample_logprobs(flat: Sequence[FlatLogprobs], k: int | None) -> tuple[FloatArray | None, NDArray[np.int32] | None]:
-    """Converts each sample's FlatLogprobs to columns. Shape [T, 1 + k], the sampled token first."""
-    if k is None:
+def _sample_logprobs(flat: Sequence[FlatLogprobs], width: int) -> tuple[FloatArray | None, NDArray[np.int32] | None]:
+    """Converts each sample's FlatLogprobs to columns. Shape [T, width], the sampled token first."""
+    if not width:
         return None, None
-    logprobs = np.concatenate([np.asarray(part.logprobs, np.float32) for part in flat]).reshape(-1, 1 + k)
-    if k == 0:
+    logprobs = np.concatenate([np.asarray(part.logprobs, np.float32) for part in flat]).reshape(-1, width)
+    if width == 1:
         return logprobs, None
-    return logprobs, np.concatenate([np.asarray(part.token_ids, np.int32) for part in flat]).reshape(-1, 1 + k)
+    return logprobs, np.concatenate([np.asarray(part.token_ids, np.int32) for part in flat]).reshape(-1, width)
 
 
 def _prompt_scores(flat: FlatLogprobs, prompt_ids: NDArray[np.int32], k: int) -> PromptScores:
@@ -126,12 +149,12 @@ def running_tokens(processor: OutputProcessor) -> int:
 
 
 def partial_sample(
-    processor: OutputProcessor, request_id: str | None, k: int | None, offset: int, label: str
+    processor: OutputProcessor, request_id: str | None, width: int, offset: int, label: str
 ) -> PartialSample | None:
     """Returns the tokens of a running request of one sample, from token `offset` on; None if it has no more.
 
     Args:
-        k: number of top logprobs per token; None for no logprobs.
+        width: number of logprobs per token.
         label: of the loaded weights.
     """
     # Streaming the tokens instead would cost one output per token rather than one at the end.
@@ -140,11 +163,11 @@ def partial_sample(
     if state is None or state.detokenizer.num_output_tokens() <= offset:
         return None
     logprobs = logprob_tokens = None
-    if k is not None:
-        flat, first = state.logprobs_processor.logprobs, offset * (1 + k)
-        logprobs = np.array(flat.logprobs[first:], np.float32).reshape(-1, 1 + k)
-        if k:
-            logprob_tokens = np.array(flat.token_ids[first:], np.int32).reshape(-1, 1 + k)
+    if width:
+        flat, first = state.logprobs_processor.logprobs, offset * width
+        logprobs = np.array(flat.logprobs[first:], np.float32).reshape(-1, width)
+        if width > 1:
+            logprob_tokens = np.array(flat.token_ids[first:], np.int32).reshape(-1, width)
     return PartialSample(
         tokens=np.array(state.detokenizer.output_token_ids[offset:], np.int32),
         logprobs=logprobs,

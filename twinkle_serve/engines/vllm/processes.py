@@ -38,6 +38,9 @@ EXTENSION = "twinkle_serve.engines.vllm.worker.WorkerExtension"
 IN_CORE = "twinkle_serve.engines.vllm.executor.WorkerInCore"
 """`distributed_executor_backend` of our engines on CPU with one worker."""
 
+COMPILE_NICENESS = 10
+"""Niceness of threads that compile grammars. At 19 a busy core leaves them next to nothing."""
+
 MAIN_GUARD = (
     "vLLM's process imports the script again, and the script makes a sampler when it is imported. Put the script's "
     'statements into a function, and call it below `if __name__ == "__main__":`.'
@@ -130,6 +133,10 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
     end_with_owner()
     report_errors("core")
     keep_frozen()
+    allow_high_temperatures()
+    if config.device_config.device_type == "cpu":
+        pass_masks_on()
+    compile_below_model()
     _works_itself = config.parallel_config.distributed_executor_backend in (IN_CORE, "uni")
     fork_workers(config)
     try:
@@ -139,11 +146,54 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
         raise
 
 
+def pass_masks_on() -> None:
+    """Makes vLLM's scheduler pass on the masks of `RequestSampler`, as it does with an engine argument that demands
+    top_k of every request, and a model runner for GPUs."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    Scheduler.return_sampling_mask = property(lambda scheduler: True, lambda scheduler, value: None)
+
+
+def allow_high_temperatures() -> None:
+    """Makes vLLM's parameters accept temperatures above 2, which its samplers do not mind: here, in the core and in the
+    workers, each of which checks them again."""
+    from vllm.sampling_params import SamplingParams
+
+    verify = SamplingParams._verify_args
+    if getattr(verify, "allows_high_temperatures", False):  # in a fork
+        return
+
+    def verify_rest(params: SamplingParams) -> None:
+        temperature, params.temperature = params.temperature, min(params.temperature, 2.0)
+        verify(params)
+        params.temperature = temperature
+
+    verify_rest.allows_high_temperatures = True  # type: ignore[attr-defined]
+    SamplingParams._verify_args = verify_rest
+
+
 def keep_frozen() -> None:
     """Excludes the imported modules of this process, the core, and of its forked workers from garbage collection, also
     at shutdown, where vLLM would unfreeze and collect them: 3 s in the core and in each worker."""
     gc.freeze()
     gc.unfreeze = lambda: None
+
+
+def compile_below_model() -> None:
+    """Lowers the priority of the threads in which this process, the core, compiles grammars.
+
+    xgrammar compiles in 8 threads, without Python's lock. On CPU they would take the cores of the model: tokens of
+    other requests then took ten times as long.
+    """
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    compile_grammar = StructuredOutputManager._create_grammar
+
+    def compile_in_background(manager: Any, request: Any) -> Any:
+        os.setpriority(os.PRIO_PROCESS, 0, COMPILE_NICENESS)  # of this thread, and of those that it starts
+        return compile_grammar(manager, request)
+
+    StructuredOutputManager._create_grammar = compile_in_background
 
 
 def prefer_spawn() -> None:

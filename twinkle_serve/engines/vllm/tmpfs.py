@@ -38,7 +38,12 @@ class MemoryDirectory:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._path = new.rename(root / new.name.removeprefix("new-"))
         # A lock of another kind: forks of this process hold the first one too.
-        self._held = hold(self._path / OWNER)
+        self._held = hold(self.owner)
+
+    @property
+    def owner(self) -> Path:
+        """File that this process holds, see `end_with_holder`."""
+        return self._path / OWNER
 
     def write(self, name: str, text: str) -> Path:
         """Writes a small file and returns its path."""

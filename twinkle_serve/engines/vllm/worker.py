@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
-from twinkle_serve.engines.vllm.processes import begin_worker
+from twinkle_serve.engines.vllm.processes import allow_high_temperatures, begin_worker
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -38,6 +38,7 @@ def _experts_without_lora() -> None:
 if current_platform.is_cpu():
     _experts_without_lora()
 begin_worker(current_platform.device_type)
+allow_high_temperatures()
 
 
 class WorkerExtension:
@@ -101,6 +102,12 @@ class WorkerExtension:
         adapter = manager.get_adapter(adapter_id)
         applied = {id(manager._get_lora_layer_weights(adapter, name)) for name in manager.modules}
         return [name for name, weights in adapter.loras.items() if id(weights) not in applied]
+
+    def use_own_sampler(self) -> None:
+        """Gives each request the logprobs that it asks for; see `RequestSampler`."""
+        from twinkle_serve.engines.vllm.sampler import install  # a model runner that a GPU may not use
+
+        install(self.model_runner)
 
     def keep_last_slot_empty(self) -> None:
         """Limits adapters to all slots but the last, which stays zero.
