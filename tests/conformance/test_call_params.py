@@ -6,12 +6,13 @@ import asyncio
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.samplers import GREEDY, QUESTIONS, tokens
-from twinkle_serve import SamplingParams
+from twinkle_serve import SampleResponse, SamplingParams
 from twinkle_serve.data_format.sampling_params import DEFAULTS
-from twinkle_serve.errors import SamplingParamsError
+from twinkle_serve.errors import RequestError, SamplingParamsError
 from twinkle_serve.sampler import RunningSampler
 
 
@@ -144,6 +145,62 @@ def test_structured_outputs_are_kept_or_refused(sampler: RunningSampler, request
         with pytest.raises(SamplingParamsError, match=f"structured_outputs.{next(iter(bad))}"):
             sampler.sample(QUESTIONS, {"structured_outputs": bad})
     assert tokens(sampler.sample(QUESTIONS[0], GREEDY))
+
+
+def test_logprobs_beyond_the_vocabulary_are_refused(sampler: RunningSampler) -> None:
+    """Each alone within its limit: together they would end the engine."""
+    with pytest.raises(SamplingParamsError, match="logprobs=250 and 100 logprob_token_ids are more than"):
+        sampler.sample(QUESTIONS[0], {"logprobs": 250, "logprob_token_ids": list(range(100))})
+    for name in ("logprobs", "prompt_logprobs"):
+        with pytest.raises(SamplingParamsError, match=f"{name}=321, the engine returns at most"):
+            sampler.sample(QUESTIONS[0], {name: 321})
+    assert tokens(sampler.sample(QUESTIONS[0], GREEDY))
+
+
+def test_samples_without_logprobs_are_not_verified(sampler: RunningSampler) -> None:
+    """Nor those whose distribution a score does not give."""
+    mixed = sampler.sample(QUESTIONS[:2], [{"max_tokens": 2, "logprobs": None}, {"max_tokens": 2}])
+    with pytest.raises(RequestError, match=r"samples \[0\] of the response have no logprobs"):
+        sampler.verify(mixed, against=sampler)
+    processed = sampler.sample(QUESTIONS[0], {"max_tokens": 2, "logprobs_mode": "processed_logprobs"})
+    with pytest.raises(RequestError, match="Sample with logprobs_mode='raw_logprobs'"):
+        sampler.verify(processed, against=sampler)
+    raw = sampler.sample(QUESTIONS[0], {"max_tokens": 2})
+    with pytest.raises(RequestError, match="processed_logprobs and raw_logprobs"):
+        SampleResponse([*raw.sequences, *processed.sequences]).to_training_batch(tensors="numpy")
+
+
+def test_parameters_that_cannot_be_copied_are_a_typed_error(sampler: RunningSampler) -> None:
+    """Or that are numpy's: text is taken, an array is not a number."""
+    with pytest.raises(SamplingParamsError, match="generator cannot be copied"):
+        sampler.sample(QUESTIONS, (each for each in [GREEDY] * 3))  # type: ignore[arg-type]
+    array: Any = np.array([2, 3])
+    with pytest.raises(SamplingParamsError, match="num_samples must be a whole number"):
+        sampler.sample(QUESTIONS, GREEDY, num_samples=array)
+    with pytest.raises(SamplingParamsError, match="logprobs must be a whole number"):
+        sampler.sample(QUESTIONS, GREEDY, logprobs=array)
+    stops = list(np.array(["zz", "yy"]))
+    assert tokens(sampler.sample(QUESTIONS[0], GREEDY | {"stop": stops, "bad_words": stops}))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_stop_strings_are_found_among_special_tokens(sampler: RunningSampler, streamed: bool) -> None:
+    """In the text with them, whatever is left out of it; both ways of reading give the same."""
+    params: dict[str, Any] = {"max_tokens": 6, "ignore_eos": True, "temperature": 0, "skip_special_tokens": True}
+    for bias, stop, expected in (
+        ({19: 100, 2: 50}, "1<|im_", ""),
+        ({2: 100}, "<|im_end|><|im_end|>", ""),
+        ({19: 100}, "11", ""),
+        ({19: 100}, "<|im_end|>", "111111"),
+    ):
+        options = params | {"logit_bias": bias, "stop": [stop]}
+        if stop.startswith("1<"):
+            options |= {"bad_words": ["11"]}  # 1, then the end of a turn
+        if streamed:
+            text = "".join(text for text, _ in sampler.sample_stream(QUESTIONS[0], options))
+        else:
+            text = sampler.sample(QUESTIONS[0], options).sequences[0].decoded
+        assert text == expected, stop
 
 
 WRONG: dict[str, list[Any]] = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 
 from tests.support.eventually import eventually
 from tests.support.failing_service import PROMPTS, Service, exact
+from tests.support.responses import columns
 from twinkle_serve.data_format.samples import PartialSample
 from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines.group_runner import PartialUpdate
+from twinkle_serve.engines.resumed import join_resumed
 from twinkle_serve.errors import EngineDeadError
 from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.resume import PartialSamples, can_resume, rejoin
@@ -213,3 +216,16 @@ def test_suspects_are_prompts_and_not_samples() -> None:
 def test_stop_tokens_and_penalties_do_not_keep_a_sample_from_going_on() -> None:
     """What an engine needs for them is in the tokens."""
     assert can_resume(group(params=DecodingParams(stop_token_ids=(3,), repetition_penalty=1.2, top_p=0.5, logprobs=3)))
+
+
+def test_resumed_sample_has_both_of_its_texts_whole() -> None:
+    """Without special tokens, if asked for, and with them; here 0 is special."""
+
+    def decode(tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return "".join(f"{token} " for token in tokens if token or not skip_special_tokens)
+
+    rest = replace(columns(1, ["x"], width=0), tokens=np.array([0, 7], np.int32), lengths=np.array([2], np.int32))
+    params = DecodingParams(skip_special_tokens=True, logprobs=None)
+    partial = PartialSample(tokens=np.array([5, 0]), logprobs=None, logprob_tokens=None, weight_versions=(("a", 0),))
+    whole = join_resumed(partial, rest, params, decode)
+    assert (whole.decoded, whole.whole_text) == (["5 7 "], ["5 0 0 7 "])

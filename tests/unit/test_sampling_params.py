@@ -152,6 +152,7 @@ def test_n_is_num_samples_in_every_place() -> None:
     assert SamplingParams(num_samples=3).n == 3  # type: ignore[attr-defined]  # an argument's name, to mypy
     assert replace(SamplingParams(n=4), temperature=0.5).num_samples == 4
     assert replace(SamplingParams(n=4), num_samples=2).num_samples == 2
+    assert replace(SamplingParams(seed=1), n=4) == SamplingParams(seed=1, num_samples=4)
     both: list[dict[str, Any]] = [{"n": 4, "num_samples": 4}, {"num_samples": 4, "n": 4}]
     for twice in both:
         with pytest.raises(SamplingParamsError, match="num_samples is given twice"):
@@ -173,6 +174,15 @@ def test_n_is_num_samples_in_every_place() -> None:
         ({"structured_outputs": {"regex": "a"}, "bad_words": ["a"]}, "bad_words contradicts structured_outputs"),
         ({"structured_outputs": {"regex": "a"}, "min_tokens": 1}, "min_tokens contradicts structured_outputs"),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos contradicts structured_outputs"),
+        (
+            {"structured_outputs": {"regex": "a"}, "stop_token_ids": [4]},
+            "stop_token_ids contradicts structured_outputs",
+        ),
+        ({"structured_outputs": {"regex": "a"}, "stop": [4]}, "stop contradicts structured_outputs"),
+        (
+            {"structured_outputs": {"regex": "a"}, "thinking_token_budget": 0},
+            "thinking_token_budget contradicts structured_outputs",
+        ),
     ],
 )
 def test_parameters_that_contradict_each_other_are_refused(params: dict[str, Any], message: str) -> None:

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinkle_serve.data_format.sampling_params import DecodingParams
-from twinkle_serve.engines.stops import stop_cut
+from twinkle_serve.engines.stops import Texts, exempt_characters, stop_cut
 from twinkle_serve.engines.text import TextStream
 
 
-def decode(tokens: Sequence[int]) -> str:
+def decode(tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
     """A token a byte."""
     return bytes(tokens).decode(errors="replace")
 
@@ -62,3 +62,32 @@ def test_deltas_together_are_the_text(stopped: bool, text: str, stop: str) -> No
     assert "".join(streamed(text, [stop], by_stop_string=stopped)) == (
         text[: stop_cut(text, stopping(stop))] if stopped else text
     )
+
+
+def test_character_that_min_tokens_split_belongs_to_the_token_that_completes_it() -> None:
+    """A stop string that ends with it counts."""
+    params = DecodingParams(stop_strings=("é",), min_tokens=1)
+    tokens = [*"é".encode()]
+    assert exempt_characters(tokens, params, decode) == 0
+    assert Texts.of([tokens], [True], params, decode).decoded == [""]
+    assert exempt_characters([*b"aa"], params, decode) == 1
+
+
+def test_texts_end_at_the_stop_string_of_the_whole_text() -> None:
+    """Special tokens are left out of what is before it, here the capitals."""
+
+    def plain(tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        text = decode(tokens)
+        return "".join(c for c in text if not c.isupper()) if skip_special_tokens else text
+
+    for text, stop, expected in (("1E23", "12", "123"), ("1E2", "E2", "1"), ("abE", "bE", "a"), ("aEbé", "é", "ab")):
+        params = DecodingParams(stop_strings=(stop,), skip_special_tokens=True)
+        texts = Texts.of([[*text.encode()]], [stop in text], params, plain)
+        assert texts.decoded == [expected]
+        stream = TextStream(plain, params)
+        data = text.encode()
+        deltas = [
+            stream.push([byte], last=i == len(data) - 1, by_stop_string=stop in text and i == len(data) - 1)
+            for i, byte in enumerate(data)
+        ]
+        assert "".join(deltas) == expected, text

@@ -20,6 +20,7 @@ about equally likely."""
 MAX_LOGIT_BIAS = 100.0
 MAX_PENALTY = 2.0
 MAX_TOKEN_ID = 2**31 - 1
+MAX_DIGITS = 10
 
 whole = partial(whole_number, error=SamplingParamsError)
 real = partial(finite_number, error=SamplingParamsError)
@@ -97,7 +98,7 @@ def words(name: str, value: Any) -> tuple[str, ...]:
 
 def texts(name: str, items: Iterable[str]) -> tuple[str, ...]:
     """Strings that are not empty and can be written as UTF-8."""
-    found = tuple(items)
+    found = tuple(map(str, items))  # of numpy's too
     for item in found:
         if not item.strip() if name == "bad_words" else not item:
             reason = "which has no token of its own" if item else "an empty string"
@@ -149,7 +150,7 @@ def logit_bias(name: str, value: Any) -> dict[int, float]:
     bound = number(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, " To exclude a token, use bad_words or allowed_token_ids.")
     biases: dict[int, float] = {}
     for key, bias in value.items():
-        if isinstance(key, str) and key.isascii() and key.isdecimal():
+        if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) <= MAX_DIGITS:
             key = int(key)
         token = whole(f"a key of {name}", key, 0, MAX_TOKEN_ID)
         if token in biases:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -220,6 +221,34 @@ class SampleRequest:
             both = " and ".join(f"{key}={value!r}" for key, value in given.items())
             raise AdapterError(f"{both} contradict each other. Give one of them.")
         return self.adapter_name, self.adapter_path or ""
+
+
+def copied_params(params: SamplingParamsLike | None, *, named_tokens: bool = True) -> SamplingParamsLike | None:
+    """Copies the sampling parameters of a call, which the caller may change while it runs.
+
+    Args:
+        named_tokens: whether logprob_token_ids may be among them.
+
+    Raises:
+        SamplingParamsError: they cannot be copied, or name tokens.
+    """
+    try:
+        copied = copy.deepcopy(params)
+    except Exception as error:
+        raise SamplingParamsError(
+            f"sampling_params of type {type(params).__name__} cannot be copied: {error}. Give SamplingParams, a dict, "
+            "or a list of these, with plain values."
+        ) from error
+    each = copied if isinstance(copied, (list, tuple)) else [copied]
+    if not named_tokens and any(_value(item, "logprob_token_ids") is not None for item in each):
+        raise SamplingParamsError(
+            "logprob_token_ids has no place in Twinkle's lists of logprobs. Leave it out, or import twinkle_serve."
+        )
+    return copied
+
+
+def _value(params: object, name: str) -> object:
+    return params.get(name) if isinstance(params, Mapping) else getattr(params, name, None)
 
 
 OptionsT = TypeVar("OptionsT", bound=StreamOptions)

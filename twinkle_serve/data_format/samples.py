@@ -68,7 +68,8 @@ class SamplingMask:
         )
 
     def at(self, position: int) -> NDArray[np.int32]:
-        """Returns the token ids of a position."""
+        """Returns the token ids of a position; a negative one counts from the end."""
+        position = range(len(self))[position]
         end = int(self.counts[: position + 1].sum())
         return self.tokens[end - int(self.counts[position]) : end]
 

@@ -27,6 +27,10 @@ LogprobsMode: TypeAlias = Literal["raw_logprobs", "processed_logprobs"]
 SeedBy: TypeAlias = Literal["position", "content"]
 
 
+UNSTRUCTURED = ("allowed_token_ids", "bad_words", "min_tokens", "ignore_eos", "stop_token_ids")
+"""Parameters that structured_outputs may leave no token for, beside thinking_token_budget and token ids in `stop`."""
+
+
 class Unset(Enum):
     """Default of arguments for which None has a meaning."""
 
@@ -168,11 +172,13 @@ class SamplingParams:
             )
 
     def _check_structured(self) -> None:
-        for name in ("allowed_token_ids", "bad_words", "min_tokens", "ignore_eos"):
-            if getattr(self, name):
-                raise SamplingParamsError(
-                    f"{name} contradicts structured_outputs: together they may leave no token to sample. Drop one."
-                )
+        given = [name for name in UNSTRUCTURED if getattr(self, name) not in (None, False, 0, ())]
+        given += ["thinking_token_budget"] if self.thinking_token_budget is not None else []
+        given += ["stop"] if self.stop and not self.stop_strings else []
+        if given:
+            raise SamplingParamsError(
+                f"{given[0]} contradicts structured_outputs: together they may leave no token to sample. Drop one."
+            )
 
     def _check_mask(self) -> None:
         if self.greedy:
@@ -230,16 +236,18 @@ class SamplingParams:
                 f"{where or 'sampling_params'} must be SamplingParams or a dict, got {type(params).__name__}. "
                 "Parameters of an engine's own are not accepted."
             )
-        given = {"num_samples": num_samples} if num_samples is not None else {}
+        given: dict[str, Any] = {}
+        if num_samples is not None:
+            given["num_samples"] = CHECKS["num_samples"]("num_samples", num_samples)
         if logprobs is not UNSET:
-            given["logprobs"] = logprobs  # type: ignore[assignment]
+            given["logprobs"] = CHECKS["logprobs"]("logprobs", logprobs)
         for name, value in given.items():
             other = getattr(params, name)
             if other not in (value, DEFAULTS[name]):
                 raise SamplingParamsError(
                     f"{name}={value} in the call contradicts {name}={other} in sampling_params. Give it once."
                 )
-        return replace(params, **given) if given else params  # type: ignore[arg-type]
+        return replace(params, **given) if given else params
 
     @classmethod
     def from_dict(cls, params: Mapping[str, object]) -> SamplingParams:
@@ -281,9 +289,10 @@ def _without_aliases(params: Mapping[str, object]) -> dict[str, object]:
         name = ALIASES.get(key, key)
         if name not in DEFAULTS:
             raise SamplingParamsError(_unknown(key))
-        if name in clean or (name != key and name in params):
+        if name != key and params.get(name, DEFAULTS[name]) != DEFAULTS[name]:
             raise SamplingParamsError(f"{name} is given twice, as {name} and as {key}. Give it once.")
-        clean[name] = value
+        if name != key or name not in clean:  # a default beside another name of it means nothing
+            clean[name] = value
     return clean
 
 

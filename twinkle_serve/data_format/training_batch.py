@@ -99,6 +99,7 @@ def build_batch(
     whole_number("pad_token_id", pad_token_id, 0)
     multiple = 1 if pad_to_multiple_of is None else whole_number("pad_to_multiple_of", pad_to_multiple_of, 1)
     samples = [(sequence, response) for response in responses for sequence in response.sequences]
+    _check_modes(sequence for sequence, _ in samples)
     rows = [_row(sequence, response) for sequence, response in samples]
     lengths = np.array([len(row) for row in rows], np.int64)
     _check_lengths(lengths, max_length)
@@ -117,6 +118,14 @@ def build_batch(
         "stop_reasons": [sequence.stop_reason for sequence in sequences],
     }
     return cast(TrainingBatch, (_as_torch(arrays) if tensors == "torch" else arrays) | about_samples)
+
+
+def _check_modes(samples: Iterable[SampledSequence]) -> None:
+    """Refuses logprobs of several distributions, which one column would mix."""
+    responses = (getattr(sample, "response", None) for sample in samples if sample.logprob_array is not None)
+    modes = {response.logprobs_mode for response in responses if response is not None and response.logprobs_mode}
+    if len(modes) > 1:
+        raise RequestError(f"the samples have {' and '.join(sorted(modes))}. Make a batch of each.")
 
 
 def _check_lengths(lengths: NDArray[np.int64], max_length: int | None) -> None:

@@ -28,6 +28,8 @@ class ThinkingMarks:
 
     def forced(self, prompt: Sequence[int], tokens: Sequence[int], budget: int) -> int | None:
         """Returns the token that ends thinking of more than `budget` tokens; None where nothing is forced."""
+        if self.start[0] not in prompt and self.start[0] not in tokens:  # most requests, and much faster
+            return None
         context = [*prompt, *tokens]
         begun, ended = _rfind(context, self.start), _rfind(context, self.end)
         if begun <= ended or len(context) - begun - len(self.start) < budget:

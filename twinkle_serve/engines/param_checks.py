@@ -79,24 +79,33 @@ def check_params(info: EngineInfo, params: SamplingParams, tokenizer: Tokenizer)
                 f"{name} holds token id {last}, the model's vocabulary is 0 to {info.vocab_size - 1}. Use ids of this "
                 "model's tokenizer."
             )
+    named = len(params.logprob_token_ids or ())
+    if named and (params.logprobs or 0) + named > info.vocab_size:
+        raise SamplingParamsError(
+            f"logprobs={params.logprobs} and {named} logprob_token_ids are more than the vocabulary of "
+            f"{info.vocab_size} tokens. Lower logprobs."
+        )
+    most = min(info.max_logprobs, info.vocab_size)
     for name, k in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
-        if k is not None and k > info.max_logprobs:
+        if k is not None and k > most:
             raise SamplingParamsError(
-                f"{name}={k}, the engine returns at most {info.max_logprobs}. "
-                "Lower it, or raise engine_args.max_logprobs."
+                f"{name}={k}, the engine returns at most {most}. Lower it, or raise engine_args.max_logprobs."
             )
     _check_some_token_is_left(info, params, tokenizer)
 
 
 def _check_some_token_is_left(info: EngineInfo, params: SamplingParams, tokenizer: Tokenizer) -> None:
     """Raises SamplingParamsError where some step would have no token to sample: engines would return anything then."""
+    ending = {*info.eos_token_ids, *params.all_stop_token_ids} if params.min_tokens else set[int]()
     if params.allowed_token_ids is None:
+        if len(ending) >= info.vocab_size:
+            raise SamplingParamsError(
+                f"stop_token_ids holds all {info.vocab_size} tokens, and min_tokens excludes them. Name fewer."
+            )
         return
     left = {*params.allowed_token_ids}
     words = bad_word_ids(params.bad_words, lambda text: tokenizer.encode(text, add_special_tokens=False))
-    excluded = {"bad_words": {word[-1] for word in words}}
-    if params.min_tokens:
-        excluded["min_tokens"] = {*info.eos_token_ids, *params.all_stop_token_ids}
+    excluded = {"bad_words": {word[-1] for word in words}, "min_tokens": ending}
     for ids in excluded.values():
         left -= ids
     if not left:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
+from twinkle_serve.data_format.sampling_params import DecodingParams
+from twinkle_serve.engines.stops import Decode, Texts
 
 
 def as_resume_prompt(group: Group, partial: PartialSample) -> Group:
@@ -20,7 +21,7 @@ def as_resume_prompt(group: Group, partial: PartialSample) -> Group:
     return replace(group, prompt_ids=np.concatenate([group.prompt_ids, partial.tokens]), params=params, partial=None)
 
 
-def join_resumed(partial: PartialSample, rest: SampleColumns, decode: Callable[[Sequence[int]], str]) -> SampleColumns:
+def join_resumed(partial: PartialSample, rest: SampleColumns, params: DecodingParams, decode: Decode) -> SampleColumns:
     """Joins a partial sample and its rest to one sample."""
     gained = PartialSample(
         tokens=rest.tokens,
@@ -29,12 +30,14 @@ def join_resumed(partial: PartialSample, rest: SampleColumns, decode: Callable[[
         weight_versions=rest.weight_versions[0],
     )
     whole = PartialSample.concat([partial, gained])
+    texts = Texts.of([whole.tokens.tolist()], [False], params, decode)
     return replace(
         rest,
         lengths=np.array([len(whole)], np.int32),
         tokens=whole.tokens,
         logprobs=whole.logprobs,
         logprob_tokens=whole.logprob_tokens,
-        decoded=[decode(whole.tokens.tolist())],
+        decoded=texts.decoded,
+        whole_text=texts.whole,
         weight_versions=[whole.weight_versions],
     )

@@ -9,7 +9,6 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +147,7 @@ class EngineServer(EngineClient):
                 rest = await self._engine.sample_group(as_resume_prompt(group, group.partial))
             finally:
                 self._running -= 1
-            return join_resumed(group.partial, rest, self._engine.decode)
+            return join_resumed(group.partial, rest, group.params, self._engine.decode)
 
     def _partial_output(self, group: Group, offset: int) -> PartialSample | None:
         return self._engine.partial_output(group, offset if group.partial is None else offset - len(group.partial))
@@ -177,8 +176,7 @@ class EngineServer(EngineClient):
 
     async def stream(self, session: Session, group: Group) -> AsyncGenerator[TextDelta, None]:
         lease = self._lease_of(session)
-        decode = partial(self._engine.decode, skip_special_tokens=group.params.skip_special_tokens)
-        text = TextStream(decode, group.params)
+        text = TextStream(self._engine.decode, group.params)
         abandoned = asyncio.Event()
         async with contextlib.AsyncExitStack() as stack:
             lease.streams.add(abandoned)

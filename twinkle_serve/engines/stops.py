@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 from twinkle_serve.data_format.sampling_params import DecodingParams
+
+REPLACEMENT_CHARACTER = "\ufffd"
+"""Written by tokenizers for bytes that are not a character, or not yet a complete one."""
 
 
 def stop_cut(text: str, params: DecodingParams, exempt: int = 0) -> int | None:
@@ -33,7 +36,8 @@ def exempt_characters(tokens: Sequence[int], params: DecodingParams, decode: Cal
     """Returns the length of the text of the first min_tokens tokens, in which no stop string counts."""
     if not params.min_tokens or not params.stop_strings:
         return 0
-    return len(decode(tokens[: params.min_tokens]))
+    # Without what may become a character: it is of a later token then.
+    return len(decode(tokens[: params.min_tokens]).rstrip(REPLACEMENT_CHARACTER))
 
 
 class Decode(Protocol):
@@ -61,16 +65,27 @@ class Texts:
             tokens: of each sample.
             by_stop_string: whether a stop string ended it, and so its text.
         """
-        samples = list(zip(tokens, by_stop_string, strict=True))
-        whole = [_text(ids, cut, params, decode) for ids, cut in samples]
+        whole = [decode(ids) for ids in tokens]
+        ends = [
+            stop_cut(text, params, exempt_characters(ids, params, decode)) if cut else None
+            for text, ids, cut in zip(whole, tokens, by_stop_string, strict=True)
+        ]
+        texts = [text[:end] for text, end in zip(whole, ends, strict=True)]
         if not params.skip_special_tokens:
-            return cls(whole, None)
-        plain = partial(decode, skip_special_tokens=True)
-        return cls([_text(ids, cut, params, plain) for ids, cut in samples], whole)
+            return cls(texts, None)
+        return cls([without_special_tokens(ids, end, decode) for ids, end in zip(tokens, ends, strict=True)], texts)
 
 
-def _text(
-    tokens: Sequence[int], by_stop_string: bool, params: DecodingParams, decode: Callable[[Sequence[int]], str]
-) -> str:
-    text = decode(tokens)
-    return text[: stop_cut(text, params, exempt_characters(tokens, params, decode))] if by_stop_string else text
+def without_special_tokens(tokens: Sequence[int], end: int | None, decode: Decode) -> str:
+    """Returns a text without special tokens.
+
+    Args:
+        end: number of characters with them at which the text ends; None: all.
+    """
+    if end is None:
+        return decode(tokens, skip_special_tokens=True)
+    whole = bisect_right(range(len(tokens) + 1), end, key=lambda count: len(decode(tokens[:count]))) - 1
+    text = decode(tokens[:whole], skip_special_tokens=True)
+    within = end - len(decode(tokens[:whole]))  # of the next token
+    following = decode(tokens[: whole + 1], skip_special_tokens=True)[len(text) :]
+    return text + following[:within]

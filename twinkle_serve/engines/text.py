@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from twinkle_serve.data_format.sampling_params import DecodingParams
-from twinkle_serve.engines.stops import exempt_characters, stop_cut
-
-REPLACEMENT_CHARACTER = "\ufffd"
-"""Written by tokenizers for bytes that are not a character, or not yet a complete one."""
+from twinkle_serve.engines.stops import (
+    REPLACEMENT_CHARACTER,
+    Decode,
+    exempt_characters,
+    stop_cut,
+    without_special_tokens,
+)
 
 
 class TextStream:
@@ -19,14 +22,15 @@ class TextStream:
         All deltas joined are the sample's `decoded`.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], params: DecodingParams) -> None:
+    def __init__(self, decode: Decode, params: DecodingParams) -> None:
         self._decode = decode
         self._params = params
         self._tokens: list[int] = []
         self._decode_from = self._settled = 0
         """Decoding starts at `_decode_from`, as text may depend on the previous token; up to `_settled` it is final."""
         self._text = ""
-        self._sent = 0
+        """Text of the tokens, special ones included, without an incomplete character."""
+        self._sent = ""
 
     def push(self, tokens: Sequence[int], *, last: bool = False, by_stop_string: bool = False) -> str:
         """Adds tokens and returns the text that became final with them.
@@ -46,7 +50,10 @@ class TextStream:
             end = cut
         elif not last and not self._params.include_stop_str_in_output:
             end -= self._length_of_possible_stop()
-        delta, self._sent = self._text[self._sent : end], max(self._sent, end)
+        text = self._text[:end]
+        if self._params.skip_special_tokens:
+            text = without_special_tokens(self._tokens, end, self._decode)
+        delta, self._sent = text[len(self._sent) :], max(self._sent, text, key=len)
         return delta
 
     def _cut(self) -> int | None:

@@ -161,14 +161,14 @@ class Admission:
 
     async def _prepared(self, call: SampleRequest, stack: contextlib.ExitStack) -> tuple[Request, list[RoutedGroup]]:
         """Validates a call and encodes its prompts. Its adapter version is held until the stack closes."""
-        params = call.params_of_inputs(self._args.sampling_params)
+        short = call.is_short
+        params = await self._encoding.run(short, call.params_of_inputs, self._args.sampling_params)
         if (most := max((each.num_samples for each in params), default=1)) > SPACING:
             raise SamplingParamsError(f"num_samples must be at most {SPACING}, got {most}.")
         self.require_awake()
         name, path = call.adapter()
         if name:
             self._publisher.require(name)  # refused before waiting for engines
-        short = call.is_short
         template = await self.template(call.template, short=short)
         # A conversation that is only scored does not open a turn for the assistant.
         opens_turn = not params or params[0].max_tokens != 0
@@ -306,6 +306,8 @@ def _check_all(
 
 def _header(info: EngineInfo, template: Template, params: Sequence[SamplingParams]) -> ResponseHeader:
     mode = (params[0].logprobs_mode if params else None) or info.logprobs_mode
+    if params and params[0].max_tokens == 0:
+        mode = "raw_logprobs"  # as those of prompts always are
     masks_apply = mode == "processed_logprobs" or info.masks_raw_logprobs
     return ResponseHeader(
         logprobs_mode=mode,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import uuid
 from abc import ABC, abstractmethod
@@ -23,6 +22,7 @@ from twinkle_serve.data_format.sample_request import (
     TemplateChoice,
     TextOptions,
     check_options,
+    copied_params,
 )
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.errors import AdapterError, DeadlineError, RequestError, UnsupportedError
@@ -246,7 +246,7 @@ class RunningSampler(EngineControls, TokenCalls, Sampler, TwinkleCalls):
             options = cast(StreamOptions, {"skip_special_tokens": True, **options})
         request = SampleRequest(
             inputs=inputs,
-            sampling_params=copy.deepcopy(sampling_params),  # the caller may change it while the call runs
+            sampling_params=copied_params(sampling_params, named_tokens=not follows_twinkle()),
             adapter_name=adapter_name,
             adapter_path=None if adapter_path is None or adapter_path == "" else absolute_directory(adapter_path),
             template=self._template,

@@ -127,7 +127,10 @@ def verify(
         templates: return a template that decodes tokens, or None; the first one is used.
     """
     if isinstance(response, ResponseList):
-        response = response.whole()
+        try:
+            response = response.whole()
+        except ValueError as error:
+            raise RequestError(f"the list of responses cannot be verified: {error}") from error
     if not isinstance(response, SampleResponse):
         raise RequestError(f"response must be a SampleResponse, got {type(response).__name__}.")
     if adapter_name is not None and not isinstance(adapter_name, str):
@@ -224,10 +227,14 @@ def _sampled_logprobs(response: SampleResponse) -> NDArray[np.float64]:
     columns = response.columns
     if columns.logprobs is None:
         raise RequestError("the response has no logprobs to verify. Sample with logprobs=0 or more.")
-    if response.logprobs_mode != "raw_logprobs":
+    if (without := columns.logprob_counts) is not None and not without.all():
+        rows = np.flatnonzero(without == 0).tolist()
+        raise RequestError(f"samples {rows} of the response have no logprobs to verify. Verify the others alone.")
+    if response.logprobs_mode != "raw_logprobs" or response.logprobs_are_masked:
+        masked = " under the mask of structured_outputs" if response.logprobs_are_masked else ""
         raise RequestError(
-            f"the response has {response.logprobs_mode}, which scoring does not reproduce. Sample with "
-            "engine_args.logprobs_mode: raw_logprobs."
+            f"the response has {response.logprobs_mode}{masked}, which scoring does not reproduce. Sample with "
+            "logprobs_mode='raw_logprobs', or set engine_args.logprobs_mode."
         )
     if not len(columns.tokens):
         raise RequestError("the response has no tokens to verify.")

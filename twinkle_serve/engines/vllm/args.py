@@ -9,10 +9,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from twinkle_serve.data_format.groups import EngineInfo
-from twinkle_serve.data_format.sampling_params import MAX_NAMED_TOKENS
+from twinkle_serve.data_format.sampling_params import MAX_NAMED_TOKENS, LogprobsMode
 from twinkle_serve.engines.vllm.processes import EXTENSION, IN_CORE, has_intel_openmp, prefer_spawn
 from twinkle_serve.engines.vllm.tmpfs import PREFIX, MemoryDirectory
 from twinkle_serve.errors import EngineArgsError, unknown_name
@@ -203,7 +203,7 @@ def engine_info(
         adapter_dtype="" if lora is None else stored_dtype(lora.lora_dtype),
         eos_token_ids=_eos_token_ids(config, tokenizer),
         lacks=_lacks(config, device),
-        masks_raw_logprobs=device != "cpu",
+        masks_raw_logprobs=device != "cpu" or config.speculative_config is not None,
     )
 
 
@@ -223,7 +223,10 @@ def _lacks(config: VllmConfig, device: str) -> dict[str, str]:
             "the engine does not know how the model marks its thinking. Set engine_args.reasoning_config to "
             "{reasoning_start_str: …, reasoning_end_str: …}."
         )
-    if device != "cpu":
+    if config.speculative_config is not None:
+        for name in ("logprobs_mode", "logprob_token_ids", "return_sampling_mask", "thinking_token_budget"):
+            lacks[name] = "not with speculative decoding. Remove engine_args.speculative_config."
+    elif device != "cpu":
         lacks["logprobs_mode"] = (
             f"on a GPU an engine has one, and this one's is {config.model_config.logprobs_mode}. Set "
             "engine_args.logprobs_mode."
@@ -278,6 +281,8 @@ def _check_config(config: VllmConfig, device: str) -> None:
             "engine_args.enable_lora with dtype float32: on a GPU vLLM's LoRA kernels support float16 and bfloat16 "
             "only. Set engine_args.dtype: bfloat16, or remove enable_lora."
         )
+    if (mode := config.model_config.logprobs_mode) not in (modes := get_args(LogprobsMode)):
+        raise EngineArgsError(f"engine_args.logprobs_mode={mode}: samples have logprobs. Set {' or '.join(modes)}.")
     scheduler = config.scheduler_config
     if device == "cpu" and scheduler.max_num_batched_tokens < config.model_config.max_model_len:
         raise EngineArgsError(

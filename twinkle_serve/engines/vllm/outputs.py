@@ -67,6 +67,7 @@ def group_columns(
             np.empty((0, width), np.int32) if width > 1 else None,
             scores,
             weight_versions,
+            masks=[SamplingMask.of([]) for _ in empty] if params.return_sampling_mask else None,
         )
     tokens = [np.asarray(sample.token_ids, np.int32) for sample in samples]
     # vLLM's own text lacks the end-of-sequence token, so it is decoded here and cut at stop strings as vLLM does.

@@ -62,17 +62,17 @@ def sampling_params(info: EngineInfo, group: Group, *, streaming: bool, grammars
 
 def _own(params: DecodingParams) -> dict[str, Any]:
     """Parameters that a `RequestSampler` serves."""
-    named, wishes = [*params.logprob_token_ids], dict[str, object]()
+    named, extras = [*params.logprob_token_ids], dict[str, object]()
     if named:
-        wishes |= {"top": params.logprobs, "named": named}
+        extras |= {"top": params.logprobs, "named": named}
     if params.logprobs_mode is not None:
-        wishes["logprobs_mode"] = params.logprobs_mode
+        extras["logprobs_mode"] = params.logprobs_mode
     if params.return_sampling_mask:
-        wishes["mask"] = True
+        extras["mask"] = True
     if params.thinking_token_budget is not None:
-        wishes["thinking_budget"] = params.thinking_token_budget
+        extras["thinking_budget"] = params.thinking_token_budget
     logprobs = None if params.logprobs is None else params.logprobs + len(named)
-    return {"logprobs": logprobs, "extra_args": wishes or None}
+    return {"logprobs": logprobs, "extra_args": extras or None}
 
 
 def _vllms(params: DecodingParams) -> dict[str, Any]:

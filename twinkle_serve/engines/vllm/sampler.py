@@ -1,9 +1,8 @@
-"""A sampler for vLLM's workers that serves each request's own wishes for logprobs. Imported by workers only.
+"""A sampler for vLLM's workers that gives each request the logprobs that it asks for. Imported by workers only.
 
 vLLM has one `logprobs_mode` for an engine, returns named tokens' logprobs to all requests of a batch once one has asked
 for them, computes raw logprobs under the mask of structured output, and ends thinking up to two tokens after its budget
-(0.32, v1/sample, gpu_model_runner).
-Remove once it does all that for each request.
+(0.32, v1/sample, gpu_model_runner). Remove once it does all that for each request.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 
-class Wishes(TypedDict, total=False):
+class Extras(TypedDict, total=False):
     """A request's `extra_args`."""
 
     logprobs_mode: LogprobsMode
@@ -63,37 +62,37 @@ class RequestSampler(Sampler):  # type: ignore[misc]
         logprobs_mode_override: LogprobsMode | None = None,
     ) -> SamplerOutput:
         unmasked, self.unmasked, self.masks = self.unmasked, None, None
-        wishes = self._wishes()
-        if unmasked is None and not wishes:
+        extras = self._extras()
+        if unmasked is None and not extras:
             return super().forward(logits, sampling_metadata, predict_bonus_token, logprobs_mode_override)
         count = sampling_metadata.max_num_logprobs
         raw = None if count is None else self.compute_logprobs(logits if unmasked is None else unmasked)
         logits = self.apply_logits_processors(logits.to(torch.float32), sampling_metadata, predict_bonus_token)
-        self._end_thinking(logits, wishes)
+        self._end_thinking(logits, extras)
         with self._returning_processed():
             sampled, processed = self.sample(logits, sampling_metadata, "processed_logprobs")
         sampled = sampled.long()
         tensors = None
         if raw is not None:
-            modes = [wishes.get(i, {}).get("logprobs_mode", self.logprobs_mode) for i in range(len(raw))]
+            modes = [extras.get(i, {}).get("logprobs_mode", self.logprobs_mode) for i in range(len(raw))]
             rows = [i for i, mode in enumerate(modes) if mode == "processed_logprobs"]
             raw[rows] = processed[rows]
             tensors = self.gather_logprobs(raw, count, token_ids=sampled)
-            _put_named(tensors, raw, wishes)
-        if any(each.get("mask") for each in wishes.values()):
-            self.masks = _kept(processed, wishes)
+            _put_named(tensors, raw, extras)
+        if any(each.get("mask") for each in extras.values()):
+            self.masks = _kept(processed, extras)
         return SamplerOutput(sampled_token_ids=sampled.to(torch.int32).unsqueeze(-1), logprobs_tensors=tensors)
 
-    def _wishes(self) -> dict[int, Wishes]:
-        """Returns the wishes of requests that have any, by row."""
+    def _extras(self) -> dict[int, Extras]:
+        """Returns the `extra_args` of requests that have any, by row."""
         runner = self._runner
         params = (runner.requests[request_id].sampling_params for request_id in runner.input_batch.req_ids)
         return {i: each.extra_args for i, each in enumerate(params) if each is not None and each.extra_args}
 
-    def _end_thinking(self, logits: Tensor, wishes: dict[int, Wishes]) -> None:
+    def _end_thinking(self, logits: Tensor, extras: dict[int, Extras]) -> None:
         """Leaves the next token of the end alone to requests that have thought for long enough."""
         runner = self._runner
-        for i, each in wishes.items():
+        for i, each in extras.items():
             if self._thinking is None or "thinking_budget" not in each:
                 continue
             request = runner.requests[runner.input_batch.req_ids[i]]
@@ -113,20 +112,20 @@ class RequestSampler(Sampler):  # type: ignore[misc]
             last.logprobs_mode = mode
 
 
-def _put_named(tensors: LogprobsTensors, logprobs: Tensor, wishes: dict[int, Wishes]) -> None:
+def _put_named(tensors: LogprobsTensors, logprobs: Tensor, extras: dict[int, Extras]) -> None:
     """Replaces the likeliest tokens beyond those that a request wants by the ones that it names."""
-    for i, each in wishes.items():
+    for i, each in extras.items():
         if named := each.get("named"):
             columns = slice(1 + each["top"], 1 + each["top"] + len(named))
             tensors.logprob_token_ids[i, columns] = torch.tensor(named, dtype=tensors.logprob_token_ids.dtype)
             tensors.logprobs[i, columns] = logprobs[i, named]
 
 
-def _kept(processed: Tensor, wishes: dict[int, Wishes]) -> SamplingMaskLists:
+def _kept(processed: Tensor, extras: dict[int, Extras]) -> SamplingMaskLists:
     """Returns the tokens that could be sampled, for the requests that want them."""
     none = np.empty(0, np.int32)
     kept = [
-        processed[i].isfinite().nonzero()[:, 0].to(torch.int32).numpy() if wishes.get(i, {}).get("mask") else none
+        processed[i].isfinite().nonzero()[:, 0].to(torch.int32).numpy() if extras.get(i, {}).get("mask") else none
         for i in range(len(processed))
     ]
     offsets = np.cumsum([0, *map(len, kept)], dtype=np.int64)
