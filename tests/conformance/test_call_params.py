@@ -17,7 +17,7 @@ from twinkle_serve.sampler import RunningSampler
 
 
 def test_prompts_have_parameters_of_their_own(sampler: RunningSampler) -> None:
-    """Each gets what it would get in a call of its own: limits, counts, seeds, logprobs, penalties."""
+    """Each is sampled as in a call of its own: limits, counts, seeds, logprobs, penalties."""
     each: list[Any] = [
         SamplingParams(max_tokens=3, ignore_eos=True, seed=5, num_samples=2, logprobs=None),
         {"max_tokens": 9, "ignore_eos": True, "temperature": 0, "logprobs": 3},
@@ -97,7 +97,7 @@ def test_parameters_mean_the_same_through_every_way_in(sampler: RunningSampler) 
 
 
 def test_text_without_special_tokens_leaves_the_message_whole(sampler: RunningSampler) -> None:
-    """The parser reads what was sampled; `decoded` is what was asked for."""
+    """The parser reads the whole text, with special tokens; `decoded` follows the parameter."""
     params = {"logit_bias": {2: 100}, "max_tokens": 2, "temperature": 0}
     plain = sampler.sample(QUESTIONS[0], params | {"skip_special_tokens": True}).sequences[0]
     whole = sampler.sample(QUESTIONS[0], params).sequences[0]

@@ -163,7 +163,7 @@ def test_deadline_error_without_a_complete_prompt_has_no_response(calls: Calls) 
 
 
 def test_deadline_error_of_an_iterator_has_no_response(calls: Calls) -> None:
-    """It has yielded what was complete."""
+    """It has yielded the complete prompts."""
     parts: list[SampleResponse] = []
     assert calls.late(lambda: parts.extend(calls.sampler.sample_iter(INPUTS, PARAMS))).response is None
 
@@ -244,7 +244,7 @@ def through_ray(error: Exception) -> Any:
     ids=["pickle", "cloudpickle", "ray", "wrapped", "copy", "deepcopy"],
 )
 def test_deadline_error_is_the_same_after_copying(copied: Callable[[Any], Any], finished: SampleResponse) -> None:
-    """Message and response, and a response that is None."""
+    """Message and response, also without a response."""
     for made in (finished, None):
         again = copied(DeadlineError(TEXT, made))
         assert type(again) is DeadlineError

@@ -36,7 +36,7 @@ def test_caller_with_much_waiting_does_not_keep_others() -> None:
 
 
 def test_groups_of_a_lower_number_leave_first() -> None:
-    """Whenever they came and whoever their caller is; among equals callers take turns, also in a later round."""
+    """Regardless of arrival and caller; callers of equal priority take turns, also later."""
     made = queue()
     made.extend(group(i, "a") for i in range(4))
     made.extend(group(10 + i, "b", priority=1) for i in range(2))

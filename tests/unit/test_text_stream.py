@@ -74,7 +74,7 @@ def test_character_that_min_tokens_split_belongs_to_the_token_that_completes_it(
 
 
 def test_texts_end_at_the_stop_string_of_the_whole_text() -> None:
-    """Special tokens are left out of what is before it, here the capitals."""
+    """Special tokens, here the capitals, are left out of the text before it."""
 
     def plain(tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         text = decode(tokens)

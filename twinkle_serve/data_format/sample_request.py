@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict, TypeVar, cast, get_type_hints
 
 from twinkle_serve.data_format.inputs import PackedInputs, as_list
-from twinkle_serve.data_format.sampling_params import ALIASES, UNSET, SamplingParams, Unset, with_defaults
+from twinkle_serve.data_format.param_names import ALIASES
+from twinkle_serve.data_format.sampling_params import UNSET, SamplingParams, Unset, with_defaults
 from twinkle_serve.errors import AdapterError, RequestError, SamplingParamsError, unknown_name
 from twinkle_serve.validation import flag, seconds
 

@@ -48,7 +48,7 @@ class StructuredOutputs:
     json_object: bool | None = None
     """True: any JSON object."""
     structural_tag: str | Mapping[str, object] | None = None
-    """Tags in free text, and the schemas of what they enclose: a dict or JSON text. Kept as JSON text."""
+    """Tags in free text and the schemas of their contents: a dict or JSON text. Kept as JSON text."""
 
     def __post_init__(self) -> None:
         given = [kind for kind in KINDS if getattr(self, kind) is not None]

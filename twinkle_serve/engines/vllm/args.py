@@ -267,7 +267,7 @@ def use_one_grammar_backend(config: VllmConfig) -> None:
     """Replaces `auto`, vLLM's default for structured outputs, by xgrammar, which is its first choice.
 
     With `auto`, vLLM validates each request for the backend that suits it, but compiles them all with the backend of
-    the first one (vllm 0.32, StructuredOutputManager.grammar_init): xgrammar then drops what it does not support.
+    the first one (vllm 0.32, StructuredOutputManager.grammar_init): xgrammar then ignores unsupported keywords.
     Remove once the core has a backend for each.
     """
     if config.structured_outputs_config.backend == "auto":

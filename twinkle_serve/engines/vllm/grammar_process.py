@@ -38,7 +38,7 @@ class Limits:
     """Limits of a check."""
 
     cpu_s: float
-    """CPU time, rounded up to whole seconds: the machine's load must not decide what is valid."""
+    """CPU time, rounded up to whole seconds: validity must not depend on the machine's load."""
     memory_bytes: int
     """Memory beyond that of the helper."""
 
