@@ -215,6 +215,20 @@ def test_bad_call_raises_a_typed_error_and_the_next_one_works(
     assert len(sampler.sample(QUESTIONS[0], {"max_tokens": 2}).sequences) == 1
 
 
+def test_handle_takes_every_parameter(sampler: RunningSampler) -> None:
+    """One for each prompt, as the sampler does."""
+    each: list[dict[str, Any]] = [
+        {"max_tokens": 3, "seed": 1, "top_k": 5, "logprobs": 2},
+        {"max_tokens": 6, "seed": 2, "min_p": 0.1, "n": 2},
+    ]
+    handle = serve.get_app_handle("quick")
+    response = handle.sample.remote(QUESTIONS[:2], each).result(timeout_s=60)
+    expected = sampler.sample(QUESTIONS[:2], each)
+    assert [sequence.tokens for sequence in response.sequences] == [sequence.tokens for sequence in expected.sequences]
+    with pytest.raises(SamplingParamsError, match="min_p"):
+        handle.sample.remote(QUESTIONS[:1], {"min_p": 2}).result(timeout_s=60)
+
+
 def test_connect_names_the_likely_application(sampler: RunningSampler) -> None:
     """Where there is none of the name."""
     with pytest.raises(ServiceNotReadyError, match="unknown application 'quik', did you mean 'quick'"):
