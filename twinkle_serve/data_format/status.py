@@ -46,5 +46,7 @@ class SamplerStatus(TypedDict):
     """Label of the current weights."""
     adapters: dict[str, str]
     """Newest version of each adapter, by name."""
+    adapter_versions: dict[str, list[str]]
+    """Versions of each adapter that calls can name, by name, the newest last."""
     requests: int
     """Running calls."""

@@ -107,6 +107,11 @@ class Adapters:
         return {name: versions[-1] for name, versions in self._versions.items()}
 
     @property
+    def labels(self) -> dict[str, list[str]]:
+        """Labels of the versions of each name that requests can choose from, the newest last."""
+        return {name: [version.label for version in versions] for name, versions in self._versions.items()}
+
+    @property
     def held(self) -> Iterable[AdapterVersion]:
         """All versions, including removed ones still in use."""
         return self._held.values()

@@ -366,6 +366,7 @@ class Router(RouterAPI):
             "asleep": self._admission.asleep,
             "weights": self._engines.weights_version.label,
             "adapters": {name: version.label for name, version in self._adapters.newest.items()},
+            "adapter_versions": self._adapters.labels,
             "requests": self._admission.running,
         }
 

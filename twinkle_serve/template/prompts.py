@@ -19,6 +19,7 @@ from twinkle_serve.template.features import cut_spans, ids_of, labels_of, logpro
 from twinkle_serve.template.matching import match_messages
 from twinkle_serve.template.template import Template
 
+TEXT_KEYS = {"text", "user_data"}
 TRAJECTORY_KEYS = {"messages", "tools", "images", "videos", "audios", "user_data"}
 
 
@@ -61,7 +62,7 @@ class InputEncoder:
                 "Send each kind in a separate call."
             )
         self._items, self._template = items, template
-        self._encode = _from_messages if kinds[0] == "messages" else _from_ids
+        self._encode = ENCODERS[kinds[0]]
         self._ending = Ending(generation_prompt, continue_final_message, template.continue_final_message)
 
     def __len__(self) -> int:
@@ -115,12 +116,12 @@ def _kind(item: object, i: int) -> str:
             f"inputs[{i}] is {type(item).__name__}, not a Trajectory (a dict with messages) or an InputFeature "
             "(a dict with input_ids)."
         )
-    known = ("messages", "input_ids")
+    known = ("text", "messages", "input_ids")
     kinds = [kind for kind in known if not is_absent(item.get(kind))]
     # new_input_feature returns both: its tokens are continued. An empty one is refused where it is read.
     kinds = kinds or [kind for kind in known if item.get(kind) is not None]
     if not kinds:
-        close = unknown_name("input", next(iter(item), ""), ("messages", "input_ids")).split(" Known:")[0]
+        close = unknown_name("input", next(iter(item), ""), known).split(" Known:")[0]
         raise PromptError(
             f"inputs[{i}] has neither messages nor input_ids: {close} Its keys: {sorted(map(str, item))}."
         )
@@ -128,7 +129,21 @@ def _kind(item: object, i: int) -> str:
 
 
 def _article(kind: str) -> str:
-    return "a Trajectory (messages)" if kind == "messages" else "an InputFeature (input_ids)"
+    articles = {"messages": "a Trajectory (messages)", "input_ids": "an InputFeature (input_ids)"}
+    return articles.get(kind, "a text")
+
+
+def _from_text(item: Mapping[str, object], index: int, template: Template, ending: Ending) -> Prompt:
+    where, text = f"inputs[{index}]", item["text"]
+    for key, value in item.items():
+        if key not in TEXT_KEYS and not is_absent(value):
+            raise PromptError(f"{where}: {unknown_name('key of a text', key, TEXT_KEYS)}.")
+    if not isinstance(text, str):
+        raise PromptError(f"{where}.text must be text, got {type(text).__name__}.")
+    ids = template.tokenize(text, where, raw=True)
+    if not len(ids):
+        raise PromptError(f"{where}.text has no tokens. Give at least one character.")
+    return Prompt(ids, index)
 
 
 def _from_messages(item: Mapping[str, object], index: int, template: Template, ending: Ending) -> Prompt:
@@ -170,6 +185,10 @@ def _from_ids(item: Mapping[str, object], index: int, template: Template, ending
         weight_versions=spans,
     )
     return Prompt(whole, index, turn)
+
+
+ENCODERS = {"text": _from_text, "messages": _from_messages, "input_ids": _from_ids}
+"""By the key that tells the kind of an input."""
 
 
 @lru_cache(maxsize=64)

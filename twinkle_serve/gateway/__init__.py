@@ -1,0 +1,1 @@
+"""The HTTP gateway: OpenAI, Anthropic, Tinker and native HTTP over routers. Free of Ray."""

@@ -1,0 +1,85 @@
+"""Configuration of the gateway: `args` of its application, parsed once, strictly."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
+
+from twinkle_serve.config import Strict, describe_errors
+from twinkle_serve.errors import ConfigError
+
+MIB = 2**20
+
+
+class LimitArgs(Strict):
+    """`limits`: a request beyond one of them is refused before anything is sampled."""
+
+    body_bytes: int = Field(default=64 * MIB, ge=1)
+    """Size of a request's body."""
+    body_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    """Time that a body may take to arrive, seconds."""
+    prompts: int = Field(default=4096, ge=1)
+    """Prompts of a request."""
+    samples: int = Field(default=1024, ge=1)
+    """Samples of each prompt, `n`."""
+    upload_bytes: int = Field(default=4096 * MIB, ge=1)
+    """Size of an uploaded adapter."""
+
+
+class GatewayArgs(Strict):
+    """Configuration of the gateway.
+
+    Raises:
+        ConfigError: an unknown key or an invalid value; the message lists the valid ones.
+    """
+
+    samplers: dict[str, str] = Field(default_factory=lambda: {"sampler": "sampler"})
+    """Applications of samplers by the names under which clients see them. Several names may mean one application."""
+    num_replicas: int = Field(default=1, ge=1)
+    """Number of processes that answer HTTP."""
+    keys_file: str | None = None
+    """File with one `name:scope:key` per line; scope is sample or admin. None: keys come from the environment variable
+    TWINKLE_SERVE_KEYS, in the same form, separated by commas; without either no key is needed."""
+    request_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Deadline of a request that names none, seconds. None: the sampler's request_timeout_s."""
+    limits: LimitArgs = LimitArgs()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _wrap_validation_error(cls, data: Any, parse: ModelWrapValidatorHandler[GatewayArgs]) -> GatewayArgs:
+        # ConfigError is not a ValueError, so pydantic does not wrap it, not even in Ray Serve's own parsing.
+        try:
+            args = parse(data)
+        except ValidationError as error:
+            raise ConfigError(f"args: {describe_errors(error, cls)}") from None
+        if not args.samplers:
+            raise ConfigError("args: samplers is empty. Name at least one: {sampler: sampler}.")
+        if names := [name for name in args.samplers if not name or "@" in name]:
+            raise ConfigError(f"args: samplers: invalid name {names[0]!r}. A name is not empty and has no @.")
+        return args
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server that listens at a host can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def require_key_beyond_loopback(host: str, has_keys: bool) -> None:
+    """Refuses to listen where others can call without a key.
+
+    Raises:
+        ConfigError: `host` is not loopback, and there is no key.
+    """
+    if has_keys or is_loopback(host):
+        return
+    raise ConfigError(
+        f"http_options.host={host} listens beyond this machine, and the gateway has no key. Set TWINKLE_SERVE_KEYS or "
+        "keys_file, or listen on 127.0.0.1."
+    )

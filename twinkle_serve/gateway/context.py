@@ -1,0 +1,65 @@
+"""State of the gateway that its routes share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from twinkle_serve.gateway.config import GatewayArgs, LimitArgs
+from twinkle_serve.gateway.errors import InvalidRequestError
+from twinkle_serve.gateway.keys import Caller, Keys
+from twinkle_serve.gateway.samplers import Samplers
+
+TIMEOUT_HEADER = "x-timeout-s"
+"""Deadline of a request in seconds, queueing included, for clients whose protocol has no field for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayContext:
+    """What every route of one gateway process needs."""
+
+    args: GatewayArgs
+    keys: Keys
+    samplers: Samplers
+
+    @property
+    def limits(self) -> LimitArgs:
+        return self.args.limits
+
+    def timeout_s(self, request: Request) -> float | None:
+        """Returns the deadline of a request; None: the sampler's own.
+
+        Raises:
+            InvalidRequestError: the header is not a number of seconds.
+        """
+        given = request.headers.get(TIMEOUT_HEADER)
+        if given is None:
+            return self.args.request_timeout_s
+        try:
+            seconds = float(given)
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds < float("inf"):
+            raise InvalidRequestError(f"{TIMEOUT_HEADER} must be a number of seconds above 0, got {given!r}.")
+        return seconds
+
+    def require_prompts(self, count: int, samples: int) -> None:
+        """Raises InvalidRequestError if a request has more prompts, or more samples of each, than the limits allow."""
+        if count > self.limits.prompts:
+            raise InvalidRequestError(
+                f"the request has {count} prompts; limits.prompts is {self.limits.prompts}. Send several requests.",
+                "prompt",
+            )
+        if samples > self.limits.samples:
+            raise InvalidRequestError(
+                f"the request asks for n={samples} samples of each prompt; limits.samples is {self.limits.samples}. "
+                "Send several requests.",
+                "n",
+            )
+
+
+def caller_of(request: Request) -> Caller:
+    """Returns the holder of the key that a request came with."""
+    caller: Caller = request.scope["twinkle_serve.caller"]
+    return caller
