@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
+from twinkle_serve.data_format.message_stream import (
+    MessageStream,
+    OtherParsers,
+    ParsedMessage,
+    SampleParsing,
+    SpecialTokenFilter,
+    TextMessageStream,
+)
 from twinkle_serve.data_format.plain import is_absent, normalised, plain
-from twinkle_serve.data_format.tool_calls import ToolCall, ToolParser, Tools, tool_parser
+from twinkle_serve.data_format.tool_calls import ToolParser, Tools, tool_parser
 from twinkle_serve.data_format.weights import SampledSpan
 
 ChatMessage: TypeAlias = dict[str, Any]
@@ -109,14 +116,19 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessageParser:
-    """Parses a sample's text into the assistant's message. Needs no tokenizer, and is sent along with the samples."""
+    """Parses a sample's text into the assistant's message. It is sent along with the samples.
+
+    Needs neither a tokenizer nor vLLM, unless `other` is set.
+    """
 
     special_tokens: tuple[str, ...] = ()
     """Texts that are removed from messages, unless they are markup of a tool call or of reasoning."""
     tool_parser: str | ToolParser | None = None
-    """Name in TOOL_PARSERS, or a parser. None: tool calls are not parsed."""
+    """Name in TOOL_PARSERS, or a parser. None: tool calls are not parsed, except by `other`."""
     reasoning: tuple[str, str] | None = None
-    """Opening and closing tag of the reasoning before an answer. None: reasoning is not parsed."""
+    """Opening and closing tag of the reasoning before an answer. None: reasoning is not parsed, except by `other`."""
+    other: OtherParsers | None = None
+    """Parsers of another package for tool calls, reasoning or both: VLLMParsers. None: none."""
 
     def message(self, text: str, tools: Tools = (), number: int = 0) -> ChatMessage:
         """Parses the text of a turn.
@@ -130,41 +142,51 @@ class MessageParser:
             `{"role": "assistant", "content": …}`, with `reasoning_content` and `tool_calls` if the text has them.
 
         Raises:
-            TemplateError: `tool_parser` is not registered in this process.
+            TemplateError: `tool_parser` is not registered in this process, or `other` cannot be used in it.
+        """
+        return self.parse(text, tools, number).message()
+
+    def parse(self, text: str, tools: Tools = (), number: int = 0) -> ParsedMessage:
+        """As `message`, with the JSON text of each call's arguments."""
+        stream = self.stream(tools, number)
+        stream.push(text, last=True)
+        return stream.parsed()
+
+    def stream(self, tools: Tools = (), number: int = 0, opening: str = "") -> MessageStream:
+        """Makes a parser of one sample's text that arrives in parts.
+
+        Args:
+            tools: tools of the conversation.
+            number: index of the message in its conversation.
+            opening: text of the turn before the sample, `Turn.opening`. Its deltas come with the first of the sample.
+
+        Raises:
+            TemplateError: as `message`.
         """
         parser = tool_parser(self.tool_parser) if isinstance(self.tool_parser, str) else self.tool_parser
-        reasoning, content = self._split(self._stripped(text, parser.markers if parser else ()))
-        message: ChatMessage = {"role": "assistant", "content": content}
-        if reasoning:
-            message["reasoning_content"] = reasoning
-        if parser is not None:
-            rest, calls = parser.parse(content, tools)
-            if calls:
-                message["content"] = rest.strip()
-                message["tool_calls"] = [_as_dict(call, number, i) for i, call in enumerate(calls)]
-        return message
+        sample = SampleParsing(
+            special_tokens=self.special_tokens,
+            reasoning=self.reasoning,
+            calls=parser.calls(tools) if parser else None,
+            markers=parser.markers if parser else (),
+            tools=tools,
+            number=number,
+            opening=opening,
+        )
+        return TextMessageStream(sample) if self.other is None else self.other.stream(sample)
+
+    def load(self) -> None:
+        """Loads the parsers of other packages in this process, which may take 10 s; returns at once if there are none.
+
+        `message`, `parse` and `stream` do it on first use.
+
+        Raises:
+            TemplateError: they cannot be used in this process.
+        """
+        if self.other is not None:
+            self.other.load()
 
     def without_special(self, text: str) -> str:
         """Removes the texts of special tokens, unless they are tags of reasoning."""
-        return self._stripped(text, ())
-
-    def _stripped(self, text: str, markers: Sequence[str]) -> str:
-        markup = {*(self.reasoning or ()), *markers}
-        dropped = sorted((token for token in self.special_tokens if token not in markup), key=len, reverse=True)
-        return re.sub("|".join(map(re.escape, dropped)), "", text) if dropped else text
-
-    def _split(self, text: str) -> tuple[str, str]:
-        """Returns (reasoning, rest). Reasoning without closing tag, of a truncated sample, has no rest."""
-        if self.reasoning is None:
-            return "", text
-        opening, closing = self.reasoning
-        if not text.lstrip().startswith(opening):
-            return "", text
-        reasoning, _, rest = text.lstrip().removeprefix(opening).partition(closing)
-        return reasoning.strip("\n"), rest.lstrip("\n")
-
-
-def _as_dict(call: ToolCall, number: int, i: int) -> dict[str, object]:
-    """The call in OpenAI's form, arguments parsed. Mistral's chat templates accept only ids of nine alphanumerics."""
-    call_id = call.id or f"call{number % 1000:03}{i % 100:02}"
-    return {"id": call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        kept = self.reasoning or ()
+        return SpecialTokenFilter(token for token in self.special_tokens if token not in kept).push(text, last=True)
