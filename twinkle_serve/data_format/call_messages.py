@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from twinkle_serve.data_format.response import SampleResponse
 from twinkle_serve.data_format.sample_request import SampleRequest
+from twinkle_serve.data_format.sample_updates import UpdatesItem
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.errors import RequestError, TwinkleServeError
 
-CallKind: TypeAlias = Literal["run", "run_iter", "run_stream"]
+CallKind: TypeAlias = Literal["run", "run_iter", "run_updates", "run_stream"]
 """The method of `RouterAPI` that a call is of."""
 
-AnswerItem: TypeAlias = SampleResponse | tuple[str, StopReason | None]
-"""A response, or the new text of a stream."""
+AnswerItem: TypeAlias = UpdatesItem | tuple[str, StopReason | None]
+"""A response, the begin and the updates of a call, or the new text of a stream."""
 
 PLAIN = "Give plain numbers, text, lists and dicts in sampling_params and the other arguments."
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.adapters import AdapterVersion
+from twinkle_serve.data_format.sample_updates import UpdateText
 from twinkle_serve.data_format.samples import PartialSample, StopReason
 from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.data_format.weights import WeightsVersion
@@ -45,6 +46,8 @@ class Group:
     """Whether samples continue from the tokens they have when their engine ends; the engine reports these if so."""
     partial: PartialSample | None = None
     """Tokens to continue from, for a group of one sample."""
+    updates: UpdateText | None = None
+    """Which text the engine reports, with the new tokens of its samples, while they run; None: nothing is reported."""
     attempts: int = 0
     """Number of earlier attempts."""
     urgent: bool = False
@@ -59,6 +62,11 @@ class Group:
     @property
     def attempt(self) -> Attempt:
         return (self.id, self.first_sample, self.attempts)
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether the engine reports tokens of its samples while they run."""
+        return self.resume or self.updates is not None
 
     @property
     def samples(self) -> range:

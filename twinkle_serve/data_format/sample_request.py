@@ -10,9 +10,10 @@ from typing import Any, TypeAlias, TypedDict, TypeVar, cast, get_type_hints
 
 from twinkle_serve.data_format.inputs import PackedInputs, as_list
 from twinkle_serve.data_format.param_names import ALIASES
+from twinkle_serve.data_format.sample_updates import UPDATE_TEXTS, UpdateText
 from twinkle_serve.data_format.sampling_params import UNSET, SamplingParams, Unset, with_defaults
 from twinkle_serve.errors import AdapterError, RequestError, SamplingParamsError, unknown_name
-from twinkle_serve.validation import flag, seconds
+from twinkle_serve.validation import flag, one_of, seconds
 
 Inputs: TypeAlias = Any
 """A Trajectory, an InputFeature, a list of either kind, or PackedInputs; validated where prompts are encoded."""
@@ -60,7 +61,14 @@ class SampleOptions(StreamOptions, total=False):
     None: wait for all."""
 
 
-class HandleOptions(SampleOptions, TextOptions, total=False):
+class UpdateOptions(SampleOptions, total=False):
+    """Keywords of `sample_updates` and `sample_updates_async`."""
+
+    update_text: UpdateText
+    """The text of updates: `decoded`, as the sampling parameters ask for it; `whole`, with special tokens."""
+
+
+class HandleOptions(UpdateOptions, TextOptions, total=False):
     """Keywords of the router's methods, by handle: the other fields of `SampleRequest`."""
 
     template: TemplateChoice
@@ -104,7 +112,11 @@ class SampleRequest:
     sample_timeout_s: float | None = None
     min_groups: int | None = None
     skip_special_tokens: bool = False
-    """As a keyword of `sample_stream`."""
+    """As a keyword of `sample_stream`; of `run_updates` as well."""
+    update_text: UpdateText = "decoded"
+    """As a keyword of `sample_updates`."""
+    updates: bool = False
+    """Whether new tokens are reported while samples run; set by `RouterAPI.run_updates`."""
     request_id: str = ""
     """Id by which the caller cancels the call. It replaces a running call with the same id."""
     caller: str = ""
@@ -187,7 +199,7 @@ class SampleRequest:
         return each
 
     def check_limits(self, prompts: int) -> None:
-        """Validates sample_timeout_s, skip_special_tokens, and min_groups against the number of prompts.
+        """Validates sample_timeout_s, skip_special_tokens, update_text, and min_groups against the number of prompts.
 
         Raises:
             RequestError: an invalid limit.
@@ -196,6 +208,7 @@ class SampleRequest:
             seconds("sample_timeout_s", self.sample_timeout_s)
         if not isinstance(self.skip_special_tokens, bool):
             raise RequestError(f"skip_special_tokens must be true or false, got {self.skip_special_tokens!r}.")
+        one_of("update_text", self.update_text, UPDATE_TEXTS)
         groups = self.min_groups
         if groups is not None and (
             isinstance(groups, bool) or not isinstance(groups, int) or not 1 <= groups <= prompts

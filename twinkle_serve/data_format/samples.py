@@ -74,6 +74,13 @@ class SamplingMask:
         return self.tokens[end - int(self.counts[position]) : end]
 
 
+def spans_from(spans: Sequence[tuple[str, int]], offset: int) -> Spans:
+    """Returns the spans of a sample's tokens from `offset` on."""
+    later = [(label, start - offset) for label, start in spans if start > offset]
+    before = [(label, 0) for label, start in spans if start <= offset]
+    return (*before[-1:], *later)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartialSample:
     """T tokens of an unfinished sample: its first ones, or those since the last update."""
@@ -89,6 +96,17 @@ class PartialSample:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def since(self, offset: int) -> PartialSample:
+        """Returns the tokens from one of them on."""
+        if not offset:
+            return self
+        return PartialSample(
+            tokens=self.tokens[offset:],
+            logprobs=None if self.logprobs is None else self.logprobs[offset:],
+            logprob_tokens=None if self.logprob_tokens is None else self.logprob_tokens[offset:],
+            weight_versions=spans_from(self.weight_versions, offset),
+        )
 
     @classmethod
     def concat(cls, parts: Sequence[PartialSample]) -> PartialSample:

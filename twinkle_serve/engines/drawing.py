@@ -9,7 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinkle_serve.data_format.groups import Group
-from twinkle_serve.data_format.samples import FloatArray, PromptScores, SampleColumns, SamplingMask, StopReason
+from twinkle_serve.data_format.samples import (
+    FloatArray,
+    PartialSample,
+    PromptScores,
+    SampleColumns,
+    SamplingMask,
+    StopReason,
+    spans_from,
+)
 from twinkle_serve.data_format.sampling_params import DecodingParams, LogprobsMode
 from twinkle_serve.engines.logits import LogitsProcessor, kept_tokens, logprob_row
 from twinkle_serve.engines.protocol import columns_of_group
@@ -39,6 +47,8 @@ class DrawnSample:
     stop_reason: StopReason | None = None
     by_stop_string: bool = False
     """Whether a stop string ended it, and so its text."""
+    settled: int = 0
+    """Number of tokens that did not end it."""
 
     def add(self, token: int, raw: FloatArray, logits: FloatArray) -> None:
         """Adds a token.
@@ -67,6 +77,8 @@ class DrawnSample:
     def end(self, *, aborted: bool) -> None:
         """Sets the stop reason if the last token ends the sample, or else if it is aborted."""
         self.stop_reason = self._reason() or ("abort" if aborted else None)
+        if self.stop_reason is None:
+            self.settled = len(self.tokens)
 
     def _reason(self) -> StopReason | None:
         params, count, last = self.params, len(self.tokens), self.tokens[-1]
@@ -78,6 +90,24 @@ class DrawnSample:
                 self.by_stop_string = True
                 return "stop"
         return "length" if count >= self.max_tokens else None
+
+    def partial(self, offset: int) -> PartialSample | None:
+        """See `Engine.partial_output`. Another thread may be drawing the next token."""
+        settled, width = self.settled, self.params.logprobs_width
+        if self.stop_reason is not None or settled <= offset:
+            return None
+        spans = [(label, start) for label, start in self.weight_versions if start < settled]
+        logprobs = logprob_tokens = None
+        if width:
+            logprobs = np.array(self.logprobs[offset:settled], np.float32)
+        if width > 1:
+            logprob_tokens = np.array(self.logprob_tokens[offset:settled], np.int32)
+        return PartialSample(
+            tokens=np.array(self.tokens[offset:settled], np.int32),
+            logprobs=logprobs,
+            logprob_tokens=logprob_tokens,
+            weight_versions=spans_from(spans, offset),
+        )
 
     @property
     def logprob_array(self) -> FloatArray | None:

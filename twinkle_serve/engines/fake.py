@@ -39,7 +39,6 @@ from twinkle_serve.engines.protocol import (
     TokenDelta,
     max_new_tokens,
     parse_engine_args,
-    spans_from,
 )
 from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.errors import EngineError, SamplingParamsError, WeightsError
@@ -94,8 +93,8 @@ class FakeEngine:
             event.set()
         self._aborting = False
         self._progress = 0
-        self._resumable: dict[Attempt, _Sample] = {}
-        """Running samples of one-sample groups that may be resumed."""
+        self._followed: dict[Attempt, list[_Sample]] = {}
+        """Running samples of groups that are followed."""
 
     async def start(self, on_stage: OnStage = ignore_stage) -> None:
         from tokenizers import Tokenizer
@@ -141,13 +140,13 @@ class FakeEngine:
             if params.prompt_logprobs is not None:
                 self._progress += 1
                 scores = _score(group.prompt_ids, params.prompt_logprobs, self._logits_of(group.adapter))
-            if group.resume:
-                self._resumable[group.attempt] = samples[0]
+            if group.is_followed:
+                self._followed[group.attempt] = samples
             try:
                 async for _ in self._steps(group, samples):
                     pass
             finally:
-                self._resumable.pop(group.attempt, None)
+                self._followed.pop(group.attempt, None)
         for sample in samples:
             sample.weight_versions = sample.weight_versions or [(self._label, 0)]
         return columns_of_samples(group, self._name, samples, scores, self.decode)
@@ -155,17 +154,9 @@ class FakeEngine:
     async def check_structured(self, structured: StructuredOutputs) -> None:
         raise SamplingParamsError(f"structured_outputs is not available: {LACKS['structured_outputs']}")
 
-    def partial_output(self, group: Group, offset: int) -> PartialSample | None:
-        sample = self._resumable.get(group.attempt)
-        if sample is None or sample.stop_reason is not None or len(sample.tokens) <= offset:
-            return None
-        logprobs, ids = sample.logprob_array, sample.logprob_token_array
-        return PartialSample(
-            tokens=np.array(sample.tokens[offset:], np.int32),
-            logprobs=None if logprobs is None else logprobs[offset:],
-            logprob_tokens=None if ids is None else ids[offset:],
-            weight_versions=spans_from(sample.weight_versions, offset),
-        )
+    def partial_output(self, group: Group, offset: int, sample: int = 0) -> PartialSample | None:
+        samples = self._followed.get(group.attempt)
+        return None if samples is None else samples[sample].partial(offset)
 
     async def stream_tokens(self, group: Group) -> AsyncGenerator[TokenDelta, None]:
         sample = self._new_sample(group, 0)

@@ -14,6 +14,7 @@ from cachetools import LRUCache
 
 from twinkle_serve.data_format.groups import Attempt, Group, GroupKey
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
+from twinkle_serve.engines.text import TextStream
 from twinkle_serve.errors import EngineDeadError, EngineError, TwinkleServeError
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,12 @@ class PartialUpdate:
     offset: int
     """Tokens reported before."""
     partial: PartialSample
+    count: int = 1
+    """Number of equal samples, from this one on, that it is an update of."""
+    text: str = ""
+    """Text that became final with these tokens, as `Group.updates` asks for it."""
+    text_offset: int = 0
+    """Characters reported before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +55,23 @@ class Finished:
 
 SampleGroup: TypeAlias = Callable[[Group], Awaitable[SampleColumns]]
 """`Engine.sample_group`, or a wrapper of it."""
-PartialOutput: TypeAlias = Callable[[Group, int], PartialSample | None]
+PartialOutput: TypeAlias = Callable[[Group, int, int], PartialSample | None]
 """`Engine.partial_output`, or a wrapper of it."""
+MakeText: TypeAlias = Callable[[Group], TextStream]
+"""Creates the text of a sample that is reported while it runs, with the tokens that it continues from."""
 
 PARTIAL_UPDATES_PERIOD_S = 0.5
-"""How often new tokens of running samples are reported: a resumed sample loses at most this much work."""
+"""How often new tokens of resumable samples are reported: a resumed sample loses at most this much work."""
+
+UPDATES_PERIOD_S = 0.02
+"""How often new tokens are reported of samples whose caller reads them while they run."""
+UPDATE_COST_S = 0.0015
+"""Added to the time between two reports for each such sample: a report takes about a tenth of it per sample, in all
+processes on its way together."""
+MIN_FIRST_PERIOD_S = 0.002
+FIRST_SHARE = 0.02
+"""The first token of a sample is looked for after another FIRST_SHARE of the time that it has taken so far, within
+MIN_FIRST_PERIOD_S and UPDATES_PERIOD_S, and is reported at once."""
 
 
 def split_by_sample(group: Group) -> list[Group]:
@@ -85,6 +104,22 @@ class _Chunk:
 
 
 @dataclass(slots=True, eq=False)
+class _Sample:
+    """A running sample whose tokens are reported."""
+
+    index: int
+    """Index of the sample in its part."""
+    count: int
+    """Number of samples that are equal to it."""
+    reported: int
+    """Tokens reported so far."""
+    text: TextStream | None
+    """None where no text is reported."""
+    characters: int = 0
+    """Characters reported so far."""
+
+
+@dataclass(slots=True, eq=False)
 class _Part:
     """A unit of work for the engine; see `split_by_sample`."""
 
@@ -93,8 +128,31 @@ class _Part:
     """The whole group, as the router placed it."""
     part: Group
     began_at: float
-    reported: int
-    """Tokens reported so far, where it may be resumed."""
+    samples: list[_Sample]
+    """Those whose tokens are reported while they run."""
+
+
+class _Reports:
+    """Running parts that are reported together."""
+
+    def __init__(self) -> None:
+        self.parts: dict[asyncio.Task[SampleColumns], _Part] = {}
+        self.at = math.inf
+        """When the next report is due; never while there are no parts."""
+
+    def add(self, task: asyncio.Task[SampleColumns], part: _Part, at: float) -> None:
+        """Adds a part that is due at a time, or earlier where others are."""
+        self.parts[task] = part
+        self.at = min(self.at, at)
+
+    def remove(self, task: asyncio.Task[SampleColumns]) -> None:
+        """Removes a part. Ignored if it is not there."""
+        if self.parts.pop(task, None) is not None and not self.parts:
+            self.at = math.inf
+
+
+def _no_text(tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    return ""
 
 
 class GroupRunner:
@@ -106,8 +164,9 @@ class GroupRunner:
     def __init__(
         self,
         sample_group: SampleGroup,
-        partial_output: PartialOutput = lambda group, offset: None,
+        partial_output: PartialOutput = lambda group, offset, sample: None,
         max_num_seqs: int = 1,
+        make_text: MakeText = lambda group: TextStream(_no_text, group.params),
     ) -> None:
         """Binds to the running event loop.
 
@@ -116,6 +175,7 @@ class GroupRunner:
         """
         self._sample_group = sample_group
         self._partial_output = partial_output
+        self._make_text = make_text
         self._max_num_seqs = max_num_seqs
         self._more = False
         """Whether the router has more groups than it has sent."""
@@ -129,8 +189,12 @@ class GroupRunner:
         """When the ended parts are due."""
         self._changed = asyncio.Event()
         self._aborted_early: LRUCache[Attempt, None] = LRUCache(MAX_EARLY_ABORTS)
-        self._resumable: dict[asyncio.Task[SampleColumns], _Part] = {}
-        self._report_at = 0.0
+        self._resumable = _Reports()
+        """Parts that may be resumed, and that nobody reads while they run."""
+        self._updating = _Reports()
+        """Parts that somebody reads while they run."""
+        self._starting = _Reports()
+        """Those of them of which no token was reported yet."""
         self._failure: EngineDeadError | None = None
 
     @property
@@ -151,13 +215,24 @@ class GroupRunner:
             for part in split_by_sample(group):
                 task = asyncio.ensure_future(self._sample_group(part))
                 tasks.append(task)
-                reported = 0 if part.partial is None else len(part.partial)
-                self._parts[task] = _Part(chunk, group, part, now, reported)
-                if group.resume:
-                    self._resumable[task] = self._parts[task]
+                self._parts[task] = _Part(chunk, group, part, now, self._followed_samples(part))
+                if group.updates is not None:
+                    self._starting.add(task, self._parts[task], now + MIN_FIRST_PERIOD_S)
+                elif group.resume:
+                    self._resumable.add(task, self._parts[task], now + PARTIAL_UPDATES_PERIOD_S)
                 task.add_done_callback(self._end)
             chunk.left += len(tasks)
         self._changed.set()
+
+    def _followed_samples(self, part: Group) -> list[_Sample]:
+        if not part.is_followed:
+            return []
+        reported = 0 if part.partial is None else len(part.partial)
+        equal = part.count if part.params.greedy else 1
+        return [
+            _Sample(index, equal, reported, None if part.updates is None else self._make_text(part))
+            for index in range(0, part.count, equal)
+        ]
 
     def _end(self, task: asyncio.Task[SampleColumns]) -> None:
         if (part := self._parts.get(task)) is None:
@@ -174,6 +249,9 @@ class GroupRunner:
         else:
             longest = MIN_FLUSH_S if part.group.urgent else MAX_FLUSH_S
             wait_s = min(max(MIN_FLUSH_S, FLUSH_SHARE * (now - part.began_at)), longest)
+        if part.group.updates is not None:
+            report_at = self._updating.at if task in self._updating.parts else now
+            wait_s = max(0.0, min(wait_s, report_at - now))
         self._due = min(self._due, now + wait_s)
         self._changed.set()
 
@@ -192,7 +270,8 @@ class GroupRunner:
             while await self._something_is_due():
                 ended, self._ended, self._due = self._ended, [], math.inf
                 for task in ended:
-                    self._resumable.pop(task, None)
+                    for reports in (self._resumable, self._updating, self._starting):
+                        reports.remove(task)
                 if updates := self._partial_updates():
                     yield Finished(partial_updates=updates)
                 items, dead = _collect([(self._take(task).key, task) for task in ended])
@@ -210,9 +289,7 @@ class GroupRunner:
             if self._failure is not None:
                 raise self._failure
             self._changed.clear()
-            due = self._due
-            if self._resumable:
-                due = min(due, self._report_at)
+            due = min(self._due, self._resumable.at, self._updating.at, self._starting.at)
             until = due if self._parts else idle_at
             if until <= self._loop.time():
                 return bool(self._parts)
@@ -232,21 +309,62 @@ class GroupRunner:
         return group
 
     def _partial_updates(self) -> list[PartialUpdate]:
-        """Returns new tokens of running samples, when a report is due."""
+        """Returns the new tokens of running samples whose report is due."""
         now = self._loop.time()
-        if not self._resumable or now < self._report_at:
-            return []
-        self._report_at = now + PARTIAL_UPDATES_PERIOD_S
+        updates: list[PartialUpdate] = []
+        if self._resumable.at <= now:
+            for part in self._resumable.parts.values():
+                updates += self._new_of(part)
+            self._resumable.at = now + PARTIAL_UPDATES_PERIOD_S
+        if self._updating.at <= now:
+            for part in self._updating.parts.values():
+                updates += self._new_of(part)
+            self._updating.at = now + self._period_s()
+        if self._starting.at <= now:
+            updates += self._first_updates(now)
+        return updates
+
+    def _first_updates(self, now: float) -> list[PartialUpdate]:
+        """Returns the first tokens of samples; later ones come with those of all others."""
+        updates: list[PartialUpdate] = []
+        newest = 0.0
+        for task, part in list(self._starting.parts.items()):
+            if first := self._new_of(part):
+                updates += first
+                self._starting.remove(task)
+                self._updating.add(task, part, now + self._period_s())
+            else:
+                newest = max(newest, part.began_at)
+        if self._starting.parts:
+            share = FIRST_SHARE * (now - newest)
+            self._starting.at = now + min(max(MIN_FIRST_PERIOD_S, share), UPDATES_PERIOD_S)
+        return updates
+
+    def _period_s(self) -> float:
+        """Returns the time between two reports of samples that are read while they run."""
+        return max(UPDATES_PERIOD_S, UPDATE_COST_S * sum(len(part.samples) for part in self._updating.parts.values()))
+
+    def _new_of(self, part: _Part) -> list[PartialUpdate]:
+        """Returns the tokens of a part that were not reported yet."""
         updates = []
-        for resumable in self._resumable.values():
-            part, offset = resumable.part, resumable.reported
-            if (partial := self._partial_output(part, offset)) is not None:
-                updates.append(
-                    PartialUpdate(
-                        attempt=resumable.group.attempt, sample=part.first_sample, offset=offset, partial=partial
-                    )
+        for sample in part.samples:
+            partial = self._partial_output(part.part, sample.reported, sample.index)
+            if partial is None:
+                continue
+            text = "" if sample.text is None else sample.text.push(partial.tokens.tolist())
+            updates.append(
+                PartialUpdate(
+                    attempt=part.group.attempt,
+                    sample=part.part.first_sample + sample.index,
+                    offset=sample.reported,
+                    partial=partial,
+                    count=sample.count,
+                    text=text,
+                    text_offset=sample.characters,
                 )
-                resumable.reported += len(partial)
+            )
+            sample.reported += len(partial)
+            sample.characters += len(text)
         return updates
 
     def abort(self, attempts: Iterable[Attempt]) -> None:
@@ -268,7 +386,8 @@ class GroupRunner:
         """Aborts and removes everything."""
         for task in self._parts:
             task.cancel()
-        self._parts, self._running, self._resumable, self._ended, self._due = {}, {}, {}, [], math.inf
+        self._parts, self._running, self._ended, self._due = {}, {}, [], math.inf
+        self._resumable, self._updating, self._starting = _Reports(), _Reports(), _Reports()
         self._changed.set()
 
 

@@ -67,11 +67,14 @@ class Engine(Protocol):
         """Samples one group. Raises RequestError for an unsupported request, EngineDeadError if the engine is gone."""
         ...
 
-    def partial_output(self, group: Group, offset: int) -> PartialSample | None:
-        """Returns the tokens of a running one-sample group with `resume` set, from token `offset` on.
+    def partial_output(self, group: Group, offset: int, sample: int = 0) -> PartialSample | None:
+        """Returns the tokens of a running sample, from token `offset` on, where the group is followed.
 
         Returns None once the sample has ended; the tokens of a running sample therefore never include one that ends it.
-        An engine that cannot resume always returns None: its lost samples restart from their beginning.
+        The samples of a greedy group are one.
+
+        Args:
+            sample: index of the sample in the group.
         """
         ...
 
@@ -217,10 +220,3 @@ def max_new_tokens(info: EngineInfo, group: Group) -> int:
     """Returns the token limit of each sample of the group: max_tokens, or less where the context ends first."""
     room = info.max_model_len - len(group.prompt_ids)
     return room if group.params.max_tokens is None else min(group.params.max_tokens, room)
-
-
-def spans_from(spans: Sequence[tuple[str, int]], offset: int) -> Spans:
-    """Returns the spans of a sample's tokens from `offset` on."""
-    later = [(label, start - offset) for label, start in spans if start > offset]
-    before = [(label, 0) for label, start in spans if start <= offset]
-    return (*before[-1:], *later)

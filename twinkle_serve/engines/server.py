@@ -149,8 +149,16 @@ class EngineServer(EngineClient):
                 self._running -= 1
             return join_resumed(group.partial, rest, group.params, self._engine.decode)
 
-    def _partial_output(self, group: Group, offset: int) -> PartialSample | None:
-        return self._engine.partial_output(group, offset if group.partial is None else offset - len(group.partial))
+    def _partial_output(self, group: Group, offset: int, sample: int) -> PartialSample | None:
+        before = 0 if group.partial is None else len(group.partial)
+        return self._engine.partial_output(group, offset - before, sample)
+
+    def _text_of(self, group: Group) -> TextStream:
+        """Creates the text of a sample of a group that is reported while it runs."""
+        params = group.params
+        if group.updates == "whole":
+            params = replace(params, skip_special_tokens=False)
+        return TextStream(self._engine.decode, params, [] if group.partial is None else group.partial.tokens.tolist())
 
     async def submit(self, session: Session, groups: Sequence[Group], more: bool = False) -> None:
         self._lease_of(session).runner.submit(groups, more=more)
@@ -213,7 +221,7 @@ class EngineServer(EngineClient):
         if lease is None or lease.session.epoch < session.epoch:
             if lease is not None:
                 lease.close()
-            runner = GroupRunner(self._sample_group, self._partial_output, self._info.max_num_seqs)
+            runner = GroupRunner(self._sample_group, self._partial_output, self._info.max_num_seqs, self._text_of)
             lease = self._routers[session.router] = RouterLease(session, runner, self._abandon)
         if lease.session.epoch > session.epoch:
             raise EngineDeadError(f"{self._info.name} has a later session of the same router.")

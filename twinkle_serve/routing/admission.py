@@ -332,5 +332,7 @@ def _build(
         caller=call.caller,
         sample_timeout_s=call.sample_timeout_s,
         min_groups=None if call.min_groups is None else max(0, call.min_groups - len(call.done)),
+        update_text=call.update_text if call.updates else None,
+        skip_special_tokens=call.updates and call.skip_special_tokens,
     )
     return request, request.groups()

@@ -8,6 +8,7 @@ from typing import Protocol, Unpack
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.data_format.sample_request import EncodeOptions, Inputs, SampleRequest, TemplateChoice
+from twinkle_serve.data_format.sample_updates import UpdatesItem
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.status import SamplerStatus
 from twinkle_serve.data_format.token_lists import TokenLists
@@ -31,6 +32,29 @@ class RouterAPI(Protocol):
         """As `run`, but yields responses over prompts as they finish: each prompt once, in any order.
 
         Its DeadlineError has no response.
+        """
+        ...
+
+    def run_updates(self, request: SampleRequest) -> AsyncGenerator[UpdatesItem, None]:
+        """As `run_iter`, but also yields new tokens while samples run.
+
+        The first item is a CallBegun. Then come lists of SampleUpdate, at most one of each sample in a list; and a
+        SampleResponse over prompts that are complete, after the updates of their samples. The text of updates is as
+        `update_text` of the request says.
+
+        Guarantees:
+            The updates of a sample, joined, are the sample, and the last one has its stop reason. It comes when the
+                sample has ended, whether or not its prompt is complete.
+            New tokens of a sample come about every 20 ms, or less often where many samples of its engine are reported;
+                the first ones within a few milliseconds.
+            A sample whose engine ends goes on: one that can be resumed, with `failover: resume`, from its tokens; a
+                seeded or greedy one from its start, without the tokens that were yielded before.
+            Updates of a slow reader are joined and not dropped.
+
+        Raises:
+            EngineDeadError: the engine of a sample ended after tokens of it were yielded, and the sample is neither
+                resumable nor seeded nor greedy, or has other tokens when it is sampled again.
+            Otherwise as `run_iter`.
         """
         ...
 

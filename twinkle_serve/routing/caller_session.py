@@ -45,6 +45,8 @@ class CallerSession:
         self._answers: list[Answer] = []
         self._begun = self._over = self._last = False
         self._changed = asyncio.Event()
+        self._sent = asyncio.Event()
+        """Set while no answer waits for the connection."""
 
     def _take(self, message: CallMessage) -> None:
         """Takes the client's next message; ignored once the session is over: its calls are sent in the next one."""
@@ -74,6 +76,8 @@ class CallerSession:
                     return
                 case "run_iter":
                     await self._put_all(call.number, self._router.run_iter(request))
+                case "run_updates":
+                    await self._put_all(call.number, self._router.run_updates(request), as_sent=True)
                 case "run_stream":
                     await self._put_all(call.number, self._router.run_stream(request))
         except TwinkleServeError as raised:
@@ -88,15 +92,23 @@ class CallerSession:
             error = ServiceError(f"a bug in the router: {type(bug).__name__}: {bug}")
         self._put(Answer(call.number, error=error, last=True))
 
-    async def _put_all(self, number: int, items: AsyncGenerator[AnswerItem, None]) -> None:
+    async def _put_all(self, number: int, items: AsyncGenerator[AnswerItem, None], *, as_sent: bool = False) -> None:
+        """Puts all items of a call.
+
+        Args:
+            as_sent: take the next item when the connection has room, since items that wait in the router are joined.
+        """
         async with contextlib.aclosing(items):
             async for item in items:
                 self._put(Answer(number, item))
+                if as_sent:
+                    await self._sent.wait()
 
     def _put(self, answer: Answer) -> None:
         if answer.call not in self._running:
             return
         self._answers.append(answer)
+        self._sent.clear()
         if answer.last:
             del self._running[answer.call]
         self._changed.set()
@@ -109,6 +121,8 @@ class CallerSession:
                 answers, self._answers = self._answers, []
                 self.channel.send(answers)
                 await self.channel.drain()
+                if not self._answers:
+                    self._sent.set()
             self._over = True
             if self.channel.connected:
                 self.channel.send([])  # the client closes the connection

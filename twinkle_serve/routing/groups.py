@@ -37,6 +37,7 @@ class RoutedGroup(Group):
             sample_timeout_s=self.sample_timeout_s,
             resume=self.resume,
             partial=self.partial,
+            updates=self.updates,
             attempts=self.attempts,
             urgent=self.urgent,
             alone=self.alone,

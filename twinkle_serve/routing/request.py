@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from typing import Any
 
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.messages import MessageParser
 from twinkle_serve.data_format.response import SampleResponse
+from twinkle_serve.data_format.sample_updates import CallBegun, SampleUpdate, UpdateText
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.sampling_params import DecodingParams, SamplingParams
+from twinkle_serve.data_format.token_lists import TokenLists
+from twinkle_serve.engines.group_runner import PartialUpdate
 from twinkle_serve.errors import DeadlineError, RequestError, TwinkleServeError
+from twinkle_serve.routing.call_updates import CallUpdates, FollowedPrompt
 from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.seeds import content_seed, occurrences, prompt_seed
 from twinkle_serve.template.prompts import Prompt
@@ -38,6 +43,11 @@ class PlannedPrompt:
     params: SamplingParams
     seed: int | None = None
     """Of its first sample."""
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether its samples have the same tokens when they are sampled again."""
+        return self.seed is not None or self.params.temperature == 0
 
 
 def plan_prompts(prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[PlannedPrompt]:
@@ -81,12 +91,16 @@ class Request:
         caller: str = "",
         sample_timeout_s: float | None = None,
         min_groups: int | None = None,
+        update_text: UpdateText | None = None,
+        skip_special_tokens: bool = False,
     ) -> None:
         """
         Args:
             inputs: the call's inputs, by prompt index; None leaves them out of the response.
             caller: callers take turns.
             min_groups: number of complete prompts after which the rest is dropped.
+            update_text: the text of updates, if new tokens are reported while samples run.
+            skip_special_tokens: leave special tokens out of the text of all samples.
         """
         self.ids = range(first_id, first_id + len(planned))
         """Group ids of the prompts, in order."""
@@ -97,6 +111,8 @@ class Request:
         self._header = header
         self.adapter = adapter
         self._sample_timeout_s = sample_timeout_s
+        self._update_text = update_text
+        self._skip_special_tokens = skip_special_tokens
         self._missing = {i: each.params.num_samples for i, each in zip(self.ids, planned, strict=True)}
         """Number of missing samples by group id; dropped groups are left out."""
         self.samples_wanted = sum(self._missing.values())
@@ -105,11 +121,20 @@ class Request:
         """Group ids of complete prompts."""
         self.weight_versions: set[str] = set()
         """Labels of the model weights that have sampled for it."""
+        self._updates: CallUpdates | None = None
+        if update_text is not None:
+            followed = {
+                i: FollowedPrompt(each.prompt.index, each.reproducible)
+                for i, each in zip(self.ids, planned, strict=True)
+            }
+            self._updates = CallUpdates(update_text, followed)
         self._arrived: asyncio.Queue[tuple[SampleColumns, list[int]] | TwinkleServeError | None] = asyncio.Queue()
+        """Finished samples, with the groups that they complete, and errors. None: look at the updates and at what is
+        still missing."""
 
     def groups(self) -> list[RoutedGroup]:
         """Makes one group per prompt."""
-        decoding = {id(each.params): DecodingParams.of(each.params) for each in self._planned}
+        decoding = {id(each.params): self._decoding(each.params) for each in self._planned}
         return [
             RoutedGroup(
                 id=group_id,
@@ -124,9 +149,28 @@ class Request:
                 input=each.prompt.index,
                 caller=self.caller,
                 priority=each.params.priority,
+                updates=self._update_text,
             )
             for group_id, each in zip(self.ids, self._planned, strict=True)
         ]
+
+    def _decoding(self, params: SamplingParams) -> DecodingParams:
+        decoding = DecodingParams.of(params)
+        return replace(decoding, skip_special_tokens=True) if self._skip_special_tokens else decoding
+
+    def begun(self) -> CallBegun:
+        """Returns the facts that its reader needs before the first token."""
+        return CallBegun(
+            prompt_indices=tuple(prompt.index for prompt in self._prompts),
+            prompts=TokenLists.of([prompt.ids for prompt in self._prompts]),
+            num_samples=tuple(each.params.num_samples for each in self._planned),
+            reproducible=tuple(each.reproducible for each in self._planned),
+            adapter="" if self.adapter is None else self.adapter.label,
+            logprobs_mode=self._header.logprobs_mode,
+            logprobs_are_masked=self._header.logprobs_are_masked,
+            parser=self._header.parser,
+            turns=tuple(prompt.turn for prompt in self._prompts),
+        )
 
     @property
     def samples_missing(self) -> int:
@@ -143,7 +187,13 @@ class Request:
         return not self._missing
 
     def add(self, columns: SampleColumns) -> list[int]:
-        """Adds samples of this request's groups, each sample once. Returns ids of groups that are no longer needed."""
+        """Adds samples of this request's groups, each sample once. Returns ids of groups that are no longer needed.
+
+        Raises:
+            EngineDeadError: a sample differs from its updates that were read.
+        """
+        if self._updates is not None:
+            self._updates.finish(columns)
         self.weight_versions.update(label for spans in set(columns.weight_versions) for label, _ in spans)
         complete = []
         for group_id in columns.group.tolist():
@@ -156,12 +206,35 @@ class Request:
         self._arrived.put_nowait((columns, complete))
         return list(self._missing) if len(self._complete) >= self._to_complete else []
 
+    def add_update(self, update: PartialUpdate) -> None:
+        """Adds new tokens of a running sample.
+
+        Raises:
+            EngineDeadError: it differs from its updates that were read.
+        """
+        if self._updates is not None:
+            nothing_waited = not self._updates
+            self._updates.add(update)
+            if nothing_waited:
+                self._arrived.put_nowait(None)
+
+    def restart(self, group: RoutedGroup) -> None:
+        """Prepares for a group whose samples start anew.
+
+        Raises:
+            EngineDeadError: one of them cannot be the same again, and its first updates were read.
+        """
+        if self._updates is not None:
+            self._updates.restart(group.id, group.samples)
+
     def _too_many(self, group_id: int) -> str:
         return f"group {group_id} has more than {self._planned[group_id - self.ids.start].params.num_samples} samples"
 
     def drop(self, group_ids: Iterable[int]) -> list[int]:
         """Drops groups; their samples must not be added afterwards. Returns ids of those that were incomplete."""
         dropped = [group_id for group_id in group_ids if self._missing.pop(group_id, None) is not None]
+        if self._updates is not None:
+            self._updates.drop(dropped)
         self._arrived.put_nowait(None)
         return dropped
 
@@ -176,8 +249,17 @@ class Request:
 
     async def arrivals(self) -> AsyncGenerator[tuple[SampleColumns, list[int]], None]:
         """Yields samples as they arrive, with the ids of the groups they complete, until none is missing."""
+        async with aclosing(self._updates_and_arrivals()) as items:
+            async for item in items:
+                if isinstance(item, tuple):
+                    yield item
+
+    async def _updates_and_arrivals(self) -> AsyncGenerator[list[SampleUpdate] | tuple[SampleColumns, list[int]], None]:
+        """As `arrivals`, with the updates of samples as they come, before the samples themselves."""
         while not (self.settled and self._arrived.empty()):
             arrived = await self._arrived.get()
+            if self._updates:
+                yield self._updates.take()
             if isinstance(arrived, TwinkleServeError):
                 raise arrived
             if arrived is not None:
@@ -212,20 +294,32 @@ class Request:
 
     async def prompts_as_they_finish(self) -> AsyncGenerator[SampleResponse, None]:
         """Yields responses over one or more prompts that have just become complete."""
+        async with aclosing(self.updates_and_prompts()) as items:
+            async for item in items:
+                if isinstance(item, SampleResponse):
+                    yield item
+
+    async def updates_and_prompts(self) -> AsyncGenerator[list[SampleUpdate] | SampleResponse, None]:
+        """As `prompts_as_they_finish`, with the updates of samples as they come, at most one of each in an item."""
         pending: list[tuple[set[int], SampleColumns]] = []
         """Samples that have arrived and not been yielded, with the ids of their groups."""
-        async for columns, complete in self.arrivals():
-            pending.append((set(columns.group.tolist()), columns))
-            if complete:
-                done = set(complete)
-                # Other parts stay as they are: they may be large, and pending for long.
-                parts = [part for groups, part in pending if groups & done]
-                pending = [
-                    (groups - done, part.without(done) if groups & done else part)
-                    for groups, part in pending
-                    if groups - done
-                ]
-                yield self._respond(parts, complete)
+        async with aclosing(self._updates_and_arrivals()) as items:
+            async for item in items:
+                if isinstance(item, list):
+                    yield item
+                    continue
+                columns, complete = item
+                pending.append((set(columns.group.tolist()), columns))
+                if complete:
+                    done = set(complete)
+                    # Other parts stay as they are: they may be large, and pending for long.
+                    parts = [part for groups, part in pending if groups & done]
+                    pending = [
+                        (groups - done, part.without(done) if groups & done else part)
+                        for groups, part in pending
+                        if groups - done
+                    ]
+                    yield self._respond(parts, complete)
 
     def _respond(self, parts: list[SampleColumns], ids: Sequence[int]) -> SampleResponse:
         order = sorted(ids)

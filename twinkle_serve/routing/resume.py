@@ -58,16 +58,25 @@ def rejoin(groups: Iterable[RoutedGroup]) -> list[RoutedGroup]:
     return joined
 
 
+MAX_PARTS = 32
+"""Parts of a sample are joined when there are so many."""
+
+
 @dataclass(slots=True)
 class _Partial:
     attempt: Attempt
+    resumable: bool
+    """Whether its tokens are kept."""
     parts: list[PartialSample] = field(default_factory=list)
     length: int = 0
-    """Number of tokens in all parts."""
+    """Number of its tokens."""
 
     def add(self, part: PartialSample) -> None:
-        self.parts.append(part)
         self.length += len(part)
+        if self.resumable:
+            self.parts.append(part)
+            if len(self.parts) > MAX_PARTS:
+                self.parts = [PartialSample.concat(self.parts)]
 
 
 class PartialSamples:
@@ -87,20 +96,24 @@ class PartialSamples:
 
     def start(self, group: Group) -> None:
         """Starts to follow a group that is sent to an engine."""
-        if not group.resume:
+        if not group.is_followed:
             return
         samples = self._partials.setdefault(group.id, {})
         for sample in group.samples:
-            samples[sample] = partial = _Partial(group.attempt)
+            samples[sample] = partial = _Partial(group.attempt, group.resume)
             if group.partial is not None:
                 partial.add(group.partial)
 
-    def extend(self, updates: Iterable[PartialUpdate]) -> None:
-        """Adds new tokens of samples."""
+    def extend(self, updates: Iterable[PartialUpdate]) -> list[PartialUpdate]:
+        """Adds new tokens of samples. Returns the updates that were not ignored."""
+        added = []
         for update in updates:
+            # Those of equal samples are of one.
             partial = self._partials.get(update.attempt[0], {}).get(update.sample)
             if partial is not None and partial.attempt == update.attempt and partial.length == update.offset:
                 partial.add(update.partial)
+                added.append(update)
+        return added
 
     def finish(self, columns: SampleColumns) -> None:
         """Drops samples that have finished."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -21,12 +22,14 @@ from twinkle_serve.data_format.sample_request import (
     SamplingParamsLike,
     TemplateChoice,
 )
+from twinkle_serve.data_format.sample_updates import UpdatesItem
 from twinkle_serve.data_format.samples import SampleColumns, StopReason
 from twinkle_serve.data_format.status import SamplerStatus
 from twinkle_serve.data_format.token_lists import TokenLists
 from twinkle_serve.data_format.weights import PAUSE_MODES, BucketArgument, PauseMode
 from twinkle_serve.engines.client import EngineClient
-from twinkle_serve.errors import RequestError, ServiceError, TwinkleServeError
+from twinkle_serve.engines.group_runner import PartialUpdate
+from twinkle_serve.errors import EngineDeadError, RequestError, ServiceError, TwinkleServeError
 from twinkle_serve.routing.adapter_loading import AdapterLoader
 from twinkle_serve.routing.adapter_publishing import AdapterPublisher
 from twinkle_serve.routing.adapters import Adapters
@@ -34,6 +37,7 @@ from twinkle_serve.routing.admission import Admission
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.routing.calls import Rate
 from twinkle_serve.routing.encoding_thread import EncodingThread
+from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.lifecycle import EngineLifecycle
 from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.pause import CallerPauses, PauseCoordinator
@@ -134,6 +138,8 @@ class Router(RouterAPI):
             wanted=self._requests.__contains__,
             deliver=self._deliver,
             fail=self._fail,
+            deliver_updates=self._deliver_updates,
+            restart=self._restart,
             policy=args.policy,
             resume=args.failover == "resume",
         )
@@ -207,6 +213,20 @@ class Router(RouterAPI):
             async for response in responses:
                 yield response
 
+    async def sample_updates(
+        self,
+        inputs: Inputs,
+        sampling_params: SamplingParamsLike | None = None,
+        adapter_name: str = "",
+        adapter_path: str | None = None,
+        **options: Unpack[HandleOptions],
+    ) -> AsyncGenerator[UpdatesItem, None]:
+        """As `sample_iter`, but also yields new tokens while samples run; see `RouterAPI.run_updates`."""
+        request = SampleRequest.of(inputs, sampling_params, adapter_name, adapter_path, options)
+        async with contextlib.aclosing(self.run_updates(request)) as items:
+            async for item in items:
+                yield item
+
     async def sample_stream(
         self,
         inputs: Inputs,
@@ -229,6 +249,13 @@ class Router(RouterAPI):
         async with self._admission.admitted(request) as admitted:
             async for response in admitted.prompts_as_they_finish():
                 yield response
+
+    async def run_updates(self, request: SampleRequest) -> AsyncGenerator[UpdatesItem, None]:
+        async with self._admission.admitted(replace(request, updates=True)) as admitted:
+            yield admitted.begun()
+            async with contextlib.aclosing(admitted.updates_and_prompts()) as items:
+                async for item in items:
+                    yield item
 
     async def run_stream(self, request: SampleRequest) -> AsyncGenerator[tuple[str, StopReason | None], None]:
         async with (
@@ -384,9 +411,28 @@ class Router(RouterAPI):
                 not_needed = request.add(columns if len(rows) == len(columns) else columns.take(rows))
                 if not_needed:
                     self._admission.drop(request, not_needed)
+            except EngineDeadError as error:
+                self._admission.fail(request, error)
             except Exception as error:  # a bug of ours; other requests must still get their samples
                 logger.exception("samples could not be handed to their request")
                 request.fail(ServiceError(f"a bug in the router: {error!r}"))
+
+    def _deliver_updates(self, updates: Sequence[PartialUpdate]) -> None:
+        """Hands new tokens of running samples to their requests."""
+        for update in updates:
+            if (request := self._requests.get(update.attempt[0])) is not None:
+                try:
+                    request.add_update(update)
+                except EngineDeadError as error:
+                    self._admission.fail(request, error)
+
+    def _restart(self, group: RoutedGroup) -> None:
+        """Tells a request that samples of it start anew, or fails it."""
+        if (request := self._requests.get(group.id)) is not None:
+            try:
+                request.restart(group)
+            except EngineDeadError as error:
+                self._admission.fail(request, error)
 
     def _fail(self, group_id: int, error: TwinkleServeError) -> None:
         if (request := self._requests.get(group_id)) is not None:

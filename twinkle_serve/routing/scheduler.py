@@ -14,7 +14,7 @@ from twinkle_serve.config import PolicyName
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import GroupKey, TextDelta
 from twinkle_serve.data_format.samples import SampleColumns
-from twinkle_serve.engines.group_runner import Finished
+from twinkle_serve.engines.group_runner import Finished, PartialUpdate
 from twinkle_serve.errors import EngineCrashedError, EngineDeadError, EngineError, TwinkleServeError
 from twinkle_serve.routing.active_engine import ActiveEngine
 from twinkle_serve.routing.adapter_loading import AdapterLoader
@@ -52,6 +52,8 @@ class GroupScheduler:
         wanted: Callable[[int], bool],
         deliver: Callable[[SampleColumns], None],
         fail: Callable[[int, TwinkleServeError], None],
+        deliver_updates: Callable[[Sequence[PartialUpdate]], None] = lambda updates: None,
+        restart: Callable[[RoutedGroup], None] = lambda group: None,
         policy: PolicyName = "balanced",
         resume: bool = False,
     ) -> None:
@@ -61,11 +63,14 @@ class GroupScheduler:
             wanted: whether a request waits for a group id.
             deliver: receives samples of any number of groups.
             fail: receives the id and the error of a failed group.
+            deliver_updates: receives new tokens of running samples, of groups that are followed.
+            restart: called with a group whose samples start anew.
             policy: chooses the engine of a group.
             resume: whether interrupted samples continue from the tokens that had arrived; see `can_resume`.
         """
         self._engines, self._loader = engines, loader
         self._wanted, self._deliver_columns, self._fail = wanted, deliver, fail
+        self._deliver_updates, self._restart = deliver_updates, restart
         self._dispatcher = Dispatcher(POLICIES[policy]())
         """Knows the engines in use."""
         self._resume = resume
@@ -270,7 +275,8 @@ class GroupScheduler:
             self._pump_soon()
 
     def _deliver(self, name: str, finished: Finished) -> None:
-        self._partials.extend(finished.partial_updates)
+        if finished.partial_updates:
+            self._deliver_updates(self._partials.extend(finished.partial_updates))
         failed = self._dispatcher.finish(name, finished.failures)
         for group_id in {group.id: None for group in failed}:
             self._fail(group_id, next(error for key, error in finished.failures.items() if key[0] == group_id))
@@ -298,8 +304,13 @@ class GroupScheduler:
                 )
             else:
                 assert self._engines.info is not None
-                again.extend(self._partials.resume(group, self._engines.info))
-        self._dispatcher.enqueue(again, first=True)
+                parts = self._partials.resume(group, self._engines.info)
+                for part in parts:
+                    if part.partial is None:
+                        self._restart(part)
+                again.extend(parts)
+        # A restart may have ended their request.
+        self._dispatcher.enqueue([group for group in again if self._wanted(group.id)], first=True)
 
     # -- suspects ----------------------------------------------------------------------------------
 
@@ -313,6 +324,8 @@ class GroupScheduler:
         if verdict.poisoned and crashed:
             self._dispatcher.clear_waiting()
         for group in verdict.suspects:
+            if self._wanted(group.id):
+                self._restart(group)
             if self._wanted(group.id):
                 self._dispatcher.suspect(replace(group, attempts=group.attempts + 1))
         return verdict.innocent

@@ -21,9 +21,11 @@ from twinkle_serve.data_format.sample_request import (
     StreamOptions,
     TemplateChoice,
     TextOptions,
+    UpdateOptions,
     check_options,
     copied_params,
 )
+from twinkle_serve.data_format.sample_updates import UpdatesItem
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.errors import AdapterError, DeadlineError, RequestError, UnsupportedError
 from twinkle_serve.routing.api import RouterAPI
@@ -195,6 +197,44 @@ class RunningSampler(EngineControls, TokenCalls, Sampler, TwinkleCalls):
         request = self._request(inputs, sampling_params, adapter_name, adapter_path, options)
         parts = self._client.loop.iterate_async(self._client.run_iter(request))
         return AsyncRollouts(self._client, request, parts)
+
+    def sample_updates(
+        self,
+        inputs: Inputs,
+        sampling_params: SamplingParamsLike | None = None,
+        adapter_name: str = "",
+        adapter_path: str | None = None,
+        **options: Unpack[UpdateOptions],
+    ) -> Iterator[UpdatesItem]:
+        """As `sample_iter`, and yields new tokens, logprobs and text of all samples while they run.
+
+        The items are a CallBegun, lists of SampleUpdate, and the responses to prompts as they finish. The updates of a
+        sample, joined, are the sample; the last one has its stop reason. The call is sent at once. Closing the iterator
+        aborts the call.
+
+        Keyword Args:
+            update_text: the text of updates: `decoded`, as the sampling parameters ask for it; `whole`, with special
+                tokens, as `CallBegun.parser` takes it.
+
+        Raises:
+            EngineDeadError: the engine of a sample ended after tokens of it were yielded, and the sample is neither
+                resumable nor seeded nor greedy.
+            Otherwise as `sample_iter`.
+        """
+        request = self._request(inputs, sampling_params, adapter_name, adapter_path, options, UpdateOptions)
+        return self._client.loop.iterate(self._client.run_updates(request))
+
+    def sample_updates_async(
+        self,
+        inputs: Inputs,
+        sampling_params: SamplingParamsLike | None = None,
+        adapter_name: str = "",
+        adapter_path: str | None = None,
+        **options: Unpack[UpdateOptions],
+    ) -> AsyncIterator[UpdatesItem]:
+        """As `sample_updates`, for async code. The call is sent by the first `anext`."""
+        request = self._request(inputs, sampling_params, adapter_name, adapter_path, options, UpdateOptions)
+        return self._client.loop.iterate_async(self._client.run_updates(request))
 
     def sample_stream(
         self,

@@ -29,6 +29,7 @@ from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.call_messages import AnswerItem, CallKind
 from twinkle_serve.data_format.inputs import PackedInputs
 from twinkle_serve.data_format.sample_request import Inputs, SampleRequest
+from twinkle_serve.data_format.sample_updates import UpdatesItem
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.weights import Bucket, BucketArgument
 from twinkle_serve.errors import DeadlineError, QueueFullError, ServiceError, TwinkleServeError
@@ -39,6 +40,7 @@ from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.connection import RouterConnection, SessionLostError
 from twinkle_serve.sampler.lease_keeper import keep_renewed
 from twinkle_serve.sampler.loop_thread import service_loop
+from twinkle_serve.sampler.received_updates import ReceivedUpdates
 from twinkle_serve.sampler.retry import RETRY_PAUSES_S, Attempts, pack_inputs
 from twinkle_serve.sampler.router_client import RouterClient
 from twinkle_serve.tasks import BackgroundTasks
@@ -81,6 +83,8 @@ class ServiceClient(RouterClient):
     Guarantees:
         A call that samples outlives the router: it is sent again, under the same id, within its remaining time, and
             without the prompts whose responses have arrived.
+        So does a call with updates, while the unfinished samples whose updates have arrived are seeded or greedy;
+            these updates are not yielded again. Any other one raises the error of a lost router.
         A caller that stops waiting cancels its call in the service.
     Does not guarantee:
         That a text stream outlives the router once it has begun.
@@ -139,6 +143,20 @@ class ServiceClient(RouterClient):
         ):
             async for response in responses:
                 yield attempts.received(cast(SampleResponse, response))
+
+    async def run_updates(self, request: SampleRequest) -> AsyncGenerator[UpdatesItem, None]:
+        received = ReceivedUpdates()
+        async with (
+            self._attempts(request) as attempts,
+            contextlib.aclosing(self._items(attempts, "run_updates")) as items,
+        ):
+            async for item in items:
+                new = received.new(cast(UpdatesItem, item))
+                attempts.may_repeat = received.may_repeat
+                if isinstance(new, SampleResponse):
+                    yield attempts.received(new)
+                elif new is not None:
+                    yield new
 
     async def run_stream(self, request: SampleRequest) -> AsyncGenerator[tuple[str, StopReason | None], None]:
         async with (

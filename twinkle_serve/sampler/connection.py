@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from twinkle_serve.channel import Channel, connect
 from twinkle_serve.data_format.call_messages import PLAIN, Answer, AnswerItem, CallKind, CallMessage, SentCall
 from twinkle_serve.data_format.inputs import PackedInputs
 from twinkle_serve.data_format.sample_request import SampleRequest
+from twinkle_serve.data_format.sample_updates import WaitingUpdates
 from twinkle_serve.errors import RequestError, ServiceError
 from twinkle_serve.tasks import BackgroundTasks
 
@@ -53,19 +55,36 @@ class RunningCall:
         """Whether any item has arrived."""
         self.moves = 0
         """How often it was sent in a session that ended without it."""
-        self._answers: asyncio.Queue[Answer | BaseException] = asyncio.Queue()
+        self._answers: deque[Answer | WaitingUpdates | BaseException] = deque()
+        """Updates that follow each other are joined."""
+        self._arrived = asyncio.Event()
+        """Set while there are answers."""
         self._over = False
 
     def put(self, answer: Answer | BaseException) -> None:
         """Hands over an item, or the error by which the session ended."""
         self.begun = True
-        self._answers.put_nowait(answer)
+        self._arrived.set()
+        if not isinstance(answer, Answer) or not isinstance(answer.item, list):
+            self._answers.append(answer)
+            return
+        latest = self._answers[-1] if self._answers else None
+        if not isinstance(latest, WaitingUpdates):
+            latest = WaitingUpdates()
+            self._answers.append(latest)
+        for update in answer.item:
+            latest.add(update)
 
     async def next(self) -> AnswerItem | None:
         """Returns the next item; None when the call is over. Raises its error, or that by which the session ended."""
         if self._over:
             return None
-        answer = await self._answers.get()
+        await self._arrived.wait()
+        answer = self._answers.popleft()
+        if not self._answers:
+            self._arrived.clear()
+        if isinstance(answer, WaitingUpdates):
+            return answer.take()
         if isinstance(answer, BaseException):
             raise answer
         if answer.error is not None:

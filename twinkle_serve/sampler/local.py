@@ -18,6 +18,7 @@ from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.sample_request import Inputs, SampleRequest
+from twinkle_serve.data_format.sample_updates import UpdatesItem
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.weights import Bucket, BucketArgument
 from twinkle_serve.engines import build_engine, check_engine_args
@@ -89,6 +90,11 @@ class LocalClient(RouterClient):
         async with contextlib.aclosing(self._router.run_iter(request)) as responses:
             async for response in responses:
                 yield response
+
+    async def run_updates(self, request: SampleRequest) -> AsyncGenerator[UpdatesItem, None]:
+        async with contextlib.aclosing(self._router.run_updates(request)) as items:
+            async for item in items:
+                yield item
 
     async def run_stream(self, request: SampleRequest) -> AsyncGenerator[tuple[str, StopReason | None], None]:
         async with contextlib.aclosing(self._router.run_stream(request)) as deltas:

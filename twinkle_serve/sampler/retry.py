@@ -36,7 +36,7 @@ class Attempts:
         self.count = 0
         """Number of repetitions so far."""
         self.may_repeat = True
-        """False once a text stream has begun."""
+        """False once what has arrived cannot be sampled again."""
         self._began = time.monotonic()
         self._done: set[int] = set()
         """Indices of the inputs whose responses have arrived."""

@@ -7,6 +7,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.sample_request import Inputs, SampleRequest
+from twinkle_serve.data_format.sample_updates import UpdatesItem
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.weights import Bucket, BucketArgument
 from twinkle_serve.routing.api import RouterAPI
@@ -34,7 +35,7 @@ class RouterClient(Protocol):
         ...
 
     def prepare(self, request: SampleRequest) -> SampleRequest:
-        """Returns a request with its inputs as they are now, ready for `run`, `run_iter` or `run_stream`.
+        """Returns a request with its inputs as they are now, ready for one of the calls below.
 
         Raises:
             PromptError: inputs that cannot be copied.
@@ -47,6 +48,10 @@ class RouterClient(Protocol):
 
     def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
         """See `RouterAPI.run_iter`."""
+        ...
+
+    def run_updates(self, request: SampleRequest) -> AsyncGenerator[UpdatesItem, None]:
+        """See `RouterAPI.run_updates`."""
         ...
 
     def run_stream(self, request: SampleRequest) -> AsyncGenerator[tuple[str, StopReason | None], None]:

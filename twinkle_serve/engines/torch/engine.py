@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.groups import EngineInfo, Group
+from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
 from twinkle_serve.data_format.samples import STOP_REASONS, PartialSample, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.structured_outputs import StructuredOutputs
 from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
@@ -75,6 +75,8 @@ class TorchEngine:
         self._waiting: list[_Job] = []
         self._batch: list[_Job] = []
         self._arrived = asyncio.Event()
+        self._followed: dict[Attempt, list[Row]] = {}
+        """Samples of the running batch whose groups are followed."""
         self._changes: SimpleQueue[Callable[[], None]] = SimpleQueue()
         """Changes to the model, made by its thread between two tokens."""
         self._label = INITIAL_LABEL
@@ -232,6 +234,8 @@ class TorchEngine:
         with torch.inference_mode():
             self._adapters.activate(batch[0].group.adapter)
             rows = [[self._row(job, j) for j in range(job.group.count)] for job in batch]
+            followed = zip(batch, rows, strict=True)
+            self._followed = {job.group.attempt: part for job, part in followed if job.group.is_followed}
             scores = [self._score(job.group) for job in batch]
             running = [(job, row) for job, part in zip(batch, rows, strict=True) for row in part if row.max_tokens]
             while running:
@@ -371,8 +375,9 @@ class TorchEngine:
     async def wake_up(self, tags: Sequence[str] | None) -> None:
         raise UnsupportedError("the torch engine does not sleep. Use engine: vllm on a GPU.")
 
-    def partial_output(self, group: Group, offset: int) -> PartialSample | None:
-        return None  # a batch runs to its end in the model's own thread
+    def partial_output(self, group: Group, offset: int, sample: int = 0) -> PartialSample | None:
+        rows = self._followed.get(group.attempt)
+        return None if rows is None else rows[sample].partial(offset)
 
     def progress(self) -> int:
         return self._steps

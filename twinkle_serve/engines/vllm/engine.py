@@ -101,8 +101,8 @@ class VLLMEngine:
         self._label = INITIAL_LABEL
         """Label of the loaded weights."""
         self._slots: AdapterSlots | None = None
-        self._resumable: dict[Attempt, str] = {}
-        """vLLM's request ids of running groups that may be resumed."""
+        self._followed: dict[Attempt, tuple[str, int]] = {}
+        """vLLM's request id, and the index in the request, of each running sample whose group is followed."""
         self._finished_tokens = 0
         """Number of tokens of finished samples."""
         self._grammars: GrammarChecks | None = None
@@ -175,8 +175,8 @@ class VLLMEngine:
         lora_request = None if group.adapter is None else self._lora_requests.get(group.adapter.id)
         if group.adapter is not None and lora_request is None:
             raise AdapterError(f"{self._name} has no adapter {group.adapter.label}.")
-        if group.resume:
-            self._resumable[group.attempt] = request_id
+        keys = [group.part(sample, 1).attempt for sample in group.samples] if group.is_followed else []
+        self._followed.update((key, (request_id, j)) for j, key in enumerate(keys))
         try:
             slot = contextlib.nullcontext() if self._slots is None else self._slots.holding(group.adapter)
             async with slot:
@@ -195,7 +195,8 @@ class VLLMEngine:
             reason = self._reported() or error.__cause__ or error
             raise EngineError(f"{self._name}: vLLM failed on a request: {reason}") from error
         finally:
-            self._resumable.pop(group.attempt, None)
+            for key in keys:
+                self._followed.pop(key, None)
 
     @contextlib.asynccontextmanager
     async def _time_limit(self, request_id: str, limit_s: float | None) -> AsyncGenerator[None, None]:
@@ -232,10 +233,11 @@ class VLLMEngine:
     def progress(self) -> int:
         return self._finished_tokens + running_tokens(self._llm.output_processor)
 
-    def partial_output(self, group: Group, offset: int) -> PartialSample | None:
-        request_id = self._resumable.get(group.attempt)
-        width = group.params.logprobs_width
-        return partial_sample(self._llm.output_processor, request_id, width, offset, self._label)
+    def partial_output(self, group: Group, offset: int, sample: int = 0) -> PartialSample | None:
+        request = self._followed.get((group.id, group.first_sample + sample, group.attempts))
+        if request is None:
+            return None
+        return partial_sample(self._llm.output_processor, *request, group.params.logprobs_width, offset, self._label)
 
     async def sample_group(self, group: Group) -> SampleColumns:
         output = await last_output(self._outputs(group, streaming=False))

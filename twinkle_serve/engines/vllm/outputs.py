@@ -17,9 +17,10 @@ from twinkle_serve.data_format.samples import (
     SampleColumns,
     SamplingMask,
     StopReason,
+    spans_from,
 )
 from twinkle_serve.data_format.weights import Spans
-from twinkle_serve.engines.protocol import columns_of_group, spans_from
+from twinkle_serve.engines.protocol import columns_of_group
 from twinkle_serve.engines.stops import Decode, Texts
 from twinkle_serve.errors import EngineError
 
@@ -150,17 +151,18 @@ def running_tokens(processor: OutputProcessor) -> int:
 
 
 def partial_sample(
-    processor: OutputProcessor, request_id: str | None, width: int, offset: int, label: str
+    processor: OutputProcessor, request_id: str, sample: int, width: int, offset: int, label: str
 ) -> PartialSample | None:
-    """Returns the tokens of a running request of one sample, from token `offset` on; None if it has no more.
+    """Returns the tokens of a running sample, from token `offset` on; None if it has no more.
 
     Args:
+        sample: index of the sample in the request.
         width: number of logprobs per token.
         label: of the loaded weights.
     """
     # Streaming the tokens instead would cost one output per token rather than one at the end.
-    internal = processor.external_req_ids.get(request_id)
-    state = processor.request_states.get(internal[0]) if internal else None
+    states = (processor.request_states.get(internal) for internal in processor.external_req_ids.get(request_id, ()))
+    state = next((state for state in states if state is not None and state.request_index == sample), None)
     if state is None or state.detokenizer.num_output_tokens() <= offset:
         return None
     logprobs = logprob_tokens = None
