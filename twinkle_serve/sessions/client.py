@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import ParamSpec, Protocol, TypeVar
 
 from twinkle_serve.sessions.records import Found, Query, SessionInfo, SessionRecord, Turn
+from twinkle_serve.sessions.store import SessionStore
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+SWEEP_S = 1.0
+"""Expired sessions are removed at most this often."""
 
 
 class SessionsAPI(Protocol):
@@ -58,3 +69,47 @@ class SessionsAPI(Protocol):
 
     async def purge_sessions(self) -> None:
         """Deletes all sessions, and forgets those that have ended."""
+
+
+class LocalSessions(SessionsAPI):
+    """Sessions in this process. Its calls run in one thread, since a `SessionStore` is not thread-safe."""
+
+    def __init__(self, sessions: SessionStore) -> None:
+        self._sessions = sessions
+        self._session_thread = ThreadPoolExecutor(1, thread_name_prefix="sessions")
+        self._sweep: asyncio.TimerHandle | None = None
+        """Removes expired sessions while nothing calls."""
+
+    async def _in_thread(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        loop = asyncio.get_running_loop()
+        answer = await loop.run_in_executor(self._session_thread, partial(call, *args, **options))
+        if self._sweep is None:
+            self._plan_sweep(loop, await loop.run_in_executor(self._session_thread, self._sessions.expire))
+        return answer
+
+    def _plan_sweep(self, loop: asyncio.AbstractEventLoop, left_s: float | None) -> None:
+        if self._sweep is None and left_s is not None:
+            self._sweep = loop.call_later(max(left_s, SWEEP_S), self._expire, loop)
+
+    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._sweep = None
+        future = loop.run_in_executor(self._session_thread, self._sessions.expire)
+        future.add_done_callback(lambda done: None if done.cancelled() else self._plan_sweep(loop, done.result()))
+
+    async def find_turn(self, session: str, query: Query, hold_s: float = 0.0) -> Found:
+        return await self._in_thread(self._sessions.find, session, query, hold_s)
+
+    async def append_turn(self, session: str, turn: Turn) -> list[int]:
+        return await self._in_thread(self._sessions.append, session, turn)
+
+    async def end_session(self, session: str) -> bool:
+        return await self._in_thread(self._sessions.end, session)
+
+    async def read_session(self, session: str) -> SessionRecord:
+        return await self._in_thread(self._sessions.read, session)
+
+    async def list_sessions(self) -> list[SessionInfo]:
+        return await self._in_thread(self._sessions.infos)
+
+    async def purge_sessions(self) -> None:
+        await self._in_thread(self._sessions.purge)

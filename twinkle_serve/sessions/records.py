@@ -158,7 +158,8 @@ class SessionRecord:
     """A session with all its turns. See `trajectory` and `features`."""
 
     info: SessionInfo
-    turns: tuple[Turn, ...]
+    turns: tuple[bytes, ...]
+    """Each turn as `pack_turn` writes it."""
 
 
 def dumps(value: object) -> bytes:

@@ -14,6 +14,13 @@ from twinkle_serve.errors import ServiceError, SessionError
 from twinkle_serve.sessions.canonical import MessageKey, unpack_keys
 from twinkle_serve.sessions.records import NO_IDS, Branch, Found, Query, Sample, Step, Turn
 
+TURN_BYTES = 1_500
+"""Approximate memory of a turn, besides its messages, keys and arrays."""
+NODE_BYTES = 2_000
+"""Approximate memory of a node, besides the same."""
+MESSAGE_BYTES = 600
+"""Approximate memory of a message's place in the tree."""
+
 
 class Place:
     """A place in a conversation, after some of its messages."""
@@ -144,6 +151,8 @@ class SessionTree:
         """Nodes of each turn, by its id."""
         self._prompts: set[tuple[int | None, int, int]] = set()
         """Prompts that were sampled: node before, length and checksum."""
+        self.memory_bytes = 0
+        """Approximate memory of all turns."""
         self._followed: set[int | None] = set()
         """Nodes that turns follow; None once there is a turn."""
         for turn in turns:
@@ -196,6 +205,7 @@ class SessionTree:
         nodes = [Node(first + i, parent, turn, sample) for i, sample in enumerate(turn.samples)]
         self.turns.append(turn)
         self.nodes += nodes
+        self.memory_bytes += _memory(turn)
         self._numbers[turn.id] = range(first, len(self.nodes))
         self._prompts.add(_prompt(turn))
         self._followed |= {turn.parent, None}
@@ -312,3 +322,12 @@ def text_checksum(text: str, before: int = 0) -> int:
 
 def _prompt(turn: Turn) -> tuple[int | None, int, int]:
     return turn.parent, turn.prompt_length, turn.prompt_checksum
+
+
+def _memory(turn: Turn) -> int:
+    texts = [turn.messages, turn.keys, turn.tools, turn.text or ""]
+    size = TURN_BYTES + turn.prompt.nbytes + MESSAGE_BYTES * len(turn.checksums)
+    for sample in turn.samples:
+        texts += [sample.reply, sample.shown, sample.keys, sample.text or ""]
+        size += NODE_BYTES + sample.tokens.nbytes + (0 if sample.logprobs is None else sample.logprobs.nbytes)
+    return size + sum(map(len, texts))
