@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse
 from deployments.engine_client import ServeEngineClient
 from deployments.light_imports import import_transformers_without_torch
 from deployments.log_config import QUIET, log_to_serve
+from deployments.sessions_client import ServeSessionsClient
 from deployments.store_client import ServeStoreClient
 from twinkle_serve import hub
 from twinkle_serve.channel import Address, Listener
@@ -58,6 +59,7 @@ class Router(routing.Router):
             model,
             {name: ServeEngineClient(handle) for name, handle in engines.items()},
             ServeStoreClient(store),
+            sessions=ServeSessionsClient(store),
             observe_staleness=lambda name, versions: staleness.observe(versions, tags={"adapter": name}),
         )
         self._listener = Listener()

@@ -1,4 +1,4 @@
-"""The store of adapters and weights as a deployment."""
+"""The store of adapters, weights and sessions as a deployment."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.weights import Bucket, WeightsVersion
 from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import SIDE_CPUS
+from twinkle_serve.sessions import LocalSessions, SessionStore
 from twinkle_serve.weights import LocalStore, StateLock, WeightStore
+from twinkle_serve.weights.disk import local_path
 
 BUCKETS_IN_OBJECT_STORE = 3
 """Buckets of weights that are kept in Ray's object store."""
 
 
-class Store(LocalStore):
-    """A `LocalStore` whose files reach the engines through Ray's object store, once per node.
+SESSIONS = "sessions"
+"""Directory of sessions in the state directory."""
+
+
+class Store(LocalStore, LocalSessions):
+    """A `LocalStore` with sessions. Its files reach the engines through Ray's object store, once per node.
 
     References are returned in lists: Ray fetches bare ones for the process of the router.
     """
@@ -34,10 +40,16 @@ class Store(LocalStore):
     async def __init__(self, args: ServiceArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         log_to_serve(refusals=False)
         end_with_parent(os.getppid())  # Serve's replicas outlive the raylet that started them
-        state_dir = args.state_dir or default_state_dir(serve.get_replica_context().app_name, args.model_id)
+        own_dir = default_state_dir(serve.get_replica_context().app_name, args.model_id)
+        state_dir = args.state_dir or own_dir
         # The process of the store before this one may take a moment to end.
         self._state_lock = await asyncio.to_thread(StateLock, state_dir, timing.ENGINE_SHUTDOWN_S)
-        super().__init__(await asyncio.to_thread(WeightStore, args.model_id, state_dir))
+        LocalStore.__init__(self, await asyncio.to_thread(WeightStore, args.model_id, state_dir))
+        directory = local_path(state_dir)
+        if directory is None:  # files on a URL cannot be appended to
+            directory = Path(own_dir)
+            self._sessions_lock = await asyncio.to_thread(StateLock, own_dir, timing.ENGINE_SHUTDOWN_S)
+        LocalSessions.__init__(self, await asyncio.to_thread(SessionStore, args.sessions, directory / SESSIONS))
         self._adapter_refs: dict[int, Awaitable[AdapterFiles]] = {}
         """References to adapters by id of the version, so that all engines of a node share one copy."""
         self._bucket_refs: LRUCache[tuple[WeightsVersion, int], Awaitable[Bucket]] = LRUCache(BUCKETS_IN_OBJECT_STORE)

@@ -53,7 +53,7 @@ class ServeStoreClient(StoreClient):
             (reference,) = await send(self._handle, Store.files_ref, version)
             return await reference
 
-        return await _until_answered(fetch)
+        return await until_answered(fetch)
 
     async def recover_weights(self) -> tuple[WeightsVersion, list[str]]:
         return await self._call(Store.recover_weights)
@@ -84,15 +84,15 @@ class ServeStoreClient(StoreClient):
             (reference,) = await send(self._handle, Store.bucket_ref, version, index)
             return await reference
 
-        return await _until_answered(fetch)
+        return await until_answered(fetch)
 
     async def _call(
         self, method: Callable[Concatenate[Store, P], Awaitable[T]], *args: P.args, **options: P.kwargs
     ) -> T:
-        return await _until_answered(lambda: send(self._handle, method, *args, **options))
+        return await until_answered(lambda: send(self._handle, method, *args, **options))
 
 
-async def _until_answered(call: Callable[[], Awaitable[T]]) -> T:
+async def until_answered(call: Callable[[], Awaitable[T]]) -> T:
     """Repeats a call until a store answers.
 
     Raises:
@@ -107,9 +107,7 @@ async def _until_answered(call: Callable[[], Awaitable[T]]) -> T:
                 with attempt:
                     return await call()
     except TimeoutError:
-        raise StoreError(
-            f"the store of weights did not answer within {timing.STORE_TIMEOUT_S:g} s. See `serve status`."
-        ) from None
+        raise StoreError(f"the store did not answer within {timing.STORE_TIMEOUT_S:g} s. See `serve status`.") from None
     except RayError as error:
         if isinstance(raised := raised_error(error), TwinkleServeError):
             raise raised from None

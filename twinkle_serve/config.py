@@ -119,6 +119,20 @@ class TemplateArgs(Strict):
     """Continue the assistant's message that ends a conversation; False: PromptError. Calls can say otherwise."""
 
 
+class SessionArgs(Strict):
+    """`sessions`: limits of the conversations that the store keeps for clients of the gateway."""
+
+    max_sessions: int = Field(default=10_000, ge=1)
+    """Maximum number of sessions; one more evicts the least recently used one."""
+    memory_bytes: int = Field(default=256 * 2**20, ge=1)
+    """Maximum memory for sessions, bytes; the others are read from disk when they are used. A larger session is in
+    memory alone."""
+    disk_bytes: int = Field(default=8 * 2**30, ge=1)
+    """Maximum size of all sessions on disk, bytes; more evicts the least recently used ones."""
+    lease_s: float = Field(default=3600.0, gt=0, allow_inf_nan=False)
+    """A session ends when it has not been used for this long, seconds. A running turn counts as use."""
+
+
 class ServiceArgs(Strict):
     """Configuration of one sampler service.
 
@@ -147,6 +161,8 @@ class ServiceArgs(Strict):
     """Number of newest versions of each adapter that calls can name; older ones live only while a request uses them."""
     state_dir: str | None = Field(default=None, min_length=1)
     """Directory or fsspec URL where the store keeps every version. None: a directory that ends with the Ray cluster."""
+    sessions: SessionArgs = SessionArgs()
+    """Limits of sessions."""
     engine_args: dict[str, Any] = {}
     """Arguments passed to the engine unchanged."""
     sampling_params: dict[str, Any] = {}

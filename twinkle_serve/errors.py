@@ -17,6 +17,9 @@
     │   ├── WeightsError              weights are of another model, incomplete or not finite, or their version exists
     │   ├── UnsupportedError          the engine does not support this on its device
     │   ├── PoisonPromptError         a prompt crashed several engines in turn
+    │   ├── SessionError              a request about a session is invalid
+    │   │   ├── SessionNotFoundError  no session has this id
+    │   │   └── SessionGoneError      the session has ended: deleted, expired or evicted
     │   ├── QueueFullError            the queue is full; `retry_after_s` says when to send the call again
     │   └── DeadlineError             timeout_s elapsed; `response` has what was finished
     ├── EngineError                   an engine failed
@@ -108,6 +111,18 @@ class UnsupportedError(RequestError):
 
 class PoisonPromptError(RequestError):
     """A prompt was running on several engines as they ended, the last time as the only suspect."""
+
+
+class SessionError(RequestError):
+    """A request about a session is invalid."""
+
+
+class SessionNotFoundError(SessionError):
+    """No session has this id."""
+
+
+class SessionGoneError(SessionError):
+    """The session has ended: it was deleted, its lease expired, or it was evicted. Its id cannot be used again."""
 
 
 class QueueFullError(RequestError):

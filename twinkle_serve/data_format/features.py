@@ -50,7 +50,7 @@ def continued_feature(sequence: SampledSequence) -> InputFeature:
     if not is_absent(source.get("messages")):
         tools = source.get("tools")
         given = as_items(feature["messages"]) or []
-        messages, start = _with_message(sequence, given, tools, turn, len(prompt))
+        messages, start = with_message(sequence, given, tools, turn, len(prompt))
         feature["messages"] = messages
         feature["encoded"] = Encoded(
             ids=length,
@@ -98,10 +98,10 @@ def _rolled_logprobs(sequence: SampledSequence, turn: Turn, prompt_length: int) 
     return [*known[1:], 0.0]
 
 
-def _with_message(
+def with_message(
     sequence: SampledSequence, messages: list[ChatMessage], tools: object, turn: Turn, prompt_length: int
 ) -> tuple[list[ChatMessage], int]:
-    """Returns the messages with the sample's, and where its tokens begin. A sample without tokens adds none."""
+    """Returns a prompt's messages with the sample's, and where its tokens begin. A sample without tokens adds none."""
     start = prompt_length if turn.resumed_at is None else turn.resumed_at
     if not sequence.tokens:
         return messages, start

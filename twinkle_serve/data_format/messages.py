@@ -72,9 +72,9 @@ def tools_checksum(tools: object) -> int:
     return 0 if is_absent(tools) else _checksum([tools])
 
 
-def ids_checksum(*parts: NDArray[np.int32]) -> int:
-    """Checksum of token ids in one or more arrays."""
-    number = 0
+def ids_checksum(*parts: NDArray[np.int32], before: int = 0) -> int:
+    """Checksum of token ids in one or more arrays, or of those that continue ids with the checksum `before`."""
+    number = before
     for part in parts:
         number = zlib.crc32(np.ascontiguousarray(part, np.int32).data, number)
     return number

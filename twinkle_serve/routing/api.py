@@ -13,6 +13,7 @@ from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.status import SamplerStatus
 from twinkle_serve.data_format.token_lists import TokenLists
 from twinkle_serve.data_format.weights import BucketArgument, PauseMode
+from twinkle_serve.sessions import SessionInfo, SessionRecord
 
 
 class RouterAPI(Protocol):
@@ -156,6 +157,22 @@ class RouterAPI(Protocol):
     async def resume(self, pause: int) -> None:
         """Ends a pause. See `CallerPauses.resume`."""
 
+    async def read_session(self, session: str) -> SessionRecord:
+        """Returns a session with all its turns. See `SessionsAPI.read_session`.
+
+        Raises:
+            UnsupportedError: the sampler is not a service. So do the other calls about sessions.
+        """
+        ...
+
+    async def list_sessions(self) -> list[SessionInfo]:
+        """Returns the sessions, the least recently used one first."""
+        ...
+
+    async def end_session(self, session: str) -> bool:
+        """Ends a session for good. Returns whether there was one. See `SessionsAPI.end_session`."""
+        ...
+
     async def state_keys(self) -> list[str]:
         """Returns the names of the model's weights, as in its checkpoint."""
         ...
@@ -188,4 +205,4 @@ class RouterAPI(Protocol):
         ...
 
     async def purge(self) -> None:
-        """Drops all adapters and weights from the store, unless the config has a state_dir. Called before deletion."""
+        """Drops adapters, weights and sessions from the store, unless the config has a state_dir. Called before deletion."""

@@ -29,7 +29,7 @@ from twinkle_serve.data_format.token_lists import TokenLists
 from twinkle_serve.data_format.weights import PAUSE_MODES, BucketArgument, PauseMode
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.engines.group_runner import PartialUpdate
-from twinkle_serve.errors import EngineDeadError, RequestError, ServiceError, TwinkleServeError
+from twinkle_serve.errors import EngineDeadError, RequestError, ServiceError, TwinkleServeError, UnsupportedError
 from twinkle_serve.routing.adapter_loading import AdapterLoader
 from twinkle_serve.routing.adapter_publishing import AdapterPublisher
 from twinkle_serve.routing.adapters import Adapters
@@ -46,6 +46,7 @@ from twinkle_serve.routing.scheduler import GroupScheduler
 from twinkle_serve.routing.templates import TemplateCache
 from twinkle_serve.routing.tokenization import Tokenization
 from twinkle_serve.routing.updates import WeightUpdates
+from twinkle_serve.sessions import SessionInfo, SessionRecord, SessionsAPI
 from twinkle_serve.validation import one_of, seconds
 from twinkle_serve.weights import StoreClient
 
@@ -76,6 +77,7 @@ class Router(RouterAPI):
         engines: Mapping[str, EngineClient],
         store: StoreClient,
         *,
+        sessions: SessionsAPI | None = None,
         engines_return: bool = True,
         observe_staleness: Callable[[str, int], None] = lambda name, versions: None,
     ) -> None:
@@ -85,6 +87,7 @@ class Router(RouterAPI):
             model: directory of the model; its weights may be missing.
             engines: by name.
             store: source of adapters and weights, the same that the engines use.
+            sessions: the conversations of a gateway's clients; None where there is no gateway.
             engines_return: whether an engine that dies is replaced; if not, its requests fail.
             observe_staleness: called for each finished request with its adapter's name, "" for none, and how many
                 newer versions there are by then, of the adapter or else of the model's own weights.
@@ -94,7 +97,7 @@ class Router(RouterAPI):
         """
         self._args, self._clients, self._engines_return = args, engines, engines_return
         self._observe_staleness = observe_staleness
-        self._store = store
+        self._store, self._sessions = store, sessions
         self._templates = TemplateCache(model, args)
         self._encoding = EncodingThread()
         self._requests: dict[int, Request] = {}
@@ -331,6 +334,26 @@ class Router(RouterAPI):
         model = await self._engines.call_any(lambda client: client.model_spec())
         return sorted(model.weights)
 
+    # -- sessions --------------------------------------------------------------------------------
+
+    async def read_session(self, session: str) -> SessionRecord:
+        return await self._known_sessions.read_session(session)
+
+    async def list_sessions(self) -> list[SessionInfo]:
+        return await self._known_sessions.list_sessions()
+
+    async def end_session(self, session: str) -> bool:
+        return await self._known_sessions.end_session(session)
+
+    @property
+    def _known_sessions(self) -> SessionsAPI:
+        if self._sessions is None:
+            raise UnsupportedError(
+                "sessions are conversations through a gateway, and this sampler's engine is in the process of its "
+                "caller. Deploy it as a service."
+            )
+        return self._sessions
+
     # -- control ---------------------------------------------------------------------------------
 
     async def reset_prefix_cache(self) -> None:
@@ -381,6 +404,8 @@ class Router(RouterAPI):
             published = await self._store.published()
             await self._store.drop([version for versions in published.values() for version in versions])
             await self._store.purge_weights()
+            if self._sessions is not None:
+                await self._sessions.purge_sessions()
 
     async def status(self) -> SamplerStatus:
         return {

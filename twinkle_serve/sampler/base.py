@@ -33,6 +33,7 @@ from twinkle_serve.sampler.controls import EngineControls
 from twinkle_serve.sampler.encoding import EncodingSampler, LocalTemplate
 from twinkle_serve.sampler.rollouts import AsyncRollouts, Rollouts
 from twinkle_serve.sampler.router_client import RouterClient
+from twinkle_serve.sampler.session import SessionCalls
 from twinkle_serve.sampler.token_calls import TokenCalls
 from twinkle_serve.sampler.twinkle_calls import TwinkleCalls
 from twinkle_serve.sampler.verification import Verification, verify
@@ -72,7 +73,7 @@ class Sampler(EncodingSampler, ABC):
         raise UnsupportedError(f"{type(self).__name__} has no adapters.")
 
 
-class RunningSampler(EngineControls, TokenCalls, Sampler, TwinkleCalls):
+class RunningSampler(EngineControls, TokenCalls, SessionCalls, Sampler, TwinkleCalls):
     """A sampler whose engines run, in this process or as a service.
 
     Guarantees:

@@ -62,6 +62,9 @@ REPEATED = frozenset(
         RouterAPI.encode,
         RouterAPI.count_tokens,
         RouterAPI.decode,
+        RouterAPI.read_session,
+        RouterAPI.list_sessions,
+        RouterAPI.end_session,
     }
 )
 """Control calls that are sent again when the router dies: they are idempotent. Calls that sample are, too."""
