@@ -92,10 +92,10 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """The Ray cluster that tests share: 32 cores, as Ray counts."""
+    """The Ray cluster that tests share: 32 cores, as Ray counts, and Serve with HTTP on a free port."""
     from tests.support.ray_cluster import ray_cluster
 
-    with ray_cluster(num_cpus=32):
+    with ray_cluster(num_cpus=32, with_http=True):
         yield
 
 
