@@ -3,23 +3,54 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from ray import serve
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from deployments.log_config import QUIET, log_to_serve
+from deployments.sessions_client import ServeSessionsClient
 from twinkle_serve.collection import freeze_start_up
 from twinkle_serve.errors import ServiceNotReadyError
 from twinkle_serve.gateway.app import build_app
 from twinkle_serve.gateway.config import GatewayArgs
 from twinkle_serve.gateway.context import GatewayContext
 from twinkle_serve.gateway.keys import Keys
-from twinkle_serve.gateway.samplers import Samplers
+from twinkle_serve.gateway.samplers import Connect, Samplers
 from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import SIDE_CPUS
 from twinkle_serve.sampler.client import ServiceClient
+
+
+class ServeConnect(Connect):
+    """Reaches applications of this Serve instance."""
+
+    def __init__(self) -> None:
+        self._routers: dict[str, ServiceClient] = {}
+        self._sessions: dict[str, ServeSessionsClient] = {}
+
+    def router(self, application: str) -> ServiceClient:
+        if (client := self._routers.get(application)) is None:
+            handle: Any = _require(application, lambda: serve.get_app_handle(application))
+            client = self._routers[application] = ServiceClient(handle, application)
+        return client
+
+    def sessions(self, application: str) -> ServeSessionsClient:
+        if (client := self._sessions.get(application)) is None:
+            handle = _require(application, lambda: serve.get_deployment_handle("store", application))
+            client = self._sessions[application] = ServeSessionsClient(handle)
+        return client
+
+
+def _require(application: str, handle: Callable[[], DeploymentHandle]) -> DeploymentHandle:
+    """Returns a handle. Raises ServiceNotReadyError while Serve does not know the application."""
+    try:
+        return handle()
+    except RayServeException:
+        raise ServiceNotReadyError(f"the sampler {application!r} is starting, or is not deployed.") from None
 
 
 @serve.ingress()
@@ -29,27 +60,12 @@ class Gateway:
     def __init__(self, args: GatewayArgs, keys: Keys) -> None:
         log_to_serve(refusals=False)
         end_with_parent(os.getppid())  # Serve's replicas outlive the raylet that started them
-        self._clients: dict[str, ServiceClient] = {}
-        self._context = GatewayContext(args, keys, Samplers(args.samplers, self._client))
+        self._context = GatewayContext(args, keys, Samplers(args.samplers, ServeConnect()))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         app = build_app(self._context)
         freeze_start_up()
         return app
-
-    def _client(self, application: str) -> ServiceClient:
-        """Returns the client of an application, once Serve knows that.
-
-        Raises:
-            ServiceNotReadyError: it does not.
-        """
-        if (client := self._clients.get(application)) is None:
-            try:
-                handle: Any = serve.get_app_handle(application)
-            except RayServeException:
-                raise ServiceNotReadyError(f"the sampler {application!r} is starting, or is not deployed.") from None
-            client = self._clients[application] = ServiceClient(handle, application)
-        return client
 
 
 gateway_deployment = serve.deployment(

@@ -11,8 +11,6 @@ import ray
 from ray import serve
 from ray.serve import metrics
 from ray.serve.handle import DeploymentHandle
-from starlette.requests import Request
-from starlette.responses import JSONResponse
 
 from deployments.engine_client import ServeEngineClient
 from deployments.light_imports import import_transformers_without_torch
@@ -85,11 +83,6 @@ class Router(routing.Router):
             await session.run()
         finally:
             self._listener.forget(address)
-
-    async def __call__(self, request: Request) -> JSONResponse:
-        """Answers HTTP requests with a pointer to the calls by handle."""
-        message = 'No HTTP API here. Call serve.get_app_handle("<application>").sample.remote(...) from Ray.'
-        return JSONResponse({"error": message}, status_code=501)
 
 
 router_deployment = serve.deployment(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 LOOPBACK = "127.0.0.1"
+GATEWAY_BUILDER = "graphs.gateway:build"
 
 
 class LaunchError(TwinkleServeError):
@@ -120,6 +121,18 @@ def http_host(schema: ServeDeploySchema) -> str:
     every interface."""
     given = "host" in schema.http_options.model_fields_set
     return str(schema.http_options.host) if given else LOOPBACK
+
+
+def gateway_urls(schema: ServeDeploySchema) -> list[str]:
+    """Returns where the gateways of a config answer, without a slash at the end."""
+    host = http_host(schema)
+    shown = LOOPBACK if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    root = f"http://{shown}:{schema.http_options.port}{(schema.http_options.root_path or '').rstrip('/')}"
+    return [
+        root + (application.route_prefix or "").rstrip("/")
+        for application in schema.applications
+        if application.import_path == GATEWAY_BUILDER and application.route_prefix is not None
+    ]
 
 
 def submit(schema: ServeDeploySchema) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from graphs.cluster import Cluster
@@ -20,8 +20,14 @@ SUM = "12+34="
 QUESTION = "What is the capital of France?"
 
 
-def ready_text(samplers: Mapping[str, ServiceArgs], cluster: Cluster, config: Path, log: Path) -> str:
-    """Calls of each sampler, which were tried, and where everything is."""
+def ready_text(
+    samplers: Mapping[str, ServiceArgs], cluster: Cluster, config: Path, log: Path, urls: Sequence[str] = ()
+) -> str:
+    """Calls of each sampler, which were tried, and where everything is.
+
+    Args:
+        urls: of gateways.
+    """
     lines: list[str] = []
     asks = False
     for name, args in samplers.items():
@@ -30,6 +36,8 @@ def ready_text(samplers: Mapping[str, ServiceArgs], cluster: Cluster, config: Pa
         lines += [problem] if problem else []
         lines += [*calls(name, prompt), ""]
     python = _command("python")
+    for url in urls:
+        lines += [f"  HTTP       {url}/v1, for OpenAI's and Anthropic's clients; {url}/docs lists every route", ""]
     if samplers:
         lines.append(f"  python     {python}, for the lines above")
     if asks:

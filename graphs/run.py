@@ -19,7 +19,16 @@ from typing import Annotated
 
 import typer
 
-from graphs.cluster import Cluster, LaunchError, dead_process, join_or_start, shut_down, start_serve, submit
+from graphs.cluster import (
+    Cluster,
+    LaunchError,
+    dead_process,
+    gateway_urls,
+    join_or_start,
+    shut_down,
+    start_serve,
+    submit,
+)
 from graphs.config_file import ConfigFile, check_config_file
 from graphs.observer import Observer, Snapshot, look
 from graphs.output_log import OutputLog
@@ -99,7 +108,8 @@ class Launcher:
         code = FAILED
         try:
             cluster, ready = self._start()
-            text = ready_text(self._config.samplers, cluster, self._path, self._log.path)
+            urls = gateway_urls(self._config.schema)
+            text = ready_text(self._config.samplers, cluster, self._path, self._log.path, urls)
             names = ", ".join(self._config.applications)
             self._display.say(f"\nReady after {duration(time.monotonic() - self._started)}: {names}\n", "bold green")
             self._display.say(text)

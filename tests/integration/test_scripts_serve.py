@@ -7,7 +7,6 @@ import ipaddress
 import json
 import re
 import subprocess
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +39,7 @@ def test_start_is_shown_stage_by_stage(service: Service) -> None:
             ["starting", "importing", "loading", "ready"],  # it took less than the launcher's look
         )
         assert re.search(rf"{engine}: ready after .* \(starting .* importing .* loading .* s\)", start)
-    steps = re.compile(r"^\d\d:\d\d:\d\d  (Ray|Serve|sampler( [\w-]+)?|install): |^Serving |^$")
+    steps = re.compile(r"^\d\d:\d\d:\d\d  (Ray|Serve|sampler( [\w-]+)?|gateway( gateway)?|install): |^Serving |^$")
     assert [line for line in start.splitlines() if not steps.match(line)] == []
     log = Path(re.findall(r"^  log +(\S+)$", service.output, re.M)[0])
     assert "ServeController" in log.read_text() and "ServeReplica" in log.read_text()
@@ -266,13 +265,15 @@ def test_dashboard_shows_router_and_engines(service: Service) -> None:
         assert f"'{name}': 'HEALTHY'" in result.stdout
 
 
-def test_http_says_that_it_has_no_api(service: Service) -> None:
-    """Plainly, without a traceback."""
-    port = yaml.safe_load(service.config.read_text())["http_options"]["port"]
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30)
-    body = caught.value.read().decode()
-    assert caught.value.code == 501 and "get_app_handle" in body and "Traceback" not in body
+def test_url_that_ready_prints_answers(service: Service) -> None:
+    """With the models that clients can name, and with completions."""
+    (url,) = re.findall(r"^  HTTP +(http://\S+)/v1, for", service.output, re.M)
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
+        assert [model["id"] for model in json.load(answer)["data"]] == ["sampler"]
+    body = json.dumps({"model": "sampler", "prompt": "12+34=", "max_tokens": 4}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert json.load(answer)["usage"]["completion_tokens"] > 0
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,25 @@ class GatewayContext:
             )
 
 
+SESSION_HEADER = "x-session-id"
+
+SESSION_PREFIXES = ("", "/session/{session}")
+"""Prefixes of the routes that take part in sessions."""
+
+
+def session_of(request: Request, field: str | None = None) -> str | None:
+    """Returns the id of the session that a request is part of: of its path, its header, or a field of its body.
+
+    Raises:
+        InvalidRequestError: two of them name different sessions.
+    """
+    given = (request.path_params.get("session"), request.headers.get(SESSION_HEADER), field)
+    names = {name for name in given if name is not None}
+    if len(names) > 1:
+        raise InvalidRequestError(f"the request names several sessions: {', '.join(sorted(names))}. Name one.")
+    return names.pop() if names else None
+
+
 def caller_of(request: Request) -> Caller:
     """Returns the holder of the key that a request came with."""
     caller: Caller = request.scope["twinkle_serve.caller"]

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
 
+from fastapi import APIRouter
 from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from twinkle_serve.gateway.context import SESSION_PREFIXES
+
+Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 
 def json_body(model: type[BaseModel]) -> dict[str, Any]:
@@ -14,6 +22,21 @@ def json_body(model: type[BaseModel]) -> dict[str, Any]:
     return {
         "requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema, definitions)}}}
     }
+
+
+def add_routes(
+    router: APIRouter,
+    path: str,
+    endpoint: Callable[[Request], Awaitable[Response]],
+    summary: str,
+    model: type[BaseModel],
+) -> None:
+    """Adds a POST route, by itself and as part of a session."""
+    for prefix in SESSION_PREFIXES:
+        name = f"{endpoint.__name__}{'_of_session' if prefix else ''}"
+        router.add_api_route(
+            prefix + path, endpoint, methods=["POST"], summary=summary, name=name, openapi_extra=json_body(model)
+        )
 
 
 def _inlined(value: Any, definitions: dict[str, Any]) -> Any:

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from cachetools import LRUCache
 
 from twinkle_serve import timing
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.sample_request import SampleRequest
+from twinkle_serve.data_format.sample_updates import UpdatesItem
 from twinkle_serve.data_format.status import SamplerStatus
 from twinkle_serve.errors import TwinkleServeError, unknown_name
 from twinkle_serve.gateway.errors import UnknownModelError
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.router_client import RouterClient
+from twinkle_serve.sessions import SessionsAPI
 
 MAX_TEXTS = 500_000
 """Texts of tokens that are kept for each sampler; a vocabulary has up to 300,000."""
 
-Connect = Callable[[str], RouterClient]
-"""Returns the client of an application. Raises ServiceNotReadyError while there is none."""
+
+class Connect(Protocol):
+    """Reaches the applications of samplers. Raises ServiceNotReadyError while there is none of that name."""
+
+    def router(self, application: str) -> RouterClient:
+        """Returns the client of an application's router."""
+        ...
+
+    def sessions(self, application: str) -> SessionsAPI:
+        """Returns the client of an application's sessions."""
+        ...
 
 
 class Sampler:
@@ -35,7 +46,12 @@ class Sampler:
     @property
     def client(self) -> RouterClient:
         """Reaches its router. Raises ServiceNotReadyError."""
-        return self._connect(self.application)
+        return self._connect.router(self.application)
+
+    @property
+    def sessions(self) -> SessionsAPI:
+        """Reaches its sessions. Raises ServiceNotReadyError."""
+        return self._connect.sessions(self.application)
 
     async def status(self) -> SamplerStatus:
         """Returns its state. Raises TwinkleServeError if its router does not answer."""
@@ -49,6 +65,11 @@ class Sampler:
             texts = await self.client.call(timing.ANSWER_TIMEOUT_S, RouterAPI.decode, lists)
             self._texts.update(zip(missing, texts, strict=True))
         return {token: self._texts[token] for token in wanted}
+
+    async def encode(self, prompt: Mapping[str, Any]) -> list[int]:
+        """Returns the token ids of an input."""
+        lists = await self.client.call(timing.ANSWER_TIMEOUT_S, RouterAPI.encode, [dict(prompt)])
+        return list(lists[0])
 
     async def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of tokens, special tokens kept."""
@@ -80,9 +101,9 @@ class Target:
         """See `RouterAPI.run`."""
         return await self.sampler.client.run(request)
 
-    def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
-        """See `RouterAPI.run_iter`."""
-        return self.sampler.client.run_iter(request)
+    def run_updates(self, request: SampleRequest) -> AsyncGenerator[UpdatesItem, None]:
+        """See `RouterAPI.run_updates`."""
+        return self.sampler.client.run_updates(request)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from twinkle_serve.template.features import cut_spans, ids_of, labels_of, logpro
 from twinkle_serve.template.matching import match_messages
 from twinkle_serve.template.template import Template
 
-TEXT_KEYS = {"text", "user_data"}
+TEXT_KEYS = {"text", "add_special_tokens", "user_data"}
 TRAJECTORY_KEYS = {"messages", "tools", "images", "videos", "audios", "user_data"}
 
 
@@ -140,7 +140,10 @@ def _from_text(item: Mapping[str, object], index: int, template: Template, endin
             raise PromptError(f"{where}: {unknown_name('key of a text', key, TEXT_KEYS)}.")
     if not isinstance(text, str):
         raise PromptError(f"{where}.text must be text, got {type(text).__name__}.")
-    ids = template.tokenize(text, where, raw=True)
+    special = item.get("add_special_tokens", True)
+    if not isinstance(special, bool):
+        raise PromptError(f"{where}.add_special_tokens must be true or false, got {special!r}.")
+    ids = template.tokenize(text, where, special_tokens=special)
     if not len(ids):
         raise PromptError(f"{where}.text has no tokens. Give at least one character.")
     return Prompt(ids, index)

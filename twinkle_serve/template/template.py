@@ -252,20 +252,22 @@ class Template(TrainingTemplate):
         """Renders inputs with this template."""
         return Renderer(self)
 
-    def tokenize(self, text: str, where: str, *, raw: bool = False) -> NDArray[np.int32]:
+    def tokenize(self, text: str, where: str, *, special_tokens: bool | None = None) -> NDArray[np.int32]:
         """Tokenises text that `render` returned, or a part of it.
 
         Args:
-            raw: the text was not rendered, so the tokenizer adds its own special tokens at its beginning and end.
+            special_tokens: whether the tokenizer adds those that begin and end a text; None: unless a chat template
+                has written them.
 
         Raises:
             PromptError: the tokenizer refuses it.
         """
-        if not text and not raw:
-            return np.empty(0, np.int32)
+        if special_tokens is None:
+            special_tokens = not self.use_chat_template
+            if not text:
+                return np.empty(0, np.int32)
         try:
-            # A chat template writes its special tokens itself.
-            ids = self.tokenizer.encode(text, add_special_tokens=raw or not self.use_chat_template)
+            ids = self.tokenizer.encode(text, add_special_tokens=special_tokens)
         except Exception as error:  # in the tokenizer's own types
             if half := re.search("[\ud800-\udfff]", text):
                 raise PromptError(

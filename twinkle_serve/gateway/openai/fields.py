@@ -15,7 +15,6 @@ from twinkle_serve.gateway.bodies import Body
 from twinkle_serve.gateway.errors import InvalidRequestError
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (),
     "audio": (),
     "background": (False,),
     "best_of": (1,),

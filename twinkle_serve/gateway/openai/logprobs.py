@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from twinkle_serve.data_format.sample_updates import SampleUpdate
 from twinkle_serve.data_format.samples import PromptScores
 from twinkle_serve.data_format.sequence import SampledSequence
 from twinkle_serve.gateway.samplers import Sampler
@@ -40,6 +41,19 @@ class TokenNames:
 def positions_of(sequence: SampledSequence) -> Sequence[Position]:
     """Returns the logprobs of a sample; an empty list if it has none."""
     return sequence.logprobs or []
+
+
+def positions_of_update(update: SampleUpdate) -> list[Position]:
+    """Returns the logprobs of the tokens of an update; an empty list if the call has none."""
+    if update.logprobs is None:
+        return []
+    values = update.logprobs.tolist()
+    if update.logprob_tokens is None:
+        return [[(token, row[0])] for token, row in zip(update.tokens.tolist(), values, strict=True)]
+    return [
+        list({token: (token, value) for token, value in zip(ids, row, strict=True) if token != -1}.values())
+        for ids, row in zip(update.logprob_tokens.tolist(), values, strict=True)
+    ]
 
 
 def positions_of_prompt(ids: Sequence[int], scores: PromptScores) -> list[Position | None]:
