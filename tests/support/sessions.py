@@ -10,7 +10,10 @@ import numpy as np
 from tests.support.turns import Made, prompt_of, response_of, tokens_of
 from twinkle_serve.config import SessionArgs
 from twinkle_serve.data_format import SampleColumns, SampleResponse
+from twinkle_serve.data_format.messages import ids_checksum
 from twinkle_serve.sessions import Conversation, SessionStore, SessionTurn, Turn
+from twinkle_serve.sessions.records import Sample
+from twinkle_serve.sessions.turn import RAW
 from twinkle_serve.template import Template
 
 
@@ -70,12 +73,10 @@ def play_raw(store: SessionStore, template: Template, prompt: Any, text: str, se
     return store.append(session, turn.record(response, texts=[text]))
 
 
-def plain_turn(number: int, *, parent: int | None = None, tokens: int = 4) -> Turn:
-    """A turn without messages, for tests of storage."""
-    from twinkle_serve.data_format.messages import ids_checksum
-    from twinkle_serve.sessions.records import Sample
-
+def raw_turn(number: int, before: Turn | None = None, *, tokens: int = 4) -> Turn:
+    """A turn of a raw prompt, which follows node `number - 1` of that turn."""
     ids = np.arange(tokens, dtype=np.int32)
+    prompt = ids if before is None else np.concatenate([before.prompt, before.samples[0].tokens, ids])
     sample = Sample(
         tokens=ids,
         logprobs=-ids.astype(np.float32),
@@ -83,15 +84,15 @@ def plain_turn(number: int, *, parent: int | None = None, tokens: int = 4) -> Tu
         adapter="",
         seed=number,
         stop_reason="stop",
-        engine="e",
+        engine="engine-dp0",
     )
     return Turn(
         id=f"turn {number}",
-        root=b"r" * 16,
+        root=RAW,
         raw=True,
-        parent=parent,
+        parent=None if before is None else number - 1,
         prompt=ids,
-        prompt_length=len(ids),
-        prompt_checksum=ids_checksum(ids),
+        prompt_length=len(prompt),
+        prompt_checksum=ids_checksum(prompt),
         samples=(sample,),
     )

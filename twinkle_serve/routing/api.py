@@ -205,4 +205,4 @@ class RouterAPI(Protocol):
         ...
 
     async def purge(self) -> None:
-        """Drops adapters, weights and sessions from the store, unless the config has a state_dir. Called before deletion."""
+        """Drops adapters, weights and sessions, unless the config has a state_dir. Called before deletion."""

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from twinkle_serve.sessions.records import Sample, Turn, dumps, loads
 
-ALIGNMENT = 8
-"""Sections start at multiples of so many bytes, so that arrays can be read in place."""
 LENGTH = struct.Struct("<Q")
 
 Section: TypeAlias = bytes | NDArray[Any]
@@ -40,11 +38,11 @@ def pack_turn(turn: Turn) -> bytes:
     ]
     header["sizes"] = [len(part) for part in data]
     head = dumps(header)
-    return b"".join(_padded(part) for part in (LENGTH.pack(len(head)), head, *data))
+    return b"".join([LENGTH.pack(len(head)), head, *data])
 
 
 def unpack_turn(record: bytes) -> Turn:
-    """Reads a turn. Its arrays are read-only views of the bytes.
+    """Reads a turn. Its arrays are read-only, and do not keep the bytes in memory.
 
     Raises:
         ValueError: the bytes were not written by `pack_turn`.
@@ -52,9 +50,9 @@ def unpack_turn(record: bytes) -> Turn:
     try:
         (length,) = LENGTH.unpack_from(record)
         header = loads(record[LENGTH.size : LENGTH.size + length])
-        parts = _parts(record, LENGTH.size + _padded_size(length), header["sizes"])
+        parts = _parts(record, LENGTH.size + length, header["sizes"])
         root, messages, keys, tools = (bytes(next(parts)) for _ in range(4))
-        prompt = np.frombuffer(next(parts), "<i4")
+        prompt = _array(next(parts), "<i4")
         samples = tuple(_sample(entry, parts) for entry in header["samples"])
         fields = {name: header[name] for name in TURN_FIELDS} | {"checksums": tuple(header["checksums"])}
         return Turn(root=root, messages=messages, keys=keys, tools=tools, prompt=prompt, samples=samples, **fields)
@@ -63,7 +61,7 @@ def unpack_turn(record: bytes) -> Turn:
 
 
 def _sample(entry: Mapping[str, Any], parts: Iterator[memoryview]) -> Sample:
-    tokens, logprobs = np.frombuffer(next(parts), "<i4"), np.frombuffer(next(parts), "<f4")
+    tokens, logprobs = _array(next(parts), "<i4"), _array(next(parts), "<f4")
     reply, shown, keys = (bytes(next(parts)) for _ in range(3))
     fields = {name: entry[name] for name in SAMPLE_FIELDS}
     fields["weight_versions"] = tuple((str(label), int(start)) for label, start in entry["weight_versions"])
@@ -77,12 +75,10 @@ def _parts(record: bytes, start: int, sizes: list[int]) -> Iterator[memoryview]:
         if start + size > len(view):
             raise ValueError(f"not a turn: it ends after {len(view)} bytes, within a section of {size} at {start}.")
         yield view[start : start + size]
-        start += _padded_size(size)
+        start += size
 
 
-def _padded(data: bytes) -> bytes:
-    return data.ljust(_padded_size(len(data)), b"\0")
-
-
-def _padded_size(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def _array(part: memoryview, dtype: str) -> NDArray[Any]:
+    array = np.frombuffer(part, dtype).copy()
+    array.setflags(write=False)
+    return array

@@ -22,8 +22,6 @@ MAX_ID = 256
 """Maximum length of a session's id, characters."""
 MAX_ENDED = 100_000
 """Number of ended sessions whose ids are remembered."""
-SESSION_BYTES = 2_000
-"""Approximate memory of a session without its turns."""
 
 
 @dataclass(slots=True)
@@ -70,7 +68,7 @@ class SessionStore:
         self._size = 0
         """Bytes of all sessions on disk."""
         self._memory = 0
-        """Bytes of all sessions in memory."""
+        """Bytes of the trees in memory."""
         if self._disk is not None:
             self._recover(self._disk)
 
@@ -118,7 +116,6 @@ class SessionStore:
         self._size += entry.size - before
         if entry.id not in self._sessions:
             self._sessions[entry.id] = entry
-            self._memory += SESSION_BYTES
 
     # -- sessions --------------------------------------------------------------------------------
 
@@ -231,7 +228,7 @@ class SessionStore:
         """Removes a session from memory and disk."""
         del self._sessions[entry.id]
         self._size -= entry.size
-        self._memory -= SESSION_BYTES + (0 if entry.tree is None else entry.tree.memory_bytes)
+        self._memory -= 0 if entry.tree is None else entry.tree.memory_bytes
         entry.tree = None
         if self._disk is not None:
             self._disk.remove(entry.id)
@@ -277,7 +274,6 @@ class SessionStore:
             expires = stored.used + self._args.lease_s
             self._sessions[stored.session] = _Session(stored.session, stored.created, expires, stored.size)
             self._size += stored.size
-            self._memory += SESSION_BYTES
         self.expire()
         if self._sessions:
             logger.info(f"{len(self._sessions)} sessions found")
