@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Trajectory,
     )
     from twinkle_serve.errors import TwinkleServeError
+    from twinkle_serve.gateway.client import gateway_session
     from twinkle_serve.mesh import DeviceGroup, DeviceMesh
     from twinkle_serve.remote import initialize, remote_class, remote_function, shutdown
     from twinkle_serve.sampler import Sampler, TorchSampler, VLLMSampler, vLLMSampler
@@ -40,6 +41,7 @@ _HOMES = {
     "TwinkleServeError": "errors",
     "VLLMSampler": "sampler",
     "connect": "sampler.connect",
+    "gateway_session": "gateway.client",
     "initialize": "remote",
     "remote_class": "remote",
     "remote_function": "remote",
@@ -62,6 +64,7 @@ __all__ = [
     "TwinkleServeError",
     "VLLMSampler",
     "connect",
+    "gateway_session",
     "get_logger",
     "initialize",
     "remote_class",

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from twinkle_serve.errors import TwinkleServeError
-from twinkle_serve.gateway import health, models
+from twinkle_serve.gateway import health, models, sessions
 from twinkle_serve.gateway.context import GatewayContext
 from twinkle_serve.gateway.errors import Failure, Protocol
 from twinkle_serve.gateway.json_response import JSON
@@ -29,7 +29,7 @@ def build_app(context: GatewayContext) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    for module in (health, models, completions, chat):
+    for module in (health, models, completions, chat, sessions):
         app.include_router(module.routes(context))
     for kind in (TwinkleServeError, HTTPException):
         app.add_exception_handler(kind, _answer_error)

@@ -95,6 +95,8 @@ STATUS: tuple[tuple[type[TwinkleServeError], int], ...] = (
     (UnauthorizedError, 401),
     (ForbiddenError, 403),
     (errors.AdapterError, 404),
+    (errors.SessionNotFoundError, 404),
+    (errors.SessionGoneError, 410),
     (errors.QueueFullError, 429),
     (errors.DeadlineError, 504),
     (errors.RequestError, 400),
