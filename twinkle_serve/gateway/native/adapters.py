@@ -15,7 +15,7 @@ from twinkle_serve import timing
 from twinkle_serve.adapters import of_memory
 from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.errors import AdapterError
-from twinkle_serve.gateway.bodies import content_length, too_large, too_slow
+from twinkle_serve.gateway.bodies import content_length, parse_json, too_large, too_slow
 from twinkle_serve.gateway.config import LimitArgs
 from twinkle_serve.gateway.context import GatewayContext, caller_of
 from twinkle_serve.gateway.documents import described
@@ -75,6 +75,7 @@ def routes(context: GatewayContext) -> APIRouter:
                 raise too_large(size, CONFIG_BYTES)
             async with uploading:
                 files = AdapterFiles(config=await config.read(), weights=await weights.read())
+                parse_json(files.config)  # the store's parser recurses
                 label = await client.call(timing.CONTROL_TIMEOUT_S, RouterAPI.add_adapter, name, files)
         except AdapterError as error:
             raise InvalidRequestError(shown_message(str(of_memory(error)))) from None
