@@ -12,11 +12,14 @@ from pydantic import BaseModel, ValidationError
 from twinkle_serve.config import ServiceArgs, describe_errors
 from twinkle_serve.engines import check_engine_args
 from twinkle_serve.errors import ConfigError, unknown_name
+from twinkle_serve.gateway.config import GatewayArgs, require_key_beyond_loopback
+from twinkle_serve.gateway.keys import Keys
 
 if TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema
 
 BUILDER = "graphs.sampler:build"
+GATEWAY_BUILDER = "graphs.gateway:build"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,9 @@ class ConfigFile:
 
     schema: ServeDeploySchema
     samplers: dict[str, ServiceArgs]
-    """By application; other applications are not checked."""
+    """By application; applications that are neither samplers nor gateways are not checked."""
+    gateways: dict[str, GatewayArgs]
+    """By application."""
 
     @property
     def applications(self) -> list[str]:
@@ -36,7 +41,8 @@ def check_config_file(path: Path) -> ConfigFile:
     """Reads a config and checks all of it.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key at any level, or arguments that ServiceArgs refuses.
+        ConfigError: no such file, not YAML, an unknown key at any level, arguments that ServiceArgs or GatewayArgs
+            refuses, invalid keys of HTTP callers, or none where others can reach the gateway.
         EngineArgsError: engine_args that the engine does not have.
     """
     from ray.serve.schema import ServeDeploySchema
@@ -63,7 +69,21 @@ def check_config_file(path: Path) -> ConfigFile:
     }
     for args in samplers.values():
         check_engine_args(args.engine, args.engine_args)
-    return ConfigFile(config, samplers)
+    gateways = {
+        application.name: GatewayArgs.model_validate(application.args)
+        for application in config.applications
+        if application.import_path == GATEWAY_BUILDER
+    }
+    for gateway in gateways.values():
+        _check_keys(gateway, config)
+    return ConfigFile(config, samplers, gateways)
+
+
+def _check_keys(gateway: GatewayArgs, config: ServeDeploySchema) -> None:
+    """Raises ConfigError for invalid keys, and where HTTP listens beyond this machine without one."""
+    keys = Keys.read(gateway.keys_file)
+    if "host" in config.http_options.model_fields_set:  # else the launcher listens on this machine alone
+        require_key_beyond_loopback(str(config.http_options.host), bool(keys))
 
 
 def _refuse_unknown_keys(value: Any, model: type[BaseModel], where: str) -> None:

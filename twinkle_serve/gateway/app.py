@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -12,9 +13,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from twinkle_serve.errors import TwinkleServeError
 from twinkle_serve.gateway import health, models, sessions
 from twinkle_serve.gateway.context import GatewayContext
-from twinkle_serve.gateway.errors import Failure, Protocol
+from twinkle_serve.gateway.disconnects import EndsWithClient
+from twinkle_serve.gateway.documents import errors_of
+from twinkle_serve.gateway.errors import Failure, InvalidRequestError, Protocol
 from twinkle_serve.gateway.json_response import JSON
 from twinkle_serve.gateway.keys import Keys, require_scope
+from twinkle_serve.gateway.native import adapters, control, sampling, tokens
 from twinkle_serve.gateway.openai import chat, completions
 
 OPEN_PATHS = ("/healthz", "/readyz")
@@ -29,15 +33,20 @@ def build_app(context: GatewayContext) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    for module in (health, models, completions, chat, sessions):
-        app.include_router(module.routes(context))
-    for kind in (TwinkleServeError, HTTPException):
+    for module in (models, completions, chat):
+        app.include_router(module.routes(context), responses=errors_of("openai"))
+    for module in (health, sampling, tokens, adapters, control, sessions):
+        app.include_router(module.routes(context), responses=errors_of("native"))
+    for kind in (TwinkleServeError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_error)
-    app.add_middleware(Gate, keys=context.keys)
+    app.add_middleware(EndsWithClient)
+    app.add_middleware(Gate, keys=context.keys)  # the outer one
     return app
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, RequestValidationError):  # of FastAPI's own parameters
+        error = InvalidRequestError("; ".join(str(item.get("msg")) for item in error.errors()))
     return failed(request.scope, error)
 
 

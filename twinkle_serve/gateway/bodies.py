@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
@@ -46,9 +47,9 @@ async def read_body(request: Request, limits: LimitArgs, *, max_bytes: int | Non
         InvalidRequestError: the client went away before its end.
     """
     most = limits.body_bytes if max_bytes is None else max_bytes
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > most:
-        raise _too_large(int(announced), most)
+    announced = content_length(request)
+    if announced is not None and announced > most:
+        raise too_large(announced, most)
     chunks: list[bytes] = []
     size = 0
     try:
@@ -56,19 +57,29 @@ async def read_body(request: Request, limits: LimitArgs, *, max_bytes: int | Non
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > most:
-                    raise _too_large(size, most)
+                    raise too_large(size, most)
                 chunks.append(chunk)
     except TimeoutError:
-        raise BodyTimeoutError(
-            f"the body did not arrive within {limits.body_timeout_s:g} s, only {size} bytes of it. Send it faster."
-        ) from None
+        raise too_slow(size, limits.body_timeout_s) from None
     except ClientDisconnect:
         raise InvalidRequestError("the connection ended before the body did.") from None
     return b"".join(chunks)
 
 
-def _too_large(size: int, most: int) -> BodyTooLargeError:
+def content_length(request: Request) -> int | None:
+    """Returns the size that a request announces; None if it announces none, or no number."""
+    announced = request.headers.get("content-length", "")
+    return int(announced) if announced.isascii() and announced.isdecimal() and len(announced) < 20 else None
+
+
+def too_large(size: int, most: int) -> BodyTooLargeError:
+    """Returns the error for a body of `size` bytes, and perhaps more, beyond the limit of `most`."""
     return BodyTooLargeError(f"the body has {size} bytes or more; the limit is {most}. Send several requests.")
+
+
+def too_slow(size: int, timeout_s: float) -> BodyTimeoutError:
+    """Returns the error for a body of which `size` bytes arrived in time."""
+    return BodyTimeoutError(f"the body did not arrive within {timeout_s:g} s, only {size} bytes of it. Send it faster.")
 
 
 async def read_json(request: Request, limits: LimitArgs) -> Any:
@@ -81,7 +92,9 @@ async def read_json(request: Request, limits: LimitArgs) -> Any:
     """
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media not in JSON_TYPES and not media.endswith("+json"):
-        raise MediaTypeError(f"content-type must be application/json, got {media or 'none'}.")
+        raise MediaTypeError(f"content-type must be application/json, got {media[:200] or 'none'}.")
+    if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+        raise MediaTypeError(f"content-encoding {coding[:200]!r} is not read. Send the body as it is.")
     return parse_json(await read_body(request, limits))
 
 
@@ -104,7 +117,9 @@ def parse_json(body: bytes) -> Any:
     if not text.strip():
         raise InvalidRequestError("the body is empty. Send a JSON object.")
     try:
-        value = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        value = json.loads(
+            text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant, parse_float=_finite
+        )
     except json.JSONDecodeError as error:
         raise InvalidRequestError(f"the body is not JSON: {error.msg} at character {error.pos}.") from None
     except RecursionError:
@@ -158,6 +173,14 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise InvalidRequestError(f"the body has the key {_shown(twice)} twice in one object.")
     return value
+
+
+def _finite(text: str) -> float:
+    """Raises InvalidRequestError for a number that Python reads as infinity."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise InvalidRequestError(f"the body holds the number {_shown(text)}, which is too large.")
+    return number
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -44,18 +44,22 @@ class GatewayContext:
             raise InvalidRequestError(f"{TIMEOUT_HEADER} must be a number of seconds above 0, got {given!r}.")
         return seconds
 
-    def require_prompts(self, count: int, samples: int) -> None:
-        """Raises InvalidRequestError if a request has more prompts, or more samples of each, than the limits allow."""
+    def require_prompts(self, count: int, samples: int, fields: tuple[str, str] = ("prompt", "n")) -> None:
+        """Raises InvalidRequestError if a request has more prompts, or more samples of each, than the limits allow.
+
+        Args:
+            fields: names of both in the request.
+        """
         if count > self.limits.prompts:
             raise InvalidRequestError(
                 f"the request has {count} prompts; limits.prompts is {self.limits.prompts}. Send several requests.",
-                "prompt",
+                fields[0],
             )
         if samples > self.limits.samples:
             raise InvalidRequestError(
-                f"the request asks for n={samples} samples of each prompt; limits.samples is {self.limits.samples}. "
-                "Send several requests.",
-                "n",
+                f"the request asks for {fields[1]}={samples} samples of each prompt; limits.samples is "
+                f"{self.limits.samples}. Send several requests.",
+                fields[1],
             )
 
 

@@ -11,8 +11,9 @@ from typing import Any, Literal, TypeAlias
 from starlette.exceptions import HTTPException
 
 from twinkle_serve import errors
-from twinkle_serve.errors import QueueFullError, RequestError, TwinkleServeError, one_line
+from twinkle_serve.errors import QueueFullError, RequestError, ServiceError, TwinkleServeError, one_line
 from twinkle_serve.gateway.keys import ForbiddenError, UnauthorizedError
+from twinkle_serve.gateway.public import shown_message
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,12 @@ class MethodNotAllowedError(HTTPError):
     """The path has no such method."""
 
     status = 405
+
+
+class NotAcceptableError(HTTPError):
+    """The answer has no form that the request accepts."""
+
+    status = 406
 
 
 class BodyTimeoutError(HTTPError):
@@ -130,6 +137,14 @@ ANTHROPIC_TYPES = {
 }
 
 
+UNREACHABLE = "the sampler cannot be reached at the moment. Send the request again."
+STARLETTE = {
+    404: "no such path. GET /openapi.json lists them.",
+    405: "the path does not have this method. GET /openapi.json lists those that it has.",
+}
+"""Messages instead of Starlette's own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """An error on its way to a client."""
@@ -140,20 +155,29 @@ class Failure:
     """Name of the error's type."""
     param: str | None = None
     retry_after_s: float | None = None
+    allowed: str | None = None
+    """Methods that the path has, where it lacks that of the request."""
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """Converts an exception. A bug is logged, and the client is told no more than that."""
+        """Converts an exception. A bug is logged, and the client is told no more than that.
+
+        Messages of the service lose what is the operator's own, see `shown_message`.
+        """
         if isinstance(error, HTTPError):
             return cls(error.status, str(error), type(error).__name__, error.param)
         if isinstance(error, QueueFullError):
             return cls(429, str(error), type(error).__name__, retry_after_s=error.retry_after_s)
+        if isinstance(error, ServiceError):
+            logger.warning(one_line(error))
+            return cls(503, UNREACHABLE, type(error).__name__)
         if isinstance(error, TwinkleServeError):
             status = next((status for kind, status in STATUS if isinstance(error, kind)), 500)
-            return cls(status, str(error), type(error).__name__)
+            return cls(status, shown_message(str(error)), type(error).__name__)
         if isinstance(error, HTTPException):  # of Starlette's own routing
             kind = {404: "NotFoundError", 405: "MethodNotAllowedError"}.get(error.status_code, "InvalidRequestError")
-            return cls(error.status_code, str(error.detail), kind)
+            allowed = (error.headers or {}).get("Allow")
+            return cls(error.status_code, STARLETTE.get(error.status_code, str(error.detail)), kind, allowed=allowed)
         logger.error(f"a bug in the gateway: {one_line(error)}", exc_info=error)
         return cls(500, "a bug in the gateway; its log has the details.", "InternalError")
 
@@ -162,6 +186,8 @@ class Failure:
         """Headers of the answer."""
         if self.status == 401:
             return {"www-authenticate": "Bearer"}
+        if self.allowed is not None:
+            return {"allow": self.allowed}
         if self.retry_after_s is not None:
             return {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
         return {"retry-after": "1"} if self.status == 503 else {}

@@ -20,7 +20,8 @@ VARIABLE = "TWINKLE_SERVE_KEYS"
 MIN_KEY_LENGTH = 16
 """Shorter keys can be guessed."""
 
-_ENTRY = re.compile(r"([A-Za-z0-9._-]{1,64}):([a-z]+):(\S+)")
+_ENTRY = re.compile(r"([A-Za-z0-9._-]{1,64}):([a-z]+):([!-~]+)")
+"""Keys are of ASCII: headers have no encoding that clients agree on."""
 
 
 class UnauthorizedError(RequestError):
@@ -68,12 +69,16 @@ class Keys:
             return cls(_parsed(environment.get(VARIABLE, "").split(","), VARIABLE))
         try:
             lines = Path(file).expanduser().read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # not UTF-8; `~name` without such a user
             raise ConfigError(f"keys_file={file} cannot be read: {error}.") from error
-        return cls(_parsed(lines, f"keys_file={file}"))
+        keys = cls(_parsed(lines, f"keys_file={file}"))
+        if not keys:
+            raise ConfigError(f"keys_file={file} has no key. Write name:scope:key, one a line, or leave it out.")
+        return keys
 
     def caller(self, headers: Mapping[str, str]) -> Caller:
-        """Returns the holder of the key in `Authorization: Bearer` or `X-API-Key`. Takes the same time for every key.
+        """Returns the holder of the key in `Authorization: Bearer`, or else in `X-API-Key`. Takes the same time for
+        every key.
 
         Args:
             headers: by lower-case name.
@@ -84,7 +89,7 @@ class Keys:
         if not self._callers:
             return ANYBODY
         bearer, _, token = headers.get("authorization", "").partition(" ")
-        key = token.strip() if bearer.lower() == "bearer" else headers.get("x-api-key", "").strip()
+        key = (token.strip() if bearer.lower() == "bearer" else "") or headers.get("x-api-key", "").strip()
         if not key:
             raise UnauthorizedError("no key. Send it as Authorization: Bearer KEY, or as X-API-Key.")
         given, found = _digest(key), None
@@ -114,7 +119,10 @@ def _parsed(entries: list[str], where: str) -> dict[str, Caller]:
             continue
         match = _ENTRY.fullmatch(entry)
         if match is None or match[2] not in SCOPES:  # without the entry: it holds a key
-            raise ConfigError(f"{where}, entry {i + 1}: must be name:scope:key, with a scope of {' or '.join(SCOPES)}.")
+            raise ConfigError(
+                f"{where}, entry {i + 1}: must be name:scope:key, with a scope of {' or '.join(SCOPES)} and a key of "
+                "ASCII without spaces."
+            )
         if len(match[3]) < MIN_KEY_LENGTH:
             raise ConfigError(
                 f"{where}, entry {i + 1}: the key of {match[1]!r} has {len(match[3])} characters, and needs at least "

@@ -15,6 +15,7 @@ from twinkle_serve.data_format.sample_updates import UpdatesItem
 from twinkle_serve.data_format.status import SamplerStatus
 from twinkle_serve.errors import TwinkleServeError, unknown_name
 from twinkle_serve.gateway.errors import UnknownModelError
+from twinkle_serve.gateway.public import shown_model
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.router_client import RouterClient
 from twinkle_serve.sessions import SessionsAPI
@@ -178,7 +179,7 @@ class Samplers:
                 models.append(Model(name, name, ""))
                 continue
             lengths = [engine["max_model_len"] for engine in status["engines"].values() if "max_model_len" in engine]
-            root, length = status["model_id"], min(lengths, default=None)
+            root, length = shown_model(status["model_id"]), min(lengths, default=None)
             models.append(Model(name, name, root, max_model_len=length))
             for adapter, labels in status["adapter_versions"].items():
                 models.append(Model(adapter, name, root, name, length))

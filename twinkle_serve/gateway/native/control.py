@@ -1,0 +1,72 @@
+"""`/status`, `/weights`, and pauses."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from twinkle_serve import timing
+from twinkle_serve.gateway.bodies import read_model
+from twinkle_serve.gateway.context import GatewayContext, caller_of
+from twinkle_serve.gateway.documents import described
+from twinkle_serve.gateway.json_response import JSON
+from twinkle_serve.gateway.keys import require_scope
+from twinkle_serve.gateway.native.fields import PauseBody, ResumeBody
+from twinkle_serve.gateway.native.media import JSON_MEDIA
+from twinkle_serve.gateway.native.schemas import BOOLEAN, NUMBER, STRING, WHOLE, object_of
+from twinkle_serve.gateway.public import shown_model
+from twinkle_serve.gateway.queries import refuse_query, sampler_of
+from twinkle_serve.routing.api import RouterAPI
+
+STATUS = object_of(
+    model_id=STRING,
+    engines={"type": "object"},
+    groups_waiting=WHOLE,
+    requests=WHOLE,
+    paused=BOOLEAN,
+    asleep=BOOLEAN,
+    weights=STRING,
+    adapters={"type": "object"},
+    adapter_versions={"type": "object"},
+)
+
+
+def routes(context: GatewayContext) -> APIRouter:
+    router = APIRouter(tags=["native"])
+    of_status, of_weights = {JSON_MEDIA: STATUS}, {JSON_MEDIA: object_of(weights=STRING)}
+    of_pause, of_resume = {JSON_MEDIA: object_of(pause=WHOLE, lease_s=NUMBER)}, {JSON_MEDIA: object_of(resumed=BOOLEAN)}
+
+    @router.get("/status", **described("Engines, adapters and queues", answers=of_status, query=("sampler",)))
+    async def status(request: Request) -> Response:
+        state = await context.samplers.named(sampler_of(request)).status()
+        return JSON({**state, "model_id": shown_model(state["model_id"])})
+
+    @router.get("/weights", **described("Label of the current weights", answers=of_weights, query=("sampler",)))
+    async def weights(request: Request) -> Response:
+        state = await context.samplers.named(sampler_of(request)).status()
+        return JSON({"weights": state["weights"]})
+
+    @router.post("/pause", **described("Pause all engines, or renew a pause", body=PauseBody, answers=of_pause))
+    async def pause(request: Request) -> Response:
+        require_scope(caller_of(request), "admin")
+        refuse_query(request)
+        body = await read_model(request, context.limits, PauseBody)
+        client = context.samplers.named(body.sampler).client
+        if body.pause is None:  # the mode "wait" takes as long as samples do
+            number = await client.call(timing.CONTROL_TIMEOUT_S, RouterAPI.pause, body.mode, body.lease_s)
+        else:
+            number = body.pause
+            await client.call(timing.ANSWER_TIMEOUT_S, RouterAPI.renew_pause, number, body.lease_s)
+        return JSON({"pause": number, "lease_s": body.lease_s})
+
+    @router.post("/resume", **described("End a pause", body=ResumeBody, answers=of_resume))
+    async def resume(request: Request) -> Response:
+        require_scope(caller_of(request), "admin")
+        refuse_query(request)
+        body = await read_model(request, context.limits, ResumeBody)
+        client = context.samplers.named(body.sampler).client
+        await client.call(timing.ANSWER_TIMEOUT_S, RouterAPI.resume, body.pause)
+        return JSON({"resumed": True})
+
+    return router

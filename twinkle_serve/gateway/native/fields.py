@@ -1,0 +1,145 @@
+"""Bodies of native requests. Their fields are those of the calls from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+from pydantic import Field
+
+from twinkle_serve.data_format.sample_request import SampleOptions
+from twinkle_serve.data_format.weights import PauseMode
+from twinkle_serve.gateway.bodies import Body
+from twinkle_serve.gateway.errors import InvalidRequestError
+
+Input: TypeAlias = dict[str, Any]
+"""A conversation (`messages`, `tools`), token ids (`input_ids`) or a text (`text`)."""
+Params: TypeAlias = dict[str, Any]
+
+
+class OfSampler(Body):
+    """A request to one of the gateway's samplers."""
+
+    sampler: str | None = Field(default=None, description="Name of a sampler of the gateway; null: the first one.")
+
+
+class OfInputs(OfSampler):
+    """A request about inputs."""
+
+    inputs: Input | list[Input] = Field(
+        description="A conversation (`messages`, `tools`), token ids (`input_ids`) or a text (`text`), or a list of "
+        "one kind."
+    )
+    template: str | None = Field(default=None, description="Name of a template; null: that of the sampler's config.")
+
+    @property
+    def input_list(self) -> list[Input]:
+        return self.inputs if isinstance(self.inputs, list) else [self.inputs]
+
+
+class OfAdapter(OfInputs):
+    """A request about inputs, to be computed with an adapter or without."""
+
+    adapter_name: str = Field(default="", description="`name`, `name@version`, or empty for the base model.")
+    use_base_model: bool = Field(default=False, description="The base model, said explicitly.")
+    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    def options(self) -> dict[str, Any]:
+        """Returns the options of a SampleRequest. Raises InvalidRequestError if two fields contradict each other."""
+        if self.adapter_name and self.use_base_model:
+            raise InvalidRequestError(
+                f"adapter_name={self.adapter_name!r} and use_base_model contradict each other. Give one of them.",
+                "use_base_model",
+            )
+        return {"template": self.template, "use_base_model": self.use_base_model}
+
+
+class SampleBody(OfAdapter):
+    """Body of `POST /sample`."""
+
+    sampling_params: Params | list[Params] | None = Field(
+        default=None, description="Sampling parameters of all inputs, or a list with those of each."
+    )
+    num_samples: int | None = Field(default=None, ge=1)
+    logprobs: int | None = Field(default=0, ge=0)
+    continue_final_message: bool | None = None
+    sample_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    min_groups: int | None = Field(default=None, ge=1)
+
+    def options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            **super().options(),
+            **SampleOptions(
+                num_samples=self.num_samples,
+                continue_final_message=self.continue_final_message,
+                sample_timeout_s=self.sample_timeout_s,
+                min_groups=self.min_groups,
+            ),
+        }
+        if "logprobs" in self.model_fields_set:
+            options["logprobs"] = self.logprobs
+        return options
+
+    def params(self) -> Params | list[Params] | None:
+        """Returns the sampling parameters. Raises InvalidRequestError for a key of logit_bias that is no token id."""
+        given = self.sampling_params
+        return [*map(_with_token_ids, given)] if isinstance(given, list) else given and _with_token_ids(given)
+
+    @property
+    def most_samples(self) -> int:
+        """The largest number of samples that it asks for; an invalid number counts as 1."""
+        given = self.sampling_params if isinstance(self.sampling_params, list) else [self.sampling_params or {}]
+        return max(
+            (self.num_samples or 1, *_whole(params.get(name) for params in given for name in ("num_samples", "n")))
+        )
+
+
+class ScoreBody(OfAdapter):
+    """Body of `POST /score`."""
+
+    top_logprobs: int = Field(default=0, ge=0, description="Likeliest tokens to return at each position.")
+
+
+class EncodeBody(OfInputs):
+    """Body of `POST /encode` and `POST /count_tokens`."""
+
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool = Field(
+        default=True, description="End at the beginning of the assistant's turn, or after the last message."
+    )
+
+
+class DecodeBody(OfSampler):
+    """Body of `POST /decode`."""
+
+    token_ids: list[int] | list[list[int]]
+    template: str | None = None
+    skip_special_tokens: bool = False
+
+
+class PauseBody(OfSampler):
+    """Body of `POST /pause`."""
+
+    mode: PauseMode = Field(default="keep", description="Fate of running samples; of a new pause.")
+    lease_s: float = Field(default=30.0, gt=0, allow_inf_nan=False, description="The pause ends after this time.")
+    pause: int | None = Field(default=None, ge=0, description="A pause to renew; null: begin one.")
+
+
+class ResumeBody(OfSampler):
+    """Body of `POST /resume`."""
+
+    pause: int = Field(ge=0)
+
+
+def _whole(values: Iterable[object]) -> Iterable[int]:
+    return (value for value in values if isinstance(value, int) and not isinstance(value, bool))
+
+
+def _with_token_ids(params: Mapping[str, Any]) -> Params:
+    """Returns parameters whose `logit_bias` has token ids for keys; in JSON, keys are text."""
+    bias = params.get("logit_bias")
+    if not isinstance(bias, dict):
+        return dict(params)
+    if wrong := [key for key in bias if not (key.isascii() and key.isdecimal() and len(key) < 12)]:
+        raise InvalidRequestError(f"logit_bias has the key {wrong[0]!r}, which is not a token id.", "logit_bias")
+    return {**params, "logit_bias": {int(key): value for key, value in bias.items()}}
