@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -14,8 +14,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from tests.support.local_sampler import make
+from twinkle_serve.config import SessionArgs
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.sample_request import Inputs, SampleRequest
+from twinkle_serve.data_format.sample_updates import UpdatesItem
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.weights import Bucket, BucketArgument
 from twinkle_serve.errors import ServiceNotReadyError
@@ -23,11 +25,13 @@ from twinkle_serve.gateway.app import build_app
 from twinkle_serve.gateway.config import GatewayArgs
 from twinkle_serve.gateway.context import GatewayContext
 from twinkle_serve.gateway.keys import Caller, Keys
-from twinkle_serve.gateway.samplers import Samplers
+from twinkle_serve.gateway.samplers import Connect, Samplers
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler import RunningSampler
 from twinkle_serve.sampler.local import LocalClient
 from twinkle_serve.sampler.router_client import RouterClient
+from twinkle_serve.sessions import SessionsAPI, SessionStore
+from twinkle_serve.sessions.client import LocalSessions
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -68,6 +72,13 @@ class OnAnyLoop(RouterClient):
             async for delta in deltas:
                 yield delta
 
+    async def run_updates(self, request: SampleRequest) -> AsyncGenerator[UpdatesItem, None]:
+        self.requests.append(request)
+        items = self.loop.iterate_async(self._client.run_updates(request))
+        async with contextlib.aclosing(items) as updates:
+            async for update in updates:
+                yield update
+
     def call(
         self,
         timeout_s: float,
@@ -85,6 +96,26 @@ class OnAnyLoop(RouterClient):
 
     def shutdown(self, *, force: bool = False) -> None:
         self._client.shutdown(force=force)
+
+
+class OneSampler(Connect):
+    """Every application is the same sampler. Its sessions are in memory."""
+
+    def __init__(self, client: OnAnyLoop, starting: Collection[str]) -> None:
+        """
+        Args:
+            starting: applications that are not up yet.
+        """
+        self._client, self._starting = client, starting
+        self._sessions = LocalSessions(SessionStore(SessionArgs(), None))
+
+    def router(self, application: str) -> RouterClient:
+        if application in self._starting:
+            raise ServiceNotReadyError(f"the sampler {application!r} is starting, or is not deployed.")
+        return self._client
+
+    def sessions(self, application: str) -> SessionsAPI:
+        return self._sessions
 
 
 @dataclass(frozen=True)
@@ -147,13 +178,8 @@ def gateway_app(
     sampler, local = make(**(engine_args or {}))
     client = OnAnyLoop(local)
 
-    def connect(application: str) -> RouterClient:
-        if application in starting:
-            raise ServiceNotReadyError(f"the sampler {application!r} is starting, or is not deployed.")
-        return client
-
     args = GatewayArgs.model_validate(gateway_args)
-    context = GatewayContext(args, Keys(keys or {}), Samplers(args.samplers, connect))
+    context = GatewayContext(args, Keys(keys or {}), Samplers(args.samplers, OneSampler(client, starting)))
     try:
         yield GatewayUnderTest(build_app(context), context, sampler, client)
     finally:

@@ -102,6 +102,10 @@ class Target:
         """See `RouterAPI.run`."""
         return await self.sampler.client.run(request)
 
+    def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
+        """See `RouterAPI.run_iter`."""
+        return self.sampler.client.run_iter(request)
+
     def run_updates(self, request: SampleRequest) -> AsyncGenerator[UpdatesItem, None]:
         """See `RouterAPI.run_updates`."""
         return self.sampler.client.run_updates(request)
