@@ -23,9 +23,6 @@ async def test_engine_resumes_a_sample(engine: EngineHarness, prompts: Prompts) 
         if (part := engine.engine.partial_output(group, sum(map(len, parts)))) is not None:
             parts.append(part)
         await asyncio.sleep(0)
-    if engine.info.kind == "torch":  # it has no partial output
-        assert not parts and len((await task).tokens) == TOKENS
-        return
     task.cancel()
     await asyncio.wait({task})
     assert engine.engine.partial_output(group, 0) is None, "it is not running any more"

@@ -14,6 +14,7 @@ SAMPLERS = (
     "tests/conformance/test_sampler_adapters.py",
     "tests/conformance/test_samplers.py",
     "tests/conformance/test_twinkle_calls.py",
+    "tests/conformance/test_updates.py",
     "tests/conformance/test_upstream_defects.py",
     "tests/conformance/test_weight_updates.py",
 )

@@ -12,6 +12,7 @@ from twinkle_serve.channel import Channel, Listener
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.call_messages import CallMessage
 from twinkle_serve.data_format.sample_request import SampleRequest
+from twinkle_serve.data_format.sample_updates import UpdatesItem
 from twinkle_serve.errors import TwinkleServeError
 from twinkle_serve.routing.caller_session import CallerSession
 
@@ -118,3 +119,10 @@ class _Router:
 
     async def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
         yield await self.run(request)
+
+    async def run_updates(self, request: SampleRequest) -> AsyncGenerator[UpdatesItem, None]:
+        """The items that it is told, of which an error ends it as it ends `run`."""
+        for item in self._end(request):
+            if isinstance(item, BaseException):
+                await _Router(item, self._died).run(request)
+            yield item

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,15 @@ import pytest
 from tests.support.responses import columns
 from twinkle_serve.data_format import SampleColumns
 from twinkle_serve.data_format.groups import EngineInfo, Group
+from twinkle_serve.data_format.samples import PartialSample
 from twinkle_serve.data_format.sampling_params import DecodingParams
-from twinkle_serve.engines.group_runner import Finished, GroupRunner
+from twinkle_serve.engines.group_runner import (
+    MIN_FIRST_PERIOD_S,
+    PARTIAL_UPDATES_PERIOD_S,
+    UPDATES_PERIOD_S,
+    Finished,
+    GroupRunner,
+)
 from twinkle_serve.engines.stops import stop_cut
 from twinkle_serve.errors import EngineDeadError, EngineError, SamplingParamsError, TwinkleServeError
 
@@ -172,6 +180,74 @@ async def test_engine_with_free_places_hands_back_at_once_what_the_router_waits_
         assert bool(done) is soon
         first.cancel()
         await asyncio.wait({first})
+
+
+class Clock:
+    """Reports of a runner's running samples, by the time that its test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, groups: list[Group]) -> None:
+        engine = ScriptedEngine({group.id: None for group in groups})
+        self.tokens = dict.fromkeys((group.id for group in groups), 0)
+        """Number of tokens that each sample has."""
+        self.now = 0.0
+        self.runner = GroupRunner(engine.sample_group, self._partial_output)
+        monkeypatch.setattr(self.runner._loop, "time", lambda: self.now)
+        self.runner.submit(groups)
+
+    def _partial_output(self, group: Group, offset: int, sample: int) -> PartialSample | None:
+        tokens = np.arange(offset, self.tokens[group.id], dtype=np.int32)
+        spans = (("initial", 0),)
+        partial = PartialSample(tokens=tokens, logprobs=None, logprob_tokens=None, weight_versions=spans)
+        return partial if len(partial) else None
+
+    def due_at(self) -> float:
+        runner = self.runner
+        return min(runner._starting.at, runner._updating.at, runner._resumable.at)
+
+    def reported_at(self, now: float) -> list[tuple[int, int, int]]:
+        """(group, offset, tokens) of each update that is reported at a time."""
+        self.now = now
+        updates = self.runner._partial_updates()
+        return [(update.attempt[0], update.offset, len(update.partial)) for update in updates]
+
+
+async def test_first_token_is_reported_at_once_and_others_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples that wait for their first token are asked often, and the longer they wait the less often; those that have
+    one share a report."""
+    clock = Clock(monkeypatch, [replace(group, updates="decoded") for group in groups(2)])
+    assert clock.due_at() == MIN_FIRST_PERIOD_S and clock.reported_at(0.002) == []
+    clock.tokens[0] = 1
+    assert clock.reported_at(0.004) == [(0, 0, 1)]
+    clock.tokens.update({0: 3, 1: 2})
+    assert clock.reported_at(0.006) == [(1, 0, 2)], "the other one is not due"
+    clock.tokens.update({0: 4, 1: 5})
+    assert clock.due_at() == 0.004 + UPDATES_PERIOD_S
+    assert clock.reported_at(clock.due_at()) == [(0, 1, 3), (1, 2, 3)]
+    assert clock.due_at() == 0.004 + 2 * UPDATES_PERIOD_S
+    clock.runner.close()
+
+
+async def test_many_samples_are_reported_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that reports never take more than a share of the time. Those that only may be resumed take half a second."""
+    clock = Clock(monkeypatch, [replace(group, updates="decoded") for group in groups(100)])
+    clock.tokens = dict.fromkeys(clock.tokens, 1)
+    assert len(clock.reported_at(1.0)) == 100
+    assert clock.reported_at(1.0 + UPDATES_PERIOD_S) == [] and clock.due_at() == 1.0 + UPDATES_PERIOD_S + 0.15
+    clock.runner.close()
+    clock = Clock(monkeypatch, [replace(group, resume=True) for group in groups(1)])
+    assert clock.due_at() == PARTIAL_UPDATES_PERIOD_S
+    clock.runner.close()
+    clock = Clock(monkeypatch, groups(1))
+    assert clock.due_at() == math.inf, "the others are never asked"
+    clock.runner.close()
+
+
+async def test_sample_that_waits_long_for_its_first_token_is_asked_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fiftieth of the time that it has waited, up to the period of all others."""
+    clock = Clock(monkeypatch, [replace(group, updates="decoded") for group in groups(1)])
+    for now, period in ((0.01, 0.002), (0.5, 0.01), (60.0, UPDATES_PERIOD_S)):
+        assert clock.reported_at(now) == [] and clock.due_at() == pytest.approx(now + period)
+    clock.runner.close()
 
 
 def test_stop_cut_is_at_the_string_that_is_complete_first() -> None:

@@ -3,6 +3,7 @@
 from twinkle_serve.data_format.numpy1 import read_arrays_of_numpy2
 from twinkle_serve.data_format.prompts import Input, InputFeature, Message, Trajectory
 from twinkle_serve.data_format.response import SampleResponse
+from twinkle_serve.data_format.sample_updates import CallBegun, SampleUpdate
 from twinkle_serve.data_format.samples import PromptScores, SampleColumns
 from twinkle_serve.data_format.sampling_params import SamplingParams
 from twinkle_serve.data_format.sequence import SampledSequence
@@ -13,6 +14,7 @@ from twinkle_serve.data_format.user_data import pack_value, user_data_get
 read_arrays_of_numpy2()
 
 __all__ = [
+    "CallBegun",
     "FunctionCall",
     "FunctionSpec",
     "Input",
@@ -21,6 +23,7 @@ __all__ = [
     "PromptScores",
     "SampleColumns",
     "SampleResponse",
+    "SampleUpdate",
     "SampledSequence",
     "SamplingParams",
     "StructuredOutputs",
