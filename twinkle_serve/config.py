@@ -112,7 +112,10 @@ class TemplateArgs(Strict):
     enable_thinking: bool | None = None
     """Passed to the chat template; None keeps the template's default."""
     tool_parser: str = "auto"
-    """Name of the format of the model's tool calls; auto: detected from its chat template."""
+    """Name of the format of the model's tool calls, vllm:NAME for a parser of vLLM; auto: detected from its chat
+    template."""
+    reasoning_parser: str | None = "auto"
+    """auto: reasoning in the tags <think> and </think>. vllm:NAME: a parser of vLLM. None: reasoning is content."""
     use_chat_template: bool = True
     """False for base models: the prompt is the text of a single user message."""
     continue_final_message: bool = False

@@ -33,7 +33,11 @@ CALLS = {
     "hermes": [HERMES, '<tool_call>[{"name": "f"}, {"name": "g", "arguments": "{\\"a\\": 1}"}]', "<tool_call>{]"],
     "qwen3_coder": [XML, "<function=g></function>", "<tool_call> <function=f>", "<function=f>no</function>"],
     "hermes_qwen": [HERMES, XML],
-    "mistral": ['[TOOL_CALLS][{"name": "f", "arguments": {"n": 1}}]', "[TOOL_CALLS]f[CALL_ID]x[ARGS]{}", "[TOOL_CALLS]"],
+    "mistral": [
+        '[TOOL_CALLS][{"name": "f", "arguments": {"n": 1}}]',
+        "[TOOL_CALLS]f[CALL_ID]x[ARGS]{}",
+        "[TOOL_CALLS]",
+    ],
     "llama3_json": ['<|python_tag|>{"name": "f", "parameters": {"n": 1}}', '{"name": "f", "parameters": {}}; '],
     "deepseek": [
         "<｜tool▁calls▁begin｜>",
@@ -42,8 +46,40 @@ CALLS = {
         "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{}\n```<｜tool▁call▁end｜>",
     ],
 }
-FRAGMENTS = ["<", "<tool", "_call>", "</", "<function", "=f>", "[TOOL", "{", "}", '"', "\\", "[", "]", ":", ",", "null", ";"]
-PLAIN = ["Hi", " ", "\n", "\n\n", "é", "😀", "<think>", "</think>", "<|im_end|>", "<|im_end|>x", "<|im_", "1e999", "NaN"]
+FRAGMENTS = [
+    "<",
+    "<tool",
+    "_call>",
+    "</",
+    "<function",
+    "=f>",
+    "[TOOL",
+    "{",
+    "}",
+    '"',
+    "\\",
+    "[",
+    "]",
+    ":",
+    ",",
+    "null",
+    ";",
+]
+PLAIN = [
+    "Hi",
+    " ",
+    "\n",
+    "\n\n",
+    "é",
+    "😀",
+    "<think>",
+    "</think>",
+    "<|im_end|>",
+    "<|im_end|>x",
+    "<|im_",
+    "1e999",
+    "NaN",
+]
 
 
 def push_all(stream: MessageStream, parts: list[str]) -> list[MessageDelta]:
@@ -64,9 +100,7 @@ def joined(deltas: list[MessageDelta]) -> ParsedMessage:
             texts.append("")
         elif isinstance(delta, ToolCallArguments):
             texts[delta.index] += delta.text
-    calls = [
-        ParsedCall(call.id, call.name, json.loads(text), text) for call, text in zip(begun, texts, strict=True)
-    ]
+    calls = [ParsedCall(call.id, call.name, json.loads(text), text) for call, text in zip(begun, texts, strict=True)]
     return ParsedMessage(content, reasoning, tuple(calls))
 
 
@@ -94,7 +128,9 @@ def samples(draw: st.DrawFn) -> tuple[str, str]:
 @given(samples(), st.integers(0, 2**32), st.booleans())
 @example(("hermes", HERMES + "<|im_end|>"), 0, True)
 @example(("hermes", "<think>\n\nx\n</think>\n\n Hi" + HERMES + " \n" + HERMES + "\n"), 1, True)
-def test_deltas_joined_are_the_message_however_the_text_is_cut(sample: tuple[str, str], seed: int, offered: bool) -> None:
+def test_deltas_joined_are_the_message_however_the_text_is_cut(
+    sample: tuple[str, str], seed: int, offered: bool
+) -> None:
     """For texts with calls, with reasoning, with broken or truncated markup."""
     name, text = sample
     parser = MessageParser(tool_parser=name, reasoning=THINK, special_tokens=SPECIAL)

@@ -144,7 +144,7 @@ class HeldCalls:
             starts: texts before which there is no call. None: a call may begin anywhere.
         """
         self._parse = parse
-        self._start, self._beginnings = _patterns(starts) if starts else (None, None)
+        self._start, self._beginnings = _patterns(starts or ())
         self._source = Source()
         self._holds = starts is None
 
@@ -164,7 +164,6 @@ class HeldCalls:
         self._holds = True
 
     def _released(self) -> str:
-        assert self._start is not None and self._beginnings is not None
         source = self._source
         match = self._start.search(source.text)
         self._holds = match is not None
@@ -217,6 +216,8 @@ def await_found(source: Source, at: int, literal: str) -> Waiting[int | None]:
 _STRUCTURE = re.compile(r'["{}\[\]]|[^\s\w.+\-:,"{}\[\]]')
 _IN_STRING = re.compile(r'["\\]')
 _DELIMITER = re.compile(r"[^\w.+\-]")
+_SCALARS = frozenset("-0123456789tfn")
+"""Characters with which numbers, true, false and null begin."""
 
 
 def await_json(source: Source, at: int) -> Waiting[tuple[object, int] | None]:
@@ -225,8 +226,10 @@ def await_json(source: Source, at: int) -> Waiting[tuple[object, int] | None]:
     if source.text[at : at + 1] in ("{", "[", '"'):
         if not (yield from _await_json_end(source, at)):
             return None
-    else:
+    elif source.text[at : at + 1] in _SCALARS:
         yield from await_match(source, at, _DELIMITER)
+    else:
+        return None
     return json_at(source.text, at)
 
 

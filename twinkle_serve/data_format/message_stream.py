@@ -13,7 +13,6 @@ from itertools import groupby
 from typing import Any, Protocol, TypeAlias
 
 from twinkle_serve.data_format.call_streams import Beginnings, CallStream, Piece
-from twinkle_serve.data_format.tool_calls import ToolCall
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,7 @@ Tools: TypeAlias = Sequence[object]
 """Tools of the conversation, as passed by the caller."""
 Parsed: TypeAlias = tuple[str, list[ToolCall]]
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolParser:
     """A format of tool calls."""
@@ -346,7 +347,10 @@ def _llama_calls(text: str) -> Iterator[ToolCall | None]:
                 return
         if parsed is None:
             return
-        yield from _calls_of(parsed[0], text[at : parsed[1]]) or ([None] if values else [])
+        calls = _calls_of(parsed[0], text[at : parsed[1]])
+        if values and not calls:
+            yield None
+        yield from calls
         at = skip_space(text, parsed[1])
         if text.startswith(";", at):
             at = skip_space(text, at + 1)

@@ -30,6 +30,8 @@ class TemplateCache:
         self._trust_remote_code = args.trust_remote_code
         options = args.template.model_dump(exclude={"name"})
         self._default = resolve_template(args.template.name, model, trust_remote_code=args.trust_remote_code, **options)
+        if not hub.is_path(args.model_id) and args.model_id != "demo":
+            self._default.hub_model = (args.model_id, args.revision)
         self._built: LRUCache[str | bytes, Template] = LRUCache(MAX_TEMPLATES)
 
     def has(self, choice: TemplateChoice) -> bool:

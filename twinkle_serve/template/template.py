@@ -19,8 +19,9 @@ from twinkle_serve.errors import ModelNotFoundError, PromptError, TemplateError,
 from twinkle_serve.extras import require_extra
 from twinkle_serve.template.conversation import CallForm, find_call_form
 from twinkle_serve.template.rendering import Renderer
-from twinkle_serve.template.training import TrainingTemplate, model_directory, or_trajectory
+from twinkle_serve.template.training import TrainingTemplate, hub_model, model_directory, or_trajectory
 from twinkle_serve.validation import whole_number
+from twinkle_serve.vllm_parsers import VLLM, VLLMParsers, check_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +50,7 @@ class Template(TrainingTemplate):
         truncation_strategy: TruncationStrategy = "raise",
         enable_thinking: bool | None = None,
         tool_parser: str | ToolParser | None = "auto",
+        reasoning_parser: str | None = "auto",
         use_chat_template: bool = True,
         continue_final_message: bool = False,
         trust_remote_code: bool = False,
@@ -63,8 +65,10 @@ class Template(TrainingTemplate):
             truncation_strategy: treatment of a longer prompt. raise: PromptError. left, right: cut on that side.
                 delete: leave it out of the call.
             enable_thinking: passed to the chat template. None: the chat template's default.
-            tool_parser: format of the model's tool calls, a name in TOOL_PARSERS or a parser. auto: detected from its
-                chat template. None: it writes none.
+            tool_parser: format of the model's tool calls, a name in TOOL_PARSERS, `vllm:NAME` for a parser of vLLM, or
+                a parser. auto: detected from its chat template. None: it writes none.
+            reasoning_parser: format of its reasoning. auto: in the tags of REASONING. `vllm:NAME`: a parser of vLLM.
+                None: it writes none.
             use_chat_template: False for base models: the prompt is the text of a single user message.
             continue_final_message: continue the assistant's message that ends a conversation; False: PromptError. Calls
                 can say otherwise.
@@ -85,6 +89,9 @@ class Template(TrainingTemplate):
         self.use_chat_template = use_chat_template
         self.continue_final_message = continue_final_message
         self.tool_parser: str | ToolParser | None = tool_parser
+        self.reasoning_parser = reasoning_parser
+        self.hub_model: tuple[str, str | None] | None = hub_model(model, model_id)
+        """Id and revision of the model on a hub."""
         self._check()
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -114,9 +121,21 @@ class Template(TrainingTemplate):
         if self.tool_parser == "auto":
             self.tool_parser = recognise_tool_parser(self._source or "")
         elif isinstance(self.tool_parser, str):
-            tool_parser(self.tool_parser)
+            if self.tool_parser.startswith(VLLM):
+                check_name("tool", self.tool_parser)
+            else:
+                tool_parser(self.tool_parser)
         elif not isinstance(self.tool_parser, ToolParser | None):
             raise TemplateError(f"tool_parser must be a name, a ToolParser or None, got {self.tool_parser!r}.")
+        self._check_reasoning_parser()
+
+    def _check_reasoning_parser(self) -> None:
+        name = self.reasoning_parser
+        if name is None or name == "auto":
+            return
+        if not isinstance(name, str) or not name.startswith(VLLM):
+            raise TemplateError(f"reasoning_parser must be auto, a parser of vLLM as vllm:NAME, or None, got {name!r}.")
+        check_name("reasoning", name)
 
     @property
     def renders_itself(self) -> bool:
@@ -215,7 +234,25 @@ class Template(TrainingTemplate):
 
     def message_parser(self) -> MessageParser:
         """Returns the parser of sampled text. It is sent along with the samples and used in the caller's process."""
-        return MessageParser(special_tokens=self.special_tokens, tool_parser=self.tool_parser, reasoning=REASONING)
+        calls, thinking = self.tool_parser, self.reasoning_parser
+        by_vllm = [_of_vllm(calls), _of_vllm(thinking)]
+        return MessageParser(
+            special_tokens=self.special_tokens,
+            tool_parser=None if by_vllm[0] else calls,
+            reasoning=REASONING if thinking == "auto" else None,
+            other=self._vllm_parsers(*by_vllm) if any(by_vllm) else None,
+        )
+
+    def _vllm_parsers(self, tool: str | None, reasoning: str | None) -> VLLMParsers:
+        return VLLMParsers(
+            model=str(self.model),
+            hub_model=self.hub_model,
+            tool_parser=tool,
+            reasoning_parser=reasoning,
+            end_tokens=tuple(_text(self.tokenizer, [token]) for token in sorted(self.end_ids)),
+            enable_thinking=self.enable_thinking,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     @or_trajectory
     def encode(
@@ -338,3 +375,9 @@ def _rebuild(kind: type[Template], state: dict[str, object]) -> Template:
 def _check_type(name: str, value: object, kind: type) -> None:
     if value is not None and type(value) is not kind:
         raise TemplateError(f"{name} must be {kind.__name__} or None, got {value!r}.")
+
+
+def _of_vllm(parser: str | ToolParser | None) -> str | None:
+    """Name of a parser in vLLM's registry; None if it is not vLLM's."""
+    is_vllm = isinstance(parser, str) and parser.startswith(VLLM)
+    return str(parser).removeprefix(VLLM) if is_vllm else None

@@ -85,6 +85,14 @@ def model_directory(model: str | Path | None, model_id: str | Path | None) -> Pa
     return hub.resolve(str(name), weights=False)
 
 
+def hub_model(model: str | Path | None, model_id: str | Path | None) -> tuple[str, str | None] | None:
+    """Returns id and revision of a template's model on a hub; None if it is a directory."""
+    name = model_id if model is None else model
+    if isinstance(name, Path) or str(name) == "demo" or hub.is_path(str(name)) or Path(str(name)).is_dir():
+        return None
+    return str(name), None
+
+
 class TrainingTemplate:
     """The part of a template that makes input features. Mixed into Template, which has what it uses."""
 

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from twinkle_serve.errors import TemplateError, unknown_name
 
-PREFIX = "vllm:"
+VLLM = "vllm:"
 """Begins the name of a parser of vLLM."""
 ParserKind: TypeAlias = Literal["tool", "reasoning"]
 _REGISTRIES: dict[ParserKind, str] = {"tool": "tool_parsers", "reasoning": "reasoning"}
@@ -18,9 +18,9 @@ _REGISTRIES: dict[ParserKind, str] = {"tool": "tool_parsers", "reasoning": "reas
 _BY_TOKENS = {"openai", "openai_gptoss"}
 """Parsers of gpt-oss, which read token ids by a vocabulary of their own."""
 NOT_INSTALLED = (
-    "vLLM is not installed in this process. Install it with pip install 'twinkle-serve[vllm]', read the messages through "
-    "the HTTP gateway, which has it, or set tool_parser and reasoning_parser of the template to parsers without "
-    "the prefix vllm:."
+    "the template's parsers are vLLM's, and vLLM is not installed in this process. Install it with pip install "
+    "'twinkle-serve[vllm]', read the messages through the HTTP gateway, which has it, or set tool_parser and "
+    "reasoning_parser of the template to parsers without the prefix vllm:."
 )
 
 
@@ -31,9 +31,9 @@ def check_name(kind: ParserKind, name: str) -> str:
         TemplateError: vLLM is not installed, or has no such parser, or it cannot be used here.
     """
     known = registered(kind)
-    bare = name.removeprefix(PREFIX)
+    bare = name.removeprefix(VLLM)
     if bare not in known:
-        listed = [PREFIX + other for other in known - _BY_TOKENS]
+        listed = [VLLM + other for other in known - _BY_TOKENS]
         raise TemplateError(f"{unknown_name(f'{kind} parser', name, listed)}.")
     if bare in _BY_TOKENS:
         raise TemplateError(

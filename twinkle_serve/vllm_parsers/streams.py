@@ -60,8 +60,16 @@ STARTS: dict[str, tuple[str, ...]] = {
     "xlam": ("{", "[", "<", "`"),
 }
 """Of tool parsers without an engine: texts before which they find no markup. Those not listed hold back everything."""
-NOT_LIVE: frozenset[str] = frozenset()
-"""Tool parsers with an engine that are called at the end nevertheless."""
+LIVE_ARGUMENTS = frozenset(
+    {
+        "deepseek_v32", "deepseek_v4", "deepseek_v41", "gemma4", "glm45", "glm47", "granite", "inkling", "kimi_k2",
+        "ling3", "minimax_m3", "plamo3",
+    }
+)  # fmt: skip
+"""Tool parsers with an engine whose parts of arguments add up to those of the complete text, if that is truncated too.
+The arguments of others are released with the next call, or at the end."""
+SWITCHED_OFF = frozenset({"deepseek_v3", "holo2", "hy_v3", "hy_v4", "poolside_v1"})
+"""Reasoning parsers that return the text unchanged if the chat template's arguments switch reasoning off."""
 TAGS = ("<think>", "</think>")
 """Tags of reasoning parsers that do not tell theirs."""
 
@@ -99,7 +107,7 @@ class VLLMMessageStream:
         self._own_splitter = ReasoningSplitter(sample.reasoning)
         self._own_calls = ContentAndCalls(sample.calls, sample.number)
         pair = is_pair(self._parser)
-        self._splitter = self._make_splitter(pair)
+        self._splitter = self._make_splitter(parsers, pair)
         self._calls = self._make_calls(parsers, sample, pair)
         self._texts: list[str] = []
         """What vLLM's parsers read."""
@@ -107,18 +115,20 @@ class VLLMMessageStream:
         """The content that `_splitter` returned."""
         self._record = Record()
 
-    def _make_splitter(self, pair: bool) -> Splitter:
-        reasoner = self._parser.reasoning_parser
-        if reasoner is None:
+    def _make_splitter(self, parsers: VLLMParsers, pair: bool) -> Splitter:
+        if parsers.reasoning_parser is None:
             return ReasoningSplitter(None)
-        return splitter_of(reasoner, self._request) if pair else HeldReasoning()
+        if not pair:
+            return HeldReasoning()
+        return splitter_of(parsers.reasoning_parser, self._parser.reasoning_parser, self._request)
 
     def _make_calls(self, parsers: VLLMParsers, sample: SampleParsing, pair: bool) -> VLLMCalls | None:
         if parsers.tool_parser is None:
             return None
-        live = pair and _is_live(self._parser.tool_parser) and parsers.tool_parser not in NOT_LIVE
+        live = self._parser.tool_parser if pair and _is_live(self._parser.tool_parser) else None
         starts = STARTS.get(parsers.tool_parser) if pair else None
-        return VLLMCalls(self._parser.tool_parser if live else None, starts, self._request, sample.number)
+        whole = parsers.tool_parser not in LIVE_ARGUMENTS
+        return VLLMCalls(live, starts, self._request, sample.number, whole_arguments=whole)
 
     def push(self, text: str, token_ids: Sequence[int] = (), last: bool = False) -> list[MessageDelta]:
         self._record.check_open(last)
@@ -178,7 +188,7 @@ def _tags(reasoner: Any) -> tuple[str, str]:
     return reasoner.reasoning_start_str or TAGS[0], reasoner.reasoning_end_str or TAGS[1]
 
 
-def splitter_of(reasoner: Any, request: object) -> Splitter:
+def splitter_of(name: str, reasoner: Any, request: object) -> Splitter:
     """Makes the splitter for a reasoning parser of vLLM, by what it returns for a few texts."""
     if _is_live(reasoner):
         return EngineReasoning(reasoner)
@@ -189,7 +199,7 @@ def splitter_of(reasoner: Any, request: object) -> Splitter:
         return reasoning or "", content or ""
 
     try:
-        if all(split(text) == ("", text) for text in ("a", f"{start}a{end}b", f"a{end}b")):
+        if name in SWITCHED_OFF and all(split(text) == ("", text) for text in ("a", f"{start}a{end}b", f"a{end}b")):
             return ReasoningSplitter(None)
         open_from_start = (
             split("\na ") == ("\na ", "")
@@ -262,26 +272,41 @@ class HeldReasoning:
 class VLLMCalls:
     """Turns content into deltas: live by a parser with an engine, else text before the markup alone."""
 
-    def __init__(self, live: Any | None, starts: tuple[str, ...] | None, request: object, number: int) -> None:
+    def __init__(
+        self,
+        live: Any | None,
+        starts: tuple[str, ...] | None,
+        request: object,
+        number: int,
+        *,
+        whole_arguments: bool,
+    ) -> None:
         """
         Args:
             live: tool parser of vLLM that is built on its incremental engine; None: calls come at the end.
             starts: texts before which there is no markup; None: all text is held back.
             request: request of vLLM with the tools.
             number: index of the message in its conversation.
+            whole_arguments: whether the arguments of a call are released as one piece.
         """
         self._live = live
+        self._whole_arguments = whole_arguments
+        self._held: list[str] = []
+        """Arguments of the last call that are held back."""
         self._request = request
         self._number = number
         self._before = HeldCalls(lambda text: ("", []), starts)
         self._space = ""
         """Space at the end of the content, which vLLM's parsers may leave out."""
         self._content: list[str] = []
+        self._read: list[str] = []
         self._begun: list[tuple[str, str]] = []
         """Id and name of each call."""
         self._arguments: list[list[str]] = []
 
     def push(self, text: str, last: bool) -> list[MessageDelta]:
+        """Adds content. `finish` follows the last."""
+        self._read.append(text)
         if self._live is None:
             return self._text("".join(piece for piece in self._before.push(text) if isinstance(piece, str)))
         deltas: list[MessageDelta] = []
@@ -292,7 +317,7 @@ class VLLMCalls:
             if part is not None:
                 deltas += self._text(part.content or "")
                 for call in part.tool_calls:
-                    deltas += self._call(call.index, call.function.name, call.function.arguments)
+                    deltas += self._part(call)
         return deltas
 
     def finish(self, complete: Complete) -> list[MessageDelta]:
@@ -301,12 +326,17 @@ class VLLMCalls:
         deltas: list[MessageDelta] = [ContentDelta(text)] if text else []
         self._content.append(text)
         for index, call in enumerate(complete.calls):
-            known = "".join(self._arguments[index]) if index < len(self._begun) else ""
-            name = None if index < len(self._begun) else call.name
-            deltas += self._call(index, name, _missing("arguments", known, call.arguments or "{}"), call.id)
+            if index == len(self._begun):
+                deltas += self._begin(call.name, call.id)
+            known = "".join(self._arguments[index])
+            deltas += self._add(index, _missing("arguments", known, call.arguments or "{}"))
+        if len(self._begun) > len(complete.calls):
+            deltas += self._release()
         return deltas
 
     def _text(self, text: str) -> list[MessageDelta]:
+        if self._begun and not self._content:
+            text = text.lstrip()  # vLLM leaves out space behind a call if it comes as a part of its own
         text, self._space = self._space + text, ""
         content = text.rstrip()
         self._space = text[len(content) :]
@@ -315,17 +345,34 @@ class VLLMCalls:
         self._content.append(content)
         return [ContentDelta(content)]
 
-    def _call(self, index: int, name: str | None, arguments: str | None, known_id: str | None = None) -> list[MessageDelta]:
+    def _part(self, call: Any) -> list[MessageDelta]:
+        """Adds a part of a call, which vLLM's engine returned."""
         deltas: list[MessageDelta] = []
-        if name and index == len(self._begun):
-            begin = ToolCallBegin(index, call_id(self._number, index), name)
-            self._begun.append((begin.id, name))
-            self._arguments.append([])
-            deltas.append(begin)
-        if arguments and index < len(self._begun):
-            self._arguments[index].append(arguments)
-            deltas.append(ToolCallArguments(index, arguments))
-        return deltas
+        if call.function.name and call.index == len(self._begun):
+            deltas = [*self._release(), *self._begin(call.function.name, call.id)]
+        arguments = call.function.arguments or ""
+        if self._whole_arguments:
+            self._held.append(arguments)
+            return deltas
+        return deltas + self._add(call.index, arguments)
+
+    def _release(self) -> list[MessageDelta]:
+        """Releases the arguments of the last call, which is complete."""
+        text, self._held = "".join(self._held), []
+        return self._add(len(self._begun) - 1, text)
+
+    def _begin(self, name: str, known_id: str | None) -> list[MessageDelta]:
+        index = len(self._begun)
+        is_written = known_id and known_id in "".join(self._read)  # the others are random
+        self._begun.append((known_id if known_id and is_written else call_id(self._number, index), name))
+        self._arguments.append([])
+        return [ToolCallBegin(index, *self._begun[-1])]
+
+    def _add(self, index: int, arguments: str) -> list[MessageDelta]:
+        if not arguments or not 0 <= index < len(self._begun):
+            return []
+        self._arguments[index].append(arguments)
+        return [ToolCallArguments(index, arguments)]
 
     @property
     def parsed(self) -> list[ParsedCall]:
