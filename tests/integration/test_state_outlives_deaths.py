@@ -1,4 +1,4 @@
-"""Adapters and the model's own weights outlive every process of the service; engines in use have the current ones."""
+"""Adapters, the model's own weights and sessions outlive every process of the service, and engines have them again."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ import pytest
 import ray
 from ray import serve
 
+from deployments.sessions_client import ServeSessionsClient
 from tests.support.deploy import deployed
 from tests.support.eventually import wait_until
 from tests.support.lora import save_adapter
 from tests.support.processes import replica_process
 from tests.support.weights import changed_weights
 from twinkle_serve import SampleResponse
-from twinkle_serve.errors import AdapterError, TwinkleServeError, WeightsError
+from twinkle_serve.errors import AdapterError, SessionGoneError, TwinkleServeError, WeightsError
 from twinkle_serve.sampler import RunningSampler
+from twinkle_serve.sessions import Conversation, SessionTurn
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a}="}]} for a in range(10, 26)]
@@ -157,6 +159,37 @@ def killed_trainer(what: str) -> None:
     assert trainer.stdout.readline().strip() in ("halfway", "paused")
     trainer.send_signal(signal.SIGKILL)
     trainer.wait()
+
+
+def test_turns_of_sessions_are_there_again_after_a_death(service: RunningSampler) -> None:
+    """Of store and router at once. The conversation continues with its own tokens, and its training input is the
+    handle's; an append that is repeated is one."""
+    sessions = ServeSessionsClient(serve.get_deployment_handle("store", "stateful"))
+    call, session = service._client.loop.call, service.session("conversation")
+    messages: list[dict[str, Any]] = list(QUESTIONS[0]["messages"])
+    item: dict[str, Any] = {"messages": messages}
+    params = {"max_tokens": 6, "ignore_eos": True, "seed": 1, "logprobs": 0}
+    for number in range(3):
+        conversation = Conversation.of_messages(messages)
+        turn = SessionTurn(conversation, call(sessions.find_turn(session.id, conversation.query)))
+        record = turn.record(service.sample([turn.input], params))
+        if number == 1:
+            for deployment in ("store", "router"):
+                replica_process("stateful", deployment).kill()
+        appended = [call(sessions.append_turn(session.id, record)) for _ in range(2)]
+        assert appended == [[number]] * 2
+        by_handle = service.sample([item], params).sequences[0].new_input_feature
+        (feature,) = session.features()
+        assert feature.pop("user_data") == {"session": session.id, "node": number}
+        assert feature == by_handle
+        new = {"role": "user", "content": f"{number}+1="}
+        messages = [*by_handle["messages"], new]
+        item = {**by_handle, "messages": messages}
+    assert [node["branch"] for node in session.trajectory()["nodes"]] == [""] * 3
+    assert [info.id for info in service.sessions()] == [session.id]
+    assert session.end() and not session.end()
+    with pytest.raises(SessionGoneError, match="session 'conversation' was deleted"):
+        session.trajectory()
 
 
 @pytest.mark.nightly

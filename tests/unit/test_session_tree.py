@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,11 @@ from hypothesis import strategies as st
 from tests.support.chat_templates import kinds_of_templates
 from tests.support.sessions import args, begin, play, play_raw, sampled
 from tests.support.turns import after, feature_of, prompt_of, tokens_of
+from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.errors import ServiceError, SessionError
+from twinkle_serve.routing.dispatch import Dispatcher
+from twinkle_serve.routing.groups import RoutedGroup
+from twinkle_serve.routing.policies import Balanced
 from twinkle_serve.sessions import SessionStore, features, trajectory
 from twinkle_serve.template import Template
 
@@ -153,6 +158,28 @@ def test_of_equal_samples_the_latest_turn_and_its_first_sample_is_continued(
     fourth, _ = play(store, demo, [user()], f"2{END}", f"2{END}")
     assert begin(store, "s", [user(), said("2"), user("other")]).found.node == fourth
     assert begin(store, "s", [user(), said("2"), user(), said("3"), user()]).found.node == third
+
+
+def test_turns_go_to_the_engine_that_has_the_turn_before(store: SessionStore, demo: Template) -> None:
+    """The policy sees their ids alone. As for every conversation, the new part must not be the longer one."""
+    dispatcher = Dispatcher(Balanced(random.Random(0)))
+    for name in "ab":
+        dispatcher.add_engine(name, 8)
+    messages: list[Any] = [user("1" * 400)]
+    homes = set()
+    for number in range(6):
+        turn = begin(store, "s", messages)
+        response = sampled(turn, demo, "2" * 40 + END)
+        # Beside prompts that have nothing in common with it.
+        other = np.random.default_rng(number).integers(0, 99, 500).astype(np.int32)
+        for group_id, ids in ((2 * number, other), (2 * number + 1, response.prompts[0])):
+            dispatcher.enqueue([RoutedGroup(id=group_id, prompt_ids=ids, params=DecodingParams(max_tokens=64))])
+            homes |= {name for name in dispatcher.assign() if group_id % 2}
+        for name in "ab":
+            dispatcher.finish(name, [(2 * number, 0), (2 * number + 1, 0)])
+        store.append("s", turn.record(response))
+        messages = [*messages, said("2" * 40), user("3" * 40)]
+    assert len(homes) == 1
 
 
 # -- branches ------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ KEY_BYTES = 16
 """Size of a digest. A collision takes 2**64 attempts, and would mix up a client's own session alone, so digests are
 trusted: comparing the messages themselves would keep a canonical copy of each in memory."""
 
+ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=repr)
+
 CallPlace: TypeAlias = tuple[int, int]
 """A tool call: index of its message in the conversation, and its own index there."""
 
@@ -39,7 +41,7 @@ class CallIds:
 
     def add(self, message: Mapping[str, Any]) -> None:
         """Adds the calls of the next message."""
-        for i, call in enumerate(as_items(message.get("tool_calls")) or []):
+        for i, call in enumerate(_calls(message)):
             if isinstance(call, Mapping) and isinstance(call.get("id"), str):
                 self._places[call["id"]] = (self._messages, i)
         self._messages += 1
@@ -83,16 +85,27 @@ def root_key(kind: str, tools: object, variant: str) -> bytes:
 
 
 def _key(message: Mapping[str, Any], ids: CallIds) -> MessageKey:
-    role, reasoning = message.get("role"), reasoning_of(message)
-    call_id = message.get("tool_call_id")
+    role, call_id = message.get("role"), message.get("tool_call_id")
     values = [
         plain(role),
         _content(message.get("content")),
-        [_call(call) for call in as_items(message.get("tool_calls")) or []],
+        [_call(call) for call in _calls(message)],
         ids.place(call_id) or plain(call_id) or None,
         plain(message.get("name")) or None,
     ]
-    return MessageKey(_digest(values), b"" if is_absent(reasoning) else _digest(plain(reasoning)), role == "assistant")
+    return MessageKey(_digest(values), _reasoning(message), role == "assistant")
+
+
+def _reasoning(message: Mapping[str, Any]) -> bytes:
+    if message.get("reasoning_content") is None and message.get("reasoning") is None:  # of most messages
+        return b""
+    reasoning = reasoning_of(message)
+    return b"" if is_absent(reasoning) else _digest(plain(reasoning))
+
+
+def _calls(message: Mapping[str, Any]) -> list[Any]:
+    calls = message.get("tool_calls")
+    return [] if calls is None else as_items(calls) or []
 
 
 def _content(content: object) -> object:
@@ -146,8 +159,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _digest(value: object) -> bytes:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=repr)
-    return hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).digest()
+    return hashlib.blake2b(ENCODER.encode(value).encode(), digest_size=KEY_BYTES).digest()
 
 
 def pack_keys(keys: Iterable[MessageKey]) -> bytes:
