@@ -3,16 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
+from pydantic.config import JsonDict
 
+from twinkle_serve import timing
 from twinkle_serve.data_format.sample_request import SampleOptions
 from twinkle_serve.data_format.weights import PauseMode
 from twinkle_serve.gateway.bodies import Body
 from twinkle_serve.gateway.errors import InvalidRequestError
 
-Input: TypeAlias = dict[str, Any]
+INPUT_SCHEMAS: list[JsonDict] = [
+    {
+        "title": "Trajectory",
+        "type": "object",
+        "required": ["messages"],
+        "properties": {
+            "messages": {
+                "type": "array",
+                "minItems": 1,
+                "items": {
+                    "type": "object",
+                    "required": ["role", "content"],
+                    "properties": {"role": {"enum": ["system", "user", "assistant", "tool"]}},
+                },
+            },
+            "tools": {"type": "array", "items": {"type": "object"}},
+        },
+    },
+    {
+        "title": "InputFeature",
+        "type": "object",
+        "required": ["input_ids"],
+        "properties": {"input_ids": {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}},
+    },
+    {
+        "title": "Text",
+        "type": "object",
+        "required": ["text"],
+        "properties": {"text": {"type": "string", "minLength": 1}},
+    },
+]
+"""Kinds of inputs, as the document describes them. The router validates them."""
+
+Input: TypeAlias = Annotated[
+    dict[str, Any], WithJsonSchema({"anyOf": INPUT_SCHEMAS, "description": "As `Trajectory` and `InputFeature`."})
+]
 """A conversation (`messages`, `tools`), token ids (`input_ids`) or a text (`text`)."""
 Params: TypeAlias = dict[str, Any]
 
@@ -121,7 +158,9 @@ class PauseBody(OfSampler):
     """Body of `POST /pause`."""
 
     mode: PauseMode = Field(default="keep", description="Fate of running samples; of a new pause.")
-    lease_s: float = Field(default=30.0, gt=0, allow_inf_nan=False, description="The pause ends after this time.")
+    lease_s: float = Field(
+        default=30.0, gt=0, le=timing.MAX_PAUSE_LEASE_S, description="The pause ends after this time, unless renewed."
+    )
     pause: int | None = Field(default=None, ge=0, description="A pause to renew; null: begin one.")
 
 
