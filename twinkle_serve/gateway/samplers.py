@@ -74,8 +74,12 @@ class Sampler:
 
     async def count_tokens(self, prompt: Mapping[str, Any], continue_final_message: bool | None) -> int:
         """Returns the number of tokens of an input, as a call makes it its prompt."""
-        options = {"continue_final_message": continue_final_message}
-        counts = await self.client.call(timing.ANSWER_TIMEOUT_S, RouterAPI.count_tokens, [dict(prompt)], **options)
+        counts = await self.client.call(
+            timing.ANSWER_TIMEOUT_S,
+            RouterAPI.count_tokens,
+            [dict(prompt)],
+            continue_final_message=continue_final_message,
+        )
         return counts[0]
 
     async def decode(self, ids: Sequence[int]) -> str:

@@ -119,7 +119,7 @@ class PromptFields(Body):
 
     model: str | None = None
     messages: list[dict[str, Any]] = Field(min_length=1)
-    system: str | list[dict[str, Any]] | None = None
+    system: str | list[Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
 from twinkle_serve.data_format.messages import ChatMessage
 from twinkle_serve.gateway.bodies import Body
-from twinkle_serve.gateway.errors import InvalidRequestError
 from twinkle_serve.gateway.parts import parse_at, parse_parts
 
 INVALID_JSON = "INVALID_JSON"
@@ -71,7 +71,7 @@ class ToolResultBlock(Body):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | list[Any] | None = None
     is_error: bool = False
     cache_control: dict[str, Any] | None = None
 
@@ -88,7 +88,7 @@ class Message(Body):
     """One of `messages`."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[dict[str, Any]]
+    content: str | list[Any]
 
 
 Blocks: TypeAlias = dict[str, type[Body]]
@@ -114,25 +114,20 @@ def messages_of(system: str | Sequence[Any] | None, messages: Sequence[Any]) -> 
     """
     given: list[ChatMessage] = []
     if system:
-        text = _joined(parse_parts(system, SYSTEM_BLOCKS, "system", TextBlock))
-        given.append({"role": "system", "content": text})
-    assistant: list[Body] = []
-    for i, value in enumerate(messages):
-        message, where = parse_at(value, Message, f"messages.{i}"), f"messages.{i}.content"
-        if message.role == "assistant":
-            assistant += parse_parts(message.content, ASSISTANT_BLOCKS, where, TextBlock)
-            continue
-        if assistant:
-            given.append(_assistant(assistant))
-            assistant = []
-        if message.role == "system":
-            given.append({"role": "system", "content": _joined(parse_parts(message.content, SYSTEM_BLOCKS, where, TextBlock))})
+        given.append({"role": "system", "content": _joined(parse_parts(system, SYSTEM_BLOCKS, "system", TextBlock))})
+    parsed = [parse_at(value, Message, f"messages.{i}") for i, value in enumerate(messages)]
+    for role, group in groupby(enumerate(parsed), key=lambda each: each[1].role):
+        kinds = {"assistant": ASSISTANT_BLOCKS, "system": SYSTEM_BLOCKS}.get(role, USER_BLOCKS)
+        contents = [
+            (f"messages.{i}.content", parse_parts(message.content, kinds, f"messages.{i}.content", TextBlock))
+            for i, message in group
+        ]
+        if role == "assistant":
+            given.append(_assistant([block for _, blocks in contents for block in blocks]))
+        elif role == "system":
+            given += [{"role": role, "content": _joined(blocks)} for _, blocks in contents]
         else:
-            given += _user(parse_parts(message.content, USER_BLOCKS, where, TextBlock), where)
-    if assistant:
-        given.append(_assistant(assistant))
-    if not given:
-        raise InvalidRequestError("messages has no content.", "messages")
+            given += [message for where, blocks in contents for message in _user(blocks, where)]
     return given
 
 

@@ -99,9 +99,7 @@ def own_fields(body: MessagesRequest, completion: Completion) -> dict[str, Any]:
     return fields
 
 
-async def stop_sequence_of(
-    sampler: Sampler, sequence: SampledSequence, stops: Sequence[str] | None
-) -> str | None:
+async def stop_sequence_of(sampler: Sampler, sequence: SampledSequence, stops: Sequence[str] | None) -> str | None:
     """Returns the stop sequence that a sample ended with: the one that its tokens have behind its text."""
     if not stops or sequence.stop_reason != "stop":
         return None

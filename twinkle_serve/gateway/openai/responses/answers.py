@@ -119,9 +119,7 @@ def usage(input_tokens: int, output_tokens: int) -> dict[str, Any]:
     }
 
 
-def sampled_fields(
-    seed: int | None, adapter: str, weight_versions: Sequence[tuple[str, int, int]]
-) -> dict[str, Any]:
+def sampled_fields(seed: int | None, adapter: str, weight_versions: Sequence[tuple[str, int, int]]) -> dict[str, Any]:
     """Returns the fields about a sample: its seed and weights."""
     return {
         "seed": seed,
@@ -195,12 +193,16 @@ class StoredResponse:
         writer.end(status_of(sample.stop_reason))
         note = {key: value for key, value in self._note.items() if key != "has_instructions"}
         empty = dict.fromkeys(ECHOED) | {"error": None, "incomplete_details": None}
-        response = empty | note | {
-            "id": str(self.id),
-            "session_id": self.id.session,
-            "instructions": messages[0]["content"] if self.has_instructions else None,
-            "tools": [_tool(tool) for tool in loads(self.node.path[0].turn.tools) or ()],
-        }
+        response = (
+            empty
+            | note
+            | {
+                "id": str(self.id),
+                "session_id": self.id.session,
+                "instructions": messages[0]["content"] if self.has_instructions else None,
+                "tools": [_tool(tool) for tool in loads(self.node.path[0].turn.tools) or ()],
+            }
+        )
         starts = [start for _, start in sample.weight_versions[1:]] + [len(sample.tokens)]
         spans = [(label, start, end) for (label, start), end in zip(sample.weight_versions, starts, strict=True)]
         fields = sampled_fields(sample.seed, sample.adapter, spans) | {"node": self.node.id}

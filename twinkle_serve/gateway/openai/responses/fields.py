@@ -53,7 +53,7 @@ REASONING: dict[str, tuple[Any, ...]] = {
     "generate_summary": ("auto",),
     "summary": ("auto",),
 }
-"""Fields of `reasoning`, likewise: reasoning is returned as it was sampled, and how long it is, is the model's choice."""
+"""Fields of `reasoning`, likewise: reasoning is returned as it was sampled, and its length is the model's choice."""
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -128,7 +128,7 @@ class ResponsesRequest(ExtensionFields):
     """Body of a request."""
 
     model: str | None = None
-    input: str | list[dict[str, Any]]
+    input: str | list[Any]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = None
@@ -226,8 +226,8 @@ class ResponsesRequest(ExtensionFields):
 def _function(tool: dict[str, Any], where: str) -> dict[str, Any]:
     if tool.get("type") != "function":
         raise InvalidRequestError(
-            f"{where}.type={tool.get('type')!r:.80} is a tool that OpenAI's servers run. Describe it as a function, and "
-            "run it yourself.",
+            f"{where}.type={tool.get('type')!r:.80} is a tool that OpenAI's servers run. Describe it as a function, "
+            "and run it yourself.",
             f"{where}.type",
         )
     return parse_at(tool, FunctionTool, where).as_function()

@@ -48,7 +48,7 @@ class MessageItem(Item):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[dict[str, Any]]
+    content: str | list[Any]
     phase: None = None
 
     def text(self, where: str) -> str:
@@ -91,7 +91,7 @@ class FunctionOutputItem(Item):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[dict[str, Any]]
+    output: str | list[Any]
 
     def as_message(self, where: str) -> ChatMessage:
         """Returns it in the form of chat completions."""
