@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers
@@ -12,14 +14,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from twinkle_serve.errors import TwinkleServeError
 from twinkle_serve.gateway import health, models, sessions
+from twinkle_serve.gateway.anthropic import routes as messages
 from twinkle_serve.gateway.context import GatewayContext
 from twinkle_serve.gateway.disconnects import EndsWithClient
 from twinkle_serve.gateway.documents import errors_of
 from twinkle_serve.gateway.errors import Failure, InvalidRequestError, Protocol
 from twinkle_serve.gateway.json_response import JSON
 from twinkle_serve.gateway.keys import Keys, require_scope
+from twinkle_serve.gateway.models import ANTHROPIC_HEADER
 from twinkle_serve.gateway.native import adapters, control, sampling, tokens
 from twinkle_serve.gateway.openai import chat, completions
+from twinkle_serve.gateway.openai.responses import routes as responses
 
 OPEN_PATHS = ("/healthz", "/readyz")
 """Answered without a key: load balancers have none."""
@@ -33,8 +38,9 @@ def build_app(context: GatewayContext) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    for module in (models, completions, chat):
+    for module in (models, completions, chat, responses):
         app.include_router(module.routes(context), responses=errors_of("openai"))
+    app.include_router(messages.routes(context), responses=errors_of("anthropic"))
     for module in (health, sampling, tokens, adapters, control, sessions):
         app.include_router(module.routes(context), responses=errors_of("native"))
     for kind in (TwinkleServeError, HTTPException, RequestValidationError):
@@ -53,14 +59,19 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 def failed(scope: Scope, error: BaseException) -> Response:
     """Returns the answer for an exception, in the form of the path's protocol."""
     failure = Failure.of(error)
-    return JSON(failure.body(protocol_of(scope["path"])), failure.status, failure.headers)
+    protocol = protocol_of(scope["path"], Headers(scope=scope))
+    return JSON(failure.body(protocol), failure.status, failure.headers)
 
 
-def protocol_of(path: str) -> Protocol:
-    """Returns the protocol of a path; of `/session/{id}/v1/…`, that of the path behind it."""
+def protocol_of(path: str, headers: Mapping[str, str]) -> Protocol:
+    """Returns the protocol of a path; of `/session/{id}/v1/…`, that of the path behind it.
+
+    Args:
+        headers: by lower-case name. They decide for the paths of models, which two protocols share.
+    """
     if path.startswith("/session/") and "/v1/" in path:
         path = path[path.index("/v1/") :]
-    if path.startswith("/v1/messages"):
+    if path.startswith("/v1/messages") or (path.startswith("/v1/models") and ANTHROPIC_HEADER in headers):
         return "anthropic"
     if path.startswith("/v1/"):
         return "openai"

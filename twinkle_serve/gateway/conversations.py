@@ -150,6 +150,10 @@ class TurnRequest:
     continue_final_message: bool = False
     session: str | None = None
     """Id of the session that the turn is part of."""
+    turn_id: str | None = None
+    """Id of the turn in its session; None: a new one."""
+    note: str = ""
+    """Text that the session keeps with the turn."""
     caller: str = ""
     timeout_s: float | None = None
 
@@ -191,15 +195,19 @@ class TurnRequest:
         options: dict[str, Any] = {"update_text": update_text}
         if self.continue_final_message:
             options["continue_final_message"] = True
-        if place is None:
-            feature: dict[str, Any] = {"messages": list(self.messages)}
-            if self.tools:
-                feature["tools"] = list(self.tools)
-        else:
-            feature = place.input
-            if params.get("logprobs") is None:
-                params["logprobs"] = 0  # trajectories have them
-        return self.target.request([feature], params, self.caller, timeout_s=self.timeout_s, **options)
+        if place is not None and params.get("logprobs") is None:
+            params["logprobs"] = 0  # trajectories have them
+        return self.target.request([self._input(place)], params, self.caller, timeout_s=self.timeout_s, **options)
+
+    def _input(self, place: SessionTurn | None) -> dict[str, Any]:
+        if place is not None:
+            return dict(place.input)
+        return {"messages": list(self.messages), **({"tools": list(self.tools)} if self.tools else {})}
+
+    async def count_tokens(self) -> int:
+        """Returns the length of the prompt. Nothing is sampled, and the session stays as it is."""
+        feature = self._input(await self.find())
+        return await self.target.sampler.count_tokens(feature, self.continue_final_message or None)
 
     def parse(self, sequence: SampledSequence, parser: MessageParser, opening: str) -> ParsedMessage:
         """Parses a sample into a message."""
@@ -281,7 +289,8 @@ async def _completion(turn: TurnRequest, response: SampleResponse, place: Sessio
     nodes: Sequence[int | None] = [None] * len(messages)
     if place is not None:
         assert turn.session is not None
-        record = place.record(response, shown=[message_dict(message) for message in messages])
+        shown = [message_dict(message) for message in messages]
+        record = place.record(response, shown=shown, turn_id=turn.turn_id, note=turn.note)
         nodes = await turn.target.sampler.sessions.append_turn(turn.session, record)
     return Completion(response, [Reply(*each) for each in zip(messages, response.sequences, nodes, strict=True)])
 

@@ -72,6 +72,16 @@ class Sampler:
         lists = await self.client.call(timing.ANSWER_TIMEOUT_S, RouterAPI.encode, [dict(prompt)])
         return list(lists[0])
 
+    async def count_tokens(self, prompt: Mapping[str, Any], continue_final_message: bool | None) -> int:
+        """Returns the number of tokens of an input, as a call makes it its prompt."""
+        counts = await self.client.call(
+            timing.ANSWER_TIMEOUT_S,
+            RouterAPI.count_tokens,
+            [dict(prompt)],
+            continue_final_message=continue_final_message,
+        )
+        return counts[0]
+
     async def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of tokens, special tokens kept."""
         if not len(ids):

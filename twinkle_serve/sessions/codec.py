@@ -17,7 +17,7 @@ Section: TypeAlias = bytes | NDArray[Any]
 
 TURN_FIELDS = (
     *("id", "raw", "parent", "branch", "checksums", "replaces", "assistant_start", "written", "prompt_length"),
-    *("prompt_checksum", "text", "logprobs_mode", "created"),
+    *("prompt_checksum", "text", "logprobs_mode", "note", "created"),
 )
 """Fields of a turn that are in the header as they are."""
 SAMPLE_FIELDS = ("weight_versions", "adapter", "seed", "stop_reason", "engine", "checksum", "text")

@@ -92,6 +92,8 @@ class Turn:
     """A raw prompt's text after that of the parent; None if it was given by ids."""
     logprobs_mode: str = ""
     """See `SampleResponse.logprobs_mode`."""
+    note: str = ""
+    """Text of the caller's own, which sessions do not read."""
     created: float = 0.0
     """When it was appended, seconds since 1970; set by the store."""
     samples: tuple[Sample, ...] = ()

@@ -325,7 +325,7 @@ def _prompt(turn: Turn) -> tuple[int | None, int, int]:
 
 
 def _memory(turn: Turn) -> int:
-    texts = [turn.messages, turn.keys, turn.tools, turn.text or ""]
+    texts = [turn.messages, turn.keys, turn.tools, turn.text or "", turn.note]
     size = TURN_BYTES + turn.prompt.nbytes + MESSAGE_BYTES * len(turn.checksums)
     for sample in turn.samples:
         texts += [sample.reply, sample.shown, sample.keys, sample.text or ""]

@@ -123,6 +123,7 @@ class SessionTurn:
         shown: Sequence[ChatMessage] | None = None,
         texts: Sequence[str] | None = None,
         turn_id: str | None = None,
+        note: str = "",
     ) -> Turn:
         """Returns the turn for `SessionsAPI.append_turn`.
 
@@ -132,6 +133,7 @@ class SessionTurn:
             texts: the text of all tokens of each sample, special tokens and stop strings included, of a raw prompt.
                 None: the client cannot continue them by text.
             turn_id: identifies the turn; None: a new id.
+            note: text of the caller's own, kept with the turn.
 
         Raises:
             SessionError: the prompt does not begin with the session's tokens.
@@ -150,6 +152,7 @@ class SessionTurn:
             prompt_length=len(prompt),
             prompt_checksum=ids_checksum(prompt),
             logprobs_mode=response.logprobs_mode,
+            note=note,
         )
         sequences = list(response.sequences)
         if raw:

@@ -170,7 +170,7 @@ class SamplingFields(Body):
         if self.n > 1:
             params["num_samples"] = self.n
         if self.logit_bias:
-            params["logit_bias"] = {_token(key): bias for key, bias in self.logit_bias.items()}
+            params["logit_bias"] = bias_by_token(self.logit_bias)
         if (structured := self.structured()) is not None:
             params["structured_outputs"] = structured
         if self.prompt_logprobs is not None:
@@ -178,21 +178,32 @@ class SamplingFields(Body):
         return params
 
 
-def without_neutral(data: dict[str, Any]) -> dict[str, Any]:
+def without_neutral(
+    data: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL, where: str = ""
+) -> dict[str, Any]:
     """Leaves out fields that ask for nothing.
 
+    Args:
+        neutral: fields that cannot be honoured, with the values that ask for nothing.
+        where: path before the names of fields, with a dot at its end.
+
     Raises:
-        InvalidRequestError: a field of NEUTRAL asks for something.
+        InvalidRequestError: one of these fields asks for something.
     """
     kept = {}
     for key, value in data.items():
         if value is None:
             continue
-        if key not in NEUTRAL:
+        if key not in neutral:
             kept[key] = value
-        elif value not in NEUTRAL[key] and value not in ({}, []):
-            raise InvalidRequestError(f"{key}={value!r} is not supported. Leave it out.", key)
+        elif value not in neutral[key] and value not in ({}, []):
+            raise InvalidRequestError(f"{where}{key}={value!r:.200} is not supported. Leave it out.", where + key)
     return kept
+
+
+def bias_by_token(logit_bias: Mapping[str, float]) -> dict[int, float]:
+    """Returns `logit_bias` by token id. Raises InvalidRequestError if a key is no token id."""
+    return {_token(key): bias for key, bias in logit_bias.items()}
 
 
 def _token(key: str) -> int:
