@@ -16,6 +16,7 @@ from twinkle_serve.gateway.errors import Failure, Protocol
 from twinkle_serve.gateway.json_response import JSON
 from twinkle_serve.gateway.keys import Keys, require_scope
 from twinkle_serve.gateway.openai import completions
+from twinkle_serve.gateway.tinker import futures, sessions
 
 OPEN_PATHS = ("/healthz", "/readyz")
 """Answered without a key: load balancers have none."""
@@ -29,7 +30,7 @@ def build_app(context: GatewayContext) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    for module in (health, models, completions):
+    for module in (health, models, completions, sessions, futures):
         app.include_router(module.routes(context))
     for kind in (TwinkleServeError, HTTPException):
         app.add_exception_handler(kind, _answer_error)

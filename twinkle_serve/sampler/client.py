@@ -60,6 +60,14 @@ REPEATED = frozenset(
         RouterAPI.encode,
         RouterAPI.count_tokens,
         RouterAPI.decode,
+        RouterAPI.submit,
+        RouterAPI.incarnation,
+        RouterAPI.collect,
+        RouterAPI.completions,
+        RouterAPI.report_lost,
+        RouterAPI.forget,
+        RouterAPI.renew_session,
+        RouterAPI.end_session,
     }
 )
 """Control calls that are sent again when the router dies: they are idempotent. Calls that sample are, too."""
