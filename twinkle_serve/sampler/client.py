@@ -64,7 +64,14 @@ REPEATED = frozenset(
         RouterAPI.decode,
         RouterAPI.read_session,
         RouterAPI.list_sessions,
-        RouterAPI.end_session,
+        RouterAPI.submit,
+        RouterAPI.incarnation,
+        RouterAPI.collect,
+        RouterAPI.completions,
+        RouterAPI.report_lost,
+        RouterAPI.forget,
+        RouterAPI.renew_futures,
+        RouterAPI.end_futures,
     }
 )
 """Control calls that are sent again when the router dies: they are idempotent. Calls that sample are, too."""
