@@ -68,7 +68,7 @@ def test_samples_are_those_of_the_handle(gateway: GatewayUnderTest, client: open
         assert choice.message.content == sequence.new_input_feature["messages"][-1]["content"]
         assert choice.finish_reason == sequence.stop_reason
         values = [token.logprob for token in choice.logprobs.content]
-        np.testing.assert_allclose(values, sequence.logprob_array, rtol=1e-6)
+        np.testing.assert_allclose(values, [position[0][1] for position in sequence.logprobs or ()], rtol=1e-6)
         assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
         best = [max(p for _, p in position) for position in sequence.logprobs or ()]
         np.testing.assert_allclose([t.top_logprobs[0].logprob for t in choice.logprobs.content], best, rtol=1e-6)
@@ -87,7 +87,10 @@ def test_stream_joined_is_the_answer(client: openai.OpenAI) -> None:
         "extra_body": {"return_token_ids": True},
     }
     whole = client.chat.completions.create(**arguments)
-    texts, tokens, values, ends = ({i: [] for i in range(3)} for _ in range(4))  # type: dict[int, list[Any]]
+    texts: dict[int, list[str]] = {i: [] for i in range(3)}
+    tokens: dict[int, list[int]] = {i: [] for i in range(3)}
+    values: dict[int, list[float | None]] = {i: [] for i in range(3)}
+    ends: dict[int, list[str]] = {i: [] for i in range(3)}
     roles, usage = [], None
     for chunk in client.chat.completions.create(**arguments, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage or usage
@@ -122,7 +125,7 @@ def test_turns_of_a_session_are_exact(gateway: GatewayUnderTest, client: openai.
             "extra_body": {"return_token_ids": True},
         }
         if stream:
-            text, ids, prompt = "", [], []
+            text, ids, prompt = "", list[int](), list[int]()
             for chunk in session.chat.completions.create(**arguments, stream=True):
                 prompt = (chunk.model_extra or {}).get("prompt_token_ids", prompt)
                 for choice in chunk.choices:

@@ -57,7 +57,9 @@ def test_samples_are_those_of_the_handle(gateway: GatewayUnderTest, client: open
         assert (extra["token_ids"], extra["seed"]) == (sequence.tokens, sequence.seed)
         assert extra["prompt_token_ids"] == (IDS if i < 2 else IDS[:3])
         assert extra["weight_versions"] == [{"version": "initial", "start": 0, "end": len(sequence.tokens)}]
-        np.testing.assert_allclose(choice.logprobs.token_logprobs, sequence.logprob_array, rtol=1e-6)
+        np.testing.assert_allclose(
+            choice.logprobs.token_logprobs or (), [position[0][1] for position in sequence.logprobs or ()], rtol=1e-6
+        )
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(IDS) + 3
     assert answer.usage.completion_tokens == sum(len(sequence.tokens) for sequence in expected.sequences)
@@ -84,7 +86,10 @@ def test_stream_joined_is_the_answer(client: openai.OpenAI) -> None:
     }
     extra = {"return_token_ids": True}
     whole = client.completions.create(**arguments, extra_body=extra)
-    texts, tokens, values, ends = ({i: [] for i in range(4)} for _ in range(4))  # type: dict[int, list[Any]]
+    texts: dict[int, list[str]] = {i: [] for i in range(4)}
+    tokens: dict[int, list[int]] = {i: [] for i in range(4)}
+    values: dict[int, list[float | None]] = {i: [] for i in range(4)}
+    ends: dict[int, list[str]] = {i: [] for i in range(4)}
     usage = None
     for chunk in client.completions.create(
         **arguments, extra_body=extra, stream=True, stream_options={"include_usage": True}
@@ -177,7 +182,14 @@ async def test_invalid_requests_are_refused_by_name(
 
 async def test_fields_that_ask_for_nothing_are_taken(gateway: GatewayUnderTest) -> None:
     """Clients send them with their default, or null."""
-    neutral = {"suffix": None, "best_of": 1, "use_beam_search": False, "logit_bias": {}, "stop": [], "user": "me"}
+    neutral: dict[str, Any] = {
+        "suffix": None,
+        "best_of": 1,
+        "use_beam_search": False,
+        "logit_bias": {},
+        "stop": [],
+        "user": "me",
+    }
     status, _ = await post(gateway, max_tokens=1, **neutral)
     assert status == 200
 
