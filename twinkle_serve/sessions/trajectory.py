@@ -24,20 +24,19 @@ RAW = "raw"
 def trajectory(record: SessionRecord) -> dict[str, Any]:
     """Returns the tree of a session as plain values that JSON has.
 
-    Returns:
-        `session`, `created`, `expires`, and `nodes` in the order in which they were added. A node is one sample, with
-        what its turn adds to the node before it:
+    `session`, `created`, `expires`, and `nodes` in the order in which they were added. A node is one sample, with what
+    its turn adds to the node before it:
 
-        - `id`, `parent` (None at the beginning of a conversation), `turn`, `sample` (index among the samples of the
-          turn), `created` (seconds since 1970), `branch` (see `Branch`), `kind` (messages or raw);
-        - `messages`: the new messages of the client and the sampled one, as the template's parser makes it;
-          `shown`: the sampled message as the client was given it, where it differs; `replaces_message`: whether the
-          sampled message replaces the one before, which it continues; `tools`, without a parent;
-        - `token_ids`: those of the new messages and of the sample; `sampled`: [index of the first sampled token in
-          them, index after the last]; `logprobs` of the sampled tokens, nats, None if not requested, and their
-          `logprobs_mode`; `weight_versions`: the sampled tokens by their weights, as in an InputFeature, by index in
-          `token_ids`;
-        - `adapter`, `seed`, `stop_reason`, `engine`, and `usage`: tokens of the whole prompt and of the sample.
+    - `id`, `parent` (None at the beginning of a conversation), `turn`, `sample` (index among the samples of the turn),
+      `created` (seconds since 1970), `branch` (see `Branch`), `kind` (messages or raw).
+    - `messages`: the new messages of the client and the sampled one, as the template's parser makes it. `shown`: the
+      sampled message as the client was given it, where it differs. `replaces_message`: whether the sampled message
+      continues the one before it and replaces it. `tools`, without a parent. A raw turn has `text` instead: of its
+      prompt, and of its sample.
+    - `token_ids`: those of the new messages and of the sample. `sampled`: [index of the first sampled token in them,
+      index after the last]. `logprobs` of the sampled tokens, nats, None if not requested, and their `logprobs_mode`.
+      `weight_versions`: the sampled tokens by their weights, as in an InputFeature, by index in `token_ids`.
+    - `adapter`, `seed`, `stop_reason`, `engine`, and `usage`: tokens of the whole prompt and of the sample.
     """
     tree = _tree(record)
     first = {turn.id: numbers[0] for turn in tree.turns if (numbers := tree.nodes_of(turn.id))}
