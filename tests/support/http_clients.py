@@ -61,7 +61,7 @@ def use_messages_with_tools(url: str, model: str = "sampler") -> None:
             "tools": [{"name": "weather", "description": "Weather of a city", "input_schema": WEATHER_SCHEMA}],
             "extra_headers": {"x-session-id": "tools-by-anthropic"},
         }
-        forced = {"tool_choice": {"type": "tool", "name": "weather"}}
+        forced: dict[str, Any] = {"tool_choice": {"type": "tool", "name": "weather"}}
         answer = client.messages.create(messages=messages, **ask, **forced)
         call = answer.content[0]
         assert answer.stop_reason == "tool_use" and call.type == "tool_use"
@@ -118,7 +118,7 @@ def use_responses_with_tools(url: str, model: str = "sampler") -> None:
     with openai_client(url) as client:
         tool = {"type": "function", "name": "weather", "description": "Weather of a city", "parameters": WEATHER_SCHEMA}
         ask: dict[str, Any] = {"model": model, "max_output_tokens": 64, "tools": [tool]}
-        forced = {"tool_choice": {"type": "function", "name": "weather"}}
+        forced: dict[str, Any] = {"tool_choice": {"type": "function", "name": "weather"}}
         answer = client.responses.create(input="What is the weather in Paris?", **ask, **forced)
         call = answer.output[0]
         assert call.type == "function_call" and json.loads(call.arguments)["city"] in ("Paris", "Rome")

@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
+
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.errors import SessionNotFoundError
 from twinkle_serve.gateway.conversations import deltas_of
@@ -16,7 +18,7 @@ from twinkle_serve.gateway.openai.responses.ids import ResponseId
 from twinkle_serve.gateway.openai.responses.output import OutputWriter, Status, parsed
 from twinkle_serve.gateway.samplers import Sampler
 from twinkle_serve.sessions.codec import unpack_turn
-from twinkle_serve.sessions.records import loads
+from twinkle_serve.sessions.records import SessionRecord, loads
 from twinkle_serve.sessions.tree import Node, SessionTree
 
 ECHOED = (
@@ -157,9 +159,8 @@ class StoredResponse:
             record = await sampler.sessions.read_session(response_id.session)
         except SessionNotFoundError:
             record = None
-        tree = None if record is None else SessionTree(map(unpack_turn, record.turns))
-        nodes = [] if tree is None else tree.nodes_of(response_id.turn)
-        if tree is None or not nodes or not (node := tree.nodes[nodes[0]]).turn.note:
+        node = None if record is None else await run_in_threadpool(_node, record, response_id.turn)
+        if node is None or not node.turn.note:
             raise NotFoundError(f"no response {str(response_id)!r:.100} is stored.")
         return cls(response_id, node)
 
@@ -208,6 +209,13 @@ class StoredResponse:
         fields = sampled_fields(sample.seed, sample.adapter, spans) | {"node": self.node.id}
         answer = ended(response, sample.stop_reason, writer.items, turn.prompt_length, len(sample.tokens), fields)
         return answer | ({"completed_at": int(turn.created)} if "completed_at" in answer else {})
+
+
+def _node(record: SessionRecord, turn: str) -> Node | None:
+    """Returns the sample of a turn; None if the session does not have it."""
+    tree = SessionTree(map(unpack_turn, record.turns))
+    numbers = tree.nodes_of(turn)
+    return tree.nodes[numbers[0]] if numbers else None
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
