@@ -129,6 +129,7 @@ def test_bad_requests_over_serve_harm_nobody(service: RunningSampler, url: str) 
         (b"HEAD /sample HTTP/1.1\r\nhost: x\r\n\r\n", {405}),
         (b"GET /adapters/a%2f..%2f..%2fetc HTTP/1.1\r\nhost: x\r\n\r\n", {404}),
     ],
+    ids=("slow", "large", "chunks", "http10", "query", "headers", "tls", "options", "head", "slashes"),
 )
 def test_bad_http_over_serve_is_refused(url: str, data: bytes, statuses: set[int]) -> None:
     with connect_to(url) as connection:
