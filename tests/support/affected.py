@@ -36,6 +36,7 @@ GROUPS = "tests/integration/remote/test_device_groups.py"
 IN_GROUP = "tests/integration/test_sampler_in_group.py"
 TINKER = "tests/integration/test_gateway_tinker.py"
 ELASTIC = "tests/integration/test_elastic.py"
+DOCUMENT = "tests/unit/gateway/test_document.py"
 
 ALL = frozenset(
     {
@@ -45,6 +46,7 @@ ALL = frozenset(
         CHAOS,
         CLIENT,
         DEATHS,
+        DOCUMENT,
         ELASTIC,
         GROUPS,
         IN_GROUP,
@@ -70,8 +72,9 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("tests/support/trainer.py", frozenset({CLIENT})),
     ("tests/support/docs.py", frozenset()),
     ("tests/support/grammar_stub.py", frozenset()),
+    ("tests/support/bad_requests.py", frozenset()),
     ("tests/support/gateway.py", frozenset({TINKER})),
-    ("tests/support/gateway_app.py", frozenset()),
+    ("tests/support/gateway_app.py", frozenset({DOCUMENT})),
     ("tests/support/tinker_client.py", frozenset({TINKER})),
     ("tests/support/*", ALL),
     ("tests/conftest.py", ALL),
@@ -95,6 +98,7 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("twinkle_serve/gateway/*", frozenset({TINKER})),
     ("twinkle_serve/hub*", frozenset({SCRIPTS})),
     ("twinkle_serve/remote/*", frozenset({APPLICATIONS, GROUPS, IN_GROUP, SPECIFICATION})),
+    ("twinkle_serve/gateway/*", frozenset({DOCUMENT})),
     ("twinkle_serve/template/*", frozenset({CLIENT, *SAMPLERS})),
     ("twinkle_serve/engines/torch*", frozenset({ARCHITECTURES, *SAMPLERS, VLLM, SCRIPTS})),
     ("twinkle_serve/engines/fake*", frozenset({DEATHS, *SERVICE})),

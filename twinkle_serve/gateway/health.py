@@ -17,11 +17,15 @@ from twinkle_serve.gateway.json_response import JSON
 def routes(context: GatewayContext) -> APIRouter:
     router = APIRouter(tags=["health"])
 
-    @router.get("/healthz", summary="Whether the gateway is alive")
+    @router.api_route("/healthz", methods=["GET", "HEAD"], summary="Whether the gateway is alive")
     async def healthz(request: Request) -> Response:
         return JSON({"status": "ok"})
 
-    @router.get("/readyz", summary="Whether each sampler has an engine that is ready, with the current weights")
+    @router.api_route(
+        "/readyz",
+        methods=["GET", "HEAD"],
+        summary="Whether each sampler has an engine that is ready, with the current weights",
+    )
     async def readyz(request: Request) -> Response:
         states = {name: await _readiness(context, name) for name in context.samplers.by_name}
         ready = all(state["ready"] for state in states.values())

@@ -30,8 +30,7 @@ CHECKS = [
 ]
 LATE = 504
 """Status of a request whose own deadline passed: some of those that are made up have a very short one."""
-EXAMPLES = settings(
-    max_examples=25,
+SETTINGS = settings(
     database=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
@@ -62,15 +61,18 @@ def takes_input(document: Any, path: str, method: str) -> bool:
     return "requestBody" in described or any(each["in"] == "query" for each in described.get("parameters", ()))
 
 
+@pytest.mark.parametrize("examples", [5, pytest.param(200, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(("path", "method"), operations())
-def test_every_answer_is_as_the_document_says(gateway: GatewayUnderTest, document: Any, path: str, method: str) -> None:
+def test_every_answer_is_as_the_document_says(
+    gateway: GatewayUnderTest, document: Any, path: str, method: str, examples: int
+) -> None:
     """Valid and invalid requests: no 5xx; statuses, media types and schemas as documented; nothing invalid is taken."""
     operation = document[path][method.upper()]
     modes = list(GenerationMode) if takes_input(document, path, method) else [GenerationMode.POSITIVE]
     for mode in modes:
 
         @given(case=operation.as_strategy(generation_mode=mode))
-        @EXAMPLES
+        @settings(SETTINGS, max_examples=examples)
         def answers(case: Any) -> None:
             response = case.call()
             assert response.status_code < 500 or response.status_code == LATE, response.text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.messages import ChatMessage, Turn
 from twinkle_serve.data_format.plain import is_absent
+from twinkle_serve.data_format.prompts import InputDict
 from twinkle_serve.data_format.samples import NO_SEED, STOP_REASONS, FloatArray, PromptScores, SampleColumns
 from twinkle_serve.data_format.weights import Spans
 from twinkle_serve.errors import TemplateError
@@ -44,22 +45,28 @@ def prompts_of(response: SampleResponse) -> Iterator[dict[str, Any]]:
     starts = [*columns.starts.tolist(), len(columns.tokens)]
     sampled = None if columns.logprobs is None else _finite(columns.logprobs[:, 0])
     for i, ids in enumerate(response.prompts):
+        source: InputDict = response.inputs[i] if response.inputs else {}
+        if is_absent(source.get("messages")):
+            source = {}
         yield {
             "prompt_index": response.prompt_indices[i],
             "prompt_token_ids": ids,
             **_scores(columns.scores.get(i), len(ids)),
             "sequences": [
-                _sequence(response, i, row, slice(starts[row], starts[row + 1]), sampled)
+                _sequence(response, i, row, slice(starts[row], starts[row + 1]), sampled, source)
                 for row in range(rows[i], rows[i + 1])
             ],
         }
 
 
-def _sequence(response: SampleResponse, prompt: int, row: int, at: slice, sampled: FloatArray | None) -> dict[str, Any]:
+def _sequence(
+    response: SampleResponse, prompt: int, row: int, at: slice, sampled: FloatArray | None, source: InputDict
+) -> dict[str, Any]:
     """
     Args:
         at: its tokens in the columns.
         sampled: log p of each sampled token of the response.
+        source: the conversation that the sample continues; empty if its input is none.
     """
     columns = response.columns
     width = columns.logprobs_width if columns.logprob_counts is None else int(columns.logprob_counts[row])
@@ -75,7 +82,7 @@ def _sequence(response: SampleResponse, prompt: int, row: int, at: slice, sample
         "engine": columns.engine[row],
         "adapter": columns.adapter[row],
         "weight_versions": _spans(columns.weight_versions[row], at.stop - at.start),
-        "message": _message(response, prompt, row),
+        "message": _message(response, prompt, row, source),
         "sampling_mask": None if mask is None else {"counts": mask.counts, "tokens": mask.tokens},
     }
 
@@ -116,10 +123,9 @@ def _finite(logprobs: NDArray[np.float32]) -> FloatArray:
     return np.ascontiguousarray(np.maximum(logprobs, np.float32(LOWEST)))
 
 
-def _message(response: SampleResponse, prompt: int, row: int) -> ChatMessage | None:
+def _message(response: SampleResponse, prompt: int, row: int, source: InputDict) -> ChatMessage | None:
     """Returns the assistant's message of a sample; None if its input is no conversation, or nothing was sampled."""
-    source: Mapping[str, Any] = response.inputs[prompt] if response.inputs else {}
-    if is_absent(source.get("messages")) or not response.columns.lengths[row]:
+    if not source or not response.columns.lengths[row]:
         return None
     texts: Sequence[str] = response.columns.whole_text or response.columns.decoded
     turn = response.turns[prompt] if response.turns else Turn()

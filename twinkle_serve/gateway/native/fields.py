@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import Field, WithJsonSchema
+from pydantic import Field, WithJsonSchema, field_validator
 from pydantic.config import JsonDict
 
 from twinkle_serve import timing
@@ -68,6 +68,16 @@ class OfInputs(OfSampler):
         "one kind."
     )
     template: str | None = Field(default=None, description="Name of a template; null: that of the sampler's config.")
+
+    @field_validator("inputs")
+    @classmethod
+    def _refuse_flags(cls, inputs: Input | list[Input]) -> Input | list[Input]:
+        """Raises InvalidRequestError for true or false among token ids, which numpy takes for 1 and 0."""
+        for i, each in enumerate(inputs if isinstance(inputs, list) else [inputs]):
+            ids = each.get("input_ids")
+            if isinstance(ids, list) and bool in set(map(type, ids)):
+                raise InvalidRequestError(f"inputs[{i}].input_ids must be whole numbers, got true or false.", "inputs")
+        return inputs
 
     @property
     def input_list(self) -> list[Input]:
