@@ -105,6 +105,8 @@ class Service:
                     self.restarts += 1
                     # Until it has a new incarnation, nobody may take it for the old one, back again.
                     server._retired = "it is being replaced"
+                    while server._routers:  # a new process has none
+                        server._routers.popitem()[1].close()
                     engine.error, engine.hangs, engine.dead = None, False, asyncio.Event()
                     await server.start(name, 30)
                     server._retired = ""

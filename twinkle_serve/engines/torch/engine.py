@@ -46,6 +46,8 @@ class _Job:
     done: asyncio.Future[SampleColumns]
     stream: asyncio.Queue[TokenDelta] | None = None
     """Receives the tokens of a streamed sample."""
+    rows: Sequence[Row] = ()
+    """Its samples, once its batch runs."""
 
 
 class TorchEngine:
@@ -75,8 +77,8 @@ class TorchEngine:
         self._waiting: list[_Job] = []
         self._batch: list[_Job] = []
         self._arrived = asyncio.Event()
-        self._followed: dict[Attempt, list[Row]] = {}
-        """Samples of the running batch whose groups are followed."""
+        self._followed: dict[Attempt, _Job] = {}
+        """Unfinished jobs whose groups are followed."""
         self._changes: SimpleQueue[Callable[[], None]] = SimpleQueue()
         """Changes to the model, made by its thread between two tokens."""
         self._label = INITIAL_LABEL
@@ -146,8 +148,15 @@ class TorchEngine:
         raise SamplingParamsError(f"structured_outputs is not available: {self._lacks()['structured_outputs']}")
 
     async def sample_group(self, group: Group) -> SampleColumns:
-        # Cancelling this call cancels the future, which the batch sees at its next token.
-        return await self._submit(group).done
+        job = self._submit(group)
+        if not group.is_followed:
+            # Cancelling this call cancels the future, which the batch sees at its next token.
+            return await job.done
+        self._followed[group.attempt] = job
+        try:
+            return await job.done
+        finally:
+            del self._followed[group.attempt]
 
     def _submit(self, group: Group, stream: asyncio.Queue[TokenDelta] | None = None) -> _Job:
         if self._task is None or self._task.done():
@@ -234,8 +243,8 @@ class TorchEngine:
         with torch.inference_mode():
             self._adapters.activate(batch[0].group.adapter)
             rows = [[self._row(job, j) for j in range(job.group.count)] for job in batch]
-            followed = zip(batch, rows, strict=True)
-            self._followed = {job.group.attempt: part for job, part in followed if job.group.is_followed}
+            for job, part in zip(batch, rows, strict=True):
+                job.rows = part
             scores = [self._score(job.group) for job in batch]
             running = [(job, row) for job, part in zip(batch, rows, strict=True) for row in part if row.max_tokens]
             while running:
@@ -376,8 +385,8 @@ class TorchEngine:
         raise UnsupportedError("the torch engine does not sleep. Use engine: vllm on a GPU.")
 
     def partial_output(self, group: Group, offset: int, sample: int = 0) -> PartialSample | None:
-        rows = self._followed.get(group.attempt)
-        return None if rows is None else rows[sample].partial(offset)
+        job = self._followed.get(group.attempt)
+        return None if job is None or not job.rows else job.rows[sample].partial(offset)
 
     def progress(self) -> int:
         return self._steps
