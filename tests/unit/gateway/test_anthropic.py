@@ -282,10 +282,21 @@ async def test_a_conversation_that_ends_with_the_assistant_is_continued(gateway:
     answer = (await _post(gateway, body | {"return_token_ids": True})).json()
     expected = gateway.sampler.encode([{"messages": body["messages"]}], continue_final_message=True)[0]
     assert answer["prompt_token_ids"] == list(expected)
-    sample = gateway.sampler.decode(answer["token_ids"])
-    assert answer["content"] == [{"type": "text", "text": sample}] or "<" in sample  # markup is no text
-    refused = [USER, {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b", "input": {}}]}]
-    assert (await _post(gateway, BODY | {"messages": refused})).status_code == 400
+    sample = gateway.sampler.decode(answer["token_ids"], skip_special_tokens=True)
+    assert answer["content"] == [{"type": "text", "text": sample}]
+
+
+@pytest.mark.parametrize(
+    ("content", "asked"),
+    [
+        ([{"type": "tool_use", "id": "a", "name": "b", "input": {}}], {}),
+        ("12", {"tools": [TOOL], "tool_choice": {"type": "any"}}),
+    ],
+)
+async def test_only_text_can_be_continued(gateway: GatewayUnderTest, content: Any, asked: dict[str, Any]) -> None:
+    """A call is followed by its result, and a forced call is a whole reply."""
+    answer = await _post(gateway, BODY | asked | {"messages": [USER, {"role": "assistant", "content": content}]})
+    assert answer.status_code == 400, answer.text
 
 
 async def test_a_session_goes_on_with_the_tokens_of_its_earlier_turns(gateway: GatewayUnderTest) -> None:

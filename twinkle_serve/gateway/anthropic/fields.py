@@ -163,17 +163,22 @@ class PromptFields(Body):
     ) -> TurnRequest:
         """Returns the turn that it asks for."""
         messages, functions, choice = self.conversation(), self.functions(), self.tool_choice
-        continues = messages[-1]["role"] == "assistant"
+        forced, continues = self.forced(functions), messages[-1]["role"] == "assistant"
         if continues and messages[-1].get("tool_calls"):
             raise InvalidRequestError(
                 "the last message has a tool_use, which cannot be continued. Append its tool_result.", "messages"
+            )
+        if continues and forced is not None:
+            raise InvalidRequestError(
+                "tool_choice forces a call, and the last message is the beginning of a text. Drop one.",
+                "tool_choice",
             )
         return TurnRequest(
             target=target,
             messages=messages,
             tools=functions,
             params=self.sampling(),
-            forced=self.forced(functions),
+            forced=forced,
             parse_tools=choice is None or choice.type != "none",
             one_call=choice is not None and choice.disable_parallel_tool_use,
             continue_final_message=continues,
