@@ -17,7 +17,8 @@ from twinkle_serve.gateway.json_response import JSON
 def routes(context: GatewayContext) -> APIRouter:
     router = APIRouter(tags=["health"])
 
-    @router.api_route("/healthz", methods=["GET", "HEAD"], summary="Whether the gateway is alive")
+    @router.head("/healthz", include_in_schema=False)
+    @router.get("/healthz", summary="Whether the gateway is alive")
     async def healthz(request: Request) -> Response:
         return JSON({"status": "ok"})
 

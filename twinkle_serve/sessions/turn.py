@@ -17,6 +17,7 @@ from twinkle_serve.data_format.messages import ChatMessage, Encoded, ids_checksu
 from twinkle_serve.data_format.messages import Turn as BegunTurn
 from twinkle_serve.data_format.plain import as_items, is_absent, plain
 from twinkle_serve.data_format.prompts import InputDict
+from twinkle_serve.data_format.token_lists import read_token_ids
 from twinkle_serve.errors import PromptError, ServiceError, SessionError
 from twinkle_serve.sessions.canonical import CallIds, message_keys, pack_keys, reply_key, root_key
 from twinkle_serve.sessions.records import Found, Query, Sample, Turn, dumps, joined_messages, loads
@@ -52,8 +53,8 @@ class Conversation:
 
     @classmethod
     def of_ids(cls, ids: object) -> Conversation:
-        """Reads a raw prompt of token ids."""
-        return cls(Query(root=RAW, ids=np.asarray(ids, np.int32)))
+        """Reads a raw prompt of token ids. Raises PromptError for something else."""
+        return cls(Query(root=RAW, ids=read_token_ids(ids)[0][0]))
 
     @classmethod
     def of_text(cls, text: str) -> Conversation:

@@ -196,22 +196,32 @@ def test_connections_that_drop_leave_nothing(gateway: GatewayUnderTest, port: in
     assert httpx.post(f"http://127.0.0.1:{port}/sample", json=BODIES["/sample"]).status_code == 200
 
 
-@pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson", "application/octet-stream"])
-def test_a_client_that_goes_away_frees_its_engine(slow: GatewayUnderTest, accept: str) -> None:
-    """Within 100 ms, not when its samples are complete; a bystander's samples go on."""
+ENDLESS = {"max_tokens": 900, "ignore_eos": True}
+REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "json": ("/sample", LONG, "application/json"),
+    "lines": ("/sample", LONG, "application/x-ndjson"),
+    "tensors": ("/sample", LONG, "application/octet-stream"),
+    "completion": ("/v1/completions", {"prompt": [1, 2], **ENDLESS}, "*/*"),
+    "events": ("/v1/completions", {"prompt": [1, 2], "stream": True, **ENDLESS}, "*/*"),
+}
+"""Path, body and accepted form of requests that take long."""
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_client_that_goes_away_frees_its_engine(slow: GatewayUnderTest, name: str) -> None:
+    """Within 100 ms, not when its samples are complete."""
+    path, body, accept = REQUESTS[name]
+    data = whole(json.dumps(body).encode(), f"accept: {accept}\r\n".encode()).replace(b"/sample", path.encode(), 1)
+    times: list[float] = []
     with slow.served() as url:
-        port = int(url.rpartition(":")[2])
-        request = whole(json.dumps(LONG).encode(), f"accept: {accept}\r\n".encode())
-        for _ in range(3):
-            with socket.create_connection(("127.0.0.1", port)) as connection:
-                connection.sendall(request)
+        while len(times) < 10 and min(times, default=1.0) >= 0.1:  # a busy machine has pauses
+            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+                connection.sendall(data)
                 wait_until(lambda: not slow.is_idle(), "the call arrives")
             began = time.monotonic()
-            wait_until(slow.is_idle, "the engine is free", timeout_s=5)
-            freed_s = time.monotonic() - began
-            if freed_s < 0.1:
-                return
-    raise AssertionError(f"the engine was free only after {freed_s:.3f} s")
+            wait_until(slow.is_idle, "the engine is free")
+            times.append(time.monotonic() - began)
+    assert min(times) < 0.1, times
 
 
 async def test_a_client_that_goes_away_ends_its_request_at_once(slow: GatewayUnderTest) -> None:
