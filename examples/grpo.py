@@ -22,16 +22,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import ray
+from policy import Policy, advantages, number
 from ray.actor import ActorHandle
-from train_demo_model import is_held_out, problem
+from sums import problems, reward
 
-from twinkle_serve import SampledSequence, SampleResponse, SamplingParams, Trajectory, connect, hub
+from twinkle_serve import SampledSequence, SampleResponse, SamplingParams, Trajectory, connect
 
 ADAPTER = "policy"
 ANSWER_TOKENS = 8
-CLIP = (0.2, 0.28)
-"""PPO's clip range, down and up: tokens whose probability ratio moved further get no gradient. Up is wider, so that
-rare right answers can gain probability. Source: DAPO, arXiv 2503.14476."""
 
 
 @dataclass(frozen=True)
@@ -64,70 +62,47 @@ class Trainer:
     def __init__(
         self, service: str, *, full: bool, rank: int, learning_rate: float, steps: int, inner_steps: int, seed: int
     ) -> None:
-        import torch
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
-
-        torch.manual_seed(seed)
         self._sampler = connect(service)
-        model = hub.resolve(self._sampler.status()["model_id"])
-        self._policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        self._config = None
-        self._adapter = ""
-        if not full:
-            self._config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-            self._policy = get_peft_model(self._policy, self._config)
-            self._adapter = ADAPTER
-        self._run = f"grpo-{time.time_ns():x}"
-        weights = [weight for weight in self._policy.parameters() if weight.requires_grad]
-        self._optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-        self._rate = torch.optim.lr_scheduler.LinearLR(self._optimizer, 1.0, 0.1, total_iters=steps)
-        self._inner_steps = inner_steps
-        self._version = 0
-        self._publish()
-
-    def _publish(self) -> float:
-        """Publishes the current weights to the sampler. Returns the duration, seconds."""
-        from peft import get_peft_model_state_dict
-
-        started = time.perf_counter()
-        if self._config is None:
-            label = self._sampler.update_weights(self._policy.state_dict(), f"{self._run}@{self._version + 1}")
-        else:
-            weights = get_peft_model_state_dict(self._policy)
-            label = self._sampler.add_adapter_to_model(ADAPTER, self._config, state_dict=weights)
-        self._version = _number(label)
-        return time.perf_counter() - started
+        self._policy = Policy(
+            self._sampler,
+            adapter="" if full else ADAPTER,
+            rank=rank,
+            learning_rate=learning_rate,
+            steps=steps,
+            inner_steps=inner_steps,
+            seed=seed,
+        )
+        self._policy.publish()
 
     def accuracy(self, drawn: Sequence[tuple[str, str]], *, temperature: float) -> float:
         """Share of problems with the right answer, sampled at a temperature."""
         params = {"max_tokens": ANSWER_TOKENS, "temperature": temperature, "seed": 0}
-        response = self._sampler.sample(_prompts(drawn), params, self._adapter)
+        response = self._sampler.sample(_prompts(drawn), params, self._policy.adapter)
         return sum(_answer(s) == truth for s, (_, truth) in zip(response.sequences, drawn, strict=True)) / len(drawn)
 
-    def step(self, number: int, drawn: Sequence[tuple[str, str]], samples: int) -> Step:
+    def step(self, step: int, drawn: Sequence[tuple[str, str]], samples: int) -> Step:
         """Samples, rewards, optimizes and publishes once."""
         started = time.perf_counter()
-        params = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=1.0, seed=number)
-        response = self._sampler.sample(_prompts(drawn), params, self._adapter, num_samples=samples)
+        params = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=1.0, seed=step)
+        response = self._sampler.sample(_prompts(drawn), params, self._policy.adapter, num_samples=samples)
         sampled = time.perf_counter()
-        sequences, advantages, rewards, right = [], [], [], 0
+        sequences, gains, rewards, right = [], [], [], 0
         for group, (_, truth) in zip(response, drawn, strict=True):
             gained = [reward(_answer(sequence), truth) for sequence in group.sequences]
             right += sum(_answer(sequence) == truth for sequence in group.sequences)
             rewards += gained
-            mean = sum(gained) / samples
-            deviation = (sum((value - mean) ** 2 for value in gained) / samples) ** 0.5
-            if deviation:
+            if (group_advantages := advantages(gained)) is not None:
                 sequences += group.sequences
-                advantages += [(value - mean) / deviation for value in gained]
-        difference, change = self._optimize(sequences, advantages) if sequences else (0.0, 0.0)
+                gains += group_advantages
+        difference, change = 0.0, 0.0
+        if sequences:
+            difference, change = self._policy.optimize(SampleResponse(sequences).to_training_batch(), gains)
         trained = time.perf_counter()
         # Each sample names its adapter's version, or the versions of the model's own weights.
-        versions = [_number(s.adapter or s.weight_versions[0].version) for s in response.sequences]
-        staleness = self._version - sum(versions) / len(versions)
+        versions = [number(s.adapter or s.weight_versions[0].version) for s in response.sequences]
+        staleness = self._policy.version - sum(versions) / len(versions)
         return Step(
-            step=number,
+            step=step,
             reward=sum(rewards) / len(rewards),
             right=right / len(rewards),
             staleness=staleness,
@@ -136,43 +111,8 @@ class Trainer:
             groups_used=len(sequences) // samples,
             sample_s=sampled - started,
             train_s=trained - sampled,
-            publish_s=self._publish(),
+            publish_s=self._policy.publish(),
         )
-
-    def _optimize(self, sequences: Sequence[SampledSequence], advantages: Sequence[float]) -> tuple[float, float]:
-        """Takes optimizer steps on the sampled tokens. Returns `logprob_difference` and `policy_change` of the step."""
-        import torch
-
-        batch = SampleResponse(sequences).to_training_batch()
-        labels, mask, old = batch["labels"], batch["loss_mask"], batch["logprobs"]
-        advantage = torch.tensor(advantages)[:, None]
-        first = None
-        for _ in range(self._inner_steps):
-            logits = self._policy(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            new = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-            first = new.detach() if first is None else first
-            ratio = (new - old).exp()
-            gain = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP[0], 1 + CLIP[1]) * advantage)
-            loss = -gain[mask].mean()
-            self._optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self._policy.parameters(), 1.0)
-            self._optimizer.step()
-        self._rate.step()
-        return float((first - old)[mask].abs().mean()), float((new - first)[mask].abs().mean())
-
-
-def problems(rng: random.Random, count: int, *, held_out: bool) -> list[tuple[str, str]]:
-    """Questions with their answers, from the training or the held-out problems."""
-    drawn: list[tuple[str, str]] = []
-    while len(drawn) < count:
-        if is_held_out((candidate := problem(rng))[0]) == held_out:
-            drawn.append(candidate)
-    return drawn
-
-
-def _number(label: str) -> int:
-    return int(label.rpartition("@")[2])
 
 
 def _prompts(drawn: Sequence[tuple[str, str]]) -> list[Trajectory]:
@@ -181,14 +121,6 @@ def _prompts(drawn: Sequence[tuple[str, str]]) -> list[Trajectory]:
 
 def _answer(sequence: SampledSequence) -> str:
     return str(sequence.new_input_feature["messages"][-1]["content"])
-
-
-def reward(answer: str, truth: str) -> float:
-    """1 for the right answer; up to 0.5 for correct digits, since most wrong answers have one wrong digit."""
-    if answer == truth:
-        return 1.0
-    same = sum(a == b for a, b in zip(reversed(answer), reversed(truth), strict=False))
-    return 0.5 * same / max(len(answer), len(truth), 1)
 
 
 def train(arguments: argparse.Namespace) -> dict[str, float]:

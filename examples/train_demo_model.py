@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from sums import problems
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -95,27 +96,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     )
 
 
-def problem(rng: random.Random, fewest_digits: int = 2) -> tuple[str, str]:
-    """A question and its answer, the operands of `fewest_digits` to three digits each."""
-    a, b = (rng.randrange(10 ** (digits - 1), 10**digits) for digits in rng.choices(range(fewest_digits, 4), k=2))
-    return (f"{a}+{b}=", str(a + b)) if rng.random() < 0.5 else (f"{a}-{b}=", str(a - b))
-
-
-def is_held_out(question: str) -> bool:
-    """Whether a problem is never trained on: one in sixteen, by its text only, so that others can reproduce it."""
-    return sum(question.encode()) % 16 == 0
-
-
-def problems(rng: random.Random, count: int, held_out: bool) -> list[tuple[str, str]]:
-    """Draws problems; training ones have one-digit operands too, on which carrying is learnt first."""
-    drawn: list[tuple[str, str]] = []
-    while len(drawn) < count:
-        candidate = problem(rng, fewest_digits=2 if held_out else 1)
-        if is_held_out(candidate[0]) == held_out:
-            drawn.append(candidate)
-    return drawn
-
-
 class Encoder:
     """Encodes problems as padded ids and labels; labels cover only the answer and its end of turn."""
 
@@ -168,7 +148,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    rng = random.Random(args.seed)
+    rng = random.Random(args.seed)  # training has one-digit operands too, on which carrying is learnt first
     tokenizer = build_tokenizer()
     encoder = Encoder(tokenizer)
     model = build_model(tokenizer)
@@ -182,7 +162,7 @@ def main() -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     started = time.perf_counter()
     for step in range(args.steps):
-        ids, labels = encoder.batch(problems(rng, args.batch_size, held_out=False))
+        ids, labels = encoder.batch(problems(rng, args.batch_size, held_out=False, fewest_digits=1))
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -15,9 +15,10 @@ from twinkle_serve import hub
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def training() -> ModuleType:
-    """Imports examples/train_demo_model.py as a module."""
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Imports examples/train_demo_model.py as a module, with those beside it."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
     spec = importlib.util.spec_from_file_location("train_demo_model", ROOT / "examples" / "train_demo_model.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,0 +1,303 @@
+"""An agent with a tool, written with the package `openai` alone, and GRPO on the sessions in which it worked.
+
+    scripts/serve                                          # in one terminal
+    .venv/bin/python examples/agent.py --out /tmp/agent    # in another
+
+The agent gets a problem and has a tool, `check`, which says whether an answer is right. It calls the tool with its
+answer, and tries again if that is wrong: `solve` below, which knows nothing of training. Each attempt is a session of
+the gateway, so the trainer gets the very tokens that were sampled, with their logprobs, and not what a chat template
+makes of the messages afterwards.
+
+The demo model writes sums and has never seen a tool. Supervised steps first teach it to write calls; only then the
+accuracy before training is measured. Each step of GRPO has the agent attempt every problem of a batch several times,
+rewards its last answers, takes optimizer steps on the sessions, and publishes the weights to the service. Ends with the
+accuracy on held-out problems at temperature 1, before and after. The service keeps the new weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+from policy import IGNORED, Policy, advantages, batch_of
+from sums import problems, reward
+
+from twinkle_serve import InputFeature, connect, gateway_session
+from twinkle_serve.gateway.client import DEFAULT_URL
+from twinkle_serve.sampler import RunningSampler
+
+CALL_TOKENS = 24
+TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "check",
+            "parameters": {
+                "type": "object",
+                "properties": {"answer": {"type": "integer"}},
+                "required": ["answer"],
+                "additionalProperties": False,
+            },
+        },
+    }
+]
+CALL_CHECK: dict[str, Any] = {"type": "function", "function": {"name": "check"}}
+"""`tool_choice`: each turn is a call of the tool, by structured output."""
+WRONG = "wrong"
+
+
+async def solve(
+    client: openai.AsyncOpenAI, model: str, question: str, truth: str, *, tries: int, temperature: float
+) -> list[str]:
+    """The agent. Returns its answers, one for each try."""
+    messages: list[Any] = [{"role": "user", "content": question}]
+    answers: list[str] = []
+    while len(answers) < tries:
+        reply = await client.chat.completions.create(
+            model=model,
+            messages=messages,
+            tools=TOOLS,  # type: ignore[arg-type]
+            tool_choice=CALL_CHECK,  # type: ignore[arg-type]
+            max_completion_tokens=CALL_TOKENS,
+            temperature=temperature,
+        )
+        message = reply.choices[0].message
+        assert message.tool_calls
+        call: Any = message.tool_calls[0]
+        answers.append(answer_of(call.function.arguments))
+        if answers[-1] == truth:
+            break
+        messages += [message, {"role": "tool", "tool_call_id": call.id, "content": WRONG}]
+    return answers
+
+
+def answer_of(arguments: str) -> str:
+    """Returns the answer of a call; "" of one that was cut short."""
+    try:
+        return str(json.loads(arguments)["answer"])
+    except ValueError:
+        return ""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt of the agent at a problem."""
+
+    session: str
+    answers: list[str]
+    truth: str
+
+    @property
+    def right(self) -> bool:
+        return self.answers[-1] == self.truth
+
+    @property
+    def right_at_once(self) -> bool:
+        return self.answers[0] == self.truth
+
+    @property
+    def reward(self) -> float:
+        """Of the last answer, in part for correct digits."""
+        return reward(self.answers[-1], self.truth)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Metrics of a step; one line of metrics.jsonl."""
+
+    step: int
+    reward: float
+    """Mean reward of the attempts."""
+    right: float
+    """Share of attempts whose last answer is right."""
+    right_at_once: float
+    """Share of attempts whose first answer is right."""
+    logprob_difference: float
+    """Mean |Δlogprob| of the sampled tokens between trainer and sampler, before the optimizer step, nats."""
+    policy_change: float
+    """Mean |Δlogprob| of the same tokens between the first and the last inner step."""
+    sessions_used: int
+    """Number of attempts in groups with different rewards; the others have no gradient."""
+    agent_s: float
+    train_s: float
+    publish_s: float
+
+
+class Training:
+    """The agent's attempts over HTTP, and the training on their sessions."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._sampler: RunningSampler = connect(arguments.service)
+        self._policy = Policy(
+            self._sampler,
+            learning_rate=arguments.learning_rate,
+            steps=arguments.steps,
+            inner_steps=arguments.inner_steps,
+            seed=arguments.seed,
+        )
+
+    def warm_up(self, rng: random.Random, steps: int, batch: int) -> float:
+        """Teaches the model to call the tool, from right calls. Returns the last loss, nats per token."""
+        batches = [batch_of(self._right_calls(problems(rng, batch, held_out=False))) for _ in range(steps)]
+        loss = self._policy.imitate(batches, self._arguments.warm_up_rate) if batches else 0.0
+        self._policy.publish()
+        return loss
+
+    def _right_calls(self, drawn: Sequence[tuple[str, str]]) -> list[InputFeature]:
+        """Returns conversations with one right call as training inputs, the call as structured output has it."""
+        prompts: list[Any] = [
+            {"messages": [{"role": "user", "content": question}], "tools": TOOLS} for question, _ in drawn
+        ]
+        calls: list[Any] = [
+            {"text": json.dumps({"answer": int(truth)}) + "<|im_end|>", "add_special_tokens": False}
+            for _, truth in drawn
+        ]
+        features: list[Any] = []
+        for prompt, call in zip(self._sampler.encode(prompts), self._sampler.encode(calls), strict=True):
+            labels = [IGNORED] * len(prompt) + list(call)
+            features.append({"input_ids": [*prompt, *call], "labels": [*labels[1:], IGNORED]})
+        return features
+
+    async def attempts(self, drawn: Sequence[tuple[str, str]]) -> list[Attempt]:
+        """Has the agent attempt each problem at temperature 1, in a session of its own, all at the same time."""
+        arguments = self._arguments
+        async with openai.AsyncOpenAI(base_url=f"{arguments.url}/v1", api_key=arguments.key, timeout=600) as client:
+
+            async def attempt(question: str, truth: str) -> Attempt:
+                session = gateway_session(arguments.url, f"agent-{uuid.uuid4().hex}")
+                mine = client.with_options(base_url=session.base_url)
+                answers = await solve(mine, arguments.service, question, truth, tries=arguments.tries, temperature=1.0)
+                return Attempt(session.id, answers, truth)
+
+            return await asyncio.gather(*(attempt(*each) for each in drawn))
+
+    async def features(self, attempts: Sequence[Attempt]) -> list[InputFeature]:
+        """Returns the training input of each attempt, and ends its session."""
+        sessions = [self._sampler.session(attempt.session) for attempt in attempts]
+        features = await asyncio.gather(*(session.features_async() for session in sessions))
+        await self._end(attempts)
+        return [path for (path,) in features]  # an attempt has no branches
+
+    async def _end(self, attempts: Sequence[Attempt]) -> None:
+        await asyncio.gather(*(self._sampler.session(attempt.session).end_async() for attempt in attempts))
+
+    async def accuracy(self, drawn: Sequence[tuple[str, str]]) -> tuple[float, float]:
+        """Returns the shares of right last and of right first answers, at temperature 1."""
+        attempts = await self.attempts(drawn)
+        await self._end(attempts)
+        return _share(attempts, "right"), _share(attempts, "right_at_once")
+
+    async def step(self, step: int, drawn: Sequence[tuple[str, str]], samples: int) -> Step:
+        """Attempts, rewards, optimizes and publishes once."""
+        started = time.perf_counter()
+        attempts = await self.attempts([each for each in drawn for _ in range(samples)])
+        inputs = await self.features(attempts)
+        attempted = time.perf_counter()
+        rows: list[InputFeature] = []
+        gains: list[float] = []
+        for i in range(0, len(attempts), samples):
+            group = advantages([attempt.reward for attempt in attempts[i : i + samples]])
+            if group is not None:
+                rows += inputs[i : i + samples]
+                gains += group
+        difference, change = self._policy.optimize(batch_of(rows), gains) if rows else (0.0, 0.0)
+        trained = time.perf_counter()
+        return Step(
+            step=step,
+            reward=sum(attempt.reward for attempt in attempts) / len(attempts),
+            right=_share(attempts, "right"),
+            right_at_once=_share(attempts, "right_at_once"),
+            logprob_difference=difference,
+            policy_change=change,
+            sessions_used=len(rows),
+            agent_s=attempted - started,
+            train_s=trained - attempted,
+            publish_s=self._policy.publish(),
+        )
+
+
+def _share(attempts: Sequence[Attempt], name: str) -> float:
+    return sum(getattr(attempt, name) for attempt in attempts) / len(attempts)
+
+
+async def train(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Trains; writes metrics.jsonl and summary.json to `--out`. Returns the summary."""
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    rng = random.Random(arguments.seed)
+    training = Training(arguments)
+    loss = training.warm_up(rng, arguments.warm_up, arguments.warm_up_batch)
+    print(f"{arguments.warm_up} supervised steps, {time.perf_counter() - started:.0f} s: loss {loss:.3f}", flush=True)
+    held_out = problems(random.Random(1), arguments.held_out, held_out=True)
+    before, before_at_once = await training.accuracy(held_out)
+    print(f"held-out, temperature 1, before: {before:.1%} right, {before_at_once:.1%} at once", flush=True)
+    steps: list[Step] = []
+    with (arguments.out / "metrics.jsonl").open("w") as metrics:
+        for number in range(1, arguments.steps + 1):
+            drawn = problems(rng, arguments.prompts, held_out=False)
+            step = await training.step(number, drawn, arguments.samples)
+            steps.append(step)
+            metrics.write(json.dumps(asdict(step)) + "\n")
+            metrics.flush()
+            if number % arguments.print_every == 0:
+                recent = steps[-arguments.print_every :]
+                means = {name: sum(getattr(each, name) for each in recent) / len(recent) for name in asdict(step)}
+                print(
+                    f"step {number:3d}  reward {means['reward']:.3f}  right {means['right']:.3f}  "
+                    f"at once {means['right_at_once']:.3f}  |Δlogprob| {means['logprob_difference']:.1e}  "
+                    f"agent {means['agent_s']:.1f} s  train {means['train_s']:.1f} s  "
+                    f"publish {means['publish_s']:.2f} s",
+                    flush=True,
+                )
+    after, after_at_once = await training.accuracy(held_out)
+    summary = {
+        "right_before": before,
+        "right_after": after,
+        "right_at_once_before": before_at_once,
+        "right_at_once_after": after_at_once,
+        "held_out_problems": len(held_out),
+        "steps": len(steps),
+        "seconds": round(time.perf_counter() - started, 1),
+        "largest_logprob_difference": max((step.logprob_difference for step in steps), default=0.0),
+    }
+    (arguments.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(
+        f"held-out, temperature 1, after {len(steps)} steps, {summary['seconds']:.0f} s: {after:.1%} right, was "
+        f"{before:.1%}; {after_at_once:.1%} at once, was {before_at_once:.1%}"
+    )
+    return summary
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default=DEFAULT_URL, help="of the gateway, as scripts/serve prints it")
+    parser.add_argument("--key", default="-", help="of the gateway, if it has any")
+    parser.add_argument("--service", default="sampler", help="name of the application")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the metrics")
+    parser.add_argument("--warm-up", type=int, default=120, help="supervised steps before anything is measured")
+    parser.add_argument("--warm-up-batch", type=int, default=64)
+    parser.add_argument("--warm-up-rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--prompts", type=int, default=16, help="problems per step")
+    parser.add_argument("--samples", type=int, default=8, help="attempts per problem")
+    parser.add_argument("--tries", type=int, default=2, help="calls of the tool per attempt")
+    parser.add_argument("--learning-rate", type=float, default=6e-4, help="of the first step; falls to a tenth")
+    parser.add_argument("--inner-steps", type=int, default=2, help="optimizer steps per step")
+    parser.add_argument("--held-out", type=int, default=300)
+    parser.add_argument("--print-every", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    asyncio.run(train(parse()))
