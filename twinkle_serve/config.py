@@ -136,6 +136,16 @@ class SessionArgs(Strict):
     """A session ends when it has not been used for this long, seconds. A running turn counts as use."""
 
 
+class FutureArgs(Strict):
+    """`futures`: results of calls that their callers collect later, as Tinker's do."""
+
+    keep_s: float = Field(default=300.0, gt=0, allow_inf_nan=False)
+    """How long a result is kept after its call's end, seconds."""
+    max_bytes: int = Field(default=256 * 2**20, ge=1)
+    """Size of all results that are kept. The oldest go first, of those that were collected if there are any; calls are
+    refused while results that nobody has collected exceed it."""
+
+
 class ServiceArgs(Strict):
     """Configuration of one sampler service.
 
@@ -190,6 +200,8 @@ class ServiceArgs(Strict):
     prefill."""
     startup_timeout_s: float = Field(default=1800.0, gt=0, allow_inf_nan=False)
     """Deadline for an engine to load its model, seconds."""
+    futures: FutureArgs = FutureArgs()
+    """Results that callers collect later."""
 
     @model_validator(mode="wrap")
     @classmethod

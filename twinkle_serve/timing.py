@@ -32,6 +32,10 @@ CONTROL_TIMEOUT_S = 600.0
 """Timeout for calls that sample nothing. The longest of them loads an adapter on every engine."""
 CALL_LEASE_S = 60.0
 """A router gives a call up when its caller has not renewed it for so long. Callers renew four times as often."""
+FUTURES_LEASE_S = 120.0
+"""A router gives up calls that nobody waits for when their session has been silent for so long."""
+FUTURES_RETRY_S = 1.0
+"""When to send a call again that was refused because results wait to be collected."""
 UPLOAD_LEASE_S = 60.0
 """A router gives an update of weights up when no bucket has arrived for so long: its trainer is gone."""
 MAX_PAUSE_LEASE_S = 3600.0
@@ -53,4 +57,5 @@ assert REMOVED_ENGINE_GRACE_S < ENGINE_SHUTDOWN_S, "a router takes its groups ba
 assert ROUTER_GRACE_S < CONTROLLER_TIMEOUT_S < CLUSTER_LOSS_S, "a caller must report a lost cluster before Ray ends it"
 assert ROUTER_GRACE_S < ANSWER_TIMEOUT_S < CONTROL_TIMEOUT_S
 assert 2 * CONTROLLER_TIMEOUT_S <= CALL_LEASE_S, "a call outlives the replacement of its router"
+assert CALL_LEASE_S < FUTURES_LEASE_S, "HTTP clients are silent while a gateway is being replaced"
 assert CONTROLLER_TIMEOUT_S < STORE_TIMEOUT_S < CONTROL_TIMEOUT_S, "a store may be replaced within a control call"

@@ -25,6 +25,8 @@ from twinkle_serve.gateway.models import ANTHROPIC_HEADER
 from twinkle_serve.gateway.native import adapters, control, sampling, tokens
 from twinkle_serve.gateway.openai import chat, completions
 from twinkle_serve.gateway.openai.responses import routes as responses
+from twinkle_serve.gateway.tinker import futures
+from twinkle_serve.gateway.tinker import sessions as tinker_sessions
 
 OPEN_PATHS = ("/healthz", "/readyz")
 """Answered without a key: load balancers have none."""
@@ -43,6 +45,8 @@ def build_app(context: GatewayContext) -> FastAPI:
     app.include_router(messages.routes(context), responses=errors_of("anthropic"))
     for module in (health, sampling, tokens, adapters, control, sessions):
         app.include_router(module.routes(context), responses=errors_of("native"))
+    for module in (tinker_sessions, futures):
+        app.include_router(module.routes(context), responses=errors_of("tinker"))
     for kind in (TwinkleServeError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_error)
     app.add_middleware(EndsWithClient)

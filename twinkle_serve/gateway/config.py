@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from twinkle_serve.config import Strict, describe_errors
-from twinkle_serve.errors import ConfigError
+from twinkle_serve.errors import ConfigError, unknown_name
 
 MIB = 2**20
 
@@ -37,6 +37,11 @@ class GatewayArgs(Strict):
 
     samplers: dict[str, str] = Field(default_factory=lambda: {"sampler": "sampler"})
     """Applications of samplers by the names under which clients see them. Several names may mean one application."""
+    base_models: dict[str, str] = Field(default_factory=dict)
+    """Samplers by the names of models, `org/name`, by which Tinker's clients ask for them. A sampler also answers to
+    its own name, and to that of its model on a hub."""
+    tinker_poller: bool = False
+    """Have each Tinker client wait for all its samples by one request, not by one request for each."""
     num_replicas: int = Field(default=1, ge=1)
     """Number of processes that answer HTTP."""
     keys_file: str | None = None
@@ -58,6 +63,8 @@ class GatewayArgs(Strict):
             raise ConfigError("args: samplers is empty. Name at least one: {sampler: sampler}.")
         if names := [name for name in args.samplers if not name or "@" in name]:
             raise ConfigError(f"args: samplers: invalid name {names[0]!r}. A name is not empty and has no @.")
+        if unknown := [name for name in args.base_models.values() if name not in args.samplers]:
+            raise ConfigError(f"args: base_models: {unknown_name('sampler', unknown[0], args.samplers)}.")
         return args
 
 

@@ -7,6 +7,7 @@ from typing import Protocol, Unpack
 
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.adapters import AdapterFiles
+from twinkle_serve.data_format.futures import Completions, FutureResult, Submission
 from twinkle_serve.data_format.sample_request import EncodeOptions, Inputs, SampleRequest, TemplateChoice
 from twinkle_serve.data_format.sample_updates import UpdatesItem
 from twinkle_serve.data_format.samples import StopReason
@@ -76,6 +77,54 @@ class RouterAPI(Protocol):
 
     async def renew(self, request_ids: Sequence[str], lease_s: float) -> None:
         """Extends the leases of calls by `lease_s` from now."""
+
+    async def submit(self, submission: Submission) -> int:
+        """Starts a call whose result is collected later. Idempotent: the same id runs once while its result is kept.
+
+        Errors of the call itself are results. See `Futures.submit`.
+
+        Returns:
+            The router's incarnation; futures end with it.
+
+        Raises:
+            QueueFullError: the queue is full, or too many results wait to be collected.
+            LeaseExpiredError: the session was ended.
+        """
+        ...
+
+    async def incarnation(self) -> int:
+        """Returns a number that differs for each process of the router."""
+        ...
+
+    async def collect(self, ids: Sequence[str], wait_s: float) -> list[FutureResult]:
+        """Returns the states of futures, in order; waits until one of them is not pending.
+
+        Args:
+            wait_s: how long to wait at most; at most 30 s.
+        """
+        ...
+
+    async def completions(self, group: str, after: int, wait_s: float) -> Completions:
+        """Returns the ends of a group's calls after a position; waits for the first one.
+
+        Args:
+            after: cursor of the last answer, which confirms it; 0, or the cursor of another router: from the beginning.
+            wait_s: as of `collect`.
+        """
+        ...
+
+    async def report_lost(self, incarnation: int, group: str, ids: Sequence[str]) -> None:
+        """Reports futures as failed in `completions` if another incarnation had taken them, and they are unknown."""
+
+    async def forget(self, ids: Sequence[str]) -> None:
+        """Cancels calls and drops their results; unknown ids are ignored."""
+
+    async def renew_futures(self, session: str) -> bool:
+        """Extends the lease of a session's calls. Returns False if the session was ended."""
+        ...
+
+    async def end_futures(self, session: str) -> None:
+        """Cancels the calls of a session, drops its results and refuses further calls. Idempotent."""
 
     async def add_adapter(self, name: str, source: AdapterFiles | str) -> str:
         """Loads an adapter on every engine, then makes its name mean it. Returns `name@version`.

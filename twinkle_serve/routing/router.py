@@ -14,6 +14,7 @@ from twinkle_serve.adapters import read_adapter
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.futures import Completions, FutureResult, Submission
 from twinkle_serve.data_format.sample_request import (
     EncodeOptions,
     HandleOptions,
@@ -38,6 +39,7 @@ from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.routing.calls import Rate
 from twinkle_serve.routing.encoding_thread import EncodingThread
 from twinkle_serve.routing.groups import RoutedGroup
+from twinkle_serve.routing.futures import Futures
 from twinkle_serve.routing.lifecycle import EngineLifecycle
 from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.pause import CallerPauses, PauseCoordinator
@@ -110,6 +112,7 @@ class Router(RouterAPI):
         self._scheduler: GroupScheduler
         self._publisher: AdapterPublisher
         self._admission: Admission
+        self._futures: Futures
         self._tokenization: Tokenization
         self._pause_coordinator: PauseCoordinator
         self._pauses: CallerPauses
@@ -161,6 +164,7 @@ class Router(RouterAPI):
             self._rate,
             on_complete=self._report_staleness,
         )
+        self._futures = Futures(args.futures, self._run_admitted)
         self._tokenization = Tokenization(self._encoding, self._admission.template)
         self._pause_coordinator = PauseCoordinator(self._engines)
         self._pauses = CallerPauses(self._engines, self._pause_coordinator)
@@ -182,6 +186,7 @@ class Router(RouterAPI):
 
     def close(self) -> None:
         """Stops all background work; running calls are cancelled by their callers."""
+        self._futures.close()
         self._engines.close()
         self._encoding.close()
 
@@ -245,7 +250,11 @@ class Router(RouterAPI):
                 yield delta
 
     async def run(self, request: SampleRequest) -> SampleResponse:
+        return await self._run_admitted(request, lambda: None)
+
+    async def _run_admitted(self, request: SampleRequest, on_admission: Callable[[], None]) -> SampleResponse:
         async with self._admission.admitted(request) as admitted:
+            on_admission()
             return await admitted.response()
 
     async def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
@@ -281,6 +290,32 @@ class Router(RouterAPI):
 
     async def check_template(self, template: TemplateChoice) -> None:
         await self._admission.template(template)
+
+    # -- calls without a waiting caller ------------------------------------------------------------
+
+    async def submit(self, submission: Submission) -> int:
+        return await self._futures.submit(submission)
+
+    async def incarnation(self) -> int:
+        return self._futures.incarnation
+
+    async def collect(self, ids: Sequence[str], wait_s: float) -> list[FutureResult]:
+        return await self._futures.collect(ids, wait_s)
+
+    async def completions(self, group: str, after: int, wait_s: float) -> Completions:
+        return await self._futures.completions(group, after, wait_s)
+
+    async def report_lost(self, incarnation: int, group: str, ids: Sequence[str]) -> None:
+        self._futures.report_lost(incarnation, group, ids)
+
+    async def forget(self, ids: Sequence[str]) -> None:
+        self._futures.forget(ids)
+
+    async def renew_futures(self, session: str) -> bool:
+        return self._futures.renew_futures(session)
+
+    async def end_futures(self, session: str) -> None:
+        self._futures.end_futures(session)
 
     # -- tokens ----------------------------------------------------------------------------------
 

@@ -64,6 +64,14 @@ REPEATED = frozenset(
         RouterAPI.decode,
         RouterAPI.read_session,
         RouterAPI.list_sessions,
+        RouterAPI.submit,
+        RouterAPI.incarnation,
+        RouterAPI.collect,
+        RouterAPI.completions,
+        RouterAPI.report_lost,
+        RouterAPI.forget,
+        RouterAPI.renew_futures,
+        RouterAPI.end_futures,
         RouterAPI.end_session,
     }
 )

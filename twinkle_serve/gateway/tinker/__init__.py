@@ -1,0 +1,1 @@
+"""Tinker's sampling protocol, as its public SDK speaks it."""
