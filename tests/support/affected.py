@@ -34,6 +34,7 @@ APPLICATIONS = "tests/integration/test_applications.py"
 PROCESSES = "tests/integration/test_engine_processes.py"
 GROUPS = "tests/integration/remote/test_device_groups.py"
 IN_GROUP = "tests/integration/test_sampler_in_group.py"
+TINKER = "tests/integration/test_gateway_tinker.py"
 ELASTIC = "tests/integration/test_elastic.py"
 
 ALL = frozenset(
@@ -51,6 +52,7 @@ ALL = frozenset(
         SCRIPTS,
         *SERVICE,
         SPECIFICATION,
+        TINKER,
         UNDER_FIRE,
         VLLM,
     }
@@ -68,6 +70,9 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("tests/support/trainer.py", frozenset({CLIENT})),
     ("tests/support/docs.py", frozenset()),
     ("tests/support/grammar_stub.py", frozenset()),
+    ("tests/support/gateway.py", frozenset({TINKER})),
+    ("tests/support/gateway_app.py", frozenset()),
+    ("tests/support/tinker_client.py", frozenset({TINKER})),
     ("tests/support/*", ALL),
     ("tests/conftest.py", ALL),
     ("tests/conformance/conftest.py", frozenset({ARCHITECTURES, *SAMPLERS})),
@@ -87,6 +92,7 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     (".ci/*", frozenset()),
     ("twinkle_serve/as_twinkle*", frozenset({SPECIFICATION})),
     ("twinkle_serve/upstream/*", frozenset({SPECIFICATION})),
+    ("twinkle_serve/gateway/*", frozenset({TINKER})),
     ("twinkle_serve/hub*", frozenset({SCRIPTS})),
     ("twinkle_serve/remote/*", frozenset({APPLICATIONS, GROUPS, IN_GROUP, SPECIFICATION})),
     ("twinkle_serve/template/*", frozenset({CLIENT, *SAMPLERS})),

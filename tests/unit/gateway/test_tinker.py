@@ -86,7 +86,7 @@ def test_a_parameter_means_what_it_means_from_python(
     gateway: GatewayUnderTest, sampling: tinker.SamplingClient, theirs: dict[str, Any], ours: dict[str, Any]
 ) -> None:
     """Tokens, logprobs and reasons of the samples are the same."""
-    read = sampling.sample(tokens(*PROMPT), 3, params(**theirs)).result()
+    read: Any = sampling.sample(tokens(*PROMPT), 3, params(**theirs)).result()
     expected = own(gateway, num_samples=3, **ours).sequences
     assert [sequence.tokens for sequence in read.sequences] == [sequence.tokens for sequence in expected]
     assert [sequence.stop_reason for sequence in read.sequences] == [each.stop_reason for each in expected]
@@ -104,7 +104,7 @@ def test_without_a_limit_a_sample_fills_the_context(sampling: tinker.SamplingCli
 def test_logprobs_are_those_of_python(gateway: GatewayUnderTest, sampling: tinker.SamplingClient) -> None:
     """Of the prompt, all or its end; of the likeliest tokens in prompt and sample."""
     expected = own(gateway, max_tokens=3, seed=1, logprobs=4, prompt_logprobs=2)
-    read = sampling.sample(
+    read: Any = sampling.sample(
         tokens(*PROMPT),
         1,
         params(max_tokens=3, seed=1),
@@ -114,7 +114,7 @@ def test_logprobs_are_those_of_python(gateway: GatewayUnderTest, sampling: tinke
     ).result()
     assert read.prompt_logprobs == expected.prompt_logprobs
     assert read.topk_prompt_logprobs == expected.topk_prompt_logprobs
-    likeliest = read.sequences[0].topk_logprobs_np
+    likeliest: Any = read.sequences[0].topk_logprobs_np
     np.testing.assert_array_equal(likeliest.token_ids, expected.columns.logprob_tokens[:, 1:])
     np.testing.assert_array_equal(likeliest.logprobs, expected.columns.logprobs[:, 1:])
     assert sampling.compute_logprobs(tokens(*PROMPT)).result() == expected.prompt_logprobs
@@ -137,7 +137,7 @@ def test_named_tokens_are_scored_at_their_positions(gateway: GatewayUnderTest, s
 
     def scored(tensor: TensorData) -> Any:
         request = sampling.sample(tokens(*PROMPT), 2, params(max_tokens=1, seed=3), target_prompt_logprobs=tensor)
-        read = request.result()
+        read: Any = request.result()
         assert [len(sequence.tokens) for sequence in read.sequences] == [1, 1]
         return read.target_prompt_logprobs.to_numpy()
 
@@ -151,14 +151,18 @@ def test_named_tokens_are_scored_at_their_positions(gateway: GatewayUnderTest, s
 
 def test_alternatives_are_drawn_at_every_position(gateway: GatewayUnderTest, sampling: tinker.SamplingClient) -> None:
     """With their logprobs; a seed makes them the same again."""
-    asked = {"num_samples": 1, "sampling_params": params(max_tokens=1, seed=9), "prompt_alt_tokens_k": 6}
-    drawn = sampling.sample(tokens(*PROMPT), **asked).result().prompt_alt_tokens
+    asked: dict[str, Any] = {
+        "num_samples": 1,
+        "sampling_params": params(max_tokens=1, seed=9),
+        "prompt_alt_tokens_k": 6,
+    }
+    drawn: Any = sampling.sample(tokens(*PROMPT), **asked).result().prompt_alt_tokens
     assert drawn.tokens.shape == drawn.logprobs.shape == [4, 6]
-    again = sampling.sample(tokens(*PROMPT), **asked).result().prompt_alt_tokens
+    again: Any = sampling.sample(tokens(*PROMPT), **asked).result().prompt_alt_tokens
     assert drawn.tokens.tolist() == again.tokens.tolist()
     assert len(np.unique(drawn.tokens.to_numpy())) > 1
     target = TensorData(data=drawn.tokens.to_numpy().ravel().tolist(), dtype="int64", shape=[4, 6])
-    read = sampling.sample(tokens(*PROMPT), 1, params(max_tokens=1), target_prompt_logprobs=target).result()
+    read: Any = sampling.sample(tokens(*PROMPT), 1, params(max_tokens=1), target_prompt_logprobs=target).result()
     np.testing.assert_allclose(read.target_prompt_logprobs.to_numpy(), drawn.logprobs.to_numpy(), atol=1e-6)
 
 
@@ -207,7 +211,7 @@ def test_a_model_path_means_the_version_of_its_making(
     first = client.create_sampling_client(model_path="tinker://sampler/lora").result()
     assert first.get_base_model() == "org/model"
     assert first._get_sampler_submit().result().model_path == "tinker://sampler/lora@1"
-    read = first.sample(tokens(*PROMPT), 1, params(max_tokens=8, seed=1)).result()
+    read: Any = first.sample(tokens(*PROMPT), 1, params(max_tokens=8, seed=1)).result()
     expected = gateway.sampler.sample({"input_ids": list(PROMPT)}, {"max_tokens": 8, "seed": 1}, "lora@1").sequences[0]
     assert read.sequences[0].tokens == expected.tokens
     gateway.sampler.add_adapter_to_model("lora", str(save_adapter(tmp_path / "two", seed=2)))
@@ -216,7 +220,7 @@ def test_a_model_path_means_the_version_of_its_making(
     assert second._get_sampler_submit().result().model_path == "tinker://sampler/lora@2"
     exact = client.create_sampling_client(model_path="tinker://sampler/lora@2").result()
     assert exact.sample(tokens(*PROMPT), 1, params(max_tokens=1)).result().sequences
-    info = tinker.RestClient(base_url=gateway_url_of(client), api_key=KEY)
+    info: Any = tinker.RestClient(base_url=gateway_url_of(client), api_key=KEY)
     assert info.get_weights_info_by_tinker_path("tinker://sampler/lora").result().base_model == "org/model"
 
 
@@ -232,7 +236,7 @@ def gateway_url_of(client: tinker.ServiceClient) -> str:
         ({"model_path": "tinker://nowhere/lora"}, "unknown model path"),
     ],
 )
-def test_an_unknown_model_is_not_found(client: tinker.ServiceClient, named: dict[str, str], message: str) -> None:
+def test_an_unknown_model_is_not_found(client: tinker.ServiceClient, named: dict[str, Any], message: str) -> None:
     """At once, by name, with those that there are."""
     with pytest.raises(tinker.NotFoundError, match=message):
         client.create_sampling_client(**named).result()
@@ -269,7 +273,7 @@ def test_large_answers_are_announced(
 ) -> None:
     """The client hears the size, and asks again when it has room."""
     monkeypatch.setattr("twinkle_serve.gateway.tinker.futures.INLINE_BYTES", 10)
-    read = sampling.sample(tokens(*PROMPT), 2, params(max_tokens=5)).result()
+    read: Any = sampling.sample(tokens(*PROMPT), 2, params(max_tokens=5)).result()
     assert len(read.sequences) == 2
 
 
@@ -366,7 +370,7 @@ def test_a_full_queue_makes_a_client_send_the_same_request_later(
     gateway: GatewayUnderTest, sampling: tinker.SamplingClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the answer of 429 says; its caller notices nothing but the time."""
-    refusals = []
+    refusals: list[Any] = []
 
     def refuse_once(admission: Admission, active: Any = None) -> None:
         if not refusals:
@@ -374,7 +378,7 @@ def test_a_full_queue_makes_a_client_send_the_same_request_later(
             raise QueueFullError("full", 2.0)
 
     monkeypatch.setattr(Admission, "_require_room", refuse_once)
-    read = sampling.sample(tokens(*PROMPT), 1, params(max_tokens=3, seed=1)).result()
+    read: Any = sampling.sample(tokens(*PROMPT), 1, params(max_tokens=3, seed=1)).result()
     assert read.sequences[0].tokens == own(gateway, max_tokens=3, seed=1).sequences[0].tokens and refusals
 
 
