@@ -180,12 +180,14 @@ async def test_calls_end_with_the_lease_of_their_session(monkeypatch: pytest.Mon
     calls.ends["b"].set_result(response(1))
 
     async def silent_one_has_ended() -> bool:
-        assert made.renew_session("beating")
+        assert made.renew_futures("beating")
         await made.collect(["d"], 0)
         return calls.cancelled == {"a"}
 
     await eventually(silent_one_has_ended)
     assert await states(made, *"abcd") == ["unknown", "done", "pending", "pending"]
+    ends = (await made.completions("group", 0, 0)).completions
+    assert [(end.id, end.failed) for end in ends] == [("b", False), ("a", True)], "for a client that comes back"
 
 
 async def test_an_ended_session_takes_no_more_calls() -> None:
@@ -197,12 +199,12 @@ async def test_an_ended_session_takes_no_more_calls() -> None:
     await made.submit(call("c", "other"))
     calls.ends["a"].set_result(response(1))
     await made.collect(["a"], 30)
-    made.end_session("session")
+    made.end_futures("session")
     assert await states(made, *"abc") == ["unknown", "unknown", "pending"]
-    assert not made.renew_session("session") and made.renew_session("other")
+    assert not made.renew_futures("session") and made.renew_futures("other")
     with pytest.raises(LeaseExpiredError, match="session 'session' was ended"):
         await made.submit(call("d"))
-    made.end_session("session")
+    made.end_futures("session")
 
 
 async def test_ends_are_reported_by_group_in_order() -> None:

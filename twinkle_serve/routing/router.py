@@ -38,8 +38,8 @@ from twinkle_serve.routing.admission import Admission
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.routing.calls import Rate
 from twinkle_serve.routing.encoding_thread import EncodingThread
-from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.futures import Futures
+from twinkle_serve.routing.groups import RoutedGroup
 from twinkle_serve.routing.lifecycle import EngineLifecycle
 from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.pause import CallerPauses, PauseCoordinator
