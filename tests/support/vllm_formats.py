@@ -17,9 +17,7 @@ ARGUMENTS = {"n": 1, "s": "a <b"}
 _JSON = '{"name": "f", "arguments": {"n": 1, "s": "a <b"}}'
 _ARGS = '{"n": 1, "s": "a <b"}'
 _XML = "<function=f>\n<parameter=n>\n1\n</parameter>\n<parameter=s>\na <b\n</parameter>\n</function>"
-_KEYS = (
-    "f\n<arg_key>n</arg_key>\n<arg_value>1</arg_value>\n<arg_key>s</arg_key>\n<arg_value>a <b</arg_value>\n"
-)
+_KEYS = "f\n<arg_key>n</arg_key>\n<arg_value>1</arg_value>\n<arg_key>s</arg_key>\n<arg_value>a <b</arg_value>\n"
 
 
 def _dsml(calls: str, space: str = "") -> str:

@@ -186,6 +186,8 @@ async def test_calls_end_with_the_lease_of_their_session(monkeypatch: pytest.Mon
 
     await eventually(silent_one_has_ended)
     assert await states(made, *"abcd") == ["unknown", "done", "pending", "pending"]
+    ends = (await made.completions("group", 0, 0)).completions
+    assert [(end.id, end.failed) for end in ends] == [("b", False), ("a", True)], "for a client that comes back"
 
 
 async def test_an_ended_session_takes_no_more_calls() -> None:

@@ -325,6 +325,7 @@ class Futures:
             )
         for future in running:
             self._forget(future)
+            self._report(future.group, Completion(future.id, True))
         if state.futures:
             state.lease.renew(timing.FUTURES_LEASE_S)  # its results are still kept
         else:

@@ -72,6 +72,7 @@ REPEATED = frozenset(
         RouterAPI.forget,
         RouterAPI.renew_futures,
         RouterAPI.end_futures,
+        RouterAPI.end_session,
     }
 )
 """Control calls that are sent again when the router dies: they are idempotent. Calls that sample are, too."""

@@ -63,7 +63,7 @@ class RetrieveFutures(Notice):
 
     target: FuturesTarget
     prev_cursor: int = Field(default=0, ge=0, le=2**63)
-    timeout: float | None = Field(default=None, ge=0, strict=False)
+    timeout: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     retrieved_request_ids: list[str] = []
 
 
@@ -89,9 +89,9 @@ class TinkerParams(Body):
     max_tokens: int | None = None
     seed: int | None = None
     stop: str | list[str] | list[int] | None = None
-    temperature: float = Field(default=1.0, strict=False)
+    temperature: float = 1.0
     top_k: int = -1
-    top_p: float = Field(default=1.0, strict=False)
+    top_p: float = 1.0
 
 
 class SampleBody(Body):

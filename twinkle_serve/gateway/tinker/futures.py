@@ -24,7 +24,7 @@ from twinkle_serve.errors import (
 )
 from twinkle_serve.gateway.bodies import read_model
 from twinkle_serve.gateway.context import GatewayContext, caller_of
-from twinkle_serve.gateway.documents import json_body
+from twinkle_serve.gateway.documents import described
 from twinkle_serve.gateway.errors import GoneError
 from twinkle_serve.gateway.json_response import JSON
 from twinkle_serve.gateway.samplers import Sampler, Target
@@ -43,8 +43,22 @@ UNREACHABLE_PAUSE_S = 1.0
 INLINE_BYTES = 2**20
 """Size of an answer above which a client that asks for it is told the size first."""
 
+PROTOBUF = "application/x-protobuf"
+
 REPEATED = (QueueFullError, LeaseExpiredError)
 """Errors of calls that the client should send again, under a new number."""
+
+OBJECT: dict[str, Any] = {"application/json": {"type": "object"}}
+RESULT: dict[str, Any] = {PROTOBUF: {"type": "string", "format": "binary"}, **OBJECT}
+PENDING: dict[str, Any] = {
+    "application/json": {
+        "schema": {
+            "type": "object",
+            "required": ["type", "request_id", "queue_state"],
+            "properties": {"type": {"const": "try_again"}, "request_id": {"type": "string"}},
+        }
+    }
+}
 
 
 def routes(context: GatewayContext) -> APIRouter:
@@ -52,7 +66,7 @@ def routes(context: GatewayContext) -> APIRouter:
     models = TinkerModels(context)
     lost = LostFutures()
 
-    @router.post("/asample", summary="Begin to sample", openapi_extra=json_body(SampleBody))
+    @router.post("/asample", **described("Begin to sample", answers=OBJECT, body=SampleBody))
     async def asample(request: Request) -> Response:
         body = await read_model(request, context.limits, SampleBody)
         session = SamplingSession.of(body.sampling_session_id)
@@ -73,7 +87,11 @@ def routes(context: GatewayContext) -> APIRouter:
         ids = [f"{submission.id}.{i}" for i in range(min(body.num_samples, context.limits.samples))]
         return JSON({"request_id": submission.id, "sample_sequence_ids": ids})
 
-    @router.post("/retrieve_future", summary="Collect samples", openapi_extra=json_body(RetrieveFuture))
+    @router.post(
+        "/retrieve_future",
+        **described("Collect samples", answers=RESULT, body=RetrieveFuture),
+        responses={408: {"description": "They are not done yet: ask again.", "content": PENDING}},
+    )
     async def retrieve_future(request: Request) -> Response:
         body = await read_model(request, context.limits, RetrieveFuture)
         sampler = models.sampler(RequestId.of(body.request_id).sampling_session)
@@ -82,7 +100,7 @@ def routes(context: GatewayContext) -> APIRouter:
             lost.forget([body.request_id])
         return await _answer(sampler, result, body.allow_metadata_only)
 
-    @router.post("/retrieve_futures", summary="List samples that are done", openapi_extra=json_body(RetrieveFutures))
+    @router.post("/retrieve_futures", **described("List samples that are done", answers=OBJECT, body=RetrieveFutures))
     async def retrieve_futures(request: Request) -> Response:
         body = await read_model(request, context.limits, RetrieveFutures)
         session = SamplingSession.of(body.target.sampling_session_id)
@@ -102,7 +120,7 @@ def routes(context: GatewayContext) -> APIRouter:
         ]
         return JSON({"completions": completions, "cursor": ended.cursor})
 
-    @router.post("/cancel_future", summary="Give samples up", openapi_extra=json_body(FutureRequest))
+    @router.post("/cancel_future", **described("Give samples up", answers=OBJECT, body=FutureRequest))
     async def cancel_future(request: Request) -> Response:
         body = await read_model(request, context.limits, FutureRequest)
         sampler = models.sampler(RequestId.of(body.request_id).sampling_session)
@@ -153,7 +171,7 @@ async def _answer(sampler: Sampler, result: FutureResult, allow_metadata_only: b
         return _failed(error)
     if allow_metadata_only and len(encoded) > INLINE_BYTES:
         return JSON({"status": "complete_metadata", "response_payload_size": len(encoded)})
-    return Response(encoded, media_type="application/x-protobuf")
+    return Response(encoded, media_type=PROTOBUF)
 
 
 def _failed(error: TwinkleServeError) -> Response:
