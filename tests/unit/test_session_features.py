@@ -127,7 +127,8 @@ def test_trajectory_has_what_the_engine_had(store: SessionStore, sampler: Runnin
     node = nodes[number]
     start, end = node["sampled"]
     assert node["token_ids"][start:end] == sequence.tokens
-    assert np.array_equal(np.float32(node["logprobs"]), sequence.logprob_array)
+    logprobs = sequence.logprob_array
+    assert logprobs is not None and np.array_equal(np.float32(node["logprobs"]), logprobs)
     assert node["weight_versions"] == [{"weights": "initial", "adapter": "", "start": start, "end": end}]
     assert (node["seed"], node["engine"], node["stop_reason"]) == (sequence.seed, "local", "length")
     assert node["usage"] == {"prompt_tokens": len(second.prompts[0]), "completion_tokens": 7}

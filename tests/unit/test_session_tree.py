@@ -357,7 +357,7 @@ def test_session_and_handle_make_the_same_feature(name: str, templates: dict[str
             return  # a sample without tokens: nothing follows it
         new = {"role": "tool" if tool else "user", "content": following}
         messages = [*copy.deepcopy(by_handle["messages"]), new]
-        item = after(by_handle, new)
+        item = after(dict(by_handle), new)
 
 
 @settings(max_examples=60)
