@@ -17,9 +17,7 @@ ARGUMENTS = {"n": 1, "s": "a <b"}
 _JSON = '{"name": "f", "arguments": {"n": 1, "s": "a <b"}}'
 _ARGS = '{"n": 1, "s": "a <b"}'
 _XML = "<function=f>\n<parameter=n>\n1\n</parameter>\n<parameter=s>\na <b\n</parameter>\n</function>"
-_KEYS = (
-    "f\n<arg_key>n</arg_key>\n<arg_value>1</arg_value>\n<arg_key>s</arg_key>\n<arg_value>a <b</arg_value>\n"
-)
+_KEYS = "f\n<arg_key>n</arg_key>\n<arg_value>1</arg_value>\n<arg_key>s</arg_key>\n<arg_value>a <b</arg_value>\n"
 
 
 def _dsml(calls: str, space: str = "") -> str:
@@ -64,7 +62,8 @@ CALLS: dict[str, str] = {
     "hunyuan_a13b": f"<tool_calls>[{_JSON}]</tool_calls>",
     "hy_v3": _hunyuan(),
     "hy_v4": _hunyuan(),
-    "inkling": '<|message_model|><|content_invoke_tool_json|>{"name": "f", "args": {"n": 1, "s": "a <b"}}<|end_message|>',
+    "inkling": '<|message_model|><|content_invoke_tool_json|>{"name": "f", "args": {"n": 1, "s": "a <b"}}'
+    "<|end_message|>",
     "internlm": '<|action_start|><|plugin|>{"name": "f", "parameters": {"n": 1, "s": "a <b"}}<|action_end|>',
     "jamba": f"<tool_calls>[{_JSON}]</tool_calls>",
     "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>"
@@ -96,12 +95,12 @@ CALLS: dict[str, str] = {
     "qwen3_xml": f"<tool_call>\n{_XML}\n</tool_call>",
     "seed_oss": f"<seed:tool_call>\n{_XML}\n</seed:tool_call>",
     "step3": '<｜tool_calls_begin｜><｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="f">'
-    '<steptml:parameter name="n">1</steptml:parameter><steptml:parameter name="s">a <b</steptml:parameter>'
+    '<steptml:parameter name="n">1</steptml:parameter><steptml:parameter name="s">a b</steptml:parameter>'
     "</steptml:invoke><｜tool_call_end｜><｜tool_calls_end｜>",
     "step3p5": f"<tool_call>\n{_XML}\n</tool_call>",
     "xlam": f"[{_JSON}]",
 }
-"""One call `f(n=1, s="a <b")` in the format of each tool parser."""
+"""One call `f(n=1, s="a <b")` in the format of each tool parser; step3's values contain no `<`."""
 REASONING: dict[str, tuple[str, str]] = {
     "gemma4": ("<|channel>thought\n", "<channel|>"),
     "granite": ("Here is my thought process:", "Here is my response:"),
