@@ -62,7 +62,8 @@ CALLS: dict[str, str] = {
     "hunyuan_a13b": f"<tool_calls>[{_JSON}]</tool_calls>",
     "hy_v3": _hunyuan(),
     "hy_v4": _hunyuan(),
-    "inkling": '<|message_model|><|content_invoke_tool_json|>{"name": "f", "args": {"n": 1, "s": "a <b"}}<|end_message|>',
+    "inkling": '<|message_model|><|content_invoke_tool_json|>{"name": "f", "args": {"n": 1, "s": "a <b"}}'
+    "<|end_message|>",
     "internlm": '<|action_start|><|plugin|>{"name": "f", "parameters": {"n": 1, "s": "a <b"}}<|action_end|>',
     "jamba": f"<tool_calls>[{_JSON}]</tool_calls>",
     "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>"
@@ -94,12 +95,12 @@ CALLS: dict[str, str] = {
     "qwen3_xml": f"<tool_call>\n{_XML}\n</tool_call>",
     "seed_oss": f"<seed:tool_call>\n{_XML}\n</seed:tool_call>",
     "step3": '<｜tool_calls_begin｜><｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="f">'
-    '<steptml:parameter name="n">1</steptml:parameter><steptml:parameter name="s">a <b</steptml:parameter>'
+    '<steptml:parameter name="n">1</steptml:parameter><steptml:parameter name="s">a b</steptml:parameter>'
     "</steptml:invoke><｜tool_call_end｜><｜tool_calls_end｜>",
     "step3p5": f"<tool_call>\n{_XML}\n</tool_call>",
     "xlam": f"[{_JSON}]",
 }
-"""One call `f(n=1, s="a <b")` in the format of each tool parser."""
+"""One call `f(n=1, s="a <b")` in the format of each tool parser; step3's values contain no `<`."""
 REASONING: dict[str, tuple[str, str]] = {
     "gemma4": ("<|channel>thought\n", "<channel|>"),
     "granite": ("Here is my thought process:", "Here is my response:"),

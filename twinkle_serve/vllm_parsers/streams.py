@@ -68,6 +68,9 @@ LIVE_ARGUMENTS = frozenset(
 )  # fmt: skip
 """Tool parsers with an engine whose parts of arguments add up to those of the complete text, if that is truncated too.
 The arguments of others are released with the next call, or at the end."""
+GROWTH = 0.1
+"""Some of vLLM's engines convert all arguments of a call again for each part. So inside of a call, they get the next
+part when it is this long, as a fraction of the text of the call. The time stays linear."""
 SWITCHED_OFF = frozenset({"deepseek_v3", "holo2", "hy_v3", "hy_v4", "poolside_v1"})
 """Reasoning parsers that return the text unchanged if the chat template's arguments switch reasoning off."""
 TAGS = ("<think>", "</think>")
@@ -97,8 +100,8 @@ class VLLMMessageStream:
         Raises:
             TemplateError: the parsers cannot be used in this process.
         """
+        self._parsers, self._tools = parsers, sample.tools
         self._parser, self._request = make_parser(parsers, sample.tools)
-        self._complete_parser, _ = make_parser(parsers, sample.tools)
         self._opening = sample.opening
         kept = sample.special_tokens if not reads_special_tokens(parsers) else parsers.end_tokens
         reasoner = self._parser.reasoning_parser
@@ -156,8 +159,9 @@ class VLLMMessageStream:
 
     def _complete(self) -> Complete:
         text = "".join(self._texts)
+        parser, request = make_parser(self._parsers, self._tools)
         try:
-            reasoning, content, calls = self._complete_parser.parse(text, self._request, enable_auto_tools=True)
+            reasoning, content, calls = parser.parse(text, request, enable_auto_tools=True)
         except Exception as error:  # whatever a parser raises for malformed text
             logger.warning("vLLM's parser failed, the text is returned as content: %s", one_line(error))
             return Complete("", text, [])
@@ -296,6 +300,10 @@ class VLLMCalls:
         self._request = request
         self._number = number
         self._before = HeldCalls(lambda text: ("", []), starts)
+        self._waiting: list[str] = []
+        """Text that `live` has not got."""
+        self._in_call = 0
+        """Length of the text that `live` has got since it last returned content."""
         self._space = ""
         """Space at the end of the content, which vLLM's parsers may leave out."""
         self._content: list[str] = []
@@ -309,12 +317,19 @@ class VLLMCalls:
         self._read.append(text)
         if self._live is None:
             return self._text("".join(piece for piece in self._before.push(text) if isinstance(piece, str)))
-        deltas: list[MessageDelta] = []
+        self._waiting.append(text)
+        if not last and sum(map(len, self._waiting)) < self._in_call * GROWTH:
+            return []
+        text, self._waiting = "".join(self._waiting), []
         parts = [self._live.extract_tool_calls_streaming("", "", text, (), (), (), self._request)] if text else []
         if last:
             parts.append(self._live.finish_streaming())
+        deltas: list[MessageDelta] = []
+        self._in_call += len(text)
         for part in parts:
             if part is not None:
+                if part.content:
+                    self._in_call = 0
                 deltas += self._text(part.content or "")
                 for call in part.tool_calls:
                     deltas += self._part(call)
