@@ -3,15 +3,19 @@
     scripts/serve                                          # in one terminal
     .venv/bin/python examples/agent.py --out /tmp/agent    # in another
 
-The agent gets a problem and has a tool, `check`, which says whether an answer is right. It calls the tool with its
-answer, and tries again if that is wrong: `solve` below, which knows nothing of training. Each attempt is a session of
-the gateway, so the trainer gets the very tokens that were sampled, with their logprobs, and not what a chat template
+The agent gets a problem and has a tool, `check`, which says whether an answer is right. Where it is wrong, the agent
+reports that to the model, which tries again: `solve` below, which knows nothing of training. Each attempt is a session
+of the gateway, so the trainer gets the very tokens that were sampled, with their logprobs, and not what a chat template
 makes of the messages afterwards.
 
-The demo model writes sums and has never seen a tool. Supervised steps first teach it to write calls; only then the
-accuracy before training is measured. Each step of GRPO has the agent attempt every problem of a batch several times,
-rewards its last answers, takes optimizer steps on the sessions, and publishes the weights to the service. Ends with the
-accuracy on held-out problems at temperature 1, before and after. The service keeps the new weights.
+Each step has the agent attempt every problem of a batch several times, rewards its last answers, takes optimizer steps
+on the sessions, and publishes the weights to the service, which keeps them. Ends with the accuracy on held-out problems
+at temperature 1, before and after.
+
+The demo model writes numbers and has never seen a tool, so by default its whole reply is the argument of `check`, and
+the question, asked again, the result. With --tool-calls the model calls `check` by the protocol: `tools` and
+`tool_choice`, which structured output enforces, and messages of the role `tool`. To learn much from that, a
+model has to know tools already.
 """
 
 from __future__ import annotations
@@ -22,70 +26,78 @@ import json
 import random
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
-from policy import IGNORED, Policy, advantages, batch_of
+from policy import Policy, advantages, batch_of
 from sums import problems, reward
 
 from twinkle_serve import InputFeature, connect, gateway_session
 from twinkle_serve.gateway.client import DEFAULT_URL
 from twinkle_serve.sampler import RunningSampler
 
-CALL_TOKENS = 24
-TOOLS: list[dict[str, Any]] = [
-    {
-        "type": "function",
-        "function": {
-            "name": "check",
-            "parameters": {
-                "type": "object",
-                "properties": {"answer": {"type": "integer"}},
-                "required": ["answer"],
-                "additionalProperties": False,
-            },
-        },
-    }
-]
-CALL_CHECK: dict[str, Any] = {"type": "function", "function": {"name": "check"}}
-"""`tool_choice`: each turn is a call of the tool, by structured output."""
+REPLY_TOKENS = 24
 WRONG = "wrong"
+OFFERED: dict[str, Any] = {
+    "tools": [
+        {
+            "type": "function",
+            "function": {
+                "name": "check",
+                "parameters": {
+                    "type": "object",
+                    "properties": {"answer": {"type": "integer"}},
+                    "required": ["answer"],
+                    "additionalProperties": False,
+                },
+            },
+        }
+    ],
+    "tool_choice": {"type": "function", "function": {"name": "check"}},
+}
+"""Parameters of a turn with --tool-calls."""
 
 
 async def solve(
-    client: openai.AsyncOpenAI, model: str, question: str, truth: str, *, tries: int, temperature: float
+    client: openai.AsyncOpenAI, question: str, check: Callable[[str], bool], *, model: str, tries: int, tool_calls: bool
 ) -> list[str]:
-    """The agent. Returns its answers, one for each try."""
+    """The agent. Returns its answers, one for each try; the last one counts."""
     messages: list[Any] = [{"role": "user", "content": question}]
     answers: list[str] = []
     while len(answers) < tries:
         reply = await client.chat.completions.create(
             model=model,
             messages=messages,
-            tools=TOOLS,  # type: ignore[arg-type]
-            tool_choice=CALL_CHECK,  # type: ignore[arg-type]
-            max_completion_tokens=CALL_TOKENS,
-            temperature=temperature,
+            max_completion_tokens=REPLY_TOKENS,
+            temperature=1.0,
+            **(OFFERED if tool_calls else {}),
         )
         message = reply.choices[0].message
-        assert message.tool_calls
-        call: Any = message.tool_calls[0]
-        answers.append(answer_of(call.function.arguments))
-        if answers[-1] == truth:
+        answers.append(answer_of(message))
+        if check(answers[-1]):
             break
-        messages += [message, {"role": "tool", "tool_call_id": call.id, "content": WRONG}]
+        messages += [message, result_of(message, question)]
     return answers
 
 
-def answer_of(arguments: str) -> str:
-    """Returns the answer of a call; "" of one that was cut short."""
+def answer_of(message: Any) -> str:
+    """Returns the answer that a reply hands to the tool; "" if its call was cut short."""
+    if not message.tool_calls:
+        return str(message.content)
     try:
-        return str(json.loads(arguments)["answer"])
+        return str(json.loads(message.tool_calls[0].function.arguments)["answer"])
     except ValueError:
         return ""
+
+
+def result_of(message: Any, question: str) -> dict[str, str]:
+    """Returns the message that tells the model that its answer is wrong."""
+    if message.tool_calls:
+        return {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": WRONG}
+    return {"role": "user", "content": question}
 
 
 @dataclass(frozen=True)
@@ -145,38 +157,24 @@ class Training:
             inner_steps=arguments.inner_steps,
             seed=arguments.seed,
         )
-
-    def warm_up(self, rng: random.Random, steps: int, batch: int) -> float:
-        """Teaches the model to call the tool, from right calls. Returns the last loss, nats per token."""
-        batches = [batch_of(self._right_calls(problems(rng, batch, held_out=False))) for _ in range(steps)]
-        loss = self._policy.imitate(batches, self._arguments.warm_up_rate) if batches else 0.0
         self._policy.publish()
-        return loss
-
-    def _right_calls(self, drawn: Sequence[tuple[str, str]]) -> list[InputFeature]:
-        """Returns conversations with one right call as training inputs, the call as structured output has it."""
-        prompts: list[Any] = [
-            {"messages": [{"role": "user", "content": question}], "tools": TOOLS} for question, _ in drawn
-        ]
-        calls: list[Any] = [
-            {"text": json.dumps({"answer": int(truth)}) + "<|im_end|>", "add_special_tokens": False}
-            for _, truth in drawn
-        ]
-        features: list[Any] = []
-        for prompt, call in zip(self._sampler.encode(prompts), self._sampler.encode(calls), strict=True):
-            labels = [IGNORED] * len(prompt) + list(call)
-            features.append({"input_ids": [*prompt, *call], "labels": [*labels[1:], IGNORED]})
-        return features
 
     async def attempts(self, drawn: Sequence[tuple[str, str]]) -> list[Attempt]:
-        """Has the agent attempt each problem at temperature 1, in a session of its own, all at the same time."""
+        """Has the agent attempt each problem in a session of its own, all at the same time."""
         arguments = self._arguments
         async with openai.AsyncOpenAI(base_url=f"{arguments.url}/v1", api_key=arguments.key, timeout=600) as client:
 
             async def attempt(question: str, truth: str) -> Attempt:
                 session = gateway_session(arguments.url, f"agent-{uuid.uuid4().hex}")
                 mine = client.with_options(base_url=session.base_url)
-                answers = await solve(mine, arguments.service, question, truth, tries=arguments.tries, temperature=1.0)
+                answers = await solve(
+                    mine,
+                    question,
+                    lambda answer: answer == truth,
+                    model=arguments.service,
+                    tries=arguments.tries,
+                    tool_calls=arguments.tool_calls,
+                )
                 return Attempt(session.id, answers, truth)
 
             return await asyncio.gather(*(attempt(*each) for each in drawn))
@@ -236,8 +234,6 @@ async def train(arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     rng = random.Random(arguments.seed)
     training = Training(arguments)
-    loss = training.warm_up(rng, arguments.warm_up, arguments.warm_up_batch)
-    print(f"{arguments.warm_up} supervised steps, {time.perf_counter() - started:.0f} s: loss {loss:.3f}", flush=True)
     held_out = problems(random.Random(1), arguments.held_out, held_out=True)
     before, before_at_once = await training.accuracy(held_out)
     print(f"held-out, temperature 1, before: {before:.1%} right, {before_at_once:.1%} at once", flush=True)
@@ -284,13 +280,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--key", default="-", help="of the gateway, if it has any")
     parser.add_argument("--service", default="sampler", help="name of the application")
     parser.add_argument("--out", type=Path, required=True, help="directory for the metrics")
-    parser.add_argument("--warm-up", type=int, default=120, help="supervised steps before anything is measured")
-    parser.add_argument("--warm-up-batch", type=int, default=64)
-    parser.add_argument("--warm-up-rate", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=16, help="problems per step")
     parser.add_argument("--samples", type=int, default=8, help="attempts per problem")
     parser.add_argument("--tries", type=int, default=2, help="calls of the tool per attempt")
+    parser.add_argument("--tool-calls", action="store_true", help="call the tool by the protocol")
     parser.add_argument("--learning-rate", type=float, default=6e-4, help="of the first step; falls to a tenth")
     parser.add_argument("--inner-steps", type=int, default=2, help="optimizer steps per step")
     parser.add_argument("--held-out", type=int, default=300)

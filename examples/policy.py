@@ -82,60 +82,21 @@ class Policy:
         """
         import torch
 
+        labels, mask, old = batch["labels"], batch["labels"] != IGNORED, batch["logprobs"]
         advantage = torch.tensor(advantages)[:, None]
         first = None
         for _ in range(self._inner_steps):
-            new, old, mask = self._logprobs(batch)
+            logits = self._model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            new = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
             first = new.detach() if first is None else first
             ratio = (new - old).exp()
             gain = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP[0], 1 + CLIP[1]) * advantage)
-            self._descend(-gain[mask].mean(), self._optimizer)
+            self._optimizer.zero_grad()
+            (-gain[mask].mean()).backward()
+            torch.nn.utils.clip_grad_norm_(self._weights, 1.0)
+            self._optimizer.step()
         self._rate.step()
         return float((first - old)[mask].abs().mean()), float((new - first)[mask].abs().mean())
-
-    def imitate(self, batches: Sequence[Mapping[str, Any]], learning_rate: float) -> float:
-        """Trains on given answers, a step for each batch: supervised. Returns the last loss, nats per token."""
-        import torch
-
-        optimizer = torch.optim.AdamW(self._weights, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-        rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=len(batches))
-        for batch in batches:
-            logprobs, _, mask = self._logprobs(batch)
-            loss = -logprobs[mask].mean()
-            self._descend(loss, optimizer)
-            rate.step()
-        return float(loss.detach())
-
-    def _descend(self, loss: Any, optimizer: Any) -> None:
-        import torch
-
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._weights, 1.0)
-        optimizer.step()
-
-    def _logprobs(self, batch: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-        """Returns the labels' logprobs, those that came with the samples, and the mask of both, without the tokens with
-        which all rows begin: a system prompt with tools is computed once, not for each row."""
-        ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
-        shared = _shared_prefix(ids, labels)
-        cache = None
-        if shared:
-            cache = self._model(input_ids=ids[:1, :shared], use_cache=True).past_key_values
-            cache.batch_repeat_interleave(len(ids))
-        logits = self._model(
-            input_ids=ids[:, shared:], attention_mask=mask, past_key_values=cache, use_cache=cache is not None
-        ).logits
-        labels = labels[:, shared:]
-        new = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        return new, batch["logprobs"][:, shared:], labels != IGNORED
-
-
-def _shared_prefix(ids: Any, labels: Any) -> int:
-    """Returns the number of tokens, none of them with a label, with which all rows begin; 0 if it is not worth it."""
-    same = (ids == ids[:1]).all(0) & (labels == IGNORED).all(0)
-    length = int(same.cumprod(0).sum())
-    return length if length > 32 else 0
 
 
 def batch_of(features: Sequence[InputFeature]) -> dict[str, Any]:

@@ -1,21 +1,29 @@
-"""The calls of README and docs run as they stand, against a service with the fake engine."""
+"""The calls of README and docs run as they stand, against a service with the fake engine, by handle and over HTTP."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.support.deploy import deployed
-from tests.support.docs import PAGES, SERVICE, Block, blocks_of
+from tests.support.docs import HTTP, PAGES, SERVICE, Block, blocks_of
+from tests.support.gateway import gateway_url
 from tests.support.lora import random_adapter
 from tests.support.weights import changed_weights
 from twinkle_serve import TorchSampler
 
-BLOCKS = [block for page in PAGES for block in blocks_of(page) if block.runs == SERVICE]
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+HOST = "localhost:8000"
+"""Host and port of the gateway in examples."""
+
+CURL = 'curl() { command curl --fail-with-body --max-time 60 "$@" && echo; }\n'
+"""Curl that fails where the gateway answers with an error."""
 
 
 class Model:
@@ -34,7 +42,7 @@ def service(cluster: None) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.runs == SERVICE], ids=str)
 def test_example_runs_against_a_service(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the names that pages leave open, such as `trajectories`; a `rollout` that a page defines is called."""
     from peft import LoraConfig, get_peft_model_state_dict
@@ -48,3 +56,21 @@ def test_example_runs_against_a_service(block: Block, monkeypatch: pytest.Monkey
     exec(compile(block.code, str(block), "exec"), names)
     if inspect.iscoroutinefunction(rollout := names.get("rollout")):
         assert len(asyncio.run(rollout(trajectories)).sequences) == 4 * len(trajectories)
+
+
+@pytest.fixture(scope="module")
+def url(service: None) -> Iterator[str]:
+    with gateway_url() as url:
+        yield url
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.runs == HTTP], ids=str)
+def test_example_runs_over_http(block: Block, url: str) -> None:
+    """Lines of curl in a shell, which ends at the first that the gateway refuses, and Python, at the gateway's URL."""
+    code = block.code.replace(HOST, url.removeprefix("http://"))
+    if block.language == "python":
+        exec(compile(code, str(block), "exec"), {"__name__": "__main__"})
+        return
+    shell = subprocess.run(["bash", "-euc", CURL + code], capture_output=True, text=True, timeout=120)
+    assert shell.returncode == 0, shell.stdout + shell.stderr
+    assert shell.stdout.strip()

@@ -10,6 +10,7 @@ import subprocess
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -228,6 +229,39 @@ def test_grpo_trains_on_what_it_published(service: Service, tmp_path: Path, step
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert 0 < summary["accuracy_before"] <= 1 and summary["held_out_problems"] == 40
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
+
+
+def train_agent(service: Service, out: Path, *options: str, timeout_s: float) -> tuple[list[Any], dict[str, float]]:
+    """Runs examples/agent.py. Returns the metrics of its steps and its summary."""
+    port = yaml.safe_load(service.config.read_text())["http_options"]["port"]
+    arguments = ("--url", f"http://127.0.0.1:{port}", "--out", str(out), *options)
+    answer = service.run("examples/agent.py", *arguments, timeout_s=timeout_s)
+    assert answer.returncode == 0, answer.stderr
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return steps, json.loads((out / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "options", [(), pytest.param(("--tool-calls",), marks=pytest.mark.nightly)], ids=["text", "tool-calls"]
+)
+def test_agent_trains_on_the_tokens_of_its_sessions(service: Service, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Over HTTP, by the package `openai`: the trainer's logprobs of the sessions' tokens are the sampler's, with the
+    weights of the step before, retries and results of tools included."""
+    small = ("--steps", "2", "--prompts", "8", "--samples", "4", "--held-out", "16", "--learning-rate", "2e-3")
+    steps, summary = train_agent(service, tmp_path, *small, *options, timeout_s=240)
+    assert [step["step"] for step in steps] == [1, 2]
+    for step in steps:
+        assert step["sessions_used"]
+        assert step["logprob_difference"] < 1e-4 < 1e-3 < step["policy_change"], step
+    assert summary["held_out_problems"] == 16
+
+
+@pytest.mark.nightly
+def test_agent_learns(service: Service, tmp_path: Path) -> None:
+    """The share of right last answers to held-out problems, at temperature 1, rises by ten points and more."""
+    steps, summary = train_agent(service, tmp_path, timeout_s=1500)
+    assert summary["right_after"] - summary["right_before"] >= 0.10, (summary, steps[-1])
+    assert summary["largest_logprob_difference"] < 1e-4
 
 
 STALENESS = """

@@ -12,6 +12,7 @@ PAGES += sorted((ROOT / "docs").rglob("*.md"))
 
 IN_PROCESS = "in-process"
 SERVICE = "service"
+HTTP = "http"
 
 _FENCE = re.compile(r"(?:^<!-- run: ([\w-]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -24,7 +25,7 @@ class Block:
     line: int
     language: str
     runs: str
-    """Where it is run, by the comment before it: IN_PROCESS, SERVICE, or "" for nowhere."""
+    """Where it is run, by the comment before it: IN_PROCESS, SERVICE, HTTP, or "" for nowhere."""
     code: str
 
     def __str__(self) -> str:
@@ -37,7 +38,7 @@ def blocks_of(page: Path) -> list[Block]:
     for match in _FENCE.finditer(text):
         line = text.count("\n", 0, match.start(3)) + 1
         runs = match[1] or ""
-        assert runs in ("", IN_PROCESS, SERVICE), f"{page.name}:{line}: run: {runs}"
+        assert runs in ("", IN_PROCESS, SERVICE, HTTP), f"{page.name}:{line}: run: {runs}"
         found.append(Block(page, line, match[2], runs, match[3]))
     return found
 

@@ -19,6 +19,7 @@ from twinkle_serve.config import ServiceArgs
 from twinkle_serve.engines.vllm import cpu_defaults
 from twinkle_serve.engines.vllm.args import limit_kv_cache
 from twinkle_serve.errors import ConfigError, EngineArgsError, MeshError, ModelNotFoundError, TwinkleServeError
+from twinkle_serve.gateway.config import GatewayArgs, LimitArgs
 from twinkle_serve.hub import resolve
 from twinkle_serve.mesh import DeviceMesh
 from twinkle_serve.placement import NodeResources, cores_of_engine, place
@@ -234,7 +235,8 @@ def test_errors_survive_pickling_and_are_in_the_tree(kind: type[TwinkleServeErro
 
 
 def test_config_page_has_every_key() -> None:
-    """docs/config.md lists every key of args, and the arguments of torch and fake, with the default."""
+    """docs/config.md lists every key of args, of samplers and gateways, and the arguments of torch and fake, with the
+    default; docs/http.md the limits of gateways."""
     from twinkle_serve.engines.fake import FakeArgs
     from twinkle_serve.engines.torch import TorchArgs
 
@@ -247,6 +249,11 @@ def test_config_page_has_every_key() -> None:
     for model, keys in ((TorchArgs, torch_keys), (FakeArgs, fake_keys)):
         for name in model.model_fields:
             assert f"`{name}`" in keys, name
+    for name in GatewayArgs.model_fields:
+        assert f"| `{name}` |" in page.split("graphs.gateway:build` is a gateway")[1], name
+    limits = (ROOT / "docs" / "http.md").read_text().split("| key of `limits` |")[1]
+    for name in LimitArgs.model_fields:
+        assert f"| `{name}` |" in limits, name
 
 
 @pytest.mark.parametrize(
