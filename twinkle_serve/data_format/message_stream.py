@@ -300,6 +300,10 @@ class OtherParsers(Protocol):
         """Loads them in this process."""
         ...
 
+    def without_tools(self) -> OtherParsers | None:
+        """Returns them without that of tool calls; None if no other is left."""
+        ...
+
     def stream(self, sample: SampleParsing) -> MessageStream:
         """Makes a parser of one sample."""
         ...

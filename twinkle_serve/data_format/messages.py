@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
@@ -185,6 +185,11 @@ class MessageParser:
         """
         if self.other is not None:
             self.other.load()
+
+    def without_tools(self) -> MessageParser:
+        """Returns a parser that leaves the markup of tool calls in the content."""
+        other = None if self.other is None else self.other.without_tools()
+        return replace(self, tool_parser=None, other=other)
 
     def without_special(self, text: str) -> str:
         """Removes the texts of special tokens, unless they are tags of reasoning."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -224,7 +225,7 @@ class TurnRequest:
         return self._parser(parser).stream(self.tools, self.number, opening)
 
     def _parser(self, parser: MessageParser) -> MessageParser:
-        return parser if self.parse_tools and self.tools else replace(parser, tool_parser=None)
+        return parser if self.parse_tools and self.tools else parser.without_tools()
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +286,7 @@ async def complete(turn: TurnRequest) -> Completion:
 
 async def _completion(turn: TurnRequest, response: SampleResponse, place: SessionTurn | None) -> Completion:
     opening = (response.turns[0] if response.turns else Turn()).opening
+    await load_parser(response.parser)
     messages = [turn.parse(each, response.parser, opening) for each in response.sequences]
     nodes: Sequence[int | None] = [None] * len(messages)
     if place is not None:
@@ -293,6 +295,12 @@ async def _completion(turn: TurnRequest, response: SampleResponse, place: Sessio
         record = place.record(response, shown=shown, turn_id=turn.turn_id, note=turn.note)
         nodes = await turn.target.sampler.sessions.append_turn(turn.session, record)
     return Completion(response, [Reply(*each) for each in zip(messages, response.sequences, nodes, strict=True)])
+
+
+async def load_parser(parser: MessageParser) -> None:
+    """Loads the parser of another package, which may take 10 s in a process that has none of it yet."""
+    if parser.other is not None:
+        await asyncio.to_thread(parser.load)
 
 
 def message_dict(message: ParsedMessage) -> ChatMessage:
@@ -321,6 +329,7 @@ async def stream(turn: TurnRequest) -> AsyncGenerator[Event, None]:
     async with aclosing(turn.target.run_updates(call)) as items:
         async for item in items:
             if isinstance(item, CallBegun):
+                await load_parser(item.parser)
                 replies.begin(item)
                 yield item
             elif isinstance(item, SampleResponse):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import threading
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -19,6 +22,7 @@ from twinkle_serve.gateway.public import shown_model
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.router_client import RouterClient
 from twinkle_serve.sessions import SessionsAPI
+from twinkle_serve.vllm_parsers.names import VLLM
 
 MAX_TEXTS = 500_000
 """Texts of tokens that are kept for each sampler; a vocabulary has up to 300,000."""
@@ -43,6 +47,8 @@ class Sampler:
         self.name, self.application = name, application
         self._connect = connect
         self._texts: LRUCache[int, str] = LRUCache(MAX_TEXTS)
+        self._asked = False
+        """Whether its state was asked for."""
 
     @property
     def client(self) -> RouterClient:
@@ -55,8 +61,17 @@ class Sampler:
         return self._connect.sessions(self.application)
 
     async def status(self) -> SamplerStatus:
-        """Returns its state. Raises TwinkleServeError if its router does not answer."""
-        return await self.client.call(timing.ROUTER_GRACE_S, RouterAPI.status)
+        """Returns its state. Raises TwinkleServeError if its router does not answer.
+
+        The first call has a thread import vLLM if the sampler's template has parsers of it, before they are needed.
+        """
+        status = await self.client.call(timing.ROUTER_GRACE_S, RouterAPI.status)
+        if not self._asked:
+            self._asked = True
+            parsers = (status["template"].get("tool_parser"), status["template"].get("reasoning_parser"))
+            if any(str(name).startswith(VLLM) for name in parsers):
+                threading.Thread(target=_import_vllm, name="vllm parsers", daemon=True).start()
+        return status
 
     async def token_texts(self, ids: Iterable[int]) -> Mapping[int, str]:
         """Returns the text of each token by itself; a part of a character is U+FFFD."""
@@ -89,6 +104,11 @@ class Sampler:
         text = await self.client.call(timing.ANSWER_TIMEOUT_S, RouterAPI.decode, list(ids))
         assert isinstance(text, str)
         return text
+
+
+def _import_vllm() -> None:
+    with contextlib.suppress(Exception):  # the first reply that needs it raises
+        importlib.import_module("vllm.tool_parsers")
 
 
 @dataclass(frozen=True, slots=True)

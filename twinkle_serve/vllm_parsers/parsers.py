@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class VLLMParsers:
         from twinkle_serve.vllm_parsers.loading import make_parser
 
         make_parser(self, ())
+
+    def without_tools(self) -> VLLMParsers | None:
+        """Returns the parsers without that of tool calls; None if no other is left."""
+        return None if self.reasoning_parser is None else replace(self, tool_parser=None)
 
     def stream(self, sample: SampleParsing) -> MessageStream:
         """Makes a parser of one sample: see MessageParser.stream.
