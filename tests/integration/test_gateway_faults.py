@@ -27,7 +27,11 @@ NAME = "sampler"
 TOKEN_S = 0.02
 LONG = {"inputs": [{"input_ids": [1, 2]}], "sampling_params": {"max_tokens": 2500, "ignore_eos": True}}
 """Fifty seconds."""
-SHORT = {"inputs": [{"input_ids": [1, 2]}] * 3, "sampling_params": {"max_tokens": 3, "seed": 1}, "num_samples": 2}
+SHORT: dict[str, Any] = {
+    "inputs": [{"input_ids": [1, 2]}] * 3,
+    "sampling_params": {"max_tokens": 3, "seed": 1},
+    "num_samples": 2,
+}
 FORMS = ("application/json", "application/x-ndjson", "application/octet-stream")
 
 

@@ -63,7 +63,7 @@ def everything(response: SampleResponse) -> Any:
     ]
 
 
-CALLS = {
+CALLS: dict[str, dict[str, Any]] = {
     "plain": {"inputs": QUESTIONS, "sampling_params": PARAMS, "num_samples": 2},
     "one input": {"inputs": {"input_ids": [1, 2, 3]}, "sampling_params": PARAMS},
     "text": {"inputs": {"text": "12+34="}, "sampling_params": PARAMS},
@@ -109,7 +109,7 @@ async def test_a_response_of_tensors_is_that_of_a_call_from_python(gateway: Gate
     assert everything(response) == everything(expected)
     assert response == expected
     assert response.parser == expected.parser and response.logprobs_mode == expected.logprobs_mode
-    batches = [each.to_training_batch(tensors="numpy") for each in (response, expected)]
+    batches: list[dict[str, Any]] = [{**each.to_training_batch(tensors="numpy")} for each in (response, expected)]
     assert all(np.array_equal(batches[0][key], batches[1][key]) for key in batches[1])
     for column in ("group", "sample", "lengths", "tokens", "stop_reason", "seed", "logprobs", "logprob_tokens"):
         mine, theirs = getattr(response.columns, column), getattr(expected.columns, column)
