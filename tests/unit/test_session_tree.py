@@ -166,17 +166,15 @@ def test_turns_go_to_the_engine_that_has_the_turn_before(store: SessionStore, de
     for name in "ab":
         dispatcher.add_engine(name, 8)
     messages: list[Any] = [user("1" * 400)]
-    homes = set()
+    homes: set[str] = set()
     for number in range(6):
         turn = begin(store, "s", messages)
         response = sampled(turn, demo, "2" * 40 + END)
-        # Beside prompts that have nothing in common with it.
-        other = np.random.default_rng(number).integers(0, 99, 500).astype(np.int32)
-        for group_id, ids in ((2 * number, other), (2 * number + 1, response.prompts[0])):
-            dispatcher.enqueue([RoutedGroup(id=group_id, prompt_ids=ids, params=DecodingParams(max_tokens=64))])
-            homes |= {name for name in dispatcher.assign() if group_id % 2}
-        for name in "ab":
-            dispatcher.finish(name, [(2 * number, 0), (2 * number + 1, 0)])
+        group = RoutedGroup(id=number, prompt_ids=response.prompts[0], params=DecodingParams(max_tokens=64))
+        dispatcher.enqueue([group])
+        (home,) = dispatcher.assign()
+        dispatcher.finish(home, [(number, 0)])  # the other one has been idle for longer
+        homes.add(home)
         store.append("s", turn.record(response))
         messages = [*messages, said("2" * 40), user("3" * 40)]
     assert len(homes) == 1
