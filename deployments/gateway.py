@@ -11,6 +11,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from deployments.listener import Listener, bind
 from deployments.log_config import QUIET, log_to_serve
 from deployments.sessions_client import ServeSessionsClient
 from twinkle_serve.collection import freeze_start_up
@@ -55,17 +56,26 @@ def _require(application: str, handle: Callable[[], DeploymentHandle]) -> Deploy
 
 @serve.ingress()
 class Gateway:
-    """Answers HTTP requests, by calls to routers."""
+    """Answers HTTP requests, by calls to routers: at its own address, and those of Serve's proxy."""
 
     def __init__(self, args: GatewayArgs, keys: Keys) -> None:
         log_to_serve(refusals=False)
         end_with_parent(os.getppid())  # Serve's replicas outlive the raylet that started them
         self._context = GatewayContext(args, keys, Samplers(args.samplers, ServeConnect()))
+        self._listener: Listener | None = None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
+        args = self._context.args
         app = build_app(self._context)
+        if args.listen is not None:
+            self._listener = Listener(app, bind(args.listen, shared=args.num_replicas > 1))
         freeze_start_up()
         return app
+
+    async def __del__(self) -> None:
+        """Called by Serve as the replica ends, once the proxy's requests have."""
+        if self._listener is not None:
+            await self._listener.close()
 
 
 gateway_deployment = serve.deployment(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+import random
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
 from fastapi import FastAPI
 from ray import serve
@@ -12,12 +14,15 @@ from ray.serve import Application
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from benchmarks.gateway.workloads import COMPLETIONS, Done, Endpoint, body_of
+from deployments.log_config import QUIET
 from twinkle_serve.placement import SIDE_CPUS
 
 ANSWER_BYTES = 450
 """Size of the gateway's answer to a completion of 16 tokens."""
 EVENT_BYTES = 230
 """Size of an event of its stream."""
+EVENTS, INTERVAL_S = 64, 0.01
 
 app = FastAPI()
 
@@ -45,7 +50,7 @@ async def _events(count: int, interval_s: float) -> AsyncGenerator[bytes, None]:
 
 
 @serve.deployment(
-    name="floor", ray_actor_options={"num_cpus": SIDE_CPUS}, max_ongoing_requests=100_000, logging_config={"enable_access_log": False}
+    name="floor", ray_actor_options={"num_cpus": SIDE_CPUS}, max_ongoing_requests=100_000, logging_config=QUIET
 )
 @serve.ingress(app)
 class Floor:
@@ -55,3 +60,51 @@ class Floor:
 def build() -> Application:
     application: Application = Floor.bind()
     return application
+
+
+async def _whole(endpoint: Endpoint, requests: int, at_a_time: int) -> Done:
+    done = Done()
+    body = body_of(COMPLETIONS, endpoint, random.Random(0), 16)
+    rest = iter(range(requests))
+
+    async def caller() -> None:
+        for _ in rest:
+            began = time.perf_counter()
+            await endpoint.http.post("/whole", body)
+            done.seconds_of_requests.append(time.perf_counter() - began)
+            done.requests += 1
+
+    await asyncio.gather(*(caller() for _ in range(at_a_time)))
+    return done
+
+
+async def alone(endpoint: Endpoint) -> Done:
+    """100 requests, one after the other."""
+    return await _whole(endpoint, 100, 1)
+
+
+async def flight(endpoint: Endpoint) -> Done:
+    """512 requests, 64 at a time."""
+    return await _whole(endpoint, 512, 64)
+
+
+async def streams(endpoint: Endpoint) -> Done:
+    """32 streams of EVENTS events, one each INTERVAL_S; an event counts as a token."""
+    done = Done()
+
+    async def caller() -> None:
+        began = time.perf_counter()
+        times = [
+            time.perf_counter() - began
+            async for _ in endpoint.http.events("/stream", {"events": EVENTS, "interval_s": INTERVAL_S})
+        ]
+        done.seconds_to_first.append(times[0])
+        done.seconds_of_requests.append(times[-1])
+        done.requests += 1
+        done.tokens += len(times)
+
+    await asyncio.gather(*(caller() for _ in range(32)))
+    return done
+
+
+WORKLOADS: Mapping[str, Callable[[Endpoint], Awaitable[Done]]] = {"alone": alone, "flight": flight, "streams": streams}
