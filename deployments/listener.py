@@ -1,10 +1,11 @@
-"""An HTTP listener of the gateway's own process, beside Serve's proxy, which costs each request more than the gateway."""
+"""An HTTP listener in the gateway's own process: Serve's proxy costs a request more than the gateway does."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import logging
+import os
 import socket
 import time
 
@@ -42,7 +43,7 @@ def bind(address: Address, *, shared: bool) -> socket.socket:
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
                 raise ConfigError(
-                    f"args: listen={address}: {error.strerror}. Set it to a free port of this machine."
+                    f"args: listen={address}: {os.strerror(error.errno or 0)}. Set it to a free port of this machine."
                 ) from None
         time.sleep(RETRY_S)
 

@@ -29,14 +29,13 @@ machine's speed drifts. CPU is that of the server's processes; the client's, on 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import functools
 import random
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -135,7 +134,7 @@ async def _round(part: str, number: int, servers: Servers, started: Mapping[str,
             print(f"round {number} {part:14}{name:9}{done}", flush=True)
 
 
-Work: TypeAlias = functools.partial[Awaitable[Done]]
+Work: TypeAlias = Callable[[], Awaitable[Done]]
 
 
 def _works(part: str, number: int, servers: Servers, started: Mapping[str, Server]) -> dict[str, tuple[Server, Work]]:

@@ -49,16 +49,17 @@ async def _events(count: int, interval_s: float) -> AsyncGenerator[bytes, None]:
         yield event
 
 
-@serve.deployment(
-    name="floor", ray_actor_options={"num_cpus": SIDE_CPUS}, max_ongoing_requests=100_000, logging_config=QUIET
-)
 @serve.ingress(app)
 class Floor:
-    """The application, as the gateway is deployed."""
+    """The application as a deployment."""
 
 
 def build() -> Application:
-    application: Application = Floor.bind()
+    """Builds the application, deployed as the gateway is."""
+    deployment = serve.deployment(
+        name="floor", ray_actor_options={"num_cpus": SIDE_CPUS}, max_ongoing_requests=100_000, logging_config=QUIET
+    )(Floor)
+    application: Application = deployment.bind()
     return application
 
 

@@ -69,7 +69,7 @@ class HTTPClient:
 
     def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
         parts = urlsplit(url)
-        self._host, self._port, self._prefix = str(parts.hostname), parts.port, parts.path.rstrip("/")
+        self._host, self._port, self._prefix = str(parts.hostname), parts.port or 80, parts.path.rstrip("/")
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         self._idle: list[_Connection] = []
 

@@ -120,7 +120,7 @@ async def streamed(kind: Kind, endpoint: Endpoint, rng: random.Random, *, reques
 
 async def batch(endpoint: Endpoint, rng: random.Random) -> Done:
     """One request of 64 prompts with 8 samples each."""
-    body = body_of(COMPLETIONS, endpoint, rng, 64, n=8) | {"prompt": [text(rng) for _ in range(64)]}
+    body = {**body_of(COMPLETIONS, endpoint, rng, 64, n=8), "prompt": [text(rng) for _ in range(64)]}
     began = time.perf_counter()
     answer = await endpoint.http.post_json(COMPLETIONS.path, body)
     assert len(answer["choices"]) == 64 * 8 and answer["usage"]["completion_tokens"] == 64 * 8 * 64
