@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -65,10 +67,10 @@ class Gateway:
         self._listener: Listener | None = None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        args = self._context.args
         app = build_app(self._context)
-        if args.listen is not None:
-            self._listener = Listener(app, bind(args.listen, shared=args.num_replicas > 1))
+        if (listen := self._context.args.listen) is not None:
+            owner = _owner()
+            self._listener = Listener(app, bind(listen, owner), owner)
         freeze_start_up()
         return app
 
@@ -76,6 +78,12 @@ class Gateway:
         """Called by Serve as the replica ends, once the proxy's requests have."""
         if self._listener is not None:
             await self._listener.close()
+
+
+def _owner() -> str:
+    """Returns what the replicas of this gateway, and no others, have in common."""
+    cluster = ray.get_runtime_context().gcs_address
+    return hashlib.sha256(f"{cluster} {serve.get_replica_context().app_name}".encode()).hexdigest()
 
 
 gateway_deployment = serve.deployment(

@@ -10,7 +10,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from deployments import listener
-from deployments.listener import Listener, bind
+from deployments.listener import Listener, bind, owner_at
 from graphs.cluster import gateway_urls
 from twinkle_serve.errors import ConfigError
 from twinkle_serve.gateway.config import Address
@@ -50,46 +50,64 @@ def test_an_address_is_read_and_written_as_host_and_port(text: str, host: str, p
     assert Address.model_validate(json.loads(address.model_dump_json())) == address
 
 
-def test_a_second_gateway_cannot_take_part_of_the_connections_of_a_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One replica binds its address alone, so that two services of a machine never share a port unnoticed."""
+async def test_gateways_do_not_share_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections would go to one or the other, and no one would notice."""
     monkeypatch.setattr(listener, "BIND_S", 0.3)
     address = free_address()
-    with bind(address, shared=False):
-        for shared in (False, True):
-            with pytest.raises(ConfigError, match=f"listen={address}: Address already in use. Set it to a free port"):
-                bind(address, shared=shared)
-    bind(address, shared=False).close()
+    made = Listener(App(), bind(address, "one"), "one")
+    with pytest.raises(ConfigError, match=f"listen={address}: another gateway listens there. Set it to a free port"):
+        await asyncio.to_thread(bind, address, "two")
+    await made.close()
+    (await asyncio.to_thread(bind, address, "two")).close()
 
 
-def test_replicas_of_one_gateway_share_an_address() -> None:
+async def test_a_gateway_does_not_share_an_address_with_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Serve's proxy is one that would share it."""
+    monkeypatch.setattr(listener, "BIND_S", 0.3)
+    monkeypatch.setattr(listener, "PROBE_S", 0.3)
     address = free_address()
-    with bind(address, shared=True), bind(address, shared=True):
-        pass
+    with (
+        socket.create_server((address.host, address.port), reuse_port=True),
+        pytest.raises(ConfigError, match=f"listen={address}: another program listens there. Set it to a free port"),
+    ):
+        bind(address, "one")
 
 
-async def test_a_replica_waits_for_the_one_that_it_replaces() -> None:
+async def test_replicas_of_one_gateway_share_an_address() -> None:
     address = free_address()
-    before = bind(address, shared=False)
-    waiting = asyncio.create_task(asyncio.to_thread(bind, address, shared=False))
+    first = Listener(App(), bind(address, "one"), "one")
+    second = Listener(App(), await asyncio.to_thread(bind, address, "one"), "one")
+    await first.close()
+    assert await asyncio.to_thread(owner_at, address) == "one"
+    await second.close()
+    assert owner_at(address) is None
+
+
+async def test_a_gateway_waits_for_the_one_that_leaves() -> None:
+    address = free_address()
+    before = Listener(App(), bind(address, "one"), "one")
+    waiting = asyncio.create_task(asyncio.to_thread(bind, address, "two"))
     done, _ = await asyncio.wait([waiting], timeout=3 * listener.RETRY_S)
     assert not done
-    before.close()
+    await before.close()
     (await asyncio.wait_for(waiting, 5.0)).close()
 
 
-def test_an_address_of_another_machine_is_refused_at_once() -> None:
-    with pytest.raises(ConfigError, match="listen=192.0.2.1:8000: .* Set it to a free port of this machine"):
-        bind(Address(host="192.0.2.1", port=8000), shared=False)
+def test_an_address_of_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "BIND_S", 0.0)
+    monkeypatch.setattr(listener, "PROBE_S", 0.1)
+    with pytest.raises(ConfigError, match=r"listen=192.0.2.1:8000: .* Set it to a free port"):
+        bind(Address(host="192.0.2.1", port=8000), "one")
 
 
 async def test_a_running_request_ends_before_its_listener_does() -> None:
     """`close` accepts no more connections, and waits for the requests that run."""
     app, address = App(), free_address()
-    made = Listener(app, bind(address, shared=False))
+    made = Listener(app, bind(address, "one"), "one")
     running = asyncio.create_task(ask(address))
     await app.begun.wait()
     closing = asyncio.create_task(made.close())
-    (await asyncio.to_thread(bind, address, shared=False)).close()  # waits until nobody listens there
+    (await asyncio.to_thread(bind, address, "two")).close()  # waits until nobody listens there
     assert not closing.done()
     app.may_end.set()
     assert (await running).endswith(b"done")
@@ -99,7 +117,7 @@ async def test_a_running_request_ends_before_its_listener_does() -> None:
 async def test_a_request_that_never_ends_does_not_keep_the_listener(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener, "DRAIN_S", 0.2)
     app, address = App(), free_address()
-    made = Listener(app, bind(address, shared=False))
+    made = Listener(app, bind(address, "one"), "one")
     running = asyncio.create_task(ask(address))
     await app.begun.wait()
     await asyncio.wait_for(made.close(), 5.0)
