@@ -12,7 +12,7 @@ Servers:
 
 Parts:
 
-- alone, chat-alone: 100 completions of 16 tokens, one after the other.
+- alone, chat-alone: 40 completions of 16 tokens, one after the other.
 - flight, chat-flight: 512 of them, 64 at a time.
 - streams, chat-streams: 96 streams of 64 tokens, 32 at a time.
 - batch: 64 prompts of 8 samples of 64 tokens in one request to `/v1/completions`.

@@ -136,11 +136,11 @@ def _sized(run: Any, kind: Kind, requests: int, at_a_time: int) -> Workload:
 
 
 WORKLOADS: Mapping[str, Workload] = {
-    "alone": _sized(whole, COMPLETIONS, 100, 1),
+    "alone": _sized(whole, COMPLETIONS, 40, 1),
     "flight": _sized(whole, COMPLETIONS, 512, 64),
     "streams": _sized(streamed, COMPLETIONS, 96, 32),
     "batch": batch,
-    "chat-alone": _sized(whole, CHAT, 100, 1),
+    "chat-alone": _sized(whole, CHAT, 40, 1),
     "chat-flight": _sized(whole, CHAT, 512, 64),
     "chat-streams": _sized(streamed, CHAT, 96, 32),
 }
