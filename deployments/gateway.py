@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from deployments.listener import Listener, bind
 from deployments.log_config import QUIET, log_to_serve
 from deployments.sessions_client import ServeSessionsClient
 from twinkle_serve.collection import freeze_start_up
@@ -55,17 +58,32 @@ def _require(application: str, handle: Callable[[], DeploymentHandle]) -> Deploy
 
 @serve.ingress()
 class Gateway:
-    """Answers HTTP requests, by calls to routers."""
+    """Answers HTTP requests, by calls to routers: at its own address, and those of Serve's proxy."""
 
     def __init__(self, args: GatewayArgs, keys: Keys) -> None:
         log_to_serve(refusals=False)
         end_with_parent(os.getppid())  # Serve's replicas outlive the raylet that started them
         self._context = GatewayContext(args, keys, Samplers(args.samplers, ServeConnect()))
+        self._listener: Listener | None = None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         app = build_app(self._context)
+        if (listen := self._context.args.listen) is not None:
+            owner = _owner()
+            self._listener = Listener(app, bind(listen, owner), owner)
         freeze_start_up()
         return app
+
+    async def __del__(self) -> None:
+        """Called by Serve as the replica ends, once the proxy's requests have."""
+        if self._listener is not None:
+            await self._listener.close()
+
+
+def _owner() -> str:
+    """Returns what the replicas of this gateway, and no others, have in common."""
+    cluster = ray.get_runtime_context().gcs_address
+    return hashlib.sha256(f"{cluster} {serve.get_replica_context().app_name}".encode()).hexdigest()
 
 
 gateway_deployment = serve.deployment(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from twinkle_serve.errors import ConfigError, ServiceNotReadyError, TwinkleServeError
+from twinkle_serve.gateway.config import GatewayArgs
 
 if TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema
@@ -124,15 +125,26 @@ def http_host(schema: ServeDeploySchema) -> str:
 
 
 def gateway_urls(schema: ServeDeploySchema) -> list[str]:
-    """Returns where the gateways of a config answer, without a slash at the end."""
-    host = http_host(schema)
+    """Returns where the gateways of a config answer, without a slash at the end: at their own address if they have one,
+    else at that of Serve's proxy."""
+    http = schema.http_options
+    proxy = _url(http_host(schema), http.port) + (http.root_path or "").rstrip("/")
+    urls = []
+    for application in schema.applications:
+        if application.import_path != GATEWAY_BUILDER:
+            continue
+        listen = GatewayArgs.model_validate(application.args).listen
+        if listen is not None:
+            urls.append(_url(listen.host, listen.port))
+        elif application.route_prefix is not None:
+            urls.append(proxy + application.route_prefix.rstrip("/"))
+    return urls
+
+
+def _url(host: str, port: int) -> str:
+    """Returns a URL at which this machine reaches a server that listens at a host and port."""
     shown = LOOPBACK if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    root = f"http://{shown}:{schema.http_options.port}{(schema.http_options.root_path or '').rstrip('/')}"
-    return [
-        root + (application.route_prefix or "").rstrip("/")
-        for application in schema.applications
-        if application.import_path == GATEWAY_BUILDER and application.route_prefix is not None
-    ]
+    return f"http://{shown}:{port}"
 
 
 def submit(schema: ServeDeploySchema) -> None:

@@ -84,6 +84,8 @@ def _check_keys(gateway: GatewayArgs, config: ServeDeploySchema) -> None:
     keys = Keys.read(gateway.keys_file)
     if "host" in config.http_options.model_fields_set:  # else the launcher listens on this machine alone
         require_key_beyond_loopback(str(config.http_options.host), bool(keys))
+    if gateway.listen is not None:
+        require_key_beyond_loopback(gateway.listen.host, bool(keys), "listen")
 
 
 def _refuse_unknown_keys(value: Any, model: type[BaseModel], where: str) -> None:

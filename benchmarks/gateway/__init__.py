@@ -1,0 +1,1 @@
+"""The HTTP gateway against vLLM's own server, and its parts: Serve's proxy, replicas, `/sample` and sessions."""
