@@ -103,7 +103,7 @@ class MessageStream(Protocol):
 
         Args:
             text: the sample's new text, special tokens included. It does not end inside of a character.
-            token_ids: the sample's new tokens. Parsers that read text alone ignore them.
+            token_ids: the sample's new tokens, for parsers that read them. Those of this package and of vLLM read text.
             last: whether the sample is complete. Releases everything that was held back.
 
         Raises:

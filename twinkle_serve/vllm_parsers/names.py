@@ -19,8 +19,8 @@ _BY_TOKENS = {"openai", "openai_gptoss"}
 """Parsers of gpt-oss, which read token ids by a vocabulary of their own."""
 NOT_INSTALLED = (
     "the template's parsers are vLLM's, and vLLM is not installed in this process. Install it with pip install "
-    "'twinkle-serve[vllm]', read the messages through the HTTP gateway, which has it, or set tool_parser and "
-    "reasoning_parser of the template to parsers without the prefix vllm:."
+    "'twinkle-serve[cpu]' or 'twinkle-serve[cuda]', read the messages through the HTTP gateway, which has it, or set "
+    "tool_parser and reasoning_parser of the template to parsers without the prefix vllm:."
 )
 
 
