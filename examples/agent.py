@@ -8,8 +8,8 @@ reports that to the model, which tries again: `solve` below, which knows nothing
 of the gateway, so the trainer gets the very tokens that were sampled, with their logprobs, and not what a chat template
 makes of the messages afterwards.
 
-Each step has the agent attempt every problem of a batch several times, rewards its last answers, takes optimizer steps
-on the sessions, and publishes the weights to the service, which keeps them. Ends with the accuracy on held-out problems
+Each step has the agent attempt every problem of a batch several times, rewards its answers, takes optimizer steps on
+the sessions, and publishes the weights to the service, which keeps them. Ends with the accuracy on held-out problems
 at temperature 1, before and after.
 
 The demo model writes numbers and has never seen a tool, so by default its whole reply is the argument of `check`, and
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from policy import Policy, advantages, batch_of
+from policy import Policy, advantages, batch_of, turn_column
 from sums import problems, reward
 
 from twinkle_serve import InputFeature, connect, gateway_session
@@ -117,9 +117,9 @@ class Attempt:
         return self.answers[0] == self.truth
 
     @property
-    def reward(self) -> float:
-        """Of the last answer, in part for correct digits."""
-        return reward(self.answers[-1], self.truth)
+    def rewards(self) -> list[float]:
+        """Of each answer, in part for correct digits."""
+        return [reward(answer, self.truth) for answer in self.answers]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Step:
 
     step: int
     reward: float
-    """Mean reward of the attempts."""
+    """Mean reward of the last answers."""
     right: float
     """Share of attempts whose last answer is right."""
     right_at_once: float
@@ -138,7 +138,7 @@ class Step:
     policy_change: float
     """Mean |Δlogprob| of the same tokens between the first and the last inner step."""
     sessions_used: int
-    """Number of attempts in groups with different rewards; the others have no gradient."""
+    """Number of attempts with an answer that is better or worse than others to the same problem, in the same try."""
     agent_s: float
     train_s: float
     publish_s: float
@@ -201,27 +201,40 @@ class Training:
         attempts = await self.attempts([each for each in drawn for _ in range(samples)])
         inputs = await self.features(attempts)
         attempted = time.perf_counter()
-        rows: list[InputFeature] = []
-        gains: list[float] = []
-        for i in range(0, len(attempts), samples):
-            group = advantages([attempt.reward for attempt in attempts[i : i + samples]])
-            if group is not None:
-                rows += inputs[i : i + samples]
-                gains += group
-        difference, change = self._policy.optimize(batch_of(rows), gains) if rows else (0.0, 0.0)
+        groups = [attempts[i : i + samples] for i in range(0, len(attempts), samples)]
+        gains = [turns for group in groups for turns in turn_advantages(group)]
+        used = [(path, turns) for path, turns in zip(inputs, gains, strict=True) if any(turns)]
+        difference, change = 0.0, 0.0
+        if used:
+            batch = batch_of([path for path, _ in used])
+            difference, change = self._policy.optimize(
+                batch, turn_column(batch["labels"], [turns for _, turns in used])
+            )
         trained = time.perf_counter()
         return Step(
             step=step,
-            reward=sum(attempt.reward for attempt in attempts) / len(attempts),
+            reward=sum(attempt.rewards[-1] for attempt in attempts) / len(attempts),
             right=_share(attempts, "right"),
             right_at_once=_share(attempts, "right_at_once"),
             logprob_difference=difference,
             policy_change=change,
-            sessions_used=len(rows),
+            sessions_used=len(used),
             agent_s=attempted - started,
             train_s=trained - attempted,
             publish_s=self._policy.publish(),
         )
+
+
+def turn_advantages(group: Sequence[Attempt]) -> list[list[float]]:
+    """Returns the advantage of each answer of each attempt, among the answers of the same try to the same problem: a
+    first answer is not to blame for the second, nor a second one for the first."""
+    gains = [[0.0] * len(attempt.answers) for attempt in group]
+    for turn in range(max(map(len, gains))):
+        reached = [i for i, attempt in enumerate(group) if len(attempt.answers) > turn]
+        found = advantages([group[i].rewards[turn] for i in reached])
+        for i, gain in zip(reached, found or [0.0] * len(reached), strict=True):
+            gains[i][turn] = gain
+    return gains
 
 
 def _share(attempts: Sequence[Attempt], name: str) -> float:

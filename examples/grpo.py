@@ -82,6 +82,8 @@ class Trainer:
 
     def step(self, step: int, drawn: Sequence[tuple[str, str]], samples: int) -> Step:
         """Samples, rewards, optimizes and publishes once."""
+        import torch
+
         started = time.perf_counter()
         params = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=1.0, seed=step)
         response = self._sampler.sample(_prompts(drawn), params, self._policy.adapter, num_samples=samples)
@@ -96,7 +98,9 @@ class Trainer:
                 gains += group_advantages
         difference, change = 0.0, 0.0
         if sequences:
-            difference, change = self._policy.optimize(SampleResponse(sequences).to_training_batch(), gains)
+            difference, change = self._policy.optimize(
+                SampleResponse(sequences).to_training_batch(), torch.tensor(gains)[:, None]
+            )
         trained = time.perf_counter()
         # Each sample names its adapter's version, or the versions of the model's own weights.
         versions = [number(s.adapter or s.weight_versions[0].version) for s in response.sequences]

@@ -69,12 +69,12 @@ class Policy:
         self.version = number(label)
         return time.perf_counter() - started
 
-    def optimize(self, batch: Mapping[str, Any], advantages: Sequence[float]) -> tuple[float, float]:
+    def optimize(self, batch: Mapping[str, Any], advantage: Any) -> tuple[float, float]:
         """Takes optimizer steps on sampled tokens.
 
         Args:
             batch: `input_ids`, `attention_mask`, `labels` and `logprobs` as tensors, a row for each sample.
-            advantages: one for each row.
+            advantage: a tensor with the advantage of each label, or with one column of each row's.
 
         Returns:
             Mean |Δlogprob| of the sampled tokens between trainer and sampler before the first optimizer step, and
@@ -83,7 +83,6 @@ class Policy:
         import torch
 
         labels, mask, old = batch["labels"], batch["labels"] != IGNORED, batch["logprobs"]
-        advantage = torch.tensor(advantages)[:, None]
         first = None
         for _ in range(self._inner_steps):
             logits = self._model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -97,6 +96,22 @@ class Policy:
             self._optimizer.step()
         self._rate.step()
         return float((first - old)[mask].abs().mean()), float((new - first)[mask].abs().mean())
+
+
+def turn_column(labels: Any, turns: Sequence[Sequence[float]]) -> Any:
+    """Returns a value for each label, of the turn that it is in: 0 where there is no label.
+
+    Args:
+        labels: a row for each conversation; the labels of a turn are consecutive.
+        turns: a value for each sampled turn of each conversation.
+    """
+    import torch
+
+    sampled = (labels != IGNORED).long()
+    begins = torch.diff(sampled, prepend=torch.zeros_like(sampled[:, :1])) == 1
+    most = max(map(len, turns))
+    values = torch.tensor([[0.0, *row, *[0.0] * (most - len(row))] for row in turns])
+    return values.gather(1, begins.cumsum(1)) * sampled
 
 
 def batch_of(features: Sequence[InputFeature]) -> dict[str, Any]:
