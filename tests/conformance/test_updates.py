@@ -68,8 +68,12 @@ async def test_updates_joined_are_the_samples(
         free = await engine.one(prompts[1], **SEEDED)
         options["stop"] = [free.decoded[30:33] if stop == "second" else stop for stop in options["stop"]]
     whole = (await engine.sample([prompts[1]], **options)).columns
-    reported, joined = await updates_of(engine, replace(engine.group(prompts[1], **options), updates=text))
-    assert len(joined) == 3
+    reported = list[PartialUpdate]()
+    for _ in range(5):  # on a busy machine all tokens of a short sample may arrive at once
+        reported, joined = await updates_of(engine, replace(engine.group(prompts[1], **options), updates=text))
+        assert len(joined) == 3
+        if reported:
+            break
     assert reported, "something is reported before the samples end"
     texts = whole.decoded if text == "decoded" or whole.whole_text is None else whole.whole_text
     for row, (update, start) in enumerate(zip(joined, whole.starts.tolist(), strict=True)):
