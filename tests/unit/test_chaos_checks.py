@@ -355,7 +355,7 @@ def kept_node(
 
 def attempt(turn: Turn, prompt: tuple[int, ...], texts: dict[int, str]) -> TurnAttempt:
     """An acknowledged request, with the texts of its nodes."""
-    told = {} if turn.stream else {"adapter": "", "versions": (("step-1", 0, 3),)}
+    told: dict[str, Any] = {} if turn.stream else {"adapter": "", "versions": (("step-1", 0, 3),)}
     choices = tuple(
         Choice(text=text, tokens=(11, 12, 20 + node), finish="length", node=None if turn.stream else node, **told)
         for node, text in texts.items()
