@@ -3,9 +3,10 @@
     scripts/chaos --minutes N [--seed S] [--json FILE] [--engine vllm | fake] [--kill-engines-only]
     scripts/chaos --short [--seed S] [--json FILE]
 
-A separate cluster with two engines gets a steady load of sampling calls on adapters and the model, a stream of new
-versions of both, and an event about every --period-s: a process of the service or a trainer is killed or stopped, or
-Ray's object store is filled. Exits with 1 if any sample was lost, doubled or mislabelled, or a call failed or hung.
+A separate cluster with two engines and a gateway gets a steady load of sampling calls on adapters and the model, agents
+with sessions over HTTP, a stream of new versions of both, and an event about every --period-s: a process of the service
+or a trainer is killed or stopped, or Ray's object store is filled. Exits with 1 if any sample or acknowledged turn was
+lost, doubled or mislabelled, or a call failed or hung.
 Other options override those of --short.
 """
 

@@ -57,6 +57,11 @@ def check(answered: Answered, history: History) -> Iterator[Finding]:
     """Checks one call by itself."""
     if answered.ended_at - answered.begun_at > TIMEOUT_S + LATE_S:
         yield answered.finding("hang", f"took {answered.ended_at - answered.begun_at:.1f} s")
+    yield from check_samples(answered, history)
+
+
+def check_samples(answered: Answered, history: History) -> Iterator[Finding]:
+    """Checks what a call returned."""
     yield from _prompts(answered)
     yield from _streams(answered)
     for sequence in answered.sequences:

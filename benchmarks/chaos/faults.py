@@ -15,6 +15,8 @@ import psutil
 import ray
 
 from benchmarks.chaos.load import Trainers
+from tests.support.gateway import NAME as GATEWAY
+from tests.support.gateway import answers
 from tests.support.processes import core_processes, with_title
 
 STOPPED_S = (2.0, 45.0)
@@ -26,6 +28,7 @@ FILLED_PART = 1.2
 ARRAY_BYTES = 2**23
 
 ENGINE_KILLS = ("engine replica killed", "engine core killed")
+GATEWAY_KILLED = "gateway killed"
 
 
 class NoVictim(Exception):
@@ -44,14 +47,17 @@ class Strike:
 
 
 class Faults:
-    """Causes faults in the processes of one application on this machine."""
+    """Causes faults in the processes of one application on this machine, and of its gateway."""
 
-    def __init__(self, application: str, engines: int, trainers: Trainers, rng: random.Random, *, cores: bool) -> None:
+    def __init__(
+        self, application: str, engines: int, trainers: Trainers, url: str, rng: random.Random, *, cores: bool
+    ) -> None:
         """
         Args:
+            url: of the gateway.
             cores: whether each engine has a core process of vLLM's as a child.
         """
-        self._application, self._trainers, self._rng = application, trainers, rng
+        self._application, self._trainers, self._url, self._rng = application, trainers, url, rng
         self._engines = [f"engine-dp{rank}" for rank in range(engines)]
         self._stopped: set[psutil.Process] = set()
         self.kinds: dict[str, Callable[[frozenset[str]], Strike]] = {
@@ -60,6 +66,7 @@ class Faults:
             "router killed": lambda _: self._kill(self._replica("router")),
             "store killed": lambda _: self._kill(self._replica("store")),
             "controller killed": lambda _: self._kill(Victim("controller", "ServeController")),
+            GATEWAY_KILLED: lambda _: self._kill_gateway(),
             "trainer killed": lambda _: self._kill_trainer(),
             "object store filled": lambda _: self._fill(),
         }
@@ -87,7 +94,8 @@ class Faults:
 
     def doubled(self) -> str:
         """Describes the processes of deployments that have more than one; "" if none has."""
-        seen = [self._replica(name).seen() for name in (*self._engines, "router", "store")]
+        victims = [*map(self._replica, (*self._engines, "router", "store")), GATEWAY_REPLICA]
+        seen = [victim.seen() for victim in victims]
         return "; ".join(itertools.chain.from_iterable(each for each in seen if len(each) > 1))
 
     def _engine(self, ready: frozenset[str]) -> str:
@@ -121,6 +129,10 @@ class Faults:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.resume()
         self._stopped.discard(process)
+
+    def _kill_gateway(self) -> Strike:
+        strike = self._kill(GATEWAY_REPLICA)
+        return Strike(strike.target, lambda: strike.over() and answers(f"{self._url}/healthz"), strike.seen)
 
     def _kill_trainer(self) -> Strike:
         life = self._rng.choice(self._trainers.living)
@@ -181,6 +193,9 @@ class Victim:
     def seen(self) -> list[str]:
         """Describes all processes of its title, with their children."""
         return [_tree(process) for process in with_title(self.title)]
+
+
+GATEWAY_REPLICA = Victim(GATEWAY, f"ServeReplica:{GATEWAY}:gateway")
 
 
 def _newest(processes: list[psutil.Process]) -> psutil.Process:

@@ -10,9 +10,12 @@ from typing import Literal, TypeAlias
 
 from benchmarks.chaos.calls import TIMEOUT_S, Begun, recorded
 from benchmarks.chaos.checks import Answered, Finding
+from benchmarks.chaos.faults import GATEWAY_KILLED
 from benchmarks.chaos.load import Life
 from benchmarks.chaos.publisher import History
 from benchmarks.chaos.reference import Reference
+from benchmarks.chaos.trajectories import check_session
+from benchmarks.chaos.turns import AgentSession
 from benchmarks.chaos.watch import Watch
 
 ENGINES = 2
@@ -44,6 +47,8 @@ class Options:
     trainers: int = 3
     callers: int = 4
     """Concurrent calls of each trainer."""
+    agents: int = 4
+    """HTTP clients with sessions."""
     publish_s: float = 4.0
     """Period of new versions of the model's own weights."""
     share: float = 1.0
@@ -58,9 +63,17 @@ SHORT = Options(
     bound_s=90.0,
     warm_up_s=1.0,
     settled_s=3.0,
-    kinds=("engine replica killed", "router killed", "trainer killed", "store killed", "controller killed"),
+    kinds=(
+        "engine replica killed",
+        "router killed",
+        "trainer killed",
+        "store killed",
+        "controller killed",
+        GATEWAY_KILLED,
+    ),
     overlapping=True,
     trainers=2,
+    agents=3,
     publish_s=1.0,
     share=0.5,
 )
@@ -109,8 +122,14 @@ class Run:
     """Calls that were killed with their trainer."""
     compared: int = 0
     """Samples of repeated calls that were compared with others."""
+    sessions: list[AgentSession] = field(default_factory=list)
+    """Sessions of the agents."""
+    turns: list[Answered] = field(default_factory=list)
+    """Turns of the trajectories that were fetched, as calls."""
     reference: Reference | None = None
     """Set once the samples are scored."""
+    turns_scored: int = 0
+    """Spans of the trajectories among those that agree."""
 
     def rate(self, *names: PhaseName) -> float:
         """Tokens per second of answered calls, each call's tokens spread evenly over its duration."""
@@ -168,6 +187,22 @@ def read(done: Run, life: Life) -> None:
         done.killed += len(begun)
     else:
         done.findings += [Finding("hang", f"{life.path.stem} call {n}", f"{b.call}") for n, b in begun.items()]
+
+
+def read_sessions(done: Run) -> None:
+    """Checks the agents' sessions, and keeps their turns for scoring."""
+    assert done.watch is not None
+    kills = [event.at for event in done.events if event.kind == GATEWAY_KILLED]
+    for session in done.sessions:
+        findings, calls = check_session(session, done.history, kills)
+        done.findings += findings
+        done.turns += calls
+        if session.given_up:
+            attempts = session.turns[-1]
+            took_s = attempts[-1].ended_at - attempts[0].begun_at
+            if done.watch.outage_s(attempts[0].begun_at, attempts[-1].ended_at) <= took_s / 2:
+                what = f"a turn was not answered in {len(attempts)} requests and {took_s:.0f} s"
+                done.findings.append(Finding("failed", session.name, what))
 
 
 def _is_excused(done: Run, answered: Answered) -> bool:

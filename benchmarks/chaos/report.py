@@ -43,6 +43,7 @@ def as_json(done: Run, command: str) -> Figures:
         },
         "samples": sum(len(response.columns) for call in good for response in call.responses),
         "tokens": sum(call.tokens for call in good),
+        "agents": _agents(done),
         "published": {
             "base": sum(attempt.published_at is not None for attempt in attempts[BASE][1:]),
             "adapters": sum(a.published_at is not None for name, made in attempts.items() if name for a in made),
@@ -61,6 +62,27 @@ def as_json(done: Run, command: str) -> Figures:
             "largest_difference_nats": round(done.reference.largest, 7),
         }
     return result
+
+
+def _agents(done: Run) -> Figures:
+    """Summarizes the sessions of HTTP clients."""
+    turns = [turn for session in done.sessions for turn in session.turns]
+    requests = [attempt for turn in turns for attempt in turn]
+    gaps = [turn[-1].ended_at - turn[0].begun_at for turn in turns]
+    kept = [{node["turn"]: node for node in session.nodes or ()} for session in done.sessions]
+    return {
+        "sessions": len(done.sessions),
+        "turns": len(turns),
+        "acknowledged": sum(turn[-1].acknowledged for turn in turns),
+        "streamed": sum(turn[-1].acknowledged and turn[-1].turn.stream for turn in turns),
+        "repeated": len(requests) - len(turns),
+        "errors": dict(Counter(attempt.error for attempt in requests if attempt.error)),
+        "longest_gap_s": round(max(gaps, default=0.0), 1),
+        "kept_turns": sum(map(len, kept)),
+        "branches": dict(Counter(node["branch"] for nodes in kept for node in nodes.values() if node["branch"])),
+        "samples": sum(len(session.nodes or ()) for session in done.sessions),
+        "spans_scored": done.turns_scored,
+    }
 
 
 def _line(finding: Finding) -> str:
@@ -98,13 +120,22 @@ def _goodput(done: Run) -> dict[str, float]:
 def summary(result: Figures) -> str:
     """Returns the same as text."""
     calls, goodput, published = result["calls"], result["goodput_tokens_per_s"], result["published"]
-    failed = ", ".join(f"{count} {name}" for name, count in calls["failed"].items()) or "none"
+    agents = result["agents"]
+    failed, errors = (
+        ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+        for counts in (calls["failed"], agents["errors"])
+    )
     lines = [
         f"{result['engine']} x {ENGINES}, seed {result['seed']}, commit {result['commit']}, {result['machine']}",
         f"calls      {calls['made']:,} made, {calls['answered']:,} answered, "
         f"{calls['killed with their trainer']} killed with their trainer; failed: {failed}",
         f"samples    {result['samples']:,} of {result['tokens']:,} tokens; "
         f"{result['samples_of_repeated_calls_compared']:,} compared with those of the same seed",
+        f"agents     {agents['sessions']:,} sessions of {agents['acknowledged']:,} acknowledged turns, "
+        f"{agents['streamed']:,} of them streamed, {agents['turns'] - agents['acknowledged']} not acknowledged; "
+        f"{agents['repeated']:,} requests repeated, errors: {errors}; longest turn {agents['longest_gap_s']:.1f} s",
+        f"           {agents['kept_turns']:,} turns in their trajectories, {agents['branches'] or 'no branches'}; "
+        f"{agents['spans_scored']:,} spans scored of {agents['samples']:,} samples",
         f"published  {published['base']} versions of the model, {published['adapters']} of adapters; "
         f"failed: {published['failed'] or 'none'}",
     ]

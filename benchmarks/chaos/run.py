@@ -9,30 +9,34 @@ from pathlib import Path
 
 from ray import serve
 
+from benchmarks.chaos.agents import Agents
 from benchmarks.chaos.calls import TIMEOUT_S
 from benchmarks.chaos.checks import LATE_S, Finding, check, check_references
 from benchmarks.chaos.faults import Faults, NoVictim, Strike
 from benchmarks.chaos.load import Life, Trainers
 from benchmarks.chaos.publisher import UPDATE_TIMEOUT_S, Publisher
-from benchmarks.chaos.record import ENGINES, Event, Options, Run, read
+from benchmarks.chaos.record import ENGINES, Event, Options, Run, read, read_sessions
 from benchmarks.chaos.reference import Reference
 from benchmarks.chaos.scorers import FakeScorer, TransformersScorer
+from benchmarks.chaos.turns import CONTEXT
 from benchmarks.chaos.watch import Watch
 from benchmarks.common.engines import EngineArgs
 from tests.support.deploy import deploy
+from tests.support.gateway import gateway_url
 from tests.support.ray_cluster import ray_cluster
+from twinkle_serve.sampler import RunningSampler
 
 APPLICATION = "chaos"
 ENGINE_ARGS: dict[str, EngineArgs] = {
     "vllm": {
         "dtype": "float32",
-        "max_model_len": 256,
+        "max_model_len": CONTEXT,
         "kv_cache_memory_bytes": 2**28,
         "enable_lora": True,
         "max_loras": 4,
         "max_lora_rank": 8,
     },
-    "fake": {"max_model_len": 256, "token_latency_s": 0.02},
+    "fake": {"max_model_len": CONTEXT, "token_latency_s": 0.02},
 }
 OBJECT_STORE_BYTES = 2**27
 POLL_S = 0.1
@@ -45,10 +49,11 @@ def run(options: Options) -> Run:
     done = Run(options)
     with tempfile.TemporaryDirectory(prefix="chaos-") as directory:
         # Two cores more than the engines': router, store and trainers request next to nothing.
-        with ray_cluster(num_cpus=ENGINES + 2, object_store_memory=OBJECT_STORE_BYTES):
-            lives = _disturb(done, Path(directory))
+        with ray_cluster(num_cpus=ENGINES + 2, with_http=True, object_store_memory=OBJECT_STORE_BYTES):
+            lives = _deployed(done, Path(directory))
         for life in lives:
             read(done, life)
+    read_sessions(done)
     for answered in done.calls:
         done.findings += check(answered, done.history)
     differences, done.compared = check_references(done.calls)
@@ -56,27 +61,38 @@ def run(options: Options) -> Run:
     print(f"scoring the samples of {len(done.calls)} calls ...", flush=True)
     done.reference = Reference(done.history, TransformersScorer() if options.engine == "vllm" else FakeScorer())
     done.findings += done.reference.check(done.calls, options.share, random.Random(options.seed))
+    scored = done.reference.samples
+    done.findings += done.reference.check(done.turns, 1.0, random.Random(options.seed))
+    done.turns_scored = done.reference.samples - scored
     return done
 
 
-def _disturb(done: Run, directory: Path) -> list[Life]:
-    """Runs the phases that need the service. Returns all trainers."""
-    options = done.options
+def _deployed(done: Run, directory: Path) -> list[Life]:
+    """Deploys the service and a gateway, and runs the phases that need them. Returns all trainers."""
     sampler = deploy(
         APPLICATION,
-        engine=options.engine,
+        engine=done.options.engine,
         device_mesh={"dp_size": ENGINES},
-        engine_args=ENGINE_ARGS[options.engine],
+        engine_args=ENGINE_ARGS[done.options.engine],
     )
+    with gateway_url(samplers={"sampler": APPLICATION}) as url:
+        return _disturb(done, directory, sampler, url)
+
+
+def _disturb(done: Run, directory: Path, sampler: RunningSampler, url: str) -> list[Life]:
+    """Runs the phases."""
+    options = done.options
+    agents = Agents(url, options.agents, options.seed)
     trainers = Trainers(APPLICATION, directory, options.seed, options.callers)
     rng = random.Random(options.seed)
-    faults = Faults(APPLICATION, ENGINES, trainers, rng, cores=options.engine == "vllm")
+    faults = Faults(APPLICATION, ENGINES, trainers, url, rng, cores=options.engine == "vllm")
     publisher = Publisher(sampler, done.history, options.publish_s)
     done.watch = watch = Watch(serve.get_app_handle(APPLICATION), ENGINES)
     watch.start()
     publisher.start()
     for life in [trainers.add() for _ in range(options.trainers)]:
         assert trainers.connected(life, timeout_s=60), f"{life.path.stem} did not connect"
+    agents.start()
     time.sleep(options.warm_up_s)
     with done.phase("calm before"):
         time.sleep(options.calm_s)
@@ -87,9 +103,12 @@ def _disturb(done: Run, directory: Path) -> list[Life]:
         faults.end()
     with done.phase("calm after"):
         time.sleep(options.calm_s)
+    agents.end()
     done.findings += [Finding("hang", "trainers", wrong) for wrong in trainers.stop(TIMEOUT_S + LATE_S)]
+    done.findings += [Finding("hang", "agents", wrong) for wrong in agents.stop(TIMEOUT_S + LATE_S)]
     if not publisher.stop(UPDATE_TIMEOUT_S + LATE_S):
         done.findings.append(Finding("hang", "publisher", "an update or an adapter does not end"))
+    done.sessions = agents.collect(sampler)
     if left := _left_behind(watch, faults):
         done.findings.append(Finding("left behind", "service", f"{IDLE_S:g} s after the last call: {left}"))
     watch.stop()

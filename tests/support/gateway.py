@@ -29,15 +29,15 @@ def gateway_url(**args: Any) -> Iterator[str]:
     client: Any = _get_global_client()
     url = f"http://127.0.0.1:{client.http_config.port}"
     try:
-        wait_until(lambda: _answers(f"{url}/healthz"), "the gateway answers")
+        wait_until(lambda: answers(f"{url}/healthz"), "the gateway answers")
         yield url
     finally:
         serve.delete(NAME)
-        wait_until(lambda: not _answers(f"{url}/healthz"), "the gateway is gone")
+        wait_until(lambda: not answers(f"{url}/healthz"), "the gateway is gone")
 
 
-def _answers(url: str) -> bool:
-    """Whether a URL answers; Serve's proxy does so with 404 where there is no application."""
+def answers(url: str) -> bool:
+    """Whether a URL answers with 200. Serve's proxy answers with 404 where there is no application."""
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
             return bool(answer.status == 200)

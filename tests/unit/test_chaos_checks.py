@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import multiprocessing
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import pytest
 
+from benchmarks.chaos.agents import request
 from benchmarks.chaos.calls import MAX_PROMPTS, MAX_SAMPLES, TIMEOUT_S, TOKENS, Call, draw, reference
 from benchmarks.chaos.checks import Answered, check, check_references
+from benchmarks.chaos.faults import GATEWAY_KILLED, Faults
 from benchmarks.chaos.publisher import BASE, RANK, AdapterMaker, Attempt, History
+from benchmarks.chaos.record import SHORT
 from benchmarks.chaos.reference import Reference
 from benchmarks.chaos.scorers import FakeScorer, TransformersScorer, each_bucket
+from benchmarks.chaos.trajectories import check_session
+from benchmarks.chaos.turns import (
+    BROKEN,
+    CUT,
+    ERROR_EVENT,
+    KINDS,
+    NO_END,
+    PROXY_500,
+    REFUSED,
+    AgentSession,
+    Choice,
+    Conversations,
+    Message,
+    Turn,
+    TurnAttempt,
+)
 from benchmarks.chaos.watch import Poll, Watch
 from tests.support import weights
 from tests.support.processes import core_processes
@@ -284,3 +306,286 @@ def test_calls_have_every_shape() -> None:
         assert (min(values), max(values)) == (least, most)
     assert {call.adapter for call in calls} == {"left", "right", ""}
     assert {(call.iterated, call.seed is None) for call in calls} == {(a, b) for a in (0, 1) for b in (0, 1)}
+
+
+# -- sessions of agents ------------------------------------------------------------------------------
+
+ASK = Turn(
+    kind="next",
+    messages=(("user", "1+1="),),
+    known=0,
+    model="",
+    n=1,
+    max_tokens=3,
+    ignore_eos=False,
+    seed=None,
+    stream=False,
+)
+TWO = replace(
+    ASK, messages=(*ASK.messages, ("assistant", "3"), ("user", "2+2=")), known=2, model="left", n=2, stream=True
+)
+FORK = replace(ASK, kind="fork", messages=(*TWO.messages[:2], ("user", "4+4=")), known=2)
+EDITED = replace(ASK, kind="edited", messages=(("user", "1+1="), ("assistant", "I say 2"), ("user", "5+5=")))
+
+
+def kept_node(
+    number: int, turn: str, prompt: tuple[int, ...], messages: list[Message], **changed: Any
+) -> dict[str, Any]:
+    """A node of a trajectory, whose sample is the tokens 11, 12 and one of its own."""
+    begin, adapter = len(prompt), changed.get("adapter", "")
+    return {
+        "id": number,
+        "parent": None,
+        "turn": turn,
+        "sample": 0,
+        "branch": "",
+        "messages": [{"role": role, "content": text} for role, text in messages],
+        "token_ids": [*prompt, 11, 12, 20 + number],
+        "sampled": [begin, begin + 3],
+        "logprobs": [-1.0, -2.0, -3.0],
+        "logprobs_mode": "raw_logprobs",
+        "weight_versions": [{"weights": "step-1", "adapter": adapter, "start": begin, "end": begin + 3}],
+        "adapter": adapter,
+        "seed": None,
+        "stop_reason": "length",
+        "engine": "engine-dp0",
+        **changed,
+    }
+
+
+def attempt(turn: Turn, prompt: tuple[int, ...], texts: dict[int, str]) -> TurnAttempt:
+    """An acknowledged request, with the texts of its nodes."""
+    told: dict[str, Any] = {} if turn.stream else {"adapter": "", "versions": (("step-1", 0, 3),)}
+    choices = tuple(
+        Choice(text=text, tokens=(11, 12, 20 + node), finish="length", node=None if turn.stream else node, **told)
+        for node, text in texts.items()
+    )
+    return TurnAttempt(turn=turn, begun_at=CALLED, ended_at=CALLED + 5, prompt=prompt, choices=choices)
+
+
+def failed_attempt(turn: Turn, error: str) -> TurnAttempt:
+    return TurnAttempt(turn=turn, begun_at=CALLED, ended_at=CALLED + 5, error=error)
+
+
+def agent_session() -> AgentSession:
+    """All is well: a turn whose first answer was lost, two streamed samples, a fork, and an edited answer."""
+    user, reply = ("user", "1+1="), ("assistant", "3")
+    before = (5, 6, 11, 12, 21)
+    nodes = [
+        kept_node(0, "a", (5, 6), [user, reply]),
+        kept_node(1, "b", (5, 6), [user, reply], branch="retry"),
+        kept_node(2, "c", (7,), [("user", "2+2="), ("assistant", "4")], parent=1, adapter="left@1"),
+        kept_node(3, "c", (7,), [("user", "2+2="), ("assistant", "5")], parent=1, adapter="left@1", sample=1),
+        kept_node(4, "d", (8,), [("user", "4+4="), ("assistant", "<8>")], parent=1, branch="fork"),
+        kept_node(5, "e", (9,), [*EDITED.messages, ("assistant", "10")], branch="edited"),
+    ]
+    nodes[4]["shown"] = {"role": "assistant", "content": "8"}
+    attempts = [
+        failed_attempt(ASK, "503"),
+        attempt(ASK, (5, 6), {1: "3"}),
+        attempt(TWO, (*before, 7), {2: "4", 3: "5"}),
+        attempt(FORK, (*before, 8), {4: "8"}),
+        attempt(EDITED, (9,), {5: "10"}),
+    ]
+    return AgentSession("id", "agent-0 session 0", attempts, nodes=nodes)
+
+
+def session_kinds(session: AgentSession, gateway_kills: tuple[float, ...] = ()) -> set[str]:
+    findings, _ = check_session(session, history(), gateway_kills)
+    return {finding.kind for finding in findings}
+
+
+def test_session_in_which_all_is_well_has_no_findings() -> None:
+    """Its turns are calls whose prompts begin with the tokens of the turns before."""
+    findings, calls = check_session(agent_session(), history(), ())
+    assert findings == []
+    assert [call.call.prompts[0] for call in calls if call.call.num_samples == 2] == [(5, 6, 11, 12, 21, 7)]
+    assert len(calls) == 5 and sum(call.tokens for call in calls) == 18
+
+
+def changed_node(session: AgentSession, number: int, **changed: Any) -> None:
+    assert session.nodes is not None
+    session.nodes[number] |= changed
+
+
+def without_nodes(session: AgentSession, *numbers: int) -> None:
+    """Leaves nodes out, and numbers the others anew; no client was told the old numbers."""
+    assert session.nodes is not None
+    kept = [node for node in session.nodes if node["id"] not in numbers]
+    new = {node["id"]: i for i, node in enumerate(kept)}
+    for node in kept:
+        node |= {"id": new[node["id"]], "parent": new.get(node["parent"])}
+    session.nodes = kept
+    for i, each in enumerate(session.attempts):
+        session.attempts[i] = replace(each, choices=tuple(replace(choice, node=None) for choice in each.choices))
+
+
+def told(session: AgentSession, index: int, **changed: Any) -> None:
+    """Changes the first choice of an answer."""
+    first, *others = session.attempts[index].choices
+    session.attempts[index] = replace(session.attempts[index], choices=(replace(first, **changed), *others))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lambda s: without_nodes(s, 5), {"lost"}),
+        (lambda s: without_nodes(s, 2, 3), {"lost", "mislabelled"}),  # the turn after it is no fork then
+        (lambda s: changed_node(s, 5, token_ids=[9, 11, 12, 99]), {"lost", "doubled"}),
+        (lambda s: changed_node(s, 5, token_ids=[9, 11, 12], sampled=[1, 3]), {"lost", "doubled"}),
+        (lambda s: changed_node(s, 5, token_ids=[10, 11, 12, 25]), {"lost", "doubled"}),
+        (lambda s: s.attempts.pop(0), {"doubled"}),
+        (lambda s: s.attempts.pop(4), {"wrong"}),
+        (lambda s: changed_node(s, 1, branch=""), {"mislabelled"}),
+        (lambda s: changed_node(s, 4, branch=""), {"mislabelled"}),
+        (lambda s: changed_node(s, 5, branch="root"), {"mislabelled"}),
+        (lambda s: changed_node(s, 2, branch="fork"), {"mislabelled"}),
+        (lambda s: changed_node(s, 4, shown={"role": "assistant", "content": "9"}), {"wrong"}),
+        (lambda s: changed_node(s, 2, messages=[{"role": "user", "content": "2+3="}] * 2), {"wrong"}),
+        (lambda s: changed_node(s, 0, stop_reason="stop"), set()),
+        (lambda s: changed_node(s, 1, stop_reason="stop"), {"wrong"}),
+        (lambda s: changed_node(s, 5, logprobs=None), {"wrong"}),
+        (lambda s: changed_node(s, 2, adapter="right@1"), {"mislabelled"}),
+        (lambda s: changed_node(s, 2, adapter="left@7"), {"mislabelled"}),
+        (lambda s: changed_node(s, 0, weight_versions=[{"weights": "step-9", "start": 2, "end": 5}]), {"mislabelled"}),
+        (lambda s: changed_node(s, 0, weight_versions=[{"weights": "initial", "start": 2, "end": 5}]), {"mislabelled"}),
+        (lambda s: changed_node(s, 2, parent=9), {"wrong"}),
+        (lambda s: changed_node(s, 3, token_ids=[6, 11, 12, 23]), {"wrong"}),
+        (lambda s: changed_node(s, 3, sample=2), {"wrong"}),
+        (lambda s: told(s, 2, text="40"), {"wrong"}),
+        (lambda s: told(s, 2, finish="stop"), {"wrong"}),
+        (lambda s: told(s, 2, tokens=(11, 12, 99)), {"lost", "doubled"}),
+        (lambda s: told(s, 3, node=2), {"mislabelled"}),
+        (lambda s: told(s, 3, versions=(("step-2", 0, 3),)), {"mislabelled"}),
+        (lambda s: told(s, 3, adapter="left@1"), {"mislabelled"}),
+        (lambda s: setattr(s, "nodes", None), {"lost"}),
+        (lambda s: setattr(s, "problem", "it is gone"), {"failed"}),
+    ],
+)
+def test_defect_of_a_session_is_found(spoil: Callable[[AgentSession], object], found: set[str]) -> None:
+    """Each defect is found by itself."""
+    session = agent_session()
+    spoil(session)
+    assert session_kinds(session) == found
+
+
+def test_turn_that_was_tokenised_again_is_found() -> None:
+    """Its tokens and messages are all there, but it does not continue the turn before."""
+    session = agent_session()
+    prompt = (5, 6, 11, 12, 21, 8)
+    messages = [{"role": role, "content": text} for role, text in FORK.messages]
+    changed_node(
+        session,
+        4,
+        parent=None,
+        branch="root",
+        messages=[*messages, {"role": "assistant", "content": "8"}],
+        token_ids=[*prompt, 11, 12, 24],
+        sampled=[6, 9],
+        weight_versions=[{"weights": "step-1", "start": 6, "end": 9}],
+    )
+    assert session_kinds(session) == {"wrong"}
+
+
+@pytest.mark.parametrize(
+    ("turn", "error", "found"),
+    [
+        (ASK, "503", set()),
+        (ASK, "504", set()),
+        (ASK, "429", set()),
+        (ASK, "500", {"failed"}),
+        (ASK, "400", {"failed"}),
+        (ASK, "410", {"failed"}),
+        (ASK, BROKEN, {"failed"}),
+        (ASK, REFUSED, {"failed"}),
+        (ASK, NO_END, {"hang"}),
+        (ASK, CUT, {"failed"}),
+        (TWO, BROKEN, set()),
+        (TWO, CUT, {"failed"}),
+        (TWO, f"{ERROR_EVENT}: unavailable", set()),
+        (TWO, f"{ERROR_EVENT}: server_error", {"failed"}),
+    ],
+)
+def test_request_may_fail_in_documented_ways_only(turn: Turn, error: str, found: set[str]) -> None:
+    """By a status or an event that says so, or, once a stream has begun, by its connection."""
+    session = agent_session()
+    session.attempts.append(failed_attempt(turn, error))
+    assert session_kinds(session) == found
+
+
+def test_500_of_the_proxy_needs_a_killed_gateway() -> None:
+    session = agent_session()
+    session.attempts.append(failed_attempt(ASK, PROXY_500))
+    assert session_kinds(session, (CALLED + 1,)) == set()
+    assert session_kinds(session, (CALLED - 1,)) == session_kinds(session, (CALLED + 6,)) == {"failed"}
+
+
+def test_request_that_ends_long_after_its_deadline_is_found() -> None:
+    session = agent_session()
+    session.attempts[0] = replace(session.attempts[0], ended_at=CALLED + TIMEOUT_S + 20)
+    assert session_kinds(session) == {"hang"}
+
+
+EVENT: dict[str, Any] = {"choices": [{"index": 0, "delta": {"content": "4"}, "token_ids": [7], "finish_reason": None}]}
+END: dict[str, Any] = {"choices": [{"index": 0, "delta": {}, "token_ids": [8], "finish_reason": "stop"}]}
+FAILURE: dict[str, Any] = {"error": {"message": "gone", "type": "server_error", "code": "unavailable"}}
+
+
+@pytest.mark.parametrize(
+    ("sent", "error"),
+    [
+        ([EVENT, END, "[DONE]"], ""),
+        ([EVENT, END], CUT),
+        ([EVENT, "[DONE]"], CUT),
+        ([EVENT], CUT),
+        ([EVENT, FAILURE, "[DONE]"], f"{ERROR_EVENT}: unavailable"),
+        ([EVENT, FAILURE], f"{ERROR_EVENT}: unavailable"),
+    ],
+)
+def test_stream_is_acknowledged_by_its_end_alone(sent: list[Any], error: str) -> None:
+    """All its events, and [DONE]."""
+    data = b": waiting\n\n" + b"".join(
+        b"data: " + (each if isinstance(each, str) else json.dumps(each)).encode() + b"\n\n" for each in sent
+    )
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, content=data))
+    with httpx.Client(transport=transport) as client:
+        made = request(client, "http://gateway", replace(ASK, stream=True))
+    assert made.error == error
+    if not error:
+        assert made.choices == (Choice(text="4", tokens=(7, 8), finish="stop"),)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error"),
+    [(503, "{}", "503"), (500, '{"error": {}}', "500"), (500, "Internal Server Error", PROXY_500), (200, "{}", CUT)],
+)
+def test_failed_answer_is_recorded_as_its_status(status: int, body: str, error: str) -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(status, text=body))
+    with httpx.Client(transport=transport) as client:
+        assert request(client, "http://gateway", ASK).error == error
+
+
+def test_conversations_that_are_drawn_are_those_that_the_checks_expect() -> None:
+    """Equal messages are repeated turns, all kinds occur, and what is known ends with a sampled message."""
+    rng, drawn = random.Random(3), []
+    for _ in range(30):
+        conversations = Conversations(rng)
+        turns = []
+        for _ in range(conversations.length):
+            turn = conversations.next_turn()
+            turns.append(turn)
+            conversations.answered(turn, [Choice(text="3", tokens=(1,), finish="stop")])
+        for turn in turns:
+            same = [other for other in turns if other.messages == turn.messages]
+            assert {replace(other, kind="next") for other in same} == {replace(turn, kind="next")}
+            assert turn.known == 0 or turn.messages[turn.known - 1] == ("assistant", "3")
+            assert ("assistant", "3") not in turn.messages[turn.known :]
+        drawn += turns
+    assert {turn.kind for turn in drawn} == set(KINDS)
+    assert {turn.n for turn in drawn} == {1, 2} and {turn.stream for turn in drawn} == {True, False}
+
+
+def test_faults_are_those_that_a_short_run_names() -> None:
+    """An unknown kind would end a run in its middle."""
+    faults = Faults("chaos", 2, None, "http://gateway", random.Random(0), cores=True)  # type: ignore[arg-type]
+    assert GATEWAY_KILLED in faults.kinds and set(SHORT.kinds) <= set(faults.kinds)
