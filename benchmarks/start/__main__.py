@@ -77,7 +77,7 @@ async def main() -> None:
                 await asyncio.to_thread(drop_page_cache)
             results[way].append(await started(way, options.port))
             print(f"round {number + 1} {way:10}{results[way][-1]}", flush=True)
-        report.update(**{way: figures(each, results["bare"]) for way, each in results.items()})
+        report.update(**{way: figures(each, results.get("bare", [])) for way, each in results.items()})
     report.finish()
 
 
