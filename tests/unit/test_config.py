@@ -44,8 +44,11 @@ def test_every_config_has_http_listen_on_this_machine_alone(path: Path) -> None:
     ("options", "host"),
     [("{}", "127.0.0.1"), ("{port: 8001}", "127.0.0.1"), ("{host: 0.0.0.0}", "0.0.0.0"), ("{host: '::1'}", "::1")],
 )
-def test_launcher_listens_where_the_config_says(tmp_path: Path, options: str, host: str) -> None:
-    """On this machine alone where it says nothing."""
+def test_launcher_listens_where_the_config_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, host: str
+) -> None:
+    """On this machine alone where it says nothing. Beyond it the config's gateway needs a key."""
+    monkeypatch.setenv("TWINKLE_SERVE_KEYS", "trainer:admin:0123456789abcdef")
     path = tmp_path / "config.yaml"
     _, _, applications = (ROOT / "serve_config.yaml").read_text().partition("\napplications:")
     path.write_text(f"http_options: {options}\napplications:{applications}")
