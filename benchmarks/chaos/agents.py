@@ -176,8 +176,12 @@ class Agents:
             agent.join(max(0.0, deadline - time.monotonic()))
         return [f"{agent.name} has a turn that does not end" for agent in self._agents if agent.is_alive()]
 
-    def collect(self, sampler: RunningSampler) -> list[AgentSession]:
-        """Fetches the trajectories over HTTP, the first one also by handle, and ends the sessions. Returns them."""
+    def collect(self, sampler: RunningSampler | None) -> list[AgentSession]:
+        """Fetches the trajectories over HTTP, the first one also by handle, and ends the sessions. Returns them.
+
+        Args:
+            sampler: None for a sampler that is no service, and has no sessions by handle.
+        """
         sessions = [session for agent in self._agents for session in agent.sessions if session.attempts]
         for i, session in enumerate(sessions):
             try:

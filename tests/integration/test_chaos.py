@@ -10,20 +10,22 @@ from benchmarks.chaos.run import run
 
 pytestmark = [pytest.mark.ray, pytest.mark.own_cluster]
 SEED = 4
-"""The first events are of the router, a trainer, an engine and the controller."""
+"""The first events are of the store, the router, an engine, the controller and the gateway; on the fake engine, of an
+engine, the gateway and the store."""
 BOUND_S = 300.0
 """An engine imports vLLM in three processes in turn: 75 s on two busy cores, 150 s where others want them as well."""
-KILLS = ("router killed", "store killed", "engine replica killed", "trainer killed")
+KILLS = ("router killed", "store killed", "engine replica killed", "trainer killed", "gateway killed")
 
 
 def checked(options: Options) -> Run:
-    """A run in which nothing was lost, doubled or mislabelled."""
+    """A run in which nothing was lost, doubled or mislabelled, of trainers and of agents over HTTP."""
     done = run(options)
     print(summary(as_json(done, "pytest")))
     assert done.findings == []
     # A slow machine recovers from fewer in the same time.
     assert len(done.events) >= 2 and all(event.recovered_s is not None for event in done.events)
     assert done.compared > 10
+    assert len(done.turns) > 10 and done.turns_scored >= len(done.turns)
     return done
 
 

@@ -15,17 +15,19 @@ import numpy as np
 import psutil
 import pytest
 
+from benchmarks.chaos import agents
 from benchmarks.chaos.agents import request
 from benchmarks.chaos.calls import MAX_PROMPTS, MAX_SAMPLES, TIMEOUT_S, TOKENS, Call, draw, reference
 from benchmarks.chaos.checks import Answered, check, check_references
 from benchmarks.chaos.faults import GATEWAY_KILLED, Faults
-from benchmarks.chaos.publisher import BASE, RANK, AdapterMaker, Attempt, History
+from benchmarks.chaos.publisher import BASE, RANK, AdapterMaker, Attempt, History, Publisher
 from benchmarks.chaos.record import SHORT
 from benchmarks.chaos.reference import Reference
 from benchmarks.chaos.scorers import FakeScorer, TransformersScorer, each_bucket
 from benchmarks.chaos.trajectories import check_session
 from benchmarks.chaos.turns import (
     BROKEN,
+    CONTEXT,
     CUT,
     ERROR_EVENT,
     KINDS,
@@ -41,6 +43,8 @@ from benchmarks.chaos.turns import (
 )
 from benchmarks.chaos.watch import Poll, Watch
 from tests.support import weights
+from tests.support.eventually import wait_until
+from tests.support.gateway_app import gateway_app
 from tests.support.processes import core_processes
 from tests.support.titles import titled
 from twinkle_serve import SampleResponse, hub
@@ -589,3 +593,31 @@ def test_faults_are_those_that_a_short_run_names() -> None:
     """An unknown kind would end a run in its middle."""
     faults = Faults("chaos", 2, None, "http://gateway", random.Random(0), cores=True)  # type: ignore[arg-type]
     assert GATEWAY_KILLED in faults.kinds and set(SHORT.kinds) <= set(faults.kinds)
+
+
+def test_sessions_of_agents_whose_answers_are_lost_have_no_findings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a gateway in this process. Every third answer is lost after its turn was kept; the turn is repeated."""
+    made: list[TurnAttempt] = []
+
+    def lossy(client: httpx.Client, url: str, turn: Turn) -> TurnAttempt:
+        made.append(attempt := request(client, url, turn))
+        return replace(attempt, error="503", prompt=(), choices=()) if len(made) % 3 == 0 else attempt
+
+    monkeypatch.setattr(agents, "request", lossy)
+    monkeypatch.setattr(agents, "PAUSE_S", 0.0)
+    published = History()
+    with gateway_app(engine_args={"max_model_len": CONTEXT}) as gateway, gateway.served() as url:
+        Publisher(gateway.sampler, published, 60.0)  # publishes the adapters, and is not started
+        load = agents.Agents(url, 2, seed=5)
+        load.start()
+        wait_until(lambda: len(made) > 60, "turns are taken")
+        assert load.stop(60) == []
+        sessions = load.collect(None)
+    checked = [check_session(session, published, ()) for session in sessions]
+    assert [finding for findings, _ in checked for finding in findings] == []
+    calls = [call for _, calls in checked for call in calls]
+    scorer = Reference(published, FakeScorer())
+    assert scorer.check(calls, 1.0, random.Random(0)) == []
+    assert scorer.samples == sum(len(call.sequences) for call in calls) > 50
+    branches = {node["branch"] for session in sessions for node in session.nodes or ()}
+    assert branches >= {"", "retry", "fork", "edited"}
