@@ -35,6 +35,7 @@ PROCESSES = "tests/integration/test_engine_processes.py"
 GROUPS = "tests/integration/remote/test_device_groups.py"
 IN_GROUP = "tests/integration/test_sampler_in_group.py"
 TINKER = "tests/integration/test_gateway_tinker.py"
+HTTP_CLIENTS = "tests/integration/test_gateway_clients.py"
 ELASTIC = "tests/integration/test_elastic.py"
 DOCUMENT = "tests/unit/gateway/test_document.py"
 
@@ -54,6 +55,7 @@ ALL = frozenset(
         SCRIPTS,
         *SERVICE,
         SPECIFICATION,
+        HTTP_CLIENTS,
         TINKER,
         UNDER_FIRE,
         VLLM,
@@ -73,7 +75,7 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("tests/support/docs.py", frozenset()),
     ("tests/support/grammar_stub.py", frozenset()),
     ("tests/support/bad_requests.py", frozenset()),
-    ("tests/support/gateway.py", frozenset({CHAOS, TINKER})),
+    ("tests/support/gateway.py", frozenset({CHAOS, HTTP_CLIENTS, TINKER})),
     ("tests/support/gateway_app.py", frozenset({DOCUMENT})),
     ("tests/support/tinker_client.py", frozenset({TINKER})),
     ("tests/support/*", ALL),
@@ -98,7 +100,7 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     (".ci/*", frozenset()),
     ("twinkle_serve/as_twinkle*", frozenset({SPECIFICATION})),
     ("twinkle_serve/upstream/*", frozenset({SPECIFICATION})),
-    ("twinkle_serve/gateway/*", frozenset({CHAOS, DOCUMENT, TINKER})),
+    ("twinkle_serve/gateway/*", frozenset({CHAOS, DOCUMENT, HTTP_CLIENTS, TINKER})),
     ("twinkle_serve/hub*", frozenset({SCRIPTS})),
     ("twinkle_serve/remote/*", frozenset({APPLICATIONS, GROUPS, IN_GROUP, SPECIFICATION})),
     ("twinkle_serve/template/*", frozenset({CLIENT, *SAMPLERS})),
