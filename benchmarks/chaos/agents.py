@@ -51,8 +51,15 @@ class Agent(threading.Thread):
         self._url, self._end = url, end
         self._rng = random.Random(f"{seed}/agent/{number}")
         self.sessions: list[AgentSession] = []
+        self.died_of: Exception | None = None
 
     def run(self) -> None:
+        try:
+            self._run()
+        except Exception as error:  # an answer that is no HTTP, or no JSON
+            self.died_of = error
+
+    def _run(self) -> None:
         while not self._end.is_set():
             session = AgentSession(uuid.uuid4().hex, f"{self.name} session {len(self.sessions)}")
             self.sessions.append(session)
@@ -169,12 +176,13 @@ class Agents:
         self._end.set()
 
     def stop(self, timeout_s: float) -> list[str]:
-        """Ends the agents after their current turns. Returns a description of each that does not end."""
+        """Ends the agents after their current turns. Returns a description of each that does not end, or has died."""
         self.end()
         deadline = time.monotonic() + timeout_s
         for agent in self._agents:
             agent.join(max(0.0, deadline - time.monotonic()))
-        return [f"{agent.name} has a turn that does not end" for agent in self._agents if agent.is_alive()]
+        died = [f"{agent.name} died of {agent.died_of!r}" for agent in self._agents if agent.died_of is not None]
+        return [*died, *(f"{agent.name} has a turn that does not end" for agent in self._agents if agent.is_alive())]
 
     def collect(self, sampler: RunningSampler | None) -> list[AgentSession]:
         """Fetches the trajectories over HTTP, the first one also by handle, and ends the sessions. Returns them.

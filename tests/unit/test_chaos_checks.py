@@ -6,6 +6,7 @@ import asyncio
 import json
 import multiprocessing
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -528,6 +529,20 @@ def test_request_that_ends_long_after_its_deadline_is_found() -> None:
     session = agent_session()
     session.attempts[0] = replace(session.attempts[0], ended_at=CALLED + TIMEOUT_S + 20)
     assert session_kinds(session) == {"hang"}
+
+
+def test_agent_that_cannot_read_an_answer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = threading.Event()
+
+    def unreadable(*_: object) -> TurnAttempt:
+        called.set()
+        raise ValueError("no JSON")
+
+    monkeypatch.setattr(agents, "request", unreadable)
+    load = agents.Agents("http://gateway", 1, seed=0)
+    load.start()
+    assert called.wait(60)
+    assert load.stop(60) == ["agent-0 died of ValueError('no JSON')"]
 
 
 EVENT: dict[str, Any] = {"choices": [{"index": 0, "delta": {"content": "4"}, "token_ids": [7], "finish_reason": None}]}
