@@ -211,7 +211,7 @@ class RunningSampler(EngineControls, TokenCalls, SessionCalls, Sampler, TwinkleC
 
         The items are a CallBegun, lists of SampleUpdate, and the responses to prompts as they finish. The updates of a
         sample, joined, are the sample; the last one has its stop reason. The call is sent at once. Closing the iterator
-        aborts the call.
+        aborts the call. It raises as `sample_iter`, and besides:
 
         Keyword Args:
             update_text: the text of updates: `decoded`, as the sampling parameters ask for it; `whole`, with special
@@ -220,7 +220,6 @@ class RunningSampler(EngineControls, TokenCalls, SessionCalls, Sampler, TwinkleC
         Raises:
             EngineDeadError: the engine of a sample ended after tokens of it were yielded, and the sample is neither
                 resumable nor seeded nor greedy.
-            Otherwise as `sample_iter`.
         """
         request = self._request(inputs, sampling_params, adapter_name, adapter_path, options, UpdateOptions)
         return self._client.loop.iterate(self._client.run_updates(request))
