@@ -66,8 +66,8 @@ PARTIAL_UPDATES_PERIOD_S = 0.5
 UPDATES_PERIOD_S = 0.02
 """How often new tokens are reported of samples whose caller reads them while they run."""
 UPDATE_COST_S = 0.0015
-"""Added to the time between two reports for each such sample: a report takes about a tenth of it per sample, in all
-processes on its way together."""
+"""Least time between two reports, for each such sample: one sample's update takes about 0.2 ms of CPU in all processes
+on its way together, so that reports take at most a seventh of a core per engine."""
 MIN_FIRST_PERIOD_S = 0.002
 FIRST_SHARE = 0.02
 """The first token of a sample is looked for after another FIRST_SHARE of the time that it has taken so far, within
