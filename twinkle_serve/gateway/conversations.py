@@ -56,6 +56,8 @@ class ForcedCall:
     """The functions that it may call."""
     name: str | None = None
     """The one that it has to call; None: at least one of them."""
+    once: bool = False
+    """Whether it makes no more than one call."""
 
     def structured_outputs(self) -> dict[str, Any]:
         """Returns the structured output that forces it."""
@@ -70,7 +72,8 @@ class ForcedCall:
             }
             for tool in self.tools
         ]
-        return {"json": {"type": "array", "minItems": 1, "items": {"anyOf": calls}}}
+        most = {"maxItems": 1} if self.once else {}
+        return {"json": {"type": "array", "minItems": 1, **most, "items": {"anyOf": calls}}}
 
     def _parameters(self, name: str) -> Any:
         tool = next(tool for tool in self.tools if tool["name"] == name)
@@ -192,7 +195,8 @@ class TurnRequest:
         if self.forced is not None:
             if "structured_outputs" in params:
                 raise InvalidRequestError("tool_choice forces a call, and response_format a text. Drop one.")
-            params |= {"structured_outputs": self.forced.structured_outputs()}
+            # Its text is JSON: streams of it have no parser that removes special tokens.
+            params |= {"structured_outputs": self.forced.structured_outputs(), "skip_special_tokens": True}
         options: dict[str, Any] = {"update_text": update_text}
         if self.continue_final_message:
             options["continue_final_message"] = True

@@ -250,6 +250,8 @@ def test_required_calls_are_a_list() -> None:
     forced = ForcedCall([ADD["function"], {"name": "stop", "parameters": None}])  # type: ignore[list-item]
     schema = forced.structured_outputs()["json"]
     assert [item["properties"]["name"]["const"] for item in schema["items"]["anyOf"]] == ["add", "stop"]
+    one = ForcedCall(forced.tools, once=True).structured_outputs()["json"]
+    assert (schema["minItems"], one["maxItems"], "maxItems" in schema) == (1, 1, False)
     text = json.dumps([{"name": "stop", "parameters": {}}, {"name": "add", "parameters": {"a": 1}}])
     message = forced.parse(text, 0)
     assert [(call.name, call.arguments) for call in message.calls] == [("stop", {}), ("add", {"a": 1})]

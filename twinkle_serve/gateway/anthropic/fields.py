@@ -150,7 +150,7 @@ class PromptFields(Body):
         if not tools:
             raise InvalidRequestError(f"tool_choice.type={choice.type} needs tools.", "tool_choice")
         if choice.type == "any":
-            return ForcedCall(tools)
+            return ForcedCall(tools, once=bool(choice.disable_parallel_tool_use))
         names = [tool["name"] for tool in tools]
         if choice.name not in names:
             raise InvalidRequestError(

@@ -115,7 +115,7 @@ class ChatRequest(SamplingFields):
             if name not in (known := [function["name"] for function in functions]):
                 raise InvalidRequestError(f"tool_choice names {name!r}; tools has {', '.join(known)}.", "tool_choice")
             return ForcedCall(functions, name)
-        return ForcedCall(functions)
+        return ForcedCall(functions, once=not self.parallel_tool_calls)
 
     def turn(self, target: Target, session: str | None, caller: str, timeout_s: float | None) -> TurnRequest:
         """Returns the turn that it asks for."""

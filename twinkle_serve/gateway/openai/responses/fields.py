@@ -188,7 +188,7 @@ class ResponsesRequest(ExtensionFields):
         if not tools:
             raise InvalidRequestError("tool_choice needs tools.", "tool_choice")
         if not isinstance(choice, NamedTool):
-            return ForcedCall(tools)
+            return ForcedCall(tools, once=not self.parallel_tool_calls)
         names = [tool["name"] for tool in tools]
         if choice.name not in names:
             raise InvalidRequestError(
