@@ -297,7 +297,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=16, help="problems per step")
     parser.add_argument("--samples", type=int, default=8, help="attempts per problem")
     parser.add_argument("--tries", type=int, default=2, help="calls of the tool per attempt")
-    parser.add_argument("--tool-calls", action="store_true", help="call the tool by the protocol")
+    parser.add_argument(
+        "--tool-calls", action="store_true", help="call the tool by the protocol, which the demo model does not know"
+    )
     parser.add_argument("--learning-rate", type=float, default=6e-4, help="of the first step; falls to a tenth")
     parser.add_argument("--inner-steps", type=int, default=2, help="optimizer steps per step")
     parser.add_argument("--held-out", type=int, default=300)
