@@ -71,7 +71,7 @@ def owner_at(address: Address) -> str | None:
 
 
 class Listener:
-    """Serves an ASGI application at an address, on the event loop of whoever makes it.
+    """Serves an ASGI application at an address, on the running event loop.
 
     Guarantees:
         After `close` no new connection is accepted, and running requests have had DRAIN_S to end.

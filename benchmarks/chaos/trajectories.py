@@ -148,7 +148,7 @@ def _match(
     session: AgentSession, kept: Sequence[KeptTurn]
 ) -> tuple[list[tuple[KeptTurn, list[TurnAttempt]]], list[tuple[str, str]]]:
     """Finds the requests of each turn of a trajectory: the one that got it as its answer, or else those that may have
-    sampled it before their answers were lost. Returns them, and what is lost, doubled or wrong."""
+    sampled it before their answers were lost. Returns them and the violations: lost, doubled or wrong turns."""
     by_messages: dict[tuple[Message, ...], list[KeptTurn]] = defaultdict(list)
     for turn in kept:
         by_messages[turn.messages].append(turn)

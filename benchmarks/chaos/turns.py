@@ -93,7 +93,7 @@ class TurnAttempt:
     """Seconds of time.monotonic."""
     ended_at: float
     error: str = ""
-    """How it failed: "" if it did not, else one of the above, the last two with what they say, or a status."""
+    """Kind of failure: one of the above, the last two with their message, or an HTTP status; "" for a success."""
     message: str = ""
     prompt: tuple[int, ...] = ()
     choices: tuple[Choice, ...] = ()

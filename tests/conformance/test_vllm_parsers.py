@@ -62,7 +62,7 @@ def ours(parsers: VLLMParsers, text: str) -> tuple[str, str, list[str]]:
 
 
 def test_every_registered_parser_is_known_here() -> None:
-    """A new version of vLLM may bring parsers: their texts are added here, and what is known of them."""
+    """Every parser in vLLM's registry has a text here, or a reason why it has none."""
     assert set(CALLS) == registered("tool") - NOT_HERE["tool"] - NO_TEXT
     assert {*STARTS, *LIVE_ARGUMENTS} <= registered("tool") and registered("reasoning") >= SWITCHED_OFF
 

@@ -54,6 +54,7 @@ def expected(slow: RunningSampler, prompt: tuple[int, ...], **given: Any) -> lis
     return [sequence.tokens for sequence in response.sequences]
 
 
+@pytest.mark.nightly
 def test_any_gateway_process_answers_for_all(slow: RunningSampler, sampling: tinker.SamplingClient) -> None:
     """A request begins at one and is collected at another."""
     asked = [sampling.sample(tokens(i, 2, 3), 2, params(max_tokens=4, seed=i)) for i in range(40)]

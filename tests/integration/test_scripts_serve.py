@@ -244,6 +244,7 @@ def train_agent(service: Service, out: Path, *options: str, timeout_s: float) ->
 SMALL = ("--steps", "2", "--prompts", "8", "--samples", "4", "--held-out", "16", "--learning-rate", "2e-3")
 
 
+@pytest.mark.nightly
 def test_agent_trains_on_the_tokens_of_its_sessions(service: Service, tmp_path: Path) -> None:
     """Over HTTP, by the package `openai`: the trainer's logprobs of the sessions' tokens are the sampler's, with the
     weights of the step before, retries included."""

@@ -40,7 +40,7 @@ URL = "http://gateway"
 
 
 class OnAnyLoop(RouterClient):
-    """A client in this process whose coroutines run on the loop of whoever calls, as those of a service do."""
+    """A client in this process whose coroutines run on the caller's event loop, as those of a service do."""
 
     def __init__(self, client: LocalClient) -> None:
         self._client = client

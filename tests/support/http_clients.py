@@ -1,4 +1,4 @@
-"""Calls of a gateway by the packages that its clients use, unchanged. Each function asserts what it needs."""
+"""Calls to a gateway by the unmodified packages of its clients, with assertions."""
 
 from __future__ import annotations
 
