@@ -14,12 +14,14 @@ from ray import serve
 
 from deployments.log_config import QUIET, log_to_serve
 from twinkle_serve import timing
+from twinkle_serve.channel import CONNECT_S, Address, Listener
+from twinkle_serve.channel_calls import MethodServer
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.weights import Bucket, WeightsVersion
 from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import SIDE_CPUS
-from twinkle_serve.sessions import LocalSessions, SessionStore
+from twinkle_serve.sessions import LocalSessions, SessionsAPI, SessionStore
 from twinkle_serve.weights import LocalStore, StateLock, WeightStore
 from twinkle_serve.weights.disk import local_path
 
@@ -50,10 +52,19 @@ class Store(LocalStore, LocalSessions):
             directory = Path(own_dir)
             self._sessions_lock = await asyncio.to_thread(StateLock, own_dir, timing.ENGINE_SHUTDOWN_S)
         LocalSessions.__init__(self, await asyncio.to_thread(SessionStore, args.sessions, directory / SESSIONS))
+        self._listener = Listener()
         self._adapter_refs: dict[int, Awaitable[AdapterFiles]] = {}
         """References to adapters by id of the version, so that all engines of a node share one copy."""
         self._bucket_refs: LRUCache[tuple[WeightsVersion, int], Awaitable[Bucket]] = LRUCache(BUCKETS_IN_OBJECT_STORE)
         """References to buckets. Engines ask for one after the other at about the same time, so few are kept."""
+
+    async def sessions_address(self) -> Address:
+        """Returns the address for a connection that carries the calls of `SessionsAPI`."""
+        methods = {name: getattr(self, name) for name in vars(SessionsAPI) if not name.startswith("_")}
+        await self._listener.start(ray.util.get_node_ip_address())
+        address = self._listener.expect(MethodServer(methods).channel)
+        asyncio.get_running_loop().call_later(2 * CONNECT_S, self._listener.forget, address)
+        return address
 
     async def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
         version = await super().put(name, files, is_path=is_path)

@@ -99,15 +99,22 @@ async def until_answered(call: Callable[[], Awaitable[T]]) -> T:
         StoreError: none answered in time.
         TwinkleServeError: raised by the store itself.
     """
+    last = ""
     try:
         async with asyncio.timeout(timing.STORE_TIMEOUT_S):
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception(_is_store_death), wait=wait_fixed(RETRY_PAUSE_S), reraise=True
             ):
                 with attempt:
-                    return await call()
+                    try:
+                        return await call()
+                    except ConnectionError as error:
+                        last = f": {error}"
+                        raise
     except TimeoutError:
-        raise StoreError(f"the store did not answer within {timing.STORE_TIMEOUT_S:g} s. See `serve status`.") from None
+        raise StoreError(
+            f"the store did not answer within {timing.STORE_TIMEOUT_S:g} s{last}. See `serve status`."
+        ) from None
     except RayError as error:
         if isinstance(raised := raised_error(error), TwinkleServeError):
             raise raised from None
@@ -116,4 +123,6 @@ async def until_answered(call: Callable[[], Awaitable[T]]) -> T:
 
 
 def _is_store_death(error: BaseException) -> bool:
+    if isinstance(error, ConnectionError):
+        return True
     return isinstance(error, (RayError, RayServeException)) and raised_error(error) is None

@@ -39,7 +39,9 @@ from twinkle_serve import InputFeature, connect, gateway_session
 from twinkle_serve.gateway.client import DEFAULT_URL
 from twinkle_serve.sampler import RunningSampler
 
-REPLY_TOKENS = 24
+REPLY_TOKENS = 8
+CALL_TOKENS = 24
+"""Of a reply with --tool-calls: the JSON of a call."""
 WRONG = "wrong"
 OFFERED: dict[str, Any] = {
     "tools": [
@@ -71,7 +73,7 @@ async def solve(
         reply = await client.chat.completions.create(
             model=model,
             messages=messages,
-            max_completion_tokens=REPLY_TOKENS,
+            max_completion_tokens=CALL_TOKENS if tool_calls else REPLY_TOKENS,
             temperature=1.0,
             **(OFFERED if tool_calls else {}),
         )
@@ -160,39 +162,37 @@ class Training:
         self._policy.publish()
 
     async def attempts(self, drawn: Sequence[tuple[str, str]]) -> list[Attempt]:
-        """Has the agent attempt each problem in a session of its own, all at the same time."""
+        """Has agents attempt each problem in a session of its own."""
         arguments = self._arguments
+        agents = asyncio.Semaphore(arguments.agents)
         async with openai.AsyncOpenAI(base_url=f"{arguments.url}/v1", api_key=arguments.key, timeout=600) as client:
 
             async def attempt(question: str, truth: str) -> Attempt:
-                session = gateway_session(arguments.url, f"agent-{uuid.uuid4().hex}")
-                mine = client.with_options(base_url=session.base_url)
-                answers = await solve(
-                    mine,
-                    question,
-                    lambda answer: answer == truth,
-                    model=arguments.service,
-                    tries=arguments.tries,
-                    tool_calls=arguments.tool_calls,
-                )
+                async with agents:
+                    session = gateway_session(arguments.url, f"agent-{uuid.uuid4().hex}")
+                    answers = await solve(
+                        client.with_options(base_url=session.base_url),
+                        question,
+                        lambda answer: answer == truth,
+                        model=arguments.service,
+                        tries=arguments.tries,
+                        tool_calls=arguments.tool_calls,
+                    )
                 return Attempt(session.id, answers, truth)
 
             return await asyncio.gather(*(attempt(*each) for each in drawn))
 
     async def features(self, attempts: Sequence[Attempt]) -> list[InputFeature]:
         """Returns the training input of each attempt, and ends its session."""
-        sessions = [self._sampler.session(attempt.session) for attempt in attempts]
-        features = await asyncio.gather(*(session.features_async() for session in sessions))
-        await self._end(attempts)
+        ids = [attempt.session for attempt in attempts]
+        features = await self._sampler.session_features_async(ids)
+        await self._sampler.end_sessions_async(ids)
         return [path for (path,) in features]  # an attempt has no branches
-
-    async def _end(self, attempts: Sequence[Attempt]) -> None:
-        await asyncio.gather(*(self._sampler.session(attempt.session).end_async() for attempt in attempts))
 
     async def accuracy(self, drawn: Sequence[tuple[str, str]]) -> tuple[float, float]:
         """Returns the shares of right last and of right first answers, at temperature 1."""
         attempts = await self.attempts(drawn)
-        await self._end(attempts)
+        await self._sampler.end_sessions_async([attempt.session for attempt in attempts])
         return _share(attempts, "right"), _share(attempts, "right_at_once")
 
     async def step(self, step: int, drawn: Sequence[tuple[str, str]], samples: int) -> Step:
@@ -293,14 +293,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--key", default="-", help="of the gateway, if it has any")
     parser.add_argument("--service", default="sampler", help="name of the application")
     parser.add_argument("--out", type=Path, required=True, help="directory for the metrics")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--prompts", type=int, default=16, help="problems per step")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--prompts", type=int, default=64, help="problems per step")
     parser.add_argument("--samples", type=int, default=8, help="attempts per problem")
+    parser.add_argument("--agents", type=int, default=128, help="how many attempt problems at the same time")
     parser.add_argument("--tries", type=int, default=2, help="calls of the tool per attempt")
     parser.add_argument(
         "--tool-calls", action="store_true", help="call the tool by the protocol, which the demo model does not know"
     )
-    parser.add_argument("--learning-rate", type=float, default=6e-4, help="of the first step; falls to a tenth")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the first step; falls to a tenth")
     parser.add_argument("--inner-steps", type=int, default=2, help="optimizer steps per step")
     parser.add_argument("--held-out", type=int, default=300)
     parser.add_argument("--print-every", type=int, default=5)

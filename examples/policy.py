@@ -95,7 +95,7 @@ class Policy:
             torch.nn.utils.clip_grad_norm_(self._weights, 1.0)
             self._optimizer.step()
         self._rate.step()
-        return float((first - old)[mask].abs().mean()), float((new - first)[mask].abs().mean())
+        return float((first - old)[mask].abs().mean()), float((new.detach() - first)[mask].abs().mean())
 
 
 def turn_column(labels: Any, turns: Sequence[Sequence[float]]) -> Any:

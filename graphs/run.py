@@ -44,7 +44,7 @@ BAD_CONFIG = 2
 
 TURN_S = 0.2
 """Period of the launcher's loop."""
-WATCH_PERIOD_S = 0.5
+WATCH_PERIOD_S = 1.0
 """Shorter than any replacement by Serve, so that none is missed."""
 
 RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}

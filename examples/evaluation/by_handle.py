@@ -7,39 +7,41 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from typing import Any
 
 from dataset import COUNT, rows
 
-from twinkle_serve import connect
+from twinkle_serve import Trajectory, connect
 from twinkle_serve.sampler import RunningSampler
 
-END = "<|im_end|>"
 
-
-def exact_match(sampler: RunningSampler, drawn: list[dict[str, str]]) -> float:
+def exact_match(sampler: RunningSampler, drawn: list[dict[str, Any]]) -> float:
     """Returns the share of right greedy answers."""
-    prompts = [{"messages": [{"role": "user", "content": row["question"]}]} for row in drawn]
-    response = sampler.sample(prompts, {"max_tokens": 8, "temperature": 0})
-    texts = [sequence.decoded for sequence in response.sequences]
+    response = sampler.sample(_prompts(drawn), {"max_tokens": 8, "temperature": 0})
+    texts = [sequence.new_input_feature["messages"][-1]["content"] for sequence in response.sequences]
     return sum(text == row["answer"] for text, row in zip(texts, drawn, strict=True)) / len(drawn)
 
 
-def likelihoods(sampler: RunningSampler, drawn: list[dict[str, str]]) -> tuple[float, float]:
-    """Returns the perplexity of a right answer, and the share of right answers that greedy decoding would give."""
-    prompts: list[Any] = [{"messages": [{"role": "user", "content": row["question"]}]} for row in drawn]
-    contexts = sampler.encode(prompts)
-    answers = sampler.encode([{"text": row["answer"] + END, "add_special_tokens": False} for row in drawn])
-    inputs = [{"input_ids": [*context, *answer]} for context, answer in zip(contexts, answers, strict=True)]
-    total, greedy = 0.0, 0
-    for scored, context in zip(sampler.score(inputs, top_logprobs=1), contexts, strict=True):
-        assert scored.prompt_logprobs is not None and scored.topk_prompt_logprobs is not None
-        logprobs: list[Any] = scored.prompt_logprobs[len(context) :]
-        likeliest: list[Any] = scored.topk_prompt_logprobs[len(context) :]
-        total += sum(logprobs)
-        greedy += all(value == best[0][1] for value, best in zip(logprobs, likeliest, strict=True))
-    return math.exp(-total / len(drawn)), greedy / len(drawn)
+def right_choices(sampler: RunningSampler, drawn: list[dict[str, Any]]) -> float:
+    """Returns the share of problems whose right answer is the likeliest of its choices."""
+    contexts = sampler.encode(_prompts(drawn))
+    answers = sampler.encode([{"text": text, "add_special_tokens": False} for row in drawn for text in row["choices"]])
+    choices = len(drawn[0]["choices"])
+    inputs = [{"input_ids": [*contexts[i // choices], *answer]} for i, answer in enumerate(answers)]
+    likelihoods = []
+    for i, scored in enumerate(sampler.score(inputs)):
+        assert scored.prompt_logprobs is not None
+        logprobs: list[Any] = scored.prompt_logprobs[len(contexts[i // choices]) :]
+        likelihoods.append(sum(logprobs))
+    right = 0
+    for i, row in enumerate(drawn):
+        group = likelihoods[i * choices : (i + 1) * choices]
+        right += group.index(max(group)) == row["right"]
+    return right / len(drawn)
+
+
+def _prompts(drawn: list[dict[str, Any]]) -> list[Trajectory]:
+    return [{"messages": [{"role": "user", "content": row["question"]}]} for row in drawn]
 
 
 def main() -> None:
@@ -48,11 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sampler = connect(arguments.service)
     drawn = rows(COUNT)
-    perplexity, greedy = likelihoods(sampler, drawn)
-    figures = {
-        "sums": {"exact_match": exact_match(sampler, drawn)},
-        "sums_likelihood": {"perplexity": perplexity, "acc": greedy},
-    }
+    figures = {"sums": exact_match(sampler, drawn), "sums_choice": right_choices(sampler, drawn)}
     print(json.dumps(figures, indent=2))
 
 

@@ -206,8 +206,8 @@ class RouterAPI(Protocol):
     async def resume(self, pause: int) -> None:
         """Ends a pause. See `CallerPauses.resume`."""
 
-    async def read_session(self, session: str) -> SessionRecord:
-        """Returns a session with all its turns. See `SessionsAPI.read_session`.
+    async def read_sessions(self, sessions: Sequence[str]) -> list[SessionRecord]:
+        """Returns sessions with all their turns, in order. See `SessionsAPI.read_session`.
 
         Raises:
             UnsupportedError: the sampler is not a service. So do the other calls about sessions.
@@ -218,8 +218,8 @@ class RouterAPI(Protocol):
         """Returns the sessions, the least recently used one first."""
         ...
 
-    async def end_session(self, session: str) -> bool:
-        """Ends a session for good. Returns whether there was one. See `SessionsAPI.end_session`."""
+    async def end_sessions(self, sessions: Sequence[str]) -> list[bool]:
+        """Ends sessions for good. Returns whether there was each. See `SessionsAPI.end_session`."""
         ...
 
     async def state_keys(self) -> list[str]:

@@ -371,14 +371,14 @@ class Router(RouterAPI):
 
     # -- sessions --------------------------------------------------------------------------------
 
-    async def read_session(self, session: str) -> SessionRecord:
-        return await self._known_sessions.read_session(session)
+    async def read_sessions(self, sessions: Sequence[str]) -> list[SessionRecord]:
+        return await asyncio.gather(*map(self._known_sessions.read_session, sessions))
 
     async def list_sessions(self) -> list[SessionInfo]:
         return await self._known_sessions.list_sessions()
 
-    async def end_session(self, session: str) -> bool:
-        return await self._known_sessions.end_session(session)
+    async def end_sessions(self, sessions: Sequence[str]) -> list[bool]:
+        return await asyncio.gather(*map(self._known_sessions.end_session, sessions))
 
     @property
     def _known_sessions(self) -> SessionsAPI:

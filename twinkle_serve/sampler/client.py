@@ -62,7 +62,7 @@ REPEATED = frozenset(
         RouterAPI.encode,
         RouterAPI.count_tokens,
         RouterAPI.decode,
-        RouterAPI.read_session,
+        RouterAPI.read_sessions,
         RouterAPI.list_sessions,
         RouterAPI.submit,
         RouterAPI.incarnation,
@@ -72,7 +72,7 @@ REPEATED = frozenset(
         RouterAPI.forget,
         RouterAPI.renew_futures,
         RouterAPI.end_futures,
-        RouterAPI.end_session,
+        RouterAPI.end_sessions,
     }
 )
 """Control calls that are sent again when the router dies: they are idempotent. Calls that sample are, too."""

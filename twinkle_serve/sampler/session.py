@@ -9,7 +9,7 @@ from twinkle_serve import timing
 from twinkle_serve.data_format.prompts import InputFeature
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.router_client import RouterClient
-from twinkle_serve.sessions import SessionInfo, features, trajectory
+from twinkle_serve.sessions import SessionInfo, SessionRecord, features, trajectory
 from twinkle_serve.tasks import Call
 
 P = ParamSpec("P")
@@ -64,23 +64,25 @@ class Session:
 
         Idempotent.
         """
-        return self._client.loop.call(self._call(RouterAPI.end_session, self.id))
+        return self._client.loop.call(self._end())
 
     def end_async(self) -> Coroutine[Any, Any, bool]:
         """As `end`, for async code."""
-        return self._client.loop.call_async(self._call(RouterAPI.end_session, self.id))
+        return self._client.loop.call_async(self._end())
 
     async def _trajectory(self) -> dict[str, Any]:
-        return trajectory(await self._call(RouterAPI.read_session, self.id))
+        return trajectory(await self._record())
 
     async def _features(self, nodes: Sequence[int] | None, shared_tokens_once: bool) -> list[InputFeature]:
-        record = await self._call(RouterAPI.read_session, self.id)
-        return features(record, nodes, shared_tokens_once=shared_tokens_once)
+        return features(await self._record(), nodes, shared_tokens_once=shared_tokens_once)
 
-    def _call(
-        self, method: Callable[Concatenate[RouterAPI, P], Awaitable[T]], *args: P.args, **options: P.kwargs
-    ) -> Call[T]:
-        return self._client.call(timing.CONTROL_TIMEOUT_S, method, *args, **options)
+    async def _record(self) -> SessionRecord:
+        (record,) = await _call(self._client, RouterAPI.read_sessions, [self.id])
+        return record
+
+    async def _end(self) -> bool:
+        (ended,) = await _call(self._client, RouterAPI.end_sessions, [self.id])
+        return ended
 
 
 class SessionCalls:
@@ -98,4 +100,49 @@ class SessionCalls:
         Raises:
             UnsupportedError: the sampler is not a service.
         """
-        return self._client.loop.call(self._client.call(timing.CONTROL_TIMEOUT_S, RouterAPI.list_sessions))
+        return self._client.loop.call(_call(self._client, RouterAPI.list_sessions))
+
+    def session_features(
+        self, session_ids: Sequence[str], *, shared_tokens_once: bool = False
+    ) -> list[list[InputFeature]]:
+        """Returns the conversations of many sessions as training inputs, in one call.
+
+        Args:
+            shared_tokens_once: as of `Session.features`.
+
+        Returns:
+            For each session its features, as `Session.features` returns them.
+
+        Raises:
+            SessionNotFoundError: one of them has no turn.
+            SessionGoneError: one of them has ended.
+            UnsupportedError: the sampler is not a service.
+        """
+        return self._client.loop.call(self._features(list(session_ids), shared_tokens_once))
+
+    def session_features_async(
+        self, session_ids: Sequence[str], *, shared_tokens_once: bool = False
+    ) -> Coroutine[Any, Any, list[list[InputFeature]]]:
+        """As `session_features`, for async code."""
+        return self._client.loop.call_async(self._features(list(session_ids), shared_tokens_once))
+
+    def end_sessions(self, session_ids: Sequence[str]) -> list[bool]:
+        """Ends many sessions in one call. Returns for each whether there was one; see `Session.end`."""
+        return self._client.loop.call(_call(self._client, RouterAPI.end_sessions, list(session_ids)))
+
+    def end_sessions_async(self, session_ids: Sequence[str]) -> Coroutine[Any, Any, list[bool]]:
+        """As `end_sessions`, for async code."""
+        return self._client.loop.call_async(_call(self._client, RouterAPI.end_sessions, list(session_ids)))
+
+    async def _features(self, session_ids: Sequence[str], shared_tokens_once: bool) -> list[list[InputFeature]]:
+        records = await _call(self._client, RouterAPI.read_sessions, session_ids)
+        return [features(record, shared_tokens_once=shared_tokens_once) for record in records]
+
+
+def _call(
+    client: RouterClient,
+    method: Callable[Concatenate[RouterAPI, P], Awaitable[T]],
+    *args: P.args,
+    **options: P.kwargs,
+) -> Call[T]:
+    return client.call(timing.CONTROL_TIMEOUT_S, method, *args, **options)
