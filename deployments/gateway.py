@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from deployments.listener import Listener, bind
 from deployments.log_config import QUIET, log_to_serve
+from deployments.metrics import RayMetrics
 from deployments.sessions_client import ServeSessionsClient
 from twinkle_serve.collection import freeze_start_up
 from twinkle_serve.errors import ServiceNotReadyError
@@ -63,7 +64,7 @@ class Gateway:
     def __init__(self, args: GatewayArgs, keys: Keys) -> None:
         log_to_serve(refusals=False)
         end_with_parent(os.getppid())  # Serve's replicas outlive the raylet that started them
-        self._context = GatewayContext(args, keys, Samplers(args.samplers, ServeConnect()))
+        self._context = GatewayContext(args, keys, Samplers(args.samplers, ServeConnect()), RayMetrics())
         self._listener: Listener | None = None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

@@ -9,12 +9,12 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 
 import ray
 from ray import serve
-from ray.serve import metrics
 from ray.serve.handle import DeploymentHandle
 
 from deployments.engine_client import ServeEngineClient
 from deployments.light_imports import import_transformers_without_torch
 from deployments.log_config import QUIET, log_to_serve
+from deployments.metrics import RayMetrics
 from deployments.sessions_client import ServeSessionsClient
 from deployments.store_client import ServeStoreClient
 from twinkle_serve import hub
@@ -30,9 +30,6 @@ SWITCH_S = 0.0005
 """Longest time that one thread of the router's process keeps the others waiting. A call passes through several threads:
 with Python's default of 5 ms, control calls take 100 ms and more while another call's prompts are encoded."""
 
-STALENESS_BOUNDARIES = [0.5, 1.5, 2.5, 4.5, 8.5, 16.5]
-"""Between whole numbers: Prometheus counts a value at a boundary as below it."""
-
 
 class Router(routing.Router):
     """A `routing.Router` that reaches its engines and store through Serve handles."""
@@ -45,20 +42,13 @@ class Router(routing.Router):
         sys.setswitchinterval(SWITCH_S)
         await asyncio.to_thread(import_transformers_without_torch)
         model = await asyncio.to_thread(hub.resolve, args.model_id, revision=args.revision, weights=False)
-        staleness = metrics.Histogram(
-            "twinkle_sampler_staleness",
-            description="Versions, of its adapter or else of the model, published between the one that sampled a "
-            "request and its end.",
-            boundaries=STALENESS_BOUNDARIES,
-            tag_keys=("adapter",),
-        )
         super().__init__(
             args,
             model,
             {name: ServeEngineClient(handle) for name, handle in engines.items()},
             ServeStoreClient(store),
             sessions=ServeSessionsClient(store),
-            observe_staleness=lambda name, versions: staleness.observe(versions, tags={"adapter": name}),
+            sink=RayMetrics(),
         )
         self._listener = Listener()
         await self.start()

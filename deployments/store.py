@@ -13,21 +13,27 @@ from cachetools import LRUCache
 from ray import serve
 
 from deployments.log_config import QUIET, log_to_serve
+from deployments.metrics import RayMetrics
 from twinkle_serve import timing
 from twinkle_serve.channel import CONNECT_S, Address, Listener
 from twinkle_serve.channel_calls import MethodServer
 from twinkle_serve.config import ServiceArgs
+from twinkle_serve.data_format import metrics
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.weights import Bucket, WeightsVersion
 from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import SIDE_CPUS
 from twinkle_serve.sessions import LocalSessions, SessionsAPI, SessionStore
+from twinkle_serve.tasks import BackgroundTasks
 from twinkle_serve.weights import LocalStore, StateLock, WeightStore
 from twinkle_serve.weights.disk import local_path
 
 BUCKETS_IN_OBJECT_STORE = 3
 """Buckets of weights that are kept in Ray's object store."""
 
+
+COUNT_PERIOD_S = 5.0
+"""How often the sessions are counted, for the metrics."""
 
 SESSIONS = "sessions"
 """Directory of sessions in the state directory."""
@@ -53,10 +59,18 @@ class Store(LocalStore, LocalSessions):
             self._sessions_lock = await asyncio.to_thread(StateLock, own_dir, timing.ENGINE_SHUTDOWN_S)
         LocalSessions.__init__(self, await asyncio.to_thread(SessionStore, args.sessions, directory / SESSIONS))
         self._listener = Listener()
+        self._metrics = RayMetrics()
+        self._tasks = BackgroundTasks()
+        self._tasks.spawn(self._count_sessions())
         self._adapter_refs: dict[int, Awaitable[AdapterFiles]] = {}
         """References to adapters by id of the version, so that all engines of a node share one copy."""
         self._bucket_refs: LRUCache[tuple[WeightsVersion, int], Awaitable[Bucket]] = LRUCache(BUCKETS_IN_OBJECT_STORE)
         """References to buckets. Engines ask for one after the other at about the same time, so few are kept."""
+
+    async def _count_sessions(self) -> None:
+        while True:
+            self._metrics.set(metrics.SESSIONS, await self.count_sessions())
+            await asyncio.sleep(COUNT_PERIOD_S)
 
     async def sessions_address(self) -> Address:
         """Returns the address for a connection that carries the calls of `SessionsAPI`."""

@@ -337,7 +337,7 @@ async def test_sleep_that_drops_the_weights_wakes_up_with_the_current_ones(servi
 async def test_staleness_counts_versions_since_the_oldest_span(service: Service) -> None:
     """Of the model's own weights, where a request has no adapter."""
     seen: list[tuple[str, int]] = []
-    service.router._observe_staleness = lambda name, versions: seen.append((name, versions))
+    service.router._telemetry.stale = lambda adapter, versions: seen.append((adapter, versions))  # type: ignore[method-assign]
     for engine in service.engines.values():
         engine._args = engine._args.model_copy(update={"token_latency_s": 0.02})
     call = asyncio.ensure_future(service.router.sample(QUESTIONS, {"max_tokens": 60, "ignore_eos": True}))

@@ -13,6 +13,7 @@ from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.sample_updates import UpdateText
 from twinkle_serve.data_format.samples import PartialSample, StopReason
 from twinkle_serve.data_format.sampling_params import DecodingParams
+from twinkle_serve.data_format.telemetry import EngineLoad
 from twinkle_serve.data_format.weights import WeightsVersion
 
 EngineKind: TypeAlias = Literal["vllm", "torch", "fake"]
@@ -156,3 +157,4 @@ class EngineInfo:
     """Changes whenever tokens are sampled or scored."""
     running: int = 0
     """Running groups, without streams, which may be waiting for their readers."""
+    load: EngineLoad = field(default_factory=EngineLoad)

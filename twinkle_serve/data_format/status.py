@@ -26,6 +26,20 @@ class EngineStatus(TypedDict, total=False):
     """Maximum tokens of a prompt and its sample together."""
     logprobs_mode: str
     """See `SampleResponse.logprobs_mode`."""
+    max_num_seqs: int
+    """Sequences that it can run at once."""
+    batch_fill: float
+    """Sequences that it ran at the last probe, of those that it can run at once; above 1 where more wait inside it."""
+    kv_cache: float
+    """Used part of its KV cache at the last probe, 0 to 1; left out without one of fixed size."""
+    prefix_hits: float
+    """Part of the prompt tokens since its start that were in its prefix cache, 0 to 1."""
+    preemptions: int
+    """Samples that it has put off since its start, for lack of KV cache."""
+    tokens_per_s: float
+    """Sampled tokens per second in the last 5 s."""
+    last_failure: str
+    """Why it was last lost; left out if it never was. There for every engine."""
 
 
 class SamplerStatus(TypedDict):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias, TypedDict, get_args
@@ -59,6 +61,11 @@ class WeightSpec(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     """safetensors' name, such as BF16."""
+
+    @property
+    def nbytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)  # of F8_E4M3, the 8
+        return math.prod(self.shape) * (1 if bits is None else int(bits.group())) // (8 if bits else 1)
 
 
 @dataclass(frozen=True, slots=True)

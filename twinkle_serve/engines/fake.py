@@ -32,6 +32,7 @@ from twinkle_serve.data_format.samples import (
     SampleColumns,
 )
 from twinkle_serve.data_format.structured_outputs import StructuredOutputs
+from twinkle_serve.data_format.telemetry import EngineLoad
 from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
 from twinkle_serve.engines.drawing import DrawnSample, columns_of_samples
 from twinkle_serve.engines.logits import LogitsProcessor, log_softmax, softmax
@@ -93,6 +94,7 @@ class FakeEngine:
             event.set()
         self._aborting = False
         self._progress = 0
+        self._computed_tokens = 0
         self._followed: dict[Attempt, list[_Sample]] = {}
         """Running samples of groups that are followed."""
 
@@ -136,6 +138,7 @@ class FakeEngine:
         params = group.params
         samples = [self._new_sample(group, j) for j in range(group.count)]
         async with self._running():
+            self._computed_tokens += len(group.prompt_ids)
             scores = None
             if params.prompt_logprobs is not None:
                 self._progress += 1
@@ -270,6 +273,9 @@ class FakeEngine:
 
     def progress(self) -> int:
         return self._progress
+
+    async def load(self) -> EngineLoad:
+        return EngineLoad(running=self._sampling, computed_tokens=self._computed_tokens)
 
     async def check_health(self) -> None:
         pass

@@ -23,6 +23,7 @@ from twinkle_serve.data_format.samples import (
     StopReason,
 )
 from twinkle_serve.data_format.structured_outputs import StructuredOutputs
+from twinkle_serve.data_format.telemetry import EngineLoad
 from twinkle_serve.data_format.weights import Bucket, PauseMode, Spans
 from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.errors import EngineArgsError, unknown_name
@@ -148,6 +149,10 @@ class Engine(Protocol):
 
     def progress(self) -> int:
         """Changes whenever tokens are produced."""
+        ...
+
+    async def load(self) -> EngineLoad:
+        """Returns its load now, or that of the last answer where the engine is busy. Returns within a second."""
         ...
 
     async def check_health(self) -> None:

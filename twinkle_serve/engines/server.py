@@ -127,7 +127,11 @@ class EngineServer(EngineClient):
         if router in self._routers:
             self._routers[router].renew()
         return replace(
-            self._info, weights_version=self._weights_version, progress=self._engine.progress(), running=self._running
+            self._info,
+            weights_version=self._weights_version,
+            progress=self._engine.progress(),
+            running=self._running,
+            load=await self._engine.load(),
         )
 
     async def check_health(self) -> None:

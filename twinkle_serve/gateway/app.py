@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, MutableMapping
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -12,6 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from twinkle_serve.data_format import metrics
+from twinkle_serve.data_format.metrics import MetricsSink
 from twinkle_serve.errors import TwinkleServeError
 from twinkle_serve.gateway import health, models, sessions
 from twinkle_serve.gateway.anthropic import routes as messages
@@ -22,7 +26,7 @@ from twinkle_serve.gateway.errors import Failure, InvalidRequestError, Protocol
 from twinkle_serve.gateway.json_response import JSON
 from twinkle_serve.gateway.keys import Keys, require_scope
 from twinkle_serve.gateway.models import ANTHROPIC_HEADER
-from twinkle_serve.gateway.native import adapters, control, sampling, tokens
+from twinkle_serve.gateway.native import adapters, control, operations, sampling, tokens
 from twinkle_serve.gateway.openai import chat, completions
 from twinkle_serve.gateway.openai.responses import routes as responses
 from twinkle_serve.gateway.tinker import futures as tinker_futures
@@ -43,14 +47,14 @@ def build_app(context: GatewayContext) -> FastAPI:
     for module in (models, completions, chat, responses):
         app.include_router(module.routes(context), responses=errors_of("openai"))
     app.include_router(messages.routes(context), responses=errors_of("anthropic"))
-    for module in (health, sampling, tokens, adapters, control, sessions):
+    for module in (health, sampling, tokens, adapters, control, operations, sessions):
         app.include_router(module.routes(context), responses=errors_of("native"))
     for module in (tinker_sessions, tinker_futures):
         app.include_router(module.routes(context), responses=errors_of("tinker"))
     for kind in (TwinkleServeError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_error)
     app.add_middleware(EndsWithClient)
-    app.add_middleware(Gate, keys=context.keys)  # the outer one
+    app.add_middleware(Gate, keys=context.keys, sink=context.sink)  # the outer one
     return app
 
 
@@ -85,10 +89,10 @@ def protocol_of(path: str, headers: Mapping[str, str]) -> Protocol:
 
 
 class Gate:
-    """Middleware: checks keys, and turns exceptions that no handler takes into answers."""
+    """Middleware: checks keys, counts requests, and turns exceptions that no handler takes into answers."""
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self._app, self._keys = app, keys
+    def __init__(self, app: ASGIApp, keys: Keys, sink: MetricsSink | None = None) -> None:
+        self._app, self._keys, self._sink = app, keys, sink
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -97,11 +101,11 @@ class Gate:
             else:
                 await send({"type": "websocket.close", "code": 1003})
             return
-        started = False
+        status, began = 0, time.perf_counter()
 
-        async def forward(message: dict[str, object]) -> None:
-            nonlocal started
-            started = True
+        async def forward(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            status = message.get("status", status)
             await send(message)
 
         try:
@@ -109,9 +113,14 @@ class Gate:
                 caller = self._keys.caller(Headers(scope=scope))
                 require_scope(caller, "sample")
                 scope["twinkle_serve.caller"] = caller
-            await self._app(scope, receive, forward)  # type: ignore[arg-type]
+            await self._app(scope, receive, forward)
         except Exception as error:
-            response = failed(scope, error)
-            if started:  # the connection ends, and the client sees an incomplete answer
+            if status:  # the connection ends, and the client sees an incomplete answer
                 return
-            await response(scope, receive, send)
+            await failed(scope, error)(scope, receive, forward)
+        finally:
+            if self._sink is not None:
+                # A client that is gone before its answer has the status 0.
+                path = getattr(scope.get("route"), "path", "") if status != 404 else ""
+                self._sink.add(metrics.HTTP_REQUESTS, 1, (path, scope["method"], str(status)))
+                self._sink.observe(metrics.HTTP_SECONDS, time.perf_counter() - began, (path,))

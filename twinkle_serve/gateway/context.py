@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
+from twinkle_serve.data_format.metrics import MetricsSink
 from twinkle_serve.gateway.config import GatewayArgs, LimitArgs
 from twinkle_serve.gateway.errors import InvalidRequestError
 from twinkle_serve.gateway.keys import Caller, Keys
@@ -22,6 +23,8 @@ class GatewayContext:
     args: GatewayArgs
     keys: Keys
     samplers: Samplers
+    sink: MetricsSink | None = None
+    """Takes the metrics of its requests."""
 
     @property
     def limits(self) -> LimitArgs:

@@ -10,6 +10,7 @@ from typing import Literal, Protocol, TypeAlias, TypeVar
 
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import EngineInfo, GroupKey, Session
+from twinkle_serve.data_format.telemetry import EngineLoad
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.errors import EngineDeadError
 
@@ -32,6 +33,8 @@ class ActiveEngine:
     progressed_at: float
     """When it last produced tokens, or had nothing to sample."""
     progress: int = -1
+    load: EngineLoad = field(default_factory=EngineLoad)
+    """At the last probe."""
     placed_at: dict[int, float] = field(default_factory=dict)
     """When each of its groups was sent, by group id."""
     adapters: dict[int, asyncio.Task[None]] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ from twinkle_serve.data_format.groups import EngineInfo
 from twinkle_serve.data_format.inputs import as_list
 from twinkle_serve.data_format.sample_request import SampleRequest, TemplateChoice
 from twinkle_serve.data_format.structured_outputs import StructuredOutputs
+from twinkle_serve.data_format.telemetry import CallInfo
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.engines.param_checks import check_fits, check_params
 from twinkle_serve.errors import DeadlineError, QueueFullError, RequestError, SamplingParamsError, TwinkleServeError
@@ -30,6 +31,7 @@ from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.request import PlannedPrompt, Request, ResponseHeader, plan_prompts
 from twinkle_serve.routing.scheduler import GroupScheduler
 from twinkle_serve.routing.seeds import SPACING
+from twinkle_serve.routing.telemetry import Telemetry
 from twinkle_serve.routing.templates import TemplateCache
 from twinkle_serve.template import Template
 from twinkle_serve.template.prompts import Prompt, encode_inputs
@@ -57,20 +59,22 @@ class Admission:
         publisher: AdapterPublisher,
         requests: dict[int, Request],
         rate: Rate,
+        telemetry: Telemetry,
         on_complete: Callable[[AdapterVersion | None, set[str]], None],
     ) -> None:
         """
         Args:
             requests: live requests by the ids of the groups that they wait for; filled by this.
             rate: tokens that engines return.
+            telemetry: counts calls.
             on_complete: receives the adapter and the labels of the weights that sampled a request.
         """
         self._args, self._templates, self._encoding, self._engines = args, templates, encoding, engines
         self._scheduler, self._publisher, self._requests = scheduler, publisher, requests
-        self._rate, self._on_complete = rate, on_complete
+        self._rate, self._telemetry, self._on_complete = rate, telemetry, on_complete
         # A random start, so that ids do not repeat those of the router that this one replaces.
         self._next_id = random.getrandbits(40) << 20
-        self._calls = CallRegistry(self.fail)
+        self._calls = CallRegistry(self.fail, telemetry)
         self._checked: LRUCache[StructuredOutputs, None] = LRUCache(MAX_CHECKED)
         """Structured outputs that an engine has checked."""
         self.asleep = False
@@ -86,13 +90,35 @@ class Admission:
     @asynccontextmanager
     async def admitted(self, call: SampleRequest) -> AsyncGenerator[Request, None]:
         """Yields a request whose groups are queued; aborts its unfinished groups at the end."""
+        with self._counting(call.adapter_name):
+            async with self._admitted(call) as request:
+                yield request
+
+    @contextlib.contextmanager
+    def _counting(self, adapter_name: str) -> Iterator[None]:
+        """Counts a call when it ends."""
+        clock = asyncio.get_running_loop().time
+        began, error = clock(), None
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            adapter = adapter_name.partition("@")[0] if isinstance(adapter_name, str) else ""
+            self._telemetry.ended(adapter, clock() - began, error)
+
+    @asynccontextmanager
+    async def _admitted(self, call: SampleRequest) -> AsyncGenerator[Request, None]:
         limit_s = self._limit_s(call)
         lease_s = None if call.lease_s is None else seconds("lease_s", call.lease_s)
         self._require_room()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + limit_s
         with contextlib.ExitStack() as stack:
-            active = stack.enter_context(self._calls.holding(call.input_count, call.request_id, lease_s))
+            active = stack.enter_context(
+                self._calls.holding(call.input_count, call.request_id, lease_s, caller=call.caller, deadline=deadline)
+            )
             # No timeout is held across the yield: it would cancel the caller's task in whatever it does then.
             try:
                 async with asyncio.timeout_at(deadline):
@@ -101,6 +127,9 @@ class Admission:
                 raise DeadlineError(self._late(limit_s, None)) from None
             self._require_admissible(active)
             self._calls.became_request(active, request)
+            adapter = "" if request.adapter is None else request.adapter.name
+            self._telemetry.admitted(adapter, len(request.ids), request.prompt_tokens)
+            request.admitted_at = loop.time()
             self._requests.update(dict.fromkeys(request.ids, request))
             self._scheduler.enqueue(groups)
             if active.cancelled:  # while the call was being validated
@@ -117,12 +146,22 @@ class Admission:
     @asynccontextmanager
     async def admitted_stream(self, call: SampleRequest) -> AsyncGenerator[tuple[RoutedGroup, float, ActiveCall], None]:
         """Yields the only group of a stream, its deadline by the event loop's clock, and its registration."""
+        with self._counting(call.adapter_name):
+            async with self._admitted_stream(call) as stream:
+                yield stream
+
+    @asynccontextmanager
+    async def _admitted_stream(
+        self, call: SampleRequest
+    ) -> AsyncGenerator[tuple[RoutedGroup, float, ActiveCall], None]:
         limit_s = self._limit_s(call)
         lease_s = None if call.lease_s is None else seconds("lease_s", call.lease_s)
         self._require_room()
         deadline = asyncio.get_running_loop().time() + limit_s
         with contextlib.ExitStack() as stack:
-            active = stack.enter_context(self._calls.holding(call.input_count, call.request_id, lease_s))
+            active = stack.enter_context(
+                self._calls.holding(call.input_count, call.request_id, lease_s, caller=call.caller, deadline=deadline)
+            )
             try:
                 async with asyncio.timeout_at(deadline):
                     request, groups = await self._prepared(call, stack)
@@ -136,6 +175,10 @@ class Admission:
                 yield _streamed(groups[0], call.skip_special_tokens), deadline, active
             except TimeoutError:
                 raise DeadlineError(f"timeout_s={limit_s:g} passed in a stream. Raise it or ask for less.") from None
+
+    def infos(self) -> list[CallInfo]:
+        """See `RouterAPI.calls`."""
+        return self._calls.infos()
 
     def cancel(self, request_id: str, inputs: Sequence[int] | None) -> int:
         """See `RouterAPI.cancel`."""

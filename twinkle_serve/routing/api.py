@@ -12,6 +12,7 @@ from twinkle_serve.data_format.sample_request import EncodeOptions, Inputs, Samp
 from twinkle_serve.data_format.sample_updates import UpdatesItem
 from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.status import SamplerStatus
+from twinkle_serve.data_format.telemetry import CallInfo, TelemetryReport
 from twinkle_serve.data_format.token_lists import TokenLists
 from twinkle_serve.data_format.weights import BucketArgument, PauseMode
 from twinkle_serve.sessions import SessionInfo, SessionRecord
@@ -220,6 +221,14 @@ class RouterAPI(Protocol):
 
     async def end_sessions(self, sessions: Sequence[str]) -> list[bool]:
         """Ends sessions for good. Returns whether there was each. See `SessionsAPI.end_session`."""
+        ...
+
+    async def telemetry(self, since: float = 0.0) -> TelemetryReport:
+        """Returns the history of the last hour: points and events after a time, seconds since 1970."""
+        ...
+
+    async def calls(self) -> list[CallInfo]:
+        """Returns the running calls, the oldest first."""
         ...
 
     async def state_keys(self) -> list[str]:

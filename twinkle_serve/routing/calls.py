@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from twinkle_serve.data_format import metrics
+from twinkle_serve.data_format.telemetry import CallInfo
 from twinkle_serve.errors import LeaseExpiredError, RequestError, TwinkleServeError
 from twinkle_serve.lease import Lease
 from twinkle_serve.routing.request import Request
+from twinkle_serve.routing.telemetry import Telemetry
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +31,12 @@ class ActiveCall:
     """Inputs that were cancelled before the call became a request."""
     lease: Lease | None = None
     """The caller's; None if the call does not depend on it."""
+    id: str = ""
+    caller: str = ""
+    began: float = 0.0
+    """When it came, by the event loop's clock."""
+    deadline: float = math.inf
+    """By the same clock."""
     _step: asyncio.Timeout | None = None
 
     @contextlib.asynccontextmanager
@@ -78,14 +88,17 @@ class CallRegistry:
         A call with a lease is given up when the lease is not renewed.
     """
 
-    def __init__(self, give_up: Callable[[Request, TwinkleServeError], None]) -> None:
+    def __init__(self, give_up: Callable[[Request, TwinkleServeError], None], telemetry: Telemetry) -> None:
         """
         Args:
             give_up: ends a request with an error.
+            telemetry: counts leases that expire.
         """
+        self._telemetry = telemetry
         self._give_up = give_up
         self._by_id: dict[str, ActiveCall] = {}
         self._all: set[ActiveCall] = set()
+        self._numbers = itertools.count(1)
         self._requests = 0
         """Number of active calls that are requests."""
 
@@ -101,22 +114,32 @@ class CallRegistry:
         """Returns the active call of an id."""
         return self._by_id.get(request_id)
 
+    def infos(self) -> list[CallInfo]:
+        """Returns the active calls, the oldest first."""
+        now = asyncio.get_running_loop().time()
+        return [_info(call, now) for call in sorted(self._all, key=lambda call: call.began)]
+
     @contextlib.contextmanager
-    def holding(self, inputs: int, request_id: str, lease_s: float | None) -> Iterator[ActiveCall]:
+    def holding(
+        self, inputs: int, request_id: str, lease_s: float | None, *, caller: str = "", deadline: float = math.inf
+    ) -> Iterator[ActiveCall]:
         """Registers a call while it runs.
 
         Args:
             inputs: number of its inputs.
             request_id: "" for a call without id.
             lease_s: seconds within which its caller renews it; None for a call without lease.
+            deadline: by the event loop's clock.
         """
-        call = ActiveCall(inputs)
-        if request_id:
-            if (replaced := self._by_id.get(request_id)) is not None:
-                self._end(replaced, LeaseExpiredError(f"call {request_id} was sent again, and starts anew."))
-            self._by_id[request_id] = call
-            if lease_s is not None:
-                self._renew(request_id, call, lease_s)
+        began = asyncio.get_running_loop().time()
+        if not request_id:  # nobody renews it, but it can be cancelled
+            request_id, lease_s = f"call-{next(self._numbers)}", None
+        call = ActiveCall(inputs, id=request_id, caller=caller, began=began, deadline=deadline)
+        if (replaced := self._by_id.get(request_id)) is not None:
+            self._end(replaced, LeaseExpiredError(f"call {request_id} was sent again, and starts anew."))
+        self._by_id[request_id] = call
+        if lease_s is not None:
+            self._renew(request_id, call, lease_s)
         self._all.add(call)
         try:
             yield call
@@ -138,6 +161,10 @@ class CallRegistry:
         if call.request is not None:
             self._give_up(call.request, error)
 
+    def _expire(self, call: ActiveCall, silent: str) -> None:
+        self._telemetry.count(metrics.EXPIRED_LEASES, 1, "caller")
+        self._end(call, LeaseExpiredError(silent))
+
     def renew(self, request_ids: Iterable[str], lease_s: float) -> None:
         """Extends the leases of calls; unknown ids are ignored."""
         for request_id in request_ids:
@@ -148,8 +175,23 @@ class CallRegistry:
         if call.lease is not None:
             call.lease.end()
         silent = f"the caller of {request_id} has been silent for {lease_s:g} s: its call is given up."
-        call.lease = Lease(lambda: self._end(call, LeaseExpiredError(silent)))
+        call.lease = Lease(lambda: self._expire(call, silent))
         call.lease.renew(lease_s)
+
+
+def _info(call: ActiveCall, now: float) -> CallInfo:
+    request = call.request
+    adapter = None if request is None else request.adapter
+    return CallInfo(
+        id=call.id,
+        caller=call.caller,
+        adapter="" if adapter is None else adapter.label,
+        age_s=now - call.began,
+        left_s=None if math.isinf(call.deadline) else call.deadline - now,
+        prompts=call.inputs,
+        samples=0 if request is None else request.samples_wanted,
+        samples_done=0 if request is None else request.samples_wanted - request.samples_missing,
+    )
 
 
 class Rate:

@@ -19,6 +19,7 @@ from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.errors import EngineDeadError, StoreError
 from twinkle_serve.routing.active_engine import ActiveEngine, EngineListener, EngineState
 from twinkle_serve.routing.adapters import Adapters
+from twinkle_serve.routing.telemetry import Telemetry
 from twinkle_serve.tasks import BackgroundTasks, Call
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class EngineMembership:
         load_timeout_s: float,
         stall_timeout_s: float = 120.0,
         engines_return: bool = True,
+        telemetry: Telemetry | None = None,
     ) -> None:
         """Binds to the running event loop.
 
@@ -59,7 +61,9 @@ class EngineMembership:
             load_timeout_s: deadline for an engine to load the current weights.
             stall_timeout_s: an engine that has groups and produces no token for so long is lost.
             engines_return: whether an engine that dies is replaced.
+            telemetry: records engines that come into use.
         """
+        self._telemetry = telemetry or Telemetry()
         self.clients = dict(clients)
         self._adapters = adapters
         self.weights_version = weights_version
@@ -179,6 +183,8 @@ class EngineMembership:
             if name in self.cordoned:
                 state = "draining" if name in self.active else "drained"
             engines[name] = status = EngineStatus(state=state, sequences=0)
+            if failure := self._telemetry.last_failure(name):
+                status["last_failure"] = failure
             if (engine := self.active.get(name)) is not None:
                 held = {version.id: version.label for version in self._adapters.held}
                 status["sequences"] = self.listener.sequences_of(name)
@@ -189,6 +195,13 @@ class EngineMembership:
                 status["cpus"] = list(engine.info.cpus)
                 status["max_model_len"] = engine.info.max_model_len
                 status["logprobs_mode"] = engine.info.logprobs_mode
+                status["max_num_seqs"] = engine.info.max_num_seqs
+                status["batch_fill"] = (engine.load.running + engine.load.waiting) / engine.info.max_num_seqs
+                status["prefix_hits"] = engine.load.prefix_hits
+                status["preemptions"] = engine.load.preemptions
+                status["tokens_per_s"] = self._telemetry.rate(name)
+                if engine.load.kv_cache is not None:
+                    status["kv_cache"] = engine.load.kv_cache
         return engines
 
     # -- calls to engines ------------------------------------------------------------------------
@@ -252,6 +265,7 @@ class EngineMembership:
                 if name not in self.active:
                     await self._catch_up(name, info)
                 elif engine is not None:
+                    engine.load = info.load
                     await self._require_progress(engine, info)
             await asyncio.sleep(timing.PROBE_PERIOD_S)
 
@@ -323,6 +337,7 @@ class EngineMembership:
         self.states[name] = "ready"
         self.info = self.info or info
         self._has_info.set()
+        self._telemetry.event("engine ready", f"with weights {self.weights_version.label}", name)
         self.listener.engine_begins(engine)
         await self.notify()
 

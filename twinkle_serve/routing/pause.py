@@ -60,7 +60,7 @@ class PauseCoordinator:
 
     async def update(
         self, version: WeightsVersion, mode: PauseMode, commit: Callable[[], Awaitable[None]], timeout_s: float
-    ) -> None:
+    ) -> dict[str, float]:
         """Loads a weights version on every engine while sampling is paused.
 
         Guarantees:
@@ -71,13 +71,18 @@ class PauseCoordinator:
             mode: fate of running samples.
             commit: records the version as current; called once the engines have it.
 
+        Returns:
+            Duration of its phases: wait, pause, load, commit. Seconds.
+
         Raises:
             WeightsError: an engine refuses the weights.
             EngineError: an engine failed, or engines ended with different weights.
             EngineDeadError: all engines died.
             DeadlineError: it took longer than `timeout_s`, including the wait for another pause or update.
         """
-        deadline = asyncio.get_running_loop().time() + timeout_s
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        deadline = began + timeout_s
         try:
             async with asyncio.timeout_at(deadline):
                 await self._engines.some_engine()
@@ -88,9 +93,11 @@ class PauseCoordinator:
                 f"begins or ends. {self._engines.weights_version.label!r} is current."
             ) from None
         try:
-            await self._update(version, mode, commit, timeout_s, deadline)
+            times = await self._update(version, mode, commit, timeout_s, deadline)
         finally:
             self._engines.changing.release()
+        names = ("wait", "pause", "load", "commit")
+        return {name: end - start for name, start, end in zip(names, (began, *times), times, strict=False)}
 
     async def change(self, what: str, call: Callable[[EngineClient], Awaitable[None]]) -> None:
         """Makes a control call to every engine in use, for `sleep` and `wake_up`, while no weights or pauses change.
@@ -136,14 +143,19 @@ class PauseCoordinator:
         commit: Callable[[], Awaitable[None]],
         timeout_s: float,
         deadline: float,
-    ) -> None:
+    ) -> list[float]:
+        """Returns when it had the engines, when they were paused, when they had the weights, and when it was over."""
         engines, key, loading = self._engines, object(), False
+        clock = asyncio.get_running_loop().time
+        times = [clock()]
         engines.holds.add(key)
         try:
             async with asyncio.timeout_at(deadline):
                 await self._pause(mode)
+                times.append(clock())
                 loading = True
                 checksums = await self._broadcast("load_weights", lambda client: client.load_weights(version))
+                times.append(clock())
             if not checksums:
                 raise EngineDeadError(f"every engine died while it loaded {version.label!r}.")
             if len(set(checksums.values())) > 1:
@@ -151,6 +163,7 @@ class PauseCoordinator:
                 raise EngineError(f"engines have different weights after they loaded {version.label!r}: {each}.")
             await commit()
             engines.weights_version = version
+            times.append(clock())
         except BaseException as error:
             current = engines.weights_version
             if loading:
@@ -168,6 +181,7 @@ class PauseCoordinator:
             raise
         finally:
             await self._release(key)
+        return times
 
     async def _broadcast_or_evict(self, timeout_s: float, call: Callable[[EngineClient], Awaitable[object]]) -> None:
         """Makes a control call to every engine in use. An engine that fails it is not used until it has caught up."""

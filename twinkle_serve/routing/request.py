@@ -128,6 +128,10 @@ class Request:
                 for i, each in zip(self.ids, planned, strict=True)
             }
             self._updates = CallUpdates(update_text, followed)
+        self.admitted_at = 0.0
+        """By the event loop's clock."""
+        self.has_tokens = False
+        """Whether an update of it has come."""
         self._arrived: asyncio.Queue[tuple[SampleColumns, list[int]] | TwinkleServeError | None] = asyncio.Queue()
         """Finished samples, with the groups that they complete, and errors. None: look at the updates and at what is
         still missing."""
@@ -171,6 +175,11 @@ class Request:
             parser=self._header.parser,
             turns=tuple(prompt.turn for prompt in self._prompts),
         )
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(len(prompt.ids) for prompt in self._prompts)
 
     @property
     def samples_missing(self) -> int:

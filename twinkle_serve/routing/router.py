@@ -15,6 +15,7 @@ from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.futures import Completions, FutureResult, Submission
+from twinkle_serve.data_format.metrics import MetricsSink
 from twinkle_serve.data_format.sample_request import (
     EncodeOptions,
     HandleOptions,
@@ -26,6 +27,7 @@ from twinkle_serve.data_format.sample_request import (
 from twinkle_serve.data_format.sample_updates import UpdatesItem
 from twinkle_serve.data_format.samples import SampleColumns, StopReason
 from twinkle_serve.data_format.status import SamplerStatus
+from twinkle_serve.data_format.telemetry import CallInfo, TelemetryReport
 from twinkle_serve.data_format.token_lists import TokenLists
 from twinkle_serve.data_format.weights import PAUSE_MODES, BucketArgument, PauseMode
 from twinkle_serve.engines.client import EngineClient
@@ -45,6 +47,7 @@ from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.pause import CallerPauses, PauseCoordinator
 from twinkle_serve.routing.request import Request
 from twinkle_serve.routing.scheduler import GroupScheduler
+from twinkle_serve.routing.telemetry import PERIOD_S, RouterState, Telemetry
 from twinkle_serve.routing.templates import TemplateCache
 from twinkle_serve.routing.tokenization import Tokenization
 from twinkle_serve.routing.updates import WeightUpdates
@@ -81,7 +84,7 @@ class Router(RouterAPI):
         *,
         sessions: SessionsAPI | None = None,
         engines_return: bool = True,
-        observe_staleness: Callable[[str, int], None] = lambda name, versions: None,
+        sink: MetricsSink | None = None,
     ) -> None:
         """Creates a router; `start` must be called before anything else, on the event loop that it runs on.
 
@@ -91,14 +94,13 @@ class Router(RouterAPI):
             store: source of adapters and weights, the same that the engines use.
             sessions: the conversations of a gateway's clients; None where there is no gateway.
             engines_return: whether an engine that dies is replaced; if not, its requests fail.
-            observe_staleness: called for each finished request with its adapter's name, "" for none, and how many
-                newer versions there are by then, of the adapter or else of the model's own weights.
+            sink: takes the metrics of `data_format.metrics`.
 
         Raises:
             ModelNotFoundError: the model has no tokenizer.
         """
         self._args, self._clients, self._engines_return = args, engines, engines_return
-        self._observe_staleness = observe_staleness
+        self._telemetry = Telemetry(sink)
         self._store, self._sessions = store, sessions
         self._templates = TemplateCache(model, args)
         self._encoding = EncodingThread()
@@ -136,6 +138,7 @@ class Router(RouterAPI):
             load_timeout_s=args.startup_timeout_s,
             stall_timeout_s=args.stall_timeout_s,
             engines_return=self._engines_return,
+            telemetry=self._telemetry,
         )
         loader = AdapterLoader(self._engines, self._adapters)
         self._scheduler = GroupScheduler(
@@ -146,6 +149,8 @@ class Router(RouterAPI):
             fail=self._fail,
             deliver_updates=self._deliver_updates,
             restart=self._restart,
+            on_sent=self._count_sent,
+            telemetry=self._telemetry,
             policy=args.policy,
             resume=args.failover == "resume",
         )
@@ -162,13 +167,17 @@ class Router(RouterAPI):
             self._publisher,
             self._requests,
             self._rate,
+            self._telemetry,
             on_complete=self._report_staleness,
         )
         self._futures = Futures(args.futures, self._run_admitted)
         self._tokenization = Tokenization(self._encoding, self._admission.template)
         self._pause_coordinator = PauseCoordinator(self._engines)
         self._pauses = CallerPauses(self._engines, self._pause_coordinator)
-        self._updates = WeightUpdates(self._store, self._engines, self._pause_coordinator, labels)
+        self._updates = WeightUpdates(
+            self._store, self._engines, self._pause_coordinator, labels, telemetry=self._telemetry
+        )
+        self._engines.spawn(self._keep_telemetry())
 
     async def _recover_adapters(self) -> Adapters:
         kept = self._args.adapter_versions
@@ -333,10 +342,13 @@ class Router(RouterAPI):
     # -- adapters --------------------------------------------------------------------------------
 
     async def add_adapter(self, name: str, source: AdapterFiles | str) -> str:
-        return await self._publisher.add(name, source)
+        label = await self._publisher.add(name, source)
+        self._telemetry.event("adapter", f"{label} is loaded")
+        return label
 
     async def remove_adapter(self, name: str) -> None:
         await self._publisher.remove(name)
+        self._telemetry.event("adapter", f"{name} is removed")
 
     # -- weights ---------------------------------------------------------------------------------
 
@@ -425,6 +437,7 @@ class Router(RouterAPI):
 
     async def drain_engine(self, name: str, timeout_s: float) -> None:
         await self._lifecycle.drain(name, seconds("timeout_s", timeout_s))
+        self._telemetry.event("engine drained", "it gets no more prompts", name)
 
     async def undrain_engine(self, name: str) -> None:
         await self._lifecycle.undrain(name)
@@ -441,6 +454,30 @@ class Router(RouterAPI):
             await self._store.purge_weights()
             if self._sessions is not None:
                 await self._sessions.purge_sessions()
+
+    async def telemetry(self, since: float = 0.0) -> TelemetryReport:
+        return self._telemetry.report(since)
+
+    async def calls(self) -> list[CallInfo]:
+        return self._admission.infos()
+
+    async def _keep_telemetry(self) -> None:
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            try:
+                self._telemetry.tick(self._state())
+            except Exception:
+                logger.exception("a bug in the router's telemetry")
+
+    def _state(self) -> RouterState:
+        return RouterState(
+            running_calls=self._admission.running,
+            waiting=self._scheduler.waiting,
+            waiting_tokens=self._scheduler.waiting_tokens,
+            weights=self._engines.weights_version,
+            engines=self._engines.status(),
+            loads={name: engine.load for name, engine in self._engines.active.items()},
+        )
 
     async def status(self) -> SamplerStatus:
         return {
@@ -477,10 +514,18 @@ class Router(RouterAPI):
                 logger.exception("samples could not be handed to their request")
                 request.fail(ServiceError(f"a bug in the router: {error!r}"))
 
+    def _count_sent(self, group: RoutedGroup, now: float) -> None:
+        """Counts the first part of a prompt that is sent to an engine for the first time."""
+        if not (group.first_sample or group.attempts) and (request := self._requests.get(group.id)) is not None:
+            self._telemetry.sent(now - request.admitted_at)
+
     def _deliver_updates(self, updates: Sequence[PartialUpdate]) -> None:
         """Hands new tokens of running samples to their requests."""
         for update in updates:
             if (request := self._requests.get(update.attempt[0])) is not None:
+                if not request.has_tokens:
+                    request.has_tokens = True
+                    self._telemetry.first_token(asyncio.get_running_loop().time() - request.admitted_at)
                 try:
                     request.add_update(update)
                 except EngineDeadError as error:
@@ -501,6 +546,6 @@ class Router(RouterAPI):
     def _report_staleness(self, adapter: AdapterVersion | None, weight_versions: set[str]) -> None:
         """Reports how stale a finished request is, by its adapter if it has one, else by the model's own weights."""
         if adapter is None:
-            self._observe_staleness("", self._updates.staleness(weight_versions))
+            self._telemetry.stale("", self._updates.staleness(weight_versions))
         elif (versions := self._publisher.staleness(adapter)) is not None:
-            self._observe_staleness(adapter.name, versions)
+            self._telemetry.stale(adapter.name, versions)

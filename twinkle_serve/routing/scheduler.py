@@ -11,11 +11,12 @@ from dataclasses import replace
 
 from twinkle_serve import timing
 from twinkle_serve.config import PolicyName
+from twinkle_serve.data_format import metrics
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import GroupKey, TextDelta
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.engines.group_runner import Finished, PartialUpdate
-from twinkle_serve.errors import EngineCrashedError, EngineDeadError, EngineError, TwinkleServeError
+from twinkle_serve.errors import EngineCrashedError, EngineDeadError, EngineError, TwinkleServeError, one_line
 from twinkle_serve.routing.active_engine import ActiveEngine
 from twinkle_serve.routing.adapter_loading import AdapterLoader
 from twinkle_serve.routing.dispatch import Dispatcher
@@ -24,6 +25,7 @@ from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.poison import MAX_CRASHES, classify, describe_prompt, poison_error, suspicion_s
 from twinkle_serve.routing.policies import POLICIES
 from twinkle_serve.routing.resume import PartialSamples, can_resume
+from twinkle_serve.routing.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,8 @@ class GroupScheduler:
         fail: Callable[[int, TwinkleServeError], None],
         deliver_updates: Callable[[Sequence[PartialUpdate]], None] = lambda updates: None,
         restart: Callable[[RoutedGroup], None] = lambda group: None,
+        on_sent: Callable[[RoutedGroup, float], None] = lambda group, now: None,
+        telemetry: Telemetry | None = None,
         policy: PolicyName = "balanced",
         resume: bool = False,
     ) -> None:
@@ -65,12 +69,15 @@ class GroupScheduler:
             fail: receives the id and the error of a failed group.
             deliver_updates: receives new tokens of running samples, of groups that are followed.
             restart: called with a group whose samples start anew.
+            on_sent: called with each group that is sent to an engine, and the time of the event loop's clock.
+            telemetry: counts samples, losses and retries.
             policy: chooses the engine of a group.
             resume: whether interrupted samples continue from the tokens that had arrived; see `can_resume`.
         """
         self._engines, self._loader = engines, loader
         self._wanted, self._deliver_columns, self._fail = wanted, deliver, fail
         self._deliver_updates, self._restart = deliver_updates, restart
+        self._on_sent, self._telemetry = on_sent, telemetry or Telemetry()
         self._dispatcher = Dispatcher(POLICIES[policy]())
         """Knows the engines in use."""
         self._resume = resume
@@ -97,6 +104,7 @@ class GroupScheduler:
         suspect = self._dispatcher.suspect_of(engine.name)
         rest = self._dispatcher.remove_engine(engine.name)
         if error is not None:
+            self._telemetry.engine_lost(engine.name, error, len(rest))
             logger.warning(
                 f"{engine.name} is lost with {len(rest)} groups, to be sampled elsewhere: "
                 f"{type(error).__name__}: {error}"
@@ -215,6 +223,7 @@ class GroupScheduler:
             self._watch_suspect(engine, groups)
             by_adapter: dict[AdapterVersion | None, list[RoutedGroup]] = defaultdict(list)
             for group in groups:
+                self._on_sent(group, now)
                 self._partials.start(group)
                 # Groups whose adapter is not loaded yet delay no others, and fail alone.
                 by_adapter[None if engine.has_adapter(group.adapter) else group.adapter].append(group)
@@ -286,9 +295,16 @@ class GroupScheduler:
             return
         self._dispatcher.finish_samples(name, zip(columns.group.tolist(), columns.sample.tolist(), strict=True))
         self._dispatcher.learn(columns.lengths)
+        self._count(name, columns)
         self._partials.finish(columns)
         self._deliver_columns(columns)
         self._pump_soon()
+
+    def _count(self, name: str, columns: SampleColumns) -> None:
+        engine = self._engines.active.get(name)
+        placed = None if engine is None else engine.placed_at.get(int(columns.group[0]))
+        passed = None if placed is None else asyncio.get_running_loop().time() - placed
+        self._telemetry.arrived(name, columns, passed)
 
     def _requeue(self, groups: list[RoutedGroup]) -> None:
         """Puts groups that an engine did not finish at the front of the queue, resuming their samples if possible."""
@@ -308,6 +324,8 @@ class GroupScheduler:
                 for part in parts:
                     if part.partial is None:
                         self._restart(part)
+                    else:
+                        self._telemetry.count(metrics.RESUMED_TOKENS, len(part.partial))
                 again.extend(parts)
         # A restart may have ended their request.
         self._dispatcher.enqueue([group for group in again if self._wanted(group.id)], first=True)
@@ -320,6 +338,8 @@ class GroupScheduler:
         """Fails the poisoned groups of an engine that ended, queues its suspects, and returns the innocent ones."""
         verdict = classify(name, suspect, lost, crashed=crashed)
         for group in verdict.poisoned:
+            self._telemetry.count(metrics.POISONED_PROMPTS)
+            self._telemetry.event("poison", one_line(poison_error(group)), name)
             self._fail(group.id, poison_error(group))
         if verdict.poisoned and crashed:
             self._dispatcher.clear_waiting()

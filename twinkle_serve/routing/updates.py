@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from twinkle_serve import timing
+from twinkle_serve.data_format import metrics
 from twinkle_serve.data_format.weights import PAUSE_MODES, BucketArgument, PauseMode
-from twinkle_serve.errors import StoreError, UnsupportedError, WeightsError
+from twinkle_serve.errors import StoreError, UnsupportedError, WeightsError, one_line
 from twinkle_serve.lease import Lease
 from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.pause import PauseCoordinator
+from twinkle_serve.routing.telemetry import Telemetry
 from twinkle_serve.validation import one_of
 from twinkle_serve.weights import StoreClient
 
@@ -32,6 +35,10 @@ class _Update:
     upload: int = NO_UPLOAD
     """Id of the upload, once the store has assigned it."""
     publishing: bool = False
+    began: float = 0.0
+    """By the event loop's clock."""
+    size: int = 0
+    """Of its weights, bytes."""
 
 
 class WeightUpdates:
@@ -43,12 +50,20 @@ class WeightUpdates:
     """
 
     def __init__(
-        self, store: StoreClient, membership: EngineMembership, pause_coordinator: PauseCoordinator, labels: list[str]
+        self,
+        store: StoreClient,
+        membership: EngineMembership,
+        pause_coordinator: PauseCoordinator,
+        labels: list[str],
+        *,
+        telemetry: Telemetry | None = None,
     ) -> None:
         """
         Args:
             labels: labels of all versions so far, in the order of their numbers.
+            telemetry: records updates.
         """
+        self._telemetry = telemetry or Telemetry()
         self._store, self._engines, self._pause_coordinator = store, membership, pause_coordinator
         self._numbers = {label: number for number, label in enumerate(labels)}
         self._update: _Update | None = None
@@ -68,11 +83,12 @@ class WeightUpdates:
                 f"an update to {other.label!r} is under way, heard of {now - other.heard_at:.1f} s ago. Wait for it; "
                 f"one whose trainer is gone is given up after {timing.UPLOAD_LEASE_S:g} s."
             )
-        update = self._update = _Update(label, now, Lease(self._expire))
+        update = self._update = _Update(label, now, Lease(self._expire), began=now)
         try:
             model = await self._engines.call_any(lambda client: client.model_spec())
             if not model.weights:
                 raise UnsupportedError("the model has no safetensors files, which list its weights.")
+            update.size = sum(spec.nbytes for spec in model.weights.values())
             update.upload = await self._store.begin_weights(label, model)
         except BaseException:
             self._end(update)
@@ -115,8 +131,11 @@ class WeightUpdates:
         return update.label
 
     async def _publish(self, update: _Update, mode: PauseMode, timeout_s: float) -> None:
+        clock = asyncio.get_running_loop().time
+        uploaded = clock()
         try:
             version = await self._store.seal_weights(update.upload)
+            sealed = clock()
 
             async def commit() -> None:
                 try:
@@ -126,11 +145,25 @@ class WeightUpdates:
                         raise
                 self._numbers[version.label] = version.number
 
-            await self._pause_coordinator.update(version, mode, commit, timeout_s)
-        except BaseException:
+            phases = await self._pause_coordinator.update(version, mode, commit, timeout_s)
+        except BaseException as error:
+            self._telemetry.count(metrics.UPDATES, 1, "failed")
+            self._telemetry.event("weights", f"the update to {update.label} failed: {one_line(error)}")
             self._give_up(update)
             raise
         self._end(update)
+        self._report(update, {"upload": uploaded - update.began, "seal": sealed - uploaded, **phases})
+
+    def _report(self, update: _Update, phases: Mapping[str, float]) -> None:
+        """Records a published version, and how long each phase took, seconds."""
+        for phase, seconds in phases.items():
+            self._telemetry.observe(metrics.UPDATE_SECONDS, seconds, phase)
+        self._telemetry.count(metrics.UPDATES, 1, "published")
+        self._telemetry.count(metrics.UPDATE_BYTES, update.size)
+        steps = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in phases.items())
+        text = f"{update.label} is current: {update.size / 1e6:,.0f} MB, {steps}"
+        self._telemetry.event("weights", text)
+        logger.info(text)
 
     async def abandon(self, upload: int) -> None:
         """Gives an update up, unless it is being published. Idempotent."""
@@ -162,6 +195,7 @@ class WeightUpdates:
     def _expire(self) -> None:
         assert self._update is not None
         label = self._update.label
+        self._telemetry.count(metrics.EXPIRED_LEASES, 1, "trainer")
         logger.warning(f"the update to {label!r} is given up: no bucket came for {timing.UPLOAD_LEASE_S:g} s")
         self._give_up(self._update)
 

@@ -57,6 +57,8 @@ REPEATED = frozenset(
     {
         RouterAPI.cancel,
         RouterAPI.status,
+        RouterAPI.telemetry,
+        RouterAPI.calls,
         RouterAPI.state_keys,
         RouterAPI.check_template,
         RouterAPI.encode,

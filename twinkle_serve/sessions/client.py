@@ -111,5 +111,9 @@ class LocalSessions(SessionsAPI):
     async def list_sessions(self) -> list[SessionInfo]:
         return await self._in_thread(self._sessions.infos)
 
+    async def count_sessions(self) -> int:
+        """Returns the number of sessions."""
+        return await self._in_thread(self._sessions.__len__)
+
     async def purge_sessions(self) -> None:
         await self._in_thread(self._sessions.purge)

@@ -72,6 +72,9 @@ class SessionStore:
         if self._disk is not None:
             self._recover(self._disk)
 
+    def __len__(self) -> int:
+        return len(self._sessions)
+
     # -- turns -----------------------------------------------------------------------------------
 
     def find(self, session: str, query: Query, hold_s: float = 0.0) -> Found:

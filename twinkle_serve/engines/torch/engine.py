@@ -16,6 +16,7 @@ from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
 from twinkle_serve.data_format.samples import STOP_REASONS, PartialSample, PromptScores, SampleColumns, StopReason
 from twinkle_serve.data_format.structured_outputs import StructuredOutputs
+from twinkle_serve.data_format.telemetry import EngineLoad
 from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
 from twinkle_serve.engines.drawing import columns_of_samples
 from twinkle_serve.engines.logits import LogitsProcessor
@@ -88,6 +89,7 @@ class TorchEngine:
         self._held = False
         """Whether the model's thread is paused between two tokens."""
         self._steps = 0
+        self._computed_tokens = 0
         """Number of steps that the model's thread has run."""
         self._aborting = False
         """Whether running samples must end with the tokens that they have."""
@@ -245,6 +247,7 @@ class TorchEngine:
             rows = [[self._row(job, j) for j in range(job.group.count)] for job in batch]
             for job, part in zip(batch, rows, strict=True):
                 job.rows = part
+                self._computed_tokens += len(job.group.prompt_ids)
             scores = [self._score(job.group) for job in batch]
             running = [(job, row) for job, part in zip(batch, rows, strict=True) for row in part if row.max_tokens]
             while running:
@@ -390,6 +393,11 @@ class TorchEngine:
 
     def progress(self) -> int:
         return self._steps
+
+    async def load(self) -> EngineLoad:
+        running = sum(row.stop_reason is None for job in self._batch for row in job.rows)
+        waiting = sum(job.group.count for job in self._waiting)
+        return EngineLoad(running=running, waiting=waiting, computed_tokens=self._computed_tokens)
 
     async def check_health(self) -> None:
         if self._task is None or self._task.done():

@@ -16,11 +16,13 @@ from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
 from twinkle_serve.data_format.structured_outputs import StructuredOutputs
+from twinkle_serve.data_format.telemetry import EngineLoad
 from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
 from twinkle_serve.engines.protocol import TokenDelta
 from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.vllm.args import build_config, check_engine_args, engine_info, set_environment
 from twinkle_serve.engines.vllm.grammars import GrammarChecks
+from twinkle_serve.engines.vllm.load import LoadQuery
 from twinkle_serve.engines.vllm.lora_slots import AdapterSlots
 from twinkle_serve.engines.vllm.outputs import (
     aborted_without_output,
@@ -105,6 +107,9 @@ class VLLMEngine:
         """vLLM's request id, and the index in the request, of each running sample whose group is followed."""
         self._finished_tokens = 0
         """Number of tokens of finished samples."""
+        self._computed_tokens = self._cached_tokens = 0
+        """Prompt tokens of finished groups."""
+        self._load: LoadQuery | None = None
         self._grammars: GrammarChecks | None = None
 
     async def start(self, on_stage: OnStage = ignore_stage) -> None:
@@ -125,6 +130,7 @@ class VLLMEngine:
         if self._device == "cpu":
             await self._llm.collective_rpc("use_own_sampler")
         self._tokenizer = self._llm.get_tokenizer()
+        self._load = LoadQuery(self._llm)
         self._grammars = GrammarChecks(config, self._files.owner)
         self.info = engine_info(self._name, config, self._device, self._cpus, self._tokenizer)
 
@@ -233,6 +239,12 @@ class VLLMEngine:
     def progress(self) -> int:
         return self._finished_tokens + running_tokens(self._llm.output_processor)
 
+    async def load(self) -> EngineLoad:
+        assert self._load is not None, "started"
+        return replace(
+            await self._load.load(), computed_tokens=self._computed_tokens, cached_tokens=self._cached_tokens
+        )
+
     def partial_output(self, group: Group, offset: int, sample: int = 0) -> PartialSample | None:
         request = self._followed.get((group.id, group.first_sample + sample, group.attempts))
         if request is None:
@@ -250,6 +262,9 @@ class VLLMEngine:
             samples = samples * group.count
         columns = group_columns(group, self._name, self._label, output, samples, self.decode)
         self._finished_tokens += sum(len(sample.token_ids) for sample in samples)
+        cached = output.num_cached_tokens or 0
+        self._cached_tokens += cached
+        self._computed_tokens += len(group.prompt_ids) - cached
         return columns
 
     async def _resample_aborted(self, group: Group, j: int, sample: CompletionOutput) -> CompletionOutput:

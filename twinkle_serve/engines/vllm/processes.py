@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinkle_serve.engines.vllm.load import offer_load
 from twinkle_serve.engines.vllm.reports import REPORTS, pid_file, report, report_errors
 from twinkle_serve.engines.vllm.tmpfs import OWNER
 from twinkle_serve.errors import EngineStartError
@@ -137,6 +138,7 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
     if config.device_config.device_type == "cpu":
         pass_masks_on()
     compile_below_model()
+    offer_load()
     _works_itself = config.parallel_config.distributed_executor_backend in (IN_CORE, "uni")
     fork_workers(config)
     try:

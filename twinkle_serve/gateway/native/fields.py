@@ -180,6 +180,24 @@ class ResumeBody(OfSampler):
     pause: int = Field(ge=0)
 
 
+class CancelBody(OfSampler):
+    """Body of `POST /calls/cancel`."""
+
+    id: str = Field(min_length=1, max_length=1000, description="Of a call, as GET /calls has it.")
+
+
+class EngineBody(OfSampler):
+    """Body of the routes of `/engines`."""
+
+    engine: str = Field(min_length=1, max_length=1000)
+    timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        le=timing.MAX_PAUSE_LEASE_S,
+        description="How long it may finish what it runs; the rest is sampled elsewhere. Of no use to undrain.",
+    )
+
+
 def _whole(values: Iterable[object]) -> Iterable[int]:
     return (value for value in values if isinstance(value, int) and not isinstance(value, bool))
 
