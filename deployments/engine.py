@@ -16,6 +16,7 @@ from deployments.store_client import ServeStoreClient
 from twinkle_serve import hub, timing
 from twinkle_serve.collection import freeze_start_up
 from twinkle_serve.config import ServiceArgs
+from twinkle_serve.cores import CoreClaims
 from twinkle_serve.data_format.groups import Chunk, Session
 from twinkle_serve.engines import build_engine
 from twinkle_serve.engines.server import EngineServer
@@ -47,7 +48,8 @@ class Engine(EngineServer):
         end_with_parent(os.getppid())  # Serve's replicas outlive the raylet that started them
         on_stage = StageReporter()
         mesh = args.device_mesh.mesh()
-        cores = _take_devices(dp_rank, mesh.devices_per_replica, placement)
+        self._claims = CoreClaims()  # until this process ends
+        cores = _take_devices(dp_rank, mesh.devices_per_replica, placement, self._claims)
         name = engine_name(dp_rank)
         if placement.group is not None:
             application = serve.get_replica_context().app_name
@@ -103,7 +105,9 @@ engine_deployment = serve.deployment(
 )(Engine)
 
 
-def _take_devices(dp_rank: int, devices_per_replica: int, placement: Placement) -> list[tuple[int, ...]]:
+def _take_devices(
+    dp_rank: int, devices_per_replica: int, placement: Placement, claims: CoreClaims
+) -> list[tuple[int, ...]]:
     """Restricts this process to its own devices. Returns the cores of each, on CPU."""
     devices = placement.engines[dp_rank] if placement.engines else ()
     if placement.device == "cuda":
@@ -113,4 +117,4 @@ def _take_devices(dp_rank: int, devices_per_replica: int, placement: Placement) 
     cores = sorted(os.sched_getaffinity(0))
     if devices:
         return cores_of_devices(devices, cores)
-    return cores_of_engine(dp_rank, devices_per_replica, placement.devices_per_node, cores)
+    return claims.take(cores_of_engine(dp_rank, devices_per_replica, placement.devices_per_node, cores), cores)

@@ -16,6 +16,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from twinkle_serve import hub
 from twinkle_serve.config import ServiceArgs
+from twinkle_serve.cores import CoreClaims
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.sample_request import Inputs, SampleRequest
 from twinkle_serve.data_format.sample_updates import UpdatesItem
@@ -135,6 +136,7 @@ class _Service:
         self._server: EngineServer | None = None
         self._router: Router | None = None
         self._state_lock: StateLock | None = None
+        self._claims = CoreClaims()
         self._ended = threading.Event()
 
     async def start(self, args: ServiceArgs) -> Router:
@@ -143,7 +145,9 @@ class _Service:
         model = await asyncio.to_thread(hub.resolve, args.model_id, revision=args.revision)
         # Tensor parallelism on CPU needs one core per device; otherwise the engine shares this process's cores.
         bound = placement.device == "cpu" and mesh.devices_per_replica > 1
-        cores = sorted(os.sched_getaffinity(0))[: mesh.devices_per_replica] if bound else []
+        allowed = sorted(os.sched_getaffinity(0))
+        wanted = [(core,) for core in allowed[: mesh.devices_per_replica]] if bound else []
+        cores = self._claims.take(wanted, allowed) if wanted else []
         engine = build_engine(
             args.engine,
             ENGINE,
@@ -153,7 +157,7 @@ class _Service:
             tp_size=mesh.tp_size,
             pp_size=mesh.pp_size,
             executor="mp",
-            cpus=[(core,) for core in cores],
+            cpus=cores,
             devices_on_node=mesh.devices_per_replica,
             trust_remote_code=args.trust_remote_code,
         )
@@ -204,6 +208,7 @@ class _Service:
         for task in rest:
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
+        self._claims.close()
         if self._state_lock is not None:
             self._state_lock.release()
 
