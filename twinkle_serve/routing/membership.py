@@ -338,6 +338,7 @@ class EngineMembership:
         self.info = self.info or info
         self._has_info.set()
         self._telemetry.event("engine ready", f"with weights {self.weights_version.label}", name)
+        logger.info(f"{name} is ready with weights {self.weights_version.label!r}")
         self.listener.engine_begins(engine)
         await self.notify()
 
