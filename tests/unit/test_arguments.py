@@ -42,6 +42,7 @@ CALLS: dict[str, Callable[[Any, Any], object]] = {
     "top_logprobs": lambda s, w: s.score(QUESTION, top_logprobs=w),
     "min_groups": lambda s, w: s.sample(QUESTION, SHORT, min_groups=w),
     "progress": lambda s, w: s.sample_iter(QUESTION, SHORT, progress=w),
+    "sample's progress": lambda s, w: s.sample(QUESTION, SHORT, progress=w),
     "cancel": lambda s, w: cancelled(s, w),
     "response": lambda s, w: s.verify(w, against=s),
     "against": lambda s, w: s.verify(s.sample(QUESTION, SHORT), against=w),

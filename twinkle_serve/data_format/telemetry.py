@@ -97,3 +97,5 @@ class CallInfo(TypedDict):
     samples: int
     """Number of samples that it asked for."""
     samples_done: int
+    tokens_done: int
+    """Tokens of these."""

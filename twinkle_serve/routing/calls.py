@@ -191,6 +191,7 @@ def _info(call: ActiveCall, now: float) -> CallInfo:
         prompts=call.inputs,
         samples=0 if request is None else request.samples_wanted,
         samples_done=0 if request is None else request.samples_wanted - request.samples_missing,
+        tokens_done=0 if request is None else request.tokens_done,
     )
 
 

@@ -130,6 +130,8 @@ class Request:
             self._updates = CallUpdates(update_text, followed)
         self.admitted_at = 0.0
         """By the event loop's clock."""
+        self.tokens_done = 0
+        """Tokens of samples that have arrived."""
         self.has_tokens = False
         """Whether an update of it has come."""
         self._arrived: asyncio.Queue[tuple[SampleColumns, list[int]] | TwinkleServeError | None] = asyncio.Queue()
@@ -204,6 +206,7 @@ class Request:
         if self._updates is not None:
             self._updates.finish(columns)
         self.weight_versions.update(label for spans in set(columns.weight_versions) for label, _ in spans)
+        self.tokens_done += len(columns.tokens)
         complete = []
         for group_id in columns.group.tolist():
             assert group_id in self._missing, self._too_many(group_id)

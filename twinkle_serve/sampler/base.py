@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from abc import ABC, abstractmethod
@@ -31,6 +32,7 @@ from twinkle_serve.errors import AdapterError, DeadlineError, RequestError, Unsu
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.controls import EngineControls
 from twinkle_serve.sampler.encoding import EncodingSampler, LocalTemplate
+from twinkle_serve.sampler.progress import progress_of
 from twinkle_serve.sampler.rollouts import AsyncRollouts, Rollouts
 from twinkle_serve.sampler.router_client import RouterClient
 from twinkle_serve.sampler.session import SessionCalls
@@ -99,6 +101,8 @@ class RunningSampler(EngineControls, TokenCalls, SessionCalls, Sampler, TwinkleC
         sampling_params: SamplingParamsLike | None = None,
         adapter_name: str = "",
         adapter_path: str | None = None,
+        *,
+        progress: bool = False,
         **options: Unpack[SampleOptions],
     ) -> SampleResponse:
         """Samples each input `num_samples` times. Blocks; in async code use `sample_async`.
@@ -109,6 +113,7 @@ class RunningSampler(EngineControls, TokenCalls, SessionCalls, Sampler, TwinkleC
             adapter_name: LoRA adapter to sample with, `name` for its newest version or `name@version`; "" is the base
                 model.
             adapter_path: directory of a LoRA adapter instead, on the router's node; read again when its files change.
+            progress: show a progress bar on the terminal, with tokens per second and the time that is left.
 
         Keyword Args:
             num_samples: samples of each prompt; None takes it from sampling_params, where it is 1.
@@ -133,9 +138,11 @@ class RunningSampler(EngineControls, TokenCalls, SessionCalls, Sampler, TwinkleC
             EngineError: engines failed.
             ServiceError: the service's router failed or cannot be reached.
         """
+        shows = flag("progress", progress)
         request = self._request(inputs, sampling_params, adapter_name, adapter_path, options)
         try:
-            return as_called(self._client.loop.call(self._client.run(request)))
+            with progress_of(self._client, request) if shows else contextlib.nullcontext():
+                return as_called(self._client.loop.call(self._client.run(request)))
         except DeadlineError as error:
             raise as_raised(error) from None
 

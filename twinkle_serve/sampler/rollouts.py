@@ -9,6 +9,7 @@ from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.sample_request import SampleRequest
 from twinkle_serve.errors import RequestError
 from twinkle_serve.sampler.loop_thread import Items
+from twinkle_serve.sampler.progress import each_with_progress
 from twinkle_serve.sampler.router_client import RouterClient
 from twinkle_serve.validation import whole_number
 
@@ -27,7 +28,7 @@ class Rollouts(Iterator[SampleResponse]):
         self._client, self._request_id, self._parts = client, request.request_id, parts
         self._inputs = request.input_count
         responses = _each_prompt(parts)
-        self._responses = _with_progress(responses, request.input_count) if progress else responses
+        self._responses = each_with_progress(responses, request.input_count) if progress else responses
 
     def __next__(self) -> SampleResponse:
         return next(self._responses)
@@ -109,18 +110,3 @@ def _checked(prompt_indices: Iterable[int] | None, inputs: int) -> list[int] | N
 def _each_prompt(parts: Iterator[SampleResponse]) -> Iterator[SampleResponse]:
     for part in parts:
         yield from part
-
-
-def _with_progress(responses: Iterator[SampleResponse], total: int) -> Iterator[SampleResponse]:
-    """Shows a progress bar on the terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    bar = Progress(
-        TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"), TimeElapsedColumn()
-    )
-    with bar:
-        task = bar.add_task("", total=total)
-        for response in responses:
-            bar.advance(task)
-            yield response
-        bar.update(task, total=bar.tasks[0].completed)  # a template may leave prompts out
