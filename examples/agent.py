@@ -303,7 +303,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the first step; falls to a tenth")
     parser.add_argument("--inner-steps", type=int, default=2, help="optimizer steps per step")
-    parser.add_argument("--held-out", type=int, default=300)
+    parser.add_argument("--held-out", type=int, default=500)
     parser.add_argument("--print-every", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)

@@ -257,6 +257,15 @@ def test_agent_trains_on_the_tokens_of_its_sessions(service: Service, tmp_path: 
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(5400)
+def test_agent_learns(service: Service, tmp_path: Path) -> None:
+    """By at least 10 points of held-out problems, at temperature 1, with the example's own settings."""
+    steps, summary = train_agent(service, tmp_path, timeout_s=5000)
+    assert summary["right_after"] - summary["right_before"] >= 0.1, summary
+    assert max(step["logprob_difference"] for step in steps) < 1e-4
+
+
+@pytest.mark.nightly
 def test_agent_calls_its_tool_by_the_protocol(service: Service, tmp_path: Path) -> None:
     """It comes to its end. The demo model has never seen a tool, and none of its calls is right, so there is nothing to
     train on."""

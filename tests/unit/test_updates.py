@@ -206,16 +206,17 @@ async def test_reproducible_sample_goes_on_where_its_engine_ends(params: dict[st
         assert sum(service.engines[name].sampled.total() for name in service.engines) > 2 * before > 0
 
 
-async def test_unseeded_sample_whose_engine_ends_is_an_error() -> None:
+async def test_unseeded_sample_that_cannot_be_resumed_is_an_error() -> None:
     """It says why, and what helps."""
     async with started() as service:
         with pytest.raises(EngineDeadError, match=r"it has no seed to be sampled again with\. Send the call again"):
-            await interrupted(service, LONG)
+            await interrupted(service, {**LONG, "stop": ["never"]})
 
 
-async def test_unseeded_sample_that_is_resumed_goes_on() -> None:
-    """From the tokens that its reader has."""
-    async with started(failover="resume") as service:
+@pytest.mark.parametrize("failover", ["restart", "resume"])
+async def test_unseeded_sample_goes_on(failover: str) -> None:
+    """From the tokens that its reader has, whatever is done with calls without updates."""
+    async with started(failover=failover) as service:
         joined = await interrupted(service, LONG)
         joined.check()
         assert all(len(SampleUpdate.concat(parts).tokens) == 80 for parts in joined.samples.values())

@@ -50,8 +50,8 @@ class RouterAPI(Protocol):
                 sample has ended, whether or not its prompt is complete.
             New tokens of a sample come about every 20 ms, or less often where many samples of its engine are reported;
                 the first ones within a few milliseconds.
-            A sample whose engine ends goes on: one that can be resumed, with `failover: resume`, from its tokens; a
-                seeded or greedy one from its start, without the tokens that were yielded before.
+            A sample whose engine ends goes on: one that can be resumed from its tokens; a seeded or greedy one from
+                its start, without the tokens that were yielded before.
             Updates of a slow reader are joined and not dropped.
 
         Raises:

@@ -72,7 +72,8 @@ class GroupScheduler:
             on_sent: called with each group that is sent to an engine, and the time of the event loop's clock.
             telemetry: counts samples, losses and retries.
             policy: chooses the engine of a group.
-            resume: whether interrupted samples continue from the tokens that had arrived; see `can_resume`.
+            resume: whether interrupted samples continue from the tokens that had arrived; see `can_resume`. Those of
+                groups with updates always do.
         """
         self._engines, self._loader = engines, loader
         self._wanted, self._deliver_columns, self._fail = wanted, deliver, fail
@@ -123,8 +124,11 @@ class GroupScheduler:
 
     def enqueue(self, groups: Iterable[RoutedGroup]) -> None:
         """Queues groups; each starts as soon as an engine has room."""
-        if self._resume:
-            groups = [replace(group, resume=can_resume(group)) for group in groups]
+        groups = [
+            # Tokens that were handed out cannot be taken back.
+            replace(group, resume=can_resume(group)) if self._resume or group.updates is not None else group
+            for group in groups
+        ]
         self._dispatcher.enqueue(groups)
         self._fail_without_hope("the engine")
         self._pump_soon()
