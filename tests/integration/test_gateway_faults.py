@@ -171,6 +171,7 @@ def test_a_killed_engine_shows_in_readiness_and_loses_no_sample(service: Running
     wait_until(lambda: readiness(url)[1].get("engine-dp0") == "ready", "the engine is back", timeout_s=120)
 
 
+@pytest.mark.nightly
 def test_without_an_engine_the_gateway_lives_and_is_not_ready(service: RunningSampler, url: str) -> None:
     for name in ("engine-dp0", "engine-dp1"):
         replica_process(NAME, name).kill()
@@ -179,6 +180,7 @@ def test_without_an_engine_the_gateway_lives_and_is_not_ready(service: RunningSa
     wait_until(lambda: set(readiness(url)[1].values()) == {"ready"}, "the engines are back", timeout_s=120)
 
 
+@pytest.mark.nightly
 def test_a_call_survives_its_router(service: RunningSampler, url: str) -> None:
     """It is sent to the next one; the gateway lives and says that it is not ready meanwhile."""
     body = {**SHORT, "sampling_params": {"max_tokens": 100, "seed": 1, "ignore_eos": True}, "timeout_s": 200}

@@ -35,6 +35,7 @@ def answers(port: int) -> bool:
         return False
 
 
+@pytest.mark.nightly
 def test_a_gateway_answers_at_its_own_address_while_its_replicas_change(cluster: str) -> None:
     """One replica, then two that share the address; the address is free once the gateway is deleted."""
     port = free_port()

@@ -35,6 +35,8 @@ PROCESSES = "tests/integration/test_engine_processes.py"
 GROUPS = "tests/integration/remote/test_device_groups.py"
 IN_GROUP = "tests/integration/test_sampler_in_group.py"
 TINKER = "tests/integration/test_gateway_tinker.py"
+FAULTS = "tests/integration/test_gateway_faults.py"
+LISTENER = "tests/integration/test_gateway_listener.py"
 HTTP_CLIENTS = "tests/integration/test_gateway_clients.py"
 ELASTIC = "tests/integration/test_elastic.py"
 DOCUMENT = "tests/unit/gateway/test_document.py"
@@ -49,8 +51,10 @@ ALL = frozenset(
         DEATHS,
         DOCUMENT,
         ELASTIC,
+        FAULTS,
         GROUPS,
         IN_GROUP,
+        LISTENER,
         PROCESSES,
         SCRIPTS,
         *SERVICE,
@@ -75,7 +79,7 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("tests/support/docs.py", frozenset()),
     ("tests/support/grammar_stub.py", frozenset()),
     ("tests/support/bad_requests.py", frozenset()),
-    ("tests/support/gateway.py", frozenset({CHAOS, HTTP_CLIENTS, TINKER})),
+    ("tests/support/gateway.py", frozenset({CHAOS, FAULTS, HTTP_CLIENTS, LISTENER, TINKER})),
     ("tests/support/gateway_app.py", frozenset({DOCUMENT})),
     ("tests/support/tinker_client.py", frozenset({TINKER})),
     ("tests/support/*", ALL),
@@ -100,7 +104,7 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     (".ci/*", frozenset()),
     ("twinkle_serve/as_twinkle*", frozenset({SPECIFICATION})),
     ("twinkle_serve/upstream/*", frozenset({SPECIFICATION})),
-    ("twinkle_serve/gateway/*", frozenset({CHAOS, DOCUMENT, HTTP_CLIENTS, TINKER})),
+    ("twinkle_serve/gateway/*", frozenset({CHAOS, DOCUMENT, FAULTS, HTTP_CLIENTS, LISTENER, TINKER})),
     ("twinkle_serve/hub*", frozenset({SCRIPTS})),
     ("twinkle_serve/remote/*", frozenset({APPLICATIONS, GROUPS, IN_GROUP, SPECIFICATION})),
     ("twinkle_serve/template/*", frozenset({CLIENT, *SAMPLERS})),
