@@ -231,8 +231,7 @@ def turn_advantages(group: Sequence[Attempt]) -> list[list[float]]:
     gains = [[0.0] * len(attempt.answers) for attempt in group]
     for turn in range(max(map(len, gains))):
         reached = [i for i, attempt in enumerate(group) if len(attempt.answers) > turn]
-        # The demo model's second answers are seldom right: small differences between them must not drown the first.
-        found = advantages([group[i].rewards[turn] for i in reached], by_deviation=False)
+        found = advantages([group[i].rewards[turn] for i in reached])
         for i, gain in zip(reached, found or [0.0] * len(reached), strict=True):
             gains[i][turn] = gain
     return gains
@@ -301,7 +300,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--key", default="-", help="of the gateway, if it has any")
     parser.add_argument("--service", default="sampler", help="name of the application")
     parser.add_argument("--out", type=Path, required=True, help="directory for the metrics")
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--prompts", type=int, default=64, help="problems per step")
     parser.add_argument("--samples", type=int, default=8, help="attempts per problem")
     parser.add_argument("--agents", type=int, default=128, help="how many attempt problems at the same time")

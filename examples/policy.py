@@ -145,18 +145,11 @@ def batch_of(features: Sequence[InputFeature]) -> dict[str, Any]:
     }
 
 
-def advantages(rewards: Sequence[float], *, by_deviation: bool = True) -> list[float] | None:
-    """Returns the advantages of a group over its own mean; None if all rewards are equal.
-
-    Args:
-        by_deviation: in units of the group's deviation. Not so, groups of small differences count little. Source: Dr.
-            GRPO, arXiv 2503.20783.
-    """
+def advantages(rewards: Sequence[float]) -> list[float] | None:
+    """Returns the advantages of a group by its own mean and deviation; None if all rewards are equal."""
     mean = sum(rewards) / len(rewards)
     deviation = (sum((value - mean) ** 2 for value in rewards) / len(rewards)) ** 0.5
-    if not deviation:
-        return None
-    return [(value - mean) / (deviation if by_deviation else 1.0) for value in rewards]
+    return [(value - mean) / deviation for value in rewards] if deviation else None
 
 
 def number(label: str) -> int:
