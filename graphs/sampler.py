@@ -18,6 +18,7 @@ from twinkle_serve.config import ServiceArgs
 from twinkle_serve.engines import check_engine_args
 from twinkle_serve.placement import NodeResources, Placement, place, place_in_group
 from twinkle_serve.remote import group_devices
+from twinkle_serve.remote.clusters import living_nodes
 
 NODE_SHARE = 0.001
 """Share of a node's own resource (each node has 1) that pins an engine there without excluding others."""
@@ -82,8 +83,4 @@ def cluster() -> list[NodeResources]:
     """Returns the resources of each living node; joins or starts a cluster if this process is not in one."""
     if not ray.is_initialized():
         ray.init(namespace="serve")
-    return [
-        NodeResources(cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
+    return living_nodes()

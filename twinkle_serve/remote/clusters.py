@@ -19,6 +19,7 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined] 
 from ray.exceptions import RayError
 
 from twinkle_serve.errors import ServiceNotReadyError
+from twinkle_serve.placement import NodeResources
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,15 @@ def join_cluster(found: Found, *, log_to_driver: bool = False) -> None:
             f"cannot join the Ray cluster at {found.address} ({found.source}): {error}. {_missing(token)}"
         ) from error
     logger.info("joined the Ray cluster at %s (%s)", found.address, found.source)
+
+
+def living_nodes() -> list[NodeResources]:
+    """Returns the resources of each living node of the cluster that this process is in."""
+    return [
+        NodeResources(cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 def start_cluster(**options: Any) -> None:

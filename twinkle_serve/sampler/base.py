@@ -359,7 +359,7 @@ class RunningSampler(EngineControls, TokenCalls, SessionCalls, Sampler, TwinkleC
     def add_adapter_to_model(
         self,
         adapter_name: str,
-        config_or_dir: LoraConfig | str | os.PathLike[str],
+        config_or_dir: LoraConfig | AdapterFiles | str | os.PathLike[str],
         *,
         state_dict: Tensors | None = None,
     ) -> str:
@@ -368,8 +368,8 @@ class RunningSampler(EngineControls, TokenCalls, SessionCalls, Sampler, TwinkleC
         Running calls, and calls admitted with the name before, keep the version that it meant then.
 
         Args:
-            config_or_dir: a directory as peft's save_pretrained writes it, on the service's nodes; or peft's
-                LoraConfig, with its tensors in `state_dict`.
+            config_or_dir: a directory as peft's save_pretrained writes it, on the service's nodes; peft's LoraConfig,
+                with its tensors in `state_dict`; or the files of such a directory, as `read_adapter` reads them here.
             state_dict: tensors of torch on any device, sharded ones (DTensor) included, or of numpy, named as in peft's
                 get_peft_model_state_dict or in the model's own state_dict. They are copied before the call returns.
 
@@ -381,16 +381,18 @@ class RunningSampler(EngineControls, TokenCalls, SessionCalls, Sampler, TwinkleC
                 After each, the name keeps its meaning.
         """
         source: AdapterFiles | str
-        if isinstance(config_or_dir, (str, os.PathLike)):
+        saved = isinstance(config_or_dir, (str, os.PathLike, AdapterFiles))
+        if isinstance(config_or_dir, (str, os.PathLike, AdapterFiles)):
             if state_dict is not None:
                 raise AdapterError("state_dict comes with a LoraConfig; the directory has weights of its own.")
-            source = absolute_directory(config_or_dir)
+            given = config_or_dir
+            source = given if isinstance(given, AdapterFiles) else absolute_directory(given)
         else:
             source = pack_adapter(config_or_dir, state_dict)
         try:
             return self._control(RouterAPI.add_adapter, adapter_name, source)
         except AdapterError as error:
-            raise (error if isinstance(source, str) else of_memory(error)) from error.__cause__
+            raise (error if saved else of_memory(error)) from error.__cause__
 
     def remove_adapter(self, adapter_name: str) -> None:
         """Removes an adapter name; calls that were admitted with it finish on it.

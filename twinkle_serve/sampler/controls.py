@@ -8,6 +8,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from twinkle_serve import timing
 from twinkle_serve.checkpoint import BUCKET_BYTES, buckets, named_tensors
 from twinkle_serve.data_format.status import SamplerStatus
+from twinkle_serve.data_format.telemetry import CallInfo, TelemetryReport
 from twinkle_serve.data_format.weights import PauseMode
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.pause import Pause
@@ -172,6 +173,18 @@ class EngineControls:
     def status(self) -> SamplerStatus:
         """Returns the state of engines, adapters and queues, as plain values."""
         return self._control(RouterAPI.status)
+
+    def telemetry(self, since: float = 0.0) -> TelemetryReport:
+        """Returns throughput, queues and latencies of the last hour, a point each 5 s, and events.
+
+        Args:
+            since: leaves out what was before, seconds since 1970.
+        """
+        return self._control(RouterAPI.telemetry, since)
+
+    def calls(self) -> list[CallInfo]:
+        """Returns the running calls of all callers, the oldest first."""
+        return self._control(RouterAPI.calls)
 
     def shutdown(self, *, force: bool = False) -> None:
         """Ends the sampler and frees its devices, for every caller of it. Idempotent.

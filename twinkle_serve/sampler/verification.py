@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,19 @@ from twinkle_serve.errors import AdapterError, RequestError
 from twinkle_serve.validation import finite_number, whole_number
 
 if TYPE_CHECKING:
-    from twinkle_serve.sampler.base import RunningSampler
     from twinkle_serve.template import Template
 
 FloatArray64: TypeAlias = NDArray[np.float64]
+
+
+class Scorer(Protocol):
+    """A sampler that scores sequences."""
+
+    def score(
+        self, inputs: Any, adapter_name: str = "", adapter_path: str | None = None, *, use_base_model: bool = False
+    ) -> SampleResponse:
+        """See `RunningSampler.score`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +122,7 @@ def _bound(name: str, value: object, *, above: float) -> float:
 
 def verify(
     response: SampleResponse,
-    against: RunningSampler,
+    against: Scorer,
     adapter_name: str | None,
     worst: int,
     *,
@@ -198,7 +207,7 @@ def _place(response: SampleResponse, at: int) -> tuple[int, int, int]:
 
 
 def _other_logprobs(
-    response: SampleResponse, against: RunningSampler, adapter_name: str | None, same_service: bool
+    response: SampleResponse, against: Scorer, adapter_name: str | None, same_service: bool
 ) -> FloatArray64:
     """Scores the samples on the other sampler. Returns the logprobs of their tokens, as they are in the columns."""
     columns, weights = response.columns, _weights_version(response)
@@ -279,7 +288,7 @@ def _rows_by_adapter(columns: SampleColumns, adapter_name: str | None, same_serv
 def _score(
     response: SampleResponse,
     sequences: Sequence[SampledSequence],
-    against: RunningSampler,
+    against: Scorer,
     adapter_name: str,
     adapter_path: str | None,
 ) -> SampleResponse:

@@ -1,0 +1,1 @@
+"""The commands of `twinkle-serve`, a module each."""
