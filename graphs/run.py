@@ -1,6 +1,6 @@
 """Serves a config, as `serve run` does, for a person to read.
 
-    python -m graphs.run serve_config.yaml
+    twinkle-serve up serve_config.yaml
 
 Refuses an invalid config, shows each step of the start, and reports changes of the applications. The output of
 Ray, Serve and the engines goes to a log file. Exit codes: 0 after Ctrl-C, 1 when an application, Ray or Serve

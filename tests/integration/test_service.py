@@ -14,6 +14,7 @@ import ray
 from ray import serve
 
 from graphs.sampler import build
+from tests.support.command_line import fails, json_of
 from tests.support.deploy import deployed
 from tests.support.eventually import wait_until
 from tests.support.processes import replica_process
@@ -47,6 +48,26 @@ def nothing_left_behind(sampler: RunningSampler) -> Iterator[None]:
     """After each test the service holds no request and its engines no sequence."""
     yield
     wait_until(functools.partial(is_idle, sampler), "the service is idle")
+
+
+def test_command_line_by_handle(sampler: RunningSampler) -> None:
+    """The application is found by its name, and its engines are drained and used again."""
+    by_handle = ("--service", "quick")
+    found = json_of("status", *by_handle)
+    assert {name: engine["state"] for name, engine in found["engines"].items()} == {
+        "engine-dp0": "ready",
+        "engine-dp1": "ready",
+    }
+    (prompt,) = json_of("sample", "1+1=", "-n", "3", "--max-tokens", "4", *by_handle)["prompts"]
+    assert [len(sequence["tokens"]) for sequence in prompt["sequences"]] == [4, 4, 4]
+    assert json_of("engines", "drain", "engine-dp0", *by_handle)["done"] == "drained"
+    assert sampler.status()["engines"]["engine-dp0"]["state"] == "drained"
+    assert json_of("engines", "undrain", "engine-dp0", *by_handle)["engine"] == "engine-dp0"
+    wait_until(lambda: sampler.status()["engines"]["engine-dp0"]["state"] == "ready", "the engine is in use again")
+    assert json_of("sessions", "list", *by_handle) == {"sessions": []}
+    assert json_of("top", *by_handle)["events"]
+    assert "nobody" in fails(3, "status", "--service", "nobody")
+    assert "nobody" in fails(1, "engines", "drain", "nobody", *by_handle)
 
 
 def test_sample_returns_every_sample_in_input_order(sampler: RunningSampler) -> None:

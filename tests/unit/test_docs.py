@@ -30,7 +30,7 @@ SUBSTITUTES = {
 }
 """Literal on a page, literal here, where an example names what this machine lacks."""
 
-TOOLS = {"mkdocs", "ray", "serve"}
+TOOLS = {"mkdocs", "ray", "serve", "twinkle-serve"}
 """First words of commands that are not files of the repository."""
 
 

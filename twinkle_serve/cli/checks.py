@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -15,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from twinkle_serve.cli.quiet import quiet_engines
 from twinkle_serve.cli.tables import size
 from twinkle_serve.errors import TwinkleServeError, one_line
 
@@ -159,16 +161,14 @@ def engines() -> Iterator[Check]:
 
     prompts = [{"messages": [{"role": "user", "content": text}]} for text in ("12+34=", "345-78=")]
     try:
-        sampler = vLLMSampler("demo", {"max_model_len": 128, "dtype": "float32"})
-        try:
-            response = sampler.sample(prompts, {"max_tokens": 8, "seed": 7}, num_samples=4)
+        with contextlib.ExitStack() as ends:
+            ends.enter_context(quiet_engines())
+            sampler = vLLMSampler("demo", {"max_model_len": 128, "dtype": "float32"})
+            ends.callback(sampler.shutdown)
             reference = TorchSampler("demo", {"dtype": "float32"})
-            try:
-                found = sampler.verify(response, against=reference)
-            finally:
-                reference.shutdown()
-        finally:
-            sampler.shutdown()
+            ends.callback(reference.shutdown)
+            response = sampler.sample(prompts, {"max_tokens": 8, "seed": 7}, num_samples=4)
+            found = sampler.verify(response, against=reference)
     except TwinkleServeError as error:
         yield Check("vllm, torch", "failed", one_line(error), "Reinstall with scripts/install.")
         return

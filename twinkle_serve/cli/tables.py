@@ -151,7 +151,12 @@ def date(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
 
 
+def printable(text: str) -> str:
+    """Returns text without characters that control a terminal: a sample may have any."""
+    return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
+
+
 def clipped(text: str, width: int) -> str:
     """Returns text in one line of at most `width` characters."""
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= width else f"{line[: max(1, width - 1)]}…"

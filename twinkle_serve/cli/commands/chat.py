@@ -12,6 +12,7 @@ import typer
 from twinkle_serve.cli import prompts
 from twinkle_serve.cli.client import Conversation
 from twinkle_serve.cli.options import Command, talks
+from twinkle_serve.cli.tables import printable
 from twinkle_serve.errors import RequestError
 
 PROMPT = "> "
@@ -86,7 +87,7 @@ def _turn(command: Command, conversation: Conversation, text: str) -> None:
             for part in parts:
                 reply += part
                 if not command.out.as_json:
-                    print(part, end="", flush=True)
+                    print(printable(part), end="", flush=True)
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise

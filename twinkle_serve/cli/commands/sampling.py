@@ -9,7 +9,7 @@ import typer
 
 from twinkle_serve.cli import prompts
 from twinkle_serve.cli.options import Command, talks
-from twinkle_serve.cli.tables import Column, clipped, styled, table
+from twinkle_serve.cli.tables import Column, clipped, printable, styled, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -72,7 +72,7 @@ def _lines(given: dict[str, Any], prompt: dict[str, Any]) -> list[RenderableType
         about += [sequence["engine"], sequence["stop_reason"]]
         about += [sequence["adapter"]] if sequence["adapter"] else []
         about += [span["version"] for span in sequence["weight_versions"]]
-        lines.append(Text.assemble("  ", sequence["decoded"], "  ", ("  ".join(about), "dim")))
+        lines.append(Text.assemble("  ", printable(sequence["decoded"]), "  ", ("  ".join(about), "dim")))
     return lines
 
 

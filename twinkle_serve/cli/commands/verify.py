@@ -12,6 +12,7 @@ from twinkle_serve.cli import prompts
 from twinkle_serve.cli.client import Client, Target, open_client
 from twinkle_serve.cli.exits import FAILED, CommandError
 from twinkle_serve.cli.options import Command, talks
+from twinkle_serve.cli.quiet import quiet_engines
 from twinkle_serve.cli.tables import Column, fields, styled, table
 
 if TYPE_CHECKING:
@@ -90,11 +91,12 @@ def _compare(
     if against == SELF:
         return verify(response, client, None, worst, same_service=True)
     if against == TORCH:
-        sampler = _torch(client, model, adapter, adapter_dir)
-        try:
-            return verify(response, sampler, None, worst)
-        finally:
-            sampler.shutdown()
+        with quiet_engines():
+            sampler = _torch(client, model, adapter, adapter_dir)
+            try:
+                return verify(response, sampler, None, worst)
+            finally:
+                sampler.shutdown()
     target = command.target
     if against.startswith(("http://", "https://")):
         other = open_client(Target(url=against, key=target.key))
