@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from email.message import Message
@@ -20,6 +21,7 @@ from twinkle_serve.errors import (
     TwinkleServeError,
 )
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 JSON_MEDIA = "application/json"
 CONNECT_REMEDY = "Start it with `twinkle-serve up`, or name another with --url, or a Ray application with --service."
 
@@ -34,8 +36,9 @@ class Gateway:
         """
         self.url = url
         self._headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        # Proxies of the environment are for other hosts than a service on this machine or in its cluster.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        # A proxy of the environment cannot reach what listens on this machine alone.
+        local = urllib.parse.urlsplit(url).hostname in LOOPBACK
+        self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
 
     def json(self, method: str, path: str, body: object = None, *, timeout_s: float) -> Any:
         """Returns the answer's JSON. `body` is sent as JSON."""

@@ -15,7 +15,7 @@ from twinkle_serve.cli.exits import CommandError
 
 INPUT_KEYS = ("messages", "input_ids", "text")
 
-Texts = Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts, each a user's message.")]
+Texts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts, each a user's message.")]
 File = Annotated[
     Path | None,
     typer.Option(

@@ -17,7 +17,7 @@ from tests.support.command_line import fails, json_of, run, succeeds
 from tests.support.docs import ROOT
 from tests.support.eventually import wait_until
 from tests.support.gateway_app import GatewayUnderTest, gateway_app
-from twinkle_serve.cli import exits, http, options
+from twinkle_serve.cli import exits, http, main, options
 from twinkle_serve.cli.app import app
 from twinkle_serve.errors import (
     ConfigError,
@@ -222,6 +222,18 @@ def test_exit_codes_by_error() -> None:
 )
 def test_errors_of_a_gateway_are_those_of_a_handle(kind: str, status: int, expected: type[Exception]) -> None:
     assert type(http.named_error(kind, "x", status)) is expected
+
+
+def test_without_the_server_extra_the_remedy_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The program is there with the client's dependencies alone, which lack typer."""
+    monkeypatch.setattr("twinkle_serve.extras.find_spec", lambda module: None)
+    monkeypatch.delitem(sys.modules, "typer")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == exits.USAGE
+    assert "pip install 'twinkle-serve[server]'" in capsys.readouterr().err
 
 
 def test_up_runs_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

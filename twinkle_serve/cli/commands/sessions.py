@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 group = typer.Typer(help="Lists, shows and exports sessions of a gateway's clients.", rich_markup_mode=None)
 
 Id = Annotated[str, typer.Argument(metavar="SESSION", help="Id of the session.")]
-Ids = Annotated[list[str] | None, typer.Argument(metavar="[SESSION]...", help="Ids of sessions.")]
+Ids = Annotated[list[str] | None, typer.Argument(metavar="SESSION", help="Ids of sessions.")]
 Every = Annotated[bool, typer.Option("--all", help="All sessions.")]
 Form = Annotated[
     Literal["features", "tree"], typer.Option("--format", help="Training inputs, one a path; or the tree of turns.")
