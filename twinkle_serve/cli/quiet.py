@@ -24,7 +24,7 @@ def quiet_engines() -> Iterator[None]:
         os.environ.setdefault(name, value)
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     sys.stdout.flush()
     saved = os.dup(1)
     try:
