@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -140,10 +141,10 @@ def test_handle_keeps_the_conversation_token_by_token(by_handle: None, gateway: 
         cli_client.Sampling(params={"max_tokens": 6, "seed": 1}), None, None
     )
     first = "".join(conversation.send(PROMPT))
-    begun = conversation._begun  # type: ignore[attr-defined]
+    begun = conversation._begun
     assert begun["messages"][-1] == {"role": "assistant", "content": first}
     list(conversation.send(OTHER))
-    ids = conversation._begun["input_ids"]  # type: ignore[attr-defined]
+    ids = conversation._begun["input_ids"]
     assert ids[: len(begun["input_ids"])] == begun["input_ids"]
     assert "needs a gateway" in fails(2, "chat", "--session", "s", "--service", "sampler")
 
@@ -246,7 +247,7 @@ def test_a_live_view_outlives_a_service_that_does_not_answer(command: str) -> No
     from twinkle_serve.cli.output import Output
 
     target = Target(url="http://127.0.0.1:9")
-    frame: Callable[..., Any] = {"status": status.frame, "top": lambda *given: top.frame(*given, 1.0)}[command]
+    frame: Callable[..., Any] = {"status": status.frame, "top": functools.partial(top.frame, minutes=1.0)}[command]
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(frame(options.Command(Output(), target), cli_client.open_client(target)))
     assert "no gateway answers at http://127.0.0.1:9" in console.export_text()

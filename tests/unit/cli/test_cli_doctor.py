@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_a_config_that_fits_passes(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_that_cannot_run_fails(
-    args: dict[str, object], check: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    args: dict[str, Any], check: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the error that the start would end with."""
     monkeypatch.setattr(checks, "gpu_memory", list)
@@ -110,8 +111,8 @@ def test_a_package_of_another_version_fails(monkeypatch: pytest.MonkeyPatch) -> 
     known = {"twinkle-serve": "1", "ray": "2.0", "torch": None}
     requires = ["ray[serve]==2.60.0", "torch>=2; extra == 'server'", "nonsense; extra == 'dev'"]
     monkeypatch.setattr(checks, "_version", lambda name: known.get(name))
-    monkeypatch.setattr(checks.metadata, "requires", lambda name: requires)
-    monkeypatch.setattr(checks.metadata, "version", lambda name: "1.0")
+    monkeypatch.setattr(metadata, "requires", lambda name: requires)
+    monkeypatch.setattr(metadata, "version", lambda name: "1.0")
     found = {check.name: check for check in checks.versions()}
     assert found["ray"] == Check("ray", "failed", "2.0 is installed, ==2.60.0 is required", "pip install 'ray==2.60.0'")
     assert found["torch"].text == "not installed" and found["vllm"].result == "warning"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -267,8 +268,8 @@ def test_help_of_every_command_has_an_example_that_parses() -> None:
             assert getattr(parameter, "help", "") or parameter.name == "help", (path, parameter.name)
 
 
-def _leaves(group: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], object]]:
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+def _leaves(group: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from _leaves(command, (*path, name))
         else:
@@ -278,7 +279,7 @@ def _leaves(group: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, .
 def test_every_command_that_prints_results_has_json() -> None:
     """All but `up`, which is the service."""
     for path, command in _leaves(typer.main.get_command(app), ()):
-        names = {option for parameter in command.params for option in parameter.opts}  # type: ignore[attr-defined]
+        names = {option for parameter in command.params for option in parameter.opts}
         assert "--json" in names or path == ("up",), path
 
 
