@@ -247,7 +247,10 @@ def test_a_live_view_outlives_a_service_that_does_not_answer(command: str) -> No
     from twinkle_serve.cli.output import Output
 
     target = Target(url="http://127.0.0.1:9")
-    frame: Callable[..., Any] = {"status": status.frame, "top": functools.partial(top.frame, minutes=1.0)}[command]
+    frames: dict[str, Callable[..., Any]] = {
+        "status": status.frame,
+        "top": functools.partial(top.frame, minutes=1.0),
+    }
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(frame(options.Command(Output(), target), cli_client.open_client(target)))
+    console.print(frames[command](options.Command(Output(), target), cli_client.open_client(target)))
     assert "no gateway answers at http://127.0.0.1:9" in console.export_text()
