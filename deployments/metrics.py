@@ -19,8 +19,11 @@ class RayMetrics(MetricsSink):
         self._made: dict[Metric, RayMetric] = {}
 
     def add(self, metric: Metric, value: float, tags: tuple[str, ...] = ()) -> None:
-        if value > 0:  # Ray refuses 0
-            self._of(metric, metrics.Counter).inc(value, self._tags(metric, tags))
+        counter = self._of(metric, metrics.Counter)
+        if value > 0:
+            counter.inc(value, self._tags(metric, tags))
+        else:  # Ray refuses it (ray 2.60, `Counter.inc`), and a counter that is not there yet is none to Prometheus
+            counter._record(0.0, self._tags(metric, tags))
 
     def set(self, metric: Metric, value: float, tags: tuple[str, ...] = ()) -> None:
         self._of(metric, metrics.Gauge).set(value, self._tags(metric, tags))

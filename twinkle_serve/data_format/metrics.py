@@ -24,6 +24,14 @@ class Metric:
     tags: tuple[str, ...] = ()
     boundaries: tuple[float, ...] = ()
     """Upper limits of a histogram's buckets."""
+    initial: tuple[tuple[str, ...], ...] = ()
+    """Tags with which a router exports a counter as 0 at its start: Prometheus does not count the increase by which a
+    counter appears."""
+
+    @property
+    def exported(self) -> str:
+        """Name at Ray's endpoint for Prometheus; that of a histogram has `_bucket`, `_sum` or `_count` behind it."""
+        return f"ray_{self.name}{'_total' if self.kind == 'counter' else ''}"
 
 
 class MetricsSink(Protocol):
@@ -39,7 +47,13 @@ class MetricsSink(Protocol):
         """Adds a value to a histogram."""
 
 
-CALLS = Metric("twinkle_calls", "counter", "Calls that have ended, by outcome.", ("outcome", "adapter"))
+CALLS = Metric(
+    "twinkle_calls",
+    "counter",
+    "Calls that have ended, by outcome.",
+    ("outcome", "adapter"),
+    initial=(("complete", ""), ("deadline", ""), ("failed", "")),
+)
 CALL_SECONDS = Metric("twinkle_call_seconds", "histogram", "Duration of calls.", ("adapter",), CALL_S)
 QUEUED_SECONDS = Metric(
     "twinkle_queued_seconds", "histogram", "Time of prompts from admission to their engine.", (), WAIT_S
@@ -90,11 +104,21 @@ PREEMPTIONS = Metric(
     "twinkle_engine_preemptions", "counter", "Samples that an engine put off for lack of KV cache.", ("engine",)
 )
 ENGINE_LOSSES = Metric("twinkle_engine_losses", "counter", "Engines that ended or stopped answering.", ("engine",))
-RETRIED_PROMPTS = Metric("twinkle_retried_prompts", "counter", "Prompts, or parts of them, sampled again after that.")
-RESUMED_TOKENS = Metric("twinkle_resumed_tokens", "counter", "Tokens that samples were resumed from.")
-POISONED_PROMPTS = Metric("twinkle_poisoned_prompts", "counter", "Prompts that failed because they end engines.")
+RETRIED_PROMPTS = Metric(
+    "twinkle_retried_prompts", "counter", "Prompts, or parts of them, sampled again after that.", initial=((),)
+)
+RESUMED_TOKENS = Metric("twinkle_resumed_tokens", "counter", "Tokens that samples were resumed from.", initial=((),))
+POISONED_PROMPTS = Metric(
+    "twinkle_poisoned_prompts", "counter", "Prompts that failed because they end engines.", initial=((),)
+)
 WEIGHTS_VERSION = Metric("twinkle_weights_version", "gauge", "Number of the current version of the model's weights.")
-UPDATES = Metric("twinkle_weight_updates", "counter", "Updates of the model's weights, by outcome.", ("outcome",))
+UPDATES = Metric(
+    "twinkle_weight_updates",
+    "counter",
+    "Updates of the model's weights, by outcome.",
+    ("outcome",),
+    initial=(("published",), ("failed",)),
+)
 UPDATE_SECONDS = Metric(
     "twinkle_weight_update_seconds",
     "histogram",
@@ -102,8 +126,16 @@ UPDATE_SECONDS = Metric(
     ("phase",),
     WAIT_S,
 )
-UPDATE_BYTES = Metric("twinkle_weight_update_bytes", "counter", "Bytes of the weights that updates have loaded.")
-EXPIRED_LEASES = Metric("twinkle_expired_leases", "counter", "Leases whose holder was silent.", ("holder",))
+UPDATE_BYTES = Metric(
+    "twinkle_weight_update_bytes", "counter", "Bytes of the weights that updates have loaded.", initial=((),)
+)
+EXPIRED_LEASES = Metric(
+    "twinkle_expired_leases",
+    "counter",
+    "Leases whose holder was silent.",
+    ("holder",),
+    initial=(("caller",), ("trainer",)),
+)
 SESSIONS = Metric("twinkle_sessions", "gauge", "Sessions of the gateway's clients.")
 HTTP_REQUESTS = Metric(
     "twinkle_gateway_requests", "counter", "Answered requests of the gateway.", ("route", "method", "status")

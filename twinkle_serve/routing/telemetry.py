@@ -100,11 +100,16 @@ class Telemetry:
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._rates: dict[str, float] = {}
         """Tokens per second of each engine in the last period."""
+        self._counted: set[str] = set()
+        """Engines whose counters exist."""
         self._failures: dict[str, str] = {}
         """The last failure of each engine."""
         self._loads: dict[str, EngineLoad] = {}
         """Loads at the last tick."""
         self._unlogged: list[HistoryPoint] = []
+        for metric in metrics.METRICS:
+            for tags in metric.initial:
+                self.count(metric, 0, *tags)
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -230,6 +235,10 @@ class Telemetry:
             weights=state.weights.label,
         )
         self._points.append(point)
+        for name in state.engines.keys() - self._counted:
+            self.count(metrics.ENGINE_LOSSES, 0, name)
+            self.count(metrics.SAMPLED_TOKENS, 0, name, "")
+        self._counted.update(state.engines)
         self._count_loads(state.loads)
         if self._sink is not None:
             self._flush(self._sink, state)

@@ -22,7 +22,7 @@ from twinkle_serve.engines.protocol import TokenDelta
 from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.vllm.args import build_config, check_engine_args, engine_info, set_environment
 from twinkle_serve.engines.vllm.grammars import GrammarChecks
-from twinkle_serve.engines.vllm.load import LoadQuery
+from twinkle_serve.engines.vllm.load import LoadQuery, stat_loggers
 from twinkle_serve.engines.vllm.lora_slots import AdapterSlots
 from twinkle_serve.engines.vllm.outputs import (
     aborted_without_output,
@@ -154,7 +154,10 @@ class VLLMEngine:
         allow_high_temperatures()
         try:
             self._llm = AsyncLLM.from_vllm_config(
-                config, enable_log_requests=vllm_args.enable_log_requests, disable_log_stats=vllm_args.disable_log_stats
+                config,
+                enable_log_requests=vllm_args.enable_log_requests,
+                disable_log_stats=vllm_args.disable_log_stats,
+                stat_loggers=stat_loggers(vllm_args.disable_log_stats),
             )
             if self._stopped:  # by a caller that was interrupted; a thread cannot be
                 self._llm.shutdown()

@@ -6,6 +6,7 @@ vLLM's own statistics are computed at each step and for each token, in both proc
 from __future__ import annotations
 
 import asyncio
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,19 @@ def offer_load() -> None:
 
     Scheduler._preempt_request = count_preemption
     setattr(EngineCoreProc, METHOD, load)
+
+
+def stat_loggers(disable_log_stats: bool) -> list[Any] | None:
+    """Returns vLLM's logger of its own statistics for Ray's metrics; None where they are off, or Ray is not running.
+
+    vLLM's default logger stays. That for Prometheus, which nobody scrapes in this process, is replaced.
+    """
+    ray = sys.modules.get("ray")
+    if disable_log_stats or ray is None or not ray.is_initialized():
+        return None
+    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+    return [RayPrometheusStatLogger]
 
 
 class LoadQuery:
