@@ -7,6 +7,7 @@ from observability.panels import Dashboard, Panel, Query
 from twinkle_serve.data_format import metrics
 from twinkle_serve.data_format.metrics import Metric
 
+PUBLISHED = total(metrics.UPDATES, where=f'outcome="published", {APPLICATION}')
 READY = f'state="ready", {APPLICATION}'
 
 
@@ -138,10 +139,11 @@ WEIGHTS = Dashboard(
         one("Loaded bytes", total(metrics.UPDATE_BYTES, "application"), "bytes", "{{application}}"),
         one(
             "Seconds of an update, by phase",
-            mean(metrics.UPDATE_SECONDS, "phase", window=""),
+            f"{total(metrics.UPDATE_SECONDS, 'phase')} / ignoring (phase) group_left () {PUBLISHED}",
             "s",
             "{{phase}}",
-            description="Mean over all updates since the router's start.",
+            description="Mean over all published updates since the router's start.",
+            stacked=True,
         ),
         one("Staleness", mean(metrics.STALENESS, "application"), legend="{{application}}", description="Mean."),
         spread("Staleness by adapter", metrics.STALENESS, "short", "adapter"),
@@ -162,8 +164,19 @@ GATEWAY = Dashboard(
         ),
         one("Errors", errors_share("$__rate_interval", APPLICATION), "percentunit", "status 500 and above"),
         spread("Duration of requests", metrics.HTTP_SECONDS),
-        one("Mean duration, by route", mean(metrics.HTTP_SECONDS, "route"), "s", "{{route}}"),
-        one("Requests under way or waiting, by handle too", "sum(" + series(metrics.RUNNING_CALLS, "") + ")"),
+        one(
+            "Duration, by route",
+            quantile(0.95, metrics.HTTP_SECONDS, "route"),
+            "s",
+            "{{route}}",
+            description="95th percentile.",
+        ),
+        one(
+            "Running calls of all samplers",
+            f"sum by (application) ({series(metrics.RUNNING_CALLS, '')})",
+            legend="{{application}}",
+            description="By handle, too.",
+        ),
     ],
 )
 

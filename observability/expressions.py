@@ -40,10 +40,9 @@ def quantile(share: float, metric: Metric, by: str = "", where: str = APPLICATIO
 
 
 def mean(metric: Metric, by: str = "", where: str = APPLICATION, window: str = RATE_WINDOW) -> str:
-    """Returns the mean of a histogram's values in a window; of all values without one."""
-    parts = [series(metric, where, suffix) for suffix in ("sum", "count")]
-    over = [f"rate({part}[{window}])" if window else part for part in parts]
-    return f"sum{_by(by)}({over[0]}) / sum{_by(by)}({over[1]})"
+    """Returns the mean of a histogram's values. Ray knows them by the middle of their buckets alone."""
+    summed, count = (f"rate({series(metric, where, suffix)}[{window}])" for suffix in ("sum", "count"))
+    return f"sum{_by(by)}({summed}) / sum{_by(by)}({count})"
 
 
 def errors_share(window: str, where: str = "", by: str = "") -> str:

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayTaskError
 
-from deployments.log_config import REQUEST_FAILED, OneLineErrors, log_to_serve
+from deployments.log_config import REQUEST_FAILED, OneLineErrors, log_to_serve, quiet
 from graphs.cluster import LaunchError, join_or_start
 from graphs.ready import calls
 from graphs.replica_messages import ReplicaMessages
-from twinkle_serve.errors import PromptError, SamplingParamsError, TwinkleServeError
+from twinkle_serve.errors import ConfigError, PromptError, SamplingParamsError, TwinkleServeError
 
 ROOT = Path(__file__).parents[2]
 ROUTER = "(ServeReplica:sampler:router pid=28416) "
@@ -176,3 +176,10 @@ def test_calls_are_python_that_can_be_pasted() -> None:
     lines = calls('my "own"', '{"input_ids": [1, 2, 3]}')
     assert all(line == line.lstrip() for line in lines)
     compile("\n".join(lines), "calls", "exec")
+
+
+def test_encoding_of_logs_is_json_or_text() -> None:
+    """Of the environment variable TWINKLE_SERVE_LOG_ENCODING, in either case."""
+    assert [quiet(text).encoding for text in ("json", "JSON", "text")] == ["JSON", "JSON", "TEXT"]
+    with pytest.raises(ConfigError, match="must be JSON or TEXT, got 'xml'"):
+        quiet("xml")

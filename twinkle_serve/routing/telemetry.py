@@ -180,7 +180,11 @@ class Telemetry:
         self._observed.append((metric, value, tags))
 
     def event(self, kind: EventKind, text: str, engine: str = "") -> None:
-        """Records something that happened once."""
+        """Records and logs something that happened once."""
+        logger.info(f"{engine}: {text}" if engine else text)
+        self._record(kind, text, engine)
+
+    def _record(self, kind: EventKind, text: str, engine: str) -> None:
         self._events.append(Event(time=self._clock(), kind=kind, engine=engine, text=text))
 
     def engine_lost(self, engine: str, error: BaseException, prompts: int) -> None:
@@ -189,7 +193,7 @@ class Telemetry:
         self._failures[engine] = reason
         self.count(metrics.ENGINE_LOSSES, 1, engine)
         self.count(metrics.RETRIED_PROMPTS, prompts)
-        self.event("engine lost", f"{reason}; {prompts} prompts are sampled elsewhere", engine)
+        self._record("engine lost", f"{reason}; {prompts} prompts are sampled elsewhere", engine)  # its loss is logged
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -284,11 +288,21 @@ class Telemetry:
         points, self._unlogged = self._unlogged, []
         if not any(each["running_calls"] or each["tokens_per_s"] for each in points):
             return
+        tokens_per_s = sum(each["tokens_per_s"] for each in points) / len(points)
         logger.info(
-            f"{sum(each['tokens_per_s'] for each in points) / len(points):,.0f} tokens/s, "
+            f"{tokens_per_s:,.0f} tokens/s, "
             f"{point['sequences']} samples running, {point['waiting']} prompts waiting, "
             f"{point['running_calls']} calls, {point['engines_ready']} of {engines} engines ready, "
-            f"weights {point['weights']}"
+            f"weights {point['weights']}",
+            extra={  # of logs in JSON
+                "tokens_per_s": round(tokens_per_s),
+                "sequences": point["sequences"],
+                "waiting": point["waiting"],
+                "running_calls": point["running_calls"],
+                "engines_ready": point["engines_ready"],
+                "engines": engines,
+                "weights": point["weights"],
+            },
         )
 
 

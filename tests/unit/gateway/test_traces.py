@@ -66,7 +66,7 @@ def is_child(span: ReadableSpan, parent: ReadableSpan) -> bool:
 
 def seconds(span: ReadableSpan) -> float:
     assert span.start_time is not None and span.end_time is not None
-    return (span.end_time - span.start_time) / 1e9
+    return float(span.end_time - span.start_time) / 1e9
 
 
 async def test_spans_lead_from_the_client_to_the_engine(gateway: GatewayUnderTest, recorded: Recorded) -> None:
