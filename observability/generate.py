@@ -32,10 +32,10 @@ def files() -> dict[Path, str]:
 
 def metrics_table() -> str:
     """Returns the table of metrics for the docs."""
-    rows = [
-        f"| `{metric.exported}` | {metric.kind} | {', '.join(f'`{tag}`' for tag in metric.tags)} | {metric.description} |"
-        for metric in METRICS
-    ]
+    rows = []
+    for metric in METRICS:
+        tags = ", ".join(f"`{tag}`" for tag in metric.tags)
+        rows.append(f"| `{metric.exported}` | {metric.kind} | {tags} | {metric.description} |")
     return "\n".join(["| metric | kind | tags | |", "| --- | --- | --- | --- |", *rows])
 
 
