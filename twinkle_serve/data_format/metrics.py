@@ -15,7 +15,7 @@ VERSIONS = (0.02, 1.98, 2.02, 3.98, 4.02, 7.98, 16.02)
 that their mean is."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # hashed by identity: each count is a look-up
 class Metric:
     """One metric. Ray adds the tags `application` and `deployment`, and the prefix `ray_` to its name."""
 

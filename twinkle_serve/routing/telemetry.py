@@ -151,7 +151,11 @@ class Telemetry:
         count, tokens = len(columns), len(columns.tokens)
         self._period.samples += count
         self._period.tokens[engine] += tokens
-        if count == 1 or len(set(columns.adapter)) == 1:
+        if count == 1:
+            adapter = columns.adapter[0]
+            self._counts[metrics.SAMPLED_TOKENS, (engine, adapter)] += tokens
+            self._counts[metrics.SAMPLES, (engine, adapter, STOP_REASONS[columns.stop_reason[0]])] += 1
+        elif len(set(columns.adapter)) == 1:
             adapter = columns.adapter[0]
             self._counts[metrics.SAMPLED_TOKENS, (engine, adapter)] += tokens
             for reason, number in Counter(columns.stop_reason.tolist()).items():
@@ -161,7 +165,7 @@ class Telemetry:
             for adapter, reason, length in rows:
                 self._counts[metrics.SAMPLED_TOKENS, (engine, adapter)] += length
                 self._counts[metrics.SAMPLES, (engine, adapter, STOP_REASONS[reason])] += 1
-        if seconds is not None and (longest := int(columns.lengths.max())):
+        if seconds is not None and (longest := tokens if count == 1 else int(columns.lengths.max())):
             self._observed.append((metrics.TOKEN_SECONDS, seconds / longest, (engine,)))
 
     def stale(self, adapter: str, versions: int) -> None:
