@@ -13,6 +13,7 @@ import ray
 
 import graphs.sampler
 from deployments.log_config import quiet
+from deployments.router import router_deployment
 from observability.alerts import ALERTS
 from observability.dashboards import DASHBOARDS
 from tests.support.deploy import deployed
@@ -80,18 +81,17 @@ def test_each_expression_of_dashboards_and_alerts_has_a_value_under_load(cluster
 
 def test_log_in_json_has_the_figures_as_fields(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As TWINKLE_SERVE_LOG_ENCODING=JSON asks for: one object a line, its message as in a text log."""
-    router = graphs.sampler.router_deployment.options(logging_config=quiet("json"))
-    monkeypatch.setattr(graphs.sampler, "router_deployment", router)
+    in_json = router_deployment.options(logging_config=quiet("json"))
+    monkeypatch.setattr(graphs.sampler, "router_deployment", in_json)
 
     def records() -> list[dict[str, Any]]:
         return [json.loads(line) for line in log_lines("router") if line.startswith("{")]
 
     with deployed(NAME, engine="fake", engine_args={"token_latency_s": 0.05}) as sampler:
-        lines = sampler.sample_stream(QUESTIONS[0], {"max_tokens": 900, "ignore_eos": True})
-        next(lines)
+        text = sampler.sample_stream(QUESTIONS[0], {"max_tokens": 900, "ignore_eos": True})
+        next(text)
         wait_until(lambda: any("tokens_per_s" in record for record in records()), "the line of each 10 s")
         record = next(record for record in records() if "tokens_per_s" in record)
         assert record["levelname"] == "INFO" and record["application"] == NAME
         assert record["engines_ready"] == record["engines"] == 1
         assert "1 of 1 engines ready" in record["message"]
-        lines.close()
