@@ -92,6 +92,6 @@ def test_log_in_json_has_the_figures_as_fields(cluster: None, monkeypatch: pytes
         next(text)
         wait_until(lambda: any("tokens_per_s" in record for record in records()), "the line of each 10 s")
         record = next(record for record in records() if "tokens_per_s" in record)
-        assert record["levelname"] == "INFO" and "router" in record["deployment"]
+        assert record["levelname"] == "INFO" and f"{NAME}#router" in record["actor_name"]
         assert record["engines_ready"] == record["engines"] == 1
         assert "1 of 1 engines ready" in record["message"]
