@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ray.serve import metrics
@@ -29,8 +30,12 @@ class RayMetrics(MetricsSink):
     def set(self, metric: Metric, value: float, tags: tuple[str, ...] = ()) -> None:
         self._of(metric).set(value, self._named(metric, tags))
 
-    def observe(self, metric: Metric, value: float, tags: tuple[str, ...] = ()) -> None:
-        self._of(metric).observe(value, self._named(metric, tags))
+    def observe(self, metric: Metric, values: Sequence[float], tags: tuple[str, ...] = ()) -> None:
+        histogram = self._of(metric)
+        # As `Histogram.observe` does (ray 2.60), which takes three times as long for each value.
+        named, record = histogram._get_final_tags(self._named(metric, tags)), histogram._metric.record
+        for value in values:
+            record(value, tags=named)
 
     def _of(self, metric: Metric) -> Any:
         """Returns Ray's metric."""

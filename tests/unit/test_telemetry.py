@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -35,9 +36,9 @@ class Sink(MetricsSink):
         assert len(tags) == len(metric.tags)
         self.gauges[metric.name, tags] = value
 
-    def observe(self, metric: Metric, value: float, tags: tuple[str, ...] = ()) -> None:
+    def observe(self, metric: Metric, values: Sequence[float], tags: tuple[str, ...] = ()) -> None:
         assert len(tags) == len(metric.tags)
-        self.observed[metric.name].append(value)
+        self.observed[metric.name].extend(values)
 
 
 @pytest.fixture

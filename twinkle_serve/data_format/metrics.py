@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -44,8 +45,8 @@ class MetricsSink(Protocol):
     def set(self, metric: Metric, value: float, tags: tuple[str, ...] = ()) -> None:
         """Sets a gauge."""
 
-    def observe(self, metric: Metric, value: float, tags: tuple[str, ...] = ()) -> None:
-        """Adds a value to a histogram."""
+    def observe(self, metric: Metric, values: Sequence[float], tags: tuple[str, ...] = ()) -> None:
+        """Adds values to a histogram."""
 
 
 CALLS = Metric(

@@ -143,7 +143,7 @@ class Gate:
             if self._sink is not None:
                 path = _route(scope, status)
                 self._sink.add(metrics.HTTP_REQUESTS, 1, (path, scope["method"], str(status)))
-                self._sink.observe(metrics.HTTP_SECONDS, time.perf_counter() - began, (path,))
+                self._sink.observe(metrics.HTTP_SECONDS, [time.perf_counter() - began], (path,))
         return status
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -93,7 +93,7 @@ class Telemetry:
         self._sink, self._clock = sink, clock
         self._counts: Counter[tuple[Metric, tuple[str, ...]]] = Counter()
         """Increases of counters since the last tick."""
-        self._observed: list[tuple[Metric, float, tuple[str, ...]]] = []
+        self._observed: defaultdict[tuple[Metric, tuple[str, ...]], list[float]] = defaultdict(list)
         """Values of histograms since the last tick."""
         self._period = _Period(clock())
         self._points: deque[HistoryPoint] = deque(maxlen=int(HISTORY_S / PERIOD_S))
@@ -130,17 +130,17 @@ class Telemetry:
         self._period.calls += 1
         self._period.failed_calls += outcome in FAILURES
         if error is None:
-            self._observed.append((metrics.CALL_SECONDS, seconds, (adapter,)))
+            self._observed[metrics.CALL_SECONDS, (adapter,)].append(seconds)
             self._period.call_s.append(seconds)
 
     def sent(self, seconds: float) -> None:
         """Counts a prompt that went to an engine, so long after its admission."""
-        self._observed.append((metrics.QUEUED_SECONDS, seconds, ()))
+        self._observed[metrics.QUEUED_SECONDS, ()].append(seconds)
         self._period.queued_s.append(seconds)
 
     def first_token(self, seconds: float) -> None:
         """Counts the first token of a streamed call, so long after its admission."""
-        self._observed.append((metrics.FIRST_TOKEN_SECONDS, seconds, ()))
+        self._observed[metrics.FIRST_TOKEN_SECONDS, ()].append(seconds)
 
     def arrived(self, engine: str, columns: SampleColumns, seconds: float | None) -> None:
         """Counts samples that an engine has returned.
@@ -166,11 +166,11 @@ class Telemetry:
                 self._counts[metrics.SAMPLED_TOKENS, (engine, adapter)] += length
                 self._counts[metrics.SAMPLES, (engine, adapter, STOP_REASONS[reason])] += 1
         if seconds is not None and (longest := tokens if count == 1 else int(columns.lengths.max())):
-            self._observed.append((metrics.TOKEN_SECONDS, seconds / longest, (engine,)))
+            self._observed[metrics.TOKEN_SECONDS, (engine,)].append(seconds / longest)
 
     def stale(self, adapter: str, versions: int) -> None:
         """Counts how many newer versions there are at the end of a call."""
-        self._observed.append((metrics.STALENESS, versions, (adapter,)))
+        self._observed[metrics.STALENESS, (adapter,)].append(versions)
         self._period.staleness.append(versions)
 
     # -- rarer things ----------------------------------------------------------------------------
@@ -178,10 +178,6 @@ class Telemetry:
     def count(self, metric: Metric, value: float = 1, *tags: str) -> None:
         """Increases a counter."""
         self._counts[metric, tags] += value  # type: ignore[assignment]
-
-    def observe(self, metric: Metric, value: float, *tags: str) -> None:
-        """Adds a value to a histogram."""
-        self._observed.append((metric, value, tags))
 
     def event(self, kind: EventKind, text: str, engine: str = "") -> None:
         """Records and logs something that happened once."""
@@ -269,8 +265,8 @@ class Telemetry:
     def _flush(self, sink: MetricsSink, state: RouterState) -> None:
         for (metric, tags), value in self._counts.items():
             sink.add(metric, value, tags)
-        for metric, observed, tags in self._observed:
-            sink.observe(metric, observed, tags)
+        for (metric, tags), values in self._observed.items():
+            sink.observe(metric, values, tags)
         sink.set(metrics.RUNNING_CALLS, state.running_calls)
         sink.set(metrics.QUEUE_PROMPTS, state.waiting)
         sink.set(metrics.QUEUE_TOKENS, state.waiting_tokens)
