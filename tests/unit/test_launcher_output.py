@@ -126,11 +126,12 @@ def test_router_alone_logs_refusals(serve_log: io.StringIO) -> None:
 
 
 def test_loggers_of_the_package_write_where_serve_does(serve_log: io.StringIO) -> None:
-    """Those of modules that are loaded later too; and at Serve's level."""
+    """Those of modules that are loaded later too; from INFO on, where Serve's own begin at WARNING."""
     log_to_serve(refusals=True)
     logging.getLogger("twinkle_serve.hub").warning("a copy of the cache")
-    logging.getLogger("deployments.a_module_of_later").info("nothing")
-    assert serve_log.getvalue() == "a copy of the cache\n"
+    logging.getLogger("deployments.a_module_of_later").info("the line of each 10 s")
+    logging.getLogger("deployments.a_module_of_later").debug("nothing")
+    assert serve_log.getvalue() == "a copy of the cache\nthe line of each 10 s\n"
     assert sum(isinstance(f, OneLineErrors) for f in logging.getLogger("ray.serve").filters) == 1
 
 
