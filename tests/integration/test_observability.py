@@ -49,7 +49,7 @@ def load(sampler: RunningSampler, url: str) -> None:
     """Calls by handle and over HTTP, whole and streamed."""
     sampler.sample(QUESTIONS, {"max_tokens": 16}, num_samples=2)
     for stream in (False, True):
-        body = {"model": "sampler", "prompt": "12+34=", "max_tokens": 8, "stream": stream}
+        body = {"model": "sampler", "prompt": "12+34=", "max_tokens": 64, "stream": stream}
         request = urllib.request.Request(
             f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
         )

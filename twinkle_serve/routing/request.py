@@ -183,6 +183,11 @@ class Request:
         )
 
     @property
+    def is_read(self) -> bool:
+        """Whether new tokens of its samples are reported while they run."""
+        return self._updates is not None
+
+    @property
     def prompt_tokens(self) -> int:
         """Tokens of all prompts."""
         return sum(len(prompt.ids) for prompt in self._prompts)

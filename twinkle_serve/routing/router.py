@@ -510,6 +510,8 @@ class Router(RouterAPI):
             if (request := self._requests.get(group_id)) is not None:
                 rows_of.setdefault(request, []).append(row)
         for request, rows in rows_of.items():
+            if request.is_read:  # a short sample ends before its first update
+                self._count_first_token(request)
             try:
                 not_needed = request.add(columns if len(rows) == len(columns) else columns.take(rows))
                 if not_needed:
@@ -519,6 +521,11 @@ class Router(RouterAPI):
             except Exception as error:  # a bug of ours; other requests must still get their samples
                 logger.exception("samples could not be handed to their request")
                 request.fail(ServiceError(f"a bug in the router: {error!r}"))
+
+    def _count_first_token(self, request: Request) -> None:
+        if not request.has_tokens:
+            request.has_tokens = True
+            self._telemetry.first_token(asyncio.get_running_loop().time() - request.admitted_at)
 
     def _count_sent(self, group: RoutedGroup, now: float) -> None:
         """Counts the first part of a prompt that is sent to an engine for the first time."""
@@ -531,9 +538,7 @@ class Router(RouterAPI):
         """Hands new tokens of running samples to their requests."""
         for update in updates:
             if (request := self._requests.get(update.attempt[0])) is not None:
-                if not request.has_tokens:
-                    request.has_tokens = True
-                    self._telemetry.first_token(asyncio.get_running_loop().time() - request.admitted_at)
+                self._count_first_token(request)
                 try:
                     request.add_update(update)
                 except EngineDeadError as error:
