@@ -15,7 +15,7 @@ from deployments.progress import StageReporter
 from deployments.store_client import ServeStoreClient
 from twinkle_serve import hub, timing
 from twinkle_serve.collection import freeze_start_up
-from twinkle_serve.config import ServiceArgs
+from twinkle_serve.config import ServiceArgs, traces_of
 from twinkle_serve.cores import CoreClaims
 from twinkle_serve.data_format.groups import Chunk, Session
 from twinkle_serve.engines import build_engine
@@ -70,7 +70,7 @@ class Engine(EngineServer):
             devices_on_node=placement.devices_per_node,
             trust_remote_code=args.trust_remote_code,
         )
-        super().__init__(engine, model, ServeStoreClient(store))
+        super().__init__(engine, model, ServeStoreClient(store), traces_of(args.traces, "engine"))
         await self.start(name, args.startup_timeout_s, on_stage)
         freeze_start_up()
         on_stage("ready")

@@ -18,6 +18,7 @@ from deployments.log_config import QUIET, log_to_serve
 from deployments.metrics import RayMetrics
 from deployments.sessions_client import ServeSessionsClient
 from twinkle_serve.collection import freeze_start_up
+from twinkle_serve.config import traces_of
 from twinkle_serve.errors import ServiceNotReadyError
 from twinkle_serve.gateway.app import build_app
 from twinkle_serve.gateway.config import GatewayArgs
@@ -64,7 +65,8 @@ class Gateway:
     def __init__(self, args: GatewayArgs, keys: Keys) -> None:
         log_to_serve(refusals=False)
         end_with_parent(os.getppid())  # Serve's replicas outlive the raylet that started them
-        self._context = GatewayContext(args, keys, Samplers(args.samplers, ServeConnect()), RayMetrics())
+        samplers = Samplers(args.samplers, ServeConnect())
+        self._context = GatewayContext(args, keys, samplers, RayMetrics(), traces_of(args.traces, "gateway"))
         self._listener: Listener | None = None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -79,6 +81,8 @@ class Gateway:
         """Called by Serve as the replica ends, once the proxy's requests have."""
         if self._listener is not None:
             await self._listener.close()
+        if (traces := self._context.traces) is not None:
+            traces.close()
 
 
 def _owner() -> str:

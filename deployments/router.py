@@ -20,7 +20,7 @@ from deployments.store_client import ServeStoreClient
 from twinkle_serve import hub
 from twinkle_serve.channel import Address, Listener
 from twinkle_serve.collection import freeze_start_up
-from twinkle_serve.config import ServiceArgs
+from twinkle_serve.config import ServiceArgs, traces_of
 from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import SIDE_CPUS
 from twinkle_serve.routing import router as routing
@@ -49,6 +49,7 @@ class Router(routing.Router):
             ServeStoreClient(store),
             sessions=ServeSessionsClient(store),
             sink=RayMetrics(),
+            traces=traces_of(args.traces, "router"),
         )
         self._listener = Listener()
         await self.start()

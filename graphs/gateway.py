@@ -20,6 +20,8 @@ def build(args: GatewayArgs) -> Application:
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is not None:
         require_key_beyond_loopback(str(client.http_config.host), bool(keys))
+    if args.traces is not None:
+        args.traces.check()
     if args.listen is not None:
         require_key_beyond_loopback(args.listen.host, bool(keys), "listen")
     application: Application = gateway_deployment.options(num_replicas=args.num_replicas).bind(args, keys)

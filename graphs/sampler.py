@@ -42,6 +42,8 @@ def build(args: ServiceArgs) -> Application:
         cluster()
         placement = place_in_group(mesh, group_devices(args.device_group))
     check_engine_args(args.engine, args.engine_args)
+    if args.traces is not None:
+        args.traces.check()
     model = hub.resolve(args.model_id, revision=args.revision, weights=False)
     if hub.is_path(args.model_id):
         # Replicas may run in another working directory.

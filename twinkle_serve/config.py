@@ -5,7 +5,7 @@ Importing this module loads neither torch nor vllm nor ray.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from twinkle_serve import traces
 from twinkle_serve.data_format.groups import EngineKind
 from twinkle_serve.data_format.prompts import TruncationStrategy
 from twinkle_serve.data_format.sampling_params import SamplingParams
@@ -146,6 +147,33 @@ class FutureArgs(Strict):
     refused while results that nobody has collected exceed it."""
 
 
+class TraceArgs(Strict):
+    """`traces`: where the spans of calls are sent, by OpenTelemetry."""
+
+    endpoint: str = Field(min_length=1)
+    """Collector of OTLP: http://host:4317 by grpc, http://host:4318/v1/traces by http/protobuf."""
+    protocol: traces.Protocol = "grpc"
+    """grpc or http/protobuf."""
+    sample_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Part of the traces that is recorded, of those that begin here; others are recorded if their caller's span is."""
+
+    def check(self) -> Self:
+        """Raises ConfigError if a package is missing that exports spans."""
+        traces.check_exporter(self.protocol)
+        return self
+
+
+def traces_of(args: TraceArgs | None, part: str) -> traces.Traces | None:
+    """Returns the recorder of spans of one part of a service; None where there is none.
+
+    Args:
+        part: gateway, router or engine.
+    """
+    if args is None:
+        return None
+    return traces.Traces(part, traces.make_exporter(args.endpoint, args.protocol), args.sample_ratio)
+
+
 class ServiceArgs(Strict):
     """Configuration of one sampler service.
 
@@ -202,6 +230,8 @@ class ServiceArgs(Strict):
     """Deadline for an engine to load its model, seconds."""
     futures: FutureArgs = FutureArgs()
     """Results that callers collect later."""
+    traces: TraceArgs | None = None
+    """Where the spans of calls are sent. None: nowhere, and none are recorded."""
 
     @model_validator(mode="wrap")
     @classmethod

@@ -39,6 +39,7 @@ FAULTS = "tests/integration/test_gateway_faults.py"
 LISTENER = "tests/integration/test_gateway_listener.py"
 HTTP_CLIENTS = "tests/integration/test_gateway_clients.py"
 ELASTIC = "tests/integration/test_elastic.py"
+OBSERVED = "tests/integration/test_observability.py"
 DOCUMENT = "tests/unit/gateway/test_document.py"
 
 ALL = frozenset(
@@ -55,6 +56,7 @@ ALL = frozenset(
         GROUPS,
         IN_GROUP,
         LISTENER,
+        OBSERVED,
         PROCESSES,
         SCRIPTS,
         *SERVICE,
@@ -77,6 +79,8 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("tests/support/specification.py", frozenset({SPECIFICATION})),
     ("tests/support/trainer.py", frozenset({CLIENT})),
     ("tests/support/docs.py", frozenset()),
+    ("tests/support/prometheus.py", frozenset({OBSERVED})),
+    ("observability/*", frozenset({OBSERVED})),
     ("tests/support/grammar_stub.py", frozenset()),
     ("tests/support/bad_requests.py", frozenset()),
     ("tests/support/command_line.py", frozenset()),

@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tests.support.local_sampler import make
-from twinkle_serve.config import SessionArgs
+from twinkle_serve.config import SessionArgs, TraceArgs, traces_of
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.sample_request import Inputs, SampleRequest
 from twinkle_serve.data_format.sample_updates import UpdatesItem
@@ -165,6 +165,7 @@ def gateway_app(
     engine_args: Mapping[str, Any] | None = None,
     keys: Mapping[str, Caller] | None = None,
     starting: tuple[str, ...] = (),
+    sampler_traces: TraceArgs | None = None,
     **gateway_args: Any,
 ) -> Iterator[GatewayUnderTest]:
     """A gateway over a sampler on the fake engine, in this process.
@@ -173,16 +174,20 @@ def gateway_app(
         engine_args: of the fake engine.
         keys: holders of keys, by key.
         starting: applications, of `samplers`, that are not up yet.
+        sampler_traces: `traces` of the sampler.
         gateway_args: as of `GatewayArgs`; every application of `samplers` is the same sampler.
     """
-    sampler, local = make(**(engine_args or {}))
+    sampler, local = make(traces=sampler_traces, **(engine_args or {}))
     client = OnAnyLoop(local)
 
     args = GatewayArgs.model_validate(gateway_args)
-    context = GatewayContext(args, Keys(keys or {}), Samplers(args.samplers, OneSampler(client, starting)))
+    samplers = Samplers(args.samplers, OneSampler(client, starting))
+    context = GatewayContext(args, Keys(keys or {}), samplers, traces=traces_of(args.traces, "gateway"))
     try:
         yield GatewayUnderTest(build_app(context), context, sampler, client)
     finally:
+        if context.traces is not None:
+            context.traces.close()
         sampler.shutdown()
 
 

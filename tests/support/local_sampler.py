@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from twinkle_serve.config import ServiceArgs
+from twinkle_serve.config import ServiceArgs, TraceArgs
 from twinkle_serve.sampler import RunningSampler
 from twinkle_serve.sampler.local import LocalClient
 
@@ -17,9 +17,9 @@ ENDLESS = {"max_tokens": 900, "ignore_eos": True}
 TIMEOUT_S = 20.0
 
 
-def make(**engine_args: Any) -> tuple[RunningSampler, LocalClient]:
+def make(*, traces: TraceArgs | None = None, **engine_args: Any) -> tuple[RunningSampler, LocalClient]:
     """A sampler, and its client."""
-    args = {"model_id": "demo", "engine": "fake", "engine_args": engine_args}
+    args = {"model_id": "demo", "engine": "fake", "engine_args": engine_args, "traces": traces}
     backend = LocalClient(ServiceArgs.model_validate(args))
     return RunningSampler(backend), backend
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayTaskError
 
-from deployments.log_config import REQUEST_FAILED, OneLineErrors, log_to_serve
+from deployments.log_config import REQUEST_FAILED, OneLineErrors, log_to_serve, quiet
 from graphs.cluster import LaunchError, join_or_start
 from graphs.ready import calls
 from graphs.replica_messages import ReplicaMessages
-from twinkle_serve.errors import PromptError, SamplingParamsError, TwinkleServeError
+from twinkle_serve.errors import ConfigError, PromptError, SamplingParamsError, TwinkleServeError
 
 ROOT = Path(__file__).parents[2]
 ROUTER = "(ServeReplica:sampler:router pid=28416) "
@@ -126,11 +126,12 @@ def test_router_alone_logs_refusals(serve_log: io.StringIO) -> None:
 
 
 def test_loggers_of_the_package_write_where_serve_does(serve_log: io.StringIO) -> None:
-    """Those of modules that are loaded later too; and at Serve's level."""
+    """Those of modules that are loaded later too; from INFO on, where Serve's own begin at WARNING."""
     log_to_serve(refusals=True)
     logging.getLogger("twinkle_serve.hub").warning("a copy of the cache")
-    logging.getLogger("deployments.a_module_of_later").info("nothing")
-    assert serve_log.getvalue() == "a copy of the cache\n"
+    logging.getLogger("deployments.a_module_of_later").info("the line of each 10 s")
+    logging.getLogger("deployments.a_module_of_later").debug("nothing")
+    assert serve_log.getvalue() == "a copy of the cache\nthe line of each 10 s\n"
     assert sum(isinstance(f, OneLineErrors) for f in logging.getLogger("ray.serve").filters) == 1
 
 
@@ -176,3 +177,10 @@ def test_calls_are_python_that_can_be_pasted() -> None:
     lines = calls('my "own"', '{"input_ids": [1, 2, 3]}')
     assert all(line == line.lstrip() for line in lines)
     compile("\n".join(lines), "calls", "exec")
+
+
+def test_encoding_of_logs_is_json_or_text() -> None:
+    """Of the environment variable TWINKLE_SERVE_LOG_ENCODING, in either case."""
+    assert [quiet(text).encoding for text in ("json", "JSON", "text")] == ["JSON", "JSON", "TEXT"]
+    with pytest.raises(ConfigError, match="must be JSON or TEXT, got 'xml'"):
+        quiet("xml")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 
@@ -34,9 +36,9 @@ class Sink(MetricsSink):
         assert len(tags) == len(metric.tags)
         self.gauges[metric.name, tags] = value
 
-    def observe(self, metric: Metric, value: float, tags: tuple[str, ...] = ()) -> None:
+    def observe(self, metric: Metric, values: Sequence[float], tags: tuple[str, ...] = ()) -> None:
         assert len(tags) == len(metric.tags)
-        self.observed[metric.name].append(value)
+        self.observed[metric.name].extend(values)
 
 
 @pytest.fixture
@@ -83,9 +85,26 @@ async def test_calls_that_raise_are_counted_by_their_outcome(
     with pytest.raises((DeadlineError, RequestError)):
         await service.router.sample(PROMPTS, {"max_tokens": 90, "ignore_eos": True}, **options)  # type: ignore[arg-type]
     tick(service.router)
-    calls = {tags[0]: n for (name, tags), n in sink.counters.items() if name == metrics.CALLS.name}
+    calls = {tags[0]: n for (name, tags), n in sink.counters.items() if name == metrics.CALLS.name and n}
     assert calls == {outcome: 1}
     assert service.router._telemetry.report()["points"][-1]["failed_calls"] == (outcome == "deadline")
+
+
+async def test_counters_of_rare_things_are_there_at_zero(service: Service, sink: Sink) -> None:
+    """Prometheus does not count the increase by which a series appears, and an alert must see the first loss."""
+    tick(service.router)
+    zero = {key for key, value in sink.counters.items() if value == 0}
+    assert {(metric.name, tags) for metric in METRICS for tags in metric.initial} <= zero
+    assert {(metrics.ENGINE_LOSSES.name, (engine,)) for engine in service.engines} <= zero
+    assert {(metrics.SAMPLED_TOKENS.name, (engine, "")) for engine in service.engines} <= zero
+
+
+def test_staleness_is_in_the_middle_of_its_bucket() -> None:
+    """Ray exports the middles alone: a mean of few versions would be off by up to half a version."""
+    limits = (0.0, *metrics.VERSIONS)
+    for versions in range(5):
+        low, high = next((low, high) for low, high in pairwise(limits) if versions <= high)
+        assert (low + high) / 2 == pytest.approx(versions, abs=0.011)
 
 
 async def test_lost_engine_is_an_event_with_its_reason(service: Service, sink: Sink) -> None:
@@ -151,6 +170,19 @@ async def test_log_has_a_line_while_something_runs_and_none_without(
     lines = [record.message for record in caplog.records if "tokens/s" in record.message]
     assert len(lines) == 1
     assert "0 samples running, 0 prompts waiting, 0 calls, 2 of 2 engines ready, weights initial" in lines[0]
+    (record,) = [record for record in caplog.records if "tokens/s" in record.message]
+    assert record.engines == record.engines_ready == 2 and record.weights == "initial"  # type: ignore[attr-defined]
+
+
+def test_event_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Readiness, updates and the like; that an engine is lost is logged by the scheduler, as a warning."""
+    caplog.set_level(logging.INFO)
+    telemetry = Telemetry()
+    telemetry.event("engine ready", "is ready", "engine-dp0")
+    telemetry.event("weights", "step-1 is current")
+    telemetry.engine_lost("engine-dp0", EngineDeadError("killed"), 3)
+    assert [record.message for record in caplog.records] == ["engine-dp0: is ready", "step-1 is current"]
+    assert [event["kind"] for event in telemetry.report()["events"]] == ["engine ready", "weights", "engine lost"]
 
 
 def test_names_are_prometheus_names_and_unique() -> None:

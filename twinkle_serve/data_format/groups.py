@@ -55,6 +55,8 @@ class Group:
     """Whether its call returns before all prompts are complete (`min_groups`), so that each finished one counts."""
     alone: bool = False
     """Whether its call has no other prompt, so that its last sample ends the call."""
+    traceparent: str = ""
+    """W3C's id of the span that it is part of; "" without one."""
 
     @property
     def key(self) -> GroupKey:
@@ -68,6 +70,11 @@ class Group:
     def is_followed(self) -> bool:
         """Whether the engine reports tokens of its samples while they run."""
         return self.resume or self.updates is not None
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether `Engine.partial_output` returns tokens of its samples while they run."""
+        return self.is_followed or bool(self.traceparent)
 
     @property
     def samples(self) -> range:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 Kind = Literal["counter", "gauge", "histogram"]
 
-CALL_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-WAIT_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-TOKEN_S = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-VERSIONS = (0.5, 1.5, 2.5, 4.5, 8.5, 16.5)
-"""Between whole numbers: Prometheus counts a value at a boundary as below it."""
+CALL_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
+WAIT_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+TOKEN_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+VERSIONS = (0.02, 1.98, 2.02, 3.98, 4.02, 7.98, 16.02)
+"""Ray exports each value of a histogram as the middle of its bucket (ray 2.60): here 0 to 4 are exact, within 0.01, so
+that their mean is."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # hashed by identity: each count is a look-up
 class Metric:
     """One metric. Ray adds the tags `application` and `deployment`, and the prefix `ray_` to its name."""
 
@@ -24,6 +26,14 @@ class Metric:
     tags: tuple[str, ...] = ()
     boundaries: tuple[float, ...] = ()
     """Upper limits of a histogram's buckets."""
+    initial: tuple[tuple[str, ...], ...] = ()
+    """Tags with which a router exports a counter as 0 at its start: Prometheus does not count the increase by which a
+    counter appears."""
+
+    @property
+    def exported(self) -> str:
+        """Name at Ray's endpoint for Prometheus; that of a histogram has `_bucket`, `_sum` or `_count` behind it."""
+        return f"ray_{self.name}{'_total' if self.kind == 'counter' else ''}"
 
 
 class MetricsSink(Protocol):
@@ -35,11 +45,17 @@ class MetricsSink(Protocol):
     def set(self, metric: Metric, value: float, tags: tuple[str, ...] = ()) -> None:
         """Sets a gauge."""
 
-    def observe(self, metric: Metric, value: float, tags: tuple[str, ...] = ()) -> None:
-        """Adds a value to a histogram."""
+    def observe(self, metric: Metric, values: Sequence[float], tags: tuple[str, ...] = ()) -> None:
+        """Adds values to a histogram."""
 
 
-CALLS = Metric("twinkle_calls", "counter", "Calls that have ended, by outcome.", ("outcome", "adapter"))
+CALLS = Metric(
+    "twinkle_calls",
+    "counter",
+    "Calls that have ended, by outcome.",
+    ("outcome", "adapter"),
+    initial=(("complete", ""), ("deadline", ""), ("failed", "")),
+)
 CALL_SECONDS = Metric("twinkle_call_seconds", "histogram", "Duration of calls.", ("adapter",), CALL_S)
 QUEUED_SECONDS = Metric(
     "twinkle_queued_seconds", "histogram", "Time of prompts from admission to their engine.", (), WAIT_S
@@ -90,20 +106,38 @@ PREEMPTIONS = Metric(
     "twinkle_engine_preemptions", "counter", "Samples that an engine put off for lack of KV cache.", ("engine",)
 )
 ENGINE_LOSSES = Metric("twinkle_engine_losses", "counter", "Engines that ended or stopped answering.", ("engine",))
-RETRIED_PROMPTS = Metric("twinkle_retried_prompts", "counter", "Prompts, or parts of them, sampled again after that.")
-RESUMED_TOKENS = Metric("twinkle_resumed_tokens", "counter", "Tokens that samples were resumed from.")
-POISONED_PROMPTS = Metric("twinkle_poisoned_prompts", "counter", "Prompts that failed because they end engines.")
+RETRIED_PROMPTS = Metric(
+    "twinkle_retried_prompts", "counter", "Prompts, or parts of them, sampled again after that.", initial=((),)
+)
+RESUMED_TOKENS = Metric("twinkle_resumed_tokens", "counter", "Tokens that samples were resumed from.", initial=((),))
+POISONED_PROMPTS = Metric(
+    "twinkle_poisoned_prompts", "counter", "Prompts that failed because they end engines.", initial=((),)
+)
 WEIGHTS_VERSION = Metric("twinkle_weights_version", "gauge", "Number of the current version of the model's weights.")
-UPDATES = Metric("twinkle_weight_updates", "counter", "Updates of the model's weights, by outcome.", ("outcome",))
+UPDATES = Metric(
+    "twinkle_weight_updates",
+    "counter",
+    "Updates of the model's weights, by outcome.",
+    ("outcome",),
+    initial=(("published",), ("failed",)),
+)
 UPDATE_SECONDS = Metric(
     "twinkle_weight_update_seconds",
-    "histogram",
-    "Phases of updates: upload, seal, pause, load, commit.",
+    "counter",
+    "Time that published updates took: upload, seal, pause, load, commit.",
     ("phase",),
-    WAIT_S,
+    initial=(("upload",), ("seal",), ("pause",), ("load",), ("commit",)),
 )
-UPDATE_BYTES = Metric("twinkle_weight_update_bytes", "counter", "Bytes of the weights that updates have loaded.")
-EXPIRED_LEASES = Metric("twinkle_expired_leases", "counter", "Leases whose holder was silent.", ("holder",))
+UPDATE_BYTES = Metric(
+    "twinkle_weight_update_bytes", "counter", "Bytes of the weights that updates have loaded.", initial=((),)
+)
+EXPIRED_LEASES = Metric(
+    "twinkle_expired_leases",
+    "counter",
+    "Leases whose holder was silent.",
+    ("holder",),
+    initial=(("caller",), ("trainer",)),
+)
 SESSIONS = Metric("twinkle_sessions", "gauge", "Sessions of the gateway's clients.")
 HTTP_REQUESTS = Metric(
     "twinkle_gateway_requests", "counter", "Answered requests of the gateway.", ("route", "method", "status")

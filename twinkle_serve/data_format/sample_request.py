@@ -78,6 +78,7 @@ class HandleOptions(UpdateOptions, TextOptions, total=False):
     done: Sequence[int]
     cancelled: Sequence[int] | None
     return_inputs: bool
+    traceparent: str
 
 
 class EncodeOptions(TypedDict, total=False):
@@ -129,6 +130,8 @@ class SampleRequest:
     """Indices of the inputs that the caller has cancelled; None: all that are not done."""
     return_inputs: bool = True
     """Whether responses hold the inputs; a caller that keeps them spares the router the copy."""
+    traceparent: str = ""
+    """W3C's id of the span that the call is part of; an invalid one is ignored."""
 
     @classmethod
     def of(

@@ -143,7 +143,7 @@ class FakeEngine:
             if params.prompt_logprobs is not None:
                 self._progress += 1
                 scores = _score(group.prompt_ids, params.prompt_logprobs, self._logits_of(group.adapter))
-            if group.is_followed:
+            if group.is_readable:
                 self._followed[group.attempt] = samples
             try:
                 async for _ in self._steps(group, samples):

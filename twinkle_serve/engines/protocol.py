@@ -69,7 +69,7 @@ class Engine(Protocol):
         ...
 
     def partial_output(self, group: Group, offset: int, sample: int = 0) -> PartialSample | None:
-        """Returns the tokens of a running sample, from token `offset` on, where the group is followed.
+        """Returns the tokens of a running sample, from token `offset` on, where the group is readable.
 
         Returns None once the sample has ended; the tokens of a running sample therefore never include one that ends it.
         The samples of a greedy group are one.

@@ -29,6 +29,7 @@ from twinkle_serve.engines.model_checks import require_range, require_readable
 from twinkle_serve.engines.protocol import Engine
 from twinkle_serve.engines.resumed import as_resume_prompt, join_resumed
 from twinkle_serve.engines.router_lease import RouterLease
+from twinkle_serve.engines.spans import SampleSpans
 from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.text import TextStream
 from twinkle_serve.errors import (
@@ -40,6 +41,7 @@ from twinkle_serve.errors import (
 )
 from twinkle_serve.lease import Lease
 from twinkle_serve.tasks import BackgroundTasks
+from twinkle_serve.traces import Traces
 from twinkle_serve.weights import StoreClient
 
 logger = logging.getLogger(__name__)
@@ -50,12 +52,14 @@ WARM_UP = Group(id=-1, prompt_ids=np.zeros(1, np.int32), params=DecodingParams(m
 class EngineServer(EngineClient):
     """Serves one engine to its router. `EngineClient` documents the methods."""
 
-    def __init__(self, engine: Engine, model: Path, store: StoreClient) -> None:
+    def __init__(self, engine: Engine, model: Path, store: StoreClient, traces: Traces | None = None) -> None:
         """
         Args:
             model: directory of the engine's model.
             store: source of adapters and weights.
+            traces: records samples; closed with this.
         """
+        self._spans = None if traces is None else SampleSpans(traces, engine)
         self._engine = engine
         self._store = store
         self._model = model
@@ -143,6 +147,11 @@ class EngineServer(EngineClient):
     # -- sampling --------------------------------------------------------------------------------
 
     async def _sample_group(self, group: Group) -> SampleColumns:
+        if self._spans is None or not group.traceparent:
+            return await self._sample(group)
+        return await self._spans.sample(group, self._sample)
+
+    async def _sample(self, group: Group) -> SampleColumns:
         async with self._using(group.adapter):
             self._running += 1
             try:
@@ -193,9 +202,15 @@ class EngineServer(EngineClient):
         async with contextlib.AsyncExitStack() as stack:
             lease.streams.add(abandoned)
             stack.callback(lease.streams.discard, abandoned)
+            span = None
+            if self._spans is not None and group.traceparent:
+                span = stack.enter_context(self._spans.stream(group))
+                group = replace(group, traceparent=span.traceparent)
             await stack.enter_async_context(self._using(group.adapter))
             tokens = await stack.enter_async_context(contextlib.aclosing(self._engine.stream_tokens(group)))
             async for delta in tokens:
+                if span is not None:
+                    span.add(len(delta.tokens))
                 if abandoned.is_set():
                     raise EngineError(
                         f"{self._info.name}: the router gave this stream up, or was silent for "
@@ -391,6 +406,8 @@ class EngineServer(EngineClient):
         self._pause_lease.end()
         for lease in self._routers.values():
             lease.close()
+        if self._spans is not None:
+            self._spans.close()
         self._tasks.cancel()
         await self._engine.stop()
 

@@ -31,6 +31,7 @@ from twinkle_serve.gateway.openai import chat, completions
 from twinkle_serve.gateway.openai.responses import routes as responses
 from twinkle_serve.gateway.tinker import futures as tinker_futures
 from twinkle_serve.gateway.tinker import sessions as tinker_sessions
+from twinkle_serve.traces import Traces, carrying, valid_traceparent
 
 OPEN_PATHS = ("/healthz", "/readyz")
 """Answered without a key: load balancers have none."""
@@ -54,7 +55,7 @@ def build_app(context: GatewayContext) -> FastAPI:
     for kind in (TwinkleServeError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_error)
     app.add_middleware(EndsWithClient)
-    app.add_middleware(Gate, keys=context.keys, sink=context.sink)  # the outer one
+    app.add_middleware(Gate, keys=context.keys, sink=context.sink, traces=context.traces)  # the outer one
     return app
 
 
@@ -89,10 +90,10 @@ def protocol_of(path: str, headers: Mapping[str, str]) -> Protocol:
 
 
 class Gate:
-    """Middleware: checks keys, counts requests, and turns exceptions that no handler takes into answers."""
+    """Middleware: checks keys, counts and records requests, and turns exceptions that no handler takes into answers."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, sink: MetricsSink | None = None) -> None:
-        self._app, self._keys, self._sink = app, keys, sink
+    def __init__(self, app: ASGIApp, keys: Keys, sink: MetricsSink | None = None, traces: Traces | None = None) -> None:
+        self._app, self._keys, self._sink, self._traces = app, keys, sink, traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -101,6 +102,27 @@ class Gate:
             else:
                 await send({"type": "websocket.close", "code": 1003})
             return
+        if scope["path"] in OPEN_PATHS:
+            await self._answer(scope, receive, send)
+            return
+        parent = valid_traceparent(Headers(scope=scope).get("traceparent"))
+        if self._traces is None:
+            with carrying(parent):
+                await self._answer(scope, receive, send)
+            return
+        with (
+            self._traces.span(scope["method"], parent, "SERVER", http_method=scope["method"]) as span,
+            carrying(span.traceparent),
+        ):
+            status = await self._answer(scope, receive, send)
+            path = _route(scope, status)
+            span.name(f"{scope['method']} {path}".strip())
+            span.set(http_route=path, http_status=status)
+            if status >= 500:
+                span.fail(f"status {status}")
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
+        """Answers a request. Returns the status; 0 for a client that is gone before its answer."""
         status, began = 0, time.perf_counter()
 
         async def forward(message: MutableMapping[str, Any]) -> None:
@@ -115,12 +137,16 @@ class Gate:
                 scope["twinkle_serve.caller"] = caller
             await self._app(scope, receive, forward)
         except Exception as error:
-            if status:  # the connection ends, and the client sees an incomplete answer
-                return
-            await failed(scope, error)(scope, receive, forward)
+            if not status:  # else the connection ends, and the client sees an incomplete answer
+                await failed(scope, error)(scope, receive, forward)
         finally:
             if self._sink is not None:
-                # A client that is gone before its answer has the status 0.
-                path = getattr(scope.get("route"), "path", "") if status != 404 else ""
+                path = _route(scope, status)
                 self._sink.add(metrics.HTTP_REQUESTS, 1, (path, scope["method"], str(status)))
-                self._sink.observe(metrics.HTTP_SECONDS, time.perf_counter() - began, (path,))
+                self._sink.observe(metrics.HTTP_SECONDS, [time.perf_counter() - began], (path,))
+        return status
+
+
+def _route(scope: Scope, status: int) -> str:
+    """Returns the path of a request's route, with its parameters' names; "" for one that does not exist."""
+    return getattr(scope.get("route"), "path", "") if status != 404 else ""

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
-from twinkle_serve.config import Strict, describe_errors
+from twinkle_serve.config import Strict, TraceArgs, describe_errors
 from twinkle_serve.errors import ConfigError, unknown_name
 
 MIB = 2**20
@@ -73,6 +73,8 @@ class GatewayArgs(Strict):
     request_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Deadline of a request that names none, seconds. None: the sampler's request_timeout_s."""
     limits: LimitArgs = LimitArgs()
+    traces: TraceArgs | None = None
+    """Where the spans of requests are sent. None: nowhere; a `traceparent` of a client is handed on all the same."""
 
     @model_validator(mode="wrap")
     @classmethod

@@ -11,6 +11,7 @@ from twinkle_serve.gateway.config import GatewayArgs, LimitArgs
 from twinkle_serve.gateway.errors import InvalidRequestError
 from twinkle_serve.gateway.keys import Caller, Keys
 from twinkle_serve.gateway.samplers import Samplers
+from twinkle_serve.traces import Traces
 
 TIMEOUT_HEADER = "x-timeout-s"
 """Deadline of a request in seconds, queueing included, for clients whose protocol has no field for it."""
@@ -25,6 +26,8 @@ class GatewayContext:
     samplers: Samplers
     sink: MetricsSink | None = None
     """Takes the metrics of its requests."""
+    traces: Traces | None = None
+    """Records its requests."""
 
     @property
     def limits(self) -> LimitArgs:

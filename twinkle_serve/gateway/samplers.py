@@ -22,6 +22,7 @@ from twinkle_serve.gateway.public import shown_model
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.router_client import RouterClient
 from twinkle_serve.sessions import SessionsAPI
+from twinkle_serve.traces import current_traceparent
 from twinkle_serve.vllm_parsers.names import VLLM
 
 MAX_TEXTS = 500_000
@@ -124,7 +125,13 @@ class Target:
     def request(self, inputs: Any, params: Mapping[str, Any], caller: str, **options: Any) -> SampleRequest:
         """Makes a request of inputs, which the gateway owns."""
         prepared = self.sampler.client.prepare(
-            SampleRequest(inputs=inputs, sampling_params=params, adapter_name=self.adapter_name, **options)
+            SampleRequest(
+                inputs=inputs,
+                sampling_params=params,
+                adapter_name=self.adapter_name,
+                traceparent=current_traceparent(),
+                **options,
+            )
         )
         return replace(prepared, caller=caller) if caller else prepared
 

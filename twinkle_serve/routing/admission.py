@@ -35,6 +35,7 @@ from twinkle_serve.routing.telemetry import Telemetry
 from twinkle_serve.routing.templates import TemplateCache
 from twinkle_serve.template import Template
 from twinkle_serve.template.prompts import Prompt, encode_inputs
+from twinkle_serve.traces import Traces, valid_traceparent
 from twinkle_serve.validation import seconds
 
 MAX_CHECKED = 1000
@@ -61,6 +62,7 @@ class Admission:
         rate: Rate,
         telemetry: Telemetry,
         on_complete: Callable[[AdapterVersion | None, set[str]], None],
+        traces: Traces | None = None,
     ) -> None:
         """
         Args:
@@ -68,10 +70,12 @@ class Admission:
             rate: tokens that engines return.
             telemetry: counts calls.
             on_complete: receives the adapter and the labels of the weights that sampled a request.
+            traces: records calls.
         """
         self._args, self._templates, self._encoding, self._engines = args, templates, encoding, engines
         self._scheduler, self._publisher, self._requests = scheduler, publisher, requests
         self._rate, self._telemetry, self._on_complete = rate, telemetry, on_complete
+        self._traces = traces
         # A random start, so that ids do not repeat those of the router that this one replaces.
         self._next_id = random.getrandbits(40) << 20
         self._calls = CallRegistry(self.fail, telemetry)
@@ -90,8 +94,8 @@ class Admission:
     @asynccontextmanager
     async def admitted(self, call: SampleRequest) -> AsyncGenerator[Request, None]:
         """Yields a request whose groups are queued; aborts its unfinished groups at the end."""
-        with self._counting(call.adapter_name):
-            async with self._admitted(call) as request:
+        with self._counting(call.adapter_name), self._traced(call) as traced:
+            async with self._admitted(traced) as request:
                 yield request
 
     @contextlib.contextmanager
@@ -107,6 +111,18 @@ class Admission:
         finally:
             adapter = adapter_name.partition("@")[0] if isinstance(adapter_name, str) else ""
             self._telemetry.ended(adapter, clock() - began, error)
+
+    @contextlib.contextmanager
+    def _traced(self, call: SampleRequest) -> Iterator[SampleRequest]:
+        """Records a call until it ends. Yields it as part of its own span."""
+        if self._traces is None:
+            yield call if call.traceparent == "" else replace(call, traceparent=valid_traceparent(call.traceparent))
+            return
+        parent = valid_traceparent(call.traceparent)
+        with self._traces.span("router.sample", parent, "SERVER", prompts=call.input_count) as span:
+            if isinstance(call.adapter_name, str) and call.adapter_name:
+                span.set(adapter=call.adapter_name)
+            yield replace(call, traceparent=span.traceparent)
 
     @asynccontextmanager
     async def _admitted(self, call: SampleRequest) -> AsyncGenerator[Request, None]:
@@ -146,8 +162,8 @@ class Admission:
     @asynccontextmanager
     async def admitted_stream(self, call: SampleRequest) -> AsyncGenerator[tuple[RoutedGroup, float, ActiveCall], None]:
         """Yields the only group of a stream, its deadline by the event loop's clock, and its registration."""
-        with self._counting(call.adapter_name):
-            async with self._admitted_stream(call) as stream:
+        with self._counting(call.adapter_name), self._traced(call) as traced:
+            async with self._admitted_stream(traced) as stream:
                 yield stream
 
     @asynccontextmanager
@@ -377,5 +393,6 @@ def _build(
         min_groups=None if call.min_groups is None else max(0, call.min_groups - len(call.done)),
         update_text=call.update_text if call.updates else None,
         skip_special_tokens=call.updates and call.skip_special_tokens,
+        traceparent=call.traceparent,
     )
     return request, request.groups()

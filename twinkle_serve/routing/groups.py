@@ -41,4 +41,5 @@ class RoutedGroup(Group):
             attempts=self.attempts,
             urgent=self.urgent,
             alone=self.alone,
+            traceparent=self.traceparent,
         )

@@ -93,6 +93,7 @@ class Request:
         min_groups: int | None = None,
         update_text: UpdateText | None = None,
         skip_special_tokens: bool = False,
+        traceparent: str = "",
     ) -> None:
         """
         Args:
@@ -101,6 +102,7 @@ class Request:
             min_groups: number of complete prompts after which the rest is dropped.
             update_text: the text of updates, if new tokens are reported while samples run.
             skip_special_tokens: leave special tokens out of the text of all samples.
+            traceparent: of the span that its groups are part of.
         """
         self.ids = range(first_id, first_id + len(planned))
         """Group ids of the prompts, in order."""
@@ -113,6 +115,7 @@ class Request:
         self._sample_timeout_s = sample_timeout_s
         self._update_text = update_text
         self._skip_special_tokens = skip_special_tokens
+        self._traceparent = traceparent
         self._missing = {i: each.params.num_samples for i, each in zip(self.ids, planned, strict=True)}
         """Number of missing samples by group id; dropped groups are left out."""
         self.samples_wanted = sum(self._missing.values())
@@ -156,6 +159,7 @@ class Request:
                 caller=self.caller,
                 priority=each.params.priority,
                 updates=self._update_text,
+                traceparent=self._traceparent,
             )
             for group_id, each in zip(self.ids, self._planned, strict=True)
         ]
@@ -177,6 +181,11 @@ class Request:
             parser=self._header.parser,
             turns=tuple(prompt.turn for prompt in self._prompts),
         )
+
+    @property
+    def is_read(self) -> bool:
+        """Whether new tokens of its samples are reported while they run."""
+        return self._updates is not None
 
     @property
     def prompt_tokens(self) -> int:

@@ -52,6 +52,7 @@ from twinkle_serve.routing.templates import TemplateCache
 from twinkle_serve.routing.tokenization import Tokenization
 from twinkle_serve.routing.updates import WeightUpdates
 from twinkle_serve.sessions import SessionInfo, SessionRecord, SessionsAPI
+from twinkle_serve.traces import Traces
 from twinkle_serve.validation import one_of, seconds
 from twinkle_serve.weights import StoreClient
 
@@ -85,6 +86,7 @@ class Router(RouterAPI):
         sessions: SessionsAPI | None = None,
         engines_return: bool = True,
         sink: MetricsSink | None = None,
+        traces: Traces | None = None,
     ) -> None:
         """Creates a router; `start` must be called before anything else, on the event loop that it runs on.
 
@@ -95,12 +97,13 @@ class Router(RouterAPI):
             sessions: the conversations of a gateway's clients; None where there is no gateway.
             engines_return: whether an engine that dies is replaced; if not, its requests fail.
             sink: takes the metrics of `data_format.metrics`.
+            traces: records calls; closed with this.
 
         Raises:
             ModelNotFoundError: the model has no tokenizer.
         """
         self._args, self._clients, self._engines_return = args, engines, engines_return
-        self._telemetry = Telemetry(sink)
+        self._telemetry, self._traces = Telemetry(sink), traces
         self._store, self._sessions = store, sessions
         self._templates = TemplateCache(model, args)
         self._encoding = EncodingThread()
@@ -169,6 +172,7 @@ class Router(RouterAPI):
             self._rate,
             self._telemetry,
             on_complete=self._report_staleness,
+            traces=self._traces,
         )
         self._futures = Futures(args.futures, self._run_admitted)
         self._tokenization = Tokenization(self._encoding, self._admission.template)
@@ -197,6 +201,8 @@ class Router(RouterAPI):
         """Stops all background work; running calls are cancelled by their callers."""
         self._futures.close()
         self._engines.close()
+        if self._traces is not None:
+            self._traces.close()
         self._encoding.close()
 
     # -- sampling --------------------------------------------------------------------------------
@@ -504,6 +510,8 @@ class Router(RouterAPI):
             if (request := self._requests.get(group_id)) is not None:
                 rows_of.setdefault(request, []).append(row)
         for request, rows in rows_of.items():
+            if request.is_read:  # a short sample ends before its first update
+                self._count_first_token(request)
             try:
                 not_needed = request.add(columns if len(rows) == len(columns) else columns.take(rows))
                 if not_needed:
@@ -514,18 +522,23 @@ class Router(RouterAPI):
                 logger.exception("samples could not be handed to their request")
                 request.fail(ServiceError(f"a bug in the router: {error!r}"))
 
+    def _count_first_token(self, request: Request) -> None:
+        if not request.has_tokens:
+            request.has_tokens = True
+            self._telemetry.first_token(asyncio.get_running_loop().time() - request.admitted_at)
+
     def _count_sent(self, group: RoutedGroup, now: float) -> None:
         """Counts the first part of a prompt that is sent to an engine for the first time."""
         if not (group.first_sample or group.attempts) and (request := self._requests.get(group.id)) is not None:
             self._telemetry.sent(now - request.admitted_at)
+            if self._traces is not None:
+                self._traces.record("router.queue", group.traceparent, now - request.admitted_at, prompt=group.input)
 
     def _deliver_updates(self, updates: Sequence[PartialUpdate]) -> None:
         """Hands new tokens of running samples to their requests."""
         for update in updates:
             if (request := self._requests.get(update.attempt[0])) is not None:
-                if not request.has_tokens:
-                    request.has_tokens = True
-                    self._telemetry.first_token(asyncio.get_running_loop().time() - request.admitted_at)
+                self._count_first_token(request)
                 try:
                     request.add_update(update)
                 except EngineDeadError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -93,18 +93,23 @@ class Telemetry:
         self._sink, self._clock = sink, clock
         self._counts: Counter[tuple[Metric, tuple[str, ...]]] = Counter()
         """Increases of counters since the last tick."""
-        self._observed: list[tuple[Metric, float, tuple[str, ...]]] = []
+        self._observed: defaultdict[tuple[Metric, tuple[str, ...]], list[float]] = defaultdict(list)
         """Values of histograms since the last tick."""
         self._period = _Period(clock())
         self._points: deque[HistoryPoint] = deque(maxlen=int(HISTORY_S / PERIOD_S))
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._rates: dict[str, float] = {}
         """Tokens per second of each engine in the last period."""
+        self._counted: set[str] = set()
+        """Engines whose counters exist."""
         self._failures: dict[str, str] = {}
         """The last failure of each engine."""
         self._loads: dict[str, EngineLoad] = {}
         """Loads at the last tick."""
         self._unlogged: list[HistoryPoint] = []
+        for metric in metrics.METRICS:
+            for tags in metric.initial:
+                self.count(metric, 0, *tags)
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -125,17 +130,17 @@ class Telemetry:
         self._period.calls += 1
         self._period.failed_calls += outcome in FAILURES
         if error is None:
-            self._observed.append((metrics.CALL_SECONDS, seconds, (adapter,)))
+            self._observed[metrics.CALL_SECONDS, (adapter,)].append(seconds)
             self._period.call_s.append(seconds)
 
     def sent(self, seconds: float) -> None:
         """Counts a prompt that went to an engine, so long after its admission."""
-        self._observed.append((metrics.QUEUED_SECONDS, seconds, ()))
+        self._observed[metrics.QUEUED_SECONDS, ()].append(seconds)
         self._period.queued_s.append(seconds)
 
     def first_token(self, seconds: float) -> None:
         """Counts the first token of a streamed call, so long after its admission."""
-        self._observed.append((metrics.FIRST_TOKEN_SECONDS, seconds, ()))
+        self._observed[metrics.FIRST_TOKEN_SECONDS, ()].append(seconds)
 
     def arrived(self, engine: str, columns: SampleColumns, seconds: float | None) -> None:
         """Counts samples that an engine has returned.
@@ -146,7 +151,11 @@ class Telemetry:
         count, tokens = len(columns), len(columns.tokens)
         self._period.samples += count
         self._period.tokens[engine] += tokens
-        if count == 1 or len(set(columns.adapter)) == 1:
+        if count == 1:
+            adapter = columns.adapter[0]
+            self._counts[metrics.SAMPLED_TOKENS, (engine, adapter)] += tokens
+            self._counts[metrics.SAMPLES, (engine, adapter, STOP_REASONS[columns.stop_reason[0]])] += 1
+        elif len(set(columns.adapter)) == 1:
             adapter = columns.adapter[0]
             self._counts[metrics.SAMPLED_TOKENS, (engine, adapter)] += tokens
             for reason, number in Counter(columns.stop_reason.tolist()).items():
@@ -156,12 +165,12 @@ class Telemetry:
             for adapter, reason, length in rows:
                 self._counts[metrics.SAMPLED_TOKENS, (engine, adapter)] += length
                 self._counts[metrics.SAMPLES, (engine, adapter, STOP_REASONS[reason])] += 1
-        if seconds is not None and (longest := int(columns.lengths.max())):
-            self._observed.append((metrics.TOKEN_SECONDS, seconds / longest, (engine,)))
+        if seconds is not None and (longest := tokens if count == 1 else int(columns.lengths.max())):
+            self._observed[metrics.TOKEN_SECONDS, (engine,)].append(seconds / longest)
 
     def stale(self, adapter: str, versions: int) -> None:
         """Counts how many newer versions there are at the end of a call."""
-        self._observed.append((metrics.STALENESS, versions, (adapter,)))
+        self._observed[metrics.STALENESS, (adapter,)].append(versions)
         self._period.staleness.append(versions)
 
     # -- rarer things ----------------------------------------------------------------------------
@@ -170,12 +179,12 @@ class Telemetry:
         """Increases a counter."""
         self._counts[metric, tags] += value  # type: ignore[assignment]
 
-    def observe(self, metric: Metric, value: float, *tags: str) -> None:
-        """Adds a value to a histogram."""
-        self._observed.append((metric, value, tags))
-
     def event(self, kind: EventKind, text: str, engine: str = "") -> None:
-        """Records something that happened once."""
+        """Records and logs something that happened once."""
+        logger.info(f"{engine}: {text}" if engine else text)
+        self._record(kind, text, engine)
+
+    def _record(self, kind: EventKind, text: str, engine: str) -> None:
         self._events.append(Event(time=self._clock(), kind=kind, engine=engine, text=text))
 
     def engine_lost(self, engine: str, error: BaseException, prompts: int) -> None:
@@ -184,7 +193,7 @@ class Telemetry:
         self._failures[engine] = reason
         self.count(metrics.ENGINE_LOSSES, 1, engine)
         self.count(metrics.RETRIED_PROMPTS, prompts)
-        self.event("engine lost", f"{reason}; {prompts} prompts are sampled elsewhere", engine)
+        self._record("engine lost", f"{reason}; {prompts} prompts are sampled elsewhere", engine)  # its loss is logged
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -230,6 +239,10 @@ class Telemetry:
             weights=state.weights.label,
         )
         self._points.append(point)
+        for name in state.engines.keys() - self._counted:
+            self.count(metrics.ENGINE_LOSSES, 0, name)
+            self.count(metrics.SAMPLED_TOKENS, 0, name, "")
+        self._counted.update(state.engines)
         self._count_loads(state.loads)
         if self._sink is not None:
             self._flush(self._sink, state)
@@ -252,8 +265,8 @@ class Telemetry:
     def _flush(self, sink: MetricsSink, state: RouterState) -> None:
         for (metric, tags), value in self._counts.items():
             sink.add(metric, value, tags)
-        for metric, observed, tags in self._observed:
-            sink.observe(metric, observed, tags)
+        for (metric, tags), values in self._observed.items():
+            sink.observe(metric, values, tags)
         sink.set(metrics.RUNNING_CALLS, state.running_calls)
         sink.set(metrics.QUEUE_PROMPTS, state.waiting)
         sink.set(metrics.QUEUE_TOKENS, state.waiting_tokens)
@@ -275,11 +288,21 @@ class Telemetry:
         points, self._unlogged = self._unlogged, []
         if not any(each["running_calls"] or each["tokens_per_s"] for each in points):
             return
+        tokens_per_s = sum(each["tokens_per_s"] for each in points) / len(points)
         logger.info(
-            f"{sum(each['tokens_per_s'] for each in points) / len(points):,.0f} tokens/s, "
+            f"{tokens_per_s:,.0f} tokens/s, "
             f"{point['sequences']} samples running, {point['waiting']} prompts waiting, "
             f"{point['running_calls']} calls, {point['engines_ready']} of {engines} engines ready, "
-            f"weights {point['weights']}"
+            f"weights {point['weights']}",
+            extra={  # of logs in JSON
+                "tokens_per_s": round(tokens_per_s),
+                "sequences": point["sequences"],
+                "waiting": point["waiting"],
+                "running_calls": point["running_calls"],
+                "engines_ready": point["engines_ready"],
+                "engines": engines,
+                "weights": point["weights"],
+            },
         )
 
 

@@ -157,13 +157,12 @@ class WeightUpdates:
     def _report(self, update: _Update, phases: Mapping[str, float]) -> None:
         """Records a published version, and how long each phase took, seconds."""
         for phase, seconds in phases.items():
-            self._telemetry.observe(metrics.UPDATE_SECONDS, seconds, phase)
+            self._telemetry.count(metrics.UPDATE_SECONDS, seconds, phase)
         self._telemetry.count(metrics.UPDATES, 1, "published")
         self._telemetry.count(metrics.UPDATE_BYTES, update.size)
         steps = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in phases.items())
         text = f"{update.label} is current: {update.size / 1e6:,.0f} MB, {steps}"
         self._telemetry.event("weights", text)
-        logger.info(text)
 
     async def abandon(self, upload: int) -> None:
         """Gives an update up, unless it is being published. Idempotent."""

@@ -42,6 +42,7 @@ from twinkle_serve.sampler.verification import Verification, verify
 from twinkle_serve.tasks import Call, deferred
 from twinkle_serve.template.packing import pack_template
 from twinkle_serve.tensors import Tensors
+from twinkle_serve.traces import current_traceparent
 from twinkle_serve.validation import flag
 
 if TYPE_CHECKING:
@@ -298,6 +299,7 @@ class RunningSampler(EngineControls, TokenCalls, SessionCalls, Sampler, TwinkleC
             adapter_path=None if adapter_path is None or adapter_path == "" else absolute_directory(adapter_path),
             template=self._template,
             request_id=uuid.uuid4().hex,
+            traceparent=current_traceparent(),
             **check_options(options, allowed),
         )
         return self._client.prepare(request)

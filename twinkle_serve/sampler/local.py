@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from twinkle_serve import hub
-from twinkle_serve.config import ServiceArgs
+from twinkle_serve.config import ServiceArgs, traces_of
 from twinkle_serve.cores import CoreClaims
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.sample_request import Inputs, SampleRequest
@@ -164,9 +164,11 @@ class _Service:
         if args.state_dir is not None:
             self._state_lock = await asyncio.to_thread(StateLock, args.state_dir)
         store = LocalStore(WeightStore(args.model_id, args.state_dir))
-        self._server = EngineServer(engine, model, store)
+        self._server = EngineServer(engine, model, store, traces_of(args.traces, "engine"))
         await self._server.start(ENGINE, args.startup_timeout_s)
-        router = Router(args, model, {ENGINE: self._server}, store, engines_return=False)
+        router = Router(
+            args, model, {ENGINE: self._server}, store, engines_return=False, traces=traces_of(args.traces, "router")
+        )
         await router.start()
         self._router = router
         return router

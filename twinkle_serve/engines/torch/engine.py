@@ -151,7 +151,7 @@ class TorchEngine:
 
     async def sample_group(self, group: Group) -> SampleColumns:
         job = self._submit(group)
-        if not group.is_followed:
+        if not group.is_readable:
             # Cancelling this call cancels the future, which the batch sees at its next token.
             return await job.done
         self._followed[group.attempt] = job

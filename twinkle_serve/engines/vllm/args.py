@@ -153,7 +153,13 @@ def build_config(
                 args["max_cpu_loras"] = max(args["max_cpu_loras"], args["max_loras"])
         if args.get("max_logprobs", DEFAULT_MAX_LOGPROBS) != -1:
             args["max_logprobs"] = args.get("max_logprobs", DEFAULT_MAX_LOGPROBS) + MAX_NAMED_TOKENS
-    args.setdefault("disable_log_stats", True)
+    traced = args.get("otlp_traces_endpoint") is not None
+    args.setdefault("disable_log_stats", not traced)
+    if traced and args["disable_log_stats"]:  # vLLM would end at the first sample
+        raise EngineArgsError(
+            "engine_args: vLLM makes its spans of its statistics: otlp_traces_endpoint needs disable_log_stats: false. "
+            "Leave disable_log_stats out."
+        )
     args["worker_extension_cls"] = EXTENSION
     workers = tp_size * pp_size * args.get("prefill_context_parallel_size", 1)
     try:

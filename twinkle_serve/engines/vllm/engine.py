@@ -22,7 +22,7 @@ from twinkle_serve.engines.protocol import TokenDelta
 from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.vllm.args import build_config, check_engine_args, engine_info, set_environment
 from twinkle_serve.engines.vllm.grammars import GrammarChecks
-from twinkle_serve.engines.vllm.load import LoadQuery
+from twinkle_serve.engines.vllm.load import LoadQuery, stat_loggers
 from twinkle_serve.engines.vllm.lora_slots import AdapterSlots
 from twinkle_serve.engines.vllm.outputs import (
     aborted_without_output,
@@ -154,7 +154,10 @@ class VLLMEngine:
         allow_high_temperatures()
         try:
             self._llm = AsyncLLM.from_vllm_config(
-                config, enable_log_requests=vllm_args.enable_log_requests, disable_log_stats=vllm_args.disable_log_stats
+                config,
+                enable_log_requests=vllm_args.enable_log_requests,
+                disable_log_stats=vllm_args.disable_log_stats,
+                stat_loggers=stat_loggers(vllm_args.disable_log_stats),
             )
             if self._stopped:  # by a caller that was interrupted; a thread cannot be
                 self._llm.shutdown()
@@ -181,7 +184,7 @@ class VLLMEngine:
         lora_request = None if group.adapter is None else self._lora_requests.get(group.adapter.id)
         if group.adapter is not None and lora_request is None:
             raise AdapterError(f"{self._name} has no adapter {group.adapter.label}.")
-        keys = [group.part(sample, 1).attempt for sample in group.samples] if group.is_followed else []
+        keys = [group.part(sample, 1).attempt for sample in group.samples] if group.is_readable else []
         self._followed.update((key, (request_id, j)) for j, key in enumerate(keys))
         try:
             slot = contextlib.nullcontext() if self._slots is None else self._slots.holding(group.adapter)
@@ -189,7 +192,9 @@ class VLLMEngine:
                 prompt = tokens_input(group.prompt_ids.tolist())
                 grammars = self._llm.vllm_config.structured_outputs_config.backend
                 params = sampling_params(self.info, group, streaming=streaming, grammars=grammars)
-                stream = self._llm.generate(prompt, params, request_id, lora_request=lora_request)
+                stream = self._llm.generate(
+                    prompt, params, request_id, lora_request=lora_request, trace_headers=self._trace_headers(group)
+                )
                 async with contextlib.aclosing(stream), self._time_limit(request_id, group.sample_timeout_s):
                     async for output in stream:
                         yield output
@@ -203,6 +208,12 @@ class VLLMEngine:
         finally:
             for key in keys:
                 self._followed.pop(key, None)
+
+    def _trace_headers(self, group: Group) -> dict[str, str] | None:
+        """Returns the parent of vLLM's own span of a group; None where vLLM records none."""
+        if not group.traceparent or self._llm.vllm_config.observability_config.otlp_traces_endpoint is None:
+            return None
+        return {"traceparent": group.traceparent}
 
     @contextlib.asynccontextmanager
     async def _time_limit(self, request_id: str, limit_s: float | None) -> AsyncGenerator[None, None]:

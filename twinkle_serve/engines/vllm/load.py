@@ -6,6 +6,8 @@ vLLM's own statistics are computed at each step and for each token, in both proc
 from __future__ import annotations
 
 import asyncio
+import logging
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,8 @@ from twinkle_serve.data_format.telemetry import EngineLoad
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
+
+logger = logging.getLogger(__name__)
 
 METHOD = "twinkle_load"
 """Name of the core's method."""
@@ -34,15 +38,24 @@ def offer_load() -> None:
 
     def load(core: Any) -> list[float]:
         scheduler = core.scheduler
-        return [
-            len(scheduler.running),
-            len(scheduler.waiting) + len(scheduler.skipped_waiting),
-            scheduler.kv_cache_manager.usage,
-            getattr(scheduler, "twinkle_preemptions", 0),
-        ]
+        running, waiting = scheduler.get_request_counts()
+        return [running, waiting, scheduler.get_kv_cache_usage(), getattr(scheduler, "twinkle_preemptions", 0)]
 
     Scheduler._preempt_request = count_preemption
     setattr(EngineCoreProc, METHOD, load)
+
+
+def stat_loggers(disable_log_stats: bool) -> list[Any] | None:
+    """Returns vLLM's logger of its own statistics for Ray's metrics; None where they are off, or Ray is not running.
+
+    vLLM's default logger stays. That for Prometheus, which nobody scrapes in this process, is replaced.
+    """
+    ray = sys.modules.get("ray")
+    if disable_log_stats or ray is None or not ray.is_initialized():
+        return None
+    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+    return [RayPrometheusStatLogger]
 
 
 class LoadQuery:
@@ -52,6 +65,7 @@ class LoadQuery:
         self._llm = llm
         self._last = EngineLoad()
         self._query: asyncio.Task[None] | None = None
+        self._failed = False
 
     async def load(self) -> EngineLoad:
         """Returns the current load, or the last one where the core does not answer at once."""
@@ -63,7 +77,10 @@ class LoadQuery:
     async def _ask(self) -> None:
         try:
             running, waiting, kv_cache, preemptions = await self._llm.engine_core.call_utility_async(METHOD)
-        except Exception:  # the core is gone, which other calls report
+        except Exception as error:  # a core that is gone is reported by other calls
+            if not self._failed:
+                logger.warning(f"vLLM's core does not tell its load: {error}")
+            self._failed = True
             return
         self._last = replace(
             self._last, running=int(running), waiting=int(waiting), kv_cache=kv_cache, preemptions=int(preemptions)
