@@ -160,6 +160,7 @@ function render() {
 
 function navigate() {
   const [name, ...rest] = location.hash.slice(1).split("/");
+  if (name !== state.view) window.scrollTo(0, 0);
   state.view = name in VIEWS ? name : "overview";
   state.argument = rest.map(decodeURIComponent).join("/");
   for (const view of Object.keys(VIEWS)) show($(`view-${view}`), view === state.view);

@@ -17,7 +17,7 @@ let cancelling = new Set();
 export function begin(state, again) {
   shared = state;
   refresh = again;
-  rows = new Keyed($("calls"), makeRow);
+  rows = new Keyed($("call-rows"), makeRow);
   $("more-calls").addEventListener("click", () => {
     limit += PAGE;
     renderRows();

@@ -6,6 +6,7 @@ import { clock, isNumber, minute } from "./format.js";
 const HEIGHT = 150;
 const EDGE = { left: 46, right: 10, top: 10, bottom: 20 };
 const TABLE_ROWS = 12;
+const DOT = "m-1.5 0a1.5 1.5 0 1 0 3 0a1.5 1.5 0 1 0-3 0"; // a value by itself
 
 /** One chart. `series` are {label, of(point)}; `format` makes text of their values. */
 export class Chart {
@@ -91,16 +92,16 @@ export class Chart {
 
   path(points, of, y) {
     const limit = 3 * this.frame.history.periodS;
-    let d = "";
+    const runs = [];
     let last = null;
     for (const point of points) {
       const value = of(point);
       if (!isNumber(value)) continue;
-      const place = `${this.x(point.time).toFixed(1)} ${y(value).toFixed(1)}`;
-      d += last !== null && point.time - last < limit ? `L${place}` : `M${place}h.01`;
+      if (last === null || point.time - last > limit) runs.push([]);
+      runs.at(-1).push(`${this.x(point.time).toFixed(1)} ${y(value).toFixed(1)}`);
       last = point.time;
     }
-    return d;
+    return runs.map((run) => (run.length > 1 ? `M${run.join("L")}` : `M${run[0]}${DOT}`)).join("");
   }
 
   /** The area below the first line, where it has no gaps. */

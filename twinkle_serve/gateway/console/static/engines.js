@@ -24,7 +24,7 @@ let cards;
 
 export function begin(state) {
   shared = state;
-  cards = new Keyed($("engines"), makeCard);
+  cards = new Keyed($("engine-cards"), makeCard);
   $("engine-filter").append(
     el("option", { value: "", text: "all" }),
     el("option", { value: "trouble", text: "not ready, or lost before" }),
@@ -37,7 +37,6 @@ export function begin(state) {
 export function render(state) {
   const all = Object.entries(state.status.engines);
   const shown = all.filter(isWanted);
-  attr($("engines"), "data-many", all.length > 12);
   cards.render(shown, ([name]) => name);
   text($("engine-summary"), summary(all));
   show($("no-engines"), shown.length === 0);
@@ -63,6 +62,7 @@ function makeCard([name]) {
   const facts = { weights: fact("Weights"), sequences: fact("Sequences"), device: fact("Device") };
   const chips = el("ul", { class: "chips", "aria-label": "Adapters" });
   const failure = el("p", { class: "failure" });
+  const putOff = el("p", { class: "muted" });
   const buttons = {
     drain: el("button", { type: "button", text: "Drain…", onclick: () => drain(name) }),
     undrain: el("button", { type: "button", text: "Undrain", onclick: () => undrain(name) }),
@@ -78,6 +78,7 @@ function makeCard([name]) {
     ...Object.values(meters).map((each) => each.node),
     el("dl", { class: "facts" }, ...Object.values(facts).map((each) => each.node)),
     chips,
+    putOff,
     failure,
     el("div", { class: "buttons", role: "group", "aria-label": `Operate ${name}` }, ...Object.values(buttons), doing),
   );
@@ -93,12 +94,10 @@ function makeCard([name]) {
     );
     facts.device.update([engine.engine, engine.device].filter(Boolean).join(" on ") || "–");
     showChips(chips, engine.adapters ?? []);
-    const lines = [
-      engine.last_failure ? `Last failure: ${engine.last_failure}` : "",
-      engine.preemptions ? `${plural(engine.preemptions, "sample")} put off for lack of KV cache.` : "",
-    ];
-    text(failure, lines.filter(Boolean).join(" "));
-    show(failure, failure.textContent !== "");
+    text(failure, engine.last_failure ? `Last failure: ${engine.last_failure}` : "");
+    show(failure, Boolean(engine.last_failure));
+    text(putOff, `${plural(engine.preemptions ?? 0, "preemption")} for lack of KV cache`);
+    show(putOff, Boolean(engine.preemptions));
     const busy = pending.get(name);
     text(doing, busy ?? "");
     show(buttons.undrain, engine.state === "drained");

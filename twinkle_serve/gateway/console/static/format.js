@@ -1,9 +1,10 @@
 // Numbers and times as people read them.
 
 const whole = new Intl.NumberFormat("en");
-const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
-const clockFormat = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit" });
-const minuteFormat = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
+const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
+const day = { hour: "2-digit", minute: "2-digit", hourCycle: "h23" };
+const clockFormat = new Intl.DateTimeFormat(undefined, { ...day, second: "2-digit" });
+const minuteFormat = new Intl.DateTimeFormat(undefined, day);
 
 export const NONE = "–";
 

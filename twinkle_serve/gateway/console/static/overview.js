@@ -19,8 +19,8 @@ const CHARTS = [
     title: "Running and queued",
     format: short,
     series: [
-      { label: "sequences running", of: (point) => point.sequences },
-      { label: "prompts waiting", of: (point) => point.waiting },
+      { label: "running", of: (point) => point.sequences },
+      { label: "queued", of: (point) => point.waiting },
     ],
   },
   {
@@ -83,9 +83,8 @@ export function begin(state) {
     $("tiles").append(el("div", {}, el("dt", { text: label }), el("dd", {}, value, " ", unit)));
     return { value, unit };
   });
+  $("map").addEventListener("keydown", walk);
   $("window").addEventListener("change", () => {
-    attr($("cursor"), "max", windowS() / 5);
-    $("cursor").value = $("cursor").max;
     setCursor(null);
   });
   $("cursor").addEventListener("input", () => {
@@ -107,12 +106,21 @@ export function render(state) {
   });
   const engines = Object.entries(state.status.engines);
   map.render(engines, ([name]) => name);
+  if (!$("map").querySelector("[tabindex='0']")) attr($("map").querySelector("a") ?? $("map"), "tabindex", 0);
   text($("map-summary"), summary(engines));
   renderCharts();
   timeline.render(state.history, windowS());
 }
 
-const windowS = () => Number($("window").value);
+/** Length of the window: as chosen, or the shortest that holds the whole history. */
+function windowS() {
+  const chosen = Number($("window").value);
+  if (chosen) return chosen;
+  const { points, now } = shared.history;
+  const lengths = [...$("window").options].map((option) => Number(option.value)).filter(Boolean);
+  return lengths.find((length) => !points.length || points[0].time >= now - length) ?? lengths.at(-1);
+}
+
 const total = (state, field) => Object.values(state.status.engines).reduce((sum, engine) => sum + (engine[field] ?? 0), 0);
 
 /** The newest known value. */
@@ -121,9 +129,14 @@ function last(state, of) {
   return point && of(point);
 }
 
-const mode = (status) => (status.asleep ? "asleep" : status.paused ? "paused" : "current");
+const mode = (status) => (status.asleep ? "asleep" : status.paused ? "paused" : "");
 
 function renderCharts() {
+  const max = String(windowS() / 5);
+  if ($("cursor").max !== max) {
+    $("cursor").max = max;
+    if (cursor === null) $("cursor").value = max;
+  }
   for (const chart of charts) chart.render(shared.history, windowS(), cursor);
 }
 
@@ -142,7 +155,8 @@ function setCursor(time, byRange = false) {
 function makeChip([name]) {
   const sign = el("span", { class: "sign", "aria-hidden": "true" });
   const figures = el("span", { class: "muted" });
-  const link = el("a", { href: "#engines" }, sign, el("span", { class: "name", text: name }), figures);
+  const fill = el("span", { class: "fill" });
+  const link = el("a", { href: "#engines", tabindex: -1 }, sign, el("span", { class: "name", text: name }), figures, fill);
   link.addEventListener("click", () => {
     $("engine-name").value = name;
     $("engine-filter").value = "";
@@ -152,8 +166,22 @@ function makeChip([name]) {
     attr(node, "data-state", engine.state);
     text(sign, SIGNS[engine.state] ?? "?");
     const used = engine.state === "ready" || engine.state === "draining";
-    text(figures, used ? `${short(engine.tokens_per_s ?? 0)} tok/s · ${percent(engine.batch_fill ?? 0)}` : engine.state);
+    text(figures, used ? `${short(engine.tokens_per_s ?? 0)}/s` : engine.state);
+    const width = used ? percent(Math.min(1, engine.batch_fill ?? 0)) : "0%";
+    if (fill.style.width !== width) fill.style.width = width;
     attr(link, "aria-label", `${name}: ${engine.state}${used ? `, ${rate(engine.tokens_per_s ?? 0)} tokens/s, batch ${percent(engine.batch_fill ?? 0)} full` : ""}`);
   };
   return { node, update };
+}
+
+/** The arrow keys move between the engines, which are one stop for Tab. */
+function walk(event) {
+  const links = [...$("map").querySelectorAll("a")];
+  const at = links.indexOf(document.activeElement);
+  const next = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: links.length - 1 };
+  const link = links[next[event.key]];
+  if (!link) return;
+  event.preventDefault();
+  links.forEach((each) => attr(each, "tabindex", each === link ? 0 : -1));
+  link.focus();
 }

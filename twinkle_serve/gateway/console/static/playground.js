@@ -170,8 +170,8 @@ function showSamples(answers, names, input) {
   answers[0].forEach((_, i) => {
     const differ = answers.length > 1 ? firstDifference(answers[0][i], answers[1][i]) : -1;
     answers.forEach((samples, k) => {
-      const name = names.length > 1 ? `${"AB"[k]}, ` : "";
-      cards.push(makeSample(samples[i], `${name}sample ${i + 1}`, versions, differ, answers.length > 1, input));
+      const name = names.length > 1 ? `${"AB"[k]}: sample ${i + 1}` : `Sample ${i + 1}`;
+      cards.push(makeSample(samples[i], name, versions, differ, answers.length > 1, input));
     });
   });
   $("play-samples").dataset.compare = String(answers.length > 1);

@@ -21,7 +21,7 @@ let turn = 0; // of the newest rendering of a path
 export function begin(state, again) {
   shared = state;
   refresh = again;
-  list = new Keyed($("sessions"), makeSession);
+  list = new Keyed($("session-rows"), makeSession);
   $("session-form").addEventListener("submit", (event) => {
     event.preventDefault();
     const id = $("session-id").value.trim();
@@ -86,7 +86,7 @@ function makeSession({ id, sampler, created }) {
 
 async function readSession(id, state, signal) {
   text($("h-session"), `Session ${id}`);
-  for (const anchor of $("sessions").querySelectorAll("a")) {
+  for (const anchor of $("session-rows").querySelectorAll("a")) {
     attr(anchor, "aria-current", anchor.hash === `#sessions/${encodeURIComponent(id)}` ? "true" : null);
   }
   try {

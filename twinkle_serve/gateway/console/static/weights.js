@@ -42,7 +42,7 @@ function makeRow({ label }) {
   const node = el(
     "tr",
     {},
-    el("th", { scope: "row", "data-label": "Version" }, `${label} `, newest),
+    el("th", { scope: "row", "data-label": "Version" }, el("span", {}, `${label} `, newest)),
     loaded,
     el(
       "td",
