@@ -97,20 +97,42 @@ def fake_answers(page: Page, engines: int) -> dict[str, Any]:
 
 def test_an_engine_is_drained_and_used_again(opened: Opened) -> None:
     """The card shows each state; what changes the service asks for a confirmation first."""
+    status = fake_answers(opened.page, 1)
+    engine = status["engines"]["engine-dp0"]
+    sent: list[tuple[str, Any]] = []
+
+    def operate(route: Any) -> None:
+        operation = route.request.url.rsplit("/", 1)[1]
+        sent.append((operation, route.request.post_data_json))
+        engine["state"] = {"drain": "drained", "undrain": "ready"}[operation]
+        route.fulfill(json={"engine": "engine-dp0", "done": True})
+
+    opened.page.route("**/engines/*", operate)
     page = opened.open("engines")
     card = page.locator(".card")
     expect(card.locator(".badge")).to_contain_text("ready")
     card.get_by_role("button", name="Drain").click()
     page.get_by_role("dialog").get_by_role("button", name="Back").click()
-    assert opened.gateway.sampler.status()["engines"]["local"]["state"] == "ready"
     card.get_by_role("button", name="Drain").click()
     expect(page.locator("#confirm-text")).to_contain_text("No other engine is ready")
+    assert sent == []
     page.locator("#confirm-limit").fill("5")
     page.get_by_role("dialog").get_by_role("button", name="Drain").click()
     expect(card.locator(".badge")).to_contain_text("drained")
+    assert sent == [("drain", {"engine": "engine-dp0", "timeout_s": 5, "sampler": "sampler"})]
     card.get_by_role("button", name="Undrain").click()
     expect(card.locator(".badge")).to_contain_text("ready")
     expect(page.locator("#toast")).to_contain_text("used again")
+
+
+def test_an_operation_that_fails_says_why(opened: Opened) -> None:
+    """The gateway's message is shown, and the engine can be operated again."""
+    page = opened.open("engines")
+    drain = page.locator(".card").get_by_role("button", name="Drain")
+    drain.click()
+    page.get_by_role("dialog").get_by_role("button", name="Drain").click()
+    expect(page.locator("#toast")).to_contain_text("the only engine is in this process")
+    expect(drain).to_be_enabled()
 
 
 def test_a_running_call_is_shown_and_cancelled(opened: Opened) -> None:
@@ -317,7 +339,7 @@ def test_charts_have_their_figures_as_text(opened: Opened) -> None:
     expect(page.locator("#cursor-time")).to_have_text("now")
     page.locator(".chart summary").first.click()
     expect(page.locator(".chart table").first.locator("tbody tr")).to_have_count(12)
-    page.get_by_label("Weights").uncheck()
+    page.get_by_role("checkbox", name="Weights").uncheck()
     expect(page.locator("#events li")).to_have_count(2)
 
 
