@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.support.browser import NAMES, browser, find_browser
-from tests.support.console_answers import full_hour, many_engines
+from tests.support.console_answers import full_hour, many_calls, many_engines
 from tests.support.gateway_app import GatewayUnderTest, gateway_app
 from tests.support.local_sampler import ENDLESS, QUESTION
 from twinkle_serve.errors import TwinkleServeError
@@ -362,9 +362,12 @@ def test_nothing_is_cut_off(opened: Opened, width: int) -> None:
     """No view is wider than the window, with many engines and with samples."""
     page = opened.page
     fake_answers(page, 40)
+    page.route("**/calls?*", lambda route: route.fulfill(json=many_calls(3)))
     page.set_viewport_size({"width": width, "height": 900})
     for view in VIEWS:
         opened.open(view)
+        if view == "calls":
+            expect(page.locator("#call-rows tr")).to_have_count(3)
         if view == "playground":
             page.click("#play-go")
             expect(page.locator(".sample")).to_have_count(2)

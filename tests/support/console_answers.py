@@ -51,6 +51,25 @@ def _engine(i: int) -> dict[str, Any]:
     }
 
 
+def many_calls(count: int) -> dict[str, Any]:
+    """An answer of /calls."""
+    return {
+        "calls": [
+            {
+                "id": f"{i:032x}",
+                "caller": f"{i:032x}",
+                "adapter": "an_adapter_with_quite_a_long_name@12" if i % 2 else "",
+                "age_s": 90.0 - i,
+                "left_s": None if i % 3 else 510.0 + i,
+                "prompts": 64,
+                "samples": 512,
+                "samples_done": i,
+            }
+            for i in range(count)
+        ]
+    }
+
+
 def full_hour() -> dict[str, Any]:
     """An answer of /telemetry."""
     now = time.time()

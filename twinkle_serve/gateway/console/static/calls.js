@@ -53,18 +53,18 @@ function renderRows() {
 
 function makeRow(call) {
   const cells = {
-    age: el("td", { "data-label": "Age" }),
+    age: el("td", { "data-label": "Age", class: "brief" }),
     samples: el("td", { "data-label": "Samples" }),
-    left: el("td", { "data-label": "Deadline in" }),
+    left: el("td", { "data-label": "Deadline in", class: "brief" }),
   };
   const button = el("button", { type: "button", text: "Cancel…", "aria-label": `Cancel call ${call.id}`, onclick: () => cancel(call) });
   const node = el(
     "tr",
     { "data-call": call.id },
     cells.age,
-    el("td", { "data-label": "Call", class: "id" }, call.id),
-    el("td", { "data-label": "Caller" }, call.caller || "–"),
-    el("td", { "data-label": "Adapter" }, call.adapter || "–"),
+    el("td", { "data-label": "Call", class: "id" }, el("span", { text: call.id })),
+    el("td", { "data-label": "Caller", class: "id" }, el("span", { text: call.caller || "–" })),
+    el("td", { "data-label": "Adapter", class: "id" }, el("span", { text: call.adapter || "–" })),
     cells.samples,
     cells.left,
     el("td", { class: "action" }, button),

@@ -45,7 +45,7 @@ export class Chart {
     new ResizeObserver(() => this.frame && this.draw()).observe(this.picture);
   }
 
-  /** Shows a history. `cursor` is the time whose values the legend has; null: the newest ones. */
+  /** Shows a history. `cursor` is the time whose values the legend has; null: the last known ones. */
   render(history, windowS, cursor) {
     this.frame = { history, windowS, cursor };
     this.draw();
@@ -85,8 +85,11 @@ export class Chart {
       attr(this.cursor, "x2", this.x(cursor));
     }
     attr(this.cursor, "visibility", cursor === null ? "hidden" : null);
-    const point = cursor === null ? points.at(-1) : history.at(cursor);
-    this.series.forEach((each, i) => text(this.values[i], this.format(point && each.of(point))));
+    const at = cursor === null ? null : history.at(cursor);
+    this.series.forEach((each, i) => {
+      const point = at === null ? points.findLast((candidate) => isNumber(each.of(candidate))) : at;
+      text(this.values[i], this.format(point && each.of(point)));
+    });
     attr(this.picture, "aria-label", this.describe(points));
   }
 
