@@ -32,7 +32,8 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_MS = 60_000
 COLOURS = 256
 """Of a picture's palette: a third of the bytes, and no difference to see."""
-SESSION = "sums-17"
+SESSION = f"sums-{time.strftime('%H%M%S')}"
+"""A new one each time: the id of a session that has ended is not used again."""
 ADAPTERS = ("policy", "policy", "critic")
 CALLERS = 3
 VIEWS = ("overview", "engines", "calls", "weights", "sessions", "playground")
@@ -81,10 +82,14 @@ class Service:
                 }
                 http.put(f"/adapters/{name}", files=parts).raise_for_status()
 
+    def newest(self, adapter: str) -> str:
+        """Label of the newest version of an adapter."""
+        with self.http() as http:
+            return str(http.get("/adapters").raise_for_status().json()["adapters"][adapter]["newest"])
+
     def add_session(self) -> None:
         """Adds a session with turns that branch."""
         with self.http() as http:
-            http.delete(f"/session/{SESSION}")
             messages: list[dict[str, Any]] = [{"role": "user", "content": "12+34="}]
             for turn, text in enumerate(("And 112+7=", "440+51=", "700-93=")):
                 replies = [self._turn(http, messages, seed=10 * turn + i) for i in range(2 if turn == 1 else 1)]
@@ -163,7 +168,7 @@ class Camera:
             page.fill("#play-prompt", "440+51=")
             page.fill("#play-seed", "7")
             page.fill("#play-temperature", "1.2")
-            page.select_option("#play-b", "policy@2")
+            page.select_option("#play-b", self._service.newest("critic"))
             page.click("#play-go")
             page.locator(".sample").nth(3).wait_for()
             page.locator(".sample .tokens").first.focus()

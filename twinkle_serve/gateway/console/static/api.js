@@ -43,7 +43,7 @@ export async function request(method, path, { query = {}, body, signal, timeoutS
       credentials: "omit",
     });
     const content = await answer.text();
-    if (answer.ok || accept.includes(answer.status)) return JSON.parse(content);
+    if (answer.ok || accept.includes(answer.status)) return JSON.parse(withExactSeeds(content));
     throw new Refused(answer.status, messageOf(content, answer.status));
   } catch (error) {
     if (error instanceof Refused) throw error;
@@ -55,6 +55,9 @@ export async function request(method, path, { query = {}, body, signal, timeoutS
     signal?.removeEventListener("abort", end);
   }
 }
+
+/** Makes text of seeds that numbers of JavaScript cannot hold. */
+const withExactSeeds = (content) => content.replace(/"seed":(\d{16,})/g, '"seed":"$1"');
 
 export const get = (path, options) => request("GET", path, options);
 export const post = (path, body, options) => request("POST", path, { ...options, body });

@@ -76,8 +76,11 @@ export class Chart {
     const top = niceTop(Math.max(0, ...points.flatMap((point) => this.series.map((each) => each.of(point) ?? 0))));
     const y = (value) => EDGE.top + (1 - value / top) * (HEIGHT - EDGE.top - EDGE.bottom);
     this.drawGrid(top, y);
-    this.series.forEach((each, i) => attr(this.lines[i], "d", this.path(points, each.of, y) || null));
-    attr(this.area, "d", this.areaPath(points, y) || null);
+    this.series.forEach((each, i) => {
+      const runs = this.runs(points, each.of, y);
+      attr(this.lines[i], "d", runs.map(line).join("") || null);
+      if (i === 0) attr(this.area, "d", runs.map((run) => areaBelow(run, y(0))).join("") || null);
+    });
     this.drawMarks(history.events);
     show(this.cursor, cursor !== null);
     if (cursor !== null) {
@@ -93,7 +96,8 @@ export class Chart {
     attr(this.picture, "aria-label", this.describe(points));
   }
 
-  path(points, of, y) {
+  /** Places of a series' values, in runs without gaps. */
+  runs(points, of, y) {
     const limit = 3 * this.frame.history.periodS;
     const runs = [];
     let last = null;
@@ -101,18 +105,10 @@ export class Chart {
       const value = of(point);
       if (!isNumber(value)) continue;
       if (last === null || point.time - last > limit) runs.push([]);
-      runs.at(-1).push(`${this.x(point.time).toFixed(1)} ${y(value).toFixed(1)}`);
+      runs.at(-1).push([this.x(point.time).toFixed(1), y(value).toFixed(1)]);
       last = point.time;
     }
-    return runs.map((run) => (run.length > 1 ? `M${run.join("L")}` : `M${run[0]}${DOT}`)).join("");
-  }
-
-  /** The area below the first line, where it has no gaps. */
-  areaPath(points, y) {
-    const known = points.filter((point) => isNumber(this.series[0].of(point)));
-    if (known.length < 2 || known.length < points.length) return "";
-    const line = known.map((point) => `${this.x(point.time).toFixed(1)} ${y(this.series[0].of(point)).toFixed(1)}`);
-    return `M${this.x(known[0].time).toFixed(1)} ${y(0)}L${line.join("L")}L${this.x(known.at(-1).time).toFixed(1)} ${y(0)}Z`;
+    return runs;
   }
 
   drawGrid(top, y) {
@@ -170,6 +166,12 @@ export class Chart {
     }
   }
 }
+
+const along = (run) => run.map((place) => place.join(" ")).join("L");
+
+const line = (run) => (run.length > 1 ? `M${along(run)}` : `M${along(run)}${DOT}`);
+
+const areaBelow = (run, bottom) => (run.length > 1 ? `M${run[0][0]} ${bottom}L${along(run)}L${run.at(-1)[0]} ${bottom}Z` : "");
 
 /** The end of an axis: 1, 2, 4 or 5 times a power of ten. */
 function niceTop(highest) {

@@ -128,17 +128,17 @@ const versionOf = (span) => (span.adapter ? `${span.adapter} on ${span.weights}`
 function renderTree() {
   const children = Map.groupBy(opened.tree.nodes, (node) => node.parent);
   const rows = [];
-  const waiting = (children.get(null) ?? []).map((node) => [node, 0]).reverse();
+  const waiting = (children.get(null) ?? []).map((node, i) => [node, 0, i > 0]).reverse();
   while (waiting.length) {
-    const [node, level] = waiting.pop();
-    rows.push(makeTurn(node, level));
+    const [node, level, starts] = waiting.pop();
+    rows.push(makeTurn(node, level, starts));
     const next = children.get(node.id) ?? [];
-    waiting.push(...next.map((child) => [child, level + (next.length > 1 ? 1 : 0)]).reverse());
+    waiting.push(...next.map((child) => [child, level + (next.length > 1 ? 1 : 0), next.length > 1]).reverse());
   }
   $("tree").replaceChildren(...rows);
 }
 
-function makeTurn(node, level) {
+function makeTurn(node, level, starts) {
   const dots = [...new Set(node.weight_versions.map(versionOf))].map((version) =>
     el("i", { class: `dot v${opened.versions.indexOf(version) % 8}`, title: version }),
   );
@@ -156,7 +156,7 @@ function makeTurn(node, level) {
     el("span", { class: "said", text: said(node) || "(empty)" }),
     el("span", { class: "muted" }, ...dots, ` ${facts.filter(Boolean).join(" · ")}`),
   );
-  return el("li", { "data-level": Math.min(level, 8) }, button);
+  return el("li", { "data-level": Math.min(level, 8), "data-starts": starts }, button);
 }
 
 function said(node) {
