@@ -75,7 +75,7 @@ class Service:
         """Adds random adapters for the demo model, one of them in two versions."""
         with self.http() as http, tempfile.TemporaryDirectory() as directory:
             for i, name in enumerate(ADAPTERS):
-                files = save_adapter(Path(directory) / str(i), seed=i, scale=0.1 * (i + 1))
+                files = save_adapter(Path(directory) / str(i), seed=i, scale=0.2 * (i + 1))
                 parts = {
                     "config": (files / "adapter_config.json").read_bytes(),
                     "weights": (files / "adapter_model.safetensors").read_bytes(),
@@ -167,7 +167,7 @@ class Camera:
         elif view == "playground":
             page.fill("#play-prompt", "440+51=")
             page.fill("#play-seed", "7")
-            page.fill("#play-temperature", "1.2")
+            page.fill("#play-temperature", "2")
             page.select_option("#play-b", self._service.newest("critic"))
             page.click("#play-go")
             page.locator(".sample").nth(3).wait_for()

@@ -36,7 +36,7 @@ def offer_load() -> None:
         scheduler = core.scheduler
         return [
             len(scheduler.running),
-            len(scheduler.waiting) + len(scheduler.skipped_waiting),
+            len(scheduler.waiting),
             scheduler.kv_cache_manager.usage,
             getattr(scheduler, "twinkle_preemptions", 0),
         ]
