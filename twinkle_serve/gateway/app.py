@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from twinkle_serve.data_format import metrics
 from twinkle_serve.data_format.metrics import MetricsSink
 from twinkle_serve.errors import TwinkleServeError
-from twinkle_serve.gateway import health, models, sessions
+from twinkle_serve.gateway import console, health, models, sessions
 from twinkle_serve.gateway.anthropic import routes as messages
 from twinkle_serve.gateway.context import GatewayContext
 from twinkle_serve.gateway.disconnects import EndsWithClient
@@ -33,8 +33,8 @@ from twinkle_serve.gateway.tinker import futures as tinker_futures
 from twinkle_serve.gateway.tinker import sessions as tinker_sessions
 from twinkle_serve.traces import Traces, carrying, valid_traceparent
 
-OPEN_PATHS = ("/healthz", "/readyz")
-"""Answered without a key: load balancers have none."""
+OPEN_PATHS = console.PATHS | {"/healthz", "/readyz"}
+"""Answered without a key: load balancers have none, and the console's page asks for one."""
 
 
 def build_app(context: GatewayContext) -> FastAPI:
@@ -50,6 +50,7 @@ def build_app(context: GatewayContext) -> FastAPI:
     app.include_router(messages.routes(context), responses=errors_of("anthropic"))
     for module in (health, sampling, tokens, adapters, control, operations, sessions):
         app.include_router(module.routes(context), responses=errors_of("native"))
+    app.include_router(console.routes(context))
     for module in (tinker_sessions, tinker_futures):
         app.include_router(module.routes(context), responses=errors_of("tinker"))
     for kind in (TwinkleServeError, HTTPException, RequestValidationError):
