@@ -91,7 +91,13 @@ def fake_answers(page: Page, engines: int) -> dict[str, Any]:
     """Has the page see many engines and an hour of history. The returned status may be changed."""
     status = many_engines(engines)
     page.route("**/status?*", lambda route: route.fulfill(json=status))
-    page.route("**/telemetry?*", lambda route: route.fulfill(json=full_hour()))
+    report = full_hour()
+
+    def answer(route: Any) -> None:
+        is_first = "since=0" in route.request.url.split("&")[-1]
+        route.fulfill(json=report if is_first else {**report, "points": []})
+
+    page.route("**/telemetry?*", answer)
     return status
 
 
@@ -121,8 +127,8 @@ def test_an_engine_is_drained_and_used_again(opened: Opened) -> None:
     expect(card.locator(".badge")).to_contain_text("drained")
     assert sent == [("drain", {"engine": "engine-dp0", "timeout_s": 5, "sampler": "sampler"})]
     card.get_by_role("button", name="Undrain").click()
-    expect(card.locator(".badge")).to_contain_text("ready")
     expect(page.locator("#toast")).to_contain_text("used again")
+    expect(card.locator(".badge")).to_contain_text("ready")
 
 
 def test_an_operation_that_fails_says_why(opened: Opened) -> None:
