@@ -25,6 +25,8 @@ from playwright.sync_api import expect
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+pytestmark = pytest.mark.nightly
+
 TIMEOUT_MS = 30_000
 VIEWS = ("overview", "engines", "calls", "weights", "sessions", "playground")
 MARKUP = "<img src=x onerror=\"document.title='broken'\">"

@@ -39,6 +39,7 @@ FAULTS = "tests/integration/test_gateway_faults.py"
 LISTENER = "tests/integration/test_gateway_listener.py"
 HTTP_CLIENTS = "tests/integration/test_gateway_clients.py"
 ELASTIC = "tests/integration/test_elastic.py"
+CONSOLE = "tests/integration/test_console.py"
 OBSERVED = "tests/integration/test_observability.py"
 DOCUMENT = "tests/unit/gateway/test_document.py"
 
@@ -49,6 +50,7 @@ ALL = frozenset(
         APPLICATIONS,
         CHAOS,
         CLIENT,
+        CONSOLE,
         DEATHS,
         DOCUMENT,
         ELASTIC,
@@ -85,10 +87,10 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("tests/support/bad_requests.py", frozenset()),
     ("tests/support/command_line.py", frozenset()),
     ("tests/support/gateway.py", frozenset({CHAOS, FAULTS, HTTP_CLIENTS, LISTENER, TINKER})),
-    ("tests/support/browser.py", frozenset()),
-    ("tests/support/console_answers.py", frozenset()),
+    ("tests/support/browser.py", frozenset({CONSOLE})),
+    ("tests/support/console_answers.py", frozenset({CONSOLE})),
     ("tests/support/screenshots.py", frozenset()),
-    ("tests/support/gateway_app.py", frozenset({DOCUMENT})),
+    ("tests/support/gateway_app.py", frozenset({CONSOLE, DOCUMENT})),
     ("tests/support/tinker_client.py", frozenset({TINKER})),
     ("tests/support/*", ALL),
     ("tests/conftest.py", ALL),
@@ -114,7 +116,8 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("twinkle_serve/upstream/*", frozenset({SPECIFICATION})),
     ("twinkle_serve/cli/commands/up.py", frozenset({APPLICATIONS, ELASTIC, SCRIPTS})),
     ("twinkle_serve/cli/*", frozenset()),
-    ("twinkle_serve/gateway/*", frozenset({CHAOS, DOCUMENT, FAULTS, HTTP_CLIENTS, LISTENER, TINKER})),
+    ("twinkle_serve/gateway/console/*", frozenset({CONSOLE})),
+    ("twinkle_serve/gateway/*", frozenset({CHAOS, CONSOLE, DOCUMENT, FAULTS, HTTP_CLIENTS, LISTENER, TINKER})),
     ("twinkle_serve/hub*", frozenset({SCRIPTS})),
     ("twinkle_serve/remote/*", frozenset({APPLICATIONS, GROUPS, IN_GROUP, SPECIFICATION})),
     ("twinkle_serve/template/*", frozenset({CLIENT, *SAMPLERS})),
