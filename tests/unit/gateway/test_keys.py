@@ -61,12 +61,21 @@ async def test_a_request_needs_a_known_key(gateway: GatewayUnderTest, headers: d
         assert answer.json()["error"]["type"] == "UnauthorizedError"
 
 
-async def test_every_path_but_those_of_load_balancers_needs_a_key(gateway: GatewayUnderTest) -> None:
+async def test_every_path_but_those_of_load_balancers_and_the_console_needs_a_key(gateway: GatewayUnderTest) -> None:
     """Those that do not exist, and the document, too."""
     async with gateway.http() as http:
-        for path in ("/status", "/v1/models", "/docs", "/openapi.json", "/nowhere", "/", "/healthz/", "//healthz"):
+        for path in (
+            "/status",
+            "/v1/models",
+            "/docs",
+            "/openapi.json",
+            "/nowhere",
+            "/console/nowhere",
+            "/healthz/",
+            "//healthz",
+        ):
             assert (await http.get(path)).status_code == 401, path
-        for path in ("/healthz", "/readyz"):
+        for path in ("/healthz", "/readyz", "/", "/console/app.js"):
             assert (await http.get(path)).status_code == 200, path
 
 

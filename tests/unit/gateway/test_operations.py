@@ -52,6 +52,19 @@ async def test_history_is_read_from_a_time_on(gateway: GatewayUnderTest) -> None
     assert later["events"] == [] and later["now"] >= report["now"]
 
 
+async def test_failures_of_engines_show_no_paths(gateway: GatewayUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor tracebacks: a key for sampling reads them."""
+    telemetry = gateway.client._client._router._telemetry
+    text = 'no file /home/operator/secret/model.bin\nTraceback (most recent call last):\n  File "/home/x.py", line 1'
+    telemetry.event("engine lost", text, "engine")
+    monkeypatch.setitem(telemetry._failures, "engine", text)
+    async with gateway.http(**SAMPLE) as http:
+        event = (await http.get("/telemetry")).json()["events"][-1]["text"]
+        (engine,) = (await http.get("/status")).json()["engines"].values()
+    for shown in (event, engine["last_failure"]):
+        assert shown == "no file …/model.bin …"
+
+
 @pytest.mark.parametrize("since", ["yesterday", "nan", "1e999", ""])
 async def test_time_that_is_none_is_refused(gateway: GatewayUnderTest, since: str) -> None:
     async with gateway.http(**SAMPLE) as http:

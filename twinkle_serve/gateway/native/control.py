@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from twinkle_serve import timing
+from twinkle_serve.data_format.status import EngineStatus, SamplerStatus
 from twinkle_serve.gateway.bodies import read_model
 from twinkle_serve.gateway.context import GatewayContext, caller_of
 from twinkle_serve.gateway.documents import described
@@ -15,7 +16,7 @@ from twinkle_serve.gateway.keys import require_scope
 from twinkle_serve.gateway.native.fields import PauseBody, ResumeBody
 from twinkle_serve.gateway.native.media import JSON_MEDIA
 from twinkle_serve.gateway.native.schemas import BOOLEAN, NUMBER, STRING, WHOLE, object_of
-from twinkle_serve.gateway.public import shown_model
+from twinkle_serve.gateway.public import shown_message, shown_model
 from twinkle_serve.gateway.queries import refuse_query, sampler_of
 from twinkle_serve.routing.api import RouterAPI
 
@@ -40,7 +41,7 @@ def routes(context: GatewayContext) -> APIRouter:
     @router.get("/status", **described("Engines, adapters and queues", answers=of_status, query=("sampler",)))
     async def status(request: Request) -> Response:
         state = await context.samplers.named(sampler_of(request)).status()
-        return JSON({**state, "model_id": shown_model(state["model_id"])})
+        return JSON({**state, "model_id": shown_model(state["model_id"]), "engines": _shown_engines(state)})
 
     @router.get("/weights", **described("Label of the current weights", answers=of_weights, query=("sampler",)))
     async def weights(request: Request) -> Response:
@@ -70,3 +71,13 @@ def routes(context: GatewayContext) -> APIRouter:
         return JSON({"resumed": True})
 
     return router
+
+
+def _shown_engines(state: SamplerStatus) -> dict[str, EngineStatus]:
+    """Returns the engines' states, with their failures as clients may see them."""
+    engines: dict[str, EngineStatus] = {}
+    for name, engine in state["engines"].items():
+        engines[name] = engine.copy()
+        if "last_failure" in engine:
+            engines[name]["last_failure"] = shown_message(engine["last_failure"])
+    return engines

@@ -18,6 +18,7 @@ from twinkle_serve.gateway.keys import require_scope
 from twinkle_serve.gateway.native.fields import CancelBody, EngineBody
 from twinkle_serve.gateway.native.media import JSON_MEDIA
 from twinkle_serve.gateway.native.schemas import BOOLEAN, NUMBER, STRING, WHOLE, object_of
+from twinkle_serve.gateway.public import shown_message
 from twinkle_serve.gateway.queries import refuse_query, sampler_of
 from twinkle_serve.routing.api import RouterAPI
 
@@ -36,7 +37,9 @@ def routes(context: GatewayContext) -> APIRouter:
         refuse_query(request, "since", "sampler")
         client = context.samplers.named(request.query_params.get("sampler")).client
         since = _time(request.query_params.get("since"))
-        return JSON(await client.call(timing.ROUTER_GRACE_S, RouterAPI.telemetry, since))
+        report = await client.call(timing.ROUTER_GRACE_S, RouterAPI.telemetry, since)
+        events = [{**event, "text": shown_message(event["text"])} for event in report["events"]]
+        return JSON({**report, "events": events})
 
     @router.get("/calls", **described("Running calls, the oldest first", answers=of_calls, query=("sampler",)))
     async def calls(request: Request) -> Response:
