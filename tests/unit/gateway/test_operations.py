@@ -56,8 +56,9 @@ async def test_failures_of_engines_show_no_paths(gateway: GatewayUnderTest, monk
     """Nor tracebacks: a key for sampling reads them."""
     telemetry = gateway.client._client._router._telemetry
     text = 'no file /home/operator/secret/model.bin\nTraceback (most recent call last):\n  File "/home/x.py", line 1'
-    telemetry.event("engine lost", text, "engine")
-    monkeypatch.setitem(telemetry._failures, "engine", text)
+    (name,) = gateway.sampler.status()["engines"]
+    telemetry.event("engine lost", text, name)
+    monkeypatch.setitem(telemetry._failures, name, text)
     async with gateway.http(**SAMPLE) as http:
         event = (await http.get("/telemetry")).json()["events"][-1]["text"]
         (engine,) = (await http.get("/status")).json()["engines"].values()
