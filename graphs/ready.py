@@ -37,7 +37,8 @@ def ready_text(
         lines += [*calls(name, prompt), ""]
     python = _command("python")
     for url in urls:
-        lines += [f"  HTTP       {url}/v1, for OpenAI's and Anthropic's clients; {url}/docs lists every route", ""]
+        lines.append(f"  HTTP       {url}/v1, for OpenAI's and Anthropic's clients; {url}/docs lists every route")
+        lines += [f"  console    {url}/", ""]
     if samplers:
         lines.append(f"  python     {python}, for the lines above")
     if asks:
