@@ -249,7 +249,7 @@ def test_a_trajectory_is_a_tree_with_its_tokens(opened: Opened) -> None:
 
 
 def test_the_page_asks_for_a_key(chromium: Browser) -> None:
-    """A wrong key is refused in words, one without admin's rights shows what it may, and the key ends with the tab."""
+    """A wrong key is refused with a message, a key of scope sample shows less, and a key ends with its tab."""
     keys = {ADMIN: Caller("ops", "admin"), SAMPLE: Caller("eval", "sample")}
     with gateway_app(keys=keys) as gateway, gateway.served() as url:
         context = chromium.new_context()

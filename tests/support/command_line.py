@@ -12,7 +12,7 @@ from twinkle_serve.cli.app import app
 
 
 def run(*arguments: str, stdin: str | None = None, **environment: str) -> Result:
-    """Runs a command line, and returns its exit code and what it wrote. No traceback is on stderr."""
+    """Runs a command line. Returns its exit code and output; fails on a traceback."""
     clean = {"TWINKLE_SERVE_URL": None, "TWINKLE_SERVE_KEY": None, "NO_COLOR": "1", **environment}
     result = CliRunner().invoke(app, arguments, prog_name=PROGRAM, input=stdin, env=clean)
     assert "Traceback" not in result.stderr, result.stderr
@@ -20,7 +20,7 @@ def run(*arguments: str, stdin: str | None = None, **environment: str) -> Result
 
 
 def succeeds(*arguments: str, stdin: str | None = None) -> str:
-    """Runs a command line that exits with 0. Returns what it wrote to stdout."""
+    """Runs a command line that must exit with 0. Returns its stdout."""
     result = run(*arguments, stdin=stdin)
     assert result.exit_code == 0, (arguments, result.exit_code, result.stdout, result.stderr)
     assert result.stderr == ""

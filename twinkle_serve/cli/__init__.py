@@ -1,4 +1,4 @@
-"""`twinkle-serve`, the command line. Commands import what they need when they run, so that `--help` is quick."""
+"""The command line `twinkle-serve`. Commands import their libraries when they run, so that `--help` is quick."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`twinkle-serve doctor`: what it checks, and its exit code. Nothing is started."""
+"""`twinkle-serve doctor`: its checks and its exit code. Nothing is started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The console's files: what is served, with which headers, and that they need nothing from elsewhere."""
+"""The console's files and their headers; they load nothing from other hosts."""
 
 from __future__ import annotations
 

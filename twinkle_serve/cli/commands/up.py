@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 LAUNCHER = "graphs.run:main"
-"""What it runs, as module:function. The wiring of applications is above this package, so it is no import."""
+"""The launcher, as module:function. This package must not import graphs, so it is found by its name."""
 
 
 def register(app: typer.Typer) -> None:
