@@ -8,6 +8,7 @@ from functools import partial
 
 import ray
 from ray import serve
+from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 
 from deployments.log_config import QUIET, log_to_serve
@@ -75,6 +76,10 @@ class Engine(EngineServer):
         freeze_start_up()
         on_stage("ready")
 
+    async def actor(self) -> ActorHandle[object]:
+        """Returns this process. A task of an actor fails as soon as its process ends."""
+        return ray.get_runtime_context().current_actor
+
     async def address(self, session: Session) -> Address[Chunk]:
         """Returns where the chunks of a session are sent to.
 
@@ -84,7 +89,7 @@ class Engine(EngineServer):
         lease = self._lease_of(session)
         inbox: Inbox[Chunk] = Inbox(self.take, partial(self.chunk_was_lost, session))
         lease.at_end.append(inbox.close)
-        return Address(ray.get_runtime_context().current_actor, inbox.name)
+        return Address(await self.actor(), inbox.name)
 
     async def __del__(self) -> None:
         """Called by Serve when the replica stops."""

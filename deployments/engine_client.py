@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 
+from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 
 from deployments.engine import Engine
@@ -25,13 +26,22 @@ class ServeEngineClient(EngineClient):
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
         self._streams = handle.options(stream=True)
+        self._actor: ActorHandle[object] | None = None
+        """The process that answered last, until it ends."""
         self._opening = asyncio.Lock()
         self._session: Session | None = None
         """The session that chunks were last sent in."""
         self._address: Address[Chunk] | None = None
 
     async def describe(self, router: str) -> EngineInfo:
-        return await call(self._handle, EngineServer.describe, router)
+        # Serve keeps a call to a dead process until the process is replaced, which takes as long as a start.
+        if (actor := self._actor) is not None:
+            self._actor = None
+            with engine_errors():
+                await actor.__ray_ready__.remote()
+        info = await call(self._handle, EngineServer.describe, router)
+        self._actor = actor or await call(self._handle, Engine.actor)
+        return info
 
     async def submit(self, session: Session, groups: Sequence[Group], more: bool = False) -> None:
         async with self._opening:

@@ -173,6 +173,7 @@ def test_a_killed_engine_shows_in_readiness_and_loses_no_sample(service: Running
 
 @pytest.mark.nightly
 def test_without_an_engine_the_gateway_lives_and_is_not_ready(service: RunningSampler, url: str) -> None:
+    """Also where no call runs that would notice the ends of the engines."""
     for name in ("engine-dp0", "engine-dp1"):
         replica_process(NAME, name).kill()
     wait_until(lambda: readiness(url)[0] == 503, "no engine is ready")
