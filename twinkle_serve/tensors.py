@@ -161,6 +161,37 @@ def count_nonfinite(tensor: AnyTensor) -> int:
     return 0 if bool(torch.isfinite(tensor).all()) else int((~torch.isfinite(tensor)).sum())
 
 
+_LARGEST_FINITE_BITS = {
+    "F16": 0x7BFF,
+    "BF16": 0x7F7F,
+    "F32": 0x7F7FFFFF,
+    "F64": 0x7FEFFFFFFFFFFFFF,
+    "F8_E5M2": 0x7B,
+    "F8_E4M3": 0x7E,
+}
+"""Of floats without their sign, by safetensors' name of the dtype; larger ones are NaN or infinite."""
+
+
+def nonfinite_in(dtype: str, data: NDArray[np.uint8]) -> int:
+    """Counts the values in a tensor's bytes that are NaN or infinite.
+
+    Args:
+        dtype: safetensors' name.
+    """
+    if dtype.endswith("FNUZ"):
+        return int((data == 0x80).sum())  # their only NaN
+    if dtype not in _LARGEST_FINITE_BITS:
+        return 0
+    unsigned = np.dtype(f"u{BITS[dtype] // 8}")
+    sign, largest = unsigned.type(1 << (BITS[dtype] - 1)), unsigned.type(_LARGEST_FINITE_BITS[dtype])
+    count = 0
+    for start in range(0, len(data), RANGE_CHUNK_BYTES):
+        bits = np.frombuffer(data[start : start + RANGE_CHUNK_BYTES], unsigned) & ~sign
+        if bits.max() > largest:
+            count += int((bits > largest).sum())
+    return count
+
+
 def find_remedy(name: str, remedies: Mapping[str, str], default: str) -> str:
     """Returns the remedy for a tensor's name, of the first key that one of its parts starts with."""
     return next((remedy for part, remedy in remedies.items() if f".{part}" in f".{name}"), default)

@@ -108,7 +108,7 @@ class GatewayClient(Client):
         data = b"".join(_form_part(boundary, part, content) for part, content in parts) + f"--{boundary}--\r\n".encode()
         path = f"/adapters/{urllib.parse.quote(name, safe='')}{self._query()}"
         kind = f"multipart/form-data; boundary={boundary}"
-        answer = self._http.send("PUT", path, data, kind, timeout_s=timing.CONTROL_TIMEOUT_S)
+        answer = self._http.send("PUT", path, data, kind, size=len(data), timeout_s=timing.CONTROL_TIMEOUT_S)
         return str(answer["adapter"])
 
     def remove_adapter(self, name: str) -> None:
@@ -118,10 +118,20 @@ class GatewayClient(Client):
     def push_weights(
         self, directory: Path, version: str, mode: PauseMode, timeout_s: float, sent: Callable[[int], None]
     ) -> str:
-        raise CommandError(
-            "weights push goes by handle alone: the gateway has no route for the model's own weights. Name the "
-            "application with --service, on a machine of its Ray cluster."
-        )
+        from twinkle_serve.checkpoint import weight_files
+        from twinkle_serve.weights_file import joined_files
+
+        size, pieces = joined_files(weight_files(directory))
+
+        def reported() -> Iterator[bytes]:
+            for piece in pieces:
+                yield piece
+                sent(len(piece))
+
+        path = f"/weights/{urllib.parse.quote(version, safe='')}{self._query(mode=mode, timeout_s=f'{timeout_s:g}')}"
+        limit_s = 2 * timeout_s + 2 * timing.CONTROL_TIMEOUT_S
+        answer = self._http.send("PUT", path, reported(), TENSORS, size=size, timeout_s=limit_s)
+        return str(answer["weights"])
 
     def drain_engine(self, name: str, timeout_s: float) -> None:
         self._engine("drain", name, timeout_s, timeout_s)

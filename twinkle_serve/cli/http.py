@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import urllib.error
@@ -26,6 +27,28 @@ JSON_MEDIA = "application/json"
 CONNECT_REMEDY = "Start it with `twinkle-serve up`, or name another with --url, or a Ray application with --service."
 
 
+class _EarlyAnswer(http.client.HTTPConnection):
+    """Reads the answer of a server that ends the connection before it has read the whole body: the reason is there."""
+
+    def request(self, *args: Any, **options: Any) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            super().request(*args, **options)
+
+
+class _EarlySecureAnswer(_EarlyAnswer, http.client.HTTPSConnection):
+    """As `_EarlyAnswer`, over TLS."""
+
+
+class _HTTPHandler(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_EarlyAnswer, req)
+
+
+class _HTTPSHandler(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_EarlySecureAnswer, req, context=self._context)  # type: ignore[attr-defined]
+
+
 class Gateway:
     """Sends requests to one gateway."""
 
@@ -38,7 +61,8 @@ class Gateway:
         self._headers = {} if key is None else {"authorization": f"Bearer {key}"}
         # A proxy of the environment cannot reach what listens on this machine alone.
         local = urllib.parse.urlsplit(url).hostname in LOOPBACK
-        self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
+        proxies = [urllib.request.ProxyHandler({})] if local else []
+        self._opener = urllib.request.build_opener(_HTTPHandler, _HTTPSHandler, *proxies)
 
     def json(self, method: str, path: str, body: object = None, *, timeout_s: float) -> Any:
         """Returns the answer's JSON. `body` is sent as JSON."""
@@ -59,9 +83,11 @@ class Gateway:
                 raise self._lost(error) from None
         return data
 
-    def send(self, method: str, path: str, data: bytes, content_type: str, *, timeout_s: float) -> Any:
-        """Sends bytes. Returns the answer's JSON."""
-        headers = {**self._headers, "content-type": content_type}
+    def send(
+        self, method: str, path: str, data: bytes | Iterator[bytes], content_type: str, *, size: int, timeout_s: float
+    ) -> Any:
+        """Sends `size` bytes, as a whole or in pieces. Returns the answer's JSON."""
+        headers = {**self._headers, "content-type": content_type, "content-length": str(size)}
         request = urllib.request.Request(self.url + path, data=data, method=method, headers=headers)
         with self._open(request, timeout_s) as answer:
             return json.load(answer)

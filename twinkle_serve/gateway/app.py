@@ -26,7 +26,7 @@ from twinkle_serve.gateway.errors import Failure, InvalidRequestError, Protocol
 from twinkle_serve.gateway.json_response import JSON
 from twinkle_serve.gateway.keys import Keys, require_scope
 from twinkle_serve.gateway.models import ANTHROPIC_HEADER
-from twinkle_serve.gateway.native import adapters, control, operations, sampling, tokens
+from twinkle_serve.gateway.native import adapters, control, operations, sampling, tokens, weights
 from twinkle_serve.gateway.openai import chat, completions
 from twinkle_serve.gateway.openai.responses import routes as responses
 from twinkle_serve.gateway.tinker import futures as tinker_futures
@@ -48,7 +48,7 @@ def build_app(context: GatewayContext) -> FastAPI:
     for module in (models, completions, chat, responses):
         app.include_router(module.routes(context), responses=errors_of("openai"))
     app.include_router(messages.routes(context), responses=errors_of("anthropic"))
-    for module in (health, sampling, tokens, adapters, control, operations, sessions):
+    for module in (health, sampling, tokens, adapters, weights, control, operations, sessions):
         app.include_router(module.routes(context), responses=errors_of("native"))
     app.include_router(console.routes(context))
     for module in (tinker_sessions, tinker_futures):

@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -64,6 +64,35 @@ async def read_body(request: Request, limits: LimitArgs, *, max_bytes: int | Non
     except ClientDisconnect:
         raise InvalidRequestError("the connection ended before the body did.") from None
     return b"".join(chunks)
+
+
+async def body_pieces(
+    request: Request, limits: LimitArgs, *, max_bytes: int | None = None
+) -> AsyncGenerator[bytes, None]:
+    """Yields a body as it arrives. Raises as `read_body`; the time limit is that of each piece.
+
+    Args:
+        max_bytes: None: no limit.
+    """
+    size = 0
+    announced = content_length(request)
+    if announced is not None and max_bytes is not None and announced > max_bytes:
+        raise too_large(announced, max_bytes)
+    stream = request.stream()
+    try:
+        while True:
+            async with asyncio.timeout(limits.body_timeout_s):
+                piece = await anext(stream, None)
+            if piece is None:
+                return
+            size += len(piece)
+            if max_bytes is not None and size > max_bytes:
+                raise too_large(size, max_bytes)
+            yield piece
+    except TimeoutError:
+        raise too_slow(size, limits.body_timeout_s) from None
+    except ClientDisconnect:
+        raise InvalidRequestError("the connection ended before the body did.") from None
 
 
 def content_length(request: Request) -> int | None:

@@ -25,7 +25,7 @@ class LimitArgs(Strict):
     samples: int = Field(default=1024, ge=1)
     """Samples of each prompt, `n`."""
     upload_bytes: int = Field(default=4096 * MIB, ge=1)
-    """Size of an uploaded adapter."""
+    """Size of an uploaded adapter, and of one tensor of uploaded weights."""
 
 
 class Address(Strict):

@@ -108,6 +108,7 @@ def described(
     answers: Mapping[str, Schema],
     body: type[BaseModel] | None = None,
     parts: Schema | None = None,
+    media: str | None = None,
     query: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Returns the keyword arguments of a route that describe it.
@@ -116,6 +117,7 @@ def described(
         answers: schema of the answer, by media type.
         body: a body of JSON.
         parts: schema of a body that is a form with files.
+        media: type of a body that is a file.
         query: parameters of the query, none of them required.
     """
     extra: dict[str, Any] = {}
@@ -123,6 +125,8 @@ def described(
         extra |= json_body(body)
     if parts is not None:
         extra |= _body("multipart/form-data", parts)
+    if media is not None:
+        extra |= _body(media, {"type": "string", "format": "binary"})
     if query:
         extra["parameters"] = [
             {"name": name, "in": "query", "required": False, "schema": {"type": "string"}} for name in query

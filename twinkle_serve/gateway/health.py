@@ -22,11 +22,8 @@ def routes(context: GatewayContext) -> APIRouter:
     async def healthz(request: Request) -> Response:
         return JSON({"status": "ok"})
 
-    @router.api_route(
-        "/readyz",
-        methods=["GET", "HEAD"],
-        summary="Whether each sampler has an engine that is ready, with the current weights",
-    )
+    @router.head("/readyz", include_in_schema=False)
+    @router.get("/readyz", summary="Whether each sampler has an engine that is ready, with the current weights")
     async def readyz(request: Request) -> Response:
         states = {name: await _readiness(context, name) for name in context.samplers.by_name}
         ready = all(state["ready"] for state in states.values())

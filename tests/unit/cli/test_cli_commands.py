@@ -163,15 +163,15 @@ def test_adapters_are_added_listed_and_removed(way: Way, adapters: list[Path]) -
     assert "no directory" in way.fails(1, "adapters", "add", name, "/no/such/place")
 
 
-def test_weights_go_by_handle(by_handle: None, url: str, gateway: GatewayUnderTest) -> None:
-    """A gateway has no route for them, and the command says so."""
-    assert "by handle alone" in fails(2, "weights", "push", str(hub.DEMO), "--url", url)
-    found = json_of("weights", "push", str(hub.DEMO), "--version", "pushed", "--service", "sampler")
-    assert found["weights"] == gateway.sampler.status()["weights"] == "pushed"
+def test_weights_become_current(way: Way) -> None:
+    """By handle and by URL; errors are of the same types."""
+    label = f"pushed{way.options[0]}"
+    found = way.json("weights", "push", str(hub.DEMO), "--version", label)
+    assert found["weights"] == way.gateway.sampler.status()["weights"] == label
     assert found["bytes"] == (hub.DEMO / "model.safetensors").stat().st_size
-    assert "WeightsError" in fails(1, "weights", "push", str(hub.DEMO), "--version", "pushed", "--service", "sampler")
-    assert "current on all engines" in succeeds("weights", "push", str(hub.DEMO), "--service", "sampler")
-    assert "safetensors" in fails(2, "weights", "push", "/no/such/place", "--service", "sampler")
+    assert "WeightsError" in way.fails(1, "weights", "push", str(hub.DEMO), "--version", label)
+    assert "current on all engines" in way.text("weights", "push", str(hub.DEMO), "--version", f"{label}-again")
+    assert "safetensors" in way.fails(2, "weights", "push", "/no/such/place")
 
 
 @pytest.mark.parametrize("action", ["drain", "undrain", "restart"])

@@ -72,17 +72,18 @@ async def test_every_path_but_those_of_load_balancers_and_the_console_needs_a_ke
 
 
 async def test_a_key_for_sampling_changes_nothing(gateway: GatewayUnderTest) -> None:
-    """Adapters and pauses need scope admin."""
+    """Adapters, weights and pauses need scope admin."""
     form = {"config": b"{}", "weights": b""}
     async with gateway.http(authorization=f"Bearer {EVAL}") as http:
         assert (await http.get("/adapters")).status_code == 200
         refused = [
             await http.put("/adapters/a", files=form),
             await http.delete("/adapters/a"),
+            await http.put("/weights/a", content=b""),
             await http.post("/pause", json={}),
             await http.post("/resume", json={"pause": 0}),
         ]
-    assert [answer.status_code for answer in refused] == [403] * 4
+    assert [answer.status_code for answer in refused] == [403] * 5
     assert "needs admin" in refused[0].json()["error"]["message"]
     async with gateway.http(authorization=f"Bearer {TRAINER}") as http:
         pause = (await http.post("/pause", json={})).json()["pause"]

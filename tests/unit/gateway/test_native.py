@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from tests.support.gateway_app import GatewayUnderTest, gateway_app
+from twinkle_serve import hub
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.gateway.native import read_samples
 
@@ -264,6 +267,70 @@ async def test_an_upload_has_a_limit(adapters: list[Path]) -> None:
         async with gateway.http() as http:
             answer = await http.put("/adapters/lora", files=form(adapters[0]))
     assert answer.status_code == 413 and "the limit is 1000" in answer.json()["error"]["message"]
+
+
+def checkpoint() -> dict[str, np.ndarray]:
+    return load((hub.DEMO / "model.safetensors").read_bytes())
+
+
+async def weights_of(http: httpx.AsyncClient) -> str:
+    return str((await http.get("/weights")).json()["weights"])
+
+
+async def test_weights_are_replaced(gateway: GatewayUnderTest) -> None:
+    """Later samples name them. The body may come in pieces of any size, without its length."""
+    data = save(checkpoint())
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        for start in range(0, len(data), 100_003):
+            yield data[start : start + 100_003]
+
+    async with gateway.http() as http:
+        answer = await http.put("/weights/step-1", content=data, params={"mode": "wait", "timeout_s": "60"})
+        assert answer.json() == {"weights": "step-1"} == (await http.get("/weights")).json()
+        answer = await http.put("/weights/step-2", content=pieces())
+        assert answer.json() == {"weights": "step-2"}, answer.text
+        body = {"inputs": QUESTIONS[0], "sampling_params": PARAMS}
+        (prompt,) = (await http.post("/sample", json=body)).json()["prompts"]
+    assert {span["version"] for span in prompt["sequences"][0]["weight_versions"]} == {"step-2"}
+
+
+async def test_bad_weights_leave_the_old_ones(gateway: GatewayUnderTest) -> None:
+    """A damaged, incomplete or foreign file, or one that goes on; the next update works."""
+    weights = checkpoint()
+    name = next(iter(weights))
+    good, spoilt = save(weights), {**weights, name: np.full_like(weights[name], np.nan)}
+    bad: dict[str, tuple[bytes, str]] = {
+        "empty": (b"", "cut off"),
+        "cut off": (good[:-8], "cut off"),
+        "goes on": (good + b"0", "goes on"),
+        "no safetensors": (b"PK\x03\x04" * 100, "not a safetensors file"),
+        "too few": (save({name: weights[name]}), "lacks"),
+        "another model": (save({"other": weights[name]}), "no weight 'other'"),
+        "another shape": (save({**weights, name: weights[name][:1]}), "shape"),
+        "not finite": (save(spoilt), "not finite"),
+    }
+    async with gateway.http() as http:
+        before = await weights_of(http)
+        for kind, (content, words) in bad.items():
+            answer = await http.put(f"/weights/{kind}", content=content)
+            assert answer.status_code == 400 and words in answer.json()["error"]["message"], (kind, answer.text)
+            assert answer.json()["error"]["type"] == "WeightsError"
+        for query in ({"mode": "now"}, {"allow_nonfinite": "1"}, {"timeout_s": "0"}, {"timeout_s": "soon"}, {"x": "1"}):
+            assert (await http.put("/weights/a", content=good, params=query)).status_code == 400, query
+        assert (await http.put("/weights/a", content=good, headers={"content-type": "text/csv"})).status_code == 415
+        assert (await http.put(f"/weights/{before}", content=good)).status_code == 400
+        assert await weights_of(http) == before and not gateway.sampler.status()["paused"]
+        answer = await http.put("/weights/infinite", content=save(spoilt), params={"allow_nonfinite": "true"})
+        assert answer.status_code == 200, answer.text
+        assert (await http.put("/weights/after", content=good)).json() == {"weights": "after"}
+
+
+async def test_a_weight_has_a_limit() -> None:
+    with gateway_app(limits={"upload_bytes": 1000}) as gateway:
+        async with gateway.http() as http:
+            answer = await http.put("/weights/large", content=save(checkpoint()))
+    assert answer.status_code == 400 and "the limit of one is 1000" in answer.json()["error"]["message"]
 
 
 async def test_a_pause_is_renewed_and_ended(gateway: GatewayUnderTest) -> None:

@@ -33,7 +33,7 @@ Mode = Annotated[
 Limit = Annotated[float, typer.Option("--timeout", min=1, help="Limit of each step in seconds.")]
 
 
-@group.command(epilog="Example: twinkle-serve weights push runs/step-100 --service sampler")
+@group.command(epilog="Example: twinkle-serve weights push runs/step-100")
 @talks
 def push(
     command: Command,
@@ -42,10 +42,7 @@ def push(
     mode: Mode = "keep",
     timeout: Limit = timing.CONTROL_TIMEOUT_S,
 ) -> None:
-    """Sends every weight of the model to the service, and makes them current on all engines at once.
-
-    By handle alone: give --service on a machine of its Ray cluster.
-    """
+    """Sends every weight of the model to the service, and makes them current on all engines at once."""
     files = _files(directory)
     label = version or directory.expanduser().resolve().name
     client = command.connect()

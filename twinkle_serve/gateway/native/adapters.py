@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
 
 from fastapi import APIRouter
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from twinkle_serve import timing
 from twinkle_serve.adapters import of_memory
 from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.errors import AdapterError
-from twinkle_serve.gateway.bodies import content_length, parse_json, too_large, too_slow
+from twinkle_serve.gateway.bodies import body_pieces, parse_json, too_large
 from twinkle_serve.gateway.config import LimitArgs
 from twinkle_serve.gateway.context import GatewayContext, caller_of
 from twinkle_serve.gateway.documents import described
@@ -109,36 +108,14 @@ async def _read_form(request: Request, limits: LimitArgs) -> FormData:
         raise MediaTypeError(
             f"content-type must be multipart/form-data with the files config and weights, got {media[:200] or 'none'}."
         )
-    parser = MultiPartParser(request.headers, _pieces(request, limits), max_files=2, max_fields=0)
+    pieces = body_pieces(request, limits, max_bytes=limits.upload_bytes)
+    parser = MultiPartParser(request.headers, pieces, max_files=2, max_fields=0)
     try:
         return await parser.parse()
     except MultiPartException as error:
         raise InvalidRequestError(f"the form cannot be read: {error.message}") from None
     except (KeyError, ValueError, LookupError) as error:
         raise InvalidRequestError(f"the form cannot be read: {type(error).__name__}.") from error
-
-
-async def _pieces(request: Request, limits: LimitArgs) -> AsyncGenerator[bytes, None]:
-    """Yields the body of a request as it arrives. Raises HTTPError."""
-    most, size = limits.upload_bytes, 0
-    announced = content_length(request)
-    if announced is not None and announced > most:
-        raise too_large(announced, most)
-    stream = request.stream()
-    try:
-        while True:
-            async with asyncio.timeout(limits.body_timeout_s):
-                piece = await anext(stream, None)
-            if piece is None:
-                return
-            size += len(piece)
-            if size > most:
-                raise too_large(size, most)
-            yield piece
-    except TimeoutError:
-        raise too_slow(size, limits.body_timeout_s) from None
-    except ClientDisconnect:
-        raise InvalidRequestError("the connection ended before the body did.") from None
 
 
 def _part(form: FormData, name: str) -> UploadFile:

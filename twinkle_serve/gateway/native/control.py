@@ -1,4 +1,4 @@
-"""`/status`, `/weights`, and pauses."""
+"""`/status`, and pauses."""
 
 from __future__ import annotations
 
@@ -35,18 +35,13 @@ STATUS = object_of(
 
 def routes(context: GatewayContext) -> APIRouter:
     router = APIRouter(tags=["native"])
-    of_status, of_weights = {JSON_MEDIA: STATUS}, {JSON_MEDIA: object_of(weights=STRING)}
+    of_status = {JSON_MEDIA: STATUS}
     of_pause, of_resume = {JSON_MEDIA: object_of(pause=WHOLE, lease_s=NUMBER)}, {JSON_MEDIA: object_of(resumed=BOOLEAN)}
 
     @router.get("/status", **described("Engines, adapters and queues", answers=of_status, query=("sampler",)))
     async def status(request: Request) -> Response:
         state = await context.samplers.named(sampler_of(request)).status()
         return JSON({**state, "model_id": shown_model(state["model_id"]), "engines": _shown_engines(state)})
-
-    @router.get("/weights", **described("Label of the current weights", answers=of_weights, query=("sampler",)))
-    async def weights(request: Request) -> Response:
-        state = await context.samplers.named(sampler_of(request)).status()
-        return JSON({"weights": state["weights"]})
 
     @router.post("/pause", **described("Pause all engines, or renew a pause", body=PauseBody, answers=of_pause))
     async def pause(request: Request) -> Response:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,14 +10,13 @@ from twinkle_serve import timing
 from twinkle_serve.gateway.bodies import read_model
 from twinkle_serve.gateway.context import GatewayContext, caller_of
 from twinkle_serve.gateway.documents import described
-from twinkle_serve.gateway.errors import InvalidRequestError
 from twinkle_serve.gateway.json_response import JSON
 from twinkle_serve.gateway.keys import require_scope
 from twinkle_serve.gateway.native.fields import CancelBody, EngineBody
 from twinkle_serve.gateway.native.media import JSON_MEDIA
 from twinkle_serve.gateway.native.schemas import BOOLEAN, NUMBER, STRING, WHOLE, object_of
 from twinkle_serve.gateway.public import shown_message
-from twinkle_serve.gateway.queries import refuse_query, sampler_of
+from twinkle_serve.gateway.queries import number_of, refuse_query, sampler_of
 from twinkle_serve.routing.api import RouterAPI
 
 OBJECTS = {"type": "array", "items": {"type": "object"}}
@@ -36,7 +33,7 @@ def routes(context: GatewayContext) -> APIRouter:
     async def telemetry(request: Request) -> Response:
         refuse_query(request, "since", "sampler")
         client = context.samplers.named(request.query_params.get("sampler")).client
-        since = _time(request.query_params.get("since"))
+        since = number_of(request, "since", 0.0)
         report = await client.call(timing.ROUTER_GRACE_S, RouterAPI.telemetry, since)
         events = [{**event, "text": shown_message(event["text"])} for event in report["events"]]
         return JSON({**report, "events": events})
@@ -94,14 +91,3 @@ def routes(context: GatewayContext) -> APIRouter:
         return await read_model(request, context.limits, EngineBody)
 
     return router
-
-
-def _time(given: str | None) -> float:
-    """Returns the query's `since`; 0 without one."""
-    try:
-        since = 0.0 if given is None else float(given)
-    except ValueError:
-        since = math.nan
-    if not math.isfinite(since):
-        raise InvalidRequestError(f"since must be a time in seconds since 1970, got {given!r:.100}.", "since")
-    return since

@@ -1,0 +1,81 @@
+"""`/weights`: the label of the current ones, and new ones."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from twinkle_serve import timing
+from twinkle_serve.data_format.weights import PAUSE_MODES
+from twinkle_serve.errors import TwinkleServeError
+from twinkle_serve.gateway.bodies import body_pieces
+from twinkle_serve.gateway.context import GatewayContext, caller_of
+from twinkle_serve.gateway.documents import described
+from twinkle_serve.gateway.errors import InvalidRequestError, MediaTypeError
+from twinkle_serve.gateway.json_response import JSON
+from twinkle_serve.gateway.keys import require_scope
+from twinkle_serve.gateway.native.media import JSON_MEDIA, TENSORS_MEDIA
+from twinkle_serve.gateway.native.schemas import STRING, object_of
+from twinkle_serve.gateway.queries import choice_of, number_of, refuse_query, sampler_of
+from twinkle_serve.routing.api import RouterAPI
+from twinkle_serve.weights_file import buckets_of
+
+PARAMETERS = ("mode", "allow_nonfinite", "timeout_s", "sampler")
+
+
+def routes(context: GatewayContext) -> APIRouter:
+    router = APIRouter(tags=["native"])
+    of_weights = {JSON_MEDIA: object_of(weights=STRING)}
+
+    @router.get("/weights", **described("Label of the current weights", answers=of_weights, query=("sampler",)))
+    async def weights(request: Request) -> Response:
+        state = await context.samplers.named(sampler_of(request)).status()
+        return JSON({"weights": state["weights"]})
+
+    @router.put(
+        "/weights/{version}",
+        **described(
+            "Replace the model's own weights on all engines",
+            media=TENSORS_MEDIA,
+            answers=of_weights,
+            query=PARAMETERS,
+        ),
+    )
+    async def replace(version: str, request: Request) -> Response:
+        require_scope(caller_of(request), "admin")
+        refuse_query(request, *PARAMETERS)
+        mode = choice_of(request, "mode", PAUSE_MODES)
+        allow_nonfinite = choice_of(request, "allow_nonfinite", ("false", "true")) == "true"
+        timeout_s = number_of(request, "timeout_s", timing.CONTROL_TIMEOUT_S)
+        if timeout_s <= 0:
+            raise InvalidRequestError(f"timeout_s must be above 0, got {timeout_s:g}.", "timeout_s")
+        client = context.samplers.named(request.query_params.get("sampler")).client
+        media = request.headers.get("content-type", TENSORS_MEDIA).partition(";")[0].strip().lower()
+        if media != TENSORS_MEDIA:
+            raise MediaTypeError(f"content-type must be {TENSORS_MEDIA}, a safetensors file, got {media[:200]}.")
+        buckets = buckets_of(
+            body_pieces(request, context.limits),
+            max_weight_bytes=context.limits.upload_bytes,
+            allow_nonfinite=allow_nonfinite,
+        )
+        upload = await client.call(timeout_s, RouterAPI.begin_weights, version, mode)
+        try:
+            index = 0
+            async for bucket in buckets:
+                reference = await asyncio.to_thread(client.put_large, bucket)
+                await client.call(timeout_s, RouterAPI.append_weights, upload, index, reference)
+                index += 1
+            # As of a call from Python: if publishing fails at its end, the engines go back within the same time.
+            limit_s = 2 * timeout_s + timing.CONTROL_TIMEOUT_S
+            label = await client.call(limit_s, RouterAPI.publish_weights, upload, mode, timeout_s)
+        except BaseException:
+            with contextlib.suppress(TwinkleServeError):  # a silent upload is given up by the router in time
+                await client.call(timing.ANSWER_TIMEOUT_S, RouterAPI.abandon_weights, upload)
+            raise
+        return JSON({"weights": label})
+
+    return router
