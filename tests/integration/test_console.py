@@ -203,6 +203,18 @@ def test_the_playground_compares_and_continues(opened: Opened) -> None:
     assert len(opened.gateway.client.requests[-1].inputs[0]["messages"]) == 3
 
 
+def test_the_playground_compares_engines(opened: Opened) -> None:
+    """Each side names its weights and its engine."""
+    page = opened.open("playground")
+    page.fill("#play-seed", "7")
+    page.select_option("#play-engine-a", "local")
+    page.select_option("#play-b", "")
+    page.click("#play-go")
+    expect(page.locator(".sample")).to_have_count(4)
+    expect(page.locator(".sample").last).to_contain_text("local")
+    assert sorted(request.engine for request in opened.gateway.client.requests[-2:]) == ["", "local"]
+
+
 def test_text_of_the_model_is_never_html(opened: Opened) -> None:
     """Markup in a sample is shown as it is, and does nothing."""
     page = opened.open("playground")

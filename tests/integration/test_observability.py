@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import urllib.request
@@ -16,6 +17,7 @@ from deployments.log_config import quiet
 from deployments.router import router_deployment
 from observability.alerts import ALERTS
 from observability.dashboards import DASHBOARDS
+from tests.support.collector import ReceivedSpan, collector
 from tests.support.deploy import deployed
 from tests.support.eventually import wait_until
 from tests.support.gateway import gateway_url
@@ -77,6 +79,43 @@ def test_each_expression_of_dashboards_and_alerts_has_a_value_under_load(cluster
         assert server.values('ray_twinkle_weight_updates_total{outcome="published"}') == [1.0]
         assert server.values("sum(ray_vllm_generation_tokens_total)")[0] > 0
         assert any("tokens/s, " in line and line.startswith("INFO") for line in log_lines("router"))
+
+
+TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+@pytest.mark.vllm
+def test_a_trace_goes_from_the_client_to_vllm(cluster: None) -> None:
+    """A collector receives the spans of a request from gateway, router, engine and vLLM, each below the one before."""
+    with collector() as received:
+        traces = {"endpoint": received.endpoint}
+        vllm_args = {**VLLM_ARGS, "otlp_traces_endpoint": received.endpoint}
+        with (
+            deployed(NAME, engine="vllm", engine_args=vllm_args, traces=traces),
+            gateway_url(samplers={"sampler": NAME}, traces=traces) as url,
+        ):
+            headers = {"content-type": "application/json", "traceparent": f"00-{TRACE}-{CALLER}-01"}
+            body = {"model": "sampler", "prompt": "12+34=", "max_tokens": 200, "ignore_eos": True}
+            request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                answer.read()
+
+            def spans() -> dict[str, ReceivedSpan]:
+                return {span.name: span for span in received.spans if span.trace == TRACE}
+
+            names = {"POST /v1/completions", "router.sample", "router.queue", "engine.sample", "llm_request"}
+            names |= {"engine.prefill", "engine.decode"}
+            wait_until(lambda: names <= spans().keys(), f"spans {sorted(names)} arrive", timeout_s=60)
+        found = spans()
+    parents = ("POST /v1/completions", "router.sample", "engine.sample", "llm_request")
+    assert found[parents[0]].parent == CALLER
+    for parent, child in itertools.pairwise(parents):
+        assert found[child].parent == found[parent].id, (parent, child)
+        assert found[parent].begin_ns <= found[child].begin_ns and found[child].end_ns <= found[parent].end_ns + 10**9
+    services = {found[name].service for name in parents[:3]}
+    assert services == {"twinkle-serve.gateway", "twinkle-serve.router", "twinkle-serve.engine"}
+    assert found["engine.sample"].attributes["twinkle.tokens"] == 200
+    assert found["llm_request"].attributes["gen_ai.usage.completion_tokens"] == 200
 
 
 def test_log_in_json_has_the_figures_as_fields(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:

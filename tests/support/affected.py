@@ -39,6 +39,7 @@ FAULTS = "tests/integration/test_gateway_faults.py"
 LISTENER = "tests/integration/test_gateway_listener.py"
 HTTP_CLIENTS = "tests/integration/test_gateway_clients.py"
 ELASTIC = "tests/integration/test_elastic.py"
+COMMANDS = "tests/integration/test_commands.py"
 CONSOLE = "tests/integration/test_console.py"
 OBSERVED = "tests/integration/test_observability.py"
 DOCUMENT = "tests/unit/gateway/test_document.py"
@@ -50,6 +51,7 @@ ALL = frozenset(
         APPLICATIONS,
         CHAOS,
         CLIENT,
+        COMMANDS,
         CONSOLE,
         DEATHS,
         DOCUMENT,
@@ -80,13 +82,14 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("tests/support/scripts_serve.py", frozenset({APPLICATIONS, ELASTIC, PROCESSES, SCRIPTS})),
     ("tests/support/specification.py", frozenset({SPECIFICATION})),
     ("tests/support/trainer.py", frozenset({CLIENT})),
-    ("tests/support/docs.py", frozenset()),
+    ("tests/support/docs.py", frozenset({COMMANDS})),
+    ("tests/support/collector.py", frozenset({OBSERVED})),
     ("tests/support/prometheus.py", frozenset({OBSERVED})),
     ("observability/*", frozenset({OBSERVED})),
     ("tests/support/grammar_stub.py", frozenset()),
     ("tests/support/bad_requests.py", frozenset()),
     ("tests/support/command_line.py", frozenset()),
-    ("tests/support/gateway.py", frozenset({CHAOS, FAULTS, HTTP_CLIENTS, LISTENER, TINKER})),
+    ("tests/support/gateway.py", frozenset({CHAOS, COMMANDS, FAULTS, HTTP_CLIENTS, LISTENER, TINKER})),
     ("tests/support/browser.py", frozenset({CONSOLE})),
     ("tests/support/console_answers.py", frozenset({CONSOLE})),
     ("tests/support/screenshots.py", frozenset()),
@@ -102,6 +105,7 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("examples/policy.py", frozenset({SCRIPTS})),
     ("examples/sums.py", frozenset({SCRIPTS})),
     ("examples/*", frozenset()),
+    ("docs/cli.md", frozenset({COMMANDS})),
     ("docs/*", frozenset()),
     ("configs/*", frozenset()),
     ("*.md", frozenset()),
@@ -115,7 +119,7 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("twinkle_serve/as_twinkle*", frozenset({SPECIFICATION})),
     ("twinkle_serve/upstream/*", frozenset({SPECIFICATION})),
     ("twinkle_serve/cli/commands/up.py", frozenset({APPLICATIONS, ELASTIC, SCRIPTS})),
-    ("twinkle_serve/cli/*", frozenset()),
+    ("twinkle_serve/cli/*", frozenset({COMMANDS})),
     ("twinkle_serve/gateway/console/*", frozenset({CONSOLE})),
     ("twinkle_serve/gateway/*", frozenset({CHAOS, CONSOLE, DOCUMENT, FAULTS, HTTP_CLIENTS, LISTENER, TINKER})),
     ("twinkle_serve/hub*", frozenset({SCRIPTS})),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,10 @@ PARAMS = DecodingParams()
 
 def group(number: int, count: int = 1, seed: int | None = None) -> RoutedGroup:
     return RoutedGroup(id=number, prompt_ids=np.zeros(1, np.int32), params=PARAMS, count=count, seed=seed)
+
+
+def bound(number: int, engine: str, count: int = 1) -> RoutedGroup:
+    return replace(group(number, count), engine=engine)
 
 
 def dispatcher(engines: dict[str, int]) -> Dispatcher:
@@ -99,6 +104,36 @@ def test_engine_is_not_sent_what_it_cannot_start_soon() -> None:
     assert made.assign() == {}
     made.finish("b", [chunks["b"][0].key])
     assert list(made.assign()) == ["b"]
+
+
+def test_group_of_one_engine_waits_for_it() -> None:
+    """While it is away, closed or full; other groups pass it, and it passes none of its own."""
+    made = dispatcher({"a": 4, "b": 4})
+    made.close_engine("b")
+    made.enqueue([bound(0, "b"), bound(1, "b", 5), bound(2, "c"), group(3)])
+    assert {name: [part.id for part in chunk] for name, chunk in made.assign().items()} == {"a": [3]}
+    assert made.waiting == 3
+    made.open_engine("b")
+    assert {name: [part.id for part in chunk] for name, chunk in made.assign().items()} == {"b": [0]}
+    made.finish("b", [(0, 0)])
+    assert {name: [part.id for part in chunk] for name, chunk in made.assign().items()} == {"b": [1]}
+    made.enqueue(made.remove_engine("b"), first=True)
+    assert made.assign() == {} and made.waiting == 2
+    made.withdraw("", [2])
+    made.add_engine("b", 4)
+    made.add_engine("c", 4)
+    assert {name: [part.id for part in chunk] for name, chunk in made.assign().items()} == {"b": [1]}
+    made.enqueue([bound(4, "d")])
+    assert [each.id for each in made.withdraw_waiting()] == [4] and made.waiting == 0
+
+
+def test_suspect_of_one_engine_waits_for_it() -> None:
+    made = dispatcher({"a": 4})
+    made.suspect(bound(0, "b"))
+    made.suspect(group(1))
+    assert {name: [part.id for part in chunk] for name, chunk in made.assign().items()} == {"a": [1]}
+    made.add_engine("b", 4)
+    assert {name: [part.id for part in chunk] for name, chunk in made.assign().items()} == {"b": [0]}
 
 
 def test_lone_prompts_do_not_all_go_to_the_first_engine() -> None:

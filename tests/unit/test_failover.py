@@ -41,6 +41,32 @@ async def test_samples_that_had_arrived_are_kept_when_their_engine_ends(service:
     assert [seq.seed for seq in response.sequences] == [seq.seed for seq in reference.sequences]
 
 
+async def test_call_of_one_engine_waits_for_that_engine(service: Service) -> None:
+    """Its samples are those of any engine; they start anew there when it ends. Another name is refused at once."""
+    params = {"max_tokens": 8, "seed": 3}
+    reference = await service.router.sample(PROMPTS, params, num_samples=2)
+    for name in ("a", "b"):
+        response = await service.router.sample(PROMPTS, params, num_samples=2, engine=name)
+        assert {sequence.engine for sequence in response.sequences} == {name}
+        assert response.columns.tokens.tolist() == reference.columns.tokens.tolist()
+    engine = service.engines["b"]
+    engine.gate = asyncio.Event()
+    call = asyncio.ensure_future(service.router.sample(PROMPTS, params, num_samples=2, engine="b"))
+
+    async def runs() -> bool:
+        status = await service.router.status()
+        return status["engines"]["b"]["sequences"] > 0
+
+    await eventually(runs)
+    engine.gate.set()
+    engine.end(EngineDeadError("killed"))
+    response = await call
+    assert {sequence.engine for sequence in response.sequences} == {"b"} and service.restarts == 1
+    assert response.columns.tokens.tolist() == reference.columns.tokens.tolist()
+    with pytest.raises(RequestError, match="unknown engine 'c'"):
+        await service.router.sample(PROMPTS, params, engine="c")
+
+
 async def test_poison_prompt_fails_alone_and_is_named(service: Service) -> None:
     """It ends two engines; those beside it, on both, are sampled to their end."""
     poison = {"input_ids": [POISON, 20, 21]}

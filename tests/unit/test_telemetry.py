@@ -74,6 +74,26 @@ async def test_each_sample_and_token_is_counted_once(service: Service, sink: Sin
     assert sink.counters[metrics.CALLS.name, ("complete", "")] == 1, "nothing is counted twice"
 
 
+async def test_a_text_stream_is_counted_as_any_sample(service: Service, sink: Sink) -> None:
+    """Its tokens, also where a character or a stop string takes several, and its first text."""
+    params = {"max_tokens": 40, "seed": 3, "ignore_eos": True}
+    (sequence,) = (await service.router.sample(PROMPTS[:1], params)).sequences
+    tick(service.router)
+    before = sink.counters.copy()
+    deltas = [delta async for delta in service.router.sample_stream(PROMPTS[0], params)]
+    tick(service.router)
+    assert deltas[-1][1] == "length"
+    for metric, count in (
+        (metrics.SAMPLES, 1),
+        (metrics.SAMPLED_TOKENS, len(sequence.tokens)),
+        (metrics.PROMPTS, 1),
+        (metrics.PROMPT_TOKENS, len(PROMPTS[0]["input_ids"])),
+    ):
+        new = sink.counters - before
+        assert sum(value for (name, _), value in new.items() if name == metric.name) == count, metric.name
+    assert len(sink.observed[metrics.FIRST_TOKEN_SECONDS.name]) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "outcome"),
     [({"timeout_s": 0.1}, "deadline"), ({"adapter_name": "unknown"}, "invalid")],

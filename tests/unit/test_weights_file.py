@@ -15,7 +15,7 @@ from safetensors.torch import save as save_torch
 from twinkle_serve.errors import WeightsError
 from twinkle_serve.weights_file import buckets_of, joined_files
 
-WEIGHTS = {
+WEIGHTS: dict[str, np.ndarray] = {
     "a": np.arange(12, dtype=np.float32).reshape(3, 4),
     "b": np.array([1, 2, 3], dtype=np.int8),
     "c": np.ones((5, 2), dtype=np.float16),

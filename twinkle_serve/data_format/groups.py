@@ -120,6 +120,8 @@ class TextDelta:
     """Whole characters, without what may be the beginning of a stop string."""
     finish_reason: StopReason | None = None
     """None before the last delta."""
+    tokens: int = 0
+    """Number of tokens since the delta before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,6 +59,9 @@ class SampleOptions(StreamOptions, total=False):
     min_groups: int | None
     """Return once this many prompts are complete and cancel the others: `prompt_indices` lists the complete ones.
     None: wait for all."""
+    engine: str
+    """Name of the only engine that may sample the call, as in `status()["engines"]`: to compare engines. The call waits
+    for it, past the queue, also while it is being replaced. "": any engine."""
 
 
 class UpdateOptions(SampleOptions, total=False):
@@ -112,6 +115,7 @@ class SampleRequest:
     timeout_s: float | None = None
     sample_timeout_s: float | None = None
     min_groups: int | None = None
+    engine: str = ""
     skip_special_tokens: bool = False
     """As a keyword of `sample_stream`; of `run_updates` as well."""
     update_text: UpdateText = "decoded"

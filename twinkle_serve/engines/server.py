@@ -208,7 +208,9 @@ class EngineServer(EngineClient):
                 group = replace(group, traceparent=span.traceparent)
             await stack.enter_async_context(self._using(group.adapter))
             tokens = await stack.enter_async_context(contextlib.aclosing(self._engine.stream_tokens(group)))
+            count = 0
             async for delta in tokens:
+                count += len(delta.tokens)
                 if span is not None:
                     span.add(len(delta.tokens))
                 if abandoned.is_set():
@@ -219,7 +221,8 @@ class EngineServer(EngineClient):
                 last = delta.stop_reason is not None
                 new = text.push(delta.tokens, last=last, by_stop_string=delta.by_stop_string)
                 if new or last:
-                    yield TextDelta(text=new, finish_reason=delta.stop_reason)
+                    yield TextDelta(text=new, finish_reason=delta.stop_reason, tokens=count)
+                    count = 0
 
     async def check_structured(self, structured: StructuredOutputs) -> None:
         await self._engine.check_structured(structured)

@@ -188,6 +188,8 @@ class Admission:
                         "Use sample_iter for more."
                     )
                 self.require_awake()
+                adapter = "" if request.adapter is None else request.adapter.name
+                self._telemetry.admitted(adapter, 1, request.prompt_tokens)
                 yield _streamed(groups[0], call.skip_special_tokens), deadline, active
             except TimeoutError:
                 raise DeadlineError(f"timeout_s={limit_s:g} passed in a stream. Raise it or ask for less.") from None
@@ -237,6 +239,8 @@ class Admission:
         info = await self._engines.wait_for_info()
         await self._encoding.run(short, _check_all, info, prompts, params, template)
         call.check_limits(len(prompts))
+        if call.engine != "":
+            self._engines.require_name(call.engine)
         await self._check_structured(params)
         planned = await self._encoding.run(short, plan_prompts, prompts, params)
         if call.cancelled is None or (call.min_groups is not None and len(call.done) >= call.min_groups):
@@ -391,6 +395,7 @@ def _build(
         caller=call.caller,
         sample_timeout_s=call.sample_timeout_s,
         min_groups=None if call.min_groups is None else max(0, call.min_groups - len(call.done)),
+        engine=call.engine,
         update_text=call.update_text if call.updates else None,
         skip_special_tokens=call.updates and call.skip_special_tokens,
         traceparent=call.traceparent,

@@ -36,6 +36,8 @@ class Dispatcher:
         """Engines that finish their groups and get no new ones. They are removed from the policy."""
         self._lengths = Lengths()
         self._waiting = FairQueue(lambda group: self._lengths.cost(group, group.count))
+        self._bound: dict[str, deque[RoutedGroup]] = defaultdict(deque)
+        """Waiting groups that only one engine may sample, by its name."""
         self._suspects: deque[RoutedGroup] = deque()
         """Groups that may have ended an engine, waiting for one without another suspect."""
         self._placed: defaultdict[int, dict[GroupKey, EngineLoad]] = defaultdict(dict)
@@ -85,7 +87,7 @@ class Dispatcher:
     @property
     def waiting(self) -> int:
         """Number of groups that are not on an engine."""
-        return len(self._waiting) + len(self._suspects)
+        return len(self._waiting) + len(self._suspects) + sum(map(len, self._bound.values()))
 
     @property
     def waiting_tokens(self) -> float:
@@ -103,10 +105,13 @@ class Dispatcher:
     def enqueue(self, groups: Iterable[RoutedGroup], *, first: bool = False) -> None:
         """Adds groups at the end of the queue, or at the front if `first`, as for groups of a lost engine."""
         self._too_large = 0
+        free: list[RoutedGroup] = []
+        for group in groups:
+            (self._bound[group.engine] if group.engine else free).append(group)
         if first:
-            self._waiting.extend_front(groups)
+            self._waiting.extend_front(free)
         else:
-            self._waiting.extend(groups)
+            self._waiting.extend(free)
 
     def place(self, group: RoutedGroup) -> str:
         """Places a group at once, bypassing the queue. Needs an open engine. Returns its name."""
@@ -177,9 +182,11 @@ class Dispatcher:
         """Drops waiting groups. Returns those on engines, by engine."""
         self._too_large = 0
         self._waiting.withdraw(caller, group_ids)
-        if self._suspects:
+        if self._suspects or self._bound:
             withdrawn = set(group_ids)
             self._suspects = deque(group for group in self._suspects if group.id not in withdrawn)
+            for name, bound in list(self._bound.items()):
+                self._set_bound(name, [group for group in bound if group.id not in withdrawn])
         held: dict[str, list[RoutedGroup]] = {}
         for group_id in group_ids:
             for key, engine in self._placed.get(group_id, {}).items():
@@ -189,7 +196,15 @@ class Dispatcher:
     def withdraw_waiting(self) -> list[RoutedGroup]:
         """Removes and returns all waiting groups."""
         suspects, self._suspects = list(self._suspects), deque()
-        return suspects + self._waiting.clear()
+        bound = [group for groups in self._bound.values() for group in groups]
+        self._bound.clear()
+        return suspects + bound + self._waiting.clear()
+
+    def _set_bound(self, name: str, groups: Iterable[RoutedGroup]) -> None:
+        if left := deque(groups):
+            self._bound[name] = left
+        else:
+            self._bound.pop(name, None)
 
     # -- suspects --------------------------------------------------------------------------------
 
@@ -218,7 +233,7 @@ class Dispatcher:
     def assign(self) -> dict[str, list[RoutedGroup]]:
         """Places waiting groups, each until `finish_samples` or `finish`. Returns the groups to send, by engine."""
         chunks: dict[str, list[RoutedGroup]] = {}
-        for engine, group in self._assign_suspects():
+        for engine, group in (*self._assign_suspects(), *self._assign_bound()):
             chunks.setdefault(engine.name, []).append(group)
         while self._waiting and len(self._engines) > len(self._closed) and not self._too_large:
             chosen = self._policy.choose(self._waiting.first(), len(self._waiting))
@@ -238,16 +253,33 @@ class Dispatcher:
 
     def _assign_suspects(self) -> list[tuple[EngineLoad, RoutedGroup]]:
         placed = []
-        while self._suspects:
+        waiting, self._suspects = self._suspects, deque()
+        for group in waiting:
             free = [
-                engine for name, engine in self._engines.items() if engine.suspect is None and name not in self._closed
+                engine
+                for name, engine in self._engines.items()
+                if engine.suspect is None and name not in self._closed and group.engine in ("", name)
             ]
             if not free:
-                break
-            engine, group = min(free, key=lambda engine: engine.tokens / engine.limit), self._suspects.popleft()
+                self._suspects.append(group)
+                continue
+            engine = min(free, key=lambda engine: engine.tokens / engine.limit)
             self._give(engine, group)
             engine.suspect = group.key
             placed.append((engine, group))
+        return placed
+
+    def _assign_bound(self) -> list[tuple[EngineLoad, RoutedGroup]]:
+        """Places groups that only one engine may sample, as long as it has room."""
+        placed = []
+        for name, groups in list(self._bound.items()):
+            engine = self._engines.get(name)
+            if engine is None or name in self._closed:
+                continue
+            while groups and (engine.sequences + groups[0].count <= engine.limit or not engine.groups):
+                placed.append((engine, groups.popleft()))
+                self._give(*placed[-1])
+            self._set_bound(name, groups)
         return placed
 
     def _give(self, engine: EngineLoad, group: RoutedGroup) -> None:

@@ -17,6 +17,8 @@ class RoutedGroup(Group):
     """Groups of a lower number leave the queue earlier."""
     input: int = 0
     """Index of its input in the call."""
+    engine: str = ""
+    """The only engine that may sample it; "": any."""
     lost: tuple[str, ...] = ()
     """Engines that ended while it was on them, and that it may have ended."""
     crashes: int = 0

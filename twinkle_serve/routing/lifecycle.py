@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from twinkle_serve import timing
 from twinkle_serve.engines.client import EngineClient
-from twinkle_serve.errors import DeadlineError, EngineDeadError, RequestError, UnsupportedError, unknown_name
+from twinkle_serve.errors import DeadlineError, EngineDeadError, UnsupportedError
 from twinkle_serve.routing.membership import EngineMembership
 
 
@@ -117,8 +117,7 @@ class EngineLifecycle:
             raise UnsupportedError(
                 "the only engine is in this process, and goes with the sampler. Make another sampler, or serve one."
             )
-        if name not in engines.clients or name in engines.leaving:
-            raise RequestError(unknown_name("engine", name, engines.clients.keys() - engines.leaving.keys()) + ".")
+        engines.require_name(name)
 
     def _cordon(self, name: str) -> None:
         self._engines.cordoned.add(name)

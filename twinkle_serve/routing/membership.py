@@ -16,7 +16,7 @@ from twinkle_serve.data_format.groups import EngineInfo, Session
 from twinkle_serve.data_format.status import EngineStatus
 from twinkle_serve.data_format.weights import WeightsVersion
 from twinkle_serve.engines.client import EngineClient
-from twinkle_serve.errors import EngineDeadError, StoreError
+from twinkle_serve.errors import EngineDeadError, RequestError, StoreError, unknown_name
 from twinkle_serve.routing.active_engine import ActiveEngine, EngineListener, EngineState
 from twinkle_serve.routing.adapters import Adapters
 from twinkle_serve.routing.telemetry import Telemetry
@@ -156,6 +156,11 @@ class EngineMembership:
         self._require_hope()
         async with self.changed:
             await self.changed.wait_for(lambda: self.ready)
+
+    def require_name(self, name: str) -> None:
+        """Raises RequestError for a name that no engine of the service has."""
+        if name not in (known := self.clients.keys() - self.leaving.keys()):
+            raise RequestError(unknown_name("engine", str(name), known) + ".")
 
     def is_active(self, engine: ActiveEngine) -> bool:
         """Whether this use of an engine has not ended."""

@@ -91,6 +91,7 @@ class Request:
         caller: str = "",
         sample_timeout_s: float | None = None,
         min_groups: int | None = None,
+        engine: str = "",
         update_text: UpdateText | None = None,
         skip_special_tokens: bool = False,
         traceparent: str = "",
@@ -100,6 +101,7 @@ class Request:
             inputs: the call's inputs, by prompt index; None leaves them out of the response.
             caller: callers take turns.
             min_groups: number of complete prompts after which the rest is dropped.
+            engine: the only one that may sample it; "": any.
             update_text: the text of updates, if new tokens are reported while samples run.
             skip_special_tokens: leave special tokens out of the text of all samples.
             traceparent: of the span that its groups are part of.
@@ -113,6 +115,7 @@ class Request:
         self._header = header
         self.adapter = adapter
         self._sample_timeout_s = sample_timeout_s
+        self._engine = engine
         self._update_text = update_text
         self._skip_special_tokens = skip_special_tokens
         self._traceparent = traceparent
@@ -158,6 +161,7 @@ class Request:
                 input=each.prompt.index,
                 caller=self.caller,
                 priority=each.params.priority,
+                engine=self._engine,
                 updates=self._update_text,
                 traceparent=self._traceparent,
             )

@@ -179,6 +179,8 @@ class GroupScheduler:
             EngineDeadError: its engine died after the first text, or a second engine died.
         """
         started = False
+        clock = asyncio.get_running_loop().time
+        began, adapter = clock(), "" if group.adapter is None else group.adapter.label
         while True:
             await self._engines.some_engine()
             engine = self._engines.active[self._dispatcher.place(group)]
@@ -187,7 +189,10 @@ class GroupScheduler:
                     await self._loader.load_on(engine, group.adapter)
                 async with contextlib.aclosing(engine.client.stream(engine.session, group.for_engine())) as deltas:
                     while (delta := await engine.unless_lost(anext(deltas, None))) is not None:
+                        if not started:
+                            self._telemetry.first_token(clock() - began)
                         started = True
+                        self._telemetry.streamed(engine.name, adapter, delta.tokens, delta.finish_reason)
                         yield delta
                         if delta.finish_reason is not None:
                             return

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from twinkle_serve.data_format import metrics
 from twinkle_serve.data_format.metrics import Metric, MetricsSink
-from twinkle_serve.data_format.samples import STOP_REASONS, SampleColumns
+from twinkle_serve.data_format.samples import STOP_REASONS, SampleColumns, StopReason
 from twinkle_serve.data_format.status import EngineStatus
 from twinkle_serve.data_format.telemetry import EngineLoad, Event, EventKind, HistoryPoint, TelemetryReport
 from twinkle_serve.data_format.weights import WeightsVersion
@@ -167,6 +167,14 @@ class Telemetry:
                 self._counts[metrics.SAMPLES, (engine, adapter, STOP_REASONS[reason])] += 1
         if seconds is not None and (longest := tokens if count == 1 else int(columns.lengths.max())):
             self._observed[metrics.TOKEN_SECONDS, (engine,)].append(seconds / longest)
+
+    def streamed(self, engine: str, adapter: str, tokens: int, stop_reason: StopReason | None) -> None:
+        """Counts new tokens of a text stream, and its sample when that has ended."""
+        self._period.tokens[engine] += tokens
+        self._counts[metrics.SAMPLED_TOKENS, (engine, adapter)] += tokens
+        if stop_reason is not None:
+            self._period.samples += 1
+            self._counts[metrics.SAMPLES, (engine, adapter, stop_reason)] += 1
 
     def stale(self, adapter: str, versions: int) -> None:
         """Counts how many newer versions there are at the end of a call."""

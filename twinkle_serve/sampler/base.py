@@ -127,6 +127,8 @@ class RunningSampler(EngineControls, TokenCalls, SessionCalls, Sampler, TwinkleC
                 ends, with stop_reason abort.
             min_groups: return once this many prompts are complete and cancel the others: `prompt_indices` lists the
                 complete ones. None: wait for all.
+            engine: name of the only engine that may sample the call, as in `status()["engines"]`: to compare engines.
+                The call waits for it, past the queue, also while it is being replaced. "": any engine.
 
         Returns:
             A response whose `sequences` are flat and prompt-major. Iterating over it yields one response per prompt.

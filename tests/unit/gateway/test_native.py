@@ -270,7 +270,8 @@ async def test_an_upload_has_a_limit(adapters: list[Path]) -> None:
 
 
 def checkpoint() -> dict[str, np.ndarray]:
-    return load((hub.DEMO / "model.safetensors").read_bytes())
+    weights: dict[str, np.ndarray] = load((hub.DEMO / "model.safetensors").read_bytes())
+    return weights
 
 
 async def weights_of(http: httpx.AsyncClient) -> str:

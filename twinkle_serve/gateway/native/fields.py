@@ -112,6 +112,7 @@ class SampleBody(OfAdapter):
     continue_final_message: bool | None = None
     sample_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     min_groups: int | None = Field(default=None, ge=1)
+    engine: str = Field(default="", description="The only engine that may sample it, of GET /status; empty: any.")
 
     def options(self) -> dict[str, Any]:
         options: dict[str, Any] = {
@@ -121,6 +122,7 @@ class SampleBody(OfAdapter):
                 continue_final_message=self.continue_final_message,
                 sample_timeout_s=self.sample_timeout_s,
                 min_groups=self.min_groups,
+                engine=self.engine,
             ),
         }
         if "logprobs" in self.model_fields_set:

@@ -1,4 +1,4 @@
-// The playground: a prompt, its samples side by side, and the same prompt with other weights.
+// The playground: a prompt, its samples side by side, and the same prompt with other weights or on another engine.
 
 import { Refused, post } from "./api.js";
 import { askForKey, showProblem } from "./dialogs.js";
@@ -8,9 +8,10 @@ import { legend, textOf, texts, tokenList } from "./tokens.js";
 
 const BASE = ""; // the model's own weights
 const NOTHING = "-";
+const ANY = ""; // engine
 
 let shared;
-let options = ""; // the weights in the lists, joined
+let options = ""; // the weights and engines in the lists, joined
 let history = []; // messages of the conversation so far
 let running = null;
 
@@ -53,12 +54,16 @@ export function render(state) {
 
 function fillChoices(status) {
   const labels = Object.values(status.adapter_versions).flatMap((versions) => versions.toReversed());
-  const now = [status.weights, ...labels].join("\n");
+  const engines = Object.keys(status.engines);
+  const now = [status.weights, ...labels, "", ...engines].join("\n");
   if (now === options) return;
   options = now;
   const choices = [[BASE, `the model's own (${status.weights})`], ...labels.map((label) => [label, label])];
   fill($("play-a"), choices, BASE);
   fill($("play-b"), [[NOTHING, "nothing"], ...choices], NOTHING);
+  for (const id of ["play-engine-a", "play-engine-b"]) {
+    fill($(id), [[ANY, "any"], ...engines.map((name) => [name, name])], ANY);
+  }
 }
 
 function fill(select, choices, initial) {
@@ -109,7 +114,9 @@ async function sample() {
   running?.abort();
   const own = (running = new AbortController());
   const { input, body } = readForm();
-  const names = [$("play-a").value, ...($("play-b").value === NOTHING ? [] : [$("play-b").value])];
+  const sides = ["a", "b"]
+    .map((side) => ({ weights: $(`play-${side}`).value, engine: $(`play-engine-${side}`).value }))
+    .filter(({ weights }) => weights !== NOTHING);
   const began = performance.now();
   const passed = () => (performance.now() - began) / 1000;
   showProblem($("play-problem"), "");
@@ -117,10 +124,10 @@ async function sample() {
   text($("play-state"), "Sampling…");
   const clock = setInterval(() => text($("play-state"), `Sampling for ${seconds(passed())}…`), 1000);
   try {
-    const answers = await Promise.all(names.map((name) => sampleWith(name, input, body, own.signal)));
+    const answers = await Promise.all(sides.map((side) => sampleWith(side, input, body, own.signal)));
     if (own.signal.aborted) return;
     text($("play-state"), `${plural(answers.flat().length, "sample")} in ${seconds(passed())}`);
-    showSamples(answers, names, input);
+    showSamples(answers, input);
   } catch (error) {
     if (own !== running) return;
     text($("play-state"), own.signal.aborted ? `Cancelled after ${seconds(passed())}` : "");
@@ -136,10 +143,10 @@ function fail(error) {
   showProblem($("play-problem"), error.message);
 }
 
-/** Samples with some weights. Returns the samples, with the texts of their tokens. */
-async function sampleWith(name, input, body, signal) {
-  const weights = name === BASE ? { use_base_model: true } : { adapter_name: name };
-  const answer = await post("sample", { ...body, ...weights, inputs: [input] }, { signal, timeoutS: 3600 });
+/** Samples with some weights on an engine. Returns the samples, with the texts of their tokens. */
+async function sampleWith({ weights, engine }, input, body, signal) {
+  const chosen = weights === BASE ? { use_base_model: true, engine } : { adapter_name: weights, engine };
+  const answer = await post("sample", { ...body, ...chosen, inputs: [input] }, { signal, timeoutS: 3600 });
   const { sequences } = answer.prompts[0];
   const alternatives = sequences.flatMap((each) => each.top_logprobs?.tokens.flat() ?? []);
   const spelled = await texts(shared.sampler, sequences.flatMap((each) => each.tokens), alternatives, signal);
@@ -161,8 +168,8 @@ const versionOf = (weights, sequence) => (sequence.adapter ? `${sequence.adapter
 
 // -- samples --------------------------------------------------------------------------------------
 
-/** Shows samples: of two weights, those of the same number side by side. */
-function showSamples(answers, names, input) {
+/** Shows samples: of a comparison, those of the same number side by side. */
+function showSamples(answers, input) {
   const versions = [...new Set(answers.flat().flatMap((each) => each.list.map((token) => token.version)))];
   $("play-legend").replaceChildren(...legend(versions, false));
   show($("play-empty"), false);
@@ -170,7 +177,7 @@ function showSamples(answers, names, input) {
   answers[0].forEach((_, i) => {
     const differ = answers.length > 1 ? firstDifference(answers[0][i], answers[1][i]) : -1;
     answers.forEach((samples, k) => {
-      const name = names.length > 1 ? `${"AB"[k]}: sample ${i + 1}` : `Sample ${i + 1}`;
+      const name = answers.length > 1 ? `${"AB"[k]}: sample ${i + 1}` : `Sample ${i + 1}`;
       cards.push(makeSample(samples[i], name, versions, differ, answers.length > 1, input));
     });
   });
