@@ -19,9 +19,9 @@ def run(*arguments: str, stdin: str | None = None, **environment: str) -> Result
     return result
 
 
-def succeeds(*arguments: str, stdin: str | None = None) -> str:
+def succeeds(*arguments: str, stdin: str | None = None, **environment: str) -> str:
     """Runs a command line that must exit with 0. Returns its stdout."""
-    result = run(*arguments, stdin=stdin)
+    result = run(*arguments, stdin=stdin, **environment)
     assert result.exit_code == 0, (arguments, result.exit_code, result.stdout, result.stderr)
     assert result.stderr == ""
     return result.stdout

@@ -68,7 +68,10 @@ def _framed(function: Callable[..., None], options: dict[str, Any]) -> Callable[
     @functools.wraps(function)
     def command(**arguments: Any) -> None:
         out = Output(as_json=arguments.pop("as_json"))
-        target = Target(**{name: arguments.pop(name) for name in options if name in TARGET})
+        given = {name: arguments.pop(name) for name in options if name in TARGET}
+        if given.get("service") is not None and given["url"] == os.environ.get(URL_VARIABLE):
+            given["url"] = None  # the command line counts before the environment
+        target = Target(**given)
         try:
             target.check()
             function(Command(out, target), **arguments)

@@ -163,6 +163,14 @@ def test_adapters_are_added_listed_and_removed(way: Way, adapters: list[Path]) -
     assert "no directory" in way.fails(1, "adapters", "add", name, "/no/such/place")
 
 
+def test_an_option_counts_before_the_environment(by_handle: None, url: str) -> None:
+    """A URL for all commands, and one command for an application on a cluster."""
+    environment = {"TWINKLE_SERVE_URL": "http://127.0.0.1:1"}
+    assert "engines ready" in succeeds("status", "--service", "sampler", **environment)
+    assert "engines ready" in succeeds("status", "--url", url, **environment)
+    assert "two services" in fails(2, "status", "--service", "sampler", "--url", url, **environment)
+
+
 def test_weights_become_current(way: Way) -> None:
     """By handle and by URL; errors are of the same types."""
     label = f"pushed{way.options[0]}"
