@@ -77,6 +77,9 @@ class ServeEngineClient(EngineClient):
     async def model_spec(self) -> ModelSpec:
         return await call(self._handle, EngineServer.model_spec)
 
+    async def prepare_weights(self, version: WeightsVersion) -> None:
+        await call(self._handle, EngineServer.prepare_weights, version)
+
     async def load_weights(self, version: WeightsVersion) -> str:
         return await call(self._handle, EngineServer.load_weights, version)
 

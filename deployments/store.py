@@ -20,7 +20,7 @@ from twinkle_serve.channel_calls import MethodServer
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import metrics
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.weights import Bucket, WeightsVersion
+from twinkle_serve.data_format.weights import Bucket, BucketArgument, ModelSpec, WeightsVersion
 from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import SIDE_CPUS
 from twinkle_serve.sessions import LocalSessions, SessionsAPI, SessionStore
@@ -28,8 +28,8 @@ from twinkle_serve.tasks import BackgroundTasks
 from twinkle_serve.weights import LocalStore, StateLock, WeightStore
 from twinkle_serve.weights.disk import local_path
 
-BUCKETS_IN_OBJECT_STORE = 3
-"""Buckets of weights that are kept in Ray's object store."""
+BUCKETS_READ_AGAIN = 3
+"""Buckets of the current weights that are kept in Ray's object store when they were read from the disk."""
 
 
 COUNT_PERIOD_S = 5.0
@@ -64,8 +64,11 @@ class Store(LocalStore, LocalSessions):
         self._tasks.spawn(self._count_sessions())
         self._adapter_refs: dict[int, Awaitable[AdapterFiles]] = {}
         """References to adapters by id of the version, so that all engines of a node share one copy."""
-        self._bucket_refs: LRUCache[tuple[WeightsVersion, int], Awaitable[Bucket]] = LRUCache(BUCKETS_IN_OBJECT_STORE)
-        """References to buckets. Engines ask for one after the other at about the same time, so few are kept."""
+        self._sent: dict[tuple[int, int], Awaitable[Bucket]] = {}
+        """References to the buckets of an update, as its trainer sent them, by number of the version and index: engines
+        load from the memory where they are already."""
+        self._read_again: LRUCache[tuple[int, int], Awaitable[Bucket]] = LRUCache(BUCKETS_READ_AGAIN)
+        """References to others. Engines ask for one after the other at about the same time, so few are kept."""
 
     async def _count_sessions(self) -> None:
         while True:
@@ -96,23 +99,47 @@ class Store(LocalStore, LocalSessions):
             self._adapter_refs[version.id] = ray.put(await self.files(version))
         return [self._adapter_refs[version.id]]
 
-    async def bucket_ref(self, version: WeightsVersion, index: int) -> list[Awaitable[Bucket]]:
-        """Returns a reference to a bucket of a weights version."""
-        if (key := (version, index)) not in self._bucket_refs:
-            self._bucket_refs[key] = ray.put(await self.bucket(version, index))
-        return [self._bucket_refs[key]]
+    async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> int | None:
+        kept = await super().append_weights(upload, index, bucket)
+        if kept is not None and isinstance(bucket, list):
+            self._sent[self._store.model.pending_number, kept] = bucket[0]
+        return kept
+
+    async def bucket_ref(self, version: WeightsVersion, index: int, from_disk: bool = False) -> list[Awaitable[Bucket]]:
+        """Returns a reference to a bucket of a weights version.
+
+        Args:
+            from_disk: the trainer's own is lost, as it is when the trainer has died.
+        """
+        self._store.model.require(version)
+        key = version.number, index
+        if from_disk:
+            self._sent.pop(key, None)
+        if key in self._sent:
+            return [self._sent[key]]
+        if key not in self._read_again:
+            self._read_again[key] = ray.put(await self.bucket(version, index))
+        return [self._read_again[key]]
+
+    def _forget_buckets(self) -> None:
+        self._sent.clear()
+        self._read_again.clear()
+
+    async def begin_weights(self, label: str, model: ModelSpec) -> int:
+        self._forget_buckets()  # of an update that nobody has ended
+        return await super().begin_weights(label, model)
 
     async def commit_weights(self, version: WeightsVersion) -> None:
         await super().commit_weights(version)
-        self._bucket_refs.clear()  # no engine asks for them any more
+        self._forget_buckets()  # no engine asks for them any more
 
     async def discard_weights(self, upload: int) -> None:
         await super().discard_weights(upload)
-        self._bucket_refs.clear()
+        self._forget_buckets()
 
     async def purge_weights(self) -> None:
         await super().purge_weights()
-        self._bucket_refs.clear()
+        self._forget_buckets()
 
 
 store_deployment = serve.deployment(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -64,8 +65,8 @@ class ServeStoreClient(StoreClient):
     async def begin_weights(self, label: str, model: ModelSpec) -> int:
         return await self._call(Store.begin_weights, label, model)
 
-    async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
-        await self._call(Store.append_weights, upload, index, bucket)
+    async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> int | None:
+        return await self._call(Store.append_weights, upload, index, bucket)
 
     async def seal_weights(self, upload: int) -> WeightsVersion:
         return await self._call(Store.seal_weights, upload)
@@ -82,6 +83,9 @@ class ServeStoreClient(StoreClient):
     async def bucket(self, version: WeightsVersion, index: int) -> Bucket:
         async def fetch() -> Bucket:
             (reference,) = await send(self._handle, Store.bucket_ref, version, index)
+            with contextlib.suppress(RayError):  # the trainer that sent it is gone
+                return await reference
+            (reference,) = await send(self._handle, Store.bucket_ref, version, index, from_disk=True)
             return await reference
 
         return await until_answered(fetch)

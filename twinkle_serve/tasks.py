@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -23,6 +24,19 @@ def deferred(make: Callable[[], Call[T]]) -> Call[T]:
 
 async def _failed(error: Exception) -> NoReturn:
     raise error
+
+
+async def one_ahead(items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """Yields the same items, making the next one while the last one is in use."""
+    async with contextlib.aclosing(items):
+        following = asyncio.ensure_future(anext(items, None))
+        try:
+            while (item := await following) is not None:
+                following = asyncio.ensure_future(anext(items, None))
+                yield item
+        finally:
+            following.cancel()
+            await asyncio.wait({following})
 
 
 def is_cancelled() -> bool:

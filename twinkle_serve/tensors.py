@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -154,11 +155,14 @@ def count_nonfinite(tensor: AnyTensor) -> int:
         return 0 if tensor.dtype.kind in "iub" else int((~np.isfinite(tensor)).sum())
     import torch
 
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or not tensor.numel():
         return 0
-    if tensor.element_size() == 1:  # torch.isfinite does not take 8-bit floats
+    if tensor.element_size() == 1:  # neither call takes 8-bit floats
         tensor = tensor.float()
-    return 0 if bool(torch.isfinite(tensor).all()) else int((~torch.isfinite(tensor)).sum())
+    # The extremes of a tensor with NaN are NaN. torch.isfinite takes 20 times as long, and memory.
+    if all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist())):
+        return 0
+    return int((~torch.isfinite(tensor)).sum())
 
 
 _LARGEST_FINITE_BITS = {

@@ -13,8 +13,9 @@ from twinkle_serve import hub
 from twinkle_serve.checkpoint import buckets, named_tensors
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.groups import Group
-from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, WeightsVersion
+from twinkle_serve.data_format.weights import INITIAL_LABEL, WeightsVersion
 from twinkle_serve.engines.fake import FakeEngine
+from twinkle_serve.engines.protocol import StagedBucket
 from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import DeadlineError, EngineDeadError, EngineError, RequestError, StoreError, WeightsError
 from twinkle_serve.routing.router import Router
@@ -44,7 +45,7 @@ class Engine(FakeEngine):
             self.steps += 1
             yield
 
-    async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
+    async def load_weights(self, label: str, buckets: AsyncIterable[StagedBucket]) -> str:
         self.loads.append(label)
         if label in self.refuses:
             raise WeightsError(f"{label} is not to my taste.")

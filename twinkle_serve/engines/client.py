@@ -71,6 +71,10 @@ class EngineClient(Protocol):
         """Returns the names, shapes and dtypes of the model's weights; see `read_model_spec`."""
         ...
 
+    async def prepare_weights(self, version: WeightsVersion) -> None:
+        """Fetches the first buckets of a weights version, which `load_weights` then has at once. The engine may sample
+        meanwhile."""
+
     async def load_weights(self, version: WeightsVersion) -> str:
         """Fetches a weights version from the store and loads it; the engine must be paused. Returns a checksum.
 

@@ -37,6 +37,7 @@ from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
 from twinkle_serve.engines.drawing import DrawnSample, columns_of_samples
 from twinkle_serve.engines.logits import LogitsProcessor, log_softmax, softmax
 from twinkle_serve.engines.protocol import (
+    StagedBucket,
     TokenDelta,
     max_new_tokens,
     parse_engine_args,
@@ -245,9 +246,13 @@ class FakeEngine:
         self._not_held.set()
         self._resumed.set()
 
-    async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
+    def stage_weights(self, buckets: AsyncGenerator[Bucket, None]) -> AsyncGenerator[StagedBucket, None]:
+        return buckets
+
+    async def load_weights(self, label: str, buckets: AsyncIterable[StagedBucket]) -> str:
         tensors: dict[str, int] = {}
         async for bucket in buckets:
+            assert not isinstance(bucket, Path)
             for name, tensor in safetensors.deserialize(bucket.tobytes()):  # type: ignore[no-untyped-call]
                 if tuple(tensor["shape"]) != self._weights.get(name, tuple(tensor["shape"])):
                     raise WeightsError(f"weight {name!r} has the shape {tensor['shape']}, not {self._weights[name]}.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,10 @@ class TokenDelta:
     by_stop_string: bool = False
     """Set on the last item: whether a stop string ended the sample, and so cuts its text. An end-of-sequence token
     whose text equals a stop string does not count."""
+
+
+StagedBucket: TypeAlias = Bucket | Path
+"""A bucket as an engine loads it: in memory, or a file."""
 
 
 class Engine(Protocol):
@@ -116,7 +121,11 @@ class Engine(Protocol):
     async def resume(self) -> None:
         """Ends a pause."""
 
-    async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
+    def stage_weights(self, buckets: AsyncGenerator[Bucket, None]) -> AsyncGenerator[StagedBucket, None]:
+        """Yields buckets as `load_weights` takes them. The engine may sample meanwhile."""
+        ...
+
+    async def load_weights(self, label: str, buckets: AsyncIterable[StagedBucket]) -> str:
         """Replaces the model's own weights, all that its checkpoint names. The engine must be paused.
 
         Drops the prefix cache and the KV cache of running samples, which are recomputed. Adapters stay loaded. If it
@@ -124,6 +133,7 @@ class Engine(Protocol):
 
         Args:
             label: stamped on samples from now on.
+            buckets: from `stage_weights`.
 
         Returns:
             A checksum of the loaded weights, the same on every engine of the same kind and arguments.

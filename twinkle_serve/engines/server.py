@@ -32,6 +32,7 @@ from twinkle_serve.engines.router_lease import RouterLease
 from twinkle_serve.engines.spans import SampleSpans
 from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.text import TextStream
+from twinkle_serve.engines.weights_loading import WeightsLoading
 from twinkle_serve.errors import (
     AdapterError,
     EngineDeadError,
@@ -80,6 +81,7 @@ class EngineServer(EngineClient):
         self._weights_dropped = False
         """Whether the engine sleeps without weights."""
         self._loading = asyncio.Lock()
+        self._incoming = WeightsLoading(engine, self._buckets)
         self._paused = False
         self._pause_lease = Lease(self._end_pause_soon)
         """Ends a pause when no router calls `describe` any more."""
@@ -362,14 +364,18 @@ class EngineServer(EngineClient):
 
     async def resume(self) -> None:
         self._paused = False
+        await self._incoming.drop()
         self._pause_lease.end()
         await self._engine.resume()
+
+    async def prepare_weights(self, version: WeightsVersion) -> None:
+        async with self._loading:
+            await self._incoming.prepare(version)
 
     async def load_weights(self, version: WeightsVersion) -> str:
         async with self._loading:
             self._weights_version = None
-            async with contextlib.aclosing(_one_ahead(self._buckets(version))) as parts:
-                checksum = await self._engine.load_weights(version.label, parts)
+            checksum = await self._incoming.load(version)
             self._weights_version = version
             if self._paused:
                 self._pause_lease.renew(timing.ENGINE_PAUSE_LEASE_S)
@@ -413,16 +419,3 @@ class EngineServer(EngineClient):
             self._spans.close()
         self._tasks.cancel()
         await self._engine.stop()
-
-
-async def _one_ahead(items: AsyncGenerator[Bucket, None]) -> AsyncGenerator[Bucket, None]:
-    """Yields the same items, fetching the next one while the last one is in use."""
-    async with contextlib.aclosing(items):
-        following = asyncio.ensure_future(anext(items, None))
-        try:
-            while (item := await following) is not None:
-                following = asyncio.ensure_future(anext(items, None))
-                yield item
-        finally:
-            following.cancel()
-            await asyncio.wait({following})

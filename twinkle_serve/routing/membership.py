@@ -227,10 +227,20 @@ class EngineMembership:
         names = self.active.keys() - self.leaving.keys()  # an engine that leaves may be out of reach already
         await asyncio.gather(*(call(self.clients[name]) for name in names))
 
-    async def try_call(self, name: str, what: str, call: Awaitable[None]) -> None:
+    async def prepare(self, version: WeightsVersion, limit_s: float) -> None:
+        """Has every engine in use fetch the beginning of a weights version. One that fails shows it when it loads."""
+        calls = [
+            self.try_call(name, "prepare a load", self.clients[name].prepare_weights(version), limit_s)
+            for name in self.active.keys() - self.leaving.keys()
+        ]
+        await asyncio.gather(*calls)
+
+    async def try_call(
+        self, name: str, what: str, call: Awaitable[None], limit_s: float = timing.PROBE_TIMEOUT_S
+    ) -> None:
         """Awaits a control call whose failure changes nothing: the engine is gone, or keeps something for longer."""
         try:
-            async with asyncio.timeout(timing.PROBE_TIMEOUT_S):
+            async with asyncio.timeout(limit_s):
                 await call
         except Exception as error:
             logger.info(f"{name} did not {what}: {type(error).__name__}: {error}")

@@ -145,6 +145,7 @@ class WeightUpdates:
                         raise
                 self._numbers[version.label] = version.number
 
+            await self._engines.prepare(version, timeout_s)
             phases = await self._pause_coordinator.update(version, mode, commit, timeout_s)
         except BaseException as error:
             self._telemetry.count(metrics.UPDATES, 1, "failed")

@@ -57,8 +57,9 @@ class StoreClient(Protocol):
         """Starts an upload and returns its id; see `ModelWeights.begin`."""
         ...
 
-    async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
-        """Stores the next bucket of an upload; see `ModelWeights.append`."""
+    async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> int | None:
+        """Takes the next bucket of an upload; see `ModelWeights.append`."""
+        ...
 
     async def seal_weights(self, upload: int) -> WeightsVersion:
         """Completes an upload; see `ModelWeights.seal`."""
@@ -118,9 +119,9 @@ class LocalStore(StoreClient):
     async def begin_weights(self, label: str, model: ModelSpec) -> int:
         return await self._run(self._store.model.begin, label, model)
 
-    async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
+    async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> int | None:
         data = await bucket[0] if isinstance(bucket, list) else bucket
-        await self._run(self._store.model.append, upload, index, data)
+        return await self._run(self._store.model.append, upload, index, data)
 
     async def seal_weights(self, upload: int) -> WeightsVersion:
         return await self._run(self._store.model.seal, upload)

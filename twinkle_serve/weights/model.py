@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 
 import blake3
@@ -41,6 +42,9 @@ class ModelWeights:
             ConfigError: the manifest cannot be read.
         """
         self._disk = disk
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="store writes")
+        self._writes: dict[str, Future[None]] = {}
+        """Files that are being written, by path; each keeps its bucket."""
         self._memory: dict[tuple[int, int], bytes] = {}
         """Buckets by version number and index, without a state directory."""
         self._labels = [CHECKPOINT_VERSION.label]
@@ -89,13 +93,21 @@ class ModelWeights:
         self._upload = Upload(version, model, self._read)
         return self._uploads
 
-    def append(self, upload: int, index: int, bucket: Bucket) -> None:
-        """Stores the next bucket of an upload. Idempotent for the last bucket.
+    @property
+    def pending_number(self) -> int:
+        """Number of the version that is being uploaded."""
+        return len(self._labels)
+
+    def append(self, upload: int, index: int, bucket: Bucket) -> int | None:
+        """Takes the next bucket of an upload, and writes it in the background. Idempotent for the last bucket.
 
         Args:
             upload: id from `begin`.
             index: number of buckets before it.
             bucket: weights as a safetensors file.
+
+        Returns:
+            Index of the bucket in the version; None where the version has it without some weights, or not at all.
 
         Raises:
             WeightsError: the bucket is damaged, or has names or shapes that the model does not have. The upload is
@@ -103,10 +115,11 @@ class ModelWeights:
             StoreError: the bucket is out of order, or the state directory cannot be written.
         """
         pending = self._require(upload)
+        self._raise_failed_writes()
         version, received = pending.version, pending.received
         checksum = _checksum(bucket.data)
         if index == len(received) - 1 and checksum == received[index]:
-            return  # sent again by a caller that got no answer
+            return pending.last_index  # sent again by a caller that got no answer
         if index != len(received):
             raise StoreError(f"bucket {index} of {version.label!r} came after {len(received)} buckets.")
         try:
@@ -114,9 +127,11 @@ class ModelWeights:
         except WeightsError:
             self._drop_pending()
             raise
+        pending.last_index = len(pending.version.buckets) if kept is bucket else None
         if kept is not None:
             self._put(pending, kept, checksum if kept is bucket else _checksum(kept.data))
         received.append(checksum)
+        return pending.last_index
 
     def _put(self, pending: Upload, bucket: Bucket, checksum: str) -> None:
         """Stores a bucket as the next one of its version."""
@@ -124,16 +139,18 @@ class ModelWeights:
         if self._disk is None:
             self._memory[version.number, index] = bytes(bucket)
         else:
-            self._disk.write(_path(version, index), bucket.data)
+            path = _path(version, index)
+            self._writes[path] = self._writer.submit(self._disk.write, path, bucket.data)
         pending.version = replace(
             version, buckets=(*version.buckets, checksum), size_bytes=version.size_bytes + len(bucket)
         )
 
     def seal(self, upload: int) -> WeightsVersion:
-        """Ends the upload of a version, which is not current yet. Idempotent.
+        """Ends the upload of a version, which is not current yet, once its files are written. Idempotent.
 
         Raises:
             WeightsError: weights of the model are missing. The upload is dropped.
+            StoreError: the state directory cannot be written. The upload is dropped.
         """
         if self._sealed is not None and upload == self._uploads:
             return self._sealed  # sent again
@@ -144,6 +161,8 @@ class ModelWeights:
                 f"version {pending.version.label!r} lacks {len(missing)} of the model's {pending.required} "
                 f"weights, such as {', '.join(missing[:3])}. Send all of them."
             )
+        wait(self._writes.values())
+        self._raise_failed_writes()
         self._upload, self._sealed = None, pending.version
         return pending.version
 
@@ -197,15 +216,22 @@ class ModelWeights:
         Raises:
             StoreError: the version was dropped, or the bucket differs from the appended one.
         """
+        self.require(version)
+        return self._read(version, index)
+
+    def require(self, version: WeightsVersion) -> None:
+        """Raises StoreError for a version that is neither current nor sealed."""
         if version not in (self._current, self._sealed):
             current = self._current.label
             raise StoreError(f"the store no longer has version {version.label!r}; {current!r} is current.")
-        return self._read(version, index)
 
     def _read(self, version: WeightsVersion, index: int) -> bytes:
         if self._disk is None:
             return self._memory[version.number, index]
-        data = self._disk.read(_path(version, index))
+        path = _path(version, index)
+        if (write := self._writes.get(path)) is not None:
+            write.result()
+        data = self._disk.read(path)
         if (checksum := _checksum(data)) != version.buckets[index]:
             raise StoreError(
                 f"{self._disk.root}/{_path(version, index)} has the checksum {checksum}, and had "
@@ -227,9 +253,20 @@ class ModelWeights:
         if pending is not None:
             self._remove(pending)
 
+    def _raise_failed_writes(self) -> None:
+        """Raises the StoreError of a file that could not be written, and drops the upload."""
+        ended = {path: write for path, write in self._writes.items() if write.done()}
+        for path in ended:
+            del self._writes[path]
+        if error := next(filter(None, (write.exception() for write in ended.values())), None):
+            self._drop_pending()
+            raise error
+
     def _remove(self, version: WeightsVersion) -> None:
         for index in range(len(version.buckets)):
             self._memory.pop((version.number, index), None)
+            if (write := self._writes.pop(_path(version, index), None)) is not None and not write.cancel():
+                wait([write])
         if self._disk is not None and version.buckets:
             self._disk.remove(f"base/{version.number}")
 

@@ -58,6 +58,8 @@ class Upload:
         """Updated by the caller, with each bucket that it has stored."""
         self.received: list[str] = []
         """Checksum of each bucket as it came; kept by the caller."""
+        self.last_index: int | None = None
+        """Index in the version of the last bucket as it came; kept by the caller."""
         self._model = model
         self._stored = stored
         self._required = model.required

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from twinkle_serve.data_format.telemetry import EngineLoad
 from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
 from twinkle_serve.engines.drawing import columns_of_samples
 from twinkle_serve.engines.logits import LogitsProcessor
-from twinkle_serve.engines.protocol import TokenDelta, max_new_tokens
+from twinkle_serve.engines.protocol import StagedBucket, TokenDelta, max_new_tokens
 from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.torch.adapters import ModelAdapters
 from twinkle_serve.engines.torch.args import check_engine_args
@@ -361,11 +362,15 @@ class TorchEngine:
         # Even if not held: an abandoned pause may be about to hold it.
         await self._change_model(functools.partial(setattr, self, "_held", False))
 
-    async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
+    def stage_weights(self, buckets: AsyncGenerator[Bucket, None]) -> AsyncGenerator[StagedBucket, None]:
+        return buckets
+
+    async def load_weights(self, label: str, buckets: AsyncIterable[StagedBucket]) -> str:
         import safetensors.torch
 
         renamed: dict[str, Tensor] = {}
         async for bucket in buckets:
+            assert not isinstance(bucket, Path)
             tensors = safetensors.torch.load(bucket.tobytes())
             await self._change_model(functools.partial(copy_weights, self._model.causal_lm, tensors, renamed))
         checksum: list[str] = []

@@ -8,6 +8,7 @@ import itertools
 import signal
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twinkle_serve.adapter_description import not_in_model
@@ -18,7 +19,7 @@ from twinkle_serve.data_format.samples import PartialSample, SampleColumns
 from twinkle_serve.data_format.structured_outputs import StructuredOutputs
 from twinkle_serve.data_format.telemetry import EngineLoad
 from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
-from twinkle_serve.engines.protocol import TokenDelta
+from twinkle_serve.engines.protocol import StagedBucket, TokenDelta
 from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.vllm.args import build_config, check_engine_args, engine_info, set_environment
 from twinkle_serve.engines.vllm.grammars import GrammarChecks
@@ -359,31 +360,43 @@ class VLLMEngine:
         with self._translated_errors():
             await self._llm.resume_generation()
 
-    async def load_weights(self, label: str, buckets: AsyncIterable[Bucket]) -> str:
+    async def stage_weights(self, buckets: AsyncGenerator[Bucket, None]) -> AsyncGenerator[StagedBucket, None]:
+        assert self._files is not None
+        self._files.drop_buckets()
+        async with contextlib.aclosing(buckets):
+            async for bucket in buckets:
+                try:
+                    path = await asyncio.to_thread(self._files.write_bucket, bucket)
+                except OSError as error:
+                    raise EngineError(
+                        f"{self._name}: weights cannot be written to {self._files.root}: {error}. Free space there; "
+                        "with docker, raise --shm-size."
+                    ) from error
+                yield path
+
+    async def load_weights(self, label: str, buckets: AsyncIterable[StagedBucket]) -> str:
         assert self._files is not None
         try:
             started = False
-            async for bucket in buckets:
-                with self._files.bucket_file(bucket) as path:
-                    if not started:  # the old weights stay complete until the first bucket
-                        await self._llm.collective_rpc("begin_weights")
-                        started = True
-                    await self._llm.collective_rpc("load_weights", args=(str(path),))
+            async for path in buckets:
+                assert isinstance(path, Path)
+                if not started:  # the old weights stay complete until the first bucket
+                    await self._llm.collective_rpc("begin_weights")
+                    started = True
+                await self._llm.collective_rpc("load_weights", args=(str(path),))
+                path.unlink(missing_ok=True)
             checksums = await self._llm.collective_rpc("finish_weights")
             # Running samples recompute the keys and values of the old weights.
             await self._llm.reset_prefix_cache(reset_running_requests=True)
             await self._llm.update_weight_version(label)
         except TwinkleServeError:
             raise
-        except OSError as error:
-            raise EngineError(
-                f"{self._name}: weights cannot be written to {self._files.root}: {error}. Free space there; with "
-                "docker, raise --shm-size."
-            ) from error
         except Exception as error:
             if self._llm.errored:
                 raise self._dead_error() from error
             raise WeightsError(f"vLLM refuses weights {label!r}: {self._reported() or error}") from error
+        finally:
+            self._files.drop_buckets()
         self._label = label
         return " ".join(checksums)
 

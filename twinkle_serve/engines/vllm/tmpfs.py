@@ -7,7 +7,6 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from twinkle_serve.adapters import CONFIG, WEIGHTS
@@ -37,6 +36,7 @@ class MemoryDirectory:
         self._lock = os.open(new / "lock", os.O_CREAT | os.O_RDWR)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._path = new.rename(root / new.name.removeprefix("new-"))
+        self._buckets = 0
         # A lock of another kind: forks of this process hold the first one too.
         self._held = hold(self.owner)
 
@@ -62,14 +62,16 @@ class MemoryDirectory:
     def drop(self, version: AdapterVersion) -> None:
         shutil.rmtree(self._path / str(version.id), ignore_errors=True)
 
-    @contextlib.contextmanager
-    def bucket_file(self, bucket: Bucket) -> Iterator[Path]:
-        """Writes a bucket of the model's own weights to a file that exists for the length of the block."""
-        path = self._path / "weights.safetensors"
-        try:
-            path.write_bytes(bucket.data)
-            yield path
-        finally:
+    def write_bucket(self, bucket: Bucket) -> Path:
+        """Writes a bucket of the model's own weights to a new file. Returns its path."""
+        self._buckets += 1
+        path = self._path / f"bucket-{self._buckets}.safetensors"
+        path.write_bytes(bucket.data)
+        return path
+
+    def drop_buckets(self) -> None:
+        """Removes the files of buckets that are left."""
+        for path in self._path.glob("bucket-*.safetensors"):
             path.unlink(missing_ok=True)
 
     def own_weights(self, model: str) -> str:

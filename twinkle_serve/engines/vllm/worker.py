@@ -3,7 +3,6 @@ before they build the model."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
+from twinkle_serve.engines.vllm.checksum import model_checksum
 from twinkle_serve.engines.vllm.processes import allow_high_temperatures, begin_worker
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ class WorkerExtension:
     model_runner: GPUModelRunner
     vllm_config: VllmConfig
     add_lora: Callable[[LoRARequest], bool]
-    compute_weight_checksums: Callable[[], dict[str, str]]
 
     _loading = False
     """Whether a load is in progress, with the model holding both old and new weights."""
@@ -86,10 +85,7 @@ class WorkerExtension:
                 if isinstance(module, ParallelLMHead):
                     module.quant_method.process_weights_after_loading(module)
         self.model_runner.reset_lora_state()
-        digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(self.compute_weight_checksums().items()):
-            digest.update(f"{name} {tensor}\n".encode())
-        return digest.hexdigest()
+        return model_checksum(model)
 
     def add_adapter(self, name: str, adapter_id: int, path: str) -> list[str]:
         """Loads an adapter. Returns the adapter's modules that this worker's part of the model lacks.
