@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import ray
 from cachetools import LRUCache
@@ -20,7 +21,7 @@ from twinkle_serve.channel_calls import MethodServer
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import metrics
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.weights import Bucket, BucketArgument, ModelSpec, WeightsVersion
+from twinkle_serve.data_format.weights import Bucket, BucketArgument, BucketFile, ModelSpec, WeightsVersion
 from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import SIDE_CPUS
 from twinkle_serve.sessions import LocalSessions, SessionsAPI, SessionStore
@@ -31,6 +32,9 @@ from twinkle_serve.weights.disk import local_path
 BUCKETS_READ_AGAIN = 3
 """Buckets of the current weights that are kept in Ray's object store when they were read from the disk."""
 
+
+BucketPlace: TypeAlias = list[Awaitable[Bucket]] | BucketFile
+"""See BucketArgument."""
 
 COUNT_PERIOD_S = 5.0
 """How often the sessions are counted, for the metrics."""
@@ -64,8 +68,8 @@ class Store(LocalStore, LocalSessions):
         self._tasks.spawn(self._count_sessions())
         self._adapter_refs: dict[int, Awaitable[AdapterFiles]] = {}
         """References to adapters by id of the version, so that all engines of a node share one copy."""
-        self._sent: dict[tuple[int, int], Awaitable[Bucket]] = {}
-        """References to the buckets of an update, as its trainer sent them, by number of the version and index: engines
+        self._sent: dict[tuple[int, int], BucketPlace] = {}
+        """Where the buckets of an update are, as its trainer sent them, by number of the version and index: engines
         load from the memory where they are already."""
         self._read_again: LRUCache[tuple[int, int], Awaitable[Bucket]] = LRUCache(BUCKETS_READ_AGAIN)
         """References to others. Engines ask for one after the other at about the same time, so few are kept."""
@@ -101,12 +105,12 @@ class Store(LocalStore, LocalSessions):
 
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> int | None:
         kept = await super().append_weights(upload, index, bucket)
-        if kept is not None and isinstance(bucket, list):
-            self._sent[self._store.model.pending_number, kept] = bucket[0]
+        if kept is not None and isinstance(bucket, (list, BucketFile)):
+            self._sent[self._store.model.pending_number, kept] = bucket
         return kept
 
-    async def bucket_ref(self, version: WeightsVersion, index: int, from_disk: bool = False) -> list[Awaitable[Bucket]]:
-        """Returns a reference to a bucket of a weights version.
+    async def bucket_place(self, version: WeightsVersion, index: int, from_disk: bool = False) -> BucketPlace:
+        """Returns where a bucket of a weights version is.
 
         Args:
             from_disk: the trainer's own is lost, as it is when the trainer has died.
@@ -116,7 +120,7 @@ class Store(LocalStore, LocalSessions):
         if from_disk:
             self._sent.pop(key, None)
         if key in self._sent:
-            return [self._sent[key]]
+            return self._sent[key]
         if key not in self._read_again:
             self._read_again[key] = ray.put(await self.bucket(version, index))
         return [self._read_again[key]]

@@ -16,7 +16,7 @@ from deployments.handles import send
 from deployments.store import Store
 from twinkle_serve import timing
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.weights import Bucket, BucketArgument, ModelSpec, WeightsVersion
+from twinkle_serve.data_format.weights import Bucket, BucketArgument, BucketFile, ModelSpec, WeightsVersion
 from twinkle_serve.errors import StoreError, TwinkleServeError
 from twinkle_serve.remote.errors import raised_error
 from twinkle_serve.weights import StoreClient
@@ -82,11 +82,12 @@ class ServeStoreClient(StoreClient):
 
     async def bucket(self, version: WeightsVersion, index: int) -> Bucket:
         async def fetch() -> Bucket:
-            (reference,) = await send(self._handle, Store.bucket_ref, version, index)
-            with contextlib.suppress(RayError):  # the trainer that sent it is gone
-                return await reference
-            (reference,) = await send(self._handle, Store.bucket_ref, version, index, from_disk=True)
-            return await reference
+            place = await send(self._handle, Store.bucket_place, version, index)
+            with contextlib.suppress(RayError, FileNotFoundError):  # the trainer that sent it is gone
+                return place.map() if isinstance(place, BucketFile) else await place[0]
+            place = await send(self._handle, Store.bucket_place, version, index, from_disk=True)
+            assert isinstance(place, list)
+            return await place[0]
 
         return await until_answered(fetch)
 

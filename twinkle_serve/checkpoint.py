@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -274,18 +274,25 @@ def _tensors_in_files(source: str | os.PathLike[str]) -> Iterator[tuple[str, Ten
 
 
 def buckets(
-    tensors: Iterable[tuple[str, AnyTensor]], bucket_bytes: int = BUCKET_BYTES, *, allow_nonfinite: bool = False
+    tensors: Iterable[tuple[str, AnyTensor]],
+    bucket_bytes: int = BUCKET_BYTES,
+    *,
+    allow_nonfinite: bool = False,
+    new_file: Callable[[int], TensorFile] = TensorFile,
 ) -> Iterator[Bucket]:
     """Packs weights into buckets of about `bucket_bytes`, each of at least one tensor; holds one in memory at a time.
 
     A tensor is copied before the next one is asked for: its memory may be used again for that one. A sharded tensor
     (DTensor) is gathered when its turn comes, so every rank of its mesh must take part.
 
+    Args:
+        new_file: makes the file of a bucket, given its expected size in bytes.
+
     Raises:
         WeightsError: an item that is not a tensor or has no values, a repeated name, or values that are not finite.
     """
     capacity = int(min(bucket_bytes, BUCKET_BYTES))
-    file, names = TensorFile(capacity), set[str]()
+    file, names = new_file(capacity), set[str]()
     for name, tensor in tensors:
         if not isinstance(name, str) or not is_tensor(tensor):
             raise WeightsError(f"weights must be pairs of name and tensor, got {name!r} and {type(tensor).__name__}.")
@@ -301,7 +308,7 @@ def buckets(
                 )
             if file.names and (file.size + whole.nbytes > bucket_bytes or not file.aligns(whole)):
                 yield file.finish()
-                file = TensorFile(capacity)
+                file = new_file(capacity)
             file.add(name, whole)
         except ValueError as error:
             raise WeightsError(f"weight {name!r} {error}") from error

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from twinkle_serve.errors import StoreError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -286,18 +290,23 @@ class TensorFile:
             ValueError: it cannot be copied; see `gathered`.
         """
         begin, end = self._end, self._end + tensor.nbytes
-        if end > len(self._buffer):
-            grown = np.empty(max(end, 2 * len(self._buffer)), np.uint8)
-            grown[:begin] = self._buffer[:begin]
-            self._buffer = grown
         if tensor.nbytes:
-            _copy(tensor, self._buffer[begin:end])
+            self._append(tensor)
         self._header[name] = {
             "dtype": DTYPES[dtype_name(tensor)][0],
             "shape": list(tensor.shape),
             "data_offsets": [begin - HEADER_ROOM, end - HEADER_ROOM],
         }
         self._end = end
+
+    def _append(self, tensor: AnyTensor) -> None:
+        """Copies a tensor behind the others."""
+        begin, end = self._end, self._end + tensor.nbytes
+        if end > len(self._buffer):
+            grown = np.empty(max(end, 2 * len(self._buffer)), np.uint8)
+            grown[:begin] = self._buffer[:begin]
+            self._buffer = grown
+        _copy(tensor, self._buffer[begin:end])
 
     def finish(self, metadata: Mapping[str, str] | None = None) -> NDArray[np.uint8]:
         """Returns the file. Nothing can be added afterwards."""
@@ -308,11 +317,67 @@ class TensorFile:
         return self._buffer[start : self._end]
 
 
-def encode_header(entries: Mapping[str, Mapping[str, object]], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Returns the start of a safetensors file: the length of the header, and the header, padded to 8 bytes."""
+class MappedTensorFile(TensorFile):
+    """Writes a safetensors file to a path, without a copy in this process's memory."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            StoreError: it cannot be written, as from `add` and `finish`.
+        """
+        super().__init__(0)
+        self._path = path
+        with self._translated_errors():
+            self._file = path.open("wb", buffering=0)
+            self._file.seek(HEADER_ROOM)
+
+    def _append(self, tensor: AnyTensor) -> None:
+        data = _memory_of(tensor)
+        if data is None:
+            data = np.empty(tensor.nbytes, np.uint8)
+            _copy(tensor, data)
+        self._write(data)
+
+    def finish(self, metadata: Mapping[str, str] | None = None) -> NDArray[np.uint8]:
+        """Returns the file, mapped. Nothing can be added afterwards."""
+        header = encode_header(self._header, metadata, HEADER_ROOM)
+        longer = len(header) > HEADER_ROOM
+        with self._translated_errors():
+            tensors = np.fromfile(self._path, np.uint8, offset=HEADER_ROOM) if longer else np.empty(0, np.uint8)
+            self._file.seek(0)
+            self._write(np.frombuffer(header, np.uint8))
+            self._write(tensors)
+            self._file.close()
+            return np.memmap(self._path, np.uint8, "r")
+
+    def _write(self, data: NDArray[np.uint8]) -> None:
+        left = data.data
+        with self._translated_errors():
+            while left:
+                left = left[self._file.write(left) :]
+
+    @contextlib.contextmanager
+    def _translated_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(
+                f"weights cannot be written to {self._path.parent.parent}: {error}. Free space there; with docker, "
+                "raise --shm-size."
+            ) from error
+
+
+def encode_header(
+    entries: Mapping[str, Mapping[str, object]], metadata: Mapping[str, str] | None = None, size: int = 0
+) -> bytes:
+    """Returns the start of a safetensors file: the length of the header, and the header, padded to 8 bytes.
+
+    Args:
+        size: pads it to as many bytes.
+    """
     content = {"__metadata__": metadata, **entries} if metadata else entries
     header = json.dumps(content, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
+    header += b" " * max(-len(header) % 8, size - 8 - len(header))
     return len(header).to_bytes(8, "little") + header
 
 
@@ -326,6 +391,19 @@ def digest(tensor: AnyTensor) -> str:
     if tensor.nbytes:
         _copy(tensor, memory)
     return hashlib.blake2b(memory.data, digest_size=16).hexdigest()
+
+
+def _memory_of(tensor: AnyTensor) -> NDArray[np.uint8] | None:
+    """Returns the bytes of a tensor from `gathered` where they are, if they are as in a file; else None."""
+    if isinstance(tensor, np.ndarray):
+        plain = tensor.flags.c_contiguous and tensor.dtype.newbyteorder("<") == tensor.dtype
+        return tensor.reshape(-1).view(np.uint8) if plain else None
+    import torch
+
+    if tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj():
+        memory: NDArray[np.uint8] = tensor.view(-1).view(torch.uint8).numpy()
+        return memory
+    return None
 
 
 def _copy(tensor: AnyTensor, memory: NDArray[np.uint8]) -> None:

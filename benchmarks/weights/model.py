@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import shutil
 import statistics
 import threading
@@ -27,6 +28,10 @@ STREAM_TOKENS = (80, 120, 160, 200)
 MODES: tuple[Literal["keep", "wait", "abort"], ...] = ("keep", "wait", "abort")
 
 
+STANDSTILL = ("pause", "load", "commit")
+"""Phases of an update during which samples wait."""
+
+
 class Bare:
     """A bare engine that reloads its model's weights from a directory."""
 
@@ -41,12 +46,16 @@ class Bare:
         """Writes the weights to a file in memory."""
         save_file(weights, self._path / "model.safetensors")
 
-    async def load_and_sample(self) -> None:
+    async def load_and_sample(self) -> float:
+        """Returns the seconds during which samples would wait."""
         self._loads += 1
+        started = time.perf_counter()
         await self._llm.pause_generation(mode="keep")
         await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._path)})
         await self._llm.resume_generation()
+        stood_s = time.perf_counter() - started
         await first_token(self._llm, PROMPT, f"model-{self._loads}")
+        return stood_s
 
 
 async def first_sample(rounds: int, name: str, weights: Tensors, bare: Bare, sampler: RunningSampler) -> Figures:
@@ -59,23 +68,38 @@ async def first_sample(rounds: int, name: str, weights: Tensors, bare: Bare, sam
                 updated_s, sampled_s = await _update_and_sample(sampler, f"{name}-{number}", fresh)
                 times["update"].append(updated_s)
                 times["service"].append(sampled_s)
+                for phase, seconds in _phases(sampler).items():
+                    times[phase].append(seconds)
+                times["standstill"].append(sum(times[phase][-1] for phase in STANDSTILL))
+                times["transport"].append(updated_s - times["standstill"][-1])
             else:
                 bare.write(fresh)
                 started = time.perf_counter()
-                await bare.load_and_sample()
+                times["bare_standstill"].append(await bare.load_and_sample())
                 times["bare"].append(time.perf_counter() - started)
     steady = {way: values[1:] for way, values in times.items()}  # the first round warms both up
-    ratios = [a / b for a, b in zip(steady["service"], steady["bare"], strict=True)]
+    ratios, standing = (
+        [a / b for a, b in zip(steady[own], steady[other], strict=True)]
+        for own, other in (("service", "bare"), ("standstill", "bare_standstill"))
+    )
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
     figures = {
         "bytes": size_bytes,
         **{f"{way}_s": round(statistics.median(values), 3) for way, values in steady.items()},
-        "ratio": {"median": round(statistics.median(ratios), 2), "least": round(min(ratios), 2)},
+        "first_token_ratio": quartiles(ratios, 2),
+        "standstill_ratio": quartiles(standing, 2),
+        "transport_gb_s": round(size_bytes / statistics.median(steady["transport"]) / 1e9, 2),
         "update_gb_s": round(size_bytes / statistics.median(steady["update"]) / 1e9, 3),
         "memcpy_gb_s": round(memcpy_gb_s(min(size_bytes, 2**28)), 2),
     }
     print(f"{name}: {figures}", flush=True)
     return figures
+
+
+def _phases(sampler: RunningSampler) -> dict[str, float]:
+    """Returns the seconds of each phase of the last update, as the router measured them."""
+    *_, last = (event for event in sampler.telemetry()["events"] if event["kind"] == "weights")
+    return {phase: float(seconds) for phase, seconds in re.findall(r"(\w+) ([\d.]+) s\b", last["text"])}
 
 
 async def peak_memory(sampler: RunningSampler, weights: Tensors, service: Processes) -> dict[str, dict[str, float]]:

@@ -21,7 +21,7 @@ from twinkle_serve.data_format.structured_outputs import Kind, StructuredOutputs
 from twinkle_serve.engines.vllm.grammars import GrammarChecks
 from twinkle_serve.engines.vllm.processes import COMPILE_NICENESS
 from twinkle_serve.engines.vllm.requests import checked_params_class, structured_outputs_params
-from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
+from twinkle_serve.engines.vllm.tmpfs import EngineFiles
 from twinkle_serve.errors import SamplingParamsError
 
 pytestmark = pytest.mark.vllm
@@ -30,7 +30,7 @@ LIMIT_S = 2
 IDS = itertools.count()
 
 
-def _checks(config: Any, files: MemoryDirectory, backend: str) -> GrammarChecks:
+def _checks(config: Any, files: EngineFiles, backend: str) -> GrammarChecks:
     checks = GrammarChecks(config, files.owner, limit_s=LIMIT_S)
     checks._settings = replace(checks._settings, backend=backend)
     return checks
@@ -40,7 +40,7 @@ def _checks(config: Any, files: MemoryDirectory, backend: str) -> GrammarChecks:
 async def both(vllm_engine: EngineHarness) -> AsyncIterator[dict[str, GrammarChecks]]:
     """Checks of the engine's specifications, with its own backend and with the other one; both helpers are up."""
     engine: Any = vllm_engine.engine
-    files = MemoryDirectory()
+    files = EngineFiles()
     config = engine._llm.vllm_config
     made = {backend: _checks(config, files, backend) for backend in ("xgrammar", "guidance")}
     await asyncio.gather(*(checks.check("json_object", True) for checks in made.values()))

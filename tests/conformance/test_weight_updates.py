@@ -344,7 +344,7 @@ def test_cancelled_update_leaves_nothing_behind(
     with pytest.raises(KeyboardInterrupt):
         sampler.update_weights(interrupted(), next(LABELS), bucket_bytes=2**18)
     assert sampler.status()["weights"] == before
-    with pytest.raises(TwinkleServeError, match="given up"):
-        client, bucket = sampler._client, sampler._client.put_large(np.zeros(8, np.uint8))
-        client.loop.call(client.call(60.0, RouterAPI.append_weights, 1, 0, bucket))
+    client = sampler._client
+    with client.sending() as sender, pytest.raises(TwinkleServeError, match="given up"):
+        client.loop.call(client.call(60.0, RouterAPI.append_weights, 1, 0, sender.send(np.zeros(8, np.uint8))))
     sampler.update_weights(weights, next(LABELS))

@@ -19,7 +19,6 @@ from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.sample_request import Inputs, SampleRequest
 from twinkle_serve.data_format.sample_updates import UpdatesItem
 from twinkle_serve.data_format.samples import StopReason
-from twinkle_serve.data_format.weights import Bucket, BucketArgument
 from twinkle_serve.errors import ServiceNotReadyError
 from twinkle_serve.gateway.app import build_app
 from twinkle_serve.gateway.config import GatewayArgs
@@ -29,7 +28,7 @@ from twinkle_serve.gateway.samplers import Connect, Samplers
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler import RunningSampler
 from twinkle_serve.sampler.local import LocalClient
-from twinkle_serve.sampler.router_client import RouterClient
+from twinkle_serve.sampler.router_client import BucketSender, RouterClient
 from twinkle_serve.sessions import SessionsAPI, SessionStore
 from twinkle_serve.sessions.client import LocalSessions
 
@@ -91,8 +90,8 @@ class OnAnyLoop(RouterClient):
     def cancel(self, request_id: str, inputs: list[int] | None) -> Coroutine[Any, Any, int]:
         return self.loop.call_async(self._client.cancel(request_id, inputs))
 
-    def put_large(self, bucket: Bucket) -> BucketArgument:
-        return self._client.put_large(bucket)
+    def sending(self) -> contextlib.AbstractContextManager[BucketSender]:
+        return self._client.sending()
 
     def shutdown(self, *, force: bool = False) -> None:
         self._client.shutdown(force=force)

@@ -21,7 +21,7 @@ from tests.support.grammar_stub import CHECKS
 from tests.support.processes import has_ended
 from twinkle_serve.engines.vllm import grammars
 from twinkle_serve.engines.vllm.grammars import GrammarChecks
-from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
+from twinkle_serve.engines.vllm.tmpfs import EngineFiles
 from twinkle_serve.errors import EngineDeadError, EngineError, SamplingParamsError
 
 STUB = "from tests.support.grammar_stub import main; main()"
@@ -56,7 +56,7 @@ def _config() -> Any:
 async def checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[GrammarChecks]:
     monkeypatch.setattr(grammars, "BOOT", STUB)
     monkeypatch.setenv(CHECKS, str(tmp_path / "checks"))
-    files = MemoryDirectory()
+    files = EngineFiles()
     made = GrammarChecks(_config(), files.owner, limit_s=1, memory_bytes=2**26)
     yield made
     await made.close()
@@ -204,11 +204,11 @@ OWNER = """
 import asyncio, os
 from tests.unit.test_grammars import STUB, _config, _helpers
 from twinkle_serve.engines.vllm import grammars
-from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
+from twinkle_serve.engines.vllm.tmpfs import EngineFiles
 
 async def main():
     grammars.BOOT = STUB
-    checks = grammars.GrammarChecks(_config(), MemoryDirectory().owner, limit_s=60)
+    checks = grammars.GrammarChecks(_config(), EngineFiles().owner, limit_s=60)
     await checks.check("regex", "valid")
     running = asyncio.create_task(checks.check("regex", "slow"))
     while not (children := _helpers()[0].children()):

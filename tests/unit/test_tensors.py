@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,8 @@ from tests.support.lora import random_adapter
 from twinkle_serve import hub
 from twinkle_serve.adapters import pack_adapter
 from twinkle_serve.checkpoint import buckets, named_tensors
-from twinkle_serve.errors import AdapterError, WeightsError
-from twinkle_serve.tensors import HEADER_ROOM, TensorFile
+from twinkle_serve.errors import AdapterError, StoreError, WeightsError
+from twinkle_serve.tensors import HEADER_ROOM, MappedTensorFile, TensorFile
 
 TENSORS: dict[str, torch.Tensor] = dict(named_tensors(hub.DEMO))
 
@@ -238,9 +240,43 @@ def test_tensors_of_all_dtypes_are_readable() -> None:
     )
 
 
-def test_header_beyond_its_room_is_written_too() -> None:
+@pytest.fixture(params=["memory", "path"])
+def new_file(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[int], TensorFile]:
+    """Makes files of either kind."""
+    numbers = itertools.count()
+    return TensorFile if request.param == "memory" else lambda size: MappedTensorFile(tmp_path / f"{next(numbers)}")
+
+
+def test_files_of_either_kind_have_the_same_tensors(new_file: Callable[[int], TensorFile]) -> None:
+    """Contiguous or not, of torch or numpy, of any byte order, empty, a scalar."""
+    tensors: dict[str, Any] = {
+        "plain": torch.arange(12, dtype=torch.float32).view(3, 4),
+        "transposed": torch.arange(12, dtype=torch.float32).view(3, 4).t(),
+        "bfloat16": torch.ones(5, dtype=torch.bfloat16),
+        "array": np.arange(6, dtype=np.int64).reshape(2, 3),
+        "columns": np.arange(6, dtype=np.int64).reshape(2, 3).T,
+        "big-endian": np.arange(4, dtype=">f4"),
+        "empty": torch.zeros(0, 3),
+        "scalar": np.array(2.5, dtype=np.float32),
+    }
+    for size in (1, 100, 2**20):
+        made = [part.tobytes() for part in buckets(tensors.items(), size, new_file=new_file)]
+        expected = [part.tobytes() for part in buckets(tensors.items(), size)]
+        assert len(made) == len(expected)
+        for one, other in zip(map(safetensors.torch.load, made), map(safetensors.torch.load, expected), strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
+
+
+def test_full_disk_is_an_error_with_its_remedy() -> None:
+    file = MappedTensorFile(Path("/dev/full"))
+    with pytest.raises(StoreError, match=r"cannot be written to .*: .*No space left.*--shm-size"):
+        file.add("weight", np.zeros(10))
+
+
+def test_header_beyond_its_room_is_written_too(new_file: Callable[[int], TensorFile]) -> None:
     """With more names than fit before the tensors."""
-    file, count = TensorFile(0), HEADER_ROOM // 50
+    file, count = new_file(0), HEADER_ROOM // 50
     for number in range(count):
         file.add(f"weight-{number}", np.full(1, number, np.int64))
     whole = file.finish()

@@ -23,14 +23,14 @@ from twinkle_serve.engines import build_engine
 from twinkle_serve.engines.vllm.args import executor_backend
 from twinkle_serve.engines.vllm.processes import IN_CORE, MAY_FORK, METHOD, fork_workers, prefer_spawn
 from twinkle_serve.engines.vllm.reports import REPORTS, Reports, describe, report_errors
-from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
+from twinkle_serve.engines.vllm.tmpfs import EngineFiles
 from twinkle_serve.errors import EngineStartError
 
 FAMILY = """
 import multiprocessing, os, sys, threading, time
 from twinkle_serve.engines.vllm.processes import end_with_owner, end_with_starter
 from twinkle_serve.engines.vllm.reports import Reports
-from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
+from twinkle_serve.engines.vllm.tmpfs import EngineFiles
 
 def worker(started):
     end_with_starter()
@@ -48,7 +48,7 @@ def start(context, pipe):
     context.Process(target=core, args=(pipe,)).start()
 
 if __name__ == "__main__":
-    files = MemoryDirectory()
+    files = EngineFiles()
     reports = Reports(files)
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
@@ -194,7 +194,7 @@ async def test_engine_in_a_script_without_a_file_says_what_to_do(monkeypatch: py
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.delenv(REPORTS, raising=False)
-    files = MemoryDirectory()
+    files = EngineFiles()
     yield Reports(files)
     files.close()
     logger = logging.getLogger("vllm")

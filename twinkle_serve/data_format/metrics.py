@@ -124,9 +124,9 @@ UPDATES = Metric(
 UPDATE_SECONDS = Metric(
     "twinkle_weight_update_seconds",
     "counter",
-    "Time that published updates took: upload, seal, pause, load, commit.",
+    "Time that published updates took: upload, seal, prepare, wait, pause, load, commit.",
     ("phase",),
-    initial=(("upload",), ("seal",), ("pause",), ("load",), ("commit",)),
+    initial=tuple((phase,) for phase in ("upload", "seal", "prepare", "wait", "pause", "load", "commit")),
 )
 UPDATE_BYTES = Metric(
     "twinkle_weight_update_bytes", "counter", "Bytes of the weights that updates have loaded.", initial=((),)

@@ -14,9 +14,21 @@ from numpy.typing import NDArray
 Bucket: TypeAlias = NDArray[np.uint8]
 """Some weights as a safetensors file. Shape [bytes]."""
 
-BucketArgument: TypeAlias = Bucket | list[Awaitable[Bucket]]
-"""A bucket, or a list with one reference to it in Ray's object store. Ray does not fetch references inside lists, so
-the bucket skips the processes that only pass it on."""
+
+@dataclass(frozen=True, slots=True)
+class BucketFile:
+    """A bucket in a file in memory, for other processes of the node, until its sender ends."""
+
+    path: str
+
+    def map(self) -> Bucket:
+        """Returns the bucket without a copy. Raises FileNotFoundError if its sender is gone."""
+        return np.memmap(self.path, np.uint8, "r")
+
+
+BucketArgument: TypeAlias = Bucket | list[Awaitable[Bucket]] | BucketFile
+"""A bucket, or where it is: a list with one reference to it in Ray's object store, or a file in memory. Ray does not
+fetch references inside lists, so the bucket skips the processes that only pass it on."""
 
 INITIAL_LABEL = "initial"
 """Label of the weights in the model's checkpoint."""

@@ -146,6 +146,7 @@ class WeightUpdates:
                 self._numbers[version.label] = version.number
 
             await self._engines.prepare(version, timeout_s)
+            prepared = clock()
             phases = await self._pause_coordinator.update(version, mode, commit, timeout_s)
         except BaseException as error:
             self._telemetry.count(metrics.UPDATES, 1, "failed")
@@ -153,7 +154,8 @@ class WeightUpdates:
             self._give_up(update)
             raise
         self._end(update)
-        self._report(update, {"upload": uploaded - update.began, "seal": sealed - uploaded, **phases})
+        before = {"upload": uploaded - update.began, "seal": sealed - uploaded, "prepare": prepared - sealed}
+        self._report(update, {**before, **phases})
 
     def _report(self, update: _Update, phases: Mapping[str, float]) -> None:
         """Records a published version, and how long each phase took, seconds."""

@@ -31,18 +31,18 @@ from twinkle_serve.data_format.inputs import PackedInputs
 from twinkle_serve.data_format.sample_request import Inputs, SampleRequest
 from twinkle_serve.data_format.sample_updates import UpdatesItem
 from twinkle_serve.data_format.samples import StopReason
-from twinkle_serve.data_format.weights import Bucket, BucketArgument
 from twinkle_serve.errors import DeadlineError, QueueFullError, ServiceError, TwinkleServeError
 from twinkle_serve.remote.applications import require_own
 from twinkle_serve.remote.clusters import serve_command
 from twinkle_serve.remote.errors import raised_error
 from twinkle_serve.routing.api import RouterAPI
+from twinkle_serve.sampler.bucket_sending import sending
 from twinkle_serve.sampler.connection import RouterConnection, SessionLostError
 from twinkle_serve.sampler.lease_keeper import keep_renewed
 from twinkle_serve.sampler.loop_thread import service_loop
 from twinkle_serve.sampler.received_updates import ReceivedUpdates
 from twinkle_serve.sampler.retry import RETRY_PAUSES_S, Attempts, pack_inputs
-from twinkle_serve.sampler.router_client import RouterClient
+from twinkle_serve.sampler.router_client import BucketSender, RouterClient
 from twinkle_serve.tasks import BackgroundTasks
 
 if TYPE_CHECKING:
@@ -271,8 +271,8 @@ class ServiceClient(RouterClient):
             attempts.cancel(inputs)  # later attempts leave them out
         return await self.call(timing.ANSWER_TIMEOUT_S, RouterAPI.cancel, request_id, inputs)
 
-    def put_large(self, bucket: Bucket) -> BucketArgument:
-        return [ray.put(bucket)]
+    def sending(self) -> contextlib.AbstractContextManager[BucketSender]:
+        return sending()
 
     def shutdown(self, *, force: bool = False) -> None:
         if ray.is_initialized() and self._name in serve.status().applications:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 
 from twinkle_serve import timing
 from twinkle_serve.checkpoint import BUCKET_BYTES, buckets, named_tensors
 from twinkle_serve.data_format.status import SamplerStatus
 from twinkle_serve.data_format.telemetry import CallInfo, TelemetryReport
-from twinkle_serve.data_format.weights import PauseMode
+from twinkle_serve.data_format.weights import Bucket, PauseMode
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.pause import Pause
 from twinkle_serve.sampler.router_client import RouterClient
 from twinkle_serve.sampler.weight_upload import upload_weights
+from twinkle_serve.tensors import TensorFile
 from twinkle_serve.validation import flag, positive
 
 P = ParamSpec("P")
@@ -80,8 +81,11 @@ class EngineControls:
         positive("timeout_s", timeout_s)
         flag("allow_nonfinite", allow_nonfinite)
         positive("bucket_bytes", bucket_bytes)
-        parts = buckets(named_tensors(weights), bucket_bytes, allow_nonfinite=allow_nonfinite)
-        return upload_weights(self._client, version, mode, parts, timeout_s)
+
+        def made(new_file: Callable[[int], TensorFile]) -> Iterator[Bucket]:
+            return buckets(named_tensors(weights), bucket_bytes, allow_nonfinite=allow_nonfinite, new_file=new_file)
+
+        return upload_weights(self._client, version, mode, made, timeout_s)
 
     def pause(self, mode: PauseMode = "keep", *, lease_s: float = 30.0) -> Pause:
         """Stops all engines until the pause is ended. Calls wait meanwhile, within their deadlines.

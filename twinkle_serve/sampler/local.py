@@ -21,7 +21,6 @@ from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.sample_request import Inputs, SampleRequest
 from twinkle_serve.data_format.sample_updates import UpdatesItem
 from twinkle_serve.data_format.samples import StopReason
-from twinkle_serve.data_format.weights import Bucket, BucketArgument
 from twinkle_serve.engines import build_engine, check_engine_args
 from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import ConfigError, DeadlineError, MeshError, PromptError
@@ -29,7 +28,7 @@ from twinkle_serve.placement import NodeResources, place
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.routing.router import Router
 from twinkle_serve.sampler.loop_thread import LoopThread
-from twinkle_serve.sampler.router_client import RouterClient
+from twinkle_serve.sampler.router_client import BucketSender, RouterClient
 from twinkle_serve.weights import LocalStore, StateLock, WeightStore
 
 P = ParamSpec("P")
@@ -121,8 +120,8 @@ class LocalClient(RouterClient):
     async def cancel(self, request_id: str, inputs: list[int] | None) -> int:
         return await self._router.cancel(request_id, inputs)
 
-    def put_large(self, bucket: Bucket) -> BucketArgument:
-        return bucket
+    def sending(self) -> contextlib.AbstractContextManager[BucketSender]:
+        return contextlib.nullcontext(BucketSender())
 
     def shutdown(self, *, force: bool = False) -> None:
         self._end()

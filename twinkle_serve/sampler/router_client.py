@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractContextManager
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from twinkle_serve.data_format import SampleResponse
@@ -13,9 +14,26 @@ from twinkle_serve.data_format.weights import Bucket, BucketArgument
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.loop_thread import LoopThread
 from twinkle_serve.tasks import Call
+from twinkle_serve.tensors import TensorFile
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class BucketSender:
+    """Makes buckets of weights, and arguments of calls from them. This one is for a router in this process."""
+
+    def new_file(self, capacity: int) -> TensorFile:
+        """Returns an empty file for the tensors of a bucket, which `send` takes at the least cost.
+
+        Args:
+            capacity: expected size in bytes.
+        """
+        return TensorFile(capacity)
+
+    def send(self, bucket: Bucket) -> BucketArgument:
+        """Returns the argument for a bucket."""
+        return bucket
 
 
 class RouterClient(Protocol):
@@ -79,8 +97,8 @@ class RouterClient(Protocol):
         """See `RouterAPI.cancel`."""
         ...
 
-    def put_large(self, bucket: Bucket) -> BucketArgument:
-        """Returns a reference to a large argument."""
+    def sending(self) -> AbstractContextManager[BucketSender]:
+        """Yields a sender, whose arguments are there for the length of the block."""
         ...
 
     def shutdown(self, *, force: bool = False) -> None:

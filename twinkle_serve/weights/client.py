@@ -11,7 +11,7 @@ from typing import ParamSpec, Protocol, TypeVar
 import numpy as np
 
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.weights import Bucket, BucketArgument, ModelSpec, WeightsVersion
+from twinkle_serve.data_format.weights import Bucket, BucketArgument, BucketFile, ModelSpec, WeightsVersion
 from twinkle_serve.weights.store import WeightStore
 
 P = ParamSpec("P")
@@ -120,7 +120,10 @@ class LocalStore(StoreClient):
         return await self._run(self._store.model.begin, label, model)
 
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> int | None:
-        data = await bucket[0] if isinstance(bucket, list) else bucket
+        if isinstance(bucket, BucketFile):
+            data = bucket.map()
+        else:
+            data = await bucket[0] if isinstance(bucket, list) else bucket
         return await self._run(self._store.model.append, upload, index, data)
 
     async def seal_weights(self, upload: int) -> WeightsVersion:

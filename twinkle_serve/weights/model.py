@@ -187,7 +187,7 @@ class ModelWeights:
                 self._labels.pop()
                 raise
         self._sealed = None
-        self._remove(before)
+        self._writer.submit(self._remove, before)  # samples wait for this commit
 
     def discard(self, upload: int) -> None:
         """Drops an uncommitted upload; other ids are ignored."""

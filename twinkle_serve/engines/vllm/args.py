@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, get_args
 from twinkle_serve.data_format.groups import EngineInfo
 from twinkle_serve.data_format.sampling_params import MAX_NAMED_TOKENS, LogprobsMode
 from twinkle_serve.engines.vllm.processes import EXTENSION, IN_CORE, has_intel_openmp, prefer_spawn
-from twinkle_serve.engines.vllm.tmpfs import PREFIX, MemoryDirectory
+from twinkle_serve.engines.vllm.tmpfs import EngineFiles
 from twinkle_serve.errors import EngineArgsError, unknown_name
+from twinkle_serve.memory_files import PREFIX
 from twinkle_serve.tensors import stored_dtype
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def cpu_defaults(model: str, engine_args: Mapping[str, object], devices_on_node:
     return {**defaults, **engine_args}
 
 
-def keep_log_handlers(files: MemoryDirectory) -> None:
+def keep_log_handlers(files: EngineFiles) -> None:
     """Makes vLLM configure its logging without closing this process's handlers.
 
     vLLM's own configuration closes them all, including Serve's. A restarted controller then asks the replica for its
@@ -112,7 +113,7 @@ def keep_log_handlers(files: MemoryDirectory) -> None:
         os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(files.write("logging.json", json.dumps(config)))
 
 
-def set_environment(files: MemoryDirectory, cpus: Sequence[Sequence[int]]) -> None:
+def set_environment(files: EngineFiles, cpus: Sequence[Sequence[int]]) -> None:
     """Sets the environment variables that vLLM reads.
 
     Args:

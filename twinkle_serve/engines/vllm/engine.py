@@ -36,7 +36,7 @@ from twinkle_serve.engines.vllm.outputs import (
 from twinkle_serve.engines.vllm.processes import allow_high_temperatures, refuse_import_of_main, use_own_entry
 from twinkle_serve.engines.vllm.reports import Reports
 from twinkle_serve.engines.vllm.requests import sampling_params
-from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
+from twinkle_serve.engines.vllm.tmpfs import EngineFiles
 from twinkle_serve.errors import (
     AdapterError,
     EngineCrashedError,
@@ -96,7 +96,7 @@ class VLLMEngine:
         self._llm: AsyncLLM = None
         """None before `start` and after `stop`."""
         self._request_ids = itertools.count()
-        self._files: MemoryDirectory | None = None
+        self._files: EngineFiles | None = None
         self._reports: Reports | None = None
         self._stopped = False
         self._lora_requests: dict[int, LoRARequest] = {}
@@ -116,7 +116,7 @@ class VLLMEngine:
     async def start(self, on_stage: OnStage = ignore_stage) -> None:
         check_engine_args(self._engine_args)
         refuse_import_of_main()
-        self._files = MemoryDirectory()
+        self._files = EngineFiles()
         self._reports = Reports(self._files)
         set_environment(self._files, self._cpus if self._device == "cpu" else ())
         await asyncio.to_thread(self._start, on_stage)
@@ -366,7 +366,7 @@ class VLLMEngine:
         async with contextlib.aclosing(buckets):
             async for bucket in buckets:
                 try:
-                    path = await asyncio.to_thread(self._files.write_bucket, bucket)
+                    path = await asyncio.to_thread(self._files.bucket_file, bucket)
                 except OSError as error:
                     raise EngineError(
                         f"{self._name}: weights cannot be written to {self._files.root}: {error}. Free space there; "
@@ -384,7 +384,7 @@ class VLLMEngine:
                     await self._llm.collective_rpc("begin_weights")
                     started = True
                 await self._llm.collective_rpc("load_weights", args=(str(path),))
-                path.unlink(missing_ok=True)
+                self._files.drop_bucket(path)
             checksums = await self._llm.collective_rpc("finish_weights")
             # Running samples recompute the keys and values of the old weights.
             await self._llm.reset_prefix_cache(reset_running_requests=True)

@@ -13,7 +13,7 @@ import signal
 import traceback
 from pathlib import Path
 
-from twinkle_serve.engines.vllm.tmpfs import MemoryDirectory
+from twinkle_serve.engines.vllm.tmpfs import EngineFiles
 
 REPORTS = "TWINKLE_SERVE_VLLM_REPORTS"
 """Environment variable with the path of the file in which vLLM's processes report their errors."""
@@ -22,7 +22,7 @@ REPORTS = "TWINKLE_SERVE_VLLM_REPORTS"
 class Reports:
     """Errors that vLLM's processes have logged. vLLM passes on their text alone, which may be empty, or nothing."""
 
-    def __init__(self, files: MemoryDirectory) -> None:
+    def __init__(self, files: EngineFiles) -> None:
         self._path = files.write("reports", "")
         os.environ[REPORTS] = str(self._path)
         self._cause_of_death = ""

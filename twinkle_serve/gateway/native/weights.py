@@ -64,14 +64,15 @@ def routes(context: GatewayContext) -> APIRouter:
         )
         upload = await client.call(timeout_s, RouterAPI.begin_weights, version, mode)
         try:
-            index = 0
-            async for bucket in buckets:
-                reference = await asyncio.to_thread(client.put_large, bucket)
-                await client.call(timeout_s, RouterAPI.append_weights, upload, index, reference)
-                index += 1
-            # As of a call from Python: if publishing fails at its end, the engines go back within the same time.
-            limit_s = 2 * timeout_s + timing.CONTROL_TIMEOUT_S
-            label = await client.call(limit_s, RouterAPI.publish_weights, upload, mode, timeout_s)
+            with client.sending() as sender:
+                index = 0
+                async for bucket in buckets:
+                    argument = await asyncio.to_thread(sender.send, bucket)
+                    await client.call(timeout_s, RouterAPI.append_weights, upload, index, argument)
+                    index += 1
+                # As of a call from Python: if publishing fails at its end, the engines go back within the same time.
+                limit_s = 2 * timeout_s + timing.CONTROL_TIMEOUT_S
+                label = await client.call(limit_s, RouterAPI.publish_weights, upload, mode, timeout_s)
         except BaseException:
             with contextlib.suppress(TwinkleServeError):  # a silent upload is given up by the router in time
                 await client.call(timing.ANSWER_TIMEOUT_S, RouterAPI.abandon_weights, upload)
