@@ -23,8 +23,10 @@ from twinkle_serve.errors import (
     TwinkleServeError,
     WeightsError,
 )
+from twinkle_serve.memory_files import MemoryDirectory
 from twinkle_serve.routing.api import RouterAPI
-from twinkle_serve.sampler import RunningSampler
+from twinkle_serve.sampler import RunningSampler, bucket_sending
+from twinkle_serve.sampler.client import ServiceClient
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+{a + 3}="}]} for a in range(30, 38)]
 LONG = {"max_tokens": 200, "ignore_eos": True, "seed": 1}
@@ -329,6 +331,34 @@ def test_pause_ends_when_its_caller_is_gone(sampler: RunningSampler, monkeypatch
     with pytest.raises(LeaseExpiredError, match="the pause is over"):
         pause.resume()
     pause.resume()  # idempotent
+
+
+def test_buckets_whose_trainer_is_gone_are_read_from_the_disk(
+    sampler: RunningSampler, weights: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It died when all had arrived, before the engines loaded them."""
+    directories: list[MemoryDirectory] = []
+
+    class Noted(MemoryDirectory):
+        def __init__(self) -> None:
+            super().__init__()
+            directories.append(self)
+
+    client, call = sampler._client, sampler._client.call
+
+    def without_files(timeout_s: float, method: Any, *args: Any, **options: Any) -> Any:
+        if method is RouterAPI.publish_weights:
+            for directory in directories:
+                for path in directory.path.glob("*.safetensors"):
+                    path.unlink()
+        return call(timeout_s, method, *args, **options)
+
+    monkeypatch.setattr(bucket_sending, "MemoryDirectory", Noted)
+    monkeypatch.setattr(client, "call", without_files)
+    label = sampler.update_weights(weights, next(LABELS), bucket_bytes=2**18)
+    (response,) = sampler.sample(QUESTIONS[:1], {"max_tokens": 2})
+    assert response.sequences[0].weight_versions[0].version == label
+    assert bool(directories) == isinstance(client, ServiceClient)
 
 
 def test_cancelled_update_leaves_nothing_behind(

@@ -51,8 +51,9 @@ class EngineFiles(MemoryDirectory):
         shutil.rmtree(self.path / str(version.id), ignore_errors=True)
 
     def bucket_file(self, bucket: Bucket) -> Path:
-        """Returns a file with a bucket of the model's own weights: that which it is mapped from, or a new one."""
-        if isinstance(bucket, np.memmap) and bucket.filename is not None:
+        """Returns a file with a bucket of the model's own weights: that which it is mapped from, while that is there,
+        or a new one."""
+        if isinstance(bucket, np.memmap) and bucket.filename is not None and Path(bucket.filename).exists():
             return Path(bucket.filename)
         self._buckets += 1
         path = self.path / f"bucket-{self._buckets}.safetensors"
