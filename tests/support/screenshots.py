@@ -149,19 +149,16 @@ class Camera:
         if service.key:
             self._page.add_init_script(f"sessionStorage.setItem('twinkle-serve-key', {service.key!r})")
         self._view = ""
+        self._show("overview")
 
     def take(self, shot: Shot, *, whole: bool = False) -> None:
         """Takes one picture, of the window or of the whole page."""
-        from playwright.sync_api import expect
-
         scheme: Any = shot.scheme
         self._page.set_viewport_size({"width": shot.width, "height": shot.height})
         self._page.emulate_media(color_scheme=scheme)
         if shot.view != self._view:
-            self._page.goto(f"{self._service.url}/#{shot.view}")
-            expect(self._page.locator("#link")).to_have_text("Live", timeout=TIMEOUT_MS)
+            self._show(shot.view)
             self._prepare(self._page, shot.view)
-            self._view = shot.view
         self._page.wait_for_timeout(500)  # an animation frame or two, on a busy machine
         path = self._directory / f"console-{shot.name}.png"
         self._page.screenshot(path=path, full_page=whole)
@@ -170,9 +167,16 @@ class Camera:
 
     def wait_for_loss(self) -> None:
         """Returns once a card shows that its engine is not ready."""
-        self._page.goto(f"{self._service.url}/#engines")
+        self._show("engines")
         self._page.locator(".card:not([data-state=ready])").first.wait_for()
-        self._view = "engines"
+
+    def _show(self, view: str) -> None:
+        """Opens a view, and waits for data."""
+        from playwright.sync_api import expect
+
+        self._page.goto(f"{self._service.url}/#{view}")
+        expect(self._page.locator("#link")).to_have_text("Live", timeout=TIMEOUT_MS)
+        self._view = view
 
     def _prepare(self, page: Page, view: str) -> None:
         """Waits for a view's own data, and fills the playground."""
@@ -229,8 +233,9 @@ def main() -> None:
     say(f"adds the session {SESSION}")
     service.add_session()
     say("starts Chromium")
-    with browser() as started, service.loaded():  # Chromium first: it starts slowly on busy cores
-        camera = Camera(started, service, args.out)
+    with browser() as started, contextlib.ExitStack() as stack:
+        camera = Camera(started, service, args.out)  # before the load: on busy cores it takes minutes
+        stack.enter_context(service.loaded())
         say(f"loads the service for {args.load_s:.0f} s, for the charts; --load-s changes that")
         time.sleep(args.load_s)
         service.rest()
