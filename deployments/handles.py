@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -70,8 +71,21 @@ def engine_errors() -> Iterator[None]:
     except (RayError, RayServeException) as error:
         if (raised := raised_error(error)) is not None:
             raise raised from None
-        raise EngineDeadError(f"{type(error).__name__}: {error}") from None
+        raise EngineDeadError(_reason(error)) from None
     except asyncio.CancelledError:
         if tasks.is_cancelled():
             raise
         raise EngineDeadError("the call was cancelled on its way") from None
+
+
+def _reason(error: Exception) -> str:
+    """Returns an error of Ray as one line; of an actor's death, its process and why it ended."""
+    text = str(error)
+    if not (isinstance(error, ActorDiedError) and text.startswith(ActorDiedError.BASE_ERROR_MSG)):
+        return f"{type(error).__name__}: {' '.join(text.split())}"
+    facts = [f"{name} {found[1]}" for name in ("pid", "ip") if (found := re.search(rf"^\s*{name}: (\S+)", text, re.M))]
+    process = f"its process ({', '.join(facts)})" if facts else "its process"
+    cause = re.search(r"The actor is dead because (.*?)(?:\. |\.?$)", text, re.M)
+    if cause is None or cause[1] == "its worker process has died":
+        return f"{process} ended unexpectedly"
+    return f"{process} ended: {cause[1]}"

@@ -36,6 +36,8 @@ SESSION = f"sums-{time.strftime('%H%M%S')}"
 """A new one each time: the id of a session that has ended is not used again."""
 ADAPTERS = ("policy", "policy", "critic")
 CALLERS = 3
+REST = 3.0
+"""Pause of a caller after each call while pictures are taken, in times of the call: the browser needs a core, too."""
 VIEWS = ("overview", "engines", "calls", "weights", "sessions", "playground")
 
 
@@ -66,6 +68,7 @@ class Service:
     def __init__(self, url: str, key: str) -> None:
         self.url, self.key = url, key
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._rest = 0.0
         self._ended = threading.Event()
 
     def http(self) -> httpx.Client:
@@ -114,6 +117,10 @@ class Service:
             for thread in threads:
                 thread.join(60)
 
+    def rest(self) -> None:
+        """Has the callers pause between their calls from now on."""
+        self._rest = REST
+
     def _call(self, number: int) -> None:
         body: dict[str, Any] = {
             "num_samples": 8,
@@ -126,44 +133,57 @@ class Service:
                     return
                 prompts = [f"{100 + i}+{turn % 900}=" for i in range(2 * (1 + number))]
                 inputs = [{"messages": [{"role": "user", "content": prompt}]} for prompt in prompts]
+                began = time.monotonic()
                 with contextlib.suppress(httpx.HTTPError):
                     http.post("/sample", json={**body, "inputs": inputs})
+                self._ended.wait(self._rest * (time.monotonic() - began))
 
 
 class Camera:
-    """Takes pictures of the console."""
+    """Takes pictures of the console, all with one page: a new one takes seconds while the engines use every core."""
 
     def __init__(self, started: Browser, service: Service, directory: Path) -> None:
-        self._browser, self._service, self._directory = started, service, directory
+        self._service, self._directory = service, directory
+        self._page = started.new_context(locale="en-GB").new_page()
+        self._page.set_default_timeout(TIMEOUT_MS)
+        if service.key:
+            self._page.add_init_script(f"sessionStorage.setItem('twinkle-serve-key', {service.key!r})")
+        self._view = ""
+        self._show("overview")
 
     def take(self, shot: Shot, *, whole: bool = False) -> None:
         """Takes one picture, of the window or of the whole page."""
+        scheme: Any = shot.scheme
+        self._page.set_viewport_size({"width": shot.width, "height": shot.height})
+        self._page.emulate_media(color_scheme=scheme)
+        if shot.view != self._view:
+            self._show(shot.view)
+            self._prepare(self._page, shot.view)
+        self._page.wait_for_timeout(500)  # an animation frame or two, on a busy machine
+        path = self._directory / f"console-{shot.name}.png"
+        self._page.screenshot(path=path, full_page=whole)
+        shrink(path)
+        say(f"{path}  {path.stat().st_size / 1024:.0f} kB")
+
+    def wait_for_loss(self) -> None:
+        """Returns once a card shows that its engine is not ready."""
+        self._show("engines")
+        self._page.locator(".card:not([data-state=ready])").first.wait_for()
+
+    def _show(self, view: str) -> None:
+        """Opens a view, and waits for data."""
         from playwright.sync_api import expect
 
-        size: Any = {"width": shot.width, "height": shot.height}
-        scheme: Any = shot.scheme
-        context = self._browser.new_context(viewport=size, color_scheme=scheme, locale="en-GB")
-        page = context.new_page()
-        page.set_default_timeout(TIMEOUT_MS)
-        if self._service.key:
-            page.add_init_script(f"sessionStorage.setItem('twinkle-serve-key', {self._service.key!r})")
-        page.goto(f"{self._service.url}/#{shot.view}")
-        expect(page.locator("#link")).to_have_text("Live", timeout=TIMEOUT_MS)
-        self._prepare(page, shot.view, shot.name == "killed")
-        path = self._directory / f"console-{shot.name}.png"
-        page.screenshot(path=path, full_page=whole)
-        context.close()
-        shrink(path)
-        print(f"{path}  {path.stat().st_size / 1024:.0f} kB", flush=True)
+        self._page.goto(f"{self._service.url}/#{view}")
+        expect(self._page.locator("#link")).to_have_text("Live", timeout=TIMEOUT_MS)
+        self._view = view
 
-    def _prepare(self, page: Page, view: str, killed: bool) -> None:
+    def _prepare(self, page: Page, view: str) -> None:
         """Waits for a view's own data, and fills the playground."""
         if view == "calls":
             page.locator("#call-rows tr").first.wait_for()
         elif view.startswith("sessions/"):
             page.locator("#path .token").first.wait_for()
-        elif killed:
-            page.locator(".card:not([data-state=ready])").first.wait_for()
         elif view == "playground":
             page.fill("#play-prompt", "440+51=")
             page.fill("#play-seed", "7")
@@ -172,8 +192,6 @@ class Camera:
             page.click("#play-go")
             page.locator(".sample").nth(3).wait_for()
             page.locator(".sample .tokens").first.focus()
-        else:
-            page.wait_for_timeout(500)  # an animation frame or two, on a busy machine
 
 
 def shrink(path: Path) -> None:
@@ -182,6 +200,11 @@ def shrink(path: Path) -> None:
 
     with Image.open(path) as picture:
         picture.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
+
+
+def say(text: str) -> None:
+    """Prints a step, with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 def all_shots() -> list[Shot]:
@@ -205,15 +228,23 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     service = Service(args.url.rstrip("/"), args.key)
+    say("adds adapters")
     service.add_adapters()
+    say(f"adds the session {SESSION}")
     service.add_session()
-    with service.loaded(), browser() as started:
-        camera = Camera(started, service, args.out)
-        time.sleep(args.load_s)  # history for the charts
+    say("starts Chromium")
+    with browser() as started, contextlib.ExitStack() as stack:
+        camera = Camera(started, service, args.out)  # before the load: on busy cores it takes minutes
+        stack.enter_context(service.loaded())
+        say(f"loads the service for {args.load_s:.0f} s, for the charts; --load-s changes that")
+        time.sleep(args.load_s)
+        service.rest()
         for shot in all_shots() if args.all else SHOTS:
             camera.take(shot, whole=args.all)
         if args.kill is not None:
+            say(f"kills the process {args.kill}")
             os.kill(args.kill, signal.SIGKILL)
+            camera.wait_for_loss()
             camera.take(Shot("killed", "engines", 1000, 560))
 
 

@@ -11,7 +11,7 @@ from twinkle_serve import hub
 from twinkle_serve.cli import checks
 from twinkle_serve.cli.checks import Check
 from twinkle_serve.cli.ray_checks import cluster_nodes
-from twinkle_serve.cli.tables import size
+from twinkle_serve.cli.tables import plural, size
 from twinkle_serve.errors import TwinkleServeError
 from twinkle_serve.placement import Placement, place
 
@@ -56,7 +56,8 @@ def _sampler(name: str, args: ServiceArgs, address: str | None) -> Iterator[Chec
     yield Check(
         f"{name} devices",
         "ok",
-        f"{mesh.dp_size} engines of {mesh.devices_per_replica} {placement.device.upper()} devices each fit",
+        f"{plural(mesh.dp_size, 'engine')} of {plural(mesh.devices_per_replica, f'{placement.device.upper()} device')}"
+        + (" each fit" if mesh.dp_size > 1 else " fits"),
     )
     yield _model(name, args, placement, mesh.dp_size, mesh.devices_per_replica)
 
@@ -72,11 +73,11 @@ def _model(name: str, args: ServiceArgs, placement: Placement, engines: int, dev
         return Check(title, "note", f"{args.model_id} is not here yet: it is downloaded at the start")
     weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     if placement.device == "cpu":
-        free, wanted, where = checks.available_memory(), weights * engines, f"{engines} engines"
+        free, wanted, where = checks.available_memory(), weights * engines, plural(engines, "engine")
     else:
         free = min((free for _, _, free in checks.gpu_memory()), default=0)
-        wanted, where = weights // devices, "each GPU"
-    text = f"{args.model_id}: {size(weights)} of weights; {where} take {size(wanted)}, {size(free)} are free"
+        wanted, where = weights // devices, "a GPU"
+    text = f"{args.model_id}: {size(weights)} of weights; {size(wanted)} for {where}, {size(free)} are free"
     if not free or wanted <= free:
         return Check(title, "ok", text)
     return Check(title, "failed", text, "Raise device_mesh.tp_size, lower dp_size, or free memory.")

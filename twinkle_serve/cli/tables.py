@@ -110,6 +110,11 @@ def _block(value: float, top: float) -> str:
     return BLOCKS[0] if top <= 0 else BLOCKS[min(len(BLOCKS) - 1, round(value / top * (len(BLOCKS) - 1)))]
 
 
+def plural(number: int, noun: str) -> str:
+    """Returns a number and a noun."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def percent(share: float | None) -> str:
     """Returns a share as a percentage; a dash for None."""
     return "–" if share is None else f"{100 * share:.0f}%"

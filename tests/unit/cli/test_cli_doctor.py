@@ -62,7 +62,7 @@ def test_a_config_that_fits_passes(tmp_path: Path) -> None:
     assert code == 0
     assert {"python", "ray", "vllm", "torch", "transformers", "CPU", "memory", "/dev/shm", "Ray token"} <= {*found}
     assert found["config"]["result"] == found["sampler devices"]["result"] == found["sampler model"]["result"] == "ok"
-    assert "1 engines of 1 CPU devices" in found["sampler devices"]["text"]
+    assert "1 engine of 1 CPU device fits" in found["sampler devices"]["text"]
     assert "3.2 MiB of weights" in found["sampler model"]["text"]
     result = run("doctor", path)
     assert result.exit_code == 0 and result.stderr == ""
@@ -97,7 +97,7 @@ def test_a_model_that_is_larger_than_memory_fails(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(checks, "gpu_memory", lambda: [("GPU", 2_000_000, 2_000_000)] * 2)
     mesh = {"tp_size": 2, "device_type": "cuda"}
     code, found = doctor(config(tmp_path / "config.yaml", device_mesh=mesh))
-    assert code == 0 and "each GPU take 1.6 MiB" in found["sampler model"]["text"]
+    assert code == 0 and "1.6 MiB for a GPU" in found["sampler model"]["text"]
 
 
 def test_a_taken_port_is_a_warning(taken: int, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from twinkle_serve.cli import prompts
 from twinkle_serve.cli.client import Conversation
 from twinkle_serve.cli.options import Command, talks
 from twinkle_serve.cli.tables import printable
+from twinkle_serve.cli.word_wrap import WordWrap
 from twinkle_serve.errors import RequestError
 
 PROMPT = "> "
@@ -82,12 +83,14 @@ def _messages(*, asks: bool) -> Iterator[str]:
 def _turn(command: Command, conversation: Conversation, text: str) -> None:
     """Sends a message and prints the reply."""
     reply = ""
+    wrap = WordWrap(command.out.width) if command.out.is_terminal else None
     with contextlib.closing(conversation.send(text)) as parts:  # type: ignore[type-var]  # generators have close
         try:
             for part in parts:
                 reply += part
                 if not command.out.as_json:
-                    print(printable(part), end="", flush=True)
+                    shown = printable(part)
+                    print(wrap.feed(shown) if wrap else shown, end="", flush=True)
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
@@ -95,4 +98,4 @@ def _turn(command: Command, conversation: Conversation, text: str) -> None:
     if command.out.as_json:
         command.out.line({"session": conversation.session, "message": text, "reply": reply})
     else:
-        print(flush=True)
+        print(wrap.end() if wrap else "", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,12 @@ import typer
 
 from twinkle_serve.cli.exits import CommandError
 from twinkle_serve.cli.options import Command, require, talks
-from twinkle_serve.cli.tables import Column, clipped, date, seconds, size, styled, table
+from twinkle_serve.cli.tables import Column, clipped, date, plural, printable, seconds, size, styled, table
 
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-group = typer.Typer(help="Lists, shows and exports sessions of a gateway's clients.", rich_markup_mode=None)
+group = typer.Typer(help="Lists, shows and exports sessions.", rich_markup_mode=None)
 
 Id = Annotated[str, typer.Argument(metavar="SESSION", help="Id of the session.")]
 Ids = Annotated[list[str] | None, typer.Argument(metavar="SESSION", help="Ids of sessions.")]
@@ -103,8 +104,7 @@ def tree(found: dict[str, Any], width: int) -> Tree:
     """Returns a session as a tree for a terminal of that width."""
     from rich.tree import Tree
 
-    count = len(found["nodes"])
-    head = f"{found['session']}  {count} node{'s' if count != 1 else ''}  since {date(found['created'])}"
+    head = f"{found['session']}  {plural(len(found['nodes']), 'turn')}  since {date(found['created'])}"
     made = Tree(styled(head, "bold"))
     branches: dict[int | None, Tree] = {None: made}
     depths: dict[int | None, int] = {None: 0}
@@ -122,13 +122,13 @@ def _node(node: dict[str, Any], width: int) -> Any:
     for message in _spoken(node):
         text.append(clipped(f"{message['role']}: {message['content']}", width) + "\n")
     start, end = node["sampled"]
-    about = [f"#{node['id']}", f"{end - start} tokens", node["stop_reason"], node["engine"]]
+    about = [f"#{node['id']}", plural(end - start, "token"), node["stop_reason"], node["engine"]]
     if node["logprobs"]:
         about.insert(2, f"logprob {sum(node['logprobs']):.3f}")
     about += dict.fromkeys(span["weights"] for span in node["weight_versions"])
     about += [node["adapter"]] if node["adapter"] else []
     about += [f"branch: {node['branch']}"] if node["branch"] else []
-    return text.append(clipped("  ".join(about), width), "dim")
+    return text.append(textwrap.fill(printable("  ".join(about)), width), "dim")
 
 
 def _spoken(node: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import typer
 
 from twinkle_serve.cli.exits import UNREACHABLE, error_line
 from twinkle_serve.cli.options import Command, talks
-from twinkle_serve.cli.tables import Column, clock, number, percent, state, styled, table
+from twinkle_serve.cli.tables import Column, clock, number, percent, plural, state, styled, table
 from twinkle_serve.errors import ServiceError, ServiceNotReadyError
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def _summary(found: SamplerStatus) -> Text:
         if found[name]:
             text.append(f"  {name}", "bold yellow")
     rate = sum(engine.get("tokens_per_s", 0.0) for engine in engines)
-    text.append(f"\n{number(rate)} tokens/s  {found['requests']} calls  {found['groups_waiting']} prompts waiting")
-    return text
+    waiting = f"{plural(found['groups_waiting'], 'prompt')} waiting"
+    return text.append(f"\n{number(rate)} tokens/s  {plural(found['requests'], 'call')}  {waiting}")
 
 
 def _place(engine: Any) -> str:

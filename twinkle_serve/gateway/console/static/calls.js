@@ -2,7 +2,7 @@
 
 import { Refused, get } from "./api.js";
 import { confirm, operate, showProblem } from "./dialogs.js";
-import { $, Keyed, el, show, text, toast } from "./dom.js";
+import { $, Keyed, el, idSpan, show, text, toast } from "./dom.js";
 import { count, plural, seconds } from "./format.js";
 
 const PAGE = 100;
@@ -54,7 +54,7 @@ function renderRows() {
 function makeRow(call) {
   const cells = {
     age: el("td", { "data-label": "Age", class: "brief" }),
-    samples: el("td", { "data-label": "Samples" }),
+    samples: el("td", { "data-label": "Samples", class: "brief" }),
     left: el("td", { "data-label": "Deadline in", class: "brief" }),
   };
   const button = el("button", { type: "button", text: "Cancel…", "aria-label": `Cancel call ${call.id}`, onclick: () => cancel(call) });
@@ -62,9 +62,9 @@ function makeRow(call) {
     "tr",
     { "data-call": call.id },
     cells.age,
-    el("td", { "data-label": "Call", class: "id" }, el("span", { text: call.id })),
-    el("td", { "data-label": "Caller", class: "id" }, el("span", { text: call.caller || "–" })),
-    el("td", { "data-label": "Adapter", class: "id" }, el("span", { text: call.adapter || "–" })),
+    el("td", { "data-label": "Call", class: "id" }, idSpan(call.id)),
+    el("td", { "data-label": "Caller", class: "id" }, idSpan(call.caller || "–")),
+    el("td", { "data-label": "Adapter", class: "id" }, idSpan(call.adapter || "–")),
     cells.samples,
     cells.left,
     el("td", { class: "action" }, button),

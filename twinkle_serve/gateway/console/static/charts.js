@@ -112,7 +112,7 @@ export class Chart {
   }
 
   drawGrid(top, y) {
-    const times = ticks(this.begin, this.frame.windowS, this.width);
+    const times = ticks(this.begin, this.frame.windowS, this.width - EDGE.left - EDGE.right);
     const drawn = `${this.width} ${top} ${times.map((time) => this.x(time).toFixed(0))}`;
     if (drawn === this.drawn) return;
     this.drawn = drawn;
@@ -180,15 +180,15 @@ function niceTop(highest) {
   return [1, 2, 4, 5, 10].map((step) => step * power).find((step) => step >= highest) ?? 10 * power;
 }
 
-/** Times of the labels of an axis, whole minutes. */
-function ticks(begin, windowS, width) {
+/** Times of the labels of an axis of this width, whole minutes. */
+export function ticks(begin, windowS, width) {
   const steps = [60, 120, 300, 600, 900, 1800];
-  const step = steps.find((each) => (windowS / each) * 60 <= width - EDGE.left) ?? 3600;
+  const step = steps.find((each) => (windowS / each) * 60 <= width) ?? 3600;
   const first = Math.ceil(begin / step) * step;
   const times = [];
   for (let time = first; time < begin + windowS; time += step) {
-    const place = ((time - begin) / windowS) * (width - EDGE.left - EDGE.right);
-    if (place >= 12 && place <= width - EDGE.left - EDGE.right - 12) times.push(time);
+    const place = ((time - begin) / windowS) * width;
+    if (place >= 12 && place <= width - 12) times.push(time);
   }
   return times;
 }

@@ -40,6 +40,25 @@ export function text(node, value) {
   if (node.textContent !== given) node.textContent = given;
 }
 
+/** Facts in a row, each kept on one line where there is room. */
+export function factList(facts) {
+  const shown = facts.filter(Boolean);
+  return shown.flatMap((fact, i) => [el("span", { class: "unit", text: fact + (i < shown.length - 1 ? " ·" : "") }), " "]);
+}
+
+/** Shows such a row if it differs from what is shown. */
+export function showFacts(node, facts) {
+  const spans = factList(facts);
+  const joined = spans.map((span) => span.textContent ?? span).join("");
+  if (node.textContent !== joined) node.replaceChildren(...spans);
+}
+
+/** An id, which breaks in its middle if at all. */
+export function idSpan(id) {
+  const half = Math.ceil(id.length / 2);
+  return el("span", {}, ...(id.length > 24 ? [id.slice(0, half), el("wbr"), id.slice(half)] : [id]));
+}
+
 export function show(node, shown) {
   if (node.hidden === shown) node.hidden = !shown;
 }

@@ -2,7 +2,7 @@
 
 import { Refused, post } from "./api.js";
 import { askForKey, showProblem } from "./dialogs.js";
-import { $, el, show, text, toast } from "./dom.js";
+import { $, el, factList, show, text, toast } from "./dom.js";
 import { isNumber, plural, seconds } from "./format.js";
 import { legend, textOf, texts, tokenList } from "./tokens.js";
 
@@ -31,6 +31,7 @@ export function begin(state) {
     $("play-prompt").focus();
   });
   $("play-mode").addEventListener("change", renderHistory);
+  $("play-b").addEventListener("change", allowEngine);
   renderHistory();
 }
 
@@ -64,6 +65,12 @@ function fillChoices(status) {
   for (const id of ["play-engine-a", "play-engine-b"]) {
     fill($(id), [[ANY, "any"], ...engines.map((name) => [name, name])], ANY);
   }
+  allowEngine();
+}
+
+/** The second engine is one of a comparison. */
+function allowEngine() {
+  $("play-engine-b").disabled = $("play-b").value === NOTHING;
 }
 
 function fill(select, choices, initial) {
@@ -202,7 +209,7 @@ function makeSample(sample, name, versions, differ, isCompared, input) {
     sample.seed === null ? "" : `seed ${sample.seed}`,
     sample.engine,
     sample.adapter || "no adapter",
-    isCompared ? (differ < 0 ? "both are equal" : `equal for ${plural(differ, "token")}`) : "",
+    isCompared ? comparison(differ) : "",
   ];
   const label = `${name}: ${sample.decoded}`;
   const buttons = [el("button", { type: "button", text: "Copy", "aria-label": `Copy ${name}`, onclick: () => copy(sample.decoded) })];
@@ -215,8 +222,13 @@ function makeSample(sample, name, versions, differ, isCompared, input) {
     { class: "panel sample", "aria-label": name },
     el("div", { class: "head" }, el("h4", { text: name }), el("span", { class: "buttons" }, ...buttons)),
     tokenList(sample.list, { label, versions, mark: differ }),
-    el("p", { class: "muted", text: facts.filter(Boolean).join(" · ") }),
+    el("p", { class: "muted" }, ...factList(facts)),
   );
+}
+
+function comparison(differ) {
+  if (differ < 0) return "both are equal";
+  return differ ? `equal for ${plural(differ, "token")}` : "the first token differs";
 }
 
 /** Continues the conversation after a sample. */

@@ -2,7 +2,7 @@
 
 import { Refused, get } from "./api.js";
 import { showProblem } from "./dialogs.js";
-import { $, Keyed, attr, el, show, text } from "./dom.js";
+import { $, Keyed, attr, el, factList, show, showFacts, text } from "./dom.js";
 import { bytes, clock, plural, seconds } from "./format.js";
 import { legend, texts, tokenList } from "./tokens.js";
 
@@ -74,9 +74,9 @@ function makeSession({ id, sampler, created }) {
   const facts = el("span", { class: "muted" });
   const node = el("li", {}, el("a", { href: `#sessions/${encodeURIComponent(id)}` }, el("span", { class: "id", text: id }), facts));
   const update = (session) => {
-    const of = shared.samplers.length > 1 ? `${sampler}, ` : "";
+    const of = shared.samplers.length > 1 ? sampler : "";
     const left = Math.max(0, session.expires - Date.now() / 1000);
-    text(facts, `${of}${bytes(session.size_bytes)}, begun ${clock(created)}, ends in ${seconds(left)}`);
+    showFacts(facts, [of, bytes(session.size_bytes), `begun ${clock(created)}`, `ends in ${seconds(left)}`]);
     attr(node.firstChild, "aria-current", shared.argument === id ? "true" : null);
   };
   return { node, update };
@@ -154,7 +154,7 @@ function makeTurn(node, level, starts) {
     "button",
     { type: "button", "data-node": node.id, tabindex: -1, onclick: () => renderPath(node.id) },
     el("span", { class: "said", text: said(node) || "(empty)" }),
-    el("span", { class: "muted" }, ...dots, ` ${facts.filter(Boolean).join(" · ")}`),
+    el("span", { class: "muted" }, ...dots, " ", ...factList(facts)),
   );
   return el("li", { "data-level": Math.min(level, 8), "data-starts": starts }, button);
 }
@@ -206,7 +206,7 @@ async function renderPath(id, whole = false) {
   const facts = [`${all.length} tokens`, last.engine, last.seed === null ? "" : `seed ${last.seed}`, last.adapter, last.stop_reason];
   text($("h-path"), `Path to turn ${id}`);
   $("path").replaceChildren(
-    el("p", { class: "muted", text: facts.filter(Boolean).join(" · ") }),
+    el("p", { class: "muted" }, ...factList(facts)),
     ...(tokens.length < all.length
       ? [el("button", { type: "button", text: `Show ${all.length - tokens.length} earlier tokens`, onclick: () => renderPath(id, true) })]
       : []),

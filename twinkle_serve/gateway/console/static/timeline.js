@@ -1,5 +1,6 @@
 // Weight updates, failures and other events: on a strip over time, and as a list.
 
+import { ticks } from "./charts.js";
 import { $, Keyed, el, show, svg, text, attr } from "./dom.js";
 import { clock, minute, plural } from "./format.js";
 
@@ -69,7 +70,7 @@ export class Timeline {
     const inWindow = this.events.filter((event) => event.time >= begin);
     const counts = lanes.map((kind) => `${KINDS[kind]}: ${inWindow.filter((event) => event.kind === kind).length}`);
     attr(this.strip, "aria-label", `${plural(inWindow.length, "event")} in ${Math.round(windowS / 60)} minutes. ${counts.join(", ")}. The list below has them.`);
-    const times = [0, 0.25, 0.5, 0.75, 1].map((share) => begin + share * windowS);
+    const times = ticks(begin, windowS, width - EDGE.left - EDGE.right);
     this.strip.replaceChildren(
       ...lanes.flatMap((kind) => [
         svg("line", { class: "lane", x1: EDGE.left, x2: width - EDGE.right, y1: y(kind), y2: y(kind) }),
@@ -82,9 +83,7 @@ export class Timeline {
           svg("title", { text: `${clock(event.time)} ${event.engine} ${event.text}` }),
         ),
       ),
-      ...times.map((time, i) =>
-        svg("text", { class: "time", x: x(time), y: height - 4, "text-anchor": i === 4 ? "end" : i ? "middle" : "start", text: minute(time) }),
-      ),
+      ...times.map((time) => svg("text", { class: "time", x: x(time), y: height - 4, "text-anchor": "middle", text: minute(time) })),
     );
   }
 }
