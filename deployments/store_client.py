@@ -83,7 +83,7 @@ class ServeStoreClient(StoreClient):
     async def bucket(self, version: WeightsVersion, index: int) -> Bucket:
         async def fetch() -> Bucket:
             place = await send(self._handle, Store.bucket_place, version, index)
-            with contextlib.suppress(RayError, FileNotFoundError):  # the trainer that sent it is gone
+            with contextlib.suppress(RayError, OSError):  # the trainer that sent it is gone
                 return place.map() if isinstance(place, BucketFile) else await place[0]
             place = await send(self._handle, Store.bucket_place, version, index, from_disk=True)
             assert isinstance(place, list)

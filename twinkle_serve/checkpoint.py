@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from twinkle_serve import hub
 from twinkle_serve.data_format.weights import Bucket, ModelSpec, WeightSpec
 from twinkle_serve.errors import WeightsError
 from twinkle_serve.extras import require_extra
@@ -31,7 +33,22 @@ from twinkle_serve.tensors import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 BUCKET_BYTES = 256 * 2**20
+
+HUBS = ("ms://", "hf://")
+"""Beginnings of the names of models on hubs."""
+
+AT_START = "module."
+"""Added at the start of a name; within, it may be the model's own."""
+ADDED_BY_WRAPPERS = {
+    "_fsdp_wrapped_module.": "FSDP",
+    "_orig_mod.": "torch.compile",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    AT_START: "DistributedDataParallel or DeepSpeed",
+}
+"""Parts of names, and the wrappers that add them. No model has them itself."""
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -233,11 +250,13 @@ def named_tensors(source: object) -> Iterator[tuple[str, Tensor]]:
     """Yields weights with their names, one at a time.
 
     Args:
-        source: a model's directory with safetensors files or one such file; a mapping of names to tensors, such as a
-            `state_dict`; or an iterable of such pairs, which may be lazy.
+        source: a model's directory with safetensors files or one such file; a model on a hub, `ms://org/name` or
+            `hf://org/name`; a mapping of names to tensors, such as a `state_dict`; or an iterable of such pairs, which
+            may be lazy.
 
     Raises:
         WeightsError: no such directory, unreadable files, or a source of another type.
+        ModelNotFoundError, HubUnreachableError, IncompleteModelError: of a model on a hub.
         ConfigError: a directory or a file, and torch is not installed.
     """
     if isinstance(source, (str, os.PathLike)):
@@ -258,7 +277,8 @@ def _tensors_in_files(source: str | os.PathLike[str]) -> Iterator[tuple[str, Ten
 
     require_extra("reading weights from files", "server", "torch")
     try:
-        path = Path(source).expanduser()
+        name = os.fspath(source)
+        path = hub.resolve(name) if name.startswith(HUBS) else Path(name).expanduser()
         files = weight_files(path)
     except (OSError, RuntimeError) as error:  # no permission; a name that no file can have; `~name` without such a user
         raise WeightsError(f"weights at {os.fspath(source)!r:.200} cannot be read: {error!s:.200}.") from None
@@ -271,6 +291,23 @@ def _tensors_in_files(source: str | os.PathLike[str]) -> Iterator[tuple[str, Ten
                     yield name, tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise _unreadable(file, error) from None
+
+
+def without_wrappers(tensors: Iterable[tuple[str, AnyTensor]]) -> Iterator[tuple[str, AnyTensor]]:
+    """Yields tensors without the parts of their names that a trainer's wrappers added; the log says so once of each."""
+    told: set[str] = set()
+    for name, tensor in tensors:
+        own = name
+        for part, wrapper in ADDED_BY_WRAPPERS.items():
+            if not isinstance(name, str) or f".{part}" not in f".{own}":
+                continue
+            if part == AT_START and not own.startswith(part):
+                continue
+            if part not in told:
+                told.add(part)
+                logger.info(f"{wrapper} added {part!r} to the names of weights, such as {name}; it is left out")
+            own = own.removeprefix(part) if part == AT_START else f".{own}".replace(f".{part}", ".")[1:]
+        yield own, tensor
 
 
 def buckets(

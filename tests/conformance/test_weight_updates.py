@@ -212,7 +212,7 @@ def breaks_off(weights: dict[str, Any]) -> Any:
         (integers, WeightsError, r"'model.norm.weight' has the dtype I64 \(integer\), the model's has F32 \(float\)"),
         (huge, WeightsError, r"'model.norm.weight' has values of magnitude .* in F64; the engines hold it in F32, up"),
         (meta, WeightsError, "'model.norm.weight' is on the meta device"),
-        (unmerged, WeightsError, r"not merged. Call merge_and_unload\(\)"),
+        (unmerged, WeightsError, r"not merged. Pass the model of peft with merge_lora=True"),
         (no_pairs, WeightsError, "pairs of name and tensor, got str"),
         (nothing, WeightsError, "a state_dict, pairs of name and tensor, or a path, got None"),
         (no_tensor, WeightsError, "pairs of name and tensor, got 'model.norm.weight' and str"),

@@ -58,7 +58,8 @@ def test_command_line_by_handle(sampler: RunningSampler) -> None:
         "engine-dp0": "ready",
         "engine-dp1": "ready",
     }
-    (prompt,) = json_of("sample", "1+1=", "-n", "3", "--max-tokens", "4", *by_handle)["prompts"]
+    options = ("-n", "3", "--max-tokens", "4", "-p", "ignore_eos=true", *by_handle)
+    (prompt,) = json_of("sample", "1+1=", *options)["prompts"]
     assert [len(sequence["tokens"]) for sequence in prompt["sequences"]] == [4, 4, 4]
     assert json_of("engines", "drain", "engine-dp0", *by_handle)["done"] == "drained"
     assert sampler.status()["engines"]["engine-dp0"]["state"] == "drained"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from tests.support.lora import random_adapter
 from tests.support.samplers import make_sampler
 from twinkle_serve import hub
-from twinkle_serve.errors import AdapterError, UnsupportedError
+from twinkle_serve.checkpoint import ADDED_BY_WRAPPERS, named_tensors
+from twinkle_serve.errors import AdapterError, RequestError, UnsupportedError
+from twinkle_serve.peft_models import own_weights
 from twinkle_serve.sampler import RunningSampler
 from twinkle_serve.upstream.checkpoint_engine import CheckpointEngineManager
-from twinkle_serve.upstream.checkpoint_engine.manager import _own_weights
 
 QUESTION = [{"messages": [{"role": "user", "content": "12+34="}]}]
 GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
@@ -48,11 +50,44 @@ def test_merged_weights_are_those_that_peft_merges() -> None:
     """Names are the checkpoint's, tensors trained beside LoRA are included, and the model is not changed."""
     model = trained()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    mine = dict(_own_weights(model, merged=True))
+    mine = dict(own_weights(model, merged=True))
     expected = copy.deepcopy(model).merge_and_unload().state_dict()
     assert mine.keys() == expected.keys()
     assert all(torch.allclose(mine[name], tensor, atol=1e-6) for name, tensor in expected.items())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_update_merges_a_peft_model(sampler: RunningSampler) -> None:
+    """Without a change to it; of anything else it says that there is nothing to merge."""
+    model = trained()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sampler.update_weights(model, "merged", merge_lora=True)
+    merged = sampler.sample(QUESTION, GREEDY).sequences[0].logprobs
+    sampler.update_weights(copy.deepcopy(model).merge_and_unload().state_dict(), "merged by peft")
+    expected = sampler.sample(QUESTION, GREEDY).sequences[0].logprobs
+    assert merged is not None and expected is not None
+    assert [p[0][1] for p in merged] == pytest.approx([p[0][1] for p in expected], abs=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(RequestError, match="merge_lora takes a model of peft, got dict"):
+        sampler.update_weights(before, "nothing to merge", merge_lora=True)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    ["module.{}", "_orig_mod.{}", "_fsdp_wrapped_module.{}", "module._orig_mod.{}", "_checkpoint_wrapped_module.{}"],
+)
+def test_names_lose_what_wrappers_added(
+    sampler: RunningSampler, wrapped: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the start or within, and the log says so once."""
+    weights = dict(named_tensors(hub.DEMO))
+    own = {wrapped.format(name).replace(".layers.", ".layers._orig_mod."): value for name, value in weights.items()}
+    with caplog.at_level(logging.INFO, logger="twinkle_serve.checkpoint"):
+        label = sampler.update_weights(own, wrapped)
+    assert sampler.status()["weights"] == label
+    parts = [part for part in ADDED_BY_WRAPPERS if f".{part}" in f".{wrapped}" or part == "_orig_mod."]
+    assert len(caplog.records) == len(parts)
+    assert all(any(repr(part) in record.message for record in caplog.records) for part in parts)
 
 
 def test_own_weights_are_those_without_adapters() -> None:
@@ -61,7 +96,7 @@ def test_own_weights_are_those_without_adapters() -> None:
 
     expected = AutoModelForCausalLM.from_pretrained(hub.DEMO, dtype=torch.float32).state_dict()
     for model in (trained(), random_adapter()):
-        mine = dict(_own_weights(model, merged=False))
+        mine = dict(own_weights(model, merged=False))
         assert mine.keys() == expected.keys()
         assert all(torch.equal(mine[name], tensor) for name, tensor in expected.items())
 
@@ -69,15 +104,15 @@ def test_own_weights_are_those_without_adapters() -> None:
 def test_adapter_that_is_merged_already_is_not_added_twice() -> None:
     """Trainers merge, sync and unmerge. Where the adapter does not belong to the weights that are sent, it is said."""
     model = trained()
-    expected = {name: tensor.clone() for name, tensor in _own_weights(model, merged=True)}
+    expected = {name: tensor.clone() for name, tensor in own_weights(model, merged=True)}
     model.merge_adapter()
-    mine = dict(_own_weights(model, merged=True))
+    mine = dict(own_weights(model, merged=True))
     assert mine.keys() == expected.keys()
     assert all(torch.allclose(mine[name], tensor, atol=1e-6) for name, tensor in expected.items())
     with pytest.raises(UnsupportedError, match=r"the adapter default merged into them. Call model.unmerge_adapter\(\)"):
-        list(_own_weights(model, merged=False))
+        list(own_weights(model, merged=False))
     model.unmerge_adapter()
-    assert dict(_own_weights(model, merged=False)).keys() == expected.keys()
+    assert dict(own_weights(model, merged=False)).keys() == expected.keys()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +132,7 @@ def test_adapter_that_is_more_than_a_sum_of_weights_is_refused(special: dict[str
     (key, value), *_ = special.items()
     setattr(model.peft_config["default"], key, value)
     with pytest.raises(UnsupportedError, match=rf"adapter 'default' is LORA with {key}=.*, which is not merged here"):
-        list(_own_weights(model, merged=True))
+        list(own_weights(model, merged=True))
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
@@ -107,12 +142,12 @@ def test_adapter_of_tied_weights_is_not_merged(target: str) -> None:
     with pytest.raises(
         AdapterError, match=rf"'default' has matrices for .*{target}, .* one weight for .* Train without"
     ):
-        list(_own_weights(model, merged=True))
-    assert "lm_head.weight" in dict(_own_weights(model, merged=False))
+        list(own_weights(model, merged=True))
+    assert "lm_head.weight" in dict(own_weights(model, merged=False))
     base = model.get_base_model()
     layer = base.lm_head.base_layer if target == "lm_head" else base.lm_head
     layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
-    merged = dict(_own_weights(model, merged=True))
+    merged = dict(own_weights(model, merged=True))
     assert not torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
 
 

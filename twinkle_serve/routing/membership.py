@@ -230,8 +230,9 @@ class EngineMembership:
     async def prepare(self, version: WeightsVersion, limit_s: float) -> None:
         """Has every engine in use fetch the beginning of a weights version. One that fails shows it when it loads."""
         calls = [
-            self.try_call(name, "prepare a load", self.clients[name].prepare_weights(version), limit_s)
-            for name in self.active.keys() - self.leaving.keys()
+            self.try_call(name, "prepare a load", engine.unless_lost(engine.client.prepare_weights(version)), limit_s)
+            for name, engine in self.active.items()
+            if name not in self.leaving
         ]
         await asyncio.gather(*calls)
 

@@ -6,10 +6,12 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 
 from twinkle_serve import timing
-from twinkle_serve.checkpoint import BUCKET_BYTES, buckets, named_tensors
+from twinkle_serve.checkpoint import BUCKET_BYTES, buckets, named_tensors, without_wrappers
 from twinkle_serve.data_format.status import SamplerStatus
 from twinkle_serve.data_format.telemetry import CallInfo, TelemetryReport
 from twinkle_serve.data_format.weights import Bucket, PauseMode
+from twinkle_serve.errors import RequestError
+from twinkle_serve.peft_models import own_weights
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.pause import Pause
 from twinkle_serve.sampler.router_client import RouterClient
@@ -46,6 +48,7 @@ class EngineControls:
         version: str,
         mode: PauseMode = "keep",
         *,
+        merge_lora: bool = False,
         allow_nonfinite: bool = False,
         bucket_bytes: int = BUCKET_BYTES,
         timeout_s: float = timing.CONTROL_TIMEOUT_S,
@@ -57,15 +60,18 @@ class EngineControls:
 
         Args:
             weights: every weight of the model by its name in the checkpoint: a `state_dict`, an iterable of pairs of
-                name and tensor, or a directory with safetensors files, on this machine. A tensor is copied before the
-                next one is taken, so its memory may be used again.
+                name and tensor, a directory with safetensors files on this machine, or a model on a hub,
+                `hf://org/name`. What FSDP, torch.compile and the like add to names is left out. A tensor is copied
+                before the next one is taken, so its memory may be used again.
             version: label of these weights; unique.
             mode: fate of running samples. keep: they continue, and their `weight_versions` say which tokens come from
                 which weights; their KV cache is recomputed. wait: they end first. abort: they end where they are, with
                 stop_reason abort; those without a token start anew.
+            merge_lora: `weights` is a model of peft; what its active adapters learnt is added to copies of its weights,
+                one at a time. The model is not changed.
             allow_nonfinite: accept NaN and infinite values.
-            bucket_bytes: approximate size of one transfer; at least one weight. A few buckets are in memory here, two
-                at each engine.
+            bucket_bytes: approximate size of one transfer; at least one weight. In a cluster of one node all buckets
+                are in /dev/shm until the call returns, else a few of them here, and two at each engine.
             timeout_s: limit of each step in seconds: sending a bucket, and the engines' part.
 
         Raises:
@@ -75,15 +81,21 @@ class EngineControls:
             StoreError: the store failed.
             DeadlineError: a step was not done within `timeout_s`.
                 After each, the previous weights are current on all engines, and none is paused.
-            UnsupportedError: a model without safetensors files.
+            UnsupportedError: a model without safetensors files; with merge_lora, adapters that are not plain LoRA.
+            AdapterError: with merge_lora, an adapter of a weight that two modules share.
             RequestError: another invalid argument, or a sampler that is asleep.
         """
         positive("timeout_s", timeout_s)
         flag("allow_nonfinite", allow_nonfinite)
         positive("bucket_bytes", bucket_bytes)
+        if flag("merge_lora", merge_lora):
+            if not getattr(weights, "peft_config", None):
+                raise RequestError(f"merge_lora takes a model of peft, got {type(weights).__name__}. Leave it out.")
+            weights = own_weights(weights, merged=True)
 
         def made(new_file: Callable[[int], TensorFile]) -> Iterator[Bucket]:
-            return buckets(named_tensors(weights), bucket_bytes, allow_nonfinite=allow_nonfinite, new_file=new_file)
+            tensors = without_wrappers(named_tensors(weights))
+            return buckets(tensors, bucket_bytes, allow_nonfinite=allow_nonfinite, new_file=new_file)
 
         return upload_weights(self._client, version, mode, made, timeout_s)
 

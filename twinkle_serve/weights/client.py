@@ -12,6 +12,7 @@ import numpy as np
 
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.weights import Bucket, BucketArgument, BucketFile, ModelSpec, WeightsVersion
+from twinkle_serve.errors import StoreError
 from twinkle_serve.weights.store import WeightStore
 
 P = ParamSpec("P")
@@ -121,7 +122,13 @@ class LocalStore(StoreClient):
 
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> int | None:
         if isinstance(bucket, BucketFile):
-            data = bucket.map()
+            try:
+                data = bucket.map()
+            except OSError as error:
+                raise StoreError(
+                    f"the trainer's file of weights cannot be read: {error}. The trainer must be alive, run as the "
+                    "same user as the service, and see the same /dev/shm."
+                ) from error
         else:
             data = await bucket[0] if isinstance(bucket, list) else bucket
         return await self._run(self._store.model.append, upload, index, data)

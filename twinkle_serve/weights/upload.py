@@ -15,8 +15,8 @@ from twinkle_serve.tensors import CLASSES, FLOAT_READERS, MAX_FINITE, WRAPPERS, 
 CHUNK_BYTES = 2**24
 
 MERGE = (
-    "It is of an adapter that is not merged. Call merge_and_unload() of the peft model, and send the state_dict of the "
-    "model that this returns; or add the adapter with add_adapter_to_model."
+    "It is of an adapter that is not merged. Pass the model of peft with merge_lora=True, or the state_dict of what "
+    "its merge_and_unload() returns; or add the adapter with add_adapter_to_model."
 )
 PARTITIONED = "It is partitioned, as by DeepSpeed's ZeRO-3. Send it gathered: with deepspeed.zero.GatheredParameters."
 REMEDIES: dict[str, str] = {
