@@ -47,7 +47,7 @@ def test_a_bucket_is_written_once_and_mapped(directory: MemoryDirectory) -> None
 
 
 def test_a_bucket_is_gone_with_its_sender() -> None:
-    """What was mapped before stays readable."""
+    """A bucket that was mapped before stays readable."""
     with MemoryDirectory() as directory:
         argument = FileSender(directory).send(np.arange(10, dtype=np.uint8))
         assert isinstance(argument, BucketFile)

@@ -49,7 +49,7 @@ class WeightsLoading:
             return await self._engine.load_weights(version.label, staged)
 
     async def drop(self) -> None:
-        """Drops what is staged."""
+        """Drops the staged buckets."""
         staged, self._version, self._staged = self._staged, None, None
         if staged is not None:
             await staged.aclose()
