@@ -155,6 +155,8 @@ async def test_engine_that_leaves_too_slowly_loses_its_groups_to_others(
     monkeypatch.setattr(timing, "REMOVED_ENGINE_GRACE_S", 0.05)
     expected = tokens(await service.sample())
     call = await service.both_busy()
+    await service.set_engines("a", "b", "c")
+    await eventually(lambda: service.states()["c"] == "ready")
     await service.set_engines("a", "c")
     service.links["a"].engine.go.clear()
     service.links["c"].engine.go.clear()
