@@ -56,7 +56,7 @@ class Store(LocalStore, LocalSessions):
         state_dir = args.state_dir or own_dir
         # The process of the store before this one may take a moment to end.
         self._state_lock = await asyncio.to_thread(StateLock, state_dir, timing.ENGINE_SHUTDOWN_S)
-        LocalStore.__init__(self, await asyncio.to_thread(WeightStore, args.model_id, state_dir))
+        LocalStore.__init__(self, await asyncio.to_thread(WeightStore, args.model_id, state_dir, args.weights_versions))
         directory = local_path(state_dir)
         if directory is None:  # files on a URL cannot be appended to
             directory = Path(own_dir)
@@ -133,9 +133,17 @@ class Store(LocalStore, LocalSessions):
         self._forget_buckets()  # of an update that nobody has ended
         return await super().begin_weights(label, model)
 
-    async def commit_weights(self, version: WeightsVersion) -> None:
-        await super().commit_weights(version)
-        self._forget_buckets()  # no engine asks for them any more
+    async def commit_weights(self, version: WeightsVersion, track: str) -> None:
+        await super().commit_weights(version, track)
+        self._forget_buckets()  # engines that come later have them from the store itself
+
+    async def persist_soon(self, version: WeightsVersion) -> list[str] | None:
+        """`persist_weights`; None if it takes longer than a call should."""
+        try:
+            async with asyncio.timeout(timing.PROBE_TIMEOUT_S):
+                return await self.persist_weights(version)
+        except TimeoutError:
+            return None
 
     async def discard_weights(self, upload: int) -> None:
         await super().discard_weights(upload)

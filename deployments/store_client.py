@@ -16,7 +16,14 @@ from deployments.handles import send
 from deployments.store import Store
 from twinkle_serve import timing
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.weights import Bucket, BucketArgument, BucketFile, ModelSpec, WeightsVersion
+from twinkle_serve.data_format.weights import (
+    Bucket,
+    BucketArgument,
+    BucketFile,
+    ModelSpec,
+    WeightsState,
+    WeightsVersion,
+)
 from twinkle_serve.errors import StoreError, TwinkleServeError
 from twinkle_serve.remote.errors import raised_error
 from twinkle_serve.weights import StoreClient
@@ -56,11 +63,14 @@ class ServeStoreClient(StoreClient):
 
         return await until_answered(fetch)
 
-    async def recover_weights(self) -> tuple[WeightsVersion, list[str]]:
+    async def recover_weights(self) -> WeightsState:
         return await self._call(Store.recover_weights)
 
-    async def current_weights(self) -> WeightsVersion:
-        return await self._call(Store.current_weights)
+    async def current_weights(self, track: str) -> WeightsVersion:
+        return await self._call(Store.current_weights, track)
+
+    async def find_weights(self, label: str) -> WeightsVersion:
+        return await self._call(Store.find_weights, label)
 
     async def begin_weights(self, label: str, model: ModelSpec) -> int:
         return await self._call(Store.begin_weights, label, model)
@@ -71,8 +81,16 @@ class ServeStoreClient(StoreClient):
     async def seal_weights(self, upload: int) -> WeightsVersion:
         return await self._call(Store.seal_weights, upload)
 
-    async def commit_weights(self, version: WeightsVersion) -> None:
-        await self._call(Store.commit_weights, version)
+    async def commit_weights(self, version: WeightsVersion, track: str) -> None:
+        await self._call(Store.commit_weights, version, track)
+
+    async def persist_weights(self, version: WeightsVersion) -> list[str]:
+        while (kept := await self._call(Store.persist_soon, version)) is None:
+            pass  # the caller has a deadline
+        return kept
+
+    async def revert_weights(self, version: WeightsVersion) -> None:
+        await self._call(Store.revert_weights, version)
 
     async def discard_weights(self, upload: int) -> None:
         await self._call(Store.discard_weights, upload)

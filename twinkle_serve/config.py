@@ -200,6 +200,8 @@ class ServiceArgs(Strict):
     """LoRA adapters to load at start, name to directory."""
     adapter_versions: int = Field(default=1, ge=1)
     """Number of newest versions of each adapter that calls can name; older ones live only while a request uses them."""
+    weights_versions: int = Field(default=1, ge=1)
+    """Number of newest versions of the model's own weights that the store keeps, so that they can be used again."""
     state_dir: str | None = Field(default=None, min_length=1)
     """Directory or fsspec URL where the store keeps every version. None: a directory that ends with the Ray cluster."""
     sessions: SessionArgs = SessionArgs()

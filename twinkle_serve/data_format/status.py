@@ -58,6 +58,8 @@ class SamplerStatus(TypedDict):
     asleep: bool
     weights: str
     """Label of the current weights."""
+    weights_versions: list[str]
+    """Labels of the weights that `use_weights` takes, the oldest first."""
     adapters: dict[str, str]
     """Newest version of each adapter, by name."""
     adapter_versions: dict[str, list[str]]

@@ -111,5 +111,21 @@ class WeightsVersion:
     """Size of all buckets."""
 
 
+MAIN_TRACK = "main"
+"""The only track, where the config names none."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsState:
+    """All versions of a store."""
+
+    current: Mapping[str, WeightsVersion]
+    """Of each track that has had one; of others it is the checkpoint."""
+    labels: list[str]
+    """Of all versions that have been current, by number."""
+    kept: list[str]
+    """Labels of those that can be made current again, the oldest first."""
+
+
 CHECKPOINT_VERSION = WeightsVersion(label=INITIAL_LABEL, number=0)
 """The model's checkpoint."""

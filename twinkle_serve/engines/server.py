@@ -21,7 +21,14 @@ from twinkle_serve.data_format.groups import Attempt, Chunk, EngineInfo, Group, 
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
 from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.data_format.structured_outputs import StructuredOutputs
-from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, ModelSpec, PauseMode, WeightsVersion
+from twinkle_serve.data_format.weights import (
+    CHECKPOINT_VERSION,
+    MAIN_TRACK,
+    Bucket,
+    ModelSpec,
+    PauseMode,
+    WeightsVersion,
+)
 from twinkle_serve.engines.adapter_checks import AdapterChecks, BaseDigests, base_keys
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.engines.group_runner import Finished, GroupRunner
@@ -116,12 +123,12 @@ class EngineServer(EngineClient):
 
     async def _load_current(self) -> None:
         """Loads the current weights version, and again if it changes meanwhile."""
-        while (current := await self._store.current_weights()) != self._weights_version:
+        while (current := await self._store.current_weights(MAIN_TRACK)) != self._weights_version:
             await self._engine.pause("keep")
             try:
                 await self.load_weights(current)
             except StoreError:
-                if await self._store.current_weights() == current:
+                if await self._store.current_weights(MAIN_TRACK) == current:
                     raise
             else:
                 await self._engine.resume()
@@ -310,7 +317,7 @@ class EngineServer(EngineClient):
         """
         if not version.weights:
             return None
-        current = await self._store.current_weights()
+        current = await self._store.current_weights(MAIN_TRACK)
         if current.number != version.weights:
             return BaseDigests(current, outdated=True)
         if self._updated.version != current:
@@ -321,7 +328,7 @@ class EngineServer(EngineClient):
                 while not known.keys() >= wanted and (part := await anext(parts, None)) is not None:
                     known |= await asyncio.to_thread(hash_weights, part, wanted - known.keys())
         except StoreError:
-            if (await self._store.current_weights()).number == version.weights:
+            if (await self._store.current_weights(MAIN_TRACK)).number == version.weights:
                 raise
             return BaseDigests(current, outdated=True)
         return self._updated
@@ -407,7 +414,7 @@ class EngineServer(EngineClient):
     async def wake_up(self, tags: Sequence[str] | None) -> None:
         await self._engine.wake_up(tags)
         if self._weights_dropped and (tags is None or "weights" in tags):
-            await self.load_weights(await self._store.current_weights())
+            await self.load_weights(await self._store.current_weights(MAIN_TRACK))
             self._weights_dropped = False
 
     async def stop(self) -> None:

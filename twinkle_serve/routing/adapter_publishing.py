@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.weights import MAIN_TRACK
 from twinkle_serve.errors import AdapterError, DeadlineError, StoreError
 from twinkle_serve.routing.adapter_loading import AdapterLoader
 from twinkle_serve.routing.adapters import Adapters, Directory, absolute, read_directory
@@ -70,7 +71,10 @@ class AdapterPublisher:
 
     async def _require_same_weights(self, version: AdapterVersion) -> None:
         """Raises AdapterError if the weights changed with which the engines were to compare tensors of an adapter."""
-        if version.weights is None or version.weights == (current := await self._store.current_weights()).number:
+        if (
+            version.weights is None
+            or version.weights == (current := await self._store.current_weights(MAIN_TRACK)).number
+        ):
             return
         raise AdapterError(
             f"adapter {version.name!r} came with tensors of the model itself, and the model's weights were updated to "

@@ -14,7 +14,7 @@ from typing import TypeVar
 from twinkle_serve import timing
 from twinkle_serve.data_format.groups import EngineInfo, Session
 from twinkle_serve.data_format.status import EngineStatus
-from twinkle_serve.data_format.weights import WeightsVersion
+from twinkle_serve.data_format.weights import MAIN_TRACK, WeightsVersion
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.errors import EngineDeadError, RequestError, StoreError, unknown_name
 from twinkle_serve.routing.active_engine import ActiveEngine, EngineListener, EngineState
@@ -45,7 +45,7 @@ class EngineMembership:
         adapters: Adapters,
         weights_version: WeightsVersion,
         *,
-        current_weights: Callable[[], Awaitable[WeightsVersion]],
+        current_weights: Callable[[str], Awaitable[WeightsVersion]],
         load_timeout_s: float,
         stall_timeout_s: float = 120.0,
         engines_return: bool = True,
@@ -57,7 +57,7 @@ class EngineMembership:
             clients: engines by name.
             adapters: versions that an engine may keep when it comes into use.
             weights_version: the current weights.
-            current_weights: asks the store for the current weights, in case of doubt.
+            current_weights: asks the store for the current weights of a track, in case of doubt.
             load_timeout_s: deadline for an engine to load the current weights.
             stall_timeout_s: an engine that has groups and produces no token for so long is lost.
             engines_return: whether an engine that dies is replaced.
@@ -342,7 +342,7 @@ class EngineMembership:
         """Asks the store: it may have taken a commit whose answer was lost."""
         async with self.changing:
             with contextlib.suppress(StoreError):
-                self.weights_version = await self._current_weights()
+                self.weights_version = await self._current_weights(MAIN_TRACK)
 
     async def _begin_use(self, name: str, client: EngineClient, info: EngineInfo) -> None:
         if name in self.cordoned:  # since it began to catch up

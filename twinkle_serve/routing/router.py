@@ -29,7 +29,7 @@ from twinkle_serve.data_format.samples import SampleColumns, StopReason
 from twinkle_serve.data_format.status import SamplerStatus
 from twinkle_serve.data_format.telemetry import CallInfo, TelemetryReport
 from twinkle_serve.data_format.token_lists import TokenLists
-from twinkle_serve.data_format.weights import PAUSE_MODES, BucketArgument, PauseMode
+from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, MAIN_TRACK, PAUSE_MODES, BucketArgument, PauseMode
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.engines.group_runner import PartialUpdate
 from twinkle_serve.errors import EngineDeadError, RequestError, ServiceError, TwinkleServeError, UnsupportedError
@@ -53,7 +53,7 @@ from twinkle_serve.routing.tokenization import Tokenization
 from twinkle_serve.routing.updates import WeightUpdates
 from twinkle_serve.sessions import SessionInfo, SessionRecord, SessionsAPI
 from twinkle_serve.traces import Traces
-from twinkle_serve.validation import one_of, seconds
+from twinkle_serve.validation import one_of, positive, seconds
 from twinkle_serve.weights import StoreClient
 
 logger = logging.getLogger(__name__)
@@ -132,11 +132,11 @@ class Router(RouterAPI):
         """
         args = self._args
         self._adapters = await self._recover_adapters()
-        weights_version, labels = await self._store.recover_weights()
+        weights = await self._store.recover_weights()
         self._engines = EngineMembership(
             self._clients,
             self._adapters,
-            weights_version,
+            weights.current.get(MAIN_TRACK, CHECKPOINT_VERSION),
             current_weights=self._store.current_weights,
             load_timeout_s=args.startup_timeout_s,
             stall_timeout_s=args.stall_timeout_s,
@@ -179,7 +179,7 @@ class Router(RouterAPI):
         self._pause_coordinator = PauseCoordinator(self._engines)
         self._pauses = CallerPauses(self._engines, self._pause_coordinator)
         self._updates = WeightUpdates(
-            self._store, self._engines, self._pause_coordinator, labels, telemetry=self._telemetry
+            self._store, self._engines, self._pause_coordinator, weights, telemetry=self._telemetry
         )
         self._engines.spawn(self._keep_telemetry())
 
@@ -366,9 +366,13 @@ class Router(RouterAPI):
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
         await self._updates.append(upload, index, bucket)
 
-    async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
+    async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float, durable: bool = True) -> str:
         self._admission.require_awake()
-        return await self._updates.publish(upload, mode, timeout_s)
+        return await self._updates.publish(upload, mode, timeout_s, durable)
+
+    async def use_weights(self, label: str, mode: PauseMode, timeout_s: float) -> str:
+        self._admission.require_awake()
+        return await self._updates.use(label, mode, positive("timeout_s", timeout_s))
 
     async def abandon_weights(self, upload: int) -> None:
         await self._updates.abandon(upload)
@@ -495,6 +499,7 @@ class Router(RouterAPI):
             "paused": self._engines.paused,
             "asleep": self._admission.asleep,
             "weights": self._engines.weights_version.label,
+            "weights_versions": self._updates.kept,
             "adapters": {name: version.label for name, version in self._adapters.newest.items()},
             "adapter_versions": self._adapters.labels,
             "requests": self._admission.running,
