@@ -42,7 +42,7 @@ def upload_weights(
                 on_its_way = loop.start(client.call(timeout_s, RouterAPI.append_weights, upload, index, argument))
             if on_its_way is not None:
                 loop.wait(on_its_way)
-            # If publishing fails at its end, the engines go back within the same time, and the store may be slow to write.
+            # If publishing fails at its end, the engines go back within the same time; writing has as long again.
             limit_s = 3 * timeout_s + timing.CONTROL_TIMEOUT_S
             return loop.call(client.call(limit_s, RouterAPI.publish_weights, upload, mode, timeout_s, durable))
     except BaseException:

@@ -255,7 +255,7 @@ class ModelWeights:
         self._writer.submit(self._persist, commit, writes)
 
     def _persist(self, commit: _Commit, writes: Iterable[Future[None]]) -> None:
-        """Records a version as current on the disk, which has its files if it can be written. In the writer's thread."""
+        """Records a version as current on the disk, which has its files by now. In the writer's thread."""
         track, version, before = commit.track, commit.version, dict(self._persisted)
         try:
             for write in writes:  # ended: one thread writes everything
