@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+
+from twinkle_serve.data_format.weights import Bucket
 from twinkle_serve.errors import ConfigError, StoreError
 
 logger = logging.getLogger(__name__)
@@ -85,6 +88,20 @@ class Disk:
         except Exception as error:
             raise StoreError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         return data
+
+    def map(self, name: str) -> Bucket:
+        """Returns a file, without reading it where it is local.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+        if not self._is_local:
+            return np.frombuffer(self.read(name), np.uint8)
+        path = f"{self.root}/{name}"
+        try:
+            return np.memmap(path, np.uint8, "r")
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Writes bytes atomically: an object store does so by itself, a file system by renaming.

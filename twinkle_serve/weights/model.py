@@ -6,14 +6,15 @@ import logging
 import random
 import threading
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 
-import blake3
+import numpy as np
 
 from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, ModelSpec, WeightsState, WeightsVersion
 from twinkle_serve.errors import ConfigError, StoreError, WeightsError
 from twinkle_serve.weights.disk import Disk, Json
+from twinkle_serve.weights.patches import BucketDigests, apply_patch, patched_bucket
 from twinkle_serve.weights.upload import Upload
 
 logger = logging.getLogger(__name__)
@@ -160,44 +161,54 @@ class ModelWeights:
         Args:
             upload: id from `begin`.
             index: number of buckets before it.
-            bucket: weights as a safetensors file.
+            bucket: weights as a safetensors file, or a patch of a bucket of a kept version; see `PatchFile`.
 
         Returns:
-            Index of the bucket in the version; None where the version has it without some weights, or not at all.
+            Index of the bucket in the version; None where the version has it otherwise, or not at all.
 
         Raises:
             WeightsError: the bucket is damaged, or has names or shapes that the model does not have. The upload is
                 dropped.
-            StoreError: the bucket is out of order, or the state directory cannot be written.
+            StoreError: the bucket is out of order, a patch is of a bucket that is not kept, or the state directory
+                cannot be written.
         """
         pending = self._require(upload)
         self._raise_failed_writes()
         version, received = pending.version, pending.received
-        checksum = _checksum(bucket.data)
-        if index == len(received) - 1 and checksum == received[index]:
+        sent = checksum = checksum_of(bucket)
+        if index == len(received) - 1 and sent == received[index]:
             return pending.last_index  # sent again by a caller that got no answer
         if index != len(received):
             raise StoreError(f"bucket {index} of {version.label!r} came after {len(received)} buckets.")
         try:
+            if (base := patched_bucket(bucket)) is not None:
+                bucket, checksum = self._patch(bucket)
             kept = pending.take(bucket)
         except WeightsError:
             self._drop_pending()
             raise
-        pending.last_index = len(pending.version.buckets) if kept is bucket else None
+        pending.last_index = len(pending.version.buckets) if kept is bucket and base is None else None
         if kept is not None:
-            self._put(pending, kept, checksum if kept is bucket else _checksum(kept.data))
-        received.append(checksum)
+            self._put(pending, kept, checksum if kept is bucket else checksum_of(kept), base)
+        received.append(sent)
         return pending.last_index
 
-    def _put(self, pending: Upload, bucket: Bucket, checksum: str) -> None:
-        """Stores a bucket as the next one of its version."""
+    def _patch(self, patch: Bucket) -> tuple[Bucket, str]:
+        """Returns the bucket that a patch makes, and its checksum. See `apply_patch` for what it raises."""
+        while len(running := [write for write in self._writes.values() if not write.done()]) > 1:
+            wait(running, return_when=FIRST_COMPLETED)  # what is made here fills this process's memory until then
+        return apply_patch(patch, self._map)
+
+    def _put(self, pending: Upload, bucket: Bucket, checksum: str, base: str | None) -> None:
+        """Stores a bucket as the next one of its version, unless it is the one that it was a patch of."""
         version = pending.version
         with self._lock:
             pending.version = replace(
                 version, buckets=(*version.buckets, checksum), size_bytes=version.size_bytes + len(bucket)
             )
-            self._memory[checksum] = bytes(bucket) if self._disk is None else bucket
-        if self._disk is not None:
+            if checksum != base:
+                self._memory[checksum] = bytes(bucket) if self._disk is None else bucket
+        if self._disk is not None and checksum != base:
             self._writes[checksum] = self._writer.submit(self._write, self._disk, checksum, bucket)
 
     def _write(self, disk: Disk, checksum: str, bucket: Bucket) -> None:
@@ -377,12 +388,31 @@ class ModelWeights:
         if self._disk is None:
             raise StoreError(f"the bucket with the checksum {checksum} was dropped.")
         data = self._disk.read(_path(checksum))
-        if (found := _checksum(data)) != checksum:
+        if (found := checksum_of(data)) != checksum:
             raise StoreError(
                 f"{self._disk.root}/{_path(checksum)} has the checksum {found}, and had {checksum} when it was sent: "
                 "the file was changed or truncated. Send the version again under another label."
             )
         return data
+
+    def _map(self, checksum: str) -> Bucket:
+        """Returns a bucket of a kept version, which may have changed on the disk.
+
+        Raises:
+            StoreError: there is no such bucket.
+        """
+        with self._lock:
+            kept = {each for version in self._kept.values() for each in version.buckets}
+            held = self._memory.get(checksum)
+        if checksum not in kept:
+            raise StoreError(
+                f"a patch is of a bucket with the checksum {checksum}, which no kept version has. Send the weights "
+                "without delta=True."
+            )
+        if held is not None:
+            return np.frombuffer(held, np.uint8)
+        assert self._disk is not None
+        return self._disk.map(_path(checksum))
 
     def _require(self, upload: int) -> Upload:
         if self._upload is None or upload != self._uploads:
@@ -498,5 +528,6 @@ def _path(checksum: str) -> str:
     return f"{BUCKETS}/{checksum}.safetensors"
 
 
-def _checksum(data: bytes | memoryview) -> str:
-    return str(blake3.blake3(data).hexdigest(length=16))
+def checksum_of(bucket: Bucket | bytes) -> str:
+    """Returns the checksum that names a bucket."""
+    return BucketDigests.of(bucket).checksum
