@@ -18,8 +18,9 @@ from twinkle_serve.data_format.weights import MAIN_TRACK, Bucket, ModelSpec, Wei
 from twinkle_serve.errors import StoreError, WeightsError
 from twinkle_serve.tensors import TensorFile
 from twinkle_serve.weights.model import ModelWeights, checksum_of
-from twinkle_serve.weights.patches import BLOCK_BYTES, BucketDigests, PatchFile, apply_patch, patched_bucket
+from twinkle_serve.weights.patches import BLOCK_BYTES, BucketDigests, Patch, PatchFile, is_patch
 
+QUESTION = {"input_ids": list(range(20, 60))}
 SIZES = st.lists(st.integers(0, 3 * BLOCK_BYTES), min_size=1, max_size=5)
 Tensors = dict[str, torch.Tensor]
 
@@ -64,10 +65,12 @@ def test_patch_makes_the_bucket_with_the_blocks_that_changed(sizes: list[int], p
     before = tensors_of(sizes, 1)
     after, base = changed(before, places), bucket_of(before)
     patch, digests = patch_of(base, after)
-    assert patched_bucket(patch) == checksum_of(base)
-    made, checksum = apply_patch(patch, {checksum_of(base): base}.__getitem__)
+    assert is_patch(patch) and not is_patch(base)
+    read = Patch.read(patch)
+    assert (read.base, read.checksum) == (checksum_of(base), digests.checksum)
+    made = read.apply(base)
     assert made.tobytes() == bucket_of(after).tobytes() or bucket_shapes_equal(made, bucket_of(after))
-    assert checksum == checksum_of(made) == digests.checksum
+    assert checksum_of(made) == digests.checksum
     assert len(patch) <= len(set(places)) * BLOCK_BYTES + 2_000
 
 
@@ -84,19 +87,17 @@ def test_patch_of_any_bucket_makes_the_bucket(before: list[int], after: list[int
     """One of other tensors, longer or shorter."""
     base, tensors = bucket_of(tensors_of(before, 1)), tensors_of(after, 2)
     patch, _ = patch_of(base, tensors)
-    made, _ = apply_patch(patch, lambda checksum: base)
+    made = Patch.read(patch).apply(base)
     assert bucket_shapes_equal(made, bucket_of(tensors))
 
 
-def test_bucket_that_has_not_changed_is_not_copied() -> None:
-    """Its patch has no blocks."""
+def test_patch_of_a_bucket_that_has_not_changed_has_no_blocks() -> None:
+    """Its header and its checksum are all that is sent."""
     tensors = tensors_of([10 * BLOCK_BYTES], 1)
-    first, _ = patch_of(bucket_of({"w0": tensors["w0"] ^ 1}), tensors)
-    base, _ = apply_patch(first, lambda checksum: bucket_of({"w0": tensors["w0"] ^ 1}))
+    base = bucket_of(tensors)
     patch, _ = patch_of(base, tensors)
-    assert len(patch) < 1_000
-    made, _ = apply_patch(patch, lambda checksum: base)
-    assert made is base
+    read = Patch.read(patch)
+    assert len(patch) < 1_000 and not read.begins
 
 
 @pytest.mark.parametrize(
@@ -119,8 +120,8 @@ def test_damaged_patch_is_refused(damage: Callable[[Bucket], Bucket]) -> None:
     before = tensors_of([3 * BLOCK_BYTES], 1)
     base = bucket_of(before)
     patch, _ = patch_of(base, changed(before, [(0, BLOCK_BYTES + 5)]))
-    with pytest.raises((WeightsError, StoreError), match="patch of weights is cut off or damaged|makes one with"):
-        apply_patch(damage(patch), lambda checksum: base)
+    with pytest.raises((WeightsError, StoreError), match=r"patch of weights is cut off or damaged|makes one with"):
+        Patch.read(damage(patch)).apply(base)
 
 
 def replaced(patch: Bucket, old: bytes, new: bytes) -> Bucket:
@@ -136,7 +137,7 @@ def test_patch_of_another_bucket_is_refused() -> None:
     patch, _ = patch_of(base, changed(before, [(0, 5)]))
     other = bucket_of(changed(before, [(0, 2 * BLOCK_BYTES)]))
     with pytest.raises(StoreError, match=r"makes one with the checksum .* and the trainer's has .*without delta=True"):
-        apply_patch(patch, lambda checksum: other)
+        Patch.read(patch).apply(other)
 
 
 MODEL = ModelSpec({f"w{index}": WeightSpec((3 * BLOCK_BYTES,), "U8") for index in range(3)}, {})
@@ -210,14 +211,13 @@ def test_sampler_sends_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert update(delta=True) < 10_000
         weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
         assert update(delta=True) < BLOCK_BYTES + 10_000
-        by_delta = sampler.sample({"input_ids": list(range(20, 60))}, {"max_tokens": 8, "temperature": 0})
+
+        def sampled() -> list[float]:
+            return sampler.sample(QUESTION, {"max_tokens": 8, "temperature": 0}).sequences[0].logprobs
+
+        by_delta = sampled()
         assert update() >= whole
-        assert (
-            by_delta.columns.logprobs.tolist()
-            == (
-                sampler.sample({"input_ids": list(range(20, 60))}, {"max_tokens": 8, "temperature": 0})
-            ).columns.logprobs.tolist()
-        )
+        assert sampled() == by_delta
         assert update(delta=True) >= whole, "what it sent as a delta last is no longer kept"
         assert update(delta=True) < 10_000
         with pytest.raises(WeightsError):

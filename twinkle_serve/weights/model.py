@@ -14,7 +14,7 @@ import numpy as np
 from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, ModelSpec, WeightsState, WeightsVersion
 from twinkle_serve.errors import ConfigError, StoreError, WeightsError
 from twinkle_serve.weights.disk import Disk, Json
-from twinkle_serve.weights.patches import BucketDigests, apply_patch, patched_bucket
+from twinkle_serve.weights.patches import BucketDigests, Patch, is_patch, tensors_begin
 from twinkle_serve.weights.upload import Upload
 
 logger = logging.getLogger(__name__)
@@ -176,39 +176,63 @@ class ModelWeights:
         self._raise_failed_writes()
         version, received = pending.version, pending.received
         sent = checksum = checksum_of(bucket)
+        is_written = False
         if index == len(received) - 1 and sent == received[index]:
             return pending.last_index  # sent again by a caller that got no answer
         if index != len(received):
             raise StoreError(f"bucket {index} of {version.label!r} came after {len(received)} buckets.")
         try:
-            if (base := patched_bucket(bucket)) is not None:
-                bucket, checksum = self._patch(bucket)
+            if patch := is_patch(bucket):
+                bucket, checksum, is_written = self._patched(Patch.read(bucket))
             kept = pending.take(bucket)
         except WeightsError:
             self._drop_pending()
             raise
-        pending.last_index = len(pending.version.buckets) if kept is bucket and base is None else None
+        pending.last_index = len(pending.version.buckets) if kept is bucket and not patch else None
         if kept is not None:
-            self._put(pending, kept, checksum if kept is bucket else checksum_of(kept), base)
+            checksum = checksum if kept is bucket else checksum_of(kept)
+            self._put(pending, kept, checksum, is_written=is_written and kept is bucket)
         received.append(sent)
         return pending.last_index
 
-    def _patch(self, patch: Bucket) -> tuple[Bucket, str]:
-        """Returns the bucket that a patch makes, and its checksum. See `apply_patch` for what it raises."""
+    def _patched(self, patch: Patch) -> tuple[Bucket, str, bool]:
+        """Returns the bucket that a patch makes, its checksum, and whether it is stored already.
+
+        Raises:
+            StoreError: as `Patch.apply`, or the state directory cannot be written.
+        """
+        base = self._map(patch.base)
+        if patch.checksum == patch.base:
+            return base, patch.checksum, True
+        if self._disk is not None and self._disk.is_local and isinstance(base, np.memmap):
+            # In the writer's thread, which may have to remove an earlier file of this name before.
+            return self._writer.submit(self._write_patched, self._disk, patch, base).result(), patch.checksum, True
         while len(running := [write for write in self._writes.values() if not write.done()]) > 1:
             wait(running, return_when=FIRST_COMPLETED)  # what is made here fills this process's memory until then
-        return apply_patch(patch, self._map)
+        return patch.apply(base), patch.checksum, False
 
-    def _put(self, pending: Upload, bucket: Bucket, checksum: str, base: str | None) -> None:
-        """Stores a bucket as the next one of its version, unless it is the one that it was a patch of."""
+    def _write_patched(self, disk: Disk, patch: Patch, base: Bucket) -> Bucket:
+        path = _path(patch.checksum)
+        begin, to = tensors_begin(base), len(patch.header)
+        made = disk.write_changed(f"{path}.part", _path(patch.base), begin, to, patch.size, patch.pieces)
+        try:
+            patch.check(made)
+        except StoreError:
+            disk.remove(f"{path}.part")
+            raise
+        disk.rename(f"{path}.part", path)
+        return made
+
+    def _put(self, pending: Upload, bucket: Bucket, checksum: str, *, is_written: bool) -> None:
+        """Stores a bucket as the next one of its version."""
         version = pending.version
         with self._lock:
             pending.version = replace(
                 version, buckets=(*version.buckets, checksum), size_bytes=version.size_bytes + len(bucket)
             )
-            if checksum != base:
+            if not is_written:
                 self._memory[checksum] = bytes(bucket) if self._disk is None else bucket
-        if self._disk is not None and checksum != base:
+        if self._disk is not None and not is_written:
             self._writes[checksum] = self._writer.submit(self._write, self._disk, checksum, bucket)
 
     def _write(self, disk: Disk, checksum: str, bucket: Bucket) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import blake3
@@ -32,9 +32,9 @@ class BucketDigests:
     @classmethod
     def of(cls, bucket: Bucket | bytes) -> BucketDigests:
         """Hashes any bytes; those that are no safetensors file are split somewhere."""
-        data = np.frombuffer(bucket, np.uint8).data
-        start = min(8 + int.from_bytes(data[:8], "little"), len(data))
-        return cls(bytes(data[:start]), _hash_blocks(data[start:]))
+        data = np.frombuffer(bucket, np.uint8)
+        start = tensors_begin(data)
+        return cls(data[:start].tobytes(), _hash_blocks(data[start:].data))
 
     @property
     def checksum(self) -> str:
@@ -99,7 +99,7 @@ class PatchFile(TensorFile):
     def finish(self, metadata: object = None) -> NDArray[np.uint8]:
         """Returns the patch, as a safetensors file of its own."""
         self._take(self._begun)
-        header = encode_header(self._header)
+        header = encode_header(self._header, size=len(self._base.header))  # of the same length where that is possible
         self.digests = BucketDigests(header, np.concatenate(self._digests))
         patch = TensorFile(sum(map(len, self._kept)))
         patch.add("blocks", np.array(self._changed, np.int64))
@@ -108,58 +108,91 @@ class PatchFile(TensorFile):
         return patch.finish({PATCH_OF: self._base.checksum, "checksum": self.digests.checksum, "size": str(self.size)})
 
 
-def patched_bucket(bucket: Bucket) -> str | None:
-    """Returns the checksum of the bucket that a patch changes; None if it is a whole bucket, or damaged."""
+def is_patch(bucket: Bucket) -> bool:
+    """Whether a bucket says that it is a patch, be it damaged or not."""
     try:
-        end = 8 + int.from_bytes(bucket[:8].tobytes(), "little")
-        return str(json.loads(bucket[8:end].tobytes())["__metadata__"][PATCH_OF])
+        return PATCH_OF in _metadata(bucket)
     except (ValueError, KeyError, TypeError):
-        return None
+        return False
 
 
-def apply_patch(patch: Bucket, read: Callable[[str], Bucket]) -> tuple[Bucket, str]:
-    """Returns the bucket that a patch makes, and its checksum. One that has not changed is returned as it was read.
+def _metadata(bucket: Bucket) -> dict[str, str]:
+    end = 8 + int.from_bytes(bucket[:8].tobytes(), "little")
+    return dict(json.loads(bucket[8:end].tobytes())["__metadata__"])
 
-    Args:
-        read: returns an earlier bucket by its checksum.
 
-    Raises:
-        WeightsError: the patch is damaged.
-        StoreError: the result is not the bucket that the patch was made from.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """A patch that was read."""
 
-    try:
-        end = 8 + int.from_bytes(patch[:8].tobytes(), "little")
-        metadata = json.loads(patch[8:end].tobytes())["__metadata__"]
-        base_checksum, checksum, size = metadata[PATCH_OF], metadata["checksum"], int(metadata["size"])
-        parts = load(patch.tobytes())
-        header, blocks, data = parts["header"], parts["blocks"], parts["data"]
-        whole = len(header) + size
-        begins = blocks * BLOCK_BYTES
-        if size < 0 or (begins < 0).any() or (begins >= size).any():
-            raise ValueError(f"it has blocks outside of {size} bytes")
-        if (expected := int(np.minimum(size - begins, BLOCK_BYTES).sum())) != len(data):
-            raise ValueError(f"it has {len(data)} bytes of {expected}")
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise WeightsError(f"a patch of weights is cut off or damaged: {type(error).__name__}: {error}") from None
-    base = read(base_checksum)
-    if checksum == base_checksum:
-        return base, checksum
-    start = min(8 + int.from_bytes(base[:8].tobytes(), "little"), len(base))
-    made = np.empty(whole, np.uint8)
-    made[: len(header)] = header
-    tensors = made[len(header) :]
-    tensors[: len(base) - start] = base[start : start + size]
-    at = 0
-    for begin in begins.tolist():
-        length = min(BLOCK_BYTES, size - begin)
-        tensors[begin : begin + length] = data[at : at + length]
-        at += length
-    if (found := BucketDigests.of(made).checksum) != checksum:
-        raise StoreError(
-            f"a patch of bucket {base_checksum} makes one with the checksum {found}, and the trainer's has {checksum}: "
-            "the bucket was changed. Send the weights without delta=True."
-        )
-    return made, checksum
+    base: str
+    """Checksum of the bucket that it changes."""
+    checksum: str
+    """Of the bucket that it makes."""
+    header: NDArray[np.uint8]
+    size: int
+    """Of the bucket that it makes, bytes."""
+    begins: list[int]
+    """Index in the bucket of the first byte of each changed block."""
+    data: NDArray[np.uint8]
+    """The changed blocks."""
+
+    @classmethod
+    def read(cls, bucket: Bucket) -> Patch:
+        """Reads what `PatchFile` has written.
+
+        Raises:
+            WeightsError: it is damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            metadata, parts = _metadata(bucket), load(bucket.tobytes())
+            header, data, size = parts["header"], parts["data"], int(metadata["size"])
+            begins = parts["blocks"] * BLOCK_BYTES
+            if size < 0 or (begins < 0).any() or (begins >= size).any():
+                raise ValueError(f"it has blocks outside of {size} bytes")
+            if (expected := int(np.minimum(size - begins, BLOCK_BYTES).sum())) != len(data):
+                raise ValueError(f"it has {len(data)} bytes of {expected}")
+            places = (begins + len(header)).tolist()
+            return cls(metadata[PATCH_OF], metadata["checksum"], header, len(header) + size, places, data)
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise WeightsError(f"a patch of weights is cut off or damaged: {type(error).__name__}: {error}") from None
+
+    @property
+    def pieces(self) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Index in the bucket, and bytes, of everything that is not as in its base."""
+        yield 0, self.header
+        at = 0
+        for begin in self.begins:
+            length = min(BLOCK_BYTES, self.size - begin)
+            yield begin, self.data[at : at + length]
+            at += length
+
+    def apply(self, base: Bucket) -> Bucket:
+        """Returns the bucket that it makes.
+
+        Raises:
+            StoreError: as `check`.
+        """
+        made = np.empty(self.size, np.uint8)
+        tensors, kept = made[len(self.header) :], base[tensors_begin(base) :][: self.size - len(self.header)]
+        tensors[: len(kept)] = kept
+        for begin, piece in self.pieces:
+            made[begin : begin + len(piece)] = piece
+        self.check(made)
+        return made
+
+    def check(self, made: Bucket) -> None:
+        """Raises StoreError for a bucket that is not the one that the trainer has made the patch of."""
+        if (found := BucketDigests.of(made).checksum) != self.checksum:
+            raise StoreError(
+                f"a patch of bucket {self.base} makes one with the checksum {found}, and the trainer's has "
+                f"{self.checksum}: the bucket was changed. Send the weights without delta=True."
+            )
+
+
+def tensors_begin(bucket: Bucket) -> int:
+    """Index of the first byte behind the header."""
+    return min(8 + int.from_bytes(bucket[:8].tobytes(), "little"), len(bucket))
