@@ -94,16 +94,16 @@ async def first_sample(rounds: int, name: str, weights: Tensors, bare: Bare, sam
 
 
 async def deltas(rounds: int, name: str, weights: Tensors, sampler: RunningSampler) -> Figures:
-    """Updates of which CHANGED of the blocks differ from the last one, sent whole and as deltas in turn. A delta is of
-    the last delta, so that twice as many have changed."""
+    """Updates of which CHANGED of the blocks differ from the last one, sent whole and as deltas in turn."""
     times: dict[str, dict[str, list[float]]] = {"whole": defaultdict(list), "delta": defaultdict(list)}
     current = noisy(weights)
     await _update_and_sample(sampler, f"{name}-delta-base", current, delta=True)
     for number in range(rounds + 1):
         for way in ("whole", "delta"):
-            current = sparsely_changed(current, CHANGED)
+            sent = sparsely_changed(current, CHANGED)
+            current = sent if way == "delta" else current
             label = f"{name}-{way}-{number}"
-            found = await _update_and_sample(sampler, label, current, delta=way == "delta")
+            found = await _update_and_sample(sampler, label, sent, delta=way == "delta")
             if number:  # the first round warms both up
                 for figure, seconds in found.items():
                     times[way][figure].append(seconds)
