@@ -399,6 +399,19 @@ class ModelWeights:
         self.require(version)
         return self._read(version.buckets[index])
 
+    def file(self, version: WeightsVersion, index: int) -> str | None:
+        """Returns the path of a bucket's file, for other processes of the node; None: it is in no local file.
+
+        Raises:
+            StoreError: as `bucket`.
+        """
+        self.require(version)
+        checksum = version.buckets[index]
+        if self._disk is None or not self._disk.is_local or checksum in self._memory:
+            return None
+        self._require_checksum(self._disk.map(_path(checksum)), checksum)
+        return f"{self._disk.root}/{_path(checksum)}"
+
     def require(self, version: WeightsVersion) -> None:
         """Raises StoreError for a version that is neither kept nor sealed."""
         if version not in (CHECKPOINT_VERSION, self._kept.get(version.number), self._sealed):
@@ -412,12 +425,16 @@ class ModelWeights:
         if self._disk is None:
             raise StoreError(f"the bucket with the checksum {checksum} was dropped.")
         data = self._disk.read(_path(checksum))
+        self._require_checksum(data, checksum)
+        return data
+
+    def _require_checksum(self, data: Bucket | bytes, checksum: str) -> None:
+        assert self._disk is not None
         if (found := checksum_of(data)) != checksum:
             raise StoreError(
                 f"{self._disk.root}/{_path(checksum)} has the checksum {found}, and had {checksum} when it was sent: "
                 "the file was changed or truncated. Send the version again under another label."
             )
-        return data
 
     def _map(self, checksum: str) -> Bucket:
         """Returns a bucket of a kept version, which may have changed on the disk.
