@@ -137,9 +137,9 @@ class Store(LocalStore, LocalSessions):
         self._sent.clear()
         self._read_again.clear()
 
-    async def begin_weights(self, label: str, model: ModelSpec) -> int:
+    async def begin_weights(self, label: str, model: ModelSpec, *, write_late: bool = False) -> int:
         self._forget_buckets()  # of an update that nobody has ended
-        return await super().begin_weights(label, model)
+        return await super().begin_weights(label, model, write_late=write_late)
 
     async def commit_weights(self, version: WeightsVersion, track: str) -> None:
         await super().commit_weights(version, track)

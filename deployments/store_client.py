@@ -72,8 +72,8 @@ class ServeStoreClient(StoreClient):
     async def find_weights(self, label: str) -> WeightsVersion:
         return await self._call(Store.find_weights, label)
 
-    async def begin_weights(self, label: str, model: ModelSpec) -> int:
-        return await self._call(Store.begin_weights, label, model)
+    async def begin_weights(self, label: str, model: ModelSpec, *, write_late: bool = False) -> int:
+        return await self._call(Store.begin_weights, label, model, write_late=write_late)
 
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> int | None:
         return await self._call(Store.append_weights, upload, index, bucket)

@@ -183,14 +183,14 @@ class RouterAPI(Protocol):
         """
         ...
 
-    async def begin_weights(self, label: str, mode: PauseMode) -> int:
+    async def begin_weights(self, label: str, mode: PauseMode, durable: bool = True) -> int:
         """Starts an update of weights. Returns the id of the upload. See `WeightUpdates.begin`."""
         ...
 
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
         """Stores the next bucket of an update. See `WeightUpdates.append`."""
 
-    async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float, durable: bool = True) -> str:
+    async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
         """Loads an update on all engines or on none. Returns its label. See `WeightUpdates.publish`."""
         ...
 
