@@ -162,7 +162,10 @@ class LocalStore(StoreClient):
 
     async def persist_weights(self, version: WeightsVersion) -> list[str]:
         if (writing := self._store.model.written(version)) is not None:
-            await asyncio.wait([asyncio.wrap_future(writing)])  # meanwhile the thread is free
+            ended = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            writing.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
+            await ended.wait()  # meanwhile the thread is free
         await self._run(self._store.model.persist, version)
         return self._store.model.kept()
 
