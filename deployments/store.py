@@ -133,8 +133,8 @@ class Store(LocalStore, LocalSessions):
         self._forget_buckets()  # of an update that nobody has ended
         return await super().begin_weights(label, model)
 
-    async def commit_weights(self, version: WeightsVersion) -> None:
-        await super().commit_weights(version)
+    async def commit_weights(self, version: WeightsVersion, track: str) -> None:
+        await super().commit_weights(version, track)
         self._forget_buckets()  # no engine asks for them any more
 
     async def discard_weights(self, upload: int) -> None:

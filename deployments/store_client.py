@@ -56,11 +56,11 @@ class ServeStoreClient(StoreClient):
 
         return await until_answered(fetch)
 
-    async def recover_weights(self) -> tuple[WeightsVersion, list[str]]:
+    async def recover_weights(self) -> tuple[dict[str, WeightsVersion], list[str]]:
         return await self._call(Store.recover_weights)
 
-    async def current_weights(self) -> WeightsVersion:
-        return await self._call(Store.current_weights)
+    async def current_weights(self, track: str) -> WeightsVersion:
+        return await self._call(Store.current_weights, track)
 
     async def begin_weights(self, label: str, model: ModelSpec) -> int:
         return await self._call(Store.begin_weights, label, model)
@@ -71,8 +71,8 @@ class ServeStoreClient(StoreClient):
     async def seal_weights(self, upload: int) -> WeightsVersion:
         return await self._call(Store.seal_weights, upload)
 
-    async def commit_weights(self, version: WeightsVersion) -> None:
-        await self._call(Store.commit_weights, version)
+    async def commit_weights(self, version: WeightsVersion, track: str) -> None:
+        await self._call(Store.commit_weights, version, track)
 
     async def discard_weights(self, upload: int) -> None:
         await self._call(Store.discard_weights, upload)

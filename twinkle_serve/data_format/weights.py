@@ -30,6 +30,9 @@ BucketArgument: TypeAlias = Bucket | list[Awaitable[Bucket]] | BucketFile
 """A bucket, or where it is: a list with one reference to it in Ray's object store, or a file in memory. Ray does not
 fetch references inside lists, so the bucket skips the processes that only pass it on."""
 
+DEFAULT_TRACK = "main"
+"""Name of the only track of a service whose config names none."""
+
 INITIAL_LABEL = "initial"
 """Label of the weights in the model's checkpoint."""
 

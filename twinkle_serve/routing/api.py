@@ -183,15 +183,20 @@ class RouterAPI(Protocol):
         """
         ...
 
-    async def begin_weights(self, label: str, mode: PauseMode) -> int:
-        """Starts an update of weights. Returns the id of the upload. See `WeightUpdates.begin`."""
+    async def begin_weights(self, label: str, mode: PauseMode, track: str = "") -> int:
+        """Starts an update of a track's weights, "": of the first one. Returns the id of the upload. See
+        `WeightUpdates.begin`.
+
+        Raises:
+            RequestError: unknown mode or track, or the engines sleep.
+        """
         ...
 
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
         """Stores the next bucket of an update. See `WeightUpdates.append`."""
 
     async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
-        """Loads an update on all engines or on none. Returns its label. See `WeightUpdates.publish`."""
+        """Loads an update on all engines of its track or on none. Returns its label. See `WeightUpdates.publish`."""
         ...
 
     async def abandon_weights(self, upload: int) -> None:

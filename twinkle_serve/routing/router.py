@@ -13,7 +13,7 @@ from typing import Unpack
 from twinkle_serve.adapters import read_adapter
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse
-from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.data_format.futures import Completions, FutureResult, Submission
 from twinkle_serve.data_format.metrics import MetricsSink
 from twinkle_serve.data_format.sample_request import (
@@ -50,6 +50,7 @@ from twinkle_serve.routing.scheduler import GroupScheduler
 from twinkle_serve.routing.telemetry import PERIOD_S, RouterState, Telemetry
 from twinkle_serve.routing.templates import TemplateCache
 from twinkle_serve.routing.tokenization import Tokenization
+from twinkle_serve.routing.tracks import Tracks
 from twinkle_serve.routing.updates import WeightUpdates
 from twinkle_serve.sessions import SessionInfo, SessionRecord, SessionsAPI
 from twinkle_serve.traces import Traces
@@ -68,7 +69,8 @@ class Router(RouterAPI):
             engines.
         An engine's death loses no sample; see `GroupScheduler`.
         The queue is bounded; a call beyond its limits is refused at once.
-        A request is sampled by the adapter version that its name meant when it was admitted.
+        A request is sampled by engines of its track alone, with the adapter version that its name meant when it was
+            admitted.
         Every sample names the versions of the model's own weights that sampled its tokens.
         The router that replaces this one resolves names as this one did: the store keeps them.
     Does not guarantee:
@@ -92,7 +94,7 @@ class Router(RouterAPI):
 
         Args:
             model: directory of the model; its weights may be missing.
-            engines: by name.
+            engines: by name, in the order of their numbers.
             store: source of adapters and weights, the same that the engines use.
             sessions: the conversations of a gateway's clients; None where there is no gateway.
             engines_return: whether an engine that dies is replaced; if not, its requests fail.
@@ -132,11 +134,11 @@ class Router(RouterAPI):
         """
         args = self._args
         self._adapters = await self._recover_adapters()
-        weights_version, labels = await self._store.recover_weights()
+        weights, _ = await self._store.recover_weights()
         self._engines = EngineMembership(
             self._clients,
             self._adapters,
-            weights_version,
+            Tracks(args.track_names, args.tracks_of(list(self._clients)), weights),
             current_weights=self._store.current_weights,
             load_timeout_s=args.startup_timeout_s,
             stall_timeout_s=args.stall_timeout_s,
@@ -178,9 +180,7 @@ class Router(RouterAPI):
         self._tokenization = Tokenization(self._encoding, self._admission.template)
         self._pause_coordinator = PauseCoordinator(self._engines)
         self._pauses = CallerPauses(self._engines, self._pause_coordinator)
-        self._updates = WeightUpdates(
-            self._store, self._engines, self._pause_coordinator, labels, telemetry=self._telemetry
-        )
+        self._updates = WeightUpdates(self._store, self._engines, self._pause_coordinator, telemetry=self._telemetry)
         self._engines.spawn(self._keep_telemetry())
 
     async def _recover_adapters(self) -> Adapters:
@@ -358,10 +358,10 @@ class Router(RouterAPI):
 
     # -- weights ---------------------------------------------------------------------------------
 
-    async def begin_weights(self, label: str, mode: PauseMode) -> int:
+    async def begin_weights(self, label: str, mode: PauseMode, track: str = "") -> int:
         one_of("mode", mode, PAUSE_MODES)  # before anything is sent
         self._admission.require_awake()
-        return await self._updates.begin(label)
+        return await self._updates.begin(label, self._engines.tracks.named(track))
 
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
         await self._updates.append(upload, index, bucket)
@@ -437,9 +437,10 @@ class Router(RouterAPI):
         if tags is None or "kv_cache" in tags:
             self._admission.asleep = False
 
-    def set_engines(self, engines: Mapping[str, EngineClient]) -> None:
-        """See `EngineLifecycle.set_engines`."""
-        self._lifecycle.set_engines(engines)
+    def set_engines(self, engines: Mapping[str, EngineClient], tracks: Mapping[str, str] | None = None) -> None:
+        """See `EngineLifecycle.set_engines`. Without `tracks`, all engines belong to the first one."""
+        first = self._args.track_names[0]
+        self._lifecycle.set_engines(engines, dict.fromkeys(engines, first) if tracks is None else tracks)
 
     async def drain_engine(self, name: str, timeout_s: float) -> None:
         await self._lifecycle.drain(name, seconds("timeout_s", timeout_s))
@@ -480,7 +481,7 @@ class Router(RouterAPI):
             running_calls=self._admission.running,
             waiting=self._scheduler.waiting,
             waiting_tokens=self._scheduler.waiting_tokens,
-            weights=self._engines.weights_version,
+            tracks=self._engines.tracks,
             engines=self._engines.status(),
             loads={name: engine.load for name, engine in self._engines.active.items()},
         )
@@ -494,7 +495,8 @@ class Router(RouterAPI):
             "groups_waiting": self._scheduler.waiting,
             "paused": self._engines.paused,
             "asleep": self._admission.asleep,
-            "weights": self._engines.weights_version.label,
+            "weights": self._engines.tracks.named("").weights.label,
+            "tracks": {track.name: track.weights.label for track in self._engines.tracks},
             "adapters": {name: version.label for name, version in self._adapters.newest.items()},
             "adapter_versions": self._adapters.labels,
             "requests": self._admission.running,
@@ -556,9 +558,11 @@ class Router(RouterAPI):
         if (request := self._requests.get(group_id)) is not None:
             self._admission.fail(request, error)
 
-    def _report_staleness(self, adapter: AdapterVersion | None, weight_versions: set[str]) -> None:
-        """Reports how stale a finished request is, by its adapter if it has one, else by the model's own weights."""
+    def _report_staleness(self, request: Request) -> None:
+        """Reports how stale a finished request is, by its adapter if it has one, else by the weights of its track."""
+        adapter = request.adapter
         if adapter is None:
-            self._telemetry.stale("", self._updates.staleness(weight_versions))
+            track = self._engines.tracks.named(request.track)
+            self._telemetry.stale("", track.staleness(request.weight_versions))
         elif (versions := self._publisher.staleness(adapter)) is not None:
             self._telemetry.stale(adapter.name, versions)

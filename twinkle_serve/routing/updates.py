@@ -15,6 +15,7 @@ from twinkle_serve.lease import Lease
 from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.pause import PauseCoordinator
 from twinkle_serve.routing.telemetry import Telemetry
+from twinkle_serve.routing.tracks import Track
 from twinkle_serve.validation import one_of
 from twinkle_serve.weights import StoreClient
 
@@ -28,6 +29,7 @@ class _Update:
     """An update under way."""
 
     label: str
+    track: Track
     heard_at: float
     """When its trainer was last heard of, in seconds of the event loop's clock."""
     lease: Lease
@@ -42,10 +44,11 @@ class _Update:
 
 
 class WeightUpdates:
-    """Takes new versions of the model's own weights from trainers, and loads them on the engines.
+    """Takes new versions of the model's own weights from trainers, and loads them on the engines of a track.
 
     Guarantees:
-        A version samples nothing before the store has every byte of it and every engine in use has loaded it.
+        A version samples nothing before the store has every byte of it and every engine of its track that is in use has
+            loaded it.
         An update that fails, or whose trainer dies, leaves the previous version current, and no data behind.
     """
 
@@ -54,22 +57,19 @@ class WeightUpdates:
         store: StoreClient,
         membership: EngineMembership,
         pause_coordinator: PauseCoordinator,
-        labels: list[str],
         *,
         telemetry: Telemetry | None = None,
     ) -> None:
         """
         Args:
-            labels: labels of all versions so far, in the order of their numbers.
             telemetry: records updates.
         """
         self._telemetry = telemetry or Telemetry()
         self._store, self._engines, self._pause_coordinator = store, membership, pause_coordinator
-        self._numbers = {label: number for number, label in enumerate(labels)}
         self._update: _Update | None = None
 
-    async def begin(self, label: str) -> int:
-        """Starts an update. Returns the id of the upload.
+    async def begin(self, label: str, track: Track) -> int:
+        """Starts an update of a track. Returns the id of the upload.
 
         Raises:
             WeightsError: the version exists, or another update is under way.
@@ -83,7 +83,7 @@ class WeightUpdates:
                 f"an update to {other.label!r} is under way, heard of {now - other.heard_at:.1f} s ago. Wait for it; "
                 f"one whose trainer is gone is given up after {timing.UPLOAD_LEASE_S:g} s."
             )
-        update = self._update = _Update(label, now, Lease(self._expire), began=now)
+        update = self._update = _Update(label, track, now, Lease(self._expire), began=now)
         try:
             model = await self._engines.call_any(lambda client: client.model_spec())
             if not model.weights:
@@ -131,7 +131,7 @@ class WeightUpdates:
         return update.label
 
     async def _publish(self, update: _Update, mode: PauseMode, timeout_s: float) -> None:
-        clock = asyncio.get_running_loop().time
+        clock, track = asyncio.get_running_loop().time, update.track
         uploaded = clock()
         try:
             version = await self._store.seal_weights(update.upload)
@@ -139,15 +139,14 @@ class WeightUpdates:
 
             async def commit() -> None:
                 try:
-                    await self._store.commit_weights(version)
+                    await self._store.commit_weights(version, track.name)
                 except StoreError:  # the commit may have happened, and its answer may be lost
-                    if await self._store.current_weights() != version:
+                    if await self._store.current_weights(track.name) != version:
                         raise
-                self._numbers[version.label] = version.number
 
-            await self._engines.prepare(version, timeout_s)
+            await self._engines.prepare(track, version, timeout_s)
             prepared = clock()
-            phases = await self._pause_coordinator.update(version, mode, commit, timeout_s)
+            phases = await self._pause_coordinator.update(track, version, mode, commit, timeout_s)
         except BaseException as error:
             self._telemetry.count(metrics.UPDATES, 1, "failed")
             self._telemetry.event("weights", f"the update to {update.label} failed: {one_line(error)}")
@@ -205,8 +204,3 @@ class WeightUpdates:
         update.lease.end()
         if self._update is update:
             self._update = None
-
-    def staleness(self, labels: set[str]) -> int:
-        """Returns how many versions have become current since the oldest of these."""
-        current = self._engines.weights_version.number
-        return current - min((self._numbers.get(label, current) for label in labels), default=current)

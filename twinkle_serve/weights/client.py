@@ -46,11 +46,11 @@ class StoreClient(Protocol):
         """Returns the files of an adapter version; see `WeightStore.files`."""
         ...
 
-    async def recover_weights(self) -> tuple[WeightsVersion, list[str]]:
+    async def recover_weights(self) -> tuple[dict[str, WeightsVersion], list[str]]:
         """Returns the current version and all labels so far, for a router that starts; see `ModelWeights.recover`."""
         ...
 
-    async def current_weights(self) -> WeightsVersion:
+    async def current_weights(self, track: str) -> WeightsVersion:
         """Returns the current weights version."""
         ...
 
@@ -66,7 +66,7 @@ class StoreClient(Protocol):
         """Completes an upload; see `ModelWeights.seal`."""
         ...
 
-    async def commit_weights(self, version: WeightsVersion) -> None:
+    async def commit_weights(self, version: WeightsVersion, track: str) -> None:
         """Makes a sealed version the current one; see `ModelWeights.commit`."""
 
     async def discard_weights(self, upload: int) -> None:
@@ -111,11 +111,11 @@ class LocalStore(StoreClient):
     async def files(self, version: AdapterVersion) -> AdapterFiles:
         return await self._run(self._store.files, version)
 
-    async def recover_weights(self) -> tuple[WeightsVersion, list[str]]:
+    async def recover_weights(self) -> tuple[dict[str, WeightsVersion], list[str]]:
         return await self._run(self._store.model.recover)
 
-    async def current_weights(self) -> WeightsVersion:
-        return await self._run(self._store.model.current)
+    async def current_weights(self, track: str) -> WeightsVersion:
+        return await self._run(self._store.model.current, track)
 
     async def begin_weights(self, label: str, model: ModelSpec) -> int:
         return await self._run(self._store.model.begin, label, model)
@@ -136,8 +136,8 @@ class LocalStore(StoreClient):
     async def seal_weights(self, upload: int) -> WeightsVersion:
         return await self._run(self._store.model.seal, upload)
 
-    async def commit_weights(self, version: WeightsVersion) -> None:
-        await self._run(self._store.model.commit, version)
+    async def commit_weights(self, version: WeightsVersion, track: str) -> None:
+        await self._run(self._store.model.commit, version, track)
 
     async def discard_weights(self, upload: int) -> None:
         await self._run(self._store.model.discard, upload)

@@ -49,7 +49,7 @@ class ModelWeights:
         """Buckets by version number and index, without a state directory."""
         self._labels = [CHECKPOINT_VERSION.label]
         """Labels of all versions that have been current; the index is the version's number."""
-        self._current = CHECKPOINT_VERSION
+        self._by_track: dict[str, WeightsVersion] = {}
         self._upload: Upload | None = None
         # Random, so that a late call for a previous store does not match an upload of this one.
         self._uploads = random.getrandbits(40)
@@ -57,17 +57,17 @@ class ModelWeights:
         if disk is not None:
             self._recover(disk)
 
-    def recover(self) -> tuple[WeightsVersion, list[str]]:
+    def recover(self) -> tuple[dict[str, WeightsVersion], list[str]]:
         """Returns the current version, and the labels of all versions so far by number.
 
         Called by a router that starts. An uncommitted upload of its predecessor is dropped.
         """
         self._drop_pending()
-        return self._current, list(self._labels)
+        return dict(self._by_track), list(self._labels)
 
-    def current(self) -> WeightsVersion:
+    def current(self, track: str = "main") -> WeightsVersion:
         """The version that engines should have."""
-        return self._current
+        return self._by_track.get(track, CHECKPOINT_VERSION)
 
     def begin(self, label: str, model: ModelSpec) -> int:
         """Begins the upload of a version, in place of an uncommitted one.
@@ -85,7 +85,7 @@ class ModelWeights:
         if label in self._labels:
             raise WeightsError(
                 f"version {label!r} exists already, it was number {self._labels.index(label)}; the current one is "
-                f"{self._current.label!r}. Give each version its own label."
+                f"{self.current().label!r}. Give each version its own label."
             )
         self._drop_pending()
         self._uploads += 1
@@ -166,24 +166,24 @@ class ModelWeights:
         self._upload, self._sealed = None, pending.version
         return pending.version
 
-    def commit(self, version: WeightsVersion) -> None:
+    def commit(self, version: WeightsVersion, track: str = "main") -> None:
         """Makes a sealed version the current one and removes its predecessor. Idempotent.
 
         Raises:
             StoreError: the version was dropped, or the state directory cannot be written. The current version stays.
         """
-        if version == self._current:
+        if version == self.current(track):
             return  # sent again
         if version != self._sealed:
             raise StoreError(f"the store no longer has version {version.label!r}. Send it again.")
-        before = self._current
-        self._current = version
+        before = self.current(track)
+        self._by_track[track] = version
         self._labels.append(version.label)
         try:
             self._save()
         except BaseException:
             if not self._is_written(version):  # a write may fail after it has taken effect
-                self._current = before
+                self._by_track[track] = before
                 self._labels.pop()
                 raise
         self._sealed = None
@@ -200,14 +200,15 @@ class ModelWeights:
         Raises:
             StoreError: the state directory cannot be written. Nothing has changed.
         """
-        before, labels = self._current, self._labels
-        self._current, self._labels = CHECKPOINT_VERSION, [CHECKPOINT_VERSION.label]
+        before, labels = self._by_track, self._labels
+        self._by_track, self._labels = {}, [CHECKPOINT_VERSION.label]
         try:
             self._save()
         except BaseException:
-            self._current, self._labels = before, labels
+            self._by_track, self._labels = before, labels
             raise
-        self._remove(before)
+        for each in before.values():
+            self._remove(each)
         self._drop_pending()
 
     def bucket(self, version: WeightsVersion, index: int) -> bytes:
@@ -221,8 +222,8 @@ class ModelWeights:
 
     def require(self, version: WeightsVersion) -> None:
         """Raises StoreError for a version that is neither current nor sealed."""
-        if version not in (self._current, self._sealed):
-            current = self._current.label
+        if version not in (*self._by_track.values(), self._sealed, CHECKPOINT_VERSION):
+            current = self.current().label
             raise StoreError(f"the store no longer has version {version.label!r}; {current!r} is current.")
 
     def _read(self, version: WeightsVersion, index: int) -> bytes:
@@ -272,7 +273,11 @@ class ModelWeights:
 
     def _save(self) -> None:
         if self._disk is not None:
-            manifest = {"format": FORMAT, "labels": self._labels, "current": asdict(self._current)}
+            manifest = {
+                "format": FORMAT,
+                "labels": self._labels,
+                "current": {k: asdict(v) for k, v in self._by_track.items()},
+            }
             self._disk.write_manifest(MANIFEST, manifest)
 
     def _is_written(self, version: WeightsVersion) -> bool:
@@ -281,7 +286,7 @@ class ModelWeights:
             manifest = None if self._disk is None else self._disk.read_manifest(MANIFEST)
         except ConfigError:
             return False
-        return manifest is not None and manifest["current"]["label"] == version.label
+        return manifest is not None and any(each["label"] == version.label for each in manifest["current"].values())
 
     def _recover(self, disk: Disk) -> None:
         if (manifest := disk.read_manifest(MANIFEST)) is not None:
@@ -291,17 +296,18 @@ class ModelWeights:
                         f"state_dir {disk.root} has weights of format {manifest['format']}, this is format {FORMAT}. "
                         "Name another state_dir."
                     )
-                current = manifest["current"]
-                self._current = WeightsVersion(**{**current, "buckets": tuple(current["buckets"])})
+                self._by_track = {
+                    track: WeightsVersion(**{**current, "buckets": tuple(current["buckets"])})
+                    for track, current in manifest["current"].items()
+                }
                 self._labels = list(manifest["labels"])
             except (KeyError, TypeError, ValueError) as error:
                 raise ConfigError(
                     f"{disk.root}/{MANIFEST} cannot be read: {type(error).__name__}: {error}. Move it away to start "
                     "from the model's checkpoint."
                 ) from error
-            logger.info(f"weights {self._current.label!r} found in {disk.root}")
         for name in disk.entries("base"):
-            if name != str(self._current.number):
+            if name not in [str(each.number) for each in self._by_track.values()]:
                 disk.remove(f"base/{name}")
 
 
