@@ -44,7 +44,7 @@ class Files:
     async def files(self, version: AdapterVersion) -> AdapterFiles:
         return self.by_id[version.id]
 
-    async def current_weights(self) -> WeightsVersion:
+    async def current_weights(self, track: str) -> WeightsVersion:
         return CHECKPOINT_VERSION
 
     async def bucket(self, version: WeightsVersion, index: int) -> Bucket:

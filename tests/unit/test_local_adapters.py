@@ -140,7 +140,7 @@ def test_base_tensors_of_an_adapter_are_compared_with_the_weights_that_it_is_add
         upload = await server._store.begin_weights("meanwhile", await server.model_spec())
         for index, part in enumerate(buckets(own(4).items())):
             await server._store.append_weights(upload, index, part)
-        await server._store.commit_weights(await server._store.seal_weights(upload))
+        await server._store.commit_weights(await server._store.seal_weights(upload), "main")
         await load(version)
 
     monkeypatch.setattr(server, "load_adapter", update_first)

@@ -46,17 +46,14 @@ class Track:
 class Tracks:
     """The tracks of a service, and the one that each engine belongs to."""
 
-    def __init__(
-        self, names: Sequence[str], engines: Mapping[str, str], weights: Mapping[str, WeightsVersion] | None = None
-    ) -> None:
+    def __init__(self, names: Sequence[str], engines: Mapping[str, str], weights: Mapping[str, WeightsVersion]) -> None:
         """
         Args:
             names: of all tracks; the first one is that of calls that name none.
             engines: the track of each engine, by name.
             weights: the current version of each track; a missing one has the model's checkpoint.
         """
-        versions = weights or {}
-        self.by_name = {name: Track(name, versions.get(name, CHECKPOINT_VERSION)) for name in names}
+        self.by_name = {name: Track(name, weights.get(name, CHECKPOINT_VERSION)) for name in names}
         self.names_of_engines = dict(engines)
 
     def __iter__(self) -> Iterator[Track]:

@@ -48,12 +48,14 @@ class EngineControls:
         version: str,
         mode: PauseMode = "keep",
         *,
+        track: str = "",
         merge_lora: bool = False,
         allow_nonfinite: bool = False,
         bucket_bytes: int = BUCKET_BYTES,
         timeout_s: float = timing.CONTROL_TIMEOUT_S,
     ) -> str:
-        """Replaces the model's own weights on every engine. Returns `version`, which is stamped on later samples.
+        """Replaces the model's own weights on every engine of a track. Returns `version`, which is stamped on later
+        samples.
 
         The weights are sent first, while the engines sample; then the engines pause, load them and resume. Adapters
         stay loaded. Engines that start later load them too.
@@ -63,10 +65,12 @@ class EngineControls:
                 name and tensor, a directory with safetensors files on this machine, or a model on a hub,
                 `hf://org/name`. What FSDP, torch.compile and the like add to names is left out. A tensor is copied
                 before the next one is taken, so its memory may be used again.
-            version: label of these weights; unique.
+            version: label of these weights; unique in the service.
             mode: fate of running samples. keep: they continue, and their `weight_versions` say which tokens come from
                 which weights; their KV cache is recomputed. wait: they end first. abort: they end where they are, with
                 stop_reason abort; those without a token start anew.
+            track: the track whose engines load them, of the config's `tracks`; those of others sample on. "": the
+                first one, which is the only one unless the config has others.
             merge_lora: `weights` is a model of peft; what its active adapters learnt is added to copies of its weights,
                 one at a time. The model is not changed.
             allow_nonfinite: accept NaN and infinite values.
@@ -80,10 +84,10 @@ class EngineControls:
             EngineError: an engine failed.
             StoreError: the store failed.
             DeadlineError: a step was not done within `timeout_s`.
-                After each, the previous weights are current on all engines, and none is paused.
+                After each, the previous weights are current on all engines of the track, and none is paused.
             UnsupportedError: a model without safetensors files; with merge_lora, adapters that are not plain LoRA.
             AdapterError: with merge_lora, an adapter of a weight that two modules share.
-            RequestError: another invalid argument, or a sampler that is asleep.
+            RequestError: another invalid argument, an unknown track, or a sampler that is asleep.
         """
         positive("timeout_s", timeout_s)
         flag("allow_nonfinite", allow_nonfinite)
@@ -97,7 +101,7 @@ class EngineControls:
             tensors = without_wrappers(named_tensors(weights))
             return buckets(tensors, bucket_bytes, allow_nonfinite=allow_nonfinite, new_file=new_file)
 
-        return upload_weights(self._client, version, mode, made, timeout_s)
+        return upload_weights(self._client, version, mode, track, made, timeout_s)
 
     def pause(self, mode: PauseMode = "keep", *, lease_s: float = 30.0) -> Pause:
         """Stops all engines until the pause is ended. Calls wait meanwhile, within their deadlines.

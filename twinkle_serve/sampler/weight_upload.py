@@ -17,6 +17,7 @@ def upload_weights(
     client: RouterClient,
     version: str,
     mode: PauseMode,
+    track: str,
     make_buckets: Callable[[Callable[[int], TensorFile]], Iterator[Bucket]],
     timeout_s: float,
 ) -> str:
@@ -29,7 +30,7 @@ def upload_weights(
         timeout_s: limit of each step: sending a bucket, and publishing.
     """
     loop = client.loop
-    upload = loop.call(client.call(timeout_s, RouterAPI.begin_weights, version, mode))
+    upload = loop.call(client.call(timeout_s, RouterAPI.begin_weights, version, mode, track))
     try:
         with client.sending() as sender:
             on_its_way = None
