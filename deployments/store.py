@@ -21,7 +21,7 @@ from twinkle_serve.channel_calls import MethodServer
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import metrics
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.weights import Bucket, BucketArgument, BucketFile, ModelSpec, WeightsVersion
+from twinkle_serve.data_format.weights import MAIN_TRACK, Bucket, BucketArgument, BucketFile, ModelSpec, WeightsVersion
 from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import SIDE_CPUS
 from twinkle_serve.sessions import LocalSessions, SessionsAPI, SessionStore
@@ -56,7 +56,7 @@ class Store(LocalStore, LocalSessions):
         state_dir = args.state_dir or own_dir
         # The process of the store before this one may take a moment to end.
         self._state_lock = await asyncio.to_thread(StateLock, state_dir, timing.ENGINE_SHUTDOWN_S)
-        LocalStore.__init__(self, await asyncio.to_thread(WeightStore, args.model_id, state_dir))
+        LocalStore.__init__(self, await asyncio.to_thread(WeightStore, args.model_id, state_dir, args.weights_versions))
         directory = local_path(state_dir)
         if directory is None:  # files on a URL cannot be appended to
             directory = Path(own_dir)
@@ -87,8 +87,10 @@ class Store(LocalStore, LocalSessions):
         asyncio.get_running_loop().call_later(2 * CONNECT_S, self._listener.forget, address)
         return address
 
-    async def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
-        version = await super().put(name, files, is_path=is_path)
+    async def put(
+        self, name: str, files: AdapterFiles, *, is_path: bool = False, track: str = MAIN_TRACK
+    ) -> AdapterVersion:
+        version = await super().put(name, files, is_path=is_path, track=track)
         self._adapter_refs[version.id] = ray.put(files)
         return version
 
@@ -135,7 +137,15 @@ class Store(LocalStore, LocalSessions):
 
     async def commit_weights(self, version: WeightsVersion, track: str) -> None:
         await super().commit_weights(version, track)
-        self._forget_buckets()  # no engine asks for them any more
+        self._forget_buckets()  # engines that come later have them from the store itself
+
+    async def persist_soon(self, version: WeightsVersion) -> list[str] | None:
+        """`persist_weights`; None if it takes longer than a call should."""
+        try:
+            async with asyncio.timeout(timing.PROBE_TIMEOUT_S):
+                return await self.persist_weights(version)
+        except TimeoutError:
+            return None
 
     async def discard_weights(self, upload: int) -> None:
         await super().discard_weights(upload)

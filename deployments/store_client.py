@@ -16,7 +16,15 @@ from deployments.handles import send
 from deployments.store import Store
 from twinkle_serve import timing
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.weights import Bucket, BucketArgument, BucketFile, ModelSpec, WeightsVersion
+from twinkle_serve.data_format.weights import (
+    MAIN_TRACK,
+    Bucket,
+    BucketArgument,
+    BucketFile,
+    ModelSpec,
+    WeightsState,
+    WeightsVersion,
+)
 from twinkle_serve.errors import StoreError, TwinkleServeError
 from twinkle_serve.remote.errors import raised_error
 from twinkle_serve.weights import StoreClient
@@ -36,8 +44,10 @@ class ServeStoreClient(StoreClient):
     async def published(self) -> dict[str, list[AdapterVersion]]:
         return await self._call(Store.published)
 
-    async def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
-        return await self._call(Store.put, name, files, is_path=is_path)
+    async def put(
+        self, name: str, files: AdapterFiles, *, is_path: bool = False, track: str = MAIN_TRACK
+    ) -> AdapterVersion:
+        return await self._call(Store.put, name, files, is_path=is_path, track=track)
 
     async def publish(self, version: AdapterVersion) -> None:
         await self._call(Store.publish, version)
@@ -56,11 +66,14 @@ class ServeStoreClient(StoreClient):
 
         return await until_answered(fetch)
 
-    async def recover_weights(self) -> tuple[dict[str, WeightsVersion], list[str]]:
+    async def recover_weights(self) -> WeightsState:
         return await self._call(Store.recover_weights)
 
     async def current_weights(self, track: str) -> WeightsVersion:
         return await self._call(Store.current_weights, track)
+
+    async def find_weights(self, label: str) -> WeightsVersion:
+        return await self._call(Store.find_weights, label)
 
     async def begin_weights(self, label: str, model: ModelSpec) -> int:
         return await self._call(Store.begin_weights, label, model)
@@ -73,6 +86,14 @@ class ServeStoreClient(StoreClient):
 
     async def commit_weights(self, version: WeightsVersion, track: str) -> None:
         await self._call(Store.commit_weights, version, track)
+
+    async def persist_weights(self, version: WeightsVersion) -> list[str]:
+        while (kept := await self._call(Store.persist_soon, version)) is None:
+            pass  # the caller has a deadline
+        return kept
+
+    async def revert_weights(self, version: WeightsVersion) -> None:
+        await self._call(Store.revert_weights, version)
 
     async def discard_weights(self, upload: int) -> None:
         await self._call(Store.discard_weights, upload)

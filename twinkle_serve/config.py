@@ -22,7 +22,7 @@ from twinkle_serve import traces
 from twinkle_serve.data_format.groups import EngineKind
 from twinkle_serve.data_format.prompts import TruncationStrategy
 from twinkle_serve.data_format.sampling_params import SamplingParams
-from twinkle_serve.data_format.weights import DEFAULT_TRACK
+from twinkle_serve.data_format.weights import MAIN_TRACK
 from twinkle_serve.errors import ConfigError, MeshError, SamplingParamsError, unknown_name
 from twinkle_serve.mesh import TRAINING_SIZES, DeviceMesh
 
@@ -208,6 +208,8 @@ class ServiceArgs(Strict):
     """LoRA adapters to load at start, name to directory."""
     adapter_versions: int = Field(default=1, ge=1)
     """Number of newest versions of each adapter that calls can name; older ones live only while a request uses them."""
+    weights_versions: int = Field(default=1, ge=1)
+    """Number of newest versions of the model's own weights that the store keeps, so that they can be used again."""
     state_dir: str | None = Field(default=None, min_length=1)
     """Directory or fsspec URL where the store keeps every version. None: a directory that ends with the Ray cluster."""
     sessions: SessionArgs = SessionArgs()
@@ -244,7 +246,7 @@ class ServiceArgs(Strict):
     @property
     def track_names(self) -> list[str]:
         """The tracks; the first one is that of calls that name none."""
-        return list(self.tracks or [DEFAULT_TRACK])
+        return list(self.tracks or [MAIN_TRACK])
 
     def tracks_of(self, engines: Sequence[str]) -> dict[str, str]:
         """Returns the track of each engine, by name.
@@ -252,7 +254,7 @@ class ServiceArgs(Strict):
         Args:
             engines: all of them, in the order of their numbers.
         """
-        sizes = self.tracks or {DEFAULT_TRACK: len(engines)}
+        sizes = self.tracks or {MAIN_TRACK: len(engines)}
         return dict(zip(engines, [track for track, size in sizes.items() for _ in range(size)], strict=True))
 
     @model_validator(mode="wrap")

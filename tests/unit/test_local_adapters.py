@@ -14,6 +14,7 @@ from tests.support.lora import random_adapter
 from twinkle_serve.adapters import PREFIX
 from twinkle_serve.checkpoint import buckets
 from twinkle_serve.data_format.adapters import AdapterVersion
+from twinkle_serve.data_format.weights import MAIN_TRACK
 from twinkle_serve.errors import (
     AdapterError,
 )
@@ -140,7 +141,7 @@ def test_base_tensors_of_an_adapter_are_compared_with_the_weights_that_it_is_add
         upload = await server._store.begin_weights("meanwhile", await server.model_spec())
         for index, part in enumerate(buckets(own(4).items())):
             await server._store.append_weights(upload, index, part)
-        await server._store.commit_weights(await server._store.seal_weights(upload), "main")
+        await server._store.commit_weights(await server._store.seal_weights(upload), MAIN_TRACK)
         await load(version)
 
     monkeypatch.setattr(server, "load_adapter", update_first)

@@ -10,9 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from tests.support.slow_disk import SlowDisk
 from twinkle_serve import hub
 from twinkle_serve.checkpoint import bucket_shapes, buckets, named_tensors, read_model_spec, weight_shapes
-from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, ModelSpec, WeightSpec, WeightsVersion
+from twinkle_serve.data_format.weights import (
+    CHECKPOINT_VERSION,
+    MAIN_TRACK,
+    Bucket,
+    ModelSpec,
+    WeightSpec,
+    WeightsState,
+    WeightsVersion,
+)
 from twinkle_serve.errors import ConfigError, StoreError, WeightsError
 from twinkle_serve.weights.disk import Disk
 from twinkle_serve.weights.model import ModelWeights
@@ -23,6 +32,7 @@ PARTS = list(buckets(named_tensors(hub.DEMO), 2**20))
 
 
 TENSORS: dict[str, torch.Tensor] = dict(named_tensors(hub.DEMO))
+INITIAL = WeightsState({}, ["initial"], ["initial"])
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
@@ -38,6 +48,19 @@ def put(store: ModelWeights, label: str, parts: list[Bucket] = PARTS) -> Weights
     for index, part in enumerate(parts):
         store.append(upload, index, part)
     return store.seal(upload)
+
+
+def publish(store: ModelWeights, label: str, parts: list[Bucket] = PARTS, track: str = MAIN_TRACK) -> WeightsVersion:
+    version = put(store, label, parts)
+    store.commit(version, track)
+    store.persist(version)
+    return version
+
+
+def changed(step: int) -> list[Bucket]:
+    """Buckets of which the first one differs by step."""
+    norm = TENSORS[NORM] + step
+    return list(buckets({NORM: norm, **{name: TENSORS[name] for name in TENSORS if name != NORM}}.items(), 2**20))
 
 
 def files_in(path: Path) -> set[str]:
@@ -57,16 +80,17 @@ def test_buckets_are_bounded_and_hold_everything() -> None:
 def test_version_is_current_once_it_is_committed(disk: Disk | None) -> None:
     """Its predecessor is gone; its buckets are returned unchanged."""
     store = ModelWeights(disk)
-    assert store.recover() == (CHECKPOINT_VERSION, ["initial"])
+    assert store.recover() == INITIAL
     one = put(store, "one")
-    assert store.current() == CHECKPOINT_VERSION and len(PARTS) > 2
-    store.commit(one)
-    assert store.current() == one and (one.number, one.size_bytes) == (1, sum(map(len, PARTS)))
+    assert store.current(MAIN_TRACK) == CHECKPOINT_VERSION and len(PARTS) > 2
+    store.commit(one, MAIN_TRACK)
+    assert store.current(MAIN_TRACK) == one and (one.number, one.size_bytes) == (1, sum(map(len, PARTS)))
     assert [bytes(store.bucket(one, index)) for index in range(len(PARTS))] == [part.tobytes() for part in PARTS]
-    two = put(store, "two")
-    assert bytes(store.bucket(two, 0)) == PARTS[0].tobytes(), "engines load it before it is current"
-    store.commit(two)
-    with pytest.raises(StoreError, match="no longer has version 'one'; 'two' is current"):
+    two = put(store, "two", changed(2))
+    assert bytes(store.bucket(two, 0)) == changed(2)[0].tobytes(), "engines load it before it is current"
+    store.commit(two, MAIN_TRACK)
+    store.persist(two)
+    with pytest.raises(StoreError, match="no longer has version 'one'; it has 'initial', 'two'"):
         store.bucket(one, 0)
     for label in ("initial", "one", "two"):
         with pytest.raises(WeightsError, match="exists already"):
@@ -76,21 +100,21 @@ def test_version_is_current_once_it_is_committed(disk: Disk | None) -> None:
 def test_new_store_on_the_same_directory_has_only_the_current_version(tmp_path: Path) -> None:
     """An unfinished upload of the previous store leaves nothing, not even files."""
     store = ModelWeights(Disk(str(tmp_path)))
-    one = put(store, "one")
-    store.commit(one)
+    one = publish(store, "one")
     upload = store.begin("two", MODEL)
     store.append(upload, 0, PARTS[0])
+    wait_for_writes(store)
     again = ModelWeights(Disk(str(tmp_path)))
-    assert again.recover() == (one, ["initial", "one"])
-    assert files_in(tmp_path) == {"base.json", *(f"base/1/{index}.safetensors" for index in range(len(PARTS)))}
+    assert again.recover() == WeightsState({MAIN_TRACK: one}, ["initial", "one"], ["initial", "one"])
+    assert files_in(tmp_path) == {"base.json", *(f"base/{checksum}.safetensors" for checksum in one.buckets)}
     assert bytes(again.bucket(one, 1)) == PARTS[1].tobytes()
     with pytest.raises(StoreError, match="given up"):
         again.append(upload, 1, PARTS[1])
     sealed = put(again, "two")
     third = ModelWeights(Disk(str(tmp_path)))
-    assert third.current() == one
+    assert third.current(MAIN_TRACK) == one
     with pytest.raises(StoreError, match="no longer has version 'two'"):
-        third.commit(sealed)
+        third.commit(sealed, MAIN_TRACK)
 
 
 def test_repeated_calls_are_idempotent(disk: Disk | None) -> None:
@@ -102,9 +126,9 @@ def test_repeated_calls_are_idempotent(disk: Disk | None) -> None:
         store.append(upload, index, part)
     version = store.seal(upload)
     assert store.seal(upload) == version
-    store.commit(version)
-    store.commit(version)
-    assert store.recover() == (version, ["initial", "one"])
+    store.commit(version, MAIN_TRACK)
+    store.commit(version, MAIN_TRACK)
+    assert store.recover() == WeightsState({MAIN_TRACK: version}, ["initial", "one"], ["initial", "one"])
 
 
 def test_bucket_out_of_order_is_refused(disk: Disk | None) -> None:
@@ -135,16 +159,15 @@ def test_damaged_bucket_ends_the_update(disk: Disk | None, damage: Any, message:
         store.append(upload, 1, damage(PARTS[1]))
     with pytest.raises(StoreError, match="given up"):
         store.append(upload, 1, PARTS[1])
-    assert store.recover() == (CHECKPOINT_VERSION, ["initial"])
+    assert store.recover() == INITIAL
     assert not store._memory
 
 
 def test_changed_file_is_never_returned(tmp_path: Path) -> None:
     """Edited by hand, or corrupted by the disk."""
     store = ModelWeights(Disk(str(tmp_path)))
-    one = put(store, "one")
-    store.commit(one)
-    path = tmp_path / "base" / "1" / "0.safetensors"
+    one = publish(store, "one")
+    path = tmp_path / "base" / f"{one.buckets[0]}.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -152,11 +175,13 @@ def test_changed_file_is_never_returned(tmp_path: Path) -> None:
         store.bucket(one, 0)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}', '{"format": 1, "labels": [], "current": {"label": "a"}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"format": 3}', '{"format": 2, "labels": [], "versions": [], "current": {"a": 1}}']
+)
 def test_unreadable_manifest_is_an_error(tmp_path: Path, text: str) -> None:
     """It is never silently replaced."""
     (tmp_path / "base.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"base\.json|format 2"):
+    with pytest.raises(ConfigError, match=r"base\.json|format 3"):
         ModelWeights(Disk(str(tmp_path)))
 
 
@@ -171,20 +196,146 @@ def test_full_disk_keeps_the_previous_version(tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(Disk, "write", full)
         with pytest.raises(StoreError, match="no space"):
-            store.commit(version)
-    assert store.current() == CHECKPOINT_VERSION
-    store.commit(version)
-    assert store.current() == version
+            store.commit(version, MAIN_TRACK)
+    assert store.current(MAIN_TRACK) == CHECKPOINT_VERSION
+    store.commit(version, MAIN_TRACK)
+    assert store.current(MAIN_TRACK) == version
 
 
 def test_purged_store_starts_over(tmp_path: Path) -> None:
     """With the model's checkpoint and no used labels."""
     store = ModelWeights(Disk(str(tmp_path)))
-    store.commit(put(store, "one"))
+    publish(store, "one")
     store.purge()
+    wait_for_writes(store)
     assert files_in(tmp_path) == {"base.json"}
-    assert ModelWeights(Disk(str(tmp_path))).recover() == (CHECKPOINT_VERSION, ["initial"])
+    assert ModelWeights(Disk(str(tmp_path))).recover() == INITIAL
     assert put(store, "one").number == 1
+
+
+def wait_for_writes(store: ModelWeights) -> None:
+    store._writer.submit(lambda: None).result()
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_newest_versions_are_kept(disk: Disk | None, keep: int) -> None:
+    """Also by a new store; the others' buckets are gone, but for those that a kept version has as well."""
+    store = ModelWeights(disk, keep)
+    versions = [publish(store, f"step-{step}", changed(step)) for step in range(5)]
+    if disk is not None:
+        store = ModelWeights(disk, keep)
+        names = {name.removesuffix(".safetensors") for name in disk.entries("base")}
+        assert names == {checksum for version in versions[-keep:] for checksum in version.buckets}
+    assert store.kept() == ["initial", *(f"step-{step}" for step in range(5 - keep, 5))]
+    for version in versions[-keep:]:
+        assert store.find(version.label) == version
+        assert bytes(store.bucket(version, 0)) == changed(version.number - 1)[0].tobytes()
+    with pytest.raises(WeightsError, match=r"'step-0' was number 1 and is no longer kept; .*weights_versions"):
+        store.find("step-0")
+    with pytest.raises(WeightsError, match="'other' is unknown; the store has 'initial', "):
+        store.find("other")
+
+
+def test_kept_version_is_made_current_again(disk: Disk | None) -> None:
+    """It keeps its number; the next new one has a number of its own."""
+    store = ModelWeights(disk, keep=2)
+    one, two = publish(store, "one", changed(1)), publish(store, "two", changed(2))
+    for version in (one, CHECKPOINT_VERSION, two, one):
+        store.commit(version, MAIN_TRACK)
+        store.persist(version)
+        assert store.current(MAIN_TRACK) == version
+        if disk is not None:
+            assert ModelWeights(disk, keep=2).current(MAIN_TRACK) == version
+    assert publish(store, "three", changed(3)).number == 3
+    assert store.kept() == ["initial", "two", "three"]
+
+
+def test_each_track_has_a_current_version(disk: Disk | None) -> None:
+    """It is kept for as long as it is current on one of them."""
+    store = ModelWeights(disk)
+    one = publish(store, "one", changed(1), "a")
+    for step in (2, 3, 4):
+        publish(store, f"step-{step}", changed(step), "b")
+    assert store.kept() == ["initial", "one", "step-4"]
+    assert bytes(store.bucket(one, 0)) == changed(1)[0].tobytes()
+    assert store.current("c") == CHECKPOINT_VERSION
+    if disk is not None:
+        assert {track: version.label for track, version in ModelWeights(disk).recover().current.items()} == {
+            "a": "one",
+            "b": "step-4",
+        }
+
+
+def test_version_is_current_before_it_is_on_the_disk(tmp_path: Path) -> None:
+    """Engines have it from memory. A store that is killed then leaves its predecessor, and the label stays used."""
+    disk = SlowDisk(tmp_path)
+    store = ModelWeights(disk)
+    one = publish(store, "one", changed(1))
+    disk.go.clear()
+    two = put(store, "two", changed(2))
+    store.commit(two, MAIN_TRACK)
+    assert store.current(MAIN_TRACK) == two
+    assert bytes(store.bucket(two, 0)) == changed(2)[0].tobytes()
+    written = store.written(two)
+    assert written is not None and not written.done()
+    again = ModelWeights(disk.as_after_a_kill())
+    assert again.recover() == WeightsState({MAIN_TRACK: one}, ["initial", "one", "two"], ["initial", "one"])
+    with pytest.raises(StoreError, match="'two' was not written: the store ended before that"):
+        again.persist(two)
+    with pytest.raises(WeightsError, match="'two' exists already"):
+        again.begin("two", MODEL)
+    disk.go.set()
+    store.persist(two)
+    assert ModelWeights(Disk(str(tmp_path))).current(MAIN_TRACK) == two
+
+
+def test_version_that_cannot_be_written_makes_room_for_its_predecessor(tmp_path: Path) -> None:
+    """And leaves no files; the next version is taken."""
+    disk = SlowDisk(tmp_path)
+    store = ModelWeights(disk)
+    one = publish(store, "one", changed(1))
+    disk.go.clear()
+    two = put(store, "two", changed(2))
+    store.commit(two, MAIN_TRACK)
+    disk.is_full = True
+    disk.go.set()
+    with pytest.raises(StoreError, match="no space"):
+        store.persist(two)
+    assert store.current(MAIN_TRACK) == one and store.kept() == ["initial", "one"] and not store._memory
+    disk.is_full = False
+    wait_for_writes(store)
+    assert files_in(tmp_path) == {"base.json", *(f"base/{checksum}.safetensors" for checksum in one.buckets)}
+    three = publish(store, "three", changed(3))
+    assert ModelWeights(Disk(str(tmp_path))).current(MAIN_TRACK) == three
+
+
+def test_version_that_takes_too_long_to_write_is_given_up(tmp_path: Path) -> None:
+    """Though the disk has it later."""
+    disk = SlowDisk(tmp_path)
+    disk.go.clear()
+    store = ModelWeights(disk)
+    one = put(store, "one", changed(1))
+    store.commit(one, MAIN_TRACK)
+    store.revert(one)
+    assert store.current(MAIN_TRACK) == CHECKPOINT_VERSION and store.kept() == ["initial"]
+    disk.go.set()
+    wait_for_writes(store)
+    assert files_in(tmp_path) == {"base.json"}
+    assert ModelWeights(Disk(str(tmp_path))).recover() == WeightsState({}, ["initial", "one"], ["initial"])
+    two = publish(store, "two", changed(2))
+    store.revert(two)
+    assert store.current(MAIN_TRACK) == two, "it is on the disk"
+
+
+def test_router_that_starts_finds_what_is_on_the_disk(tmp_path: Path) -> None:
+    """A commit that cannot be written is gone by then."""
+    disk = SlowDisk(tmp_path)
+    store = ModelWeights(disk)
+    disk.is_full = True
+    disk.go.clear()
+    store.commit(put(store, "one", changed(1)), MAIN_TRACK)
+    disk.go.set()
+    assert store.recover() == WeightsState({MAIN_TRACK: CHECKPOINT_VERSION}, ["initial", "one"], ["initial"])
 
 
 def placed(name: str, tensor: torch.Tensor, where: str) -> dict[str, torch.Tensor]:
@@ -229,7 +380,7 @@ def test_tied_name_that_is_not_the_embedding_ends_the_update(
     store = ModelWeights(disk)
     with pytest.raises(WeightsError, match=f"'lm_head.weight' {message}"):
         put(store, "one", list(buckets(placed(HEAD, change(TENSORS[EMBEDDING]), where).items(), limit)))
-    assert not store._memory and store.recover() == (CHECKPOINT_VERSION, ["initial"])
+    assert not store._memory and store.recover() == INITIAL
 
 
 def test_repeated_bucket_of_tied_names_is_idempotent(disk: Disk | None) -> None:

@@ -199,10 +199,7 @@ async def test_failover_stays_in_the_track(failover: str, monkeypatch: pytest.Mo
 async def test_call_of_a_track_without_engines_ends_at_its_deadline(service: Service) -> None:
     """The error says which track; the other one, and its queue, are not touched by those that wait."""
     await lose(service, "c")
-    waiting = [
-        asyncio.create_task(service.router.sample(PROMPTS, MANY, track="new", timeout_s=2.0))
-        for _ in range(4)
-    ]
+    waiting = [asyncio.create_task(service.router.sample(PROMPTS, MANY, track="new", timeout_s=2.0)) for _ in range(4)]
     await eventually(lambda: len(service.router._requests) == 4 * len(PROMPTS))
     with pytest.raises(QueueFullError):
         await service.router.sample(PROMPTS, MANY, track="new")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.eventually import eventually
+from tests.support.slow_disk import SlowDisk
 from twinkle_serve import hub
 from twinkle_serve.checkpoint import buckets, named_tensors
 from twinkle_serve.config import ServiceArgs
@@ -20,6 +22,7 @@ from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import DeadlineError, EngineDeadError, EngineError, RequestError, StoreError, WeightsError
 from twinkle_serve.routing.router import Router
 from twinkle_serve.weights import LocalStore, WeightStore
+from twinkle_serve.weights.model import ModelWeights
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"{a}+1="}]} for a in range(10, 26)]
 PARTS = list(buckets(named_tensors(hub.DEMO), 2**20))
@@ -85,11 +88,18 @@ class Service:
 
         await eventually(all_ready)
 
-    async def update(self, label: str, timeout_s: float = 30.0) -> str:
+    async def update(self, label: str, timeout_s: float = 30.0, durable: bool = True) -> str:
         upload = await self.router.begin_weights(label, "keep")
         for index, part in enumerate(PARTS):
             await self.router.append_weights(upload, index, part)
-        return await self.router.publish_weights(upload, "keep", timeout_s)
+        return await self.router.publish_weights(upload, "keep", timeout_s, durable)
+
+    async def labels_within(self, timeout_s: float) -> set[tuple[str, str]]:
+        """`labels`; none if no engine samples in this time."""
+        try:
+            return await asyncio.wait_for(self.labels(), timeout_s)
+        except TimeoutError:
+            return set()
 
     async def labels(self) -> set[tuple[str, str]]:
         """Engine and version of each of some samples."""
@@ -354,3 +364,105 @@ async def test_staleness_counts_versions_since_the_oldest_span(service: Service)
     await service.update("two")
     await call
     assert seen == [("", 2)]
+
+
+@pytest.fixture
+def disk(service: Service, tmp_path: Path) -> SlowDisk:
+    """That of the service."""
+    disk = SlowDisk(tmp_path)
+    service.store._store.model = ModelWeights(disk, keep=2)
+    return disk
+
+
+@pytest.mark.parametrize("durable", [True, False])
+@pytest.mark.parametrize("error", ["cannot be written", "killed"])
+async def test_version_that_is_not_written_gives_way_to_the_one_before(
+    service: Service, disk: SlowDisk, durable: bool, error: str
+) -> None:
+    """Samples had it meanwhile. Afterwards every engine has the one before, and nothing is paused."""
+    await service.update("one")
+    disk.go.clear()
+    call = asyncio.create_task(service.update("two", durable=durable))
+    await service.ready_with("two")
+    assert await service.labels() == {("a", "two"), ("b", "two")}
+    if not durable:
+        assert await call == "two"
+    if error == "killed":
+        service.store._store.model = ModelWeights(disk.as_after_a_kill())
+        said = r"version 'two' was not written: the store ended before that; 'one' is current again"
+    else:
+        disk.is_full = True
+        said = r"cannot be written: no space left on device; 'one' is current again"
+    disk.go.set()
+    if durable:
+        with pytest.raises(StoreError, match=said):
+            await call
+    await service.ready_with("one")
+    assert await service.labels() == {("a", "one"), ("b", "one")}
+    assert not (await service.router.status())["paused"]
+    failures = [event["text"] for event in service.router._telemetry.report(0.0)["events"] if "failed" in event["text"]]
+    assert len(failures) == 1 and "'one' is current again" in failures[0]
+    disk.is_full = False
+    assert await service.update("three") == "three"
+    assert await service.labels() == {("a", "three"), ("b", "three")}
+
+
+async def test_update_that_is_not_written_in_time_is_undone(service: Service, disk: SlowDisk) -> None:
+    """As one that cannot be written."""
+    disk.go.clear()
+    with pytest.raises(DeadlineError, match=r"did not write 'one' within 0\.5 s; 'initial' is current again"):
+        await service.update("one", timeout_s=0.5)
+    disk.go.set()
+    assert await service.labels() == {("a", INITIAL_LABEL), ("b", INITIAL_LABEL)}
+    assert await service.update("two") == "two"
+
+
+async def test_engines_that_cannot_go_back_are_not_used_until_they_have(
+    service: Service, disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No sample is of a version that was given up."""
+    monkeypatch.setattr("twinkle_serve.routing.membership.MAX_FAILED_LOADS", 10_000)  # nobody replaces processes here
+    await service.update("one")
+    disk.go.clear()
+    call = asyncio.create_task(service.update("two"))
+    await service.ready_with("two")
+    for engine in service.engines.values():
+        engine.refuses.add("one")
+    disk.is_full = True
+    disk.go.set()
+    with pytest.raises(StoreError, match="'one' is current again"):
+        await call
+    assert not {label for _, label in await service.labels_within(0.3)}
+    for engine in service.engines.values():
+        engine.refuses.clear()
+    await service.ready_with("one")
+    assert await service.labels() == {("a", "one"), ("b", "one")}
+
+
+async def test_next_update_waits_until_the_last_one_is_written(service: Service, disk: SlowDisk) -> None:
+    """Else the memory of versions that wait for a slow disk would have no bound."""
+    disk.go.clear()
+    await service.update("one", durable=False)
+    begin = asyncio.create_task(service.router.begin_weights("two", "keep"))
+    await asyncio.wait([begin], timeout=0.2)
+    assert not begin.done()
+    disk.go.set()
+    await service.router.abandon_weights(await begin)
+
+
+async def test_version_that_is_kept_is_used_again(service: Service, disk: SlowDisk) -> None:
+    """And samples say so. The checkpoint is always kept."""
+    for label in ("one", "two"):
+        await service.update(label)
+    assert (await service.router.status())["weights_versions"] == [INITIAL_LABEL, "one", "two"]
+    for label in ("one", INITIAL_LABEL, "two", "two"):
+        assert await service.router.use_weights(label, "keep", 30.0) == label
+        assert await service.labels() == {("a", label), ("b", label)}
+    with pytest.raises(WeightsError, match="'three' is unknown; the store has 'initial', 'one', 'two'"):
+        await service.router.use_weights("three", "keep", 30.0)
+    service.engines["b"].refuses.add("one")
+    with pytest.raises(WeightsError, match=r"b: one is not to my taste\. 'two' is current"):
+        await service.router.use_weights("one", "keep", 30.0)
+    assert await service.labels() == {("a", "two"), ("b", "two")}
+    await service.update("three")
+    assert (await service.router.status())["weights_versions"] == [INITIAL_LABEL, "two", "three"]

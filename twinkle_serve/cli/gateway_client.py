@@ -132,7 +132,7 @@ class GatewayClient(Client):
 
         query = self._query(mode=mode, timeout_s=f"{timeout_s:g}", **({"track": track} if track else {}))
         path = f"/weights/{urllib.parse.quote(version, safe='')}{query}"
-        limit_s = 2 * timeout_s + 2 * timing.CONTROL_TIMEOUT_S
+        limit_s = 3 * timeout_s + 2 * timing.CONTROL_TIMEOUT_S
         answer = self._http.send("PUT", path, reported(), TENSORS, size=size, timeout_s=limit_s)
         return str(answer["weights"])
 

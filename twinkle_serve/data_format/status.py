@@ -62,6 +62,8 @@ class SamplerStatus(TypedDict):
     """Label of the current weights of the first track, which is that of calls that name none."""
     tracks: dict[str, str]
     """Label of the current weights of each track, by name, in the config's order."""
+    weights_versions: list[str]
+    """Labels of the weights that `use_weights` takes, the oldest first."""
     adapters: dict[str, str]
     """Newest version of each adapter, by name."""
     adapter_versions: dict[str, list[str]]

@@ -30,9 +30,6 @@ BucketArgument: TypeAlias = Bucket | list[Awaitable[Bucket]] | BucketFile
 """A bucket, or where it is: a list with one reference to it in Ray's object store, or a file in memory. Ray does not
 fetch references inside lists, so the bucket skips the processes that only pass it on."""
 
-DEFAULT_TRACK = "main"
-"""Name of the only track of a service whose config names none."""
-
 INITIAL_LABEL = "initial"
 """Label of the weights in the model's checkpoint."""
 
@@ -112,6 +109,22 @@ class WeightsVersion:
     """Checksum of each bucket in the store; empty for the model's checkpoint."""
     size_bytes: int = 0
     """Size of all buckets."""
+
+
+MAIN_TRACK = "main"
+"""The only track, where the config names none."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsState:
+    """All versions of a store."""
+
+    current: Mapping[str, WeightsVersion]
+    """Of each track that has had one; of others it is the checkpoint."""
+    labels: list[str]
+    """Of all versions that have been current, by number."""
+    kept: list[str]
+    """Labels of those that can be made current again, the oldest first."""
 
 
 CHECKPOINT_VERSION = WeightsVersion(label=INITIAL_LABEL, number=0)

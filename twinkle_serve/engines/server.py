@@ -23,7 +23,7 @@ from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.data_format.structured_outputs import StructuredOutputs
 from twinkle_serve.data_format.weights import (
     CHECKPOINT_VERSION,
-    DEFAULT_TRACK,
+    MAIN_TRACK,
     Bucket,
     ModelSpec,
     PauseMode,
@@ -67,7 +67,7 @@ class EngineServer(EngineClient):
         store: StoreClient,
         traces: Traces | None = None,
         *,
-        track: str = DEFAULT_TRACK,
+        track: str = MAIN_TRACK,
     ) -> None:
         """
         Args:

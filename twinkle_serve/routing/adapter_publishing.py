@@ -57,7 +57,7 @@ class AdapterPublisher:
     async def _add(self, name: str, source: AdapterFiles | str, *, is_path: bool = False) -> str:
         await self._engines.wait_for_info()
         files = source if isinstance(source, AdapterFiles) else (await asyncio.to_thread(read_directory, source))[0]
-        version = await self._store.put(name, files, is_path=is_path)
+        version = await self._store.put(name, files, is_path=is_path, track=self._engines.tracks.named("").name)
         try:
             await self._loader.load(version)
             await self._require_same_weights(version)

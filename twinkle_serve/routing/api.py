@@ -195,8 +195,12 @@ class RouterAPI(Protocol):
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
         """Stores the next bucket of an update. See `WeightUpdates.append`."""
 
-    async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
+    async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float, durable: bool = True) -> str:
         """Loads an update on all engines of its track or on none. Returns its label. See `WeightUpdates.publish`."""
+        ...
+
+    async def use_weights(self, label: str, mode: PauseMode, timeout_s: float, track: str = "") -> str:
+        """Loads a kept version on all engines of a track or on none. Returns its label. See `WeightUpdates.use`."""
         ...
 
     async def abandon_weights(self, upload: int) -> None:

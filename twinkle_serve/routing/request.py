@@ -15,7 +15,7 @@ from twinkle_serve.data_format.sample_updates import CallBegun, SampleUpdate, Up
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.sampling_params import DecodingParams, SamplingParams
 from twinkle_serve.data_format.token_lists import TokenLists
-from twinkle_serve.data_format.weights import DEFAULT_TRACK
+from twinkle_serve.data_format.weights import MAIN_TRACK
 from twinkle_serve.engines.group_runner import PartialUpdate
 from twinkle_serve.errors import DeadlineError, RequestError, TwinkleServeError
 from twinkle_serve.routing.call_updates import CallUpdates, FollowedPrompt
@@ -92,7 +92,7 @@ class Request:
         caller: str = "",
         sample_timeout_s: float | None = None,
         min_groups: int | None = None,
-        track: str = DEFAULT_TRACK,
+        track: str = MAIN_TRACK,
         engine: str = "",
         update_text: UpdateText | None = None,
         skip_special_tokens: bool = False,

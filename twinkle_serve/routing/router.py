@@ -54,7 +54,7 @@ from twinkle_serve.routing.tracks import Tracks
 from twinkle_serve.routing.updates import WeightUpdates
 from twinkle_serve.sessions import SessionInfo, SessionRecord, SessionsAPI
 from twinkle_serve.traces import Traces
-from twinkle_serve.validation import one_of, seconds
+from twinkle_serve.validation import one_of, positive, seconds
 from twinkle_serve.weights import StoreClient
 
 logger = logging.getLogger(__name__)
@@ -134,11 +134,11 @@ class Router(RouterAPI):
         """
         args = self._args
         self._adapters = await self._recover_adapters()
-        weights, _ = await self._store.recover_weights()
+        weights = await self._store.recover_weights()
         self._engines = EngineMembership(
             self._clients,
             self._adapters,
-            Tracks(args.track_names, args.tracks_of(list(self._clients)), weights),
+            Tracks(args.track_names, args.tracks_of(list(self._clients)), weights.current),
             current_weights=self._store.current_weights,
             load_timeout_s=args.startup_timeout_s,
             stall_timeout_s=args.stall_timeout_s,
@@ -180,7 +180,9 @@ class Router(RouterAPI):
         self._tokenization = Tokenization(self._encoding, self._admission.template)
         self._pause_coordinator = PauseCoordinator(self._engines)
         self._pauses = CallerPauses(self._engines, self._pause_coordinator)
-        self._updates = WeightUpdates(self._store, self._engines, self._pause_coordinator, telemetry=self._telemetry)
+        self._updates = WeightUpdates(
+            self._store, self._engines, self._pause_coordinator, weights.kept, telemetry=self._telemetry
+        )
         self._engines.spawn(self._keep_telemetry())
 
     async def _recover_adapters(self) -> Adapters:
@@ -192,7 +194,7 @@ class Router(RouterAPI):
             files = await asyncio.to_thread(read_adapter, path)
             if name in published and published[name][-1].checksum == files.checksum():
                 continue
-            version = await self._store.put(name, files)
+            version = await self._store.put(name, files, track=self._args.track_names[0])
             await self._store.publish(version)
             await self._store.drop(adapters.publish(version))
         return adapters
@@ -366,9 +368,14 @@ class Router(RouterAPI):
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
         await self._updates.append(upload, index, bucket)
 
-    async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
+    async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float, durable: bool = True) -> str:
         self._admission.require_awake()
-        return await self._updates.publish(upload, mode, timeout_s)
+        return await self._updates.publish(upload, mode, timeout_s, durable)
+
+    async def use_weights(self, label: str, mode: PauseMode, timeout_s: float, track: str = "") -> str:
+        self._admission.require_awake()
+        named = self._engines.tracks.named(track)
+        return await self._updates.use(label, named, mode, positive("timeout_s", timeout_s))
 
     async def abandon_weights(self, upload: int) -> None:
         await self._updates.abandon(upload)
@@ -497,6 +504,7 @@ class Router(RouterAPI):
             "asleep": self._admission.asleep,
             "weights": self._engines.tracks.named("").weights.label,
             "tracks": {track.name: track.weights.label for track in self._engines.tracks},
+            "weights_versions": self._updates.kept,
             "adapters": {name: version.label for name, version in self._adapters.newest.items()},
             "adapter_versions": self._adapters.labels,
             "requests": self._admission.running,

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from twinkle_serve import timing
 from twinkle_serve.data_format import metrics
-from twinkle_serve.data_format.weights import PAUSE_MODES, BucketArgument, PauseMode
-from twinkle_serve.errors import StoreError, UnsupportedError, WeightsError, one_line
+from twinkle_serve.data_format.weights import (
+    PAUSE_MODES,
+    BucketArgument,
+    PauseMode,
+    WeightsVersion,
+)
+from twinkle_serve.errors import DeadlineError, StoreError, TwinkleServeError, UnsupportedError, WeightsError, one_line
 from twinkle_serve.lease import Lease
 from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.pause import PauseCoordinator
 from twinkle_serve.routing.telemetry import Telemetry
 from twinkle_serve.routing.tracks import Track
-from twinkle_serve.validation import one_of
+from twinkle_serve.validation import flag, one_of
 from twinkle_serve.weights import StoreClient
 
 logger = logging.getLogger(__name__)
@@ -50,6 +56,7 @@ class WeightUpdates:
         A version samples nothing before the store has every byte of it and every engine of its track that is in use has
             loaded it.
         An update that fails, or whose trainer dies, leaves the previous version current, and no data behind.
+        A version that cannot be written to the disk is replaced by the previous one, on every engine.
     """
 
     def __init__(
@@ -57,16 +64,22 @@ class WeightUpdates:
         store: StoreClient,
         membership: EngineMembership,
         pause_coordinator: PauseCoordinator,
+        kept: list[str],
         *,
         telemetry: Telemetry | None = None,
     ) -> None:
         """
         Args:
+            kept: labels of the versions that the store has, the oldest first.
             telemetry: records updates.
         """
         self._telemetry = telemetry or Telemetry()
         self._store, self._engines, self._pause_coordinator = store, membership, pause_coordinator
+        self.kept = kept
+        """Labels of the versions that `use` takes, the oldest first."""
         self._update: _Update | None = None
+        self._persisting: asyncio.Task[None] | None = None
+        """Writes the last version to the disk."""
 
     async def begin(self, label: str, track: Track) -> int:
         """Starts an update of a track. Returns the id of the upload.
@@ -75,16 +88,10 @@ class WeightUpdates:
             WeightsError: the version exists, or another update is under way.
             UnsupportedError: the model's files do not list its weights.
         """
-        if not isinstance(label, str) or not label:
-            raise WeightsError(f"version must be a non-empty string, got {label!r}.")
-        now = asyncio.get_running_loop().time()
-        if (other := self._update) is not None:
-            raise WeightsError(
-                f"an update to {other.label!r} is under way, heard of {now - other.heard_at:.1f} s ago. Wait for it; "
-                f"one whose trainer is gone is given up after {timing.UPLOAD_LEASE_S:g} s."
-            )
-        update = self._update = _Update(label, track, now, Lease(self._expire), began=now)
+        update = self._start(label, track)
         try:
+            if self._persisting is not None:  # the memory of one version at a time
+                await asyncio.wait([self._persisting])
             model = await self._engines.call_any(lambda client: client.model_spec())
             if not model.weights:
                 raise UnsupportedError("the model has no safetensors files, which list its weights.")
@@ -95,6 +102,19 @@ class WeightUpdates:
             raise
         self._restart_timeout(update)
         return update.upload
+
+    def _start(self, label: str, track: Track) -> _Update:
+        """Keeps others from beginning an update. Raises WeightsError if one has begun."""
+        if not isinstance(label, str) or not label:
+            raise WeightsError(f"version must be a non-empty string, got {label!r}.")
+        now = asyncio.get_running_loop().time()
+        if (other := self._update) is not None:
+            raise WeightsError(
+                f"an update to {other.label!r} is under way, heard of {now - other.heard_at:.1f} s ago. Wait for it; "
+                f"one whose trainer is gone is given up after {timing.UPLOAD_LEASE_S:g} s."
+            )
+        self._update = _Update(label, track, now, Lease(self._expire), began=now)
+        return self._update
 
     async def append(self, upload: int, index: int, bucket: BucketArgument) -> None:
         """Stores the next bucket.
@@ -112,14 +132,18 @@ class WeightUpdates:
             raise
         self._restart_timeout(update)
 
-    async def publish(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
+    async def publish(self, upload: int, mode: PauseMode, timeout_s: float, durable: bool = True) -> str:
         """Makes the version current, on all engines or on none. Returns its label.
 
         Runs to its end even if the call is cancelled.
 
+        Args:
+            durable: return when the store has written the version. Samples have it earlier.
+
         Raises:
             WeightsError: weights are missing, or an engine refuses them.
             EngineError: an engine failed.
+            StoreError: the version cannot be written.
             DeadlineError: it took longer than `timeout_s`.
                 After each, the previous version is current and no engine is paused.
         """
@@ -127,34 +151,123 @@ class WeightUpdates:
         update = self._require(upload)
         update.lease.end()
         update.publishing = True
-        await asyncio.shield(self._engines.spawn(self._publish(update, mode, timeout_s)))
+        await asyncio.shield(self._engines.spawn(self._publish(update, mode, timeout_s, flag("durable", durable))))
         return update.label
 
-    async def _publish(self, update: _Update, mode: PauseMode, timeout_s: float) -> None:
-        clock, track = asyncio.get_running_loop().time, update.track
+    async def _publish(self, update: _Update, mode: PauseMode, timeout_s: float, durable: bool) -> None:
+        clock = asyncio.get_running_loop().time
         uploaded = clock()
         try:
-            version = await self._store.seal_weights(update.upload)
-            sealed = clock()
-
-            async def commit() -> None:
-                try:
-                    await self._store.commit_weights(version, track.name)
-                except StoreError:  # the commit may have happened, and its answer may be lost
-                    if await self._store.current_weights(track.name) != version:
-                        raise
-
-            await self._engines.prepare(track, version, timeout_s)
-            prepared = clock()
-            phases = await self._pause_coordinator.update(track, version, mode, commit, timeout_s)
-        except BaseException as error:
-            self._telemetry.count(metrics.UPDATES, 1, "failed")
-            self._telemetry.event("weights", f"the update to {update.label} failed: {one_line(error)}")
+            with self._reported(update):
+                version = await self._store.seal_weights(update.upload)
+                phases = {"upload": uploaded - update.began, "seal": clock() - uploaded}
+                phases |= await self._switch(update.track, version, mode, timeout_s)
+            self._persisting = self._engines.spawn(self._persist(update, version, phases, timeout_s))
+            self._persisting.add_done_callback(lambda task: task.cancelled() or task.exception())
+            if durable:
+                await self._persisting
+        except BaseException:
             self._give_up(update)
             raise
         self._end(update)
-        before = {"upload": uploaded - update.began, "seal": sealed - uploaded, "prepare": prepared - sealed}
-        self._report(update, {**before, **phases})
+
+    async def use(self, label: str, track: Track, mode: PauseMode, timeout_s: float) -> str:
+        """Makes a version current that the store has kept, on all engines of a track or on none. Returns its label.
+
+        Runs to its end even if the call is cancelled.
+
+        Raises:
+            WeightsError: the version is not kept, or an update is under way.
+                Others as `publish`.
+        """
+        one_of("mode", mode, PAUSE_MODES)
+        update = self._start(label, track)
+        update.publishing = True
+        await asyncio.shield(self._engines.spawn(self._use(update, mode, timeout_s)))
+        return label
+
+    async def _use(self, update: _Update, mode: PauseMode, timeout_s: float) -> None:
+        try:
+            with self._reported(update):
+                version = await self._store.find_weights(update.label)
+                phases = await self._switch(update.track, version, mode, timeout_s)
+            await self._persist(update, version, phases, timeout_s)
+        finally:
+            self._end(update)
+
+    async def _switch(
+        self, track: Track, version: WeightsVersion, mode: PauseMode, timeout_s: float
+    ) -> dict[str, float]:
+        """Makes a version current on all engines of a track and in the memory of the store. Returns the seconds of each
+        phase."""
+        clock = asyncio.get_running_loop().time
+        began = clock()
+
+        async def commit() -> None:
+            try:
+                await self._store.commit_weights(version, track.name)
+            except StoreError:  # the commit may have happened, and its answer may be lost
+                if await self._store.current_weights(track.name) != version:
+                    raise
+
+        await self._engines.prepare(track, version, timeout_s)
+        prepared = clock()
+        return {
+            "prepare": prepared - began,
+            **await self._pause_coordinator.update(track, version, mode, commit, timeout_s),
+        }
+
+    async def _persist(
+        self, update: _Update, version: WeightsVersion, phases: Mapping[str, float], timeout_s: float
+    ) -> None:
+        """Waits until a version is on the disk; if it cannot be, the engines take the previous one again.
+
+        Raises:
+            StoreError: it cannot be written.
+            DeadlineError: it was not within `timeout_s`.
+        """
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        try:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    self.kept = await self._store.persist_weights(version)
+            except TimeoutError:
+                raise DeadlineError(f"the store did not write {version.label!r} within {timeout_s:g} s") from None
+        except (StoreError, DeadlineError) as error:
+            current = await self._return(update.track, version, timeout_s)
+            if current != version:
+                text = f"{str(error).rstrip('.')}; {current.label!r} is current again."
+                logger.error(text)
+                with self._reported(update):
+                    raise type(error)(text) from None
+        self._report(update, {**phases, "persist": clock() - began})
+
+    async def _return(self, track: Track, version: WeightsVersion, timeout_s: float) -> WeightsVersion:
+        """Makes the engines load what the store has in place of a version that it could not write. Returns that."""
+        await self._store.revert_weights(version)
+        current = await self._store.current_weights(track.name)
+        if current != version:
+
+            async def committed() -> None:
+                """The store has it."""
+
+            try:
+                await self._pause_coordinator.update(track, current, "keep", committed, timeout_s)
+            except TwinkleServeError as error:
+                logger.warning(f"engines leave the service until they have {current.label!r}: {error}")
+                track.weights = current
+        return current
+
+    @contextlib.contextmanager
+    def _reported(self, update: _Update) -> Iterator[None]:
+        """Records an update that fails."""
+        try:
+            yield
+        except BaseException as error:
+            self._telemetry.count(metrics.UPDATES, 1, "failed")
+            self._telemetry.event("weights", f"the update to {update.label} failed: {one_line(error)}")
+            raise
 
     def _report(self, update: _Update, phases: Mapping[str, float]) -> None:
         """Records a published version, and how long each phase took, seconds."""

@@ -52,6 +52,7 @@ class EngineControls:
         merge_lora: bool = False,
         allow_nonfinite: bool = False,
         bucket_bytes: int = BUCKET_BYTES,
+        durable: bool = True,
         timeout_s: float = timing.CONTROL_TIMEOUT_S,
     ) -> str:
         """Replaces the model's own weights on every engine of a track. Returns `version`, which is stamped on later
@@ -76,7 +77,10 @@ class EngineControls:
             allow_nonfinite: accept NaN and infinite values.
             bucket_bytes: approximate size of one transfer; at least one weight. In a cluster of one node all buckets
                 are in /dev/shm until the call returns, else a few of them here, and two at each engine.
-            timeout_s: limit of each step in seconds: sending a bucket, and the engines' part.
+            durable: return when the service has written the weights to its state directory. False: when the engines
+                have them. If they cannot be written then, or the store is killed, the previous weights come back on all
+                engines, which is logged; samples keep the label of those that they are of.
+            timeout_s: limit of each step in seconds: sending a bucket, the engines' part, and writing.
 
         Raises:
             WeightsError: invalid names, shapes, dtypes or values, missing weights, a version that exists, or another
@@ -101,7 +105,32 @@ class EngineControls:
             tensors = without_wrappers(named_tensors(weights))
             return buckets(tensors, bucket_bytes, allow_nonfinite=allow_nonfinite, new_file=new_file)
 
-        return upload_weights(self._client, version, mode, track, made, timeout_s)
+        return upload_weights(self._client, version, mode, track, made, timeout_s, flag("durable", durable))
+
+    def use_weights(
+        self,
+        version: str,
+        *,
+        mode: PauseMode = "keep",
+        track: str = "",
+        timeout_s: float = timing.CONTROL_TIMEOUT_S,
+    ) -> str:
+        """Makes weights current again that the service has kept, on every engine of a track. Returns `version`.
+
+        Args:
+            version: as in `status()["weights_versions"]`; `initial` are those of the model's checkpoint. The config's
+                `weights_versions` says how many are kept.
+            mode: fate of running samples, as in `update_weights`.
+            track: as in `update_weights`; the version may be, or have been, that of another track.
+            timeout_s: limit in seconds.
+
+        Raises:
+            WeightsError: the version is not kept, or an update is under way.
+                Others as `update_weights`.
+        """
+        limit_s = 3 * positive("timeout_s", timeout_s) + timing.CONTROL_TIMEOUT_S
+        call = self._client.call(limit_s, RouterAPI.use_weights, version, mode, timeout_s, track)
+        return self._client.loop.call(call)
 
     def pause(self, mode: PauseMode = "keep", *, lease_s: float = 30.0) -> Pause:
         """Stops all engines until the pause is ended. Calls wait meanwhile, within their deadlines.

@@ -20,6 +20,7 @@ def upload_weights(
     track: str,
     make_buckets: Callable[[Callable[[int], TensorFile]], Iterator[Bucket]],
     timeout_s: float,
+    durable: bool,
 ) -> str:
     """Sends buckets of weights and publishes them as a version. Returns its label.
 
@@ -28,6 +29,7 @@ def upload_weights(
     Args:
         make_buckets: yields them, in the files that the function given to it makes; see `BucketSender.new_file`.
         timeout_s: limit of each step: sending a bucket, and publishing.
+        durable: return when the version is on the disk.
     """
     loop = client.loop
     upload = loop.call(client.call(timeout_s, RouterAPI.begin_weights, version, mode, track))
@@ -41,9 +43,9 @@ def upload_weights(
                 on_its_way = loop.start(client.call(timeout_s, RouterAPI.append_weights, upload, index, argument))
             if on_its_way is not None:
                 loop.wait(on_its_way)
-            # If publishing fails at its end, the engines go back within the same time, and the store may be slow.
-            limit_s = 2 * timeout_s + timing.CONTROL_TIMEOUT_S
-            return loop.call(client.call(limit_s, RouterAPI.publish_weights, upload, mode, timeout_s))
+            # If publishing fails at its end, the engines go back within the same time; writing has as long again.
+            limit_s = 3 * timeout_s + timing.CONTROL_TIMEOUT_S
+            return loop.call(client.call(limit_s, RouterAPI.publish_weights, upload, mode, timeout_s, durable))
     except BaseException:
         with contextlib.suppress(TwinkleServeError):  # an upload without buckets is given up by the router in time
             loop.call(client.call(timing.ANSWER_TIMEOUT_S, RouterAPI.abandon_weights, upload))

@@ -11,7 +11,15 @@ from typing import ParamSpec, Protocol, TypeVar
 import numpy as np
 
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.weights import Bucket, BucketArgument, BucketFile, ModelSpec, WeightsVersion
+from twinkle_serve.data_format.weights import (
+    MAIN_TRACK,
+    Bucket,
+    BucketArgument,
+    BucketFile,
+    ModelSpec,
+    WeightsState,
+    WeightsVersion,
+)
 from twinkle_serve.errors import StoreError
 from twinkle_serve.weights.store import WeightStore
 
@@ -29,7 +37,9 @@ class StoreClient(Protocol):
         """Returns the published adapter versions by name, newest last; see `WeightStore.published`."""
         ...
 
-    async def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
+    async def put(
+        self, name: str, files: AdapterFiles, *, is_path: bool = False, track: str = MAIN_TRACK
+    ) -> AdapterVersion:
         """Stores an adapter as the next version of a name; see `WeightStore.put`."""
         ...
 
@@ -46,12 +56,16 @@ class StoreClient(Protocol):
         """Returns the files of an adapter version; see `WeightStore.files`."""
         ...
 
-    async def recover_weights(self) -> tuple[dict[str, WeightsVersion], list[str]]:
-        """Returns the current version and all labels so far, for a router that starts; see `ModelWeights.recover`."""
+    async def recover_weights(self) -> WeightsState:
+        """Returns all versions, for a router that starts; see `ModelWeights.recover`."""
         ...
 
     async def current_weights(self, track: str) -> WeightsVersion:
-        """Returns the current weights version."""
+        """Returns the current weights version of a track."""
+        ...
+
+    async def find_weights(self, label: str) -> WeightsVersion:
+        """Returns a kept version; see `ModelWeights.find`."""
         ...
 
     async def begin_weights(self, label: str, model: ModelSpec) -> int:
@@ -67,7 +81,14 @@ class StoreClient(Protocol):
         ...
 
     async def commit_weights(self, version: WeightsVersion, track: str) -> None:
-        """Makes a sealed version the current one; see `ModelWeights.commit`."""
+        """Makes a sealed or kept version the current one of a track; see `ModelWeights.commit`."""
+
+    async def persist_weights(self, version: WeightsVersion) -> list[str]:
+        """Waits until a committed version is on the disk; see `ModelWeights.persist`. Returns the kept labels."""
+        ...
+
+    async def revert_weights(self, version: WeightsVersion) -> None:
+        """Gives up a committed version that is not on the disk; see `ModelWeights.revert`."""
 
     async def discard_weights(self, upload: int) -> None:
         """Deletes an upload that was not committed; see `ModelWeights.discard`."""
@@ -96,8 +117,10 @@ class LocalStore(StoreClient):
     async def published(self) -> dict[str, list[AdapterVersion]]:
         return await self._run(self._store.published)
 
-    async def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
-        return await self._run(self._store.put, name, files, is_path=is_path)
+    async def put(
+        self, name: str, files: AdapterFiles, *, is_path: bool = False, track: str = MAIN_TRACK
+    ) -> AdapterVersion:
+        return await self._run(self._store.put, name, files, is_path=is_path, track=track)
 
     async def publish(self, version: AdapterVersion) -> None:
         await self._run(self._store.publish, version)
@@ -111,11 +134,14 @@ class LocalStore(StoreClient):
     async def files(self, version: AdapterVersion) -> AdapterFiles:
         return await self._run(self._store.files, version)
 
-    async def recover_weights(self) -> tuple[dict[str, WeightsVersion], list[str]]:
+    async def recover_weights(self) -> WeightsState:
         return await self._run(self._store.model.recover)
 
     async def current_weights(self, track: str) -> WeightsVersion:
         return await self._run(self._store.model.current, track)
+
+    async def find_weights(self, label: str) -> WeightsVersion:
+        return await self._run(self._store.model.find, label)
 
     async def begin_weights(self, label: str, model: ModelSpec) -> int:
         return await self._run(self._store.model.begin, label, model)
@@ -138,6 +164,15 @@ class LocalStore(StoreClient):
 
     async def commit_weights(self, version: WeightsVersion, track: str) -> None:
         await self._run(self._store.model.commit, version, track)
+
+    async def persist_weights(self, version: WeightsVersion) -> list[str]:
+        if (writing := self._store.model.written(version)) is not None:
+            await asyncio.wait([asyncio.wrap_future(writing)])  # meanwhile the thread is free
+        await self._run(self._store.model.persist, version)
+        return self._store.model.kept()
+
+    async def revert_weights(self, version: WeightsVersion) -> None:
+        await self._run(self._store.model.revert, version)
 
     async def discard_weights(self, upload: int) -> None:
         await self._run(self._store.model.discard, upload)

@@ -113,11 +113,14 @@ class Disk:
             return []
         return [entry.rstrip("/").rpartition("/")[2] for entry in self._system.ls(path, detail=False)]
 
-    def remove(self, directory: str) -> None:
-        """Removes a directory. A failure is logged only: files that no manifest lists do no harm."""
-        path = f"{self.root}/{directory}"
+    def remove(self, name: str) -> None:
+        """Removes a file or directory, if there is one. A failure is logged only: files that no manifest lists do no
+        harm."""
+        path = f"{self.root}/{name}"
         try:
             self._system.rm(path, recursive=True)
+        except FileNotFoundError:
+            pass
         except Exception as error:
             logger.warning(f"{path} was not removed: {type(error).__name__}: {error}")
 

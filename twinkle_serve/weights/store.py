@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from twinkle_serve.adapter_description import describe_adapter
 from twinkle_serve.adapters import CONFIG, WEIGHTS
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.weights import MAIN_TRACK
 from twinkle_serve.errors import AdapterError, ConfigError, StoreError
 from twinkle_serve.weights.disk import Disk
 from twinkle_serve.weights.model import ModelWeights
@@ -42,11 +43,12 @@ class WeightStore:
         - Anything if two stores use the same state directory.
     """
 
-    def __init__(self, model_id: str, state_dir: str | None = None) -> None:
+    def __init__(self, model_id: str, state_dir: str | None = None, weights_versions: int = 1) -> None:
         """
         Args:
             model_id: model of the service; a state directory belongs to one.
             state_dir: directory, or any URL that fsspec supports. None keeps everything in this process's memory.
+            weights_versions: see `ModelWeights`.
 
         Raises:
             ConfigError: the state directory belongs to another model or cannot be used, or its manifest cannot be read.
@@ -63,7 +65,7 @@ class WeightStore:
         self._disk = None if state_dir is None else Disk(state_dir)
         if self._disk is not None:
             self._recover(self._disk)
-        self.model = ModelWeights(self._disk)
+        self.model = ModelWeights(self._disk, weights_versions)
         """The model's own weights."""
 
     def published(self) -> dict[str, list[AdapterVersion]]:
@@ -79,13 +81,14 @@ class WeightStore:
             by_name.setdefault(entry.version.name, []).append(entry.version)
         return by_name
 
-    def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
+    def put(self, name: str, files: AdapterFiles, *, is_path: bool = False, track: str = MAIN_TRACK) -> AdapterVersion:
         """Stores an adapter as the next version of a name. It is not published yet.
 
         Args:
             name: name of the adapter.
             files: the adapter.
             is_path: whether the name is a path, given by a call.
+            track: tensors of the model itself in the files are compared with its current weights.
 
         Raises:
             AdapterError: invalid name, or the files are not a valid adapter.
@@ -100,7 +103,7 @@ class WeightStore:
             id=self._next_id,
             rank=description.rank,
             checksum=files.checksum(),
-            weights=self.model.current().number if description.base else None,
+            weights=self.model.current(track).number if description.base else None,
         )
         if self._disk is not None:
             self._disk.write(f"{_directory(version)}/{CONFIG}", files.config)

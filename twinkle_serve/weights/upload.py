@@ -46,13 +46,11 @@ class Upload:
         Tied names that have the values of the weight that they are tied to are left out; others raise.
     """
 
-    def __init__(
-        self, version: WeightsVersion, model: ModelSpec, stored: Callable[[WeightsVersion, int], bytes]
-    ) -> None:
+    def __init__(self, version: WeightsVersion, model: ModelSpec, stored: Callable[[str], Bucket | bytes]) -> None:
         """
         Args:
             version: the version without its buckets.
-            stored: returns a bucket of the version that was stored before, by its index.
+            stored: returns a bucket of the version that was stored before, by its checksum.
         """
         self.version = version
         """Updated by the caller, with each bucket that it has stored."""
@@ -149,7 +147,7 @@ class Upload:
                 held = weights[target]
                 self._require_same(name, own.spec.dtype, values, held.spec.dtype, bucket[held.begin : held.end])
             elif target in self._places:
-                earlier = np.frombuffer(self._stored(self.version, self._places[target]), np.uint8)
+                earlier = np.frombuffer(self._stored(self.version.buckets[self._places[target]]), np.uint8)
                 held = read_bucket(earlier)[target]
                 self._require_same(name, own.spec.dtype, values, held.spec.dtype, earlier[held.begin : held.end])
             else:

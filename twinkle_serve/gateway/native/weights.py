@@ -73,7 +73,7 @@ def routes(context: GatewayContext) -> APIRouter:
                     await client.call(timeout_s, RouterAPI.append_weights, upload, index, argument)
                     index += 1
                 # As of a call from Python: if publishing fails at its end, the engines go back within the same time.
-                limit_s = 2 * timeout_s + timing.CONTROL_TIMEOUT_S
+                limit_s = 3 * timeout_s + timing.CONTROL_TIMEOUT_S
                 label = await client.call(limit_s, RouterAPI.publish_weights, upload, mode, timeout_s)
         except BaseException:
             with contextlib.suppress(TwinkleServeError):  # a silent upload is given up by the router in time
