@@ -180,7 +180,8 @@ class EngineMembership:
 
     def require_name(self, name: str) -> None:
         """Raises RequestError for a name that no engine of the service has."""
-        if not isinstance(name, str) or name not in (known := self.clients.keys() - self.leaving.keys()):
+        known = self.clients.keys() - self.leaving.keys()
+        if not isinstance(name, str) or name not in known:
             raise RequestError(unknown_name("engine", str(name), known) + ".")
 
     def is_active(self, engine: ActiveEngine) -> bool:
