@@ -332,11 +332,7 @@ class MappedTensorFile(TensorFile):
             self._file.seek(HEADER_ROOM)
 
     def _append(self, tensor: AnyTensor) -> None:
-        data = _memory_of(tensor)
-        if data is None:
-            data = np.empty(tensor.nbytes, np.uint8)
-            _copy(tensor, data)
-        self._write(data)
+        self._write(memory_of(tensor))
 
     def finish(self, metadata: Mapping[str, str] | None = None) -> NDArray[np.uint8]:
         """Returns the file, mapped. Nothing can be added afterwards."""
@@ -393,8 +389,19 @@ def digest(tensor: AnyTensor) -> str:
     return hashlib.blake2b(memory.data, digest_size=16).hexdigest()
 
 
-def _memory_of(tensor: AnyTensor) -> NDArray[np.uint8] | None:
-    """Returns the bytes of a tensor from `gathered` where they are, if they are as in a file; else None."""
+def memory_of(tensor: AnyTensor) -> NDArray[np.uint8]:
+    """Returns the bytes of a tensor from `gathered`, where they are if they are as in a file.
+
+    Raises:
+        ValueError: they cannot be copied; see `gathered`.
+    """
+    if (memory := _plain_memory(tensor)) is None:
+        memory = np.empty(tensor.nbytes, np.uint8)
+        _copy(tensor, memory)
+    return memory
+
+
+def _plain_memory(tensor: AnyTensor) -> NDArray[np.uint8] | None:
     if isinstance(tensor, np.ndarray):
         plain = tensor.flags.c_contiguous and tensor.dtype.newbyteorder("<") == tensor.dtype
         return tensor.reshape(-1).view(np.uint8) if plain else None

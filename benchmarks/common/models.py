@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from twinkle_serve import hub
+from twinkle_serve.weights.patches import BLOCK_BYTES
 
 Tensors: TypeAlias = dict[str, Any]
 """torch tensors, by name."""
@@ -43,3 +44,17 @@ def noisy(weights: Tensors) -> Tensors:
     import torch
 
     return {name: tensor + 0.01 * torch.randn_like(tensor) * tensor.std() for name, tensor in weights.items()}
+
+
+def sparsely_changed(weights: Tensors, share: float) -> Tensors:
+    """Returns copies of which a share of the blocks, as deltas of weights have them, differ in one value each."""
+    import torch
+
+    changed = {}
+    for name, tensor in weights.items():
+        flat = tensor.clone().view(-1)
+        values = BLOCK_BYTES // tensor.element_size()
+        firsts = torch.arange(0, len(flat), values)
+        flat[firsts[torch.rand(len(firsts)) < share]] += 0.01
+        changed[name] = flat.view(tensor.shape)
+    return changed

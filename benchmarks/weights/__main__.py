@@ -8,8 +8,8 @@ publishes them, and in turn through the bare engine, which loads the same files 
 the same arguments; one works while the other idles.
 
 - adapters: LoRA adapters of the demo model, of several ranks, and memory after many versions.
-- model: the weights of the demo model and of one of 0.2 billion parameters; the longest gap in streams around an
-  update; memory after many versions; peak memory of an update.
+- model: the weights of the demo model and of one of 0.2 billion parameters; updates sent as deltas; the longest gap in
+  streams around an update; memory after many versions; peak memory of an update.
 
 --quick measures times only, of adapters and model on one service with the larger model.
 """
@@ -87,6 +87,8 @@ async def quick(options: argparse.Namespace, memory: Path, report: Report) -> No
             reloading = model.Bare(llm, path, memory)
             figures = await model.first_sample(min(options.rounds, LARGE_ROUNDS), "0.2B", weights, reloading, sampler)
             report.update(model={"0.2B": figures})
+            changes = await model.deltas(min(options.rounds, LARGE_ROUNDS), "0.2B", weights, sampler)
+            report.update(model={"0.2B": figures, "0.2B deltas": changes})
 
 
 async def measure_adapters(options: argparse.Namespace, memory: Path, report: Report) -> None:
@@ -115,6 +117,8 @@ async def measure_model(options: argparse.Namespace, memory: Path, report: Repor
     async with side_by_side(str(path), arguments, options.device) as (sampler, llm):
         bare = model.Bare(llm, path, memory)
         figures["0.2B"] = await model.first_sample(min(options.rounds, LARGE_ROUNDS), "0.2B", weights, bare, sampler)
+        report.update(model=figures)
+        figures["0.2B deltas"] = await model.deltas(min(options.rounds, LARGE_ROUNDS), "0.2B", weights, sampler)
         report.update(model=figures)
         # Apart from the timed rounds: polling memory this often takes a good part of a core.
         figures["peak_memory_mib"] = await model.peak_memory(sampler, weights, service_processes())

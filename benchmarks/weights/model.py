@@ -17,7 +17,7 @@ from typing import Literal
 from safetensors.torch import save_file
 
 from benchmarks.common.engines import AsyncLLM, first_token
-from benchmarks.common.models import Tensors, noisy
+from benchmarks.common.models import Tensors, noisy, sparsely_changed
 from benchmarks.common.report import Figures, quartiles
 from benchmarks.weights.memory import MIB, PeakMemory, Processes, checkpoints, memcpy_gb_s, memory_mib
 from twinkle_serve.sampler import RunningSampler
@@ -28,6 +28,8 @@ STREAM_TOKENS = (80, 120, 160, 200)
 MODES: tuple[Literal["keep", "wait", "abort"], ...] = ("keep", "wait", "abort")
 
 
+CHANGED = 0.03
+"""Share of the blocks that change between deltas."""
 STANDSTILL = ("pause", "load", "commit")
 """Phases of an update during which samples wait."""
 
@@ -65,13 +67,8 @@ async def first_sample(rounds: int, name: str, weights: Tensors, bare: Bare, sam
         fresh = noisy(weights)
         for way in ("bare", "service") if number % 2 else ("service", "bare"):
             if way == "service":
-                updated_s, sampled_s = await _update_and_sample(sampler, f"{name}-{number}", fresh)
-                times["update"].append(updated_s)
-                times["service"].append(sampled_s)
-                for phase, seconds in _phases(sampler).items():
-                    times[phase].append(seconds)
-                times["standstill"].append(sum(times[phase][-1] for phase in STANDSTILL))
-                times["transport"].append(updated_s - times["standstill"][-1])
+                for figure, seconds in (await _update_and_sample(sampler, f"{name}-{number}", fresh)).items():
+                    times[figure].append(seconds)
             else:
                 bare.write(fresh)
                 started = time.perf_counter()
@@ -96,10 +93,38 @@ async def first_sample(rounds: int, name: str, weights: Tensors, bare: Bare, sam
     return figures
 
 
-def _phases(sampler: RunningSampler) -> dict[str, float]:
-    """Returns the seconds of each phase of the last update, as the router measured them."""
-    *_, last = (event for event in sampler.telemetry()["events"] if event["kind"] == "weights")
-    return {phase: float(seconds) for phase, seconds in re.findall(r"(\w+) ([\d.]+) s\b", last["text"])}
+async def deltas(rounds: int, name: str, weights: Tensors, sampler: RunningSampler) -> Figures:
+    """Updates of which CHANGED of the blocks differ from the last one, sent whole and as deltas in turn."""
+    times: dict[str, dict[str, list[float]]] = {"whole": defaultdict(list), "delta": defaultdict(list)}
+    current = noisy(weights)
+    await _update_and_sample(sampler, f"{name}-delta-base", current, delta=True)
+    for number in range(rounds + 1):
+        for way in ("whole", "delta"):
+            if way == "delta":
+                current = sparsely_changed(current, CHANGED)
+            label = f"{name}-{way}-{number}"
+            found = await _update_and_sample(sampler, label, current, delta=way == "delta")
+            if number:  # the first round warms both up
+                for figure, seconds in found.items():
+                    times[way][figure].append(seconds)
+    figures: Figures = {
+        way: {f"{figure}_s": round(statistics.median(values), 3) for figure, values in found.items()}
+        for way, found in times.items()
+    }
+    for figure, ratio in (("service", "first_token_ratio"), ("transport", "transport_ratio")):
+        pairs = zip(times["delta"][figure], times["whole"][figure], strict=True)
+        figures[ratio] = quartiles([delta / whole for delta, whole in pairs], 2)
+    print(f"{name}, {CHANGED:.0%} of blocks changed: {figures}", flush=True)
+    return figures
+
+
+async def _phases(sampler: RunningSampler, label: str) -> dict[str, float]:
+    """Returns the seconds of each phase of an update, as the router measured them, once it is on the disk."""
+    while True:
+        for event in reversed(sampler.telemetry()["events"]):
+            if event["kind"] == "weights" and event["text"].startswith(f"{label} is current"):
+                return {phase: float(seconds) for phase, seconds in re.findall(r"(\w+) ([\d.]+) s\b", event["text"])}
+        await asyncio.sleep(0.05)
 
 
 async def peak_memory(sampler: RunningSampler, weights: Tensors, service: Processes) -> dict[str, dict[str, float]]:
@@ -115,15 +140,27 @@ async def peak_memory(sampler: RunningSampler, weights: Tensors, service: Proces
 
 
 async def _update_and_sample(
-    sampler: RunningSampler, label: str, weights: Tensors, bucket_mib: int = 256
-) -> tuple[float, float]:
-    """Returns seconds until the version was current, and until its first token arrived."""
+    sampler: RunningSampler, label: str, weights: Tensors, bucket_mib: int = 256, *, delta: bool = False
+) -> dict[str, float]:
+    """Returns the seconds of an update: until it was current (update), until its first token (service), of each phase,
+    of those that samples wait for (standstill), and of what comes before (transport)."""
     started = time.perf_counter()
-    await asyncio.to_thread(sampler.update_weights, weights, label, bucket_bytes=bucket_mib * MIB)
+    await asyncio.to_thread(
+        sampler.update_weights, weights, label, bucket_bytes=bucket_mib * MIB, durable=False, delta=delta
+    )
     updated_s = time.perf_counter() - started
     response = await sampler.sample_async({"input_ids": PROMPT}, {"max_tokens": 1})
     assert response.sequences[0].weight_versions[0].version == label
-    return updated_s, time.perf_counter() - started
+    sampled_s = time.perf_counter() - started
+    phases = await asyncio.wait_for(_phases(sampler, label), 600)
+    standstill_s = sum(phases[phase] for phase in STANDSTILL)
+    return {
+        "update": updated_s,
+        "service": sampled_s,
+        **phases,
+        "standstill": standstill_s,
+        "transport": updated_s - standstill_s,
+    }
 
 
 def gaps(sampler: RunningSampler, weights: Tensors, rounds: int) -> Figures:

@@ -203,6 +203,10 @@ class RouterAPI(Protocol):
         """Loads a kept version on all engines of a track or on none. Returns its label. See `WeightUpdates.use`."""
         ...
 
+    async def weights_buckets(self, label: str) -> list[str]:
+        """Returns the checksums of the buckets of a kept version. Raises WeightsError if it is not kept."""
+        ...
+
     async def abandon_weights(self, upload: int) -> None:
         """Gives an update up. Idempotent. See `WeightUpdates.abandon`."""
 

@@ -377,6 +377,9 @@ class Router(RouterAPI):
         named = self._engines.tracks.named(track)
         return await self._updates.use(label, named, mode, positive("timeout_s", timeout_s))
 
+    async def weights_buckets(self, label: str) -> list[str]:
+        return list((await self._store.find_weights(label)).buckets)
+
     async def abandon_weights(self, upload: int) -> None:
         await self._updates.abandon(upload)
 

@@ -15,7 +15,7 @@ from twinkle_serve.peft_models import own_weights
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.pause import Pause
 from twinkle_serve.sampler.router_client import RouterClient
-from twinkle_serve.sampler.weight_upload import upload_weights
+from twinkle_serve.sampler.weight_upload import WeightUploads
 from twinkle_serve.tensors import TensorFile
 from twinkle_serve.validation import flag, positive
 
@@ -32,6 +32,7 @@ class EngineControls:
             client: reaches the router of the engines.
         """
         self._client = client
+        self._weights = WeightUploads(client)
 
     def _control(
         self, method: Callable[Concatenate[RouterAPI, P], Awaitable[T]], *args: P.args, **options: P.kwargs
@@ -53,6 +54,7 @@ class EngineControls:
         allow_nonfinite: bool = False,
         bucket_bytes: int = BUCKET_BYTES,
         durable: bool = True,
+        delta: bool = False,
         timeout_s: float = timing.CONTROL_TIMEOUT_S,
     ) -> str:
         """Replaces the model's own weights on every engine of a track. Returns `version`, which is stamped on later
@@ -77,6 +79,8 @@ class EngineControls:
             allow_nonfinite: accept NaN and infinite values.
             bucket_bytes: approximate size of one transfer; at least one weight. In a cluster of one node all buckets
                 are in /dev/shm until the call returns, else a few of them here, and two at each engine.
+            delta: send only the blocks of 64 KiB that differ from the weights that this sampler has sent last, by
+                update_weights with delta=True too, if the service has kept those. Hashes of all blocks are kept here.
             durable: return when the service has written the weights to its state directory. False: when the engines
                 have them. If they cannot be written then, or the store is killed, the previous weights come back on all
                 engines, which is logged; samples keep the label of those that they are of.
@@ -105,7 +109,8 @@ class EngineControls:
             tensors = without_wrappers(named_tensors(weights))
             return buckets(tensors, bucket_bytes, allow_nonfinite=allow_nonfinite, new_file=new_file)
 
-        return upload_weights(self._client, version, mode, track, made, timeout_s, flag("durable", durable))
+        flag("durable", durable)
+        return self._weights.send(version, mode, track, made, timeout_s, durable=durable, delta=flag("delta", delta))
 
     def use_weights(
         self,

@@ -6,14 +6,15 @@ import logging
 import random
 import threading
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 
-import blake3
+import numpy as np
 
 from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, ModelSpec, WeightsState, WeightsVersion
 from twinkle_serve.errors import ConfigError, StoreError, WeightsError
 from twinkle_serve.weights.disk import Disk, Json
+from twinkle_serve.weights.patches import BucketDigests, Patch, is_patch, tensors_begin
 from twinkle_serve.weights.upload import Upload
 
 logger = logging.getLogger(__name__)
@@ -160,44 +161,78 @@ class ModelWeights:
         Args:
             upload: id from `begin`.
             index: number of buckets before it.
-            bucket: weights as a safetensors file.
+            bucket: weights as a safetensors file, or a patch of a bucket of a kept version; see `PatchFile`.
 
         Returns:
-            Index of the bucket in the version; None where the version has it without some weights, or not at all.
+            Index of the bucket in the version; None where the version has it otherwise, or not at all.
 
         Raises:
             WeightsError: the bucket is damaged, or has names or shapes that the model does not have. The upload is
                 dropped.
-            StoreError: the bucket is out of order, or the state directory cannot be written.
+            StoreError: the bucket is out of order, a patch is of a bucket that is not kept, or the state directory
+                cannot be written.
         """
         pending = self._require(upload)
         self._raise_failed_writes()
         version, received = pending.version, pending.received
-        checksum = _checksum(bucket.data)
-        if index == len(received) - 1 and checksum == received[index]:
+        sent = checksum = checksum_of(bucket)
+        is_written = False
+        if index == len(received) - 1 and sent == received[index]:
             return pending.last_index  # sent again by a caller that got no answer
         if index != len(received):
             raise StoreError(f"bucket {index} of {version.label!r} came after {len(received)} buckets.")
         try:
+            if patch := is_patch(bucket):
+                bucket, checksum, is_written = self._patched(Patch.read(bucket))
             kept = pending.take(bucket)
         except WeightsError:
             self._drop_pending()
             raise
-        pending.last_index = len(pending.version.buckets) if kept is bucket else None
+        pending.last_index = len(pending.version.buckets) if kept is bucket and not patch else None
         if kept is not None:
-            self._put(pending, kept, checksum if kept is bucket else _checksum(kept.data))
-        received.append(checksum)
+            checksum = checksum if kept is bucket else checksum_of(kept)
+            self._put(pending, kept, checksum, is_written=is_written and kept is bucket)
+        received.append(sent)
         return pending.last_index
 
-    def _put(self, pending: Upload, bucket: Bucket, checksum: str) -> None:
+    def _patched(self, patch: Patch) -> tuple[Bucket, str, bool]:
+        """Returns the bucket that a patch makes, its checksum, and whether it is stored already.
+
+        Raises:
+            StoreError: as `Patch.apply`, or the state directory cannot be written.
+        """
+        base = self._map(patch.base)
+        if patch.checksum == patch.base:
+            return base, patch.checksum, True
+        if self._disk is not None and self._disk.is_local and isinstance(base, np.memmap):
+            # In the writer's thread, which may have to remove an earlier file of this name before.
+            return self._writer.submit(self._write_patched, self._disk, patch, base).result(), patch.checksum, True
+        while len(running := [write for write in self._writes.values() if not write.done()]) > 1:
+            wait(running, return_when=FIRST_COMPLETED)  # what is made here fills this process's memory until then
+        return patch.apply(base), patch.checksum, False
+
+    def _write_patched(self, disk: Disk, patch: Patch, base: Bucket) -> Bucket:
+        path = _path(patch.checksum)
+        begin, to = tensors_begin(base), len(patch.header)
+        made = disk.write_changed(f"{path}.part", _path(patch.base), begin, to, patch.size, patch.pieces)
+        try:
+            patch.check(made)
+        except StoreError:
+            disk.remove(f"{path}.part")
+            raise
+        disk.rename(f"{path}.part", path)
+        return made
+
+    def _put(self, pending: Upload, bucket: Bucket, checksum: str, *, is_written: bool) -> None:
         """Stores a bucket as the next one of its version."""
         version = pending.version
         with self._lock:
             pending.version = replace(
                 version, buckets=(*version.buckets, checksum), size_bytes=version.size_bytes + len(bucket)
             )
-            self._memory[checksum] = bytes(bucket) if self._disk is None else bucket
-        if self._disk is not None:
+            if not is_written:
+                self._memory[checksum] = bytes(bucket) if self._disk is None else bucket
+        if self._disk is not None and not is_written:
             self._writes[checksum] = self._writer.submit(self._write, self._disk, checksum, bucket)
 
     def _write(self, disk: Disk, checksum: str, bucket: Bucket) -> None:
@@ -377,12 +412,31 @@ class ModelWeights:
         if self._disk is None:
             raise StoreError(f"the bucket with the checksum {checksum} was dropped.")
         data = self._disk.read(_path(checksum))
-        if (found := _checksum(data)) != checksum:
+        if (found := checksum_of(data)) != checksum:
             raise StoreError(
                 f"{self._disk.root}/{_path(checksum)} has the checksum {found}, and had {checksum} when it was sent: "
                 "the file was changed or truncated. Send the version again under another label."
             )
         return data
+
+    def _map(self, checksum: str) -> Bucket:
+        """Returns a bucket of a kept version, which may have changed on the disk.
+
+        Raises:
+            StoreError: there is no such bucket.
+        """
+        with self._lock:
+            kept = {each for version in self._kept.values() for each in version.buckets}
+            held = self._memory.get(checksum)
+        if checksum not in kept:
+            raise StoreError(
+                f"a patch is of a bucket with the checksum {checksum}, which no kept version has. Send the weights "
+                "without delta=True."
+            )
+        if held is not None:
+            return np.frombuffer(held, np.uint8)
+        assert self._disk is not None
+        return self._disk.map(_path(checksum))
 
     def _require(self, upload: int) -> Upload:
         if self._upload is None or upload != self._uploads:
@@ -498,5 +552,6 @@ def _path(checksum: str) -> str:
     return f"{BUCKETS}/{checksum}.safetensors"
 
 
-def _checksum(data: bytes | memoryview) -> str:
-    return str(blake3.blake3(data).hexdigest(length=16))
+def checksum_of(bucket: Bucket | bytes) -> str:
+    """Returns the checksum that names a bucket."""
+    return BucketDigests.of(bucket).checksum
