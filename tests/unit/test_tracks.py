@@ -100,7 +100,7 @@ async def test_track_that_is_none_is_refused_at_once(service: Service) -> None:
         with pytest.raises(RequestError, match=r"unknown track '.*'.*new.*old"):
             await service.router.sample(PROMPTS, MANY, track=unknown)
     with pytest.raises(RequestError, match="unknown engine"):
-        await service.router.sample(PROMPTS, MANY, engine=["c"])  # type: ignore[typeddict-item]
+        await service.router.sample(PROMPTS, MANY, engine=["c"])  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="c belongs to track 'new', and the call names track 'old'"):
         await service.router.sample(PROMPTS, MANY, track="old", engine="c")
     with pytest.raises(RequestError, match="unknown track 'newer'"):
