@@ -150,7 +150,7 @@ class Admission:
             self._scheduler.enqueue(groups)
             if active.cancelled:  # while the call was being validated
                 self.drop(request, request.ids_of(active.cancelled))
-            expiry = loop.call_at(deadline, self._expire, request, track, limit_s)
+            expiry = loop.call_at(deadline, self._expire, request, limit_s)
             try:
                 yield request
             finally:
@@ -318,9 +318,10 @@ class Admission:
             retry_after_s,
         )
 
-    def _expire(self, request: Request, track: Track, limit_s: float) -> None:
+    def _expire(self, request: Request, limit_s: float) -> None:
         """Ends a request at its deadline."""
         if not request.settled:
+            track = self._engines.tracks.named(request.track)
             self.fail(request, DeadlineError(self._late(limit_s, track, request)))
 
     def fail(self, request: Request, error: TwinkleServeError) -> None:
