@@ -24,13 +24,14 @@ from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.weights import MAIN_TRACK, Bucket, BucketArgument, BucketFile, ModelSpec, WeightsVersion
 from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import SIDE_CPUS
+from twinkle_serve.remote.clusters import living_nodes
 from twinkle_serve.sessions import LocalSessions, SessionsAPI, SessionStore
 from twinkle_serve.tasks import BackgroundTasks
 from twinkle_serve.weights import LocalStore, StateLock, WeightStore
 from twinkle_serve.weights.disk import local_path
 
 BUCKETS_READ_AGAIN = 3
-"""Buckets of the current weights that are kept in Ray's object store when they were read from the disk."""
+"""Buckets of weights that are kept in Ray's object store, or whose file is trusted, after they were read."""
 
 
 BucketPlace: TypeAlias = list[Awaitable[Bucket]] | BucketFile
@@ -71,8 +72,8 @@ class Store(LocalStore, LocalSessions):
         self._sent: dict[tuple[int, int], BucketPlace] = {}
         """Where the buckets of an update are, as its trainer sent them, by number of the version and index: engines
         load from the memory where they are already."""
-        self._read_again: LRUCache[tuple[int, int], Awaitable[Bucket]] = LRUCache(BUCKETS_READ_AGAIN)
-        """References to others. Engines ask for one after the other at about the same time, so few are kept."""
+        self._read_again: LRUCache[tuple[int, int], BucketPlace] = LRUCache(BUCKETS_READ_AGAIN)
+        """Where others are. Engines ask for one after the other at about the same time, so few are kept."""
 
     async def _count_sessions(self) -> None:
         while True:
@@ -115,25 +116,32 @@ class Store(LocalStore, LocalSessions):
         """Returns where a bucket of a weights version is.
 
         Args:
-            from_disk: the trainer's own is lost, as it is when the trainer has died.
+            from_disk: it was not where it was said to be, as when the trainer that sent it has died.
         """
         self._store.model.require(version)
         key = version.number, index
         if from_disk:
             self._sent.pop(key, None)
+            self._read_again.pop(key, None)
         if key in self._sent:
             return self._sent[key]
         if key not in self._read_again:
-            self._read_again[key] = ray.put(await self.bucket(version, index))
-        return [self._read_again[key]]
+            self._read_again[key] = await self._read(version, index)
+        return self._read_again[key]
+
+    async def _read(self, version: WeightsVersion, index: int) -> BucketPlace:
+        is_only_node = len(living_nodes()) == 1
+        if is_only_node and (path := await self._run(self._store.model.file, version, index)) is not None:
+            return BucketFile(path)
+        return [ray.put(await self.bucket(version, index))]
 
     def _forget_buckets(self) -> None:
         self._sent.clear()
         self._read_again.clear()
 
-    async def begin_weights(self, label: str, model: ModelSpec) -> int:
+    async def begin_weights(self, label: str, model: ModelSpec, *, write_late: bool = False) -> int:
         self._forget_buckets()  # of an update that nobody has ended
-        return await super().begin_weights(label, model)
+        return await super().begin_weights(label, model, write_late=write_late)
 
     async def commit_weights(self, version: WeightsVersion, track: str) -> None:
         await super().commit_weights(version, track)

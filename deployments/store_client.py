@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from tenacity import AsyncRetrying, retry_if_exception, wait_fixed
 
 from deployments.handles import send
-from deployments.store import Store
+from deployments.store import BucketPlace, Store
 from twinkle_serve import timing
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.weights import (
@@ -75,8 +75,8 @@ class ServeStoreClient(StoreClient):
     async def find_weights(self, label: str) -> WeightsVersion:
         return await self._call(Store.find_weights, label)
 
-    async def begin_weights(self, label: str, model: ModelSpec) -> int:
-        return await self._call(Store.begin_weights, label, model)
+    async def begin_weights(self, label: str, model: ModelSpec, *, write_late: bool = False) -> int:
+        return await self._call(Store.begin_weights, label, model, write_late=write_late)
 
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> int | None:
         return await self._call(Store.append_weights, upload, index, bucket)
@@ -105,10 +105,12 @@ class ServeStoreClient(StoreClient):
         async def fetch() -> Bucket:
             place = await send(self._handle, Store.bucket_place, version, index)
             with contextlib.suppress(RayError, OSError):  # the trainer that sent it is gone
-                return place.map() if isinstance(place, BucketFile) else await place[0]
+                return await _at(place)
             place = await send(self._handle, Store.bucket_place, version, index, from_disk=True)
-            assert isinstance(place, list)
-            return await place[0]
+            try:
+                return await _at(place)
+            except OSError as error:
+                raise StoreError(f"a bucket of {version.label!r} cannot be read: {error}") from error
 
         return await until_answered(fetch)
 
@@ -116,6 +118,10 @@ class ServeStoreClient(StoreClient):
         self, method: Callable[Concatenate[Store, P], Awaitable[T]], *args: P.args, **options: P.kwargs
     ) -> T:
         return await until_answered(lambda: send(self._handle, method, *args, **options))
+
+
+async def _at(place: BucketPlace) -> Bucket:
+    return place.map() if isinstance(place, BucketFile) else await place[0]
 
 
 async def until_answered(call: Callable[[], Awaitable[T]]) -> T:

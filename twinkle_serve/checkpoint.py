@@ -16,6 +16,7 @@ from twinkle_serve import hub
 from twinkle_serve.data_format.weights import Bucket, ModelSpec, WeightSpec
 from twinkle_serve.errors import WeightsError
 from twinkle_serve.extras import require_extra
+from twinkle_serve.read_ahead import ReadAhead
 from twinkle_serve.tensors import (
     BITS,
     DTYPES,
@@ -284,13 +285,16 @@ def _tensors_in_files(source: str | os.PathLike[str]) -> Iterator[tuple[str, Ten
         raise WeightsError(f"weights at {os.fspath(source)!r:.200} cannot be read: {error!s:.200}.") from None
     if not files:
         raise WeightsError(f"no safetensors files at {path.absolute()}. Save the model with save_pretrained.")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    yield name, tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(file, error) from None
+    with ReadAhead(files) as ahead:
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118
+                        tensor = tensors.get_tensor(name)
+                        yield name, tensor
+                        ahead.used(tensor.nbytes)
+            except (SafetensorError, OSError) as error:
+                raise _unreadable(file, error) from None
 
 
 def without_wrappers(tensors: Iterable[tuple[str, AnyTensor]]) -> Iterator[tuple[str, AnyTensor]]:

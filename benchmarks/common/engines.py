@@ -42,7 +42,10 @@ async def side_by_side(
         engine_args = {"gpu_memory_utilization": SHARE_OF_GPU, **engine_args}
     mesh = {"dp_size": 1, "device_type": device}
     deploying = asyncio.create_task(
-        asyncio.to_thread(deploy, SERVICE, model_id=model, device_mesh=mesh, engine_args=engine_args)
+        # Two versions of weights: a delta is of the last delta, though another update came between them.
+        asyncio.to_thread(
+            deploy, SERVICE, model_id=model, device_mesh=mesh, engine_args=engine_args, weights_versions=2
+        )
     )
     await asyncio.sleep(0)  # the thread starts; vLLM is constructed in this one, and blocks it
     with tempfile.TemporaryDirectory(prefix="tsb", ignore_cleanup_errors=True) as cache:

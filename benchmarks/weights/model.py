@@ -100,10 +100,10 @@ async def deltas(rounds: int, name: str, weights: Tensors, sampler: RunningSampl
     await _update_and_sample(sampler, f"{name}-delta-base", current, delta=True)
     for number in range(rounds + 1):
         for way in ("whole", "delta"):
-            if way == "delta":
-                current = sparsely_changed(current, CHANGED)
+            sent = sparsely_changed(current, CHANGED)
+            current = sent if way == "delta" else current
             label = f"{name}-{way}-{number}"
-            found = await _update_and_sample(sampler, label, current, delta=way == "delta")
+            found = await _update_and_sample(sampler, label, sent, delta=way == "delta")
             if number:  # the first round warms both up
                 for figure, seconds in found.items():
                     times[way][figure].append(seconds)

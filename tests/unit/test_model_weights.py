@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -307,6 +308,39 @@ def test_version_that_cannot_be_written_makes_room_for_its_predecessor(tmp_path:
     assert files_in(tmp_path) == {"base.json", *(f"base/{checksum}.safetensors" for checksum in one.buckets)}
     three = publish(store, "three", changed(3))
     assert ModelWeights(Disk(str(tmp_path))).current(MAIN_TRACK) == three
+
+
+def test_version_may_be_written_once_it_is_current(tmp_path: Path) -> None:
+    """Nothing is on the disk before; a new store has it afterwards."""
+    store = ModelWeights(Disk(str(tmp_path)))
+    upload = store.begin("one", MODEL, write_late=True)
+    for index, part in enumerate(PARTS):
+        store.append(upload, index, part)
+    one = store.seal(upload)
+    wait_for_writes(store)
+    assert not files_in(tmp_path)
+    assert bytes(store.bucket(one, 0)) == PARTS[0].tobytes()
+    store.commit(one, MAIN_TRACK)
+    store.persist(one)
+    assert not store._memory
+    again = ModelWeights(Disk(str(tmp_path)))
+    assert again.current(MAIN_TRACK) == one and bytes(again.bucket(one, 1)) == PARTS[1].tobytes()
+
+
+def test_version_that_will_not_fit_is_refused_before_it_is_current(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose buckets cannot be written while they come; its label is free."""
+    store = ModelWeights(Disk(str(tmp_path)))
+    upload = store.begin("one", MODEL, write_late=True)
+    for index, part in enumerate(PARTS):
+        store.append(upload, index, part)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_000))
+        with pytest.raises(StoreError, match=rf"{sum(map(len, PARTS))} bytes do not fit into .*, 1000 are free"):
+            store.seal(upload)
+    assert not store._memory
+    assert publish(store, "one").number == 1
 
 
 def test_version_that_takes_too_long_to_write_is_given_up(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
 
 
 async def update(router: Router, label: str, track: str = "") -> str:
-    upload = await router.begin_weights(label, "keep", track)
+    upload = await router.begin_weights(label, "keep", track=track)
     for index, part in enumerate(PARTS):
         await router.append_weights(upload, index, part)
     return await router.publish_weights(upload, "keep", 30.0)
@@ -104,7 +104,7 @@ async def test_track_that_is_none_is_refused_at_once(service: Service) -> None:
     with pytest.raises(RequestError, match="c belongs to track 'new', and the call names track 'old'"):
         await service.router.sample(PROMPTS, MANY, track="old", engine="c")
     with pytest.raises(RequestError, match="unknown track 'newer'"):
-        await service.router.begin_weights("one", "keep", "newer")
+        await service.router.begin_weights("one", "keep", track="newer")
     service.kept_down.clear()
 
 
@@ -213,7 +213,7 @@ async def test_call_of_a_track_without_engines_ends_at_its_deadline(service: Ser
         async for _ in service.router.sample_stream(PROMPTS[0], MANY, track="new", timeout_s=0.1):
             pass
     with pytest.raises(DeadlineError, match=r"0 of 1 engines of track 'new' are up.*'initial' is current"):
-        upload = await service.router.begin_weights("one", "keep", "new")
+        upload = await service.router.begin_weights("one", "keep", track="new")
         for index, part in enumerate(PARTS):
             await service.router.append_weights(upload, index, part)
         await service.router.publish_weights(upload, "keep", 0.1)

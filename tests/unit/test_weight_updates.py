@@ -89,10 +89,10 @@ class Service:
         await eventually(all_ready)
 
     async def update(self, label: str, timeout_s: float = 30.0, durable: bool = True) -> str:
-        upload = await self.router.begin_weights(label, "keep")
+        upload = await self.router.begin_weights(label, "keep", durable)
         for index, part in enumerate(PARTS):
             await self.router.append_weights(upload, index, part)
-        return await self.router.publish_weights(upload, "keep", timeout_s, durable)
+        return await self.router.publish_weights(upload, "keep", timeout_s)
 
     async def labels_within(self, timeout_s: float) -> set[tuple[str, str]]:
         """`labels`; none if no engine samples in this time."""

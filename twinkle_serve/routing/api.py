@@ -183,7 +183,7 @@ class RouterAPI(Protocol):
         """
         ...
 
-    async def begin_weights(self, label: str, mode: PauseMode, track: str = "") -> int:
+    async def begin_weights(self, label: str, mode: PauseMode, durable: bool = True, track: str = "") -> int:
         """Starts an update of a track's weights, "": of the first one. Returns the id of the upload. See
         `WeightUpdates.begin`.
 
@@ -195,7 +195,7 @@ class RouterAPI(Protocol):
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
         """Stores the next bucket of an update. See `WeightUpdates.append`."""
 
-    async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float, durable: bool = True) -> str:
+    async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
         """Loads an update on all engines of its track or on none. Returns its label. See `WeightUpdates.publish`."""
         ...
 

@@ -360,17 +360,17 @@ class Router(RouterAPI):
 
     # -- weights ---------------------------------------------------------------------------------
 
-    async def begin_weights(self, label: str, mode: PauseMode, track: str = "") -> int:
+    async def begin_weights(self, label: str, mode: PauseMode, durable: bool = True, track: str = "") -> int:
         one_of("mode", mode, PAUSE_MODES)  # before anything is sent
         self._admission.require_awake()
-        return await self._updates.begin(label, self._engines.tracks.named(track))
+        return await self._updates.begin(label, self._engines.tracks.named(track), durable)
 
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
         await self._updates.append(upload, index, bucket)
 
-    async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float, durable: bool = True) -> str:
+    async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
         self._admission.require_awake()
-        return await self._updates.publish(upload, mode, timeout_s, durable)
+        return await self._updates.publish(upload, mode, timeout_s)
 
     async def use_weights(self, label: str, mode: PauseMode, timeout_s: float, track: str = "") -> str:
         self._admission.require_awake()

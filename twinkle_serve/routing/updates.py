@@ -43,6 +43,7 @@ class _Update:
     upload: int = NO_UPLOAD
     """Id of the upload, once the store has assigned it."""
     publishing: bool = False
+    durable: bool = True
     began: float = 0.0
     """By the event loop's clock."""
     size: int = 0
@@ -81,14 +82,20 @@ class WeightUpdates:
         self._persisting: asyncio.Task[None] | None = None
         """Writes the last version to the disk."""
 
-    async def begin(self, label: str, track: Track) -> int:
+    async def begin(self, label: str, track: Track, durable: bool = True) -> int:
         """Starts an update of a track. Returns the id of the upload.
+
+        Args:
+            durable: `publish` returns when the store has written the version, which it does while buckets come. False:
+                when the engines have it; the store writes it then.
 
         Raises:
             WeightsError: the version exists, or another update is under way.
             UnsupportedError: the model's files do not list its weights.
         """
+        flag("durable", durable)
         update = self._start(label, track)
+        update.durable = durable
         try:
             if self._persisting is not None:  # the memory of one version at a time
                 await asyncio.wait([self._persisting])
@@ -96,7 +103,7 @@ class WeightUpdates:
             if not model.weights:
                 raise UnsupportedError("the model has no safetensors files, which list its weights.")
             update.size = sum(spec.nbytes for spec in model.weights.values())
-            update.upload = await self._store.begin_weights(label, model)
+            update.upload = await self._store.begin_weights(label, model, write_late=not durable)
         except BaseException:
             self._end(update)
             raise
@@ -132,13 +139,10 @@ class WeightUpdates:
             raise
         self._restart_timeout(update)
 
-    async def publish(self, upload: int, mode: PauseMode, timeout_s: float, durable: bool = True) -> str:
+    async def publish(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
         """Makes the version current, on all engines or on none. Returns its label.
 
         Runs to its end even if the call is cancelled.
-
-        Args:
-            durable: return when the store has written the version. Samples have it earlier.
 
         Raises:
             WeightsError: weights are missing, or an engine refuses them.
@@ -151,10 +155,10 @@ class WeightUpdates:
         update = self._require(upload)
         update.lease.end()
         update.publishing = True
-        await asyncio.shield(self._engines.spawn(self._publish(update, mode, timeout_s, flag("durable", durable))))
+        await asyncio.shield(self._engines.spawn(self._publish(update, mode, timeout_s)))
         return update.label
 
-    async def _publish(self, update: _Update, mode: PauseMode, timeout_s: float, durable: bool) -> None:
+    async def _publish(self, update: _Update, mode: PauseMode, timeout_s: float) -> None:
         clock = asyncio.get_running_loop().time
         uploaded = clock()
         try:
@@ -164,7 +168,7 @@ class WeightUpdates:
                 phases |= await self._switch(update.track, version, mode, timeout_s)
             self._persisting = self._engines.spawn(self._persist(update, version, phases, timeout_s))
             self._persisting.add_done_callback(lambda task: task.cancelled() or task.exception())
-            if durable:
+            if update.durable:
                 await self._persisting
         except BaseException:
             self._give_up(update)

@@ -55,7 +55,7 @@ class WeightUploads:
             delta: send patches of the buckets that were sent last, where the service still has those.
         """
         client, loop = self._client, self._client.loop
-        upload = loop.call(client.call(timeout_s, RouterAPI.begin_weights, version, mode, track))
+        upload = loop.call(client.call(timeout_s, RouterAPI.begin_weights, version, mode, durable, track))
         try:
             with client.sending() as sender:
                 files = _Files(sender, self._bases(timeout_s)) if delta else sender
@@ -71,7 +71,7 @@ class WeightUploads:
                     loop.wait(on_its_way)
                 # If publishing fails at its end, the engines go back within the same time; writing has as long again.
                 limit_s = 3 * timeout_s + timing.CONTROL_TIMEOUT_S
-                label = loop.call(client.call(limit_s, RouterAPI.publish_weights, upload, mode, timeout_s, durable))
+                label = loop.call(client.call(limit_s, RouterAPI.publish_weights, upload, mode, timeout_s))
         except BaseException:
             with contextlib.suppress(TwinkleServeError):  # an upload without buckets is given up by the router in time
                 loop.call(client.call(timing.ANSWER_TIMEOUT_S, RouterAPI.abandon_weights, upload))

@@ -68,7 +68,7 @@ class StoreClient(Protocol):
         """Returns a kept version; see `ModelWeights.find`."""
         ...
 
-    async def begin_weights(self, label: str, model: ModelSpec) -> int:
+    async def begin_weights(self, label: str, model: ModelSpec, *, write_late: bool = False) -> int:
         """Starts an upload and returns its id; see `ModelWeights.begin`."""
         ...
 
@@ -143,8 +143,8 @@ class LocalStore(StoreClient):
     async def find_weights(self, label: str) -> WeightsVersion:
         return await self._run(self._store.model.find, label)
 
-    async def begin_weights(self, label: str, model: ModelSpec) -> int:
-        return await self._run(self._store.model.begin, label, model)
+    async def begin_weights(self, label: str, model: ModelSpec, *, write_late: bool = False) -> int:
+        return await self._run(self._store.model.begin, label, model, write_late=write_late)
 
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> int | None:
         if isinstance(bucket, BucketFile):

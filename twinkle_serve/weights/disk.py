@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Iterable, Mapping
@@ -139,6 +140,14 @@ class Disk:
             (Path(self.root) / name).replace(Path(self.root) / to)
         except OSError as error:
             raise StoreError(f"{self.root}/{to} cannot be written: {type(error).__name__}: {error}") from error
+
+    def require_room(self, size: int) -> None:
+        """Raises StoreError where so many bytes do not fit, as far as that is known."""
+        if self.is_local and (free := shutil.disk_usage(self.root).free) < size:
+            raise StoreError(
+                f"{size} bytes do not fit into {self.root}, {free} are free. Make room there, or name "
+                "another state_dir."
+            )
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Writes bytes atomically: an object store does so by itself, a file system by renaming.

@@ -62,6 +62,8 @@ class ModelWeights:
         """Writes and removes files, in the order of the calls."""
         self._writes: dict[str, Future[None]] = {}
         """Files that are being written, by checksum."""
+        self._write_late = False
+        """Whether the upload is written once it is committed."""
         self._memory: dict[str, Bucket | bytes] = {}
         """Buckets that are not on the disk, by checksum."""
         self._lock = threading.Lock()
@@ -124,12 +126,14 @@ class ModelWeights:
         """Labels of the versions that `find` returns, the oldest first."""
         return [CHECKPOINT_VERSION.label, *(self._kept[number].label for number in sorted(self._kept))]
 
-    def begin(self, label: str, model: ModelSpec) -> int:
+    def begin(self, label: str, model: ModelSpec, *, write_late: bool = False) -> int:
         """Begins the upload of a version, in place of an uncommitted one.
 
         Args:
             label: name of the version.
             model: the weights that it must have.
+            write_late: begin to write when the version is current: what others do until then has all cores and all of
+                the memory's bandwidth, and `persist` takes longer.
 
         Returns:
             Id of the upload, for `append`, `seal` and `discard`.
@@ -146,6 +150,7 @@ class ModelWeights:
         self._drop_pending()
         self._writes = {checksum: write for checksum, write in self._writes.items() if not write.done()}
         self._uploads += 1
+        self._write_late = write_late
         version = WeightsVersion(label=label, number=len(self._labels))
         self._upload = Upload(version, model, self._read)
         return self._uploads
@@ -232,12 +237,16 @@ class ModelWeights:
             )
             if not is_written:
                 self._memory[checksum] = bytes(bucket) if self._disk is None else bucket
-        if self._disk is not None and not is_written:
-            self._writes[checksum] = self._writer.submit(self._write, self._disk, checksum, bucket)
+        if not is_written and not self._write_late:
+            self._begin_to_write(checksum)
 
-    def _write(self, disk: Disk, checksum: str, bucket: Bucket) -> None:
+    def _begin_to_write(self, checksum: str) -> None:
+        if self._disk is not None:
+            self._writes[checksum] = self._writer.submit(self._write, self._disk, checksum, self._memory[checksum])
+
+    def _write(self, disk: Disk, checksum: str, bucket: Bucket | bytes) -> None:
         try:
-            disk.write(_path(checksum), bucket.data)
+            disk.write(_path(checksum), np.frombuffer(bucket, np.uint8).data)
         finally:
             self._memory.pop(checksum, None)
 
@@ -258,6 +267,13 @@ class ModelWeights:
                 f"weights, such as {', '.join(missing[:3])}. Send all of them."
             )
         self._raise_failed_writes()
+        late = {checksum for checksum in pending.version.buckets if checksum in self._memory}
+        if self._disk is not None and self._write_late:
+            try:
+                self._disk.require_room(sum(len(self._memory[checksum]) for checksum in late))
+            except StoreError:
+                self._drop_pending()
+                raise
         self._upload, self._sealed = None, pending.version
         return pending.version
 
@@ -272,7 +288,6 @@ class ModelWeights:
         is_new = version == self._sealed
         if not is_new:
             self.require(version)
-        writes = [self._writes[checksum] for checksum in version.buckets if checksum in self._writes]
         with self._lock:
             if is_new:
                 # The label is on the disk before any sample can carry it.
@@ -287,6 +302,9 @@ class ModelWeights:
             self._current[track] = version
             commit = _Commit(track, version, Future())
             self._commits.append(commit)
+        for checksum in set(version.buckets) & self._memory.keys() - self._writes.keys():
+            self._begin_to_write(checksum)
+        writes = [self._writes[checksum] for checksum in version.buckets if checksum in self._writes]
         self._writer.submit(self._persist, commit, writes)
 
     def _persist(self, commit: _Commit, writes: Iterable[Future[None]]) -> None:
@@ -399,6 +417,19 @@ class ModelWeights:
         self.require(version)
         return self._read(version.buckets[index])
 
+    def file(self, version: WeightsVersion, index: int) -> str | None:
+        """Returns the path of a bucket's file, for other processes of the node; None: it is in no local file.
+
+        Raises:
+            StoreError: as `bucket`.
+        """
+        self.require(version)
+        checksum = version.buckets[index]
+        if self._disk is None or not self._disk.is_local or checksum in self._memory:
+            return None
+        self._require_checksum(self._disk.map(_path(checksum)), checksum)
+        return f"{self._disk.root}/{_path(checksum)}"
+
     def require(self, version: WeightsVersion) -> None:
         """Raises StoreError for a version that is neither kept nor sealed."""
         if version not in (CHECKPOINT_VERSION, self._kept.get(version.number), self._sealed):
@@ -412,12 +443,16 @@ class ModelWeights:
         if self._disk is None:
             raise StoreError(f"the bucket with the checksum {checksum} was dropped.")
         data = self._disk.read(_path(checksum))
+        self._require_checksum(data, checksum)
+        return data
+
+    def _require_checksum(self, data: Bucket | bytes, checksum: str) -> None:
+        assert self._disk is not None
         if (found := checksum_of(data)) != checksum:
             raise StoreError(
                 f"{self._disk.root}/{_path(checksum)} has the checksum {found}, and had {checksum} when it was sent: "
                 "the file was changed or truncated. Send the version again under another label."
             )
-        return data
 
     def _map(self, checksum: str) -> Bucket:
         """Returns a bucket of a kept version, which may have changed on the disk.

@@ -64,7 +64,7 @@ def routes(context: GatewayContext) -> APIRouter:
             max_weight_bytes=context.limits.upload_bytes,
             allow_nonfinite=allow_nonfinite,
         )
-        upload = await client.call(timeout_s, RouterAPI.begin_weights, version, mode, track)
+        upload = await client.call(timeout_s, RouterAPI.begin_weights, version, mode, track=track)
         try:
             with client.sending() as sender:
                 index = 0
