@@ -43,7 +43,7 @@ class Engine(EngineServer):
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, args: ServiceArgs, dp_rank: int, placement: Placement, store: DeploymentHandle
+        self, args: ServiceArgs, dp_rank: int, track: str, placement: Placement, store: DeploymentHandle
     ) -> None:
         log_to_serve(refusals=False)
         end_with_parent(os.getppid())  # Serve's replicas outlive the raylet that started them
@@ -71,7 +71,7 @@ class Engine(EngineServer):
             devices_on_node=placement.devices_per_node,
             trust_remote_code=args.trust_remote_code,
         )
-        super().__init__(engine, model, ServeStoreClient(store), traces_of(args.traces, "engine"))
+        super().__init__(engine, model, ServeStoreClient(store), traces_of(args.traces, "engine"), track=track)
         await self.start(name, args.startup_timeout_s, on_stage)
         freeze_start_up()
         on_stage("ready")

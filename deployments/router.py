@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 
 import ray
 from ray import serve
@@ -55,14 +55,15 @@ class Router(routing.Router):
         await self.start()
         freeze_start_up()
 
-    async def reconfigure(self, config: Mapping[str, Sequence[str]]) -> None:
+    async def reconfigure(self, config: Mapping[str, Mapping[str, str]]) -> None:
         """Called by Serve after `__init__`, and when the application is deployed with other engines.
 
         Args:
-            config: `engines`, the names of their deployments.
+            config: `engines`, the track of each, by the name of its deployment.
         """
         handles = [await asyncio.to_thread(serve.get_deployment_handle, name) for name in config["engines"]]
-        self.set_engines({handle.deployment_name: ServeEngineClient(handle) for handle in handles})
+        clients = {handle.deployment_name: ServeEngineClient(handle) for handle in handles}
+        self.set_engines(clients, config["engines"])
 
     async def answers(self) -> AsyncGenerator[Address, None]:
         """Opens a session of calls, and ends with it. Yields the address for its connection; see `CallerSession`."""

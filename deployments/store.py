@@ -21,7 +21,7 @@ from twinkle_serve.channel_calls import MethodServer
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import metrics
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.weights import Bucket, BucketArgument, BucketFile, ModelSpec, WeightsVersion
+from twinkle_serve.data_format.weights import MAIN_TRACK, Bucket, BucketArgument, BucketFile, ModelSpec, WeightsVersion
 from twinkle_serve.parent import end_with_parent
 from twinkle_serve.placement import SIDE_CPUS
 from twinkle_serve.remote.clusters import living_nodes
@@ -88,8 +88,10 @@ class Store(LocalStore, LocalSessions):
         asyncio.get_running_loop().call_later(2 * CONNECT_S, self._listener.forget, address)
         return address
 
-    async def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
-        version = await super().put(name, files, is_path=is_path)
+    async def put(
+        self, name: str, files: AdapterFiles, *, is_path: bool = False, track: str = MAIN_TRACK
+    ) -> AdapterVersion:
+        version = await super().put(name, files, is_path=is_path, track=track)
         self._adapter_refs[version.id] = ray.put(files)
         return version
 

@@ -17,6 +17,7 @@ from deployments.store import BucketPlace, Store
 from twinkle_serve import timing
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.weights import (
+    MAIN_TRACK,
     Bucket,
     BucketArgument,
     BucketFile,
@@ -43,8 +44,10 @@ class ServeStoreClient(StoreClient):
     async def published(self) -> dict[str, list[AdapterVersion]]:
         return await self._call(Store.published)
 
-    async def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
-        return await self._call(Store.put, name, files, is_path=is_path)
+    async def put(
+        self, name: str, files: AdapterFiles, *, is_path: bool = False, track: str = MAIN_TRACK
+    ) -> AdapterVersion:
+        return await self._call(Store.put, name, files, is_path=is_path, track=track)
 
     async def publish(self, version: AdapterVersion) -> None:
         await self._call(Store.publish, version)

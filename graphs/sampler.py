@@ -54,14 +54,15 @@ def build(args: ServiceArgs) -> Application:
     args = args.model_copy(update={"adapters": adapters})
     common = common_parts(args)
     weights = versioned(store_deployment, common).bind(args)
+    tracks = args.tracks_of([engine_name(rank) for rank in range(mesh.dp_size)])
     engines = {}
-    for rank in range(mesh.dp_size):
-        options = engine_deployment.options(name=engine_name(rank), **engine_options(placement, rank))
-        bound = versioned(options, common, engine_parts(placement, rank)).bind(args, rank, placement, weights)
-        engines[engine_name(rank)] = bound
+    for rank, (name, track) in enumerate(tracks.items()):
+        options = engine_deployment.options(name=name, **engine_options(placement, rank))
+        parts = engine_parts(placement, rank, track)
+        engines[name] = versioned(options, common, parts).bind(args, rank, track, placement, weights)
     # A running router gets the new names by user_config; a starting one gets the handles.
-    router = router_deployment.options(user_config={"engines": list(engines)})
-    application: Application = versioned(router, common).bind(args, engines, weights)
+    router = router_deployment.options(user_config={"engines": tracks})
+    application: Application = versioned(router, common, args.track_names).bind(args, engines, weights)
     return application
 
 

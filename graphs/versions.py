@@ -39,14 +39,14 @@ class _Versioned(DeploymentConfig):  # type: ignore[misc]  # untyped
 
 
 def common_parts(args: ServiceArgs) -> dict[str, object]:
-    """Parts that every deployment of a service depends on: its arguments except the number of engines."""
-    parts = args.model_dump()
+    """Parts that every deployment of a service depends on: its arguments except the numbers of engines."""
+    parts = args.model_dump(exclude={"tracks"})
     for size in ("dp_size", "world_size"):
         del parts["device_mesh"][size]
     return parts
 
 
-def engine_parts(placement: Placement, rank: int) -> dict[str, object]:
+def engine_parts(placement: Placement, rank: int, track: str) -> dict[str, object]:
     """Further parts of an engine. Not the number of devices on its node: a remaining engine keeps its cores."""
     own = dataclasses.replace(placement, devices_per_node=1, engines=placement.engines[rank : rank + 1])
-    return {"rank": rank, "placement": dataclasses.asdict(own)}
+    return {"rank": rank, "track": track, "placement": dataclasses.asdict(own)}

@@ -132,8 +132,8 @@ WEIGHTS = Dashboard(
     [
         one(
             "Version",
-            f"max by (application) ({series(metrics.WEIGHTS_VERSION)})",
-            legend="{{application}}",
+            f"max by (application, track) ({series(metrics.WEIGHTS_VERSION)})",
+            legend="{{application}} {{track}}",
         ),
         one("Updates", total(metrics.UPDATES, "outcome"), legend="{{outcome}}"),
         one("Loaded bytes", total(metrics.UPDATE_BYTES, "application"), "bytes", "{{application}}"),

@@ -5,6 +5,7 @@ Importing this module loads neither torch nor vllm nor ray.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
@@ -21,6 +22,7 @@ from twinkle_serve import traces
 from twinkle_serve.data_format.groups import EngineKind
 from twinkle_serve.data_format.prompts import TruncationStrategy
 from twinkle_serve.data_format.sampling_params import SamplingParams
+from twinkle_serve.data_format.weights import MAIN_TRACK
 from twinkle_serve.errors import ConfigError, MeshError, SamplingParamsError, unknown_name
 from twinkle_serve.mesh import TRAINING_SIZES, DeviceMesh
 
@@ -190,6 +192,12 @@ class ServiceArgs(Strict):
     """Engine that runs the model. fake: a deterministic toy model, for tests."""
     device_mesh: MeshArgs = MeshArgs()
     """Number of engines and devices of each."""
+    tracks: dict[Annotated[str, Field(min_length=1)], Annotated[int, Field(ge=1)]] | None = Field(
+        default=None, min_length=1
+    )
+    """Number of engines of each track, by name; together dp_size. Engines are assigned in the order of their numbers.
+    The weights of each track are updated by themselves, and a call is sampled by one track, by default the first.
+    None: one track, main."""
     template: Annotated[
         TemplateArgs, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
     ] = TemplateArgs()
@@ -235,6 +243,20 @@ class ServiceArgs(Strict):
     traces: TraceArgs | None = None
     """Where the spans of calls are sent. None: nowhere, and none are recorded."""
 
+    @property
+    def track_names(self) -> list[str]:
+        """The tracks; the first one is that of calls that name none."""
+        return list(self.tracks or [MAIN_TRACK])
+
+    def tracks_of(self, engines: Sequence[str]) -> dict[str, str]:
+        """Returns the track of each engine, by name.
+
+        Args:
+            engines: all of them, in the order of their numbers.
+        """
+        sizes = self.tracks or {MAIN_TRACK: len(engines)}
+        return dict(zip(engines, [track for track, size in sizes.items() for _ in range(size)], strict=True))
+
     @model_validator(mode="wrap")
     @classmethod
     def _wrap_validation_error(cls, data: object, parse: ModelWrapValidatorHandler[ServiceArgs]) -> ServiceArgs:
@@ -243,7 +265,11 @@ class ServiceArgs(Strict):
             args = parse(data)
         except ValidationError as error:
             raise ConfigError(f"args: {describe_errors(error, cls)}") from None
-        args.device_mesh.mesh()
+        engines = args.device_mesh.mesh().dp_size
+        if args.tracks is not None and (size := sum(args.tracks.values())) != engines:
+            raise ConfigError(
+                f"args: tracks has {size} engines, and device_mesh.dp_size is {engines}. Give each engine to one track."
+            )
         try:
             SamplingParams.of(args.sampling_params)
         except SamplingParamsError as error:

@@ -42,6 +42,7 @@ ELASTIC = "tests/integration/test_elastic.py"
 COMMANDS = "tests/integration/test_commands.py"
 CONSOLE = "tests/integration/test_console.py"
 OBSERVED = "tests/integration/test_observability.py"
+TRACKS = "tests/integration/test_tracks.py"
 DOCUMENT = "tests/unit/gateway/test_document.py"
 
 ALL = frozenset(
@@ -67,6 +68,7 @@ ALL = frozenset(
         SPECIFICATION,
         HTTP_CLIENTS,
         TINKER,
+        TRACKS,
         UNDER_FIRE,
         VLLM,
     }

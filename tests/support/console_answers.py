@@ -20,6 +20,7 @@ def many_engines(count: int) -> dict[str, Any]:
         "paused": False,
         "asleep": False,
         "weights": "step-120@120",
+        "tracks": {"main": "step-120@120"},
         "adapters": {"my_lora": "my_lora@9"},
         "adapter_versions": {"my_lora": ["my_lora@8", "my_lora@9"]},
         "requests": 17,
@@ -30,9 +31,10 @@ def _engine(i: int) -> dict[str, Any]:
     state = STATES[i % len(STATES)]
     failure = {"last_failure": f"engine-dp{i} did not answer for 15 s"} if i % 10 == 7 else {}
     if state in ("starting", "dead"):
-        return {"state": state, "sequences": 0, **failure}
+        return {"state": state, "track": "main", "sequences": 0, **failure}
     return {
         "state": state,
+        "track": "main",
         "sequences": 200 + i,
         "weights": "step-119@119" if state == "catching up" else "step-120@120",
         "adapters": [f"my_lora@{version}" for version in range(4, 4 + i % 7)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from tests.support.eventually import eventually
@@ -76,13 +77,24 @@ class Engine(FakeEngine):
 class Service:
     """A router over engines that come back when they end, as Serve has them."""
 
-    def __init__(self, **args: Any) -> None:
-        self.engines = {name: Engine(name) for name in ("a", "b")}
+    def __init__(self, names: Sequence[str] = ("a", "b"), **args: Any) -> None:
+        """
+        Args:
+            names: of the engines.
+            args: of the config.
+        """
+        self.engines = {name: Engine(name) for name in names}
         self.store = LocalStore(WeightStore("demo"))
-        self.servers = {name: EngineServer(engine, hub.DEMO, self.store) for name, engine in self.engines.items()}
         self.args = ServiceArgs.model_validate({"model_id": "demo", "engine": "fake", **args})
+        tracks = self.args.tracks_of(names)
+        self.servers = {
+            name: EngineServer(engine, hub.DEMO, self.store, track=tracks[name])
+            for name, engine in self.engines.items()
+        }
         self.router = Router(self.args, hub.DEMO, self.servers, self.store)
         self.restarts = 0
+        self.kept_down: set[str] = set()
+        """Engines that do not come back for now."""
 
     async def start(self) -> None:
         for name, server in self.servers.items():
@@ -101,6 +113,8 @@ class Service:
         while True:
             for name, server in self.servers.items():
                 engine = self.engines[name]
+                if name in self.kept_down:
+                    continue
                 if server._retired or (engine.error is not None and self.router._engines.states[name] == "dead"):
                     self.restarts += 1
                     # Until it has a new incarnation, nobody may take it for the old one, back again.

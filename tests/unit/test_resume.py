@@ -45,7 +45,7 @@ async def running_on(service: Service, at_least: int) -> tuple[str, dict[tuple[i
     pool = service.router._scheduler
 
     def busy() -> list[str]:  # of those in use: one that was ended may not be back
-        return [name for name in service.router._engines.active if pool._dispatcher.sequences(name)]
+        return [name for name in service.router._engines.active if pool.sequences_of(name)]
 
     async def begun() -> bool:
         partials = [partial for samples in pool._partials._partials.values() for partial in samples.values()]
@@ -54,8 +54,8 @@ async def running_on(service: Service, at_least: int) -> tuple[str, dict[tuple[i
     await eventually(begun)
     name = busy()[0]
     arrived = {}
-    for key, group in pool._dispatcher._engines[name].groups.items():
-        for sample in sorted(pool._dispatcher._engines[name].left[key]):
+    for key, group in pool._dispatchers["main"]._engines[name].groups.items():
+        for sample in sorted(pool._dispatchers["main"]._engines[name].left[key]):
             partial = pool._partials._partials[group.id][sample]
             arrived[int(group.prompt_ids[0]), sample] = PartialSample.concat(partial.parts)
     return name, arrived

@@ -89,10 +89,10 @@ async def test_seed_gives_the_same_tokens_when_an_engine_ends(reference: SampleR
         pool, membership = two._scheduler, two._engines
 
         async def busy() -> bool:
-            return any(pool._dispatcher.sequences(name) for name in membership.active)
+            return any(pool.sequences_of(name) for name in membership.active)
 
         await eventually(busy)
-        name = next(name for name in membership.active if pool._dispatcher.sequences(name))
+        name = next(name for name in membership.active if pool.sequences_of(name))
         membership.lose(membership.active[name], EngineDeadError("killed"))
         responses += [response async for response in parts]
     by_prompt = {part.prompt_index: part for response in responses for part in response}

@@ -14,10 +14,10 @@ from tests.support.eventually import eventually
 from tests.support.failing_service import PROMPTS, Service
 from twinkle_serve.data_format import metrics
 from twinkle_serve.data_format.metrics import METRICS, Metric, MetricsSink
-from twinkle_serve.data_format.weights import CHECKPOINT_VERSION
 from twinkle_serve.errors import DeadlineError, EngineDeadError, RequestError
 from twinkle_serve.routing.router import Router
 from twinkle_serve.routing.telemetry import HISTORY_S, PERIOD_S, RouterState, Telemetry
+from twinkle_serve.routing.tracks import Tracks
 
 
 class Sink(MetricsSink):
@@ -169,7 +169,7 @@ def test_history_is_bounded_and_read_from_a_time_on() -> None:
     now = 1000.0
     telemetry = Telemetry(clock=lambda: now)
     state = RouterState(
-        running_calls=0, waiting=0, waiting_tokens=0.0, weights=CHECKPOINT_VERSION, engines={}, loads={}
+        running_calls=0, waiting=0, waiting_tokens=0.0, tracks=Tracks(["main"], {}, {}), engines={}, loads={}
     )
     for _ in range(int(2 * HISTORY_S / PERIOD_S)):
         now += PERIOD_S

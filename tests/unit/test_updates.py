@@ -171,8 +171,8 @@ def _quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def busy(service: Service) -> list[str]:
-    pool = service.router._scheduler._dispatcher
-    return [name for name in service.router._engines.active if pool.sequences(name)]
+    pool = service.router._scheduler
+    return [name for name in service.router._engines.active if pool.sequences_of(name)]
 
 
 async def interrupted(

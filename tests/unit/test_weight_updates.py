@@ -105,7 +105,7 @@ async def test_engine_is_not_replaced_for_how_long_others_change_weights(service
     """It waits for its turn for longer than it may take to load."""
     membership = service.router._engines
     membership.load_timeout_s = 0.1
-    async with membership.changing:
+    async with membership.tracks.named("main").changing:
         membership.lose(membership.active["b"], EngineDeadError("it was out of reach"))
         await asyncio.sleep(0.3)  # three times that
     await service.ready()
@@ -176,23 +176,24 @@ async def test_commit_whose_answer_is_lost_counts(service: Service, monkeypatch:
 async def test_router_that_was_wrong_about_the_current_version_learns(service: Service) -> None:
     """The store has gone on to another one than it knows: engines that fetch the old one fail, and it asks."""
     await service.update("one")
-    old = service.router._engines.weights_version
+    track = service.router._engines.tracks.named("main")
+    old = track.weights
     await service.update("two")
-    service.router._engines.weights_version = old
+    track.weights = old
     await service.ready_with("two")
     assert await service.labels() == {("a", "two"), ("b", "two")}
 
 
 async def test_resume_whose_caller_gives_up_resumes(service: Service) -> None:
     """While something else has its turn with the engines."""
-    membership = service.router._engines
+    track = service.router._engines.tracks.named("main")
     lease = await service.router.pause("keep", 30.0)
-    await membership.changing.acquire()
+    await track.changing.acquire()
     call = asyncio.ensure_future(service.router.resume(lease))
     await asyncio.sleep(0)
     call.cancel()
     await asyncio.wait({call})
-    membership.changing.release()
+    track.changing.release()
 
     async def resumed() -> bool:
         return not (await service.router.status())["paused"]
@@ -203,7 +204,7 @@ async def test_resume_whose_caller_gives_up_resumes(service: Service) -> None:
 
 async def test_update_that_finds_no_turn_ends_at_its_deadline(service: Service) -> None:
     """It does not become current later, behind the caller's back."""
-    async with service.router._engines.changing:
+    async with service.router._engines.tracks.named("main").changing:
         with pytest.raises(DeadlineError, match="another pause begins or ends"):
             await service.update("one", timeout_s=0.1)
     assert await service.labels() == {("a", INITIAL_LABEL), ("b", INITIAL_LABEL)}

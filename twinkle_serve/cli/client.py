@@ -118,6 +118,7 @@ class Client(Protocol):
         *,
         top_logprobs: int = 0,
         use_base_model: bool = False,
+        track: str = "",
     ) -> SampleResponse:
         """See `RunningSampler.score`."""
         ...
@@ -144,11 +145,12 @@ class Client(Protocol):
         ...
 
     def push_weights(
-        self, directory: Path, version: str, mode: PauseMode, timeout_s: float, sent: Callable[[int], None]
+        self, directory: Path, version: str, mode: PauseMode, track: str, timeout_s: float, sent: Callable[[int], None]
     ) -> str:
         """Replaces the model's weights by those in a directory of this machine. Returns the version.
 
         Args:
+            track: the one that gets them; "": the first.
             sent: called with the bytes of each tensor as it is sent.
         """
         ...

@@ -75,6 +75,7 @@ class GatewayClient(Client):
         *,
         top_logprobs: int = 0,
         use_base_model: bool = False,
+        track: str = "",
     ) -> SampleResponse:
         from twinkle_serve.gateway.native import read_samples
 
@@ -85,6 +86,7 @@ class GatewayClient(Client):
             "top_logprobs": top_logprobs,
             "adapter_name": adapter_name,
             "use_base_model": use_base_model,
+            "track": track,
         }
         data = self._http.read("POST", "/score", self._body(body), accept=TENSORS, timeout_s=UNBOUNDED_S)
         return read_samples(data, inputs)
@@ -116,7 +118,7 @@ class GatewayClient(Client):
         self._http.json("DELETE", path, timeout_s=timing.CONTROL_TIMEOUT_S)
 
     def push_weights(
-        self, directory: Path, version: str, mode: PauseMode, timeout_s: float, sent: Callable[[int], None]
+        self, directory: Path, version: str, mode: PauseMode, track: str, timeout_s: float, sent: Callable[[int], None]
     ) -> str:
         from twinkle_serve.checkpoint import weight_files
         from twinkle_serve.weights_file import joined_files
@@ -128,7 +130,8 @@ class GatewayClient(Client):
                 yield piece
                 sent(len(piece))
 
-        path = f"/weights/{urllib.parse.quote(version, safe='')}{self._query(mode=mode, timeout_s=f'{timeout_s:g}')}"
+        query = self._query(mode=mode, timeout_s=f"{timeout_s:g}", **({"track": track} if track else {}))
+        path = f"/weights/{urllib.parse.quote(version, safe='')}{query}"
         limit_s = 3 * timeout_s + 2 * timing.CONTROL_TIMEOUT_S
         answer = self._http.send("PUT", path, reported(), TENSORS, size=size, timeout_s=limit_s)
         return str(answer["weights"])

@@ -66,9 +66,10 @@ class HandleClient(Client):
         *,
         top_logprobs: int = 0,
         use_base_model: bool = False,
+        track: str = "",
     ) -> SampleResponse:
         return self._sampler.score(
-            inputs, adapter_name, adapter_path, top_logprobs=top_logprobs, use_base_model=use_base_model
+            inputs, adapter_name, adapter_path, top_logprobs=top_logprobs, use_base_model=use_base_model, track=track
         )
 
     def decode(self, token_ids: list[list[int]]) -> list[str]:
@@ -91,14 +92,14 @@ class HandleClient(Client):
         self._sampler.remove_adapter(name)
 
     def push_weights(
-        self, directory: Path, version: str, mode: PauseMode, timeout_s: float, sent: Callable[[int], None]
+        self, directory: Path, version: str, mode: PauseMode, track: str, timeout_s: float, sent: Callable[[int], None]
     ) -> str:
         def tensors() -> Iterator[tuple[str, Any]]:
             for name, tensor in named_tensors(directory):
                 yield name, tensor
                 sent(tensor.nbytes)
 
-        return self._sampler.update_weights(tensors(), version, mode, timeout_s=timeout_s)
+        return self._sampler.update_weights(tensors(), version, mode, track=track, timeout_s=timeout_s)
 
     def drain_engine(self, name: str, timeout_s: float) -> None:
         self._sampler.drain_engine(name, timeout_s=timeout_s)

@@ -113,7 +113,9 @@ RESUMED_TOKENS = Metric("twinkle_resumed_tokens", "counter", "Tokens that sample
 POISONED_PROMPTS = Metric(
     "twinkle_poisoned_prompts", "counter", "Prompts that failed because they end engines.", initial=((),)
 )
-WEIGHTS_VERSION = Metric("twinkle_weights_version", "gauge", "Number of the current version of the model's weights.")
+WEIGHTS_VERSION = Metric(
+    "twinkle_weights_version", "gauge", "Number of the current version of the model's weights.", ("track",)
+)
 UPDATES = Metric(
     "twinkle_weight_updates",
     "counter",

@@ -37,6 +37,8 @@ class StreamOptions(TypedDict, total=False):
     """Deadline of the call in seconds, queueing included; None: the config's request_timeout_s."""
     continue_final_message: bool | None
     """Whether the sample continues the assistant's message that ends the conversation; None: as the template says."""
+    track: str
+    """Track whose engines sample the call, of `status()["tracks"]`. "": the first one, or that of `engine`."""
 
 
 class TextOptions(StreamOptions, total=False):
@@ -116,6 +118,7 @@ class SampleRequest:
     sample_timeout_s: float | None = None
     min_groups: int | None = None
     engine: str = ""
+    track: str = ""
     skip_special_tokens: bool = False
     """As a keyword of `sample_stream`; of `run_updates` as well."""
     update_text: UpdateText = "decoded"

@@ -6,10 +6,12 @@ from typing import TypedDict
 
 
 class EngineStatus(TypedDict, total=False):
-    """State of one engine. `state` and `sequences` are always there, the rest while the engine is in use."""
+    """State of one engine. `state`, `track` and `sequences` are always there, the rest while the engine is in use."""
 
     state: str
     """starting, catching up, ready, draining, drained or dead."""
+    track: str
+    """Name of its track."""
     sequences: int
     """Unfinished sequences that it was sent."""
     weights: str
@@ -57,7 +59,9 @@ class SamplerStatus(TypedDict):
     paused: bool
     asleep: bool
     weights: str
-    """Label of the current weights."""
+    """Label of the current weights of the first track, which is that of calls that name none."""
+    tracks: dict[str, str]
+    """Label of the current weights of each track, by name, in the config's order."""
     weights_versions: list[str]
     """Labels of the weights that `use_weights` takes, the oldest first."""
     adapters: dict[str, str]

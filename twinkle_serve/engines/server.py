@@ -60,16 +60,26 @@ WARM_UP = Group(id=-1, prompt_ids=np.zeros(1, np.int32), params=DecodingParams(m
 class EngineServer(EngineClient):
     """Serves one engine to its router. `EngineClient` documents the methods."""
 
-    def __init__(self, engine: Engine, model: Path, store: StoreClient, traces: Traces | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        model: Path,
+        store: StoreClient,
+        traces: Traces | None = None,
+        *,
+        track: str = MAIN_TRACK,
+    ) -> None:
         """
         Args:
             model: directory of the engine's model.
             store: source of adapters and weights.
             traces: records samples; closed with this.
+            track: the one whose current weights the engine begins with.
         """
         self._spans = None if traces is None else SampleSpans(traces, engine)
         self._engine = engine
         self._store = store
+        self._track = track
         self._model = model
         self._adapter_checks = AdapterChecks(model)
         self._checking = asyncio.Lock()
@@ -122,13 +132,13 @@ class EngineServer(EngineClient):
         self._info = replace(self._engine.info, incarnation=uuid.uuid4().hex)
 
     async def _load_current(self) -> None:
-        """Loads the current weights version, and again if it changes meanwhile."""
-        while (current := await self._store.current_weights(MAIN_TRACK)) != self._weights_version:
+        """Loads the current weights version of its track, and again if it changes meanwhile."""
+        while (current := await self._store.current_weights(self._track)) != self._weights_version:
             await self._engine.pause("keep")
             try:
                 await self.load_weights(current)
             except StoreError:
-                if await self._store.current_weights(MAIN_TRACK) == current:
+                if await self._store.current_weights(self._track) == current:
                     raise
             else:
                 await self._engine.resume()
@@ -317,7 +327,7 @@ class EngineServer(EngineClient):
         """
         if not version.weights:
             return None
-        current = await self._store.current_weights(MAIN_TRACK)
+        current = await self._store.current_weights(self._track)
         if current.number != version.weights:
             return BaseDigests(current, outdated=True)
         if self._updated.version != current:
@@ -328,7 +338,7 @@ class EngineServer(EngineClient):
                 while not known.keys() >= wanted and (part := await anext(parts, None)) is not None:
                     known |= await asyncio.to_thread(hash_weights, part, wanted - known.keys())
         except StoreError:
-            if (await self._store.current_weights(MAIN_TRACK)).number == version.weights:
+            if (await self._store.current_weights(self._track)).number == version.weights:
                 raise
             return BaseDigests(current, outdated=True)
         return self._updated
@@ -414,7 +424,7 @@ class EngineServer(EngineClient):
     async def wake_up(self, tags: Sequence[str] | None) -> None:
         await self._engine.wake_up(tags)
         if self._weights_dropped and (tags is None or "weights" in tags):
-            await self.load_weights(await self._store.current_weights(MAIN_TRACK))
+            await self.load_weights(await self._store.current_weights(self._track))
             self._weights_dropped = False
 
     async def stop(self) -> None:

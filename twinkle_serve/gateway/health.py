@@ -45,6 +45,6 @@ async def _readiness(context: GatewayContext, name: str) -> dict[str, Any]:
 
 def _has_current_engine(status: SamplerStatus) -> bool:
     return any(
-        engine["state"] == "ready" and engine.get("weights") == status["weights"]
+        engine["state"] == "ready" and engine.get("weights") == status["tracks"][engine["track"]]
         for engine in status["engines"].values()
     )

@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
-from twinkle_serve.data_format.weights import MAIN_TRACK
 from twinkle_serve.errors import AdapterError, DeadlineError, StoreError
 from twinkle_serve.routing.adapter_loading import AdapterLoader
 from twinkle_serve.routing.adapters import Adapters, Directory, absolute, read_directory
@@ -58,7 +57,7 @@ class AdapterPublisher:
     async def _add(self, name: str, source: AdapterFiles | str, *, is_path: bool = False) -> str:
         await self._engines.wait_for_info()
         files = source if isinstance(source, AdapterFiles) else (await asyncio.to_thread(read_directory, source))[0]
-        version = await self._store.put(name, files, is_path=is_path)
+        version = await self._store.put(name, files, is_path=is_path, track=self._engines.tracks.named("").name)
         try:
             await self._loader.load(version)
             await self._require_same_weights(version)
@@ -70,15 +69,23 @@ class AdapterPublisher:
         return version.label
 
     async def _require_same_weights(self, version: AdapterVersion) -> None:
-        """Raises AdapterError if the weights changed with which the engines were to compare tensors of an adapter."""
-        if (
-            version.weights is None
-            or version.weights == (current := await self._store.current_weights(MAIN_TRACK)).number
-        ):
+        """Raises AdapterError if the weights with which the engines were to compare tensors of an adapter are not those
+        of every track, or have changed."""
+        if version.weights is None:
             return
+        tracks = self._engines.tracks
+        current = [await self._store.current_weights(track.name) for track in tracks]
+        if all(each.number == version.weights for each in current):
+            return
+        first, *others = current
+        if any(each != first for each in others):
+            raise AdapterError(
+                f"adapter {version.name!r} came with tensors of the model itself, and the tracks have different "
+                f"weights: {tracks.describe()}. Add it with state_dict=get_peft_model_state_dict(model)."
+            )
         raise AdapterError(
             f"adapter {version.name!r} came with tensors of the model itself, and the model's weights were updated to "
-            f"{current.label!r} meanwhile. Add it again, or with state_dict=get_peft_model_state_dict(model)."
+            f"{first.label!r} meanwhile. Add it again, or with state_dict=get_peft_model_state_dict(model)."
         )
 
     async def remove(self, name: str) -> None:

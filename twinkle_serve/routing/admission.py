@@ -33,6 +33,7 @@ from twinkle_serve.routing.scheduler import GroupScheduler
 from twinkle_serve.routing.seeds import SPACING
 from twinkle_serve.routing.telemetry import Telemetry
 from twinkle_serve.routing.templates import TemplateCache
+from twinkle_serve.routing.tracks import Track
 from twinkle_serve.template import Template
 from twinkle_serve.template.prompts import Prompt, encode_inputs
 from twinkle_serve.traces import Traces, valid_traceparent
@@ -45,7 +46,7 @@ class Admission:
     """Turns calls into requests, and ends requests.
 
     Guarantees:
-        The queue is bounded; a call beyond its limits is refused at once.
+        The queue of each track is bounded; a call beyond its limits is refused at once.
         A request ends at its deadline, when it is cancelled, when its caller is silent, or when it is complete; its
             unfinished groups are aborted then.
     """
@@ -61,7 +62,7 @@ class Admission:
         requests: dict[int, Request],
         rate: Rate,
         telemetry: Telemetry,
-        on_complete: Callable[[AdapterVersion | None, set[str]], None],
+        on_complete: Callable[[Request], None],
         traces: Traces | None = None,
     ) -> None:
         """
@@ -69,7 +70,7 @@ class Admission:
             requests: live requests by the ids of the groups that they wait for; filled by this.
             rate: tokens that engines return.
             telemetry: counts calls.
-            on_complete: receives the adapter and the labels of the weights that sampled a request.
+            on_complete: receives each complete request.
             traces: records calls.
         """
         self._args, self._templates, self._encoding, self._engines = args, templates, encoding, engines
@@ -128,20 +129,19 @@ class Admission:
     async def _admitted(self, call: SampleRequest) -> AsyncGenerator[Request, None]:
         limit_s = self._limit_s(call)
         lease_s = None if call.lease_s is None else seconds("lease_s", call.lease_s)
-        self._require_room()
+        track = self._engines.choose_track(call.track, call.engine)
+        self._require_room(track)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + limit_s
         with contextlib.ExitStack() as stack:
-            active = stack.enter_context(
-                self._calls.holding(call.input_count, call.request_id, lease_s, caller=call.caller, deadline=deadline)
-            )
+            active = stack.enter_context(self._holding(call, lease_s, track, deadline))
             # No timeout is held across the yield: it would cancel the caller's task in whatever it does then.
             try:
                 async with asyncio.timeout_at(deadline):
-                    request, groups = await self._prepared(call, stack)
+                    request, groups = await self._prepared(call, track, stack)
             except TimeoutError:
-                raise DeadlineError(self._late(limit_s, None)) from None
-            self._require_admissible(active)
+                raise DeadlineError(self._late(limit_s, track, None)) from None
+            self._require_admissible(active, track)
             self._calls.became_request(active, request)
             adapter = "" if request.adapter is None else request.adapter.name
             self._telemetry.admitted(adapter, len(request.ids), request.prompt_tokens)
@@ -157,7 +157,15 @@ class Admission:
                 expiry.cancel()
                 self._dismiss(request)
                 if request.complete:
-                    self._on_complete(request.adapter, request.weight_versions)
+                    self._on_complete(request)
+
+    def _holding(
+        self, call: SampleRequest, lease_s: float | None, track: Track, deadline: float
+    ) -> contextlib.AbstractContextManager[ActiveCall]:
+        """Registers a call while it runs."""
+        return self._calls.holding(
+            call.input_count, call.request_id, lease_s, caller=call.caller, track=track.name, deadline=deadline
+        )
 
     @asynccontextmanager
     async def admitted_stream(self, call: SampleRequest) -> AsyncGenerator[tuple[RoutedGroup, float, ActiveCall], None]:
@@ -172,15 +180,14 @@ class Admission:
     ) -> AsyncGenerator[tuple[RoutedGroup, float, ActiveCall], None]:
         limit_s = self._limit_s(call)
         lease_s = None if call.lease_s is None else seconds("lease_s", call.lease_s)
-        self._require_room()
+        track = self._engines.choose_track(call.track, call.engine)
+        self._require_room(track)
         deadline = asyncio.get_running_loop().time() + limit_s
         with contextlib.ExitStack() as stack:
-            active = stack.enter_context(
-                self._calls.holding(call.input_count, call.request_id, lease_s, caller=call.caller, deadline=deadline)
-            )
+            active = stack.enter_context(self._holding(call, lease_s, track, deadline))
             try:
                 async with asyncio.timeout_at(deadline):
-                    request, groups = await self._prepared(call, stack)
+                    request, groups = await self._prepared(call, track, stack)
                 samples = request.samples_wanted // max(1, len(groups))
                 if len(groups) != 1 or samples != 1:
                     raise RequestError(
@@ -192,7 +199,10 @@ class Admission:
                 self._telemetry.admitted(adapter, 1, request.prompt_tokens)
                 yield _streamed(groups[0], call.skip_special_tokens), deadline, active
             except TimeoutError:
-                raise DeadlineError(f"timeout_s={limit_s:g} passed in a stream. Raise it or ask for less.") from None
+                raise DeadlineError(
+                    f"timeout_s={limit_s:g} passed in a stream; {self._engines.describe_up(track)}. Raise it or ask "
+                    "for less."
+                ) from None
 
     def infos(self) -> list[CallInfo]:
         """See `RouterAPI.calls`."""
@@ -220,7 +230,9 @@ class Admission:
 
     # -- validation --------------------------------------------------------------------------------
 
-    async def _prepared(self, call: SampleRequest, stack: contextlib.ExitStack) -> tuple[Request, list[RoutedGroup]]:
+    async def _prepared(
+        self, call: SampleRequest, track: Track, stack: contextlib.ExitStack
+    ) -> tuple[Request, list[RoutedGroup]]:
         """Validates a call and encodes its prompts. Its adapter version is held until the stack closes."""
         short = call.is_short
         params = await self._encoding.run(short, call.params_of_inputs, self._args.sampling_params)
@@ -239,8 +251,6 @@ class Admission:
         info = await self._engines.wait_for_info()
         await self._encoding.run(short, _check_all, info, prompts, params, template)
         call.check_limits(len(prompts))
-        if call.engine != "":
-            self._engines.require_name(call.engine)
         await self._check_structured(params)
         planned = await self._encoding.run(short, plan_prompts, prompts, params)
         if call.cancelled is None or (call.min_groups is not None and len(call.done) >= call.min_groups):
@@ -252,7 +262,7 @@ class Admission:
         header = _header(info, template, params)
         # Building 10,000 groups takes long enough to delay other calls.
         first_id = self._take_ids(len(planned))
-        return await self._encoding.run(short, _build, first_id, planned, header, adapter, call)
+        return await self._encoding.run(short, _build, first_id, planned, header, adapter, track, call)
 
     async def _check_structured(self, params: Sequence[SamplingParams]) -> None:
         """Has an engine check the structured outputs of a call. Raises SamplingParamsError."""
@@ -276,15 +286,15 @@ class Admission:
 
     # -- requests ----------------------------------------------------------------------------------
 
-    def _require_admissible(self, active: ActiveCall) -> None:
+    def _require_admissible(self, active: ActiveCall, track: Track) -> None:
         """Raises if the queue is full, the engines sleep, or the call ended while it was being validated."""
         self.require_awake()
-        self._require_room(active)
+        self._require_room(track, active)
         if active.error is not None:
             raise active.error
 
-    def _require_room(self, active: ActiveCall | None = None) -> None:
-        """Refuses a call that would make the queue too long; the first call is taken, however large.
+    def _require_room(self, track: Track, active: ActiveCall | None = None) -> None:
+        """Refuses a call that would make the queue of its track too long; the first call is taken, however large.
 
         Args:
             active: the call itself, if it is counted already.
@@ -292,9 +302,10 @@ class Admission:
         Raises:
             QueueFullError
         """
-        args, waiting, tokens = self._args, self._scheduler.waiting, self._scheduler.waiting_tokens
+        args, name = self._args, track.name
+        waiting, tokens = self._scheduler.waiting_in(name), self._scheduler.waiting_tokens_in(name)
         counted, limit = active is not None, args.max_queued_requests
-        calls, outside_queue = self.running - counted, self._calls.outside_queue - counted
+        calls, outside_queue = self._calls.count(name) - counted, self._calls.outside_queue(name) - counted
         full = waiting and (calls >= limit or tokens >= args.max_queued_tokens)
         if not full and outside_queue < limit:
             return
@@ -310,7 +321,8 @@ class Admission:
     def _expire(self, request: Request, limit_s: float) -> None:
         """Ends a request at its deadline."""
         if not request.settled:
-            self.fail(request, DeadlineError(self._late(limit_s, request)))
+            track = self._engines.tracks.named(request.track)
+            self.fail(request, DeadlineError(self._late(limit_s, track, request)))
 
     def fail(self, request: Request, error: TwinkleServeError) -> None:
         """Ends a request with an error: samples that have arrived can still be read, nothing more is sampled."""
@@ -335,15 +347,15 @@ class Admission:
         else:
             self._withdraw(request, request.ids)
 
-    def _late(self, limit_s: float, request: Request | None) -> str:
+    def _late(self, limit_s: float, track: Track, request: Request | None) -> str:
         if request is None:
             state = "its prompts were being prepared" if self._engines.ready else "no engine was ready"
         else:
             done = request.samples_wanted - request.samples_missing
             state = f"{done} of {request.samples_wanted} samples were done"
         return (
-            f"timeout_s={limit_s:g} passed when {state}; {self._engines.ready} of {self._engines.size} engines are up. "
-            "Raise timeout_s, or send less in a call."
+            f"timeout_s={limit_s:g} passed when {state}; {self._engines.describe_up(track)}. Raise timeout_s, or send "
+            "less in a call."
         )
 
 
@@ -384,6 +396,7 @@ def _build(
     planned: Sequence[PlannedPrompt],
     header: ResponseHeader,
     adapter: AdapterVersion | None,
+    track: Track,
     call: SampleRequest,
 ) -> tuple[Request, list[RoutedGroup]]:
     request = Request(
@@ -395,6 +408,7 @@ def _build(
         caller=call.caller,
         sample_timeout_s=call.sample_timeout_s,
         min_groups=None if call.min_groups is None else max(0, call.min_groups - len(call.done)),
+        track=track.name,
         engine=call.engine,
         update_text=call.update_text if call.updates else None,
         skip_special_tokens=call.updates and call.skip_special_tokens,

@@ -183,19 +183,24 @@ class RouterAPI(Protocol):
         """
         ...
 
-    async def begin_weights(self, label: str, mode: PauseMode, durable: bool = True) -> int:
-        """Starts an update of weights. Returns the id of the upload. See `WeightUpdates.begin`."""
+    async def begin_weights(self, label: str, mode: PauseMode, durable: bool = True, track: str = "") -> int:
+        """Starts an update of a track's weights, "": of the first one. Returns the id of the upload. See
+        `WeightUpdates.begin`.
+
+        Raises:
+            RequestError: unknown mode or track, or the engines sleep.
+        """
         ...
 
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
         """Stores the next bucket of an update. See `WeightUpdates.append`."""
 
     async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
-        """Loads an update on all engines or on none. Returns its label. See `WeightUpdates.publish`."""
+        """Loads an update on all engines of its track or on none. Returns its label. See `WeightUpdates.publish`."""
         ...
 
-    async def use_weights(self, label: str, mode: PauseMode, timeout_s: float) -> str:
-        """Loads a kept version on all engines or on none. Returns its label. See `WeightUpdates.use`."""
+    async def use_weights(self, label: str, mode: PauseMode, timeout_s: float, track: str = "") -> str:
+        """Loads a kept version on all engines of a track or on none. Returns its label. See `WeightUpdates.use`."""
         ...
 
     async def weights_buckets(self, label: str) -> list[str]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import math
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -33,6 +34,7 @@ class ActiveCall:
     """The caller's; None if the call does not depend on it."""
     id: str = ""
     caller: str = ""
+    track: str = ""
     began: float = 0.0
     """When it came, by the event loop's clock."""
     deadline: float = math.inf
@@ -99,16 +101,21 @@ class CallRegistry:
         self._by_id: dict[str, ActiveCall] = {}
         self._all: set[ActiveCall] = set()
         self._numbers = itertools.count(1)
-        self._requests = 0
-        """Number of active calls that are requests."""
+        self._of_track: Counter[str] = Counter()
+        """Number of active calls of each track."""
+        self._requests: Counter[str] = Counter()
+        """Number of these that are requests."""
 
     def __len__(self) -> int:
         return len(self._all)
 
-    @property
-    def outside_queue(self) -> int:
-        """Number of calls whose prompts are in no queue: calls that are being validated, and streams."""
-        return len(self._all) - self._requests
+    def count(self, track: str) -> int:
+        """Number of calls of a track."""
+        return self._of_track[track]
+
+    def outside_queue(self, track: str) -> int:
+        """Number of these whose prompts are in no queue: calls that are being validated, and streams."""
+        return self._of_track[track] - self._requests[track]
 
     def get(self, request_id: str) -> ActiveCall | None:
         """Returns the active call of an id."""
@@ -121,7 +128,14 @@ class CallRegistry:
 
     @contextlib.contextmanager
     def holding(
-        self, inputs: int, request_id: str, lease_s: float | None, *, caller: str = "", deadline: float = math.inf
+        self,
+        inputs: int,
+        request_id: str,
+        lease_s: float | None,
+        *,
+        caller: str = "",
+        track: str = "",
+        deadline: float = math.inf,
     ) -> Iterator[ActiveCall]:
         """Registers a call while it runs.
 
@@ -134,18 +148,20 @@ class CallRegistry:
         began = asyncio.get_running_loop().time()
         if not request_id:  # nobody renews it, but it can be cancelled
             request_id, lease_s = f"call-{next(self._numbers)}", None
-        call = ActiveCall(inputs, id=request_id, caller=caller, began=began, deadline=deadline)
+        call = ActiveCall(inputs, id=request_id, caller=caller, track=track, began=began, deadline=deadline)
         if (replaced := self._by_id.get(request_id)) is not None:
             self._end(replaced, LeaseExpiredError(f"call {request_id} was sent again, and starts anew."))
         self._by_id[request_id] = call
         if lease_s is not None:
             self._renew(request_id, call, lease_s)
         self._all.add(call)
+        self._of_track[track] += 1
         try:
             yield call
         finally:
             self._all.discard(call)
-            self._requests -= call.request is not None
+            self._of_track[track] -= 1
+            self._requests[track] -= call.request is not None
             if call.lease is not None:
                 call.lease.end()
             if self._by_id.get(request_id) is call:
@@ -154,7 +170,7 @@ class CallRegistry:
     def became_request(self, call: ActiveCall, request: Request) -> None:
         """Records that a call was validated, and that its prompts are queued."""
         call.request = request
-        self._requests += 1
+        self._requests[call.track] += 1
 
     def _end(self, call: ActiveCall, error: TwinkleServeError) -> None:
         call.end(error)

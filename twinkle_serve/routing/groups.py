@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from twinkle_serve.data_format.groups import Group
+from twinkle_serve.data_format.weights import MAIN_TRACK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +18,8 @@ class RoutedGroup(Group):
     """Groups of a lower number leave the queue earlier."""
     input: int = 0
     """Index of its input in the call."""
+    track: str = MAIN_TRACK
+    """The track whose engines may sample it."""
     engine: str = ""
     """The only engine that may sample it; "": any."""
     lost: tuple[str, ...] = ()

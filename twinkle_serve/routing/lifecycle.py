@@ -18,8 +18,12 @@ class EngineLifecycle:
     def __init__(self, engines: EngineMembership) -> None:
         self._engines = engines
 
-    def set_engines(self, clients: Mapping[str, EngineClient]) -> None:
-        """Sets the engines of the service. New ones are used once they are ready; known ones keep their client.
+    def set_engines(self, clients: Mapping[str, EngineClient], tracks: Mapping[str, str]) -> None:
+        """Sets the engines of the service. New ones are used once they are ready; known ones keep their client, unless
+        they are in another track now: those are removed, and new.
+
+        Args:
+            tracks: the track of each engine, by name.
 
         Guarantees:
             A removed engine gets no new groups and may finish its own for REMOVED_ENGINE_GRACE_S. The rest is sampled
@@ -29,10 +33,15 @@ class EngineLifecycle:
         """
         engines = self._engines
         for name, client in clients.items():
-            if (leaving := engines.leaving.get(name)) is not None:  # another process will answer to its name
+            # Another process will answer to its name.
+            if (leaving := engines.leaving.get(name)) is not None:
                 leaving.cancel()
                 self._remove(name)
+            elif name in engines.clients and engines.tracks.of(name).name != tracks[name]:
+                engines.followers.pop(name).cancel()
+                self._remove(name)
             if name not in engines.clients:
+                engines.tracks.names_of_engines[name] = tracks[name]
                 engines.clients[name] = client
                 engines.states[name] = "starting"
                 engines.follow(name)
@@ -51,7 +60,8 @@ class EngineLifecycle:
         engines = self._engines
         if (engine := engines.active.get(name)) is not None:
             engines.release(engine)
-        del engines.leaving[name], engines.clients[name], engines.states[name]
+        engines.leaving.pop(name, None)
+        del engines.clients[name], engines.states[name]
         engines.failed_loads.pop(name, None)
         engines.cordoned.discard(name)
 

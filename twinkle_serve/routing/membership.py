@@ -14,12 +14,13 @@ from typing import TypeVar
 from twinkle_serve import timing
 from twinkle_serve.data_format.groups import EngineInfo, Session
 from twinkle_serve.data_format.status import EngineStatus
-from twinkle_serve.data_format.weights import MAIN_TRACK, WeightsVersion
+from twinkle_serve.data_format.weights import WeightsVersion
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.errors import EngineDeadError, RequestError, StoreError, unknown_name
 from twinkle_serve.routing.active_engine import ActiveEngine, EngineListener, EngineState
 from twinkle_serve.routing.adapters import Adapters
 from twinkle_serve.routing.telemetry import Telemetry
+from twinkle_serve.routing.tracks import Track, Tracks
 from twinkle_serve.tasks import BackgroundTasks, Call
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class EngineMembership:
     """Keeps engines in use for as long as they answer.
 
     Guarantees:
-        An engine in use holds the current weights, or is paused.
+        An engine in use holds the current weights of its track, or is paused.
         An engine that ends, hangs or cannot load the current weights is taken out of use, and used again once it can
             be. Its process is replaced where that helps.
     """
@@ -43,7 +44,7 @@ class EngineMembership:
         self,
         clients: Mapping[str, EngineClient],
         adapters: Adapters,
-        weights_version: WeightsVersion,
+        tracks: Tracks,
         *,
         current_weights: Callable[[str], Awaitable[WeightsVersion]],
         load_timeout_s: float,
@@ -56,7 +57,7 @@ class EngineMembership:
         Args:
             clients: engines by name.
             adapters: versions that an engine may keep when it comes into use.
-            weights_version: the current weights.
+            tracks: of these engines, with their current weights.
             current_weights: asks the store for the current weights of a track, in case of doubt.
             load_timeout_s: deadline for an engine to load the current weights.
             stall_timeout_s: an engine that has groups and produces no token for so long is lost.
@@ -66,7 +67,7 @@ class EngineMembership:
         self._telemetry = telemetry or Telemetry()
         self.clients = dict(clients)
         self._adapters = adapters
-        self.weights_version = weights_version
+        self.tracks = tracks
         self._current_weights = current_weights
         self.load_timeout_s = load_timeout_s
         self._stall_timeout_s = stall_timeout_s
@@ -80,10 +81,6 @@ class EngineMembership:
         self._has_info = asyncio.Event()
         self.changed = asyncio.Condition()
         """Notified when an engine comes into use, is opened, or leaves the service."""
-        self.changing = asyncio.Lock()
-        """Held while weights change, a pause begins or ends, or an engine comes into use."""
-        self.holds: set[object] = set()
-        """Keys of the pauses in force."""
         self._loss: BaseException | None = None
         """Why the use of an engine ended last."""
         self.failed_loads: Counter[str] = Counter()
@@ -146,8 +143,11 @@ class EngineMembership:
             return EngineDeadError(f"{name} died. Make a new sampler.")
         return type(self._loss)(f"{str(self._loss).rstrip('.')}. Make a new sampler.")
 
-    async def some_engine(self) -> None:
+    async def some_engine(self, track: Track | None = None) -> None:
         """Waits until an engine is in use and not cordoned.
+
+        Args:
+            track: the engine is one of it.
 
         Raises:
             EngineDeadError: all engines died, and none returns.
@@ -155,16 +155,42 @@ class EngineMembership:
         await self._has_info.wait()
         self._require_hope()
         async with self.changed:
-            await self.changed.wait_for(lambda: self.ready)
+            await self.changed.wait_for(lambda: self.ready if track is None else self.ready_of(track))
+
+    def choose_track(self, name: str, engine: str) -> Track:
+        """Returns the track of a call.
+
+        Args:
+            name: of the track, or "".
+            engine: the only one that may sample the call, or "".
+
+        Raises:
+            RequestError: unknown names, or an engine of another track.
+        """
+        track = self.tracks.named(name)
+        if engine == "":
+            return track
+        self.require_name(engine)
+        own = self.tracks.of(engine)
+        if name not in ("", own.name):
+            raise RequestError(
+                f"{engine} belongs to track {own.name!r}, and the call names track {name!r}. Leave one out."
+            )
+        return own
 
     def require_name(self, name: str) -> None:
         """Raises RequestError for a name that no engine of the service has."""
-        if name not in (known := self.clients.keys() - self.leaving.keys()):
+        known = self.clients.keys() - self.leaving.keys()
+        if not isinstance(name, str) or name not in known:
             raise RequestError(unknown_name("engine", str(name), known) + ".")
 
     def is_active(self, engine: ActiveEngine) -> bool:
         """Whether this use of an engine has not ended."""
         return self.active.get(engine.name) is engine
+
+    def active_of(self, track: Track) -> list[ActiveEngine]:
+        """Returns the engines of a track that are in use."""
+        return [engine for name, engine in self.active.items() if self.tracks.of(name) is track]
 
     @property
     def size(self) -> int:
@@ -176,10 +202,21 @@ class EngineMembership:
         """Number of engines that get new groups."""
         return len(self.active.keys() - self.cordoned)
 
+    def ready_of(self, track: Track) -> int:
+        """Number of engines of a track that get new groups."""
+        return sum(engine.name not in self.cordoned for engine in self.active_of(track))
+
+    def describe_up(self, track: Track) -> str:
+        """Returns how many engines of a track are up, as text; without its name if it is the only one."""
+        if len(self.tracks.by_name) == 1:
+            return f"{self.ready} of {self.size} engines are up"
+        size = sum(self.tracks.of(name) is track for name in self.clients.keys() - self.leaving.keys())
+        return f"{self.ready_of(track)} of {size} engines of track {track.name!r} are up"
+
     @property
     def paused(self) -> bool:
-        """Whether a pause or an update of weights stops the engines."""
-        return bool(self.holds)
+        """Whether a pause or an update of weights stops engines."""
+        return any(track.holds for track in self.tracks)
 
     def status(self) -> dict[str, EngineStatus]:
         """Returns the state of each engine as plain values, by name."""
@@ -187,13 +224,14 @@ class EngineMembership:
         for name, state in self.states.items():
             if name in self.cordoned:
                 state = "draining" if name in self.active else "drained"
-            engines[name] = status = EngineStatus(state=state, sequences=0)
+            track = self.tracks.of(name)
+            engines[name] = status = EngineStatus(state=state, track=track.name, sequences=0)
             if failure := self._telemetry.last_failure(name):
                 status["last_failure"] = failure
             if (engine := self.active.get(name)) is not None:
                 held = {version.id: version.label for version in self._adapters.held}
                 status["sequences"] = self.listener.sequences_of(name)
-                status["weights"] = self.weights_version.label
+                status["weights"] = track.weights.label
                 status["adapters"] = sorted(held[id] for id in engine.adapters if id in held and engine.has_loaded(id))
                 status["engine"] = engine.info.kind
                 status["device"] = engine.info.device
@@ -227,12 +265,14 @@ class EngineMembership:
         names = self.active.keys() - self.leaving.keys()  # an engine that leaves may be out of reach already
         await asyncio.gather(*(call(self.clients[name]) for name in names))
 
-    async def prepare(self, version: WeightsVersion, limit_s: float) -> None:
-        """Has every engine in use fetch the beginning of a weights version. One that fails shows it when it loads."""
+    async def prepare(self, track: Track, version: WeightsVersion, limit_s: float) -> None:
+        """Has the engines of a track fetch the beginning of a version. One that fails shows it when it loads."""
         calls = [
-            self.try_call(name, "prepare a load", engine.unless_lost(engine.client.prepare_weights(version)), limit_s)
-            for name, engine in self.active.items()
-            if name not in self.leaving
+            self.try_call(
+                engine.name, "prepare a load", engine.unless_lost(engine.client.prepare_weights(version)), limit_s
+            )
+            for engine in self.active_of(track)
+            if engine.name not in self.leaving
         ]
         await asyncio.gather(*calls)
 
@@ -258,8 +298,9 @@ class EngineMembership:
 
     async def _follow_engine(self, name: str) -> None:
         """Probes an engine for as long as it belongs to the service; notices restarts, stalls and idle deaths."""
+        track = self.tracks.of(name)
         while True:
-            weights_version, changing = self.weights_version, self.changing.locked()
+            weights_version, changing = track.weights, track.changing.locked()
             try:
                 info = await self.describe(name)
             except Exception as error:  # whatever the reason, an engine that does not answer is not used
@@ -274,12 +315,12 @@ class EngineMembership:
                 elif (
                     engine is not None
                     and info.weights_version != weights_version
-                    and weights_version == self.weights_version
-                    and not (changing or self.changing.locked())
+                    and weights_version == track.weights
+                    and not (changing or track.changing.locked())
                 ):
                     self.lose(engine, EngineDeadError("it has other weights than the current ones"))
                 if name not in self.active:
-                    await self._catch_up(name, info)
+                    await self._catch_up(name, track, info)
                 elif engine is not None:
                     engine.load = info.load
                     await self._require_progress(engine, info)
@@ -288,7 +329,7 @@ class EngineMembership:
     async def _require_progress(self, engine: ActiveEngine, info: EngineInfo) -> None:
         """Gives up an engine that answers and has groups but produces no tokens; its process is replaced."""
         now = asyncio.get_running_loop().time()
-        stopped = self.paused and self.states[engine.name] != "draining"
+        stopped = self.tracks.of(engine.name).holds and self.states[engine.name] != "draining"
         if info.progress != engine.progress or stopped or not info.running:
             engine.progress, engine.progressed_at = info.progress, now
         elif now - engine.progressed_at > self._stall_timeout_s:
@@ -301,29 +342,29 @@ class EngineMembership:
         """Has an engine's process replaced."""
         await self.try_call(name, "retire", self.clients[name].retire(incarnation, reason))
 
-    async def _catch_up(self, name: str, info: EngineInfo) -> None:
-        """Brings an engine into use: without adapters of an earlier router, with the current weights, and paused if the
-        others are. Replaces the process of an engine that fails several times in a row."""
+    async def _catch_up(self, name: str, track: Track, info: EngineInfo) -> None:
+        """Brings an engine into use: without adapters of an earlier router, with the current weights, and paused if its
+        track is. Replaces the process of an engine that fails several times in a row."""
         if name in self.cordoned:
             return
         self.states[name] = "catching up"
-        client, weights_version = self.clients[name], self.weights_version
+        client, weights_version = self.clients[name], track.weights
         try:
             async with asyncio.timeout(self.load_timeout_s):
                 await client.keep_adapters([version.id for version in self._adapters.held])
-                await self._load_current(client, info)
+                await self._load_current(client, track, info)
             # Waiting for `changing` does not count: others hold it, with deadlines of their own.
-            async with self.changing, asyncio.timeout(self.load_timeout_s):
+            async with track.changing, asyncio.timeout(self.load_timeout_s):
                 # Meanwhile the weights may have changed again, and the process may have been replaced.
                 info = await self.describe(name)
-                await self._load_current(client, info)
-                await (client.pause("keep") if self.holds else client.resume())
+                await self._load_current(client, track, info)
+                await (client.pause("keep") if track.holds else client.resume())
                 await self._begin_use(name, client, info)
         except Exception as error:
             logger.warning(f"{name} did not get ready with {weights_version.label!r}: {type(error).__name__}: {error}")
             if isinstance(error, StoreError):
-                await self._refresh_weights_version()
-            if self.weights_version != weights_version:
+                await self._refresh_weights(track)
+            if track.weights != weights_version:
                 return
             self.failed_loads[name] += 1
             if self.failed_loads[name] >= MAX_FAILED_LOADS or isinstance(error, TimeoutError):
@@ -332,17 +373,17 @@ class EngineMembership:
         else:
             self.failed_loads[name] = 0
 
-    async def _load_current(self, client: EngineClient, info: EngineInfo) -> None:
-        """Makes an engine that is not in use load the current weights, if it has others."""
-        if info.weights_version != self.weights_version:
+    async def _load_current(self, client: EngineClient, track: Track, info: EngineInfo) -> None:
+        """Makes an engine that is not in use load the current weights of its track, if it has others."""
+        if info.weights_version != track.weights:
             await client.pause("keep")
-            await client.load_weights(self.weights_version)
+            await client.load_weights(track.weights)
 
-    async def _refresh_weights_version(self) -> None:
+    async def _refresh_weights(self, track: Track) -> None:
         """Asks the store: it may have taken a commit whose answer was lost."""
-        async with self.changing:
+        async with track.changing:
             with contextlib.suppress(StoreError):
-                self.weights_version = await self._current_weights(MAIN_TRACK)
+                track.weights = await self._current_weights(track.name)
 
     async def _begin_use(self, name: str, client: EngineClient, info: EngineInfo) -> None:
         if name in self.cordoned:  # since it began to catch up
@@ -353,8 +394,9 @@ class EngineMembership:
         self.states[name] = "ready"
         self.info = self.info or info
         self._has_info.set()
-        self._telemetry.event("engine ready", f"with weights {self.weights_version.label}", name)
-        logger.info(f"{name} is ready with weights {self.weights_version.label!r}")
+        weights = self.tracks.of(name).weights.label
+        self._telemetry.event("engine ready", f"with weights {weights}", name)
+        logger.info(f"{name} is ready with weights {weights!r}")
         self.listener.engine_begins(engine)
         await self.notify()
 

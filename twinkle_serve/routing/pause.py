@@ -1,11 +1,12 @@
-"""Pauses all engines at once: for a caller's pause, or to load new weights. Free of Ray."""
+"""Pauses engines at once: all for a caller's pause, those of a track to load new weights. Free of Ray."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from typing import TypeVar
 
 from twinkle_serve import timing
@@ -21,6 +22,7 @@ from twinkle_serve.errors import (
 from twinkle_serve.lease import Lease
 from twinkle_serve.routing.active_engine import ActiveEngine
 from twinkle_serve.routing.membership import EngineMembership
+from twinkle_serve.routing.tracks import Track
 from twinkle_serve.validation import one_of, seconds
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,8 @@ class PauseCoordinator:
 
     Guarantees:
         Engines resume when no pause is in force any more.
-        Either all engines in use load a weights version, or none keeps it.
+        Either all engines of a track that are in use load a weights version, or none keeps it. Those of other tracks
+            are not touched.
     """
 
     def __init__(self, engines: EngineMembership) -> None:
@@ -45,23 +48,36 @@ class PauseCoordinator:
         Raises:
             EngineDeadError: all engines died, and none returns.
         """
-        async with self._engines.changing:
-            self._engines.holds.add(key)
+        async with self._all_changing():
+            for track in self._engines.tracks:
+                track.holds.add(key)
             try:
-                await self._pause(mode)
+                await self._pause(mode, self._engines.active.values())
             except BaseException:
-                await self._release(key)
+                await self._release_all(key)
                 raise
 
     async def release(self, key: object) -> None:
         """Ends a pause; the engines resume when no other pause is in force. Idempotent."""
-        async with self._engines.changing:
-            await self._release(key)
+        async with self._all_changing():
+            await self._release_all(key)
+
+    @contextlib.asynccontextmanager
+    async def _all_changing(self) -> AsyncGenerator[None, None]:
+        async with contextlib.AsyncExitStack() as stack:
+            for track in self._engines.tracks:
+                await stack.enter_async_context(track.changing)
+            yield
 
     async def update(
-        self, version: WeightsVersion, mode: PauseMode, commit: Callable[[], Awaitable[None]], timeout_s: float
+        self,
+        track: Track,
+        version: WeightsVersion,
+        mode: PauseMode,
+        commit: Callable[[], Awaitable[None]],
+        timeout_s: float,
     ) -> dict[str, float]:
-        """Loads a weights version on every engine while sampling is paused.
+        """Loads a weights version on every engine of a track while their sampling is paused.
 
         Guarantees:
             If it raises, the engines have the previous version, and this call leaves none of them paused.
@@ -77,7 +93,7 @@ class PauseCoordinator:
         Raises:
             WeightsError: an engine refuses the weights.
             EngineError: an engine failed, or engines ended with different weights.
-            EngineDeadError: all engines died.
+            EngineDeadError: all engines of the track died.
             DeadlineError: it took longer than `timeout_s`, including the wait for another pause or update.
         """
         clock = asyncio.get_running_loop().time
@@ -85,17 +101,18 @@ class PauseCoordinator:
         deadline = began + timeout_s
         try:
             async with asyncio.timeout_at(deadline):
-                await self._engines.some_engine()
-                await self._engines.changing.acquire()
+                await self._engines.some_engine(track)
+                await track.changing.acquire()
         except TimeoutError:
             raise DeadlineError(
-                f"no engine could be paused within {timeout_s:g} s for {version.label!r}: none is up, or another pause "
-                f"begins or ends. {self._engines.weights_version.label!r} is current."
+                f"no engine could be paused within {timeout_s:g} s for {version.label!r}: "
+                f"{self._engines.describe_up(track)}, or another pause begins or ends. {track.weights.label!r} is "
+                "current."
             ) from None
         try:
-            times = await self._update(version, mode, commit, timeout_s, deadline)
+            times = await self._update(track, version, mode, commit, timeout_s, deadline)
         finally:
-            self._engines.changing.release()
+            track.changing.release()
         names = ("wait", "pause", "load", "commit")
         return {name: end - start for name, start, end in zip(names, (began, *times), times, strict=False)}
 
@@ -115,29 +132,33 @@ class PauseCoordinator:
         try:
             async with asyncio.timeout(limit_s):
                 await self._engines.wait_for_info()
-                async with self._engines.changing:
-                    await self._broadcast(what, call)
+                async with self._all_changing():
+                    await self._broadcast(what, call, self._engines.active.values())
         except TimeoutError:
             raise DeadlineError(f"the engines did not {what} within startup_timeout_s={limit_s:g}.") from None
 
-    async def _release(self, key: object) -> None:
-        engines = self._engines
-        engines.holds.discard(key)
-        # Under another pause engines may have run meanwhile: draining for it, or after an expired lease.
-        if engines.holds:
-            await self._broadcast_or_evict(timing.PROBE_TIMEOUT_S, lambda client: client.pause("keep"))
-        else:
-            await self._broadcast_or_evict(timing.PROBE_TIMEOUT_S, lambda client: client.resume())
-        for name in engines.active:
-            engines.states[name] = "ready"
+    async def _release_all(self, key: object) -> None:
+        await asyncio.gather(*(self._release(track, key) for track in self._engines.tracks))
 
-    async def _pause(self, mode: PauseMode) -> None:
+    async def _release(self, track: Track, key: object) -> None:
+        track.holds.discard(key)
+        # Under another pause engines may have run meanwhile: draining for it, or after an expired lease.
+        if track.holds:
+            await self._broadcast_or_evict(track, timing.PROBE_TIMEOUT_S, lambda client: client.pause("keep"))
+        else:
+            await self._broadcast_or_evict(track, timing.PROBE_TIMEOUT_S, lambda client: client.resume())
+        for engine in self._engines.active_of(track):
+            self._engines.states[engine.name] = "ready"
+
+    async def _pause(self, mode: PauseMode, engines: Iterable[ActiveEngine]) -> None:
+        engines = list(engines)
         if mode == "wait":
-            self._engines.states |= dict.fromkeys(self._engines.active, "draining")
-        await self._broadcast("pause", lambda client: client.pause(mode))
+            self._engines.states |= {engine.name: "draining" for engine in engines}
+        await self._broadcast("pause", lambda client: client.pause(mode), engines)
 
     async def _update(
         self,
+        track: Track,
         version: WeightsVersion,
         mode: PauseMode,
         commit: Callable[[], Awaitable[None]],
@@ -148,13 +169,15 @@ class PauseCoordinator:
         engines, key, loading = self._engines, object(), False
         clock = asyncio.get_running_loop().time
         times = [clock()]
-        engines.holds.add(key)
+        track.holds.add(key)
         try:
             async with asyncio.timeout_at(deadline):
-                await self._pause(mode)
+                await self._pause(mode, engines.active_of(track))
                 times.append(clock())
                 loading = True
-                checksums = await self._broadcast("load_weights", lambda client: client.load_weights(version))
+                checksums = await self._broadcast(
+                    "load_weights", lambda client: client.load_weights(version), engines.active_of(track)
+                )
                 times.append(clock())
             if not checksums:
                 raise EngineDeadError(f"every engine died while it loaded {version.label!r}.")
@@ -162,14 +185,14 @@ class PauseCoordinator:
                 each = ", ".join(f"{name} {checksum}" for name, checksum in checksums.items())
                 raise EngineError(f"engines have different weights after they loaded {version.label!r}: {each}.")
             await commit()
-            engines.weights_version = version
+            track.weights = version
             times.append(clock())
         except BaseException as error:
-            current = engines.weights_version
+            current = track.weights
             if loading:
                 # An engine that is not replaced has as long as one that starts: without it, the sampler is at its end.
                 back_s = timeout_s if engines.engines_return else max(timeout_s, engines.load_timeout_s)
-                await self._broadcast_or_evict(back_s, lambda client: client.load_weights(current))
+                await self._broadcast_or_evict(track, back_s, lambda client: client.load_weights(current))
             where = f"{current.label!r} is current"
             if isinstance(error, TimeoutError):
                 step = "loaded" if loading else "paused"
@@ -180,11 +203,13 @@ class PauseCoordinator:
                 raise type(error)(f"{error} {where}.") from None
             raise
         finally:
-            await self._release(key)
+            await self._release(track, key)
         return times
 
-    async def _broadcast_or_evict(self, timeout_s: float, call: Callable[[EngineClient], Awaitable[object]]) -> None:
-        """Makes a control call to every engine in use. An engine that fails it is not used until it has caught up."""
+    async def _broadcast_or_evict(
+        self, track: Track, timeout_s: float, call: Callable[[EngineClient], Awaitable[object]]
+    ) -> None:
+        """Makes a control call to the engines of a track. One that fails it is not used until it has caught up."""
 
         async def call_one(engine: ActiveEngine) -> None:
             try:
@@ -193,15 +218,17 @@ class PauseCoordinator:
             except Exception as error:
                 self._engines.lose(engine, error)
 
-        await asyncio.gather(*map(call_one, list(self._engines.active.values())))
+        await asyncio.gather(*map(call_one, self._engines.active_of(track)))
 
-    async def _broadcast(self, what: str, call: Callable[[EngineClient], Awaitable[T]]) -> dict[str, T]:
-        """Makes a control call to every engine in use. Returns the answers by engine once all have answered or died.
+    async def _broadcast(
+        self, what: str, call: Callable[[EngineClient], Awaitable[T]], engines: Iterable[ActiveEngine]
+    ) -> dict[str, T]:
+        """Makes a control call to engines in use. Returns the answers by engine once all have answered or died.
 
         Raises:
             TwinkleServeError: an engine refused; the message has its name.
         """
-        active = list(self._engines.active.values())
+        active = list(engines)
         results = await asyncio.gather(
             *(engine.unless_lost(call(engine.client)) for engine in active), return_exceptions=True
         )

@@ -15,6 +15,7 @@ from twinkle_serve.data_format.sample_updates import CallBegun, SampleUpdate, Up
 from twinkle_serve.data_format.samples import SampleColumns
 from twinkle_serve.data_format.sampling_params import DecodingParams, SamplingParams
 from twinkle_serve.data_format.token_lists import TokenLists
+from twinkle_serve.data_format.weights import MAIN_TRACK
 from twinkle_serve.engines.group_runner import PartialUpdate
 from twinkle_serve.errors import DeadlineError, RequestError, TwinkleServeError
 from twinkle_serve.routing.call_updates import CallUpdates, FollowedPrompt
@@ -91,6 +92,7 @@ class Request:
         caller: str = "",
         sample_timeout_s: float | None = None,
         min_groups: int | None = None,
+        track: str = MAIN_TRACK,
         engine: str = "",
         update_text: UpdateText | None = None,
         skip_special_tokens: bool = False,
@@ -101,7 +103,8 @@ class Request:
             inputs: the call's inputs, by prompt index; None leaves them out of the response.
             caller: callers take turns.
             min_groups: number of complete prompts after which the rest is dropped.
-            engine: the only one that may sample it; "": any.
+            track: the one whose engines sample it.
+            engine: the only one of them that may; "": any.
             update_text: the text of updates, if new tokens are reported while samples run.
             skip_special_tokens: leave special tokens out of the text of all samples.
             traceparent: of the span that its groups are part of.
@@ -109,6 +112,7 @@ class Request:
         self.ids = range(first_id, first_id + len(planned))
         """Group ids of the prompts, in order."""
         self.caller = caller
+        self.track = track
         self._planned = planned
         self._prompts = [each.prompt for each in planned]
         self._inputs = inputs
@@ -161,6 +165,7 @@ class Request:
                 input=each.prompt.index,
                 caller=self.caller,
                 priority=each.params.priority,
+                track=self.track,
                 engine=self._engine,
                 updates=self._update_text,
                 traceparent=self._traceparent,

@@ -13,7 +13,7 @@ from typing import Unpack
 from twinkle_serve.adapters import read_adapter
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse
-from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.adapters import AdapterFiles
 from twinkle_serve.data_format.futures import Completions, FutureResult, Submission
 from twinkle_serve.data_format.metrics import MetricsSink
 from twinkle_serve.data_format.sample_request import (
@@ -29,7 +29,7 @@ from twinkle_serve.data_format.samples import SampleColumns, StopReason
 from twinkle_serve.data_format.status import SamplerStatus
 from twinkle_serve.data_format.telemetry import CallInfo, TelemetryReport
 from twinkle_serve.data_format.token_lists import TokenLists
-from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, MAIN_TRACK, PAUSE_MODES, BucketArgument, PauseMode
+from twinkle_serve.data_format.weights import PAUSE_MODES, BucketArgument, PauseMode
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.engines.group_runner import PartialUpdate
 from twinkle_serve.errors import EngineDeadError, RequestError, ServiceError, TwinkleServeError, UnsupportedError
@@ -50,6 +50,7 @@ from twinkle_serve.routing.scheduler import GroupScheduler
 from twinkle_serve.routing.telemetry import PERIOD_S, RouterState, Telemetry
 from twinkle_serve.routing.templates import TemplateCache
 from twinkle_serve.routing.tokenization import Tokenization
+from twinkle_serve.routing.tracks import Tracks
 from twinkle_serve.routing.updates import WeightUpdates
 from twinkle_serve.sessions import SessionInfo, SessionRecord, SessionsAPI
 from twinkle_serve.traces import Traces
@@ -68,7 +69,8 @@ class Router(RouterAPI):
             engines.
         An engine's death loses no sample; see `GroupScheduler`.
         The queue is bounded; a call beyond its limits is refused at once.
-        A request is sampled by the adapter version that its name meant when it was admitted.
+        A request is sampled by engines of its track alone, with the adapter version that its name meant when it was
+            admitted.
         Every sample names the versions of the model's own weights that sampled its tokens.
         The router that replaces this one resolves names as this one did: the store keeps them.
     Does not guarantee:
@@ -92,7 +94,7 @@ class Router(RouterAPI):
 
         Args:
             model: directory of the model; its weights may be missing.
-            engines: by name.
+            engines: by name, in the order of their numbers.
             store: source of adapters and weights, the same that the engines use.
             sessions: the conversations of a gateway's clients; None where there is no gateway.
             engines_return: whether an engine that dies is replaced; if not, its requests fail.
@@ -136,7 +138,7 @@ class Router(RouterAPI):
         self._engines = EngineMembership(
             self._clients,
             self._adapters,
-            weights.current.get(MAIN_TRACK, CHECKPOINT_VERSION),
+            Tracks(args.track_names, args.tracks_of(list(self._clients)), weights.current),
             current_weights=self._store.current_weights,
             load_timeout_s=args.startup_timeout_s,
             stall_timeout_s=args.stall_timeout_s,
@@ -179,7 +181,7 @@ class Router(RouterAPI):
         self._pause_coordinator = PauseCoordinator(self._engines)
         self._pauses = CallerPauses(self._engines, self._pause_coordinator)
         self._updates = WeightUpdates(
-            self._store, self._engines, self._pause_coordinator, weights, telemetry=self._telemetry
+            self._store, self._engines, self._pause_coordinator, weights.kept, telemetry=self._telemetry
         )
         self._engines.spawn(self._keep_telemetry())
 
@@ -192,7 +194,7 @@ class Router(RouterAPI):
             files = await asyncio.to_thread(read_adapter, path)
             if name in published and published[name][-1].checksum == files.checksum():
                 continue
-            version = await self._store.put(name, files)
+            version = await self._store.put(name, files, track=self._args.track_names[0])
             await self._store.publish(version)
             await self._store.drop(adapters.publish(version))
         return adapters
@@ -358,10 +360,10 @@ class Router(RouterAPI):
 
     # -- weights ---------------------------------------------------------------------------------
 
-    async def begin_weights(self, label: str, mode: PauseMode, durable: bool = True) -> int:
+    async def begin_weights(self, label: str, mode: PauseMode, durable: bool = True, track: str = "") -> int:
         one_of("mode", mode, PAUSE_MODES)  # before anything is sent
         self._admission.require_awake()
-        return await self._updates.begin(label, durable)
+        return await self._updates.begin(label, self._engines.tracks.named(track), durable)
 
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
         await self._updates.append(upload, index, bucket)
@@ -370,9 +372,10 @@ class Router(RouterAPI):
         self._admission.require_awake()
         return await self._updates.publish(upload, mode, timeout_s)
 
-    async def use_weights(self, label: str, mode: PauseMode, timeout_s: float) -> str:
+    async def use_weights(self, label: str, mode: PauseMode, timeout_s: float, track: str = "") -> str:
         self._admission.require_awake()
-        return await self._updates.use(label, mode, positive("timeout_s", timeout_s))
+        named = self._engines.tracks.named(track)
+        return await self._updates.use(label, named, mode, positive("timeout_s", timeout_s))
 
     async def weights_buckets(self, label: str) -> list[str]:
         return list((await self._store.find_weights(label)).buckets)
@@ -444,9 +447,10 @@ class Router(RouterAPI):
         if tags is None or "kv_cache" in tags:
             self._admission.asleep = False
 
-    def set_engines(self, engines: Mapping[str, EngineClient]) -> None:
-        """See `EngineLifecycle.set_engines`."""
-        self._lifecycle.set_engines(engines)
+    def set_engines(self, engines: Mapping[str, EngineClient], tracks: Mapping[str, str] | None = None) -> None:
+        """See `EngineLifecycle.set_engines`. Without `tracks`, all engines belong to the first one."""
+        first = self._args.track_names[0]
+        self._lifecycle.set_engines(engines, dict.fromkeys(engines, first) if tracks is None else tracks)
 
     async def drain_engine(self, name: str, timeout_s: float) -> None:
         await self._lifecycle.drain(name, seconds("timeout_s", timeout_s))
@@ -487,7 +491,7 @@ class Router(RouterAPI):
             running_calls=self._admission.running,
             waiting=self._scheduler.waiting,
             waiting_tokens=self._scheduler.waiting_tokens,
-            weights=self._engines.weights_version,
+            tracks=self._engines.tracks,
             engines=self._engines.status(),
             loads={name: engine.load for name, engine in self._engines.active.items()},
         )
@@ -501,7 +505,8 @@ class Router(RouterAPI):
             "groups_waiting": self._scheduler.waiting,
             "paused": self._engines.paused,
             "asleep": self._admission.asleep,
-            "weights": self._engines.weights_version.label,
+            "weights": self._engines.tracks.named("").weights.label,
+            "tracks": {track.name: track.weights.label for track in self._engines.tracks},
             "weights_versions": self._updates.kept,
             "adapters": {name: version.label for name, version in self._adapters.newest.items()},
             "adapter_versions": self._adapters.labels,
@@ -564,9 +569,11 @@ class Router(RouterAPI):
         if (request := self._requests.get(group_id)) is not None:
             self._admission.fail(request, error)
 
-    def _report_staleness(self, adapter: AdapterVersion | None, weight_versions: set[str]) -> None:
-        """Reports how stale a finished request is, by its adapter if it has one, else by the model's own weights."""
+    def _report_staleness(self, request: Request) -> None:
+        """Reports how stale a finished request is, by its adapter if it has one, else by the weights of its track."""
+        adapter = request.adapter
         if adapter is None:
-            self._telemetry.stale("", self._updates.staleness(weight_versions))
+            track = self._engines.tracks.named(request.track)
+            self._telemetry.stale("", track.staleness(request.weight_versions))
         elif (versions := self._publisher.staleness(adapter)) is not None:
             self._telemetry.stale(adapter.name, versions)

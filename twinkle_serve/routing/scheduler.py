@@ -40,6 +40,7 @@ class GroupScheduler:
         Every enqueued group is delivered as samples or as a failure, unless it is withdrawn.
         Samples that an engine had not returned when it ended are sampled elsewhere, with the same seeds, from their
             start or, with `resume`, from the tokens that had arrived. No sample is delivered twice.
+        A group is sampled by engines of its track alone.
         A group that ends engine after engine fails, and the groups beside it do not.
         An engine has a group's adapter version before it is sent the group.
     Does not guarantee:
@@ -79,8 +80,8 @@ class GroupScheduler:
         self._wanted, self._deliver_columns, self._fail = wanted, deliver, fail
         self._deliver_updates, self._restart = deliver_updates, restart
         self._on_sent, self._telemetry = on_sent, telemetry or Telemetry()
-        self._dispatcher = Dispatcher(POLICIES[policy]())
-        """Knows the engines in use."""
+        self._dispatchers = {track.name: Dispatcher(POLICIES[policy]()) for track in engines.tracks}
+        """One for each track, by name. It knows the engines in use."""
         self._resume = resume
         self._partials = PartialSamples()
         self._pump_due = False
@@ -89,21 +90,22 @@ class GroupScheduler:
     # -- engines, as `EngineListener` ------------------------------------------------------------
 
     def engine_begins(self, engine: ActiveEngine) -> None:
-        self._dispatcher.add_engine(engine.name, engine.info.max_num_seqs)
+        self._dispatcher_of(engine.name).add_engine(engine.name, engine.info.max_num_seqs)
         self._engines.spawn_for(engine, self._collect(engine))
         self._loader.prefetch(engine)
         self._pump_soon()
 
     def engine_closes(self, name: str) -> None:
-        self._dispatcher.close_engine(name)
+        self._dispatcher_of(name).close_engine(name)
 
     def engine_opens(self, name: str) -> None:
-        self._dispatcher.open_engine(name)
+        self._dispatcher_of(name).open_engine(name)
         self._pump_soon()
 
     def engine_ends(self, engine: ActiveEngine, error: BaseException | None) -> None:
-        suspect = self._dispatcher.suspect_of(engine.name)
-        rest = self._dispatcher.remove_engine(engine.name)
+        dispatcher = self._dispatcher_of(engine.name)
+        suspect = dispatcher.suspect_of(engine.name)
+        rest = dispatcher.remove_engine(engine.name)
         if error is not None:
             self._telemetry.engine_lost(engine.name, error, len(rest))
             logger.warning(
@@ -118,47 +120,68 @@ class GroupScheduler:
         self._pump_soon()
 
     def sequences_of(self, name: str) -> int:
-        return self._dispatcher.sequences(name)
+        return self._dispatcher_of(name).sequences(name)
+
+    def _dispatcher_of(self, name: str) -> Dispatcher:
+        """Returns the dispatcher that knows an engine."""
+        return self._dispatchers[self._engines.tracks.of(name).name]
 
     # -- groups ----------------------------------------------------------------------------------
 
     def enqueue(self, groups: Iterable[RoutedGroup]) -> None:
-        """Queues groups; each starts as soon as an engine has room."""
+        """Queues groups; each starts as soon as an engine of its track has room."""
         groups = [
             # Tokens that were handed out cannot be taken back.
             replace(group, resume=can_resume(group)) if self._resume or group.updates is not None else group
             for group in groups
         ]
-        self._dispatcher.enqueue(groups)
+        self._queue(groups)
         self._fail_without_hope("the engine")
         self._pump_soon()
+
+    def _queue(self, groups: Iterable[RoutedGroup], *, first: bool = False) -> None:
+        by_track: dict[str, list[RoutedGroup]] = defaultdict(list)
+        for group in groups:
+            by_track[group.track].append(group)
+        for track, part in by_track.items():
+            self._dispatchers[track].enqueue(part, first=first)
 
     def _fail_without_hope(self, name: str) -> None:
         """Fails all waiting groups where there is no engine and none returns."""
         if not self._engines.engines_return and not self._engines.active:
-            for group_id in {group.id for group in self._dispatcher.withdraw_waiting()}:
+            waiting = [group for each in self._dispatchers.values() for group in each.withdraw_waiting()]
+            for group_id in {group.id for group in waiting}:
                 self._fail(group_id, self._engines.death(name))
 
     @property
     def waiting(self) -> int:
         """Number of groups that no engine has."""
-        return self._dispatcher.waiting
+        return sum(map(self.waiting_in, self._dispatchers))
 
     @property
     def waiting_tokens(self) -> float:
         """Estimated tokens of the waiting groups."""
-        return self._dispatcher.waiting_tokens
+        return sum(map(self.waiting_tokens_in, self._dispatchers))
+
+    def waiting_in(self, track: str) -> int:
+        """Number of groups of a track that no engine has."""
+        return self._dispatchers[track].waiting
+
+    def waiting_tokens_in(self, track: str) -> float:
+        """Estimated tokens of these."""
+        return self._dispatchers[track].waiting_tokens
 
     @property
     def sequences(self) -> int:
         """Number of unfinished sequences on all engines."""
-        return sum(self._dispatcher.sequences(name) for name in self._engines.active)
+        return sum(map(self.sequences_of, self._engines.active))
 
     def withdraw(self, caller: str, group_ids: Sequence[int]) -> None:
         """Drops groups of a caller from the queue and from the engines that have them."""
         self._partials.drop(group_ids)
-        for name, groups in self._dispatcher.withdraw(caller, group_ids).items():
-            self._engines.spawn(self._abort(self._engines.active[name], groups))
+        for dispatcher in self._dispatchers.values():
+            for name, groups in dispatcher.withdraw(caller, group_ids).items():
+                self._engines.spawn(self._abort(self._engines.active[name], groups))
         self._pump_soon()  # other groups may fit now
 
     async def _abort(self, engine: ActiveEngine, groups: list[RoutedGroup]) -> None:
@@ -169,7 +192,7 @@ class GroupScheduler:
         except Exception as error:  # a lost engine has nothing to abort
             logger.info(f"{engine.name} did not take an abort of {len(groups)} groups: {type(error).__name__}")
         if self._engines.is_active(engine):
-            self._dispatcher.finish(engine.name, [group.key for group in groups])
+            self._dispatcher_of(engine.name).finish(engine.name, [group.key for group in groups])
             self._pump_soon()
 
     async def stream(self, group: RoutedGroup) -> AsyncGenerator[TextDelta, None]:
@@ -182,8 +205,8 @@ class GroupScheduler:
         clock = asyncio.get_running_loop().time
         began, adapter = clock(), "" if group.adapter is None else group.adapter.label
         while True:
-            await self._engines.some_engine()
-            engine = self._engines.active[self._dispatcher.place(group)]
+            await self._engines.some_engine(self._engines.tracks.named(group.track))
+            engine = self._engines.active[self._dispatchers[group.track].place(group)]
             try:
                 if group.adapter is not None:
                     await self._loader.load_on(engine, group.adapter)
@@ -211,7 +234,7 @@ class GroupScheduler:
                     ) from None
             finally:
                 if self._engines.is_active(engine):
-                    self._dispatcher.finish(engine.name, [group.key])
+                    self._dispatchers[group.track].finish(engine.name, [group.key])
                     self._pump_soon()
 
     def _pump_soon(self) -> None:
@@ -225,8 +248,13 @@ class GroupScheduler:
         self._pump_due = False
         if self._engines.closed:
             return
+        for dispatcher in self._dispatchers.values():
+            self._send_assigned(dispatcher)
+        self._engines.mark_idle()
+
+    def _send_assigned(self, dispatcher: Dispatcher) -> None:
         now = asyncio.get_running_loop().time()
-        for name, groups in self._dispatcher.assign().items():
+        for name, groups in dispatcher.assign().items():
             engine = self._engines.active[name]
             engine.placed_at.update(dict.fromkeys((group.id for group in groups), now))
             self._watch_suspect(engine, groups)
@@ -238,23 +266,23 @@ class GroupScheduler:
                 by_adapter[None if engine.has_adapter(group.adapter) else group.adapter].append(group)
             for missing, part in by_adapter.items():
                 self._engines.spawn_for(engine, self._send(engine, part, missing))
-            if len(engine.placed_at) > 2 * self._dispatcher.sequences(name) + 64:
-                held = {group.id for group in self._dispatcher.groups(name)}
+            if len(engine.placed_at) > 2 * dispatcher.sequences(name) + 64:
+                held = {group.id for group in dispatcher.groups(name)}
                 engine.placed_at = {group_id: at for group_id, at in engine.placed_at.items() if group_id in held}
-        self._engines.mark_idle()
 
     async def _send(self, engine: ActiveEngine, groups: list[RoutedGroup], missing: AdapterVersion | None) -> None:
         """Sends a chunk to an engine, after it has loaded the missing adapter. Groups that the engine refuses fail;
         those of an engine that is gone are placed elsewhere."""
         keys, sent = [group.key for group in groups], [group.for_engine() for group in groups]
+        dispatcher = self._dispatcher_of(engine.name)
         try:
             if missing is not None:
                 if not any(self._wanted(group.id) for group in groups):  # no request may hold the version any more
-                    self._dispatcher.finish(engine.name, keys)
+                    dispatcher.finish(engine.name, keys)
                     self._pump_soon()
                     return
                 await self._loader.load_on(engine, missing)
-            await engine.unless_lost(engine.client.submit(engine.session, sent, self._dispatcher.waiting > 0))
+            await engine.unless_lost(engine.client.submit(engine.session, sent, dispatcher.waiting > 0))
         except EngineDeadError as error:
             self._engines.lose(engine, error)
         except Exception as error:
@@ -264,7 +292,7 @@ class GroupScheduler:
                 # A bug, here or there: these groups fail, the engine stays.
                 logger.exception(f"{engine.name} did not take {len(groups)} groups")
                 error = EngineError(f"{engine.name} did not take {len(groups)} groups: {error!r}")
-            for group_id in {group.id for group in self._dispatcher.finish(engine.name, keys)}:
+            for group_id in {group.id for group in dispatcher.finish(engine.name, keys)}:
                 self._fail(group_id, error)
             self._pump_soon()
         else:
@@ -273,6 +301,7 @@ class GroupScheduler:
 
     async def _collect(self, engine: ActiveEngine) -> None:
         """Receives an engine's results while it is in use. Later ones are dropped: its groups are elsewhere then."""
+        dispatcher = self._dispatcher_of(engine.name)
         while True:
             await engine.has_sent.wait()
             engine.has_sent.clear()
@@ -289,21 +318,22 @@ class GroupScheduler:
                 self._engines.lose(engine, error)
                 return
             # The engine is idle: requeue whatever it took and did not return.
-            self._requeue(self._dispatcher.finish(engine.name, sent))
+            self._requeue(dispatcher.finish(engine.name, sent))
             self._pump_soon()
 
     def _deliver(self, name: str, finished: Finished) -> None:
         if finished.partial_updates:
             self._deliver_updates(self._partials.extend(finished.partial_updates))
-        failed = self._dispatcher.finish(name, finished.failures)
+        dispatcher = self._dispatcher_of(name)
+        failed = dispatcher.finish(name, finished.failures)
         for group_id in {group.id: None for group in failed}:
             self._fail(group_id, next(error for key, error in finished.failures.items() if key[0] == group_id))
         if failed:
             self._pump_soon()
         if (columns := finished.columns) is None:
             return
-        self._dispatcher.finish_samples(name, zip(columns.group.tolist(), columns.sample.tolist(), strict=True))
-        self._dispatcher.learn(columns.lengths)
+        dispatcher.finish_samples(name, zip(columns.group.tolist(), columns.sample.tolist(), strict=True))
+        dispatcher.learn(columns.lengths)
         self._count(name, columns)
         self._partials.finish(columns)
         self._deliver_columns(columns)
@@ -337,7 +367,7 @@ class GroupScheduler:
                         self._telemetry.count(metrics.RESUMED_TOKENS, len(part.partial))
                 again.extend(parts)
         # A restart may have ended their request.
-        self._dispatcher.enqueue([group for group in again if self._wanted(group.id)], first=True)
+        self._queue([group for group in again if self._wanted(group.id)], first=True)
 
     # -- suspects ----------------------------------------------------------------------------------
 
@@ -351,17 +381,17 @@ class GroupScheduler:
             self._telemetry.event("poison", one_line(poison_error(group)), name)
             self._fail(group.id, poison_error(group))
         if verdict.poisoned and crashed:
-            self._dispatcher.clear_waiting()
+            self._dispatcher_of(name).clear_waiting()
         for group in verdict.suspects:
             if self._wanted(group.id):
                 self._restart(group)
             if self._wanted(group.id):
-                self._dispatcher.suspect(replace(group, attempts=group.attempts + 1))
+                self._dispatchers[group.track].suspect(replace(group, attempts=group.attempts + 1))
         return verdict.innocent
 
     def _watch_suspect(self, engine: ActiveEngine, groups: list[RoutedGroup]) -> None:
         """Clears a suspect that was sent to an engine once it has run for longer than before its last engine ended."""
-        key = self._dispatcher.suspect_of(engine.name)
+        key = self._dispatcher_of(engine.name).suspect_of(engine.name)
         for group in groups:
             if group.key == key:
                 self._engines.spawn(self._clear_suspect(engine, group))
@@ -371,5 +401,5 @@ class GroupScheduler:
             async with asyncio.timeout(suspicion_s(group)):
                 await engine.lost.wait()
         if self._engines.is_active(engine):
-            self._dispatcher.clear(engine.name, group.key)
+            self._dispatchers[group.track].clear(engine.name, group.key)
             self._pump_soon()

@@ -13,7 +13,6 @@ from twinkle_serve.data_format.metrics import Metric, MetricsSink
 from twinkle_serve.data_format.samples import STOP_REASONS, SampleColumns, StopReason
 from twinkle_serve.data_format.status import EngineStatus
 from twinkle_serve.data_format.telemetry import EngineLoad, Event, EventKind, HistoryPoint, TelemetryReport
-from twinkle_serve.data_format.weights import WeightsVersion
 from twinkle_serve.errors import (
     DeadlineError,
     EngineError,
@@ -22,6 +21,7 @@ from twinkle_serve.errors import (
     RequestError,
     one_line,
 )
+from twinkle_serve.routing.tracks import Tracks
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class RouterState:
     waiting: int
     """Prompts, or parts of their samples, that wait for an engine."""
     waiting_tokens: float
-    weights: WeightsVersion
+    tracks: Tracks
     engines: Mapping[str, EngineStatus]
     loads: Mapping[str, EngineLoad]
     """Of the engines in use."""
@@ -244,7 +244,7 @@ class Telemetry:
             queued_s=_percentiles(period.queued_s),
             staleness=sum(period.staleness) / len(period.staleness) if period.staleness else None,
             engines_ready=sum(engine["state"] == "ready" for engine in state.engines.values()),
-            weights=state.weights.label,
+            weights=state.tracks.describe(),
         )
         self._points.append(point)
         for name in state.engines.keys() - self._counted:
@@ -278,7 +278,8 @@ class Telemetry:
         sink.set(metrics.RUNNING_CALLS, state.running_calls)
         sink.set(metrics.QUEUE_PROMPTS, state.waiting)
         sink.set(metrics.QUEUE_TOKENS, state.waiting_tokens)
-        sink.set(metrics.WEIGHTS_VERSION, state.weights.number)
+        for track in state.tracks:
+            sink.set(metrics.WEIGHTS_VERSION, track.weights.number, (track.name,))
         for name, engine in state.engines.items():
             for each in STATES:
                 sink.set(metrics.ENGINE_STATE, float(engine["state"] == each), (name, each))

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from twinkle_serve import timing
 from twinkle_serve.data_format import metrics
 from twinkle_serve.data_format.weights import (
-    MAIN_TRACK,
     PAUSE_MODES,
     BucketArgument,
     PauseMode,
-    WeightsState,
     WeightsVersion,
 )
 from twinkle_serve.errors import DeadlineError, StoreError, TwinkleServeError, UnsupportedError, WeightsError, one_line
@@ -23,6 +21,7 @@ from twinkle_serve.lease import Lease
 from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.pause import PauseCoordinator
 from twinkle_serve.routing.telemetry import Telemetry
+from twinkle_serve.routing.tracks import Track
 from twinkle_serve.validation import flag, one_of
 from twinkle_serve.weights import StoreClient
 
@@ -36,6 +35,7 @@ class _Update:
     """An update under way."""
 
     label: str
+    track: Track
     heard_at: float
     """When its trainer was last heard of, in seconds of the event loop's clock."""
     lease: Lease
@@ -51,10 +51,11 @@ class _Update:
 
 
 class WeightUpdates:
-    """Takes new versions of the model's own weights from trainers, and loads them on the engines.
+    """Takes new versions of the model's own weights from trainers, and loads them on the engines of a track.
 
     Guarantees:
-        A version samples nothing before the store has every byte of it and every engine in use has loaded it.
+        A version samples nothing before the store has every byte of it and every engine of its track that is in use has
+            loaded it.
         An update that fails, or whose trainer dies, leaves the previous version current, and no data behind.
         A version that cannot be written to the disk is replaced by the previous one, on every engine.
     """
@@ -64,26 +65,25 @@ class WeightUpdates:
         store: StoreClient,
         membership: EngineMembership,
         pause_coordinator: PauseCoordinator,
-        weights: WeightsState,
+        kept: list[str],
         *,
         telemetry: Telemetry | None = None,
     ) -> None:
         """
         Args:
-            weights: all versions of the store.
+            kept: labels of the versions that the store has, the oldest first.
             telemetry: records updates.
         """
         self._telemetry = telemetry or Telemetry()
         self._store, self._engines, self._pause_coordinator = store, membership, pause_coordinator
-        self._numbers = {label: number for number, label in enumerate(weights.labels)}
-        self.kept = weights.kept
+        self.kept = kept
         """Labels of the versions that `use` takes, the oldest first."""
         self._update: _Update | None = None
         self._persisting: asyncio.Task[None] | None = None
         """Writes the last version to the disk."""
 
-    async def begin(self, label: str, durable: bool = True) -> int:
-        """Starts an update. Returns the id of the upload.
+    async def begin(self, label: str, track: Track, durable: bool = True) -> int:
+        """Starts an update of a track. Returns the id of the upload.
 
         Args:
             durable: `publish` returns when the store has written the version, which it does while buckets come. False:
@@ -93,8 +93,9 @@ class WeightUpdates:
             WeightsError: the version exists, or another update is under way.
             UnsupportedError: the model's files do not list its weights.
         """
-        update = self._start(label)
-        update.durable = flag("durable", durable)
+        flag("durable", durable)
+        update = self._start(label, track)
+        update.durable = durable
         try:
             if self._persisting is not None:  # the memory of one version at a time
                 await asyncio.wait([self._persisting])
@@ -109,7 +110,7 @@ class WeightUpdates:
         self._restart_timeout(update)
         return update.upload
 
-    def _start(self, label: str) -> _Update:
+    def _start(self, label: str, track: Track) -> _Update:
         """Keeps others from beginning an update. Raises WeightsError if one has begun."""
         if not isinstance(label, str) or not label:
             raise WeightsError(f"version must be a non-empty string, got {label!r}.")
@@ -119,7 +120,7 @@ class WeightUpdates:
                 f"an update to {other.label!r} is under way, heard of {now - other.heard_at:.1f} s ago. Wait for it; "
                 f"one whose trainer is gone is given up after {timing.UPLOAD_LEASE_S:g} s."
             )
-        self._update = _Update(label, now, Lease(self._expire), began=now)
+        self._update = _Update(label, track, now, Lease(self._expire), began=now)
         return self._update
 
     async def append(self, upload: int, index: int, bucket: BucketArgument) -> None:
@@ -164,7 +165,7 @@ class WeightUpdates:
             with self._reported(update):
                 version = await self._store.seal_weights(update.upload)
                 phases = {"upload": uploaded - update.began, "seal": clock() - uploaded}
-                phases |= await self._switch(version, mode, timeout_s)
+                phases |= await self._switch(update.track, version, mode, timeout_s)
             self._persisting = self._engines.spawn(self._persist(update, version, phases, timeout_s))
             self._persisting.add_done_callback(lambda task: task.cancelled() or task.exception())
             if update.durable:
@@ -174,8 +175,8 @@ class WeightUpdates:
             raise
         self._end(update)
 
-    async def use(self, label: str, mode: PauseMode, timeout_s: float) -> str:
-        """Makes a version current that the store has kept, on all engines or on none. Returns its label.
+    async def use(self, label: str, track: Track, mode: PauseMode, timeout_s: float) -> str:
+        """Makes a version current that the store has kept, on all engines of a track or on none. Returns its label.
 
         Runs to its end even if the call is cancelled.
 
@@ -184,7 +185,7 @@ class WeightUpdates:
                 Others as `publish`.
         """
         one_of("mode", mode, PAUSE_MODES)
-        update = self._start(label)
+        update = self._start(label, track)
         update.publishing = True
         await asyncio.shield(self._engines.spawn(self._use(update, mode, timeout_s)))
         return label
@@ -193,29 +194,31 @@ class WeightUpdates:
         try:
             with self._reported(update):
                 version = await self._store.find_weights(update.label)
-                phases = await self._switch(version, mode, timeout_s)
+                phases = await self._switch(update.track, version, mode, timeout_s)
             await self._persist(update, version, phases, timeout_s)
         finally:
             self._end(update)
 
-    async def _switch(self, version: WeightsVersion, mode: PauseMode, timeout_s: float) -> dict[str, float]:
-        """Makes a version current on all engines and in the memory of the store. Returns the seconds of each phase."""
+    async def _switch(
+        self, track: Track, version: WeightsVersion, mode: PauseMode, timeout_s: float
+    ) -> dict[str, float]:
+        """Makes a version current on all engines of a track and in the memory of the store. Returns the seconds of each
+        phase."""
         clock = asyncio.get_running_loop().time
         began = clock()
 
         async def commit() -> None:
             try:
-                await self._store.commit_weights(version, MAIN_TRACK)
+                await self._store.commit_weights(version, track.name)
             except StoreError:  # the commit may have happened, and its answer may be lost
-                if await self._store.current_weights(MAIN_TRACK) != version:
+                if await self._store.current_weights(track.name) != version:
                     raise
-            self._numbers[version.label] = version.number
 
-        await self._engines.prepare(version, timeout_s)
+        await self._engines.prepare(track, version, timeout_s)
         prepared = clock()
         return {
             "prepare": prepared - began,
-            **await self._pause_coordinator.update(version, mode, commit, timeout_s),
+            **await self._pause_coordinator.update(track, version, mode, commit, timeout_s),
         }
 
     async def _persist(
@@ -236,7 +239,7 @@ class WeightUpdates:
             except TimeoutError:
                 raise DeadlineError(f"the store did not write {version.label!r} within {timeout_s:g} s") from None
         except (StoreError, DeadlineError) as error:
-            current = await self._return(version, timeout_s)
+            current = await self._return(update.track, version, timeout_s)
             if current != version:
                 text = f"{str(error).rstrip('.')}; {current.label!r} is current again."
                 logger.error(text)
@@ -244,20 +247,20 @@ class WeightUpdates:
                     raise type(error)(text) from None
         self._report(update, {**phases, "persist": clock() - began})
 
-    async def _return(self, version: WeightsVersion, timeout_s: float) -> WeightsVersion:
+    async def _return(self, track: Track, version: WeightsVersion, timeout_s: float) -> WeightsVersion:
         """Makes the engines load what the store has in place of a version that it could not write. Returns that."""
         await self._store.revert_weights(version)
-        current = await self._store.current_weights(MAIN_TRACK)
+        current = await self._store.current_weights(track.name)
         if current != version:
 
             async def committed() -> None:
                 """The store has it."""
 
             try:
-                await self._pause_coordinator.update(current, "keep", committed, timeout_s)
+                await self._pause_coordinator.update(track, current, "keep", committed, timeout_s)
             except TwinkleServeError as error:
                 logger.warning(f"engines leave the service until they have {current.label!r}: {error}")
-                self._engines.weights_version = current
+                track.weights = current
         return current
 
     @contextlib.contextmanager
@@ -318,8 +321,3 @@ class WeightUpdates:
         update.lease.end()
         if self._update is update:
             self._update = None
-
-    def staleness(self, labels: set[str]) -> int:
-        """Returns how many versions have become current since the oldest of these."""
-        current = self._engines.weights_version.number
-        return current - min((self._numbers.get(label, current) for label in labels), default=current)

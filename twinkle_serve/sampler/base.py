@@ -129,6 +129,8 @@ class RunningSampler(EngineControls, TokenCalls, SessionCalls, Sampler, TwinkleC
                 complete ones. None: wait for all.
             engine: name of the only engine that may sample the call, as in `status()["engines"]`: to compare engines.
                 The call waits for it, past the queue, also while it is being replaced. "": any engine.
+            track: the track whose engines sample the call, of the config's `tracks`, also after a failover. Without an
+                engine of it, the call waits for one. "": the first track, or that of `engine`.
 
         Returns:
             A response whose `sequences` are flat and prompt-major. Iterating over it yields one response per prompt.
@@ -260,7 +262,7 @@ class RunningSampler(EngineControls, TokenCalls, SessionCalls, Sampler, TwinkleC
         Closing the iterator aborts the sample.
 
         Keyword Args:
-            use_base_model, continue_final_message, timeout_s: as in `sample`.
+            use_base_model, continue_final_message, timeout_s, track: as in `sample`.
             skip_special_tokens: as in sampling_params.
 
         Raises:
@@ -317,12 +319,14 @@ class RunningSampler(EngineControls, TokenCalls, SessionCalls, Sampler, TwinkleC
         top_logprobs: int = 0,
         use_base_model: bool = False,
         timeout_s: float | None = None,
+        track: str = "",
     ) -> SampleResponse:
         """Returns the logprob of every token of given sequences; samples nothing.
 
         Args:
             inputs: as of `sample`. Messages are scored as they stand, without a turn opened for the assistant.
             top_logprobs: how many of the likeliest tokens to return at each position too.
+            track: as of `sample`.
 
         Returns:
             One response an input: `prompt_token_ids`, `prompt_logprobs` (nats, None at position 0) and
@@ -333,11 +337,17 @@ class RunningSampler(EngineControls, TokenCalls, SessionCalls, Sampler, TwinkleC
         """
         params = SamplingParams(max_tokens=0, logprobs=None, prompt_logprobs=top_logprobs)
         return self.sample(
-            inputs, params, adapter_name, adapter_path, use_base_model=use_base_model, timeout_s=timeout_s
+            inputs, params, adapter_name, adapter_path, use_base_model=use_base_model, timeout_s=timeout_s, track=track
         )
 
     def verify(
-        self, response: SampleResponse, *, against: RunningSampler, adapter_name: str | None = None, worst: int = 10
+        self,
+        response: SampleResponse,
+        *,
+        against: RunningSampler,
+        adapter_name: str | None = None,
+        worst: int = 10,
+        track: str = "",
     ) -> Verification:
         """Scores a response's samples on a second sampler, and compares logprobs token by token.
 
@@ -346,6 +356,7 @@ class RunningSampler(EngineControls, TokenCalls, SessionCalls, Sampler, TwinkleC
             adapter_name: adapter to score with there. None: against this sampler itself, the version that each sample
                 names; against another one, the adapter of the same name there.
             worst: number of tokens in `worst_tokens`, those with the largest differences.
+            track: the track of the second sampler that scores them; "": its first one.
 
         Raises:
             RequestError: the response has no logprobs, or not of the model's own distribution; or its samples are of
@@ -356,7 +367,9 @@ class RunningSampler(EngineControls, TokenCalls, SessionCalls, Sampler, TwinkleC
             raise RequestError(f"against must be a sampler, got {type(against).__name__}.")
         same_service = against._client is self._client
         templates = (against._find_template, self._find_template)
-        return verify(response, against, adapter_name, worst, same_service=same_service, templates=templates)
+        return verify(
+            response, against, adapter_name, worst, track=track, same_service=same_service, templates=templates
+        )
 
     # -- adapters and templates ------------------------------------------------------------------
 

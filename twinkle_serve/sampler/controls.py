@@ -49,6 +49,7 @@ class EngineControls:
         version: str,
         mode: PauseMode = "keep",
         *,
+        track: str = "",
         merge_lora: bool = False,
         allow_nonfinite: bool = False,
         bucket_bytes: int = BUCKET_BYTES,
@@ -56,7 +57,8 @@ class EngineControls:
         delta: bool = False,
         timeout_s: float = timing.CONTROL_TIMEOUT_S,
     ) -> str:
-        """Replaces the model's own weights on every engine. Returns `version`, which is stamped on later samples.
+        """Replaces the model's own weights on every engine of a track. Returns `version`, which is stamped on later
+        samples.
 
         The weights are sent first, while the engines sample; then the engines pause, load them and resume. Adapters
         stay loaded. Engines that start later load them too.
@@ -66,10 +68,12 @@ class EngineControls:
                 name and tensor, a directory with safetensors files on this machine, or a model on a hub,
                 `hf://org/name`. What FSDP, torch.compile and the like add to names is left out. A tensor is copied
                 before the next one is taken, so its memory may be used again.
-            version: label of these weights; unique.
+            version: label of these weights; unique in the service.
             mode: fate of running samples. keep: they continue, and their `weight_versions` say which tokens come from
                 which weights; their KV cache is recomputed. wait: they end first. abort: they end where they are, with
                 stop_reason abort; those without a token start anew.
+            track: the track whose engines load them, of the config's `tracks`; those of others sample on. "": the
+                first one, which is the only one unless the config has others.
             merge_lora: `weights` is a model of peft; what its active adapters learnt is added to copies of its weights,
                 one at a time. The model is not changed.
             allow_nonfinite: accept NaN and infinite values.
@@ -88,10 +92,10 @@ class EngineControls:
             EngineError: an engine failed.
             StoreError: the store failed.
             DeadlineError: a step was not done within `timeout_s`.
-                After each, the previous weights are current on all engines, and none is paused.
+                After each, the previous weights are current on all engines of the track, and none is paused.
             UnsupportedError: a model without safetensors files; with merge_lora, adapters that are not plain LoRA.
             AdapterError: with merge_lora, an adapter of a weight that two modules share.
-            RequestError: another invalid argument, or a sampler that is asleep.
+            RequestError: another invalid argument, an unknown track, or a sampler that is asleep.
         """
         positive("timeout_s", timeout_s)
         flag("allow_nonfinite", allow_nonfinite)
@@ -106,17 +110,23 @@ class EngineControls:
             return buckets(tensors, bucket_bytes, allow_nonfinite=allow_nonfinite, new_file=new_file)
 
         flag("durable", durable)
-        return self._weights.send(version, mode, made, timeout_s, durable=durable, delta=flag("delta", delta))
+        return self._weights.send(version, mode, track, made, timeout_s, durable=durable, delta=flag("delta", delta))
 
     def use_weights(
-        self, version: str, *, mode: PauseMode = "keep", timeout_s: float = timing.CONTROL_TIMEOUT_S
+        self,
+        version: str,
+        *,
+        mode: PauseMode = "keep",
+        track: str = "",
+        timeout_s: float = timing.CONTROL_TIMEOUT_S,
     ) -> str:
-        """Makes weights current again that the service has kept, on every engine. Returns `version`.
+        """Makes weights current again that the service has kept, on every engine of a track. Returns `version`.
 
         Args:
             version: as in `status()["weights_versions"]`; `initial` are those of the model's checkpoint. The config's
                 `weights_versions` says how many are kept.
             mode: fate of running samples, as in `update_weights`.
+            track: as in `update_weights`; the version may be, or have been, that of another track.
             timeout_s: limit in seconds.
 
         Raises:
@@ -124,7 +134,8 @@ class EngineControls:
                 Others as `update_weights`.
         """
         limit_s = 3 * positive("timeout_s", timeout_s) + timing.CONTROL_TIMEOUT_S
-        return self._client.loop.call(self._client.call(limit_s, RouterAPI.use_weights, version, mode, timeout_s))
+        call = self._client.call(limit_s, RouterAPI.use_weights, version, mode, timeout_s, track)
+        return self._client.loop.call(call)
 
     def pause(self, mode: PauseMode = "keep", *, lease_s: float = 30.0) -> Pause:
         """Stops all engines until the pause is ended. Calls wait meanwhile, within their deadlines.

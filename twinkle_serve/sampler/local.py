@@ -163,7 +163,8 @@ class _Service:
         if args.state_dir is not None:
             self._state_lock = await asyncio.to_thread(StateLock, args.state_dir)
         store = LocalStore(WeightStore(args.model_id, args.state_dir, args.weights_versions))
-        self._server = EngineServer(engine, model, store, traces_of(args.traces, "engine"))
+        track = args.track_names[0]
+        self._server = EngineServer(engine, model, store, traces_of(args.traces, "engine"), track=track)
         await self._server.start(ENGINE, args.startup_timeout_s)
         router = Router(
             args, model, {ENGINE: self._server}, store, engines_return=False, traces=traces_of(args.traces, "router")

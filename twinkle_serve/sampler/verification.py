@@ -26,7 +26,13 @@ class Scorer(Protocol):
     """A sampler that scores sequences."""
 
     def score(
-        self, inputs: Any, adapter_name: str = "", adapter_path: str | None = None, *, use_base_model: bool = False
+        self,
+        inputs: Any,
+        adapter_name: str = "",
+        adapter_path: str | None = None,
+        *,
+        use_base_model: bool = False,
+        track: str = "",
     ) -> SampleResponse:
         """See `RunningSampler.score`."""
         ...
@@ -126,6 +132,7 @@ def verify(
     adapter_name: str | None,
     worst: int,
     *,
+    track: str = "",
     same_service: bool = False,
     templates: Sequence[Callable[[], Template | None]] = (),
 ) -> Verification:
@@ -146,7 +153,7 @@ def verify(
         raise AdapterError(f"adapter_name must be a string, got {adapter_name!r}.")
     count = whole_number("worst", worst, 0)
     sampled = _sampled_logprobs(response)
-    other = _other_logprobs(response, against, adapter_name, same_service)
+    other = _other_logprobs(response, against, adapter_name, track, same_service)
     difference = other - sampled
     order = np.argsort(-np.abs(difference), kind="stable")
     return Verification(
@@ -207,7 +214,7 @@ def _place(response: SampleResponse, at: int) -> tuple[int, int, int]:
 
 
 def _other_logprobs(
-    response: SampleResponse, against: Scorer, adapter_name: str | None, same_service: bool
+    response: SampleResponse, against: Scorer, adapter_name: str | None, track: str, same_service: bool
 ) -> FloatArray64:
     """Scores the samples on the other sampler. Returns the logprobs of their tokens, as they are in the columns."""
     columns, weights = response.columns, _weights_version(response)
@@ -216,11 +223,12 @@ def _other_logprobs(
         sequences = [response.sequences[row] for row in rows]
         # An adapter that was given by its path has the path as its name.
         by_path = name.startswith("/") and not (adapter_name is None and same_service)
-        scored = _score(response, sequences, against, "" if by_path else name, name if by_path else None)
+        scored = _score(response, sequences, against, "" if by_path else name, name if by_path else None, track)
         current = {label for spans in scored.columns.weight_versions for label, _ in spans}
         if same_service and current != {weights}:
             raise RequestError(
-                f"the samples are of weights {weights!r}, and the sampler has {', '.join(sorted(current))} by now."
+                f"the samples are of weights {weights!r}, and the sampler has {', '.join(sorted(current))} by now"
+                f"{f' in track {track!r}' if track else ''}."
             )
         for i, sequence in enumerate(sequences):
             tokens = len(sequence.token_array)
@@ -291,12 +299,14 @@ def _score(
     against: Scorer,
     adapter_name: str,
     adapter_path: str | None,
+    track: str,
 ) -> SampleResponse:
     """Scores sequences of a response on another sampler, prompts included. Raises RequestError for other settings."""
     prompts = [response.prompts[int(response.columns.group[sequence.row])] for sequence in sequences]
     whole = [np.concatenate([p, s.token_array]) for p, s in zip(prompts, sequences, strict=True)]
     base_model = not (adapter_name or adapter_path)  # whatever the other sampler's default is
-    scored = against.score([{"input_ids": ids} for ids in whole], adapter_name, adapter_path, use_base_model=base_model)
+    inputs = [{"input_ids": ids} for ids in whole]
+    scored = against.score(inputs, adapter_name, adapter_path, use_base_model=base_model, track=track)
     if len(scored) != len(whole):
         raise RequestError("the other sampler's template leaves out sequences. Raise its max_length.")
     if scored.logprobs_mode != response.logprobs_mode:

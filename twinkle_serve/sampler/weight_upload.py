@@ -37,6 +37,7 @@ class WeightUploads:
         self,
         version: str,
         mode: PauseMode,
+        track: str,
         make_buckets: Callable[[Callable[[int], TensorFile]], Iterator[Bucket]],
         timeout_s: float,
         *,
@@ -54,7 +55,7 @@ class WeightUploads:
             delta: send patches of the buckets that were sent last, where the service still has those.
         """
         client, loop = self._client, self._client.loop
-        upload = loop.call(client.call(timeout_s, RouterAPI.begin_weights, version, mode, durable))
+        upload = loop.call(client.call(timeout_s, RouterAPI.begin_weights, version, mode, durable, track))
         try:
             with client.sending() as sender:
                 files = _Files(sender, self._bases(timeout_s)) if delta else sender

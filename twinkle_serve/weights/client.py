@@ -12,6 +12,7 @@ import numpy as np
 
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.weights import (
+    MAIN_TRACK,
     Bucket,
     BucketArgument,
     BucketFile,
@@ -36,7 +37,9 @@ class StoreClient(Protocol):
         """Returns the published adapter versions by name, newest last; see `WeightStore.published`."""
         ...
 
-    async def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
+    async def put(
+        self, name: str, files: AdapterFiles, *, is_path: bool = False, track: str = MAIN_TRACK
+    ) -> AdapterVersion:
         """Stores an adapter as the next version of a name; see `WeightStore.put`."""
         ...
 
@@ -114,8 +117,10 @@ class LocalStore(StoreClient):
     async def published(self) -> dict[str, list[AdapterVersion]]:
         return await self._run(self._store.published)
 
-    async def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
-        return await self._run(self._store.put, name, files, is_path=is_path)
+    async def put(
+        self, name: str, files: AdapterFiles, *, is_path: bool = False, track: str = MAIN_TRACK
+    ) -> AdapterVersion:
+        return await self._run(self._store.put, name, files, is_path=is_path, track=track)
 
     async def publish(self, version: AdapterVersion) -> None:
         await self._run(self._store.publish, version)

@@ -81,13 +81,14 @@ class WeightStore:
             by_name.setdefault(entry.version.name, []).append(entry.version)
         return by_name
 
-    def put(self, name: str, files: AdapterFiles, *, is_path: bool = False) -> AdapterVersion:
+    def put(self, name: str, files: AdapterFiles, *, is_path: bool = False, track: str = MAIN_TRACK) -> AdapterVersion:
         """Stores an adapter as the next version of a name. It is not published yet.
 
         Args:
             name: name of the adapter.
             files: the adapter.
             is_path: whether the name is a path, given by a call.
+            track: tensors of the model itself in the files are compared with its current weights.
 
         Raises:
             AdapterError: invalid name, or the files are not a valid adapter.
@@ -102,7 +103,7 @@ class WeightStore:
             id=self._next_id,
             rank=description.rank,
             checksum=files.checksum(),
-            weights=self.model.current(MAIN_TRACK).number if description.base else None,
+            weights=self.model.current(track).number if description.base else None,
         )
         if self._disk is not None:
             self._disk.write(f"{_directory(version)}/{CONFIG}", files.config)

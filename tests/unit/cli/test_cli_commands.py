@@ -179,6 +179,10 @@ def test_weights_become_current(way: Way) -> None:
     assert found["bytes"] == (hub.DEMO / "model.safetensors").stat().st_size
     assert "WeightsError" in way.fails(1, "weights", "push", str(hub.DEMO), "--version", label)
     assert "current on all engines" in way.text("weights", "push", str(hub.DEMO), "--version", f"{label}-again")
+    assert "of track main" in way.text(
+        "weights", "push", str(hub.DEMO), "--version", f"{label}-main", "--track", "main"
+    )
+    assert "unknown track 'trial'" in way.fails(1, "weights", "push", str(hub.DEMO), "--track", "trial")
     assert "safetensors" in way.fails(2, "weights", "push", "/no/such/place")
 
 

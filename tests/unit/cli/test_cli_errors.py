@@ -133,8 +133,8 @@ def test_a_status_without_a_ready_engine_is_3(monkeypatch: pytest.MonkeyPatch) -
     """The state is printed all the same."""
     status = {
         **{"model_id": "m", "weights": "w", "paused": False, "asleep": False, "requests": 0, "groups_waiting": 0},
-        **{"adapters": {}, "adapter_versions": {}},
-        "engines": {"engine-dp0": {"state": "dead", "sequences": 0, "last_failure": "killed"}},
+        **{"adapters": {}, "adapter_versions": {}, "tracks": {"main": "w"}},
+        "engines": {"engine-dp0": {"state": "dead", "track": "main", "sequences": 0, "last_failure": "killed"}},
     }
     monkeypatch.setattr("twinkle_serve.cli.gateway_client.GatewayClient.status", lambda self: status)
     result = run("status")

@@ -21,13 +21,20 @@ from twinkle_serve.errors import ServiceError
 ENGINE = {
     **{"state": "ready", "sequences": 130, "weights": "step-1000", "adapters": ["my_lora@12"], "engine": "vllm"},
     **{"device": "cuda", "max_num_seqs": 256, "batch_fill": 0.51, "kv_cache": 0.42, "prefix_hits": 0.9},
-    **{"preemptions": 3, "tokens_per_s": 12345.6, "last_failure": "EngineDeadError: " + "it was killed " * 8},
+    **{
+        "track": "main",
+        "preemptions": 3,
+        "tokens_per_s": 12345.6,
+        "last_failure": "EngineDeadError: " + "it was killed " * 8,
+    },
 }
 STATUS: Any = {
     **{"model_id": "org/a-model-7b", "weights": "step-1000", "paused": True, "asleep": False, "requests": 3},
     **{"groups_waiting": 12, "adapters": {"my_lora": "my_lora@12"}, "adapter_versions": {"my_lora": ["my_lora@12"]}},
     "engines": {f"engine-dp{i}": ENGINE for i in range(3)},
+    "tracks": {"main": "step-1000"},
 }
+TRACKS: Any = {**STATUS, "tracks": {"main": "step-1000", "trial": "step-2000"}}
 POINT = {
     **{"time": 0.0, "tokens_per_s": 1000.0, "prompt_tokens_per_s": 50.0, "samples_per_s": 3.5, "calls": 2},
     **{"failed_calls": 0, "running_calls": 4, "sequences": 64, "waiting": 12, "call_s": [0.5, 90.0], "queued_s": None},
@@ -63,6 +70,14 @@ def test_everything_fits_the_terminal(width: int) -> None:
     assert all(len(line) <= width for line in lines)
     assert any(line.startswith("tokens/s") and "69,900" in line for line in lines)
     assert any("1234/4096" in line for line in lines) and any("and 2 more" in line for line in lines)
+
+
+def test_tracks_are_shown_where_there_are_several() -> None:
+    """With the weights of each, and a column."""
+    lines = drawn(status.report(TRACKS, 200), 200)
+    assert "weights main step-1000, trial step-2000" in lines[0]
+    assert any(line.split()[:2] == ["engine", "track"] for line in lines)
+    assert not any("track" in line for line in drawn(status.report(STATUS, 200), 200))
 
 
 def test_columns_are_left_out_by_rank() -> None:

@@ -287,12 +287,15 @@ async def test_weights_are_replaced(gateway: GatewayUnderTest) -> None:
             yield data[start : start + 100_003]
 
     async with gateway.http() as http:
-        answer = await http.put("/weights/step-1", content=data, params={"mode": "wait", "timeout_s": "60"})
-        assert answer.json() == {"weights": "step-1"} == (await http.get("/weights")).json()
+        query = {"mode": "wait", "track": "main", "timeout_s": "60"}
+        answer = await http.put("/weights/step-1", content=data, params=query)
+        assert answer.json() == {"weights": "step-1"} and await weights_of(http) == "step-1"
         answer = await http.put("/weights/step-2", content=pieces())
         assert answer.json() == {"weights": "step-2"}, answer.text
-        body = {"inputs": QUESTIONS[0], "sampling_params": PARAMS}
+        body = {"inputs": QUESTIONS[0], "sampling_params": PARAMS, "track": "main"}
         (prompt,) = (await http.post("/sample", json=body)).json()["prompts"]
+        answer = await http.post("/score", json={"inputs": QUESTIONS[0], "track": "trial"})
+        assert answer.status_code == 400 and "unknown track 'trial'" in answer.text
     assert {span["version"] for span in prompt["sequences"][0]["weight_versions"]} == {"step-2"}
 
 
@@ -317,7 +320,14 @@ async def test_bad_weights_leave_the_old_ones(gateway: GatewayUnderTest) -> None
             answer = await http.put(f"/weights/{kind}", content=content)
             assert answer.status_code == 400 and words in answer.json()["error"]["message"], (kind, answer.text)
             assert answer.json()["error"]["type"] == "WeightsError"
-        for query in ({"mode": "now"}, {"allow_nonfinite": "1"}, {"timeout_s": "0"}, {"timeout_s": "soon"}, {"x": "1"}):
+        for query in (
+            {"mode": "now"},
+            {"track": "trial"},
+            {"allow_nonfinite": "1"},
+            {"timeout_s": "0"},
+            {"timeout_s": "soon"},
+            {"x": "1"},
+        ):
             assert (await http.put("/weights/a", content=good, params=query)).status_code == 400, query
         assert (await http.put("/weights/a", content=good, headers={"content-type": "text/csv"})).status_code == 415
         assert (await http.put(f"/weights/{before}", content=good)).status_code == 400
@@ -354,7 +364,8 @@ async def test_a_pause_that_nobody_renews_ends(gateway: GatewayUnderTest) -> Non
 async def test_state_and_weights_are_told(gateway: GatewayUnderTest) -> None:
     async with gateway.http() as http:
         status = (await http.get("/status", params={"sampler": "sampler"})).json()
-        assert (await http.get("/weights")).json() == {"weights": status["weights"]}
+        assert (await http.get("/weights")).json() == {"weights": status["weights"], "tracks": status["tracks"]}
+    assert status["tracks"] == {"main": status["weights"]}
     assert set(status["engines"]) == {"local"}
 
 
@@ -388,6 +399,7 @@ async def test_a_request_says_which_sampler() -> None:
         ({"adapter_name": "a", "use_base_model": True}, 400, "contradict"),
         ({"template": "None"}, 400, "unknown template"),
         ({"min_groups": 5}, 400, "min_groups"),
+        ({"track": "trial"}, 400, "unknown track 'trial'"),
         ({"timeout_s": -1}, 400, "timeout_s"),
         ({"sampling_params": {"structured_outputs": {"regex": "a"}}}, 400, "no grammars"),
     ],

@@ -379,7 +379,7 @@ def test_a_full_queue_makes_a_client_send_the_same_request_later(
     """As the answer of 429 says; its caller notices nothing but the time."""
     refusals: list[Any] = []
 
-    def refuse_once(admission: Admission, active: Any = None) -> None:
+    def refuse_once(admission: Admission, track: Any, active: Any = None) -> None:
         if not refusals:
             refusals.append(active)
             raise QueueFullError("full", 2.0)

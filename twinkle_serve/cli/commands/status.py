@@ -62,10 +62,10 @@ def frame(command: Command, client: Any) -> RenderableType:
 
 
 def is_ready(found: SamplerStatus) -> bool:
-    """Whether an engine is ready with the current weights, and the service is awake."""
+    """Whether an engine is ready with the current weights of its track, and the service is awake."""
     engines = found["engines"].values()
     return not found["asleep"] and any(
-        engine["state"] == "ready" and engine.get("weights") == found["weights"] for engine in engines
+        engine["state"] == "ready" and engine.get("weights") == found["tracks"][engine["track"]] for engine in engines
     )
 
 
@@ -76,7 +76,8 @@ def report(found: SamplerStatus, width: int) -> Group:
 
     parts: list[Any] = [_summary(found), Text()]
     rows = list(found["engines"].items())
-    parts.append(table(ENGINE_COLUMNS, rows, width) if rows else styled("no engines", "yellow"))
+    columns = ENGINE_COLUMNS if len(found["tracks"]) == 1 else (ENGINE_COLUMNS[0], TRACK_COLUMN, *ENGINE_COLUMNS[1:])
+    parts.append(table(columns, rows, width) if rows else styled("no engines", "yellow"))
     failures = [(name, engine["last_failure"]) for name, engine in rows if engine.get("last_failure")]
     if failures:
         parts += [Text(), styled("Last failures", "bold"), *(Text(f"{name}  {text}") for name, text in failures)]
@@ -94,7 +95,9 @@ def _summary(found: SamplerStatus) -> Text:
 
     engines = found["engines"].values()
     ready = sum(engine["state"] == "ready" for engine in engines)
-    text = Text.assemble((found["model_id"], "bold"), f"  weights {found['weights']}  ")
+    tracks = found["tracks"]
+    weights = found["weights"] if len(tracks) == 1 else ", ".join(f"{track} {label}" for track, label in tracks.items())
+    text = Text.assemble((found["model_id"], "bold"), f"  weights {weights}  ")
     text.append(f"{ready} of {len(engines)} engines ready", "green" if is_ready(found) else "bold red")
     for name in ("paused", "asleep"):
         if found[name]:
@@ -122,6 +125,7 @@ ENGINE_COLUMNS = (
     Column("adapters", lambda row: ", ".join(row[1].get("adapters", ())) or "–", 8),
     Column("on", lambda row: _place(row[1]), 6),
 )
+TRACK_COLUMN = Column("track", lambda row: row[1]["track"], 1)
 ADAPTER_COLUMNS = (
     Column("adapter", lambda row: row[0]),
     Column("newest", lambda row: row[1]),

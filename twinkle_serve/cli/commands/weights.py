@@ -30,6 +30,7 @@ Mode = Annotated[
     Literal["keep", "wait", "abort"],
     typer.Option(help="Fate of running samples: they continue, end first, or end at once."),
 ]
+Track = Annotated[str, typer.Option(help="Track of the engines that get them. [default: the service's first]")]
 Limit = Annotated[float, typer.Option("--timeout", min=1, help="Limit of each step in seconds.")]
 
 
@@ -40,19 +41,23 @@ def push(
     directory: Directory,
     version: Version = None,
     mode: Mode = "keep",
+    track: Track = "",
     timeout: Limit = timing.CONTROL_TIMEOUT_S,
 ) -> None:
-    """Sends every weight of the model to the service, and makes them current on all engines at once."""
+    """Sends every weight of the model to the service, and makes them current on all engines of a track at once."""
     files = _files(directory)
     label = version or directory.expanduser().resolve().name
     client = command.connect()
     began = time.monotonic()
     total = sum(path.stat().st_size for path in files)
     with command.out.progress(f"sending {label}", total, unit="bytes") as advance:
-        done = client.push_weights(directory.expanduser(), label, mode, timeout, lambda count: advance(count, ""))
+        done = client.push_weights(
+            directory.expanduser(), label, mode, track, timeout, lambda count: advance(count, "")
+        )
     took_s = time.monotonic() - began
     data = {"weights": done, "bytes": total, "seconds": round(took_s, 3)}
-    command.out.show(data, f"{done} is current on all engines: {size(total)} in {seconds(took_s)}")
+    where = f"all engines of track {track}" if track else "all engines"
+    command.out.show(data, f"{done} is current on {where}: {size(total)} in {seconds(took_s)}")
 
 
 def _files(directory: Path) -> Sequence[Path]:

@@ -15,7 +15,7 @@ from twinkle_serve.gateway.json_response import JSON
 from twinkle_serve.gateway.keys import require_scope
 from twinkle_serve.gateway.native.fields import PauseBody, ResumeBody
 from twinkle_serve.gateway.native.media import JSON_MEDIA
-from twinkle_serve.gateway.native.schemas import BOOLEAN, NUMBER, STRING, WHOLE, object_of
+from twinkle_serve.gateway.native.schemas import BOOLEAN, LABELS, NUMBER, STRING, WHOLE, object_of
 from twinkle_serve.gateway.public import shown_message, shown_model
 from twinkle_serve.gateway.queries import refuse_query, sampler_of
 from twinkle_serve.routing.api import RouterAPI
@@ -28,6 +28,7 @@ STATUS = object_of(
     paused=BOOLEAN,
     asleep=BOOLEAN,
     weights=STRING,
+    tracks=LABELS,
     adapters={"type": "object"},
     adapter_versions={"type": "object"},
 )

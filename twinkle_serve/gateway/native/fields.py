@@ -89,6 +89,7 @@ class OfAdapter(OfInputs):
 
     adapter_name: str = Field(default="", description="`name`, `name@version`, or empty for the base model.")
     use_base_model: bool = Field(default=False, description="The base model, said explicitly.")
+    track: str = Field(default="", description="Track whose engines compute it, of GET /status; empty: the first.")
     timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     def options(self) -> dict[str, Any]:
@@ -98,7 +99,7 @@ class OfAdapter(OfInputs):
                 f"adapter_name={self.adapter_name!r} and use_base_model contradict each other. Give one of them.",
                 "use_base_model",
             )
-        return {"template": self.template, "use_base_model": self.use_base_model}
+        return {"template": self.template, "use_base_model": self.use_base_model, "track": self.track}
 
 
 class SampleBody(OfAdapter):

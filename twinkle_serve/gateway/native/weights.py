@@ -1,4 +1,4 @@
-"""`/weights`: the label of the current ones, and new ones."""
+"""`/weights`: the labels of the current ones, and new ones."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from twinkle_serve.gateway.errors import InvalidRequestError, MediaTypeError
 from twinkle_serve.gateway.json_response import JSON
 from twinkle_serve.gateway.keys import require_scope
 from twinkle_serve.gateway.native.media import JSON_MEDIA, TENSORS_MEDIA
-from twinkle_serve.gateway.native.schemas import STRING, object_of
+from twinkle_serve.gateway.native.schemas import LABELS, STRING, object_of
 from twinkle_serve.gateway.queries import choice_of, number_of, refuse_query, sampler_of
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.weights_file import buckets_of
 
-PARAMETERS = ("mode", "allow_nonfinite", "timeout_s", "sampler")
+PARAMETERS = ("mode", "track", "allow_nonfinite", "timeout_s", "sampler")
 
 
 def routes(context: GatewayContext) -> APIRouter:
     router = APIRouter(tags=["native"])
     of_weights = {JSON_MEDIA: object_of(weights=STRING)}
+    of_tracks = {JSON_MEDIA: object_of(weights=STRING, tracks=LABELS)}
 
-    @router.get("/weights", **described("Label of the current weights", answers=of_weights, query=("sampler",)))
+    @router.get("/weights", **described("Labels of the current weights", answers=of_tracks, query=("sampler",)))
     async def weights(request: Request) -> Response:
         state = await context.samplers.named(sampler_of(request)).status()
-        return JSON({"weights": state["weights"]})
+        return JSON({"weights": state["weights"], "tracks": state["tracks"]})
 
     @router.put(
         "/weights/{version}",
         **described(
-            "Replace the model's own weights on all engines",
+            "Replace the model's own weights on all engines of a track",
             media=TENSORS_MEDIA,
             answers=of_weights,
             query=PARAMETERS,
@@ -53,6 +54,7 @@ def routes(context: GatewayContext) -> APIRouter:
         timeout_s = number_of(request, "timeout_s", timing.CONTROL_TIMEOUT_S)
         if timeout_s <= 0:
             raise InvalidRequestError(f"timeout_s must be above 0, got {timeout_s:g}.", "timeout_s")
+        track = request.query_params.get("track", "")
         client = context.samplers.named(request.query_params.get("sampler")).client
         media = request.headers.get("content-type", TENSORS_MEDIA).partition(";")[0].strip().lower()
         if media != TENSORS_MEDIA:
@@ -62,7 +64,7 @@ def routes(context: GatewayContext) -> APIRouter:
             max_weight_bytes=context.limits.upload_bytes,
             allow_nonfinite=allow_nonfinite,
         )
-        upload = await client.call(timeout_s, RouterAPI.begin_weights, version, mode)
+        upload = await client.call(timeout_s, RouterAPI.begin_weights, version, mode, track=track)
         try:
             with client.sending() as sender:
                 index = 0

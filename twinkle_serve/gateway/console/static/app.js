@@ -5,7 +5,7 @@ import * as calls from "./calls.js";
 import { askForKey, onKey } from "./dialogs.js";
 import { $, announce, attr, el, show, text } from "./dom.js";
 import * as engines from "./engines.js";
-import { clock, seconds } from "./format.js";
+import { clock, seconds, weightsOf } from "./format.js";
 import { History } from "./history.js";
 import * as overview from "./overview.js";
 import * as playground from "./playground.js";
@@ -103,7 +103,7 @@ function sayChanges(before, after) {
     .filter(([name, engine]) => before.engines[name]?.state !== engine.state)
     .map(([name, engine]) => `${name} is ${engine.state}`);
   if (changes.length > 3) changes.splice(3, changes.length, `${changes.length - 3} more engines have changed`);
-  if (before.weights !== after.weights) changes.push(`the weights are ${after.weights}`);
+  if (weightsOf(before) !== weightsOf(after)) changes.push(`the weights are ${weightsOf(after)}`);
   if (before.paused !== after.paused) changes.push(after.paused ? "the engines are paused" : "the engines go on");
   announce(changes.join(", "));
 }

@@ -2,7 +2,7 @@
 
 import { confirm, operate } from "./dialogs.js";
 import { $, Keyed, attr, el, show, text, toast } from "./dom.js";
-import { count, isNumber, percent, plural, rate } from "./format.js";
+import { count, isBehind, isNumber, percent, plural, rate } from "./format.js";
 
 export const STATES = ["ready", "catching up", "starting", "draining", "drained", "dead"];
 
@@ -59,7 +59,7 @@ function makeCard([name]) {
   const badge = el("span", { class: "badge" });
   const speed = el("strong");
   const meters = { batch_fill: meter("Batch"), kv_cache: meter("KV cache"), prefix_hits: meter("Prefix hits") };
-  const facts = { weights: fact("Weights"), sequences: fact("Sequences"), device: fact("Device") };
+  const facts = { track: fact("Track"), weights: fact("Weights"), sequences: fact("Sequences"), device: fact("Device") };
   const chips = el("ul", { class: "chips", "aria-label": "Adapters" });
   const failure = el("p", { class: "failure" });
   const putOff = el("p", { class: "muted" });
@@ -87,7 +87,9 @@ function makeCard([name]) {
     text(badge, `${SIGNS[engine.state] ?? "?"} ${engine.state}`);
     text(speed, rate(engine.tokens_per_s));
     for (const [field, each] of Object.entries(meters)) each.update(engine[field]);
-    const behind = engine.weights !== undefined && engine.weights !== shared.status.weights;
+    show(facts.track.node, Object.keys(shared.status.tracks).length > 1);
+    facts.track.update(engine.track);
+    const behind = engine.weights !== undefined && isBehind(shared.status, engine);
     facts.weights.update(engine.weights === undefined ? "–" : engine.weights + (behind ? " (behind)" : ""), behind);
     facts.sequences.update(
       count(engine.sequences) + (engine.max_num_seqs ? ` of ${count(engine.max_num_seqs)}` : ""),

@@ -44,3 +44,12 @@ export const clock = (time) => clockFormat.format(time * 1000);
 export const minute = (time) => minuteFormat.format(time * 1000);
 
 export const plural = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
+
+/** Labels of the current weights: one, or one of each track. */
+export function weightsOf(status) {
+  const tracks = Object.entries(status.tracks);
+  return tracks.length > 1 ? tracks.map(([track, label]) => `${track} ${label}`).join(", ") : status.weights;
+}
+
+/** Whether an engine in use has other weights than the current ones of its track. */
+export const isBehind = (status, engine) => engine.weights !== status.tracks[engine.track];

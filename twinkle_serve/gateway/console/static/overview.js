@@ -3,7 +3,7 @@
 import { Chart } from "./charts.js";
 import { $, Keyed, attr, el, text } from "./dom.js";
 import { SIGNS, summary } from "./engines.js";
-import { clock, count, percent, rate, seconds, short } from "./format.js";
+import { clock, count, percent, rate, seconds, short, weightsOf } from "./format.js";
 import { Timeline } from "./timeline.js";
 
 const CHARTS = [
@@ -62,7 +62,7 @@ const TILES = [
   ["Calls", (state) => [count(state.status.requests), "running"]],
   ["Call p95", (state) => [seconds(last(state, (point) => point.call_s?.[1])), "last known"]],
   ["Staleness", (state) => [rate(last(state, (point) => point.staleness)), "versions"]],
-  ["Weights", (state) => [state.status.weights, mode(state.status)]],
+  ["Weights", (state) => [weightsOf(state.status), mode(state.status)]],
 ];
 
 let shared;

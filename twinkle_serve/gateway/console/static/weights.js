@@ -1,12 +1,12 @@
 // Weights and adapters: their versions, and which engines have loaded them.
 
 import { $, Keyed, el, show, text } from "./dom.js";
-import { clock, plural } from "./format.js";
+import { clock, isBehind, plural, weightsOf } from "./format.js";
 import * as playground from "./playground.js";
 
 const FACTS = [
-  ["Current", (status) => status.weights],
-  ["Loaded by", (status) => carriers(status, (engine) => engine.weights === status.weights)],
+  ["Current", (status) => weightsOf(status)],
+  ["Loaded by", (status) => carriers(status, (engine) => !isBehind(status, engine))],
   ["Behind", (status) => behind(status)],
   ["Last update", (status, events) => lastUpdate(events)],
   ["Model", (status) => status.model_id],
@@ -68,7 +68,7 @@ function carriers(status, has) {
 }
 
 function behind(status) {
-  const names = inUse(status).filter(([, engine]) => engine.weights !== status.weights);
+  const names = inUse(status).filter(([, engine]) => isBehind(status, engine));
   return names.map(([name, engine]) => `${name} (${engine.weights})`).join(", ") || "none";
 }
 
