@@ -144,6 +144,10 @@ class Client(Protocol):
         """Removes an adapter."""
         ...
 
+    def use_weights(self, version: str, mode: PauseMode, track: str, timeout_s: float) -> str:
+        """Makes weights current again that the service has kept. Returns the version."""
+        ...
+
     def push_weights(
         self, directory: Path, version: str, mode: PauseMode, track: str, timeout_s: float, sent: Callable[[int], None]
     ) -> str:

@@ -130,11 +130,19 @@ class GatewayClient(Client):
                 yield piece
                 sent(len(piece))
 
-        query = self._query(mode=mode, timeout_s=f"{timeout_s:g}", **({"track": track} if track else {}))
-        path = f"/weights/{urllib.parse.quote(version, safe='')}{query}"
+        path = self._weights_path(version, "", mode, track, timeout_s)
         limit_s = 3 * timeout_s + 2 * timing.CONTROL_TIMEOUT_S
         answer = self._http.send("PUT", path, reported(), TENSORS, size=size, timeout_s=limit_s)
         return str(answer["weights"])
+
+    def use_weights(self, version: str, mode: PauseMode, track: str, timeout_s: float) -> str:
+        path = self._weights_path(version, "/use", mode, track, timeout_s)
+        limit_s = 3 * timeout_s + 2 * timing.CONTROL_TIMEOUT_S
+        return str(self._http.json("POST", path, timeout_s=limit_s)["weights"])
+
+    def _weights_path(self, version: str, suffix: str, mode: PauseMode, track: str, timeout_s: float) -> str:
+        query = self._query(mode=mode, timeout_s=f"{timeout_s:g}", **({"track": track} if track else {}))
+        return f"/weights/{urllib.parse.quote(version, safe='')}{suffix}{query}"
 
     def drain_engine(self, name: str, timeout_s: float) -> None:
         self._engine("drain", name, timeout_s, timeout_s)

@@ -101,6 +101,9 @@ class HandleClient(Client):
 
         return self._sampler.update_weights(tensors(), version, mode, track=track, timeout_s=timeout_s)
 
+    def use_weights(self, version: str, mode: PauseMode, track: str, timeout_s: float) -> str:
+        return self._sampler.use_weights(version, mode=mode, track=track, timeout_s=timeout_s)
+
     def drain_engine(self, name: str, timeout_s: float) -> None:
         self._sampler.drain_engine(name, timeout_s=timeout_s)
 

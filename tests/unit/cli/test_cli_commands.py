@@ -183,6 +183,12 @@ def test_weights_become_current(way: Way) -> None:
         "weights", "push", str(hub.DEMO), "--version", f"{label}-main", "--track", "main"
     )
     assert "unknown track 'trial'" in way.fails(1, "weights", "push", str(hub.DEMO), "--track", "trial")
+    kept = way.json("weights", "list")
+    assert kept == {"versions": ["initial", f"{label}-main"], "tracks": {"main": f"{label}-main"}}
+    assert way.json("weights", "use", "initial")["weights"] == way.gateway.sampler.status()["weights"] == "initial"
+    assert "initial" in way.text("weights", "list")
+    assert f"{label}-main is current on all engines" in way.text("weights", "use", f"{label}-main")
+    assert "is no longer kept" in way.fails(1, "weights", "use", label)
     assert "safetensors" in way.fails(2, "weights", "push", "/no/such/place")
 
 

@@ -80,10 +80,11 @@ async def test_a_key_for_sampling_changes_nothing(gateway: GatewayUnderTest) -> 
             await http.put("/adapters/a", files=form),
             await http.delete("/adapters/a"),
             await http.put("/weights/a", content=b""),
+            await http.post("/weights/a/use"),
             await http.post("/pause", json={}),
             await http.post("/resume", json={"pause": 0}),
         ]
-    assert [answer.status_code for answer in refused] == [403] * 5
+    assert [answer.status_code for answer in refused] == [403] * 6
     assert "needs admin" in refused[0].json()["error"]["message"]
     async with gateway.http(authorization=f"Bearer {TRAINER}") as http:
         pause = (await http.post("/pause", json={})).json()["pause"]

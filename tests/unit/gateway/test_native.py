@@ -292,6 +292,12 @@ async def test_weights_are_replaced(gateway: GatewayUnderTest) -> None:
         assert answer.json() == {"weights": "step-1"} and await weights_of(http) == "step-1"
         answer = await http.put("/weights/step-2", content=pieces())
         assert answer.json() == {"weights": "step-2"}, answer.text
+        answer = await http.post("/weights/initial/use", params={"mode": "abort", "track": "main", "timeout_s": "60"})
+        assert answer.json() == {"weights": "initial"} and await weights_of(http) == "initial"
+        assert (await http.get("/weights")).json()["versions"] == ["initial", "step-2"]
+        assert (await http.post("/weights/step-2/use")).json() == {"weights": "step-2"}
+        answer = await http.post("/weights/step-1/use")
+        assert answer.status_code == 400 and "is no longer kept" in answer.text
         body = {"inputs": QUESTIONS[0], "sampling_params": PARAMS, "track": "main"}
         (prompt,) = (await http.post("/sample", json=body)).json()["prompts"]
         answer = await http.post("/score", json={"inputs": QUESTIONS[0], "track": "trial"})
@@ -364,7 +370,11 @@ async def test_a_pause_that_nobody_renews_ends(gateway: GatewayUnderTest) -> Non
 async def test_state_and_weights_are_told(gateway: GatewayUnderTest) -> None:
     async with gateway.http() as http:
         status = (await http.get("/status", params={"sampler": "sampler"})).json()
-        assert (await http.get("/weights")).json() == {"weights": status["weights"], "tracks": status["tracks"]}
+        assert (await http.get("/weights")).json() == {
+            "weights": status["weights"],
+            "tracks": status["tracks"],
+            "versions": status["weights_versions"],
+        }
     assert status["tracks"] == {"main": status["weights"]}
     assert set(status["engines"]) == {"local"}
 

@@ -11,20 +11,17 @@ import typer
 from twinkle_serve import timing
 from twinkle_serve.cli.exits import CommandError
 from twinkle_serve.cli.options import Command, talks
-from twinkle_serve.cli.tables import seconds, size
+from twinkle_serve.cli.tables import Column, seconds, size, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+COLUMNS = (Column("version", lambda row: row[0]), Column("current", lambda row: row[1]))
+
 group = typer.Typer(help="Replaces the model's own weights.", rich_markup_mode=None)
 
-
-@group.callback()
-def weights() -> None:
-    """Makes `push` a command of its own, although there is no other."""
-
-
 Directory = Annotated[Path, typer.Argument(help="Directory with the model's safetensors files, on this machine.")]
+Kept = Annotated[str, typer.Argument(help="Label of the weights, as `weights list` shows it.")]
 Version = Annotated[str | None, typer.Option(help="Label of these weights. [default: name of the directory]")]
 Mode = Annotated[
     Literal["keep", "wait", "abort"],
@@ -56,8 +53,36 @@ def push(
         )
     took_s = time.monotonic() - began
     data = {"weights": done, "bytes": total, "seconds": round(took_s, 3)}
-    where = f"all engines of track {track}" if track else "all engines"
-    command.out.show(data, f"{done} is current on {where}: {size(total)} in {seconds(took_s)}")
+    command.out.show(data, f"{done} is current on {_engines_of(track)}: {size(total)} in {seconds(took_s)}")
+
+
+@group.command("list", epilog="Example: twinkle-serve weights list")
+@talks
+def list_weights(command: Command) -> None:
+    """Lists the versions that the service has kept, and those that are current."""
+    found = command.connect().status()
+    rows = []
+    for label in found["weights_versions"]:
+        tracks = [track for track, current in found["tracks"].items() if current == label]
+        rows.append((label, ("current" if len(found["tracks"]) == 1 else ", ".join(tracks)) if tracks else ""))
+    data = {"versions": found["weights_versions"], "tracks": found["tracks"]}
+    command.out.show(data, table(COLUMNS, rows, command.out.width))
+
+
+@group.command(epilog="Example: twinkle-serve weights use step-99")
+@talks
+def use(
+    command: Command, version: Kept, mode: Mode = "keep", track: Track = "", timeout: Limit = timing.CONTROL_TIMEOUT_S
+) -> None:
+    """Makes weights current again that the service has kept, on all engines of a track at once."""
+    client = command.connect()
+    with command.out.waiting(f"loading {version}"):
+        done = client.use_weights(version, mode, track, timeout)
+    command.out.show({"weights": done}, f"{done} is current on {_engines_of(track)}")
+
+
+def _engines_of(track: str) -> str:
+    return f"all engines of track {track}" if track else "all engines"
 
 
 def _files(directory: Path) -> Sequence[Path]:

@@ -11,6 +11,7 @@ NUMBER: Schema = {"type": "number"}
 STRING: Schema = {"type": "string"}
 BOOLEAN: Schema = {"type": "boolean"}
 INTS: Schema = {"type": "array", "items": WHOLE}
+STRINGS: Schema = {"type": "array", "items": STRING}
 LABELS: Schema = {"type": "object", "additionalProperties": STRING}
 
 

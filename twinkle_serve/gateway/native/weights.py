@@ -19,23 +19,26 @@ from twinkle_serve.gateway.errors import InvalidRequestError, MediaTypeError
 from twinkle_serve.gateway.json_response import JSON
 from twinkle_serve.gateway.keys import require_scope
 from twinkle_serve.gateway.native.media import JSON_MEDIA, TENSORS_MEDIA
-from twinkle_serve.gateway.native.schemas import LABELS, STRING, object_of
+from twinkle_serve.gateway.native.schemas import LABELS, STRING, STRINGS, object_of
 from twinkle_serve.gateway.queries import choice_of, number_of, refuse_query, sampler_of
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.weights_file import buckets_of
 
-PARAMETERS = ("mode", "track", "allow_nonfinite", "timeout_s", "sampler")
+USE = ("mode", "track", "timeout_s", "sampler")
+"""Parameters of a request for kept weights."""
+REPLACE = (*USE, "allow_nonfinite", "durable")
+"""Of one that brings weights."""
 
 
 def routes(context: GatewayContext) -> APIRouter:
     router = APIRouter(tags=["native"])
     of_weights = {JSON_MEDIA: object_of(weights=STRING)}
-    of_tracks = {JSON_MEDIA: object_of(weights=STRING, tracks=LABELS)}
+    of_all = {JSON_MEDIA: object_of(weights=STRING, tracks=LABELS, versions=STRINGS)}
 
-    @router.get("/weights", **described("Labels of the current weights", answers=of_tracks, query=("sampler",)))
+    @router.get("/weights", **described("Labels of current and kept weights", answers=of_all, query=("sampler",)))
     async def weights(request: Request) -> Response:
         state = await context.samplers.named(sampler_of(request)).status()
-        return JSON({"weights": state["weights"], "tracks": state["tracks"]})
+        return JSON({"weights": state["weights"], "tracks": state["tracks"], "versions": state["weights_versions"]})
 
     @router.put(
         "/weights/{version}",
@@ -43,17 +46,15 @@ def routes(context: GatewayContext) -> APIRouter:
             "Replace the model's own weights on all engines of a track",
             media=TENSORS_MEDIA,
             answers=of_weights,
-            query=PARAMETERS,
+            query=REPLACE,
         ),
     )
     async def replace(version: str, request: Request) -> Response:
         require_scope(caller_of(request), "admin")
-        refuse_query(request, *PARAMETERS)
-        mode = choice_of(request, "mode", PAUSE_MODES)
+        refuse_query(request, *REPLACE)
+        mode, timeout_s = choice_of(request, "mode", PAUSE_MODES), _limit_of(request)
         allow_nonfinite = choice_of(request, "allow_nonfinite", ("false", "true")) == "true"
-        timeout_s = number_of(request, "timeout_s", timing.CONTROL_TIMEOUT_S)
-        if timeout_s <= 0:
-            raise InvalidRequestError(f"timeout_s must be above 0, got {timeout_s:g}.", "timeout_s")
+        durable = choice_of(request, "durable", ("true", "false")) == "true"
         track = request.query_params.get("track", "")
         client = context.samplers.named(request.query_params.get("sampler")).client
         media = request.headers.get("content-type", TENSORS_MEDIA).partition(";")[0].strip().lower()
@@ -64,7 +65,7 @@ def routes(context: GatewayContext) -> APIRouter:
             max_weight_bytes=context.limits.upload_bytes,
             allow_nonfinite=allow_nonfinite,
         )
-        upload = await client.call(timeout_s, RouterAPI.begin_weights, version, mode, track=track)
+        upload = await client.call(timeout_s, RouterAPI.begin_weights, version, mode, track=track, durable=durable)
         try:
             with client.sending() as sender:
                 index = 0
@@ -81,4 +82,26 @@ def routes(context: GatewayContext) -> APIRouter:
             raise
         return JSON({"weights": label})
 
+    @router.post(
+        "/weights/{version}/use",
+        **described("Make kept weights current on all engines of a track", answers=of_weights, query=USE),
+    )
+    async def use(version: str, request: Request) -> Response:
+        require_scope(caller_of(request), "admin")
+        refuse_query(request, *USE)
+        mode, timeout_s = choice_of(request, "mode", PAUSE_MODES), _limit_of(request)
+        track = request.query_params.get("track", "")
+        client = context.samplers.named(request.query_params.get("sampler")).client
+        limit_s = 3 * timeout_s + timing.CONTROL_TIMEOUT_S
+        label = await client.call(limit_s, RouterAPI.use_weights, version, mode, timeout_s, track=track)
+        return JSON({"weights": label})
+
     return router
+
+
+def _limit_of(request: Request) -> float:
+    """Returns the limit of each step of an update, seconds."""
+    timeout_s = number_of(request, "timeout_s", timing.CONTROL_TIMEOUT_S)
+    if timeout_s <= 0:
+        raise InvalidRequestError(f"timeout_s must be above 0, got {timeout_s:g}.", "timeout_s")
+    return timeout_s
