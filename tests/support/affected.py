@@ -128,7 +128,7 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("twinkle_serve/remote/*", frozenset({APPLICATIONS, GROUPS, IN_GROUP, SPECIFICATION})),
     ("twinkle_serve/template/*", frozenset({CLIENT, *SAMPLERS})),
     ("twinkle_serve/engines/torch*", frozenset({ARCHITECTURES, *SAMPLERS, VLLM, SCRIPTS})),
-    ("twinkle_serve/engines/fake*", frozenset({DEATHS, *SERVICE})),
+    ("twinkle_serve/engines/fake*", frozenset({DEATHS, *SERVICE, TRACKS})),
     ("twinkle_serve/engines/vllm*", ALL - {APPLICATIONS, CLIENT, DEATHS, *SERVICE}),
     ("twinkle_serve/demo/*", ALL - {APPLICATIONS, CLIENT, PROCESSES}),
 )
