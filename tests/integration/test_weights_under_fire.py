@@ -1,9 +1,11 @@
-"""Weights and adapters are published all the time, engines die, and every sample is of the versions that it names."""
+"""Weights and adapters are published all the time, engines and the store die, and every sample is of the versions that
+it names."""
 
 from __future__ import annotations
 
 import itertools
 import random
+import re
 import threading
 import time
 from collections import defaultdict
@@ -22,10 +24,12 @@ from tests.support.processes import core_processes, replica_process
 from tests.support.weights import changed_weights, differences
 from twinkle_serve import SampledSequence, hub
 from twinkle_serve.checkpoint import named_tensors
+from twinkle_serve.errors import StoreError
 from twinkle_serve.sampler import RunningSampler
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.nightly]
 PERIOD_S = 0.2
+STORE_KILLS = 6
 IN_FLIGHT = 32
 ADAPTERS = ("red", "blue")
 ENGINE_ARGS = {
@@ -88,6 +92,8 @@ class Trainer(threading.Thread):
         self._sampler, self._published = sampler, published
         self._end = threading.Event()
         self.versions = 0
+        self.lost = 0
+        """Updates that the store was killed before it wrote."""
         self.failure: BaseException | None = None
 
     def run(self) -> None:
@@ -105,7 +111,11 @@ class Trainer(threading.Thread):
         if number % 3 == 0:
             label, weights = f"step-{number}", changed_weights(number)
             self._published.base[label] = weights
-            self._sampler.update_weights(weights, label)
+            try:
+                self._sampler.update_weights(weights, label, durable=number % 2 == 0)
+            except StoreError as error:
+                assert re.search("was not written|given up|no longer has", str(error)), error
+                self.lost += 1
         else:
             name, tensors = ADAPTERS[number % 3 - 1], self._published.new_adapter(number)
             label = self._sampler.add_adapter_to_model(name, self._published.config, state_dict=tensors)
@@ -204,7 +214,8 @@ def kill_core_of(application: str, deployment: str) -> None:
 
 
 def test_every_sample_is_of_the_versions_that_it_names(cluster: None) -> None:
-    """32 requests in flight on two adapters and the model, a version every 200 ms, and each engine killed in turn."""
+    """32 requests in flight on two adapters and the model, a version every 200 ms, each engine killed in turn, and the
+    store several times."""
     with deployed("fire", engine="vllm", device_mesh={"dp_size": 2}, engine_args=ENGINE_ARGS) as sampler:
         sequences, published, versions = samples_under_fire(sampler)
     started = time.monotonic()
@@ -232,6 +243,10 @@ def samples_under_fire(sampler: RunningSampler) -> tuple[list[SampledSequence], 
         before = len(load.sequences)
         wait_until(lambda: len(load.sequences) > before + 200, "samples come", 60)
 
+    def await_versions(number: int) -> None:
+        before = trainer.versions
+        wait_until(lambda: trainer.versions >= before + number, "updates go on", 180)
+
     try:
         more_samples()
         kill_core_of("fire", "engine-dp0")
@@ -240,6 +255,10 @@ def samples_under_fire(sampler: RunningSampler) -> tuple[list[SampledSequence], 
         more_samples()
         replica_process("fire", "engine-dp1").kill()
         wait_until(lambda: state("engine-dp1") != "ready", "engine-dp1 is seen to be gone", 60)
+        more_samples()
+        for _ in range(STORE_KILLS):
+            replica_process("fire", "store").kill()
+            await_versions(5)
         more_samples()
     finally:
         trainer.stop()

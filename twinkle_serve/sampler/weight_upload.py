@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from twinkle_serve import timing
 from twinkle_serve.data_format.weights import Bucket, PauseMode
 from twinkle_serve.errors import TwinkleServeError, WeightsError
+from twinkle_serve.extras import require_extra
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.router_client import BucketSender, RouterClient
 from twinkle_serve.tensors import TensorFile
-from twinkle_serve.weights.patches import BucketDigests, PatchFile
+
+if TYPE_CHECKING:
+    from twinkle_serve.weights.patches import BucketDigests
 
 
 @dataclass(slots=True)
@@ -54,6 +58,8 @@ class WeightUploads:
             durable: return when the version is on the disk.
             delta: send patches of the buckets that were sent last, where the service still has those.
         """
+        if delta:
+            require_extra("delta=True", "server", "blake3")
         client, loop = self._client, self._client.loop
         upload = loop.call(client.call(timeout_s, RouterAPI.begin_weights, version, mode, durable, track))
         try:
@@ -103,6 +109,8 @@ class _Files:
 
     def new_file(self, capacity: int) -> TensorFile:
         """See `BucketSender.new_file`."""
+        from twinkle_serve.weights.patches import PatchFile
+
         index = len(self._files)
         base = self._bases[index] if index < len(self._bases) else None
         self._files.append(self._sender.new_file(capacity) if base is None else PatchFile(base))
@@ -110,5 +118,7 @@ class _Files:
 
     def hash(self, bucket: Bucket) -> None:
         """Hashes the next bucket, which `new_file` was the file of."""
+        from twinkle_serve.weights.patches import BucketDigests, PatchFile
+
         file = self._files[len(self.digests)]
         self.digests.append(file.digests if isinstance(file, PatchFile) else BucketDigests.of(bucket))
