@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from functools import partial
 
 from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 
 from deployments.engine import Engine
 from deployments.handles import call, engine_errors, iterate
-from twinkle_serve.data_format.adapters import AdapterVersion
+from twinkle_serve.channel_calls import MethodClient
+from twinkle_serve.data_format.adapters import AdapterArgument, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, Chunk, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.data_format.structured_outputs import StructuredOutputs
 from twinkle_serve.data_format.weights import ModelSpec, PauseMode, WeightsVersion
@@ -29,6 +32,7 @@ class ServeEngineClient(EngineClient):
         self._actor: ActorHandle[object] | None = None
         """The process that answered last, until it ends."""
         self._opening = asyncio.Lock()
+        self._connection = MethodClient(partial(call, handle, Engine.control_address))
         self._session: Session | None = None
         """The session that chunks were last sent in."""
         self._address: Address[Chunk] | None = None
@@ -65,8 +69,12 @@ class ServeEngineClient(EngineClient):
     async def check_structured(self, structured: StructuredOutputs) -> None:
         await call(self._handle, EngineServer.check_structured, structured)
 
-    async def load_adapter(self, version: AdapterVersion) -> None:
-        await call(self._handle, EngineServer.load_adapter, version)
+    async def load_adapter(self, version: AdapterVersion, files: AdapterArgument | None = None) -> None:
+        if not isinstance(files, list):  # Ray counts references in its own calls alone
+            with contextlib.suppress(ConnectionError):  # a call through the handle says why
+                await self._connection.call("load_adapter", version, files)
+                return
+        await call(self._handle, EngineServer.load_adapter, version, files)
 
     async def drop_adapter(self, version: AdapterVersion) -> None:
         await call(self._handle, EngineServer.drop_adapter, version)

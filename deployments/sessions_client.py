@@ -27,7 +27,7 @@ class ServeSessionsClient(SessionsAPI):
         """
 
         async def address() -> Address:
-            return await send(handle, Store.sessions_address)
+            return await send(handle, Store.address)
 
         self._client = MethodClient(address)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -15,7 +16,9 @@ from tenacity import AsyncRetrying, retry_if_exception, wait_fixed
 from deployments.handles import send
 from deployments.store import BucketPlace, Store
 from twinkle_serve import timing
-from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.channel import Address
+from twinkle_serve.channel_calls import MethodClient
+from twinkle_serve.data_format.adapters import AdapterArgument, AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.weights import (
     MAIN_TRACK,
     Bucket,
@@ -41,23 +44,34 @@ class ServeStoreClient(StoreClient):
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
+        async def address() -> Address:
+            return await send(handle, Store.address)
+
+        self._connection = MethodClient(address)
+
+    def share(self, files: AdapterFiles, engines: int) -> AdapterArgument:
+        return files if files.is_small(engines) else [ray.put(files)]
+
     async def published(self) -> dict[str, list[AdapterVersion]]:
         return await self._call(Store.published)
 
     async def put(
-        self, name: str, files: AdapterFiles, *, is_path: bool = False, track: str = MAIN_TRACK
+        self, name: str, files: AdapterArgument, is_path: bool = False, track: str = MAIN_TRACK
     ) -> AdapterVersion:
-        return await self._call(Store.put, name, files, is_path=is_path, track=track)
+        if isinstance(files, list):  # Ray counts references in its own calls alone
+            return await self._call(Store.put, name, files, is_path, track)
+        version: AdapterVersion = await self._call_connected("put", name, files, is_path, track)
+        return version
 
     async def publish(self, version: AdapterVersion) -> None:
-        await self._call(Store.publish, version)
+        await self._call_connected("publish", version)
 
     async def withdraw(self, name: str) -> None:
-        await self._call(Store.withdraw, name)
+        await self._call_connected("withdraw", name)
 
     async def drop(self, versions: Sequence[AdapterVersion]) -> None:
         if versions:
-            await self._call(Store.drop, list(versions))
+            await self._call_connected("drop", list(versions))
 
     async def files(self, version: AdapterVersion) -> AdapterFiles:
         async def fetch() -> AdapterFiles:
@@ -113,6 +127,10 @@ class ServeStoreClient(StoreClient):
                 raise StoreError(f"a bucket of {version.label!r} cannot be read: {error}") from error
 
         return await until_answered(fetch)
+
+    async def _call_connected(self, method: str, *arguments: Any) -> Any:
+        """Calls one of ADAPTER_CALLS."""
+        return await until_answered(lambda: self._connection.call(method, *arguments))
 
     async def _call(
         self, method: Callable[Concatenate[Store, P], Awaitable[T]], *args: P.args, **options: P.kwargs

@@ -40,7 +40,7 @@ def quantile(share: float, metric: Metric, by: str = "", where: str = APPLICATIO
 
 
 def mean(metric: Metric, by: str = "", where: str = APPLICATION, window: str = RATE_WINDOW) -> str:
-    """Returns the mean of a histogram's values. Ray knows them by the middle of their buckets alone."""
+    """Returns the mean of a histogram's values."""
     summed, count = (f"rate({series(metric, where, suffix)}[{window}])" for suffix in ("sum", "count"))
     return f"sum{_by(by)}({summed}) / sum{_by(by)}({count})"
 

@@ -201,9 +201,11 @@ def _largest_of(name: str, tensor: _RawTensor) -> float:
     values = FLOAT_READERS[tensor["dtype"]](np.frombuffer(tensor["data"], np.uint8))
     if values.size != math.prod(tensor["shape"]):
         raise AdapterError(f"{WEIGHTS}: {name} has {values.size} values for shape {tensor['shape']}.")
-    if bad := int((~np.isfinite(values)).sum()):
+    low, high = values.min(initial=0), values.max(initial=0)  # NaN if there is one
+    if not (np.isfinite(low) and np.isfinite(high)):
+        bad = int((~np.isfinite(values)).sum())
         raise AdapterError(f"{WEIGHTS}: {name} has {bad} values of {values.size} that are not finite.")
-    return float(np.abs(values).max(initial=0))
+    return float(max(-low, high))
 
 
 def check_range(adapter: AdapterDescription, dtype: str) -> None:

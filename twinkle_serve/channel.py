@@ -204,6 +204,13 @@ class Listener:
         self._expected[key] = reply, channel
         return Address(self._host, self._port, key, reply)
 
+    async def open(self, host: str, channel: Channel[Any, Any]) -> Address:
+        """Listens, and expects a channel for a while: twice as long as its other side may take to connect."""
+        await self.start(host)
+        address = self.expect(channel)
+        asyncio.get_running_loop().call_later(2 * CONNECT_S, self.forget, address)
+        return address
+
     def forget(self, address: Address) -> None:
         """Expects nobody any more at an address."""
         self._expected.pop(address.key, None)

@@ -50,6 +50,12 @@ def cpu_ms(rounds: Sequence[Round], units: int) -> dict[str, float]:
     return {part: round(statistics.median(r.cpu_s.get(part, 0.0) for r in rounds) / units * 1e3, 3) for part in parts}
 
 
+def pid_of(part: str) -> int:
+    """Returns the id of the only process that is a part of the system."""
+    (process,) = (each for each in psutil.Process().children(recursive=True) if _part_of(each) == part)
+    return int(process.pid)
+
+
 def _cpu_by_process() -> dict[int, tuple[str, float]]:
     found = {}
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:

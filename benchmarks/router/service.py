@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from typing import Any
 
 import numpy as np
 
@@ -20,10 +21,10 @@ def engine_args(options: argparse.Namespace) -> EngineArgs:
     return dict(VLLM_ARGS) if options.engine == "vllm" else {}
 
 
-async def started(name: str, engine: str, engine_args: EngineArgs) -> RunningSampler:
+async def started(name: str, engine: str, engine_args: EngineArgs, **args: Any) -> RunningSampler:
     """Deploys a service with one engine and returns its sampler."""
     mesh = {"dp_size": 1}
-    sampler = await asyncio.to_thread(deploy, name, engine=engine, device_mesh=mesh, engine_args=engine_args)
+    sampler = await asyncio.to_thread(deploy, name, engine=engine, device_mesh=mesh, engine_args=engine_args, **args)
     await sampler.sample_async(prompts_of(1, 0)[0], {"max_tokens": 1})
     return sampler
 

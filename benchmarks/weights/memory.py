@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 import psutil
+import ray
 from ray._private.internal_api import memory_summary
 
 from benchmarks.common.engines import SERVICE
@@ -41,7 +42,8 @@ def memory_mib(service: Processes) -> dict[str, float]:
     for part, process in service:
         used[part] += process.memory_full_info().uss / MIB
     files = sum(path.stat().st_size for path in MEMORY.glob("twinkle-serve-*/**/*") if path.is_file())
-    summary = memory_summary(stats_only=True).splitlines()
+    address = ray.get_runtime_context().gcs_address  # there may be other clusters
+    summary = memory_summary(address, stats_only=True).splitlines()
     objects = next(line for line in summary if "Plasma memory usage" in line)
     used |= {"files": files / MIB, "object store": float(objects.split()[3])}
     return {part: round(mib, 1) for part, mib in used.items()}

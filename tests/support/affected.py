@@ -42,6 +42,7 @@ ELASTIC = "tests/integration/test_elastic.py"
 COMMANDS = "tests/integration/test_commands.py"
 CONSOLE = "tests/integration/test_console.py"
 OBSERVED = "tests/integration/test_observability.py"
+NODES = "tests/integration/test_several_nodes.py"
 TRACKS = "tests/integration/test_tracks.py"
 DOCUMENT = "tests/unit/gateway/test_document.py"
 
@@ -61,6 +62,7 @@ ALL = frozenset(
         GROUPS,
         IN_GROUP,
         LISTENER,
+        NODES,
         OBSERVED,
         PROCESSES,
         SCRIPTS,
@@ -81,10 +83,12 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("tests/support/affected.py", frozenset()),
     ("tests/support/lora.py", ALL - {APPLICATIONS, CLIENT, PROCESSES, SCRIPTS}),
     ("tests/support/weights.py", ALL - {APPLICATIONS, ARCHITECTURES, CLIENT, PROCESSES, SCRIPTS}),
-    ("tests/support/scripts_serve.py", frozenset({APPLICATIONS, ELASTIC, PROCESSES, SCRIPTS})),
+    ("tests/support/scripts_serve.py", frozenset({APPLICATIONS, ELASTIC, NODES, PROCESSES, SCRIPTS})),
     ("tests/support/specification.py", frozenset({SPECIFICATION})),
     ("tests/support/trainer.py", frozenset({CLIENT})),
-    ("tests/support/docs.py", frozenset({COMMANDS})),
+    ("tests/support/docs.py", frozenset({COMMANDS, NODES})),
+    ("tests/support/nodes.py", frozenset({NODES})),
+    ("tests/support/under_fire.py", frozenset({NODES, UNDER_FIRE})),
     ("tests/support/collector.py", frozenset({OBSERVED})),
     ("tests/support/prometheus.py", frozenset({OBSERVED})),
     ("observability/*", frozenset({OBSERVED})),
@@ -108,14 +112,15 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("examples/sums.py", frozenset({SCRIPTS})),
     ("examples/*", frozenset()),
     ("docs/cli.md", frozenset({COMMANDS})),
+    ("docs/how-to.md", frozenset({NODES})),
     ("docs/*", frozenset()),
     ("configs/*", frozenset()),
     ("*.md", frozenset()),
     ("mkdocs.yml", frozenset()),
     (".gitignore", frozenset()),
     ("LICENSE", frozenset()),
-    ("serve_config.yaml", frozenset({APPLICATIONS, SCRIPTS})),
-    ("scripts/serve", frozenset({APPLICATIONS, ELASTIC, SCRIPTS})),
+    ("serve_config.yaml", frozenset({APPLICATIONS, NODES, SCRIPTS})),
+    ("scripts/serve", frozenset({APPLICATIONS, ELASTIC, NODES, SCRIPTS})),
     ("scripts/*", frozenset()),
     (".ci/*", frozenset()),
     ("twinkle_serve/as_twinkle*", frozenset({SPECIFICATION})),

@@ -117,6 +117,9 @@ class _Router:
             await asyncio.Event().wait()
         return end
 
+    async def add_adapter(self, name: str, source: Any) -> Any:
+        return await self.run(source)
+
     async def run_iter(self, request: SampleRequest) -> AsyncGenerator[SampleResponse, None]:
         yield await self.run(request)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 
 from tests.support.eventually import wait_until
 from tests.support.responses import columns, response
@@ -16,10 +17,12 @@ from tests.support.router_handle import RouterHandle
 from tests.support.unreadable import Unreadable
 from twinkle_serve.channel import Address, Channel
 from twinkle_serve.data_format import SampleResponse
+from twinkle_serve.data_format.adapters import SMALL_BYTES, AdapterFiles
 from twinkle_serve.data_format.inputs import as_list
 from twinkle_serve.data_format.sample_request import SampleRequest
-from twinkle_serve.errors import RequestError, ServiceError
+from twinkle_serve.errors import AdapterError, RequestError, ServiceError
 from twinkle_serve.routing import caller_session
+from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler import connection
 from twinkle_serve.sampler.client import ServiceClient
 
@@ -210,3 +213,42 @@ def test_call_that_is_cancelled_in_the_router_has_an_answer() -> None:
     client = Client(cancelled)
     with pytest.raises(ServiceError, match="was cancelled in the router"):
         client.sampled(65)
+
+
+def added(client: Client, files: AdapterFiles) -> str:
+    """The answer of a call that adds an adapter."""
+    return client.client.loop.call(client.client.call(20.0, RouterAPI.add_adapter, "red", files))
+
+
+@pytest.mark.parametrize(("size", "messages"), [(SMALL_BYTES, 1), (SMALL_BYTES + 1, 0)])
+def test_small_adapter_travels_with_the_calls_and_a_large_one_by_handle(size: int, messages: int) -> None:
+    """Ray's object store takes what would keep other calls waiting for the connection."""
+    client = Client(lambda *arguments: "red@1")
+    assert added(client, AdapterFiles(config=b"{}", weights=bytes(size))) == "red@1"
+    assert client.handle.messages == messages
+
+
+def test_error_of_an_added_adapter_is_the_routers_own() -> None:
+    client = Client(AdapterError("not of this model"))
+    with pytest.raises(AdapterError, match="not of this model"):
+        added(client, AdapterFiles(config=b"{}", weights=b""))
+
+
+def test_router_that_dies_while_an_adapter_is_added_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call is not sent again: it may have been carried out, and the name would get another version."""
+    monkeypatch.setattr(connection, "END_S", 0.2)
+    client = Client(ActorDiedError())
+    with pytest.raises(ServiceError, match="did not answer"):
+        added(client, AdapterFiles(config=b"{}", weights=b""))
+    assert client.handle.messages == 1
+
+
+def test_connection_carries_no_other_control_call() -> None:
+    """Its messages name a method, and the router runs the one meant for it alone."""
+    client = Client()
+
+    async def call() -> object:
+        return await client.client._connection.control("shutdown")
+
+    with pytest.raises(RequestError, match="'shutdown' is not called over this connection"):
+        client.client.loop.call(call())

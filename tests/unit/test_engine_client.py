@@ -6,22 +6,27 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ObjectLostError
 
 from deployments.engine_client import ServeEngineClient
 from tests.support.harness import started
 from tests.support.inboxes import Actor
+from twinkle_serve.channel import Listener
+from twinkle_serve.channel_calls import MethodServer
+from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import Chunk, Group, Session
 from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.engines.server import EngineServer
-from twinkle_serve.errors import EngineDeadError
+from twinkle_serve.errors import AdapterError, EngineDeadError
 from twinkle_serve.remote import inbox
 from twinkle_serve.remote.inbox import Address, Inbox
+from twinkle_serve.routing.adapters import read_directory
 
 
 def groups(*ids: int) -> list[Group]:
@@ -132,3 +137,83 @@ async def test_engine_whose_process_is_gone_takes_no_chunk() -> None:
     handle: Any = Handle(dead, None)
     with pytest.raises(EngineDeadError):
         await ServeEngineClient(handle).submit(Session(incarnation="life", router="router"), groups(1))
+
+
+class AdapterService:
+    """An engine's server behind a handle and a connection, and the calls that it gets."""
+
+    def __init__(self, server: Any, *, connects: bool) -> None:
+        self.by_handle = self.by_connection = 0
+        self._server, self._connects, self._listener = server, connects, Listener()
+        handle: Any = self
+        self.client = ServeEngineClient(handle)
+
+    def options(self, **_: Any) -> Any:
+        return self
+
+    @property
+    def load_adapter(self) -> Any:
+        return Mock(remote=self._by_handle)
+
+    async def _by_handle(self, *arguments: Any) -> None:
+        self.by_handle += 1
+        await self._server.load_adapter(*arguments)
+
+    async def _by_connection(self, *arguments: Any) -> None:
+        self.by_connection += 1
+        await self._server.load_adapter(*arguments)
+
+    @property
+    def control_address(self) -> Any:
+        return Mock(remote=self._address)
+
+    async def _address(self) -> Any:
+        address = await self._listener.open("127.0.0.1", MethodServer({"load_adapter": self._by_connection}).channel)
+        if not self._connects:
+            self._listener.forget(address)
+        return address
+
+
+def referring(files: AdapterFiles) -> list[Any]:
+    """As a reference to files in Ray's object store."""
+    reference: asyncio.Future[AdapterFiles] = asyncio.get_running_loop().create_future()
+    reference.set_result(files)
+    return [reference]
+
+
+@pytest.mark.parametrize(
+    ("connects", "small", "counts"), [(True, True, (1, 0)), (False, True, (0, 1)), (True, False, (0, 1))]
+)
+async def test_adapter_is_loaded_over_a_connection_where_there_is_one(
+    adapters: list[Path], connects: bool, small: bool, counts: tuple[int, int]
+) -> None:
+    """By the handle else, which tells why an engine does not answer, and for references, which Ray counts."""
+    files = read_directory(str(adapters[0]))[0]
+    async with started("fake") as harness:
+        service = AdapterService(harness.server, connects=connects)
+        version = AdapterVersion(name="red", version=1, id=1, rank=8)
+        await service.client.load_adapter(version, files if small else referring(files))
+        assert (service.by_connection, service.by_handle) == counts
+        assert set(harness.server._adapters) == {1}
+
+
+async def test_engine_says_over_the_connection_why_it_refuses_an_adapter(adapters: list[Path]) -> None:
+    files = read_directory(str(adapters[0]))[0]
+    async with started("fake") as harness:
+        service = AdapterService(harness.server, connects=True)
+        with pytest.raises(AdapterError, match="has rank 999"):
+            await service.client.load_adapter(AdapterVersion(name="red", version=1, id=1, rank=999), files)
+        assert service.by_handle == 0
+
+
+async def test_files_that_come_with_the_call_are_not_fetched(adapters: list[Path]) -> None:
+    """From the store, but where they cannot be had any more: the process that shared them is gone."""
+    files = read_directory(str(adapters[0]))[0]
+    async with started("fake") as harness:
+        await harness.server.load_adapter(AdapterVersion(name="red", version=1, id=1, rank=8), referring(files))
+        lost = referring(files)
+        lost[0] = asyncio.get_running_loop().create_future()
+        lost[0].set_exception(ObjectLostError("id", None, ""))
+        harness.files.by_id[2] = files
+        await harness.server.load_adapter(AdapterVersion(name="red", version=2, id=2, rank=8), lost)
+        assert set(harness.server._adapters) == {1, 2}

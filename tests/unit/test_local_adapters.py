@@ -13,7 +13,7 @@ from tests.support.local_sampler import QUESTION, make
 from tests.support.lora import random_adapter
 from twinkle_serve.adapters import PREFIX
 from twinkle_serve.checkpoint import buckets
-from twinkle_serve.data_format.adapters import AdapterVersion
+from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.weights import MAIN_TRACK
 from twinkle_serve.errors import (
     AdapterError,
@@ -28,10 +28,10 @@ def test_adapter_of_one_call_fails_no_neighbour(sampler: RunningSampler, adapter
     backend: Any = sampler._client
     server = backend._service._server
 
-    async def refuse(version: Any) -> None:
+    async def refuse(version: Any, files: Any) -> None:
         if version.name == "bad":
             raise AdapterError("no room for it")
-        await type(server).load_adapter(server, version)
+        await type(server).load_adapter(server, version, files)
 
     server.load_adapter = refuse
     engine = backend._router._engines.active["local"]
@@ -137,12 +137,12 @@ def test_base_tensors_of_an_adapter_are_compared_with_the_weights_that_it_is_add
     assert sampler.sample(QUESTION, {"max_tokens": 2}, label).sequences[0].adapter == label
     load = server.load_adapter
 
-    async def update_first(version: AdapterVersion) -> None:
+    async def update_first(version: AdapterVersion, files: AdapterFiles) -> None:
         upload = await server._store.begin_weights("meanwhile", await server.model_spec())
         for index, part in enumerate(buckets(own(4).items())):
             await server._store.append_weights(upload, index, part)
         await server._store.commit_weights(await server._store.seal_weights(upload), MAIN_TRACK)
-        await load(version)
+        await load(version, files)
 
     monkeypatch.setattr(server, "load_adapter", update_first)
     with pytest.raises(AdapterError, match=r"weights were updated to 'meanwhile' meanwhile\. Add it again"):

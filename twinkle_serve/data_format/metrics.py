@@ -11,9 +11,7 @@ Kind = Literal["counter", "gauge", "histogram"]
 CALL_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
 WAIT_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 TOKEN_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-VERSIONS = (0.02, 1.98, 2.02, 3.98, 4.02, 7.98, 16.02)
-"""Ray exports each value of a histogram as the middle of its bucket (ray 2.60): here 0 to 4 are exact, within 0.01, so
-that their mean is."""
+VERSIONS = (0.0, 1.0, 2.0, 3.0, 4.0, 8.0, 16.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # hashed by identity: each count is a look-up

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Protocol
 
-from twinkle_serve.data_format.adapters import AdapterVersion
+from twinkle_serve.data_format.adapters import AdapterArgument, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.data_format.structured_outputs import StructuredOutputs
 from twinkle_serve.data_format.weights import ModelSpec, PauseMode, WeightsVersion
@@ -54,8 +54,11 @@ class EngineClient(Protocol):
     async def check_structured(self, structured: StructuredOutputs) -> None:
         """Checks structured outputs; see `engines.protocol.Engine.check_structured`."""
 
-    async def load_adapter(self, version: AdapterVersion) -> None:
-        """Fetches an adapter version from the store, checks it against the model and loads it. Idempotent.
+    async def load_adapter(self, version: AdapterVersion, files: AdapterArgument | None = None) -> None:
+        """Checks an adapter version against the model and loads it. Idempotent.
+
+        Args:
+            files: of the version; None, or what cannot be had any more: the engine fetches them from the store.
 
         Raises:
             AdapterError: LoRA is off, the rank is too large, or the adapter is not of this model.

@@ -16,7 +16,7 @@ import numpy as np
 from twinkle_serve import timing
 from twinkle_serve.adapter_description import AdapterDescription, describe_adapter
 from twinkle_serve.checkpoint import buckets, hash_weights, named_tensors, read_model_spec
-from twinkle_serve.data_format.adapters import AdapterVersion
+from twinkle_serve.data_format.adapters import AdapterArgument, AdapterFiles, AdapterVersion, files_of
 from twinkle_serve.data_format.groups import Attempt, Chunk, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
 from twinkle_serve.data_format.sampling_params import DecodingParams
@@ -296,7 +296,7 @@ class EngineServer(EngineClient):
 
     # -- control ---------------------------------------------------------------------------------
 
-    async def load_adapter(self, version: AdapterVersion) -> None:
+    async def load_adapter(self, version: AdapterVersion, files: AdapterArgument | None = None) -> None:
         if version.id in self._adapters:
             return
         if not self._info.max_lora_rank:
@@ -308,15 +308,21 @@ class EngineServer(EngineClient):
                 f"adapter {version.name!r} has rank {version.rank}, the engine takes {self._info.max_lora_rank}. "
                 "Raise engine_args.max_lora_rank."
             )
-        files = await self._store.files(version)
-        description = await asyncio.to_thread(describe_adapter, files)
+        loaded = await self._files_of(version, files)
+        description = await asyncio.to_thread(describe_adapter, loaded)
         spec = await self.model_spec()
         async with self._checking:
             updated = await self._updated_base(version, description, spec)
             dtype = self._engine.info.adapter_dtype
             await asyncio.to_thread(self._adapter_checks.check, description, spec, dtype, updated)
-        await self._engine.load_adapter(version, files)
+        await self._engine.load_adapter(version, loaded)
         self._adapters[version.id] = version
+
+    async def _files_of(self, version: AdapterVersion, files: AdapterArgument | None) -> AdapterFiles:
+        if files is not None:
+            with contextlib.suppress(Exception):  # of Ray: the process that shared them is gone
+                return await files_of(files)
+        return await self._store.files(version)
 
     async def _updated_base(
         self, version: AdapterVersion, adapter: AdapterDescription, spec: ModelSpec

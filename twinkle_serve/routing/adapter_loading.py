@@ -7,7 +7,7 @@ import functools
 import logging
 from collections.abc import Iterable
 
-from twinkle_serve.data_format.adapters import AdapterVersion
+from twinkle_serve.data_format.adapters import AdapterArgument, AdapterVersion
 from twinkle_serve.errors import EngineDeadError, TwinkleServeError
 from twinkle_serve.routing.active_engine import ActiveEngine
 from twinkle_serve.routing.adapters import Adapters
@@ -22,7 +22,7 @@ class AdapterLoader:
     def __init__(self, engines: EngineMembership, adapters: Adapters) -> None:
         self._engines, self._adapters = engines, adapters
 
-    async def load(self, version: AdapterVersion) -> None:
+    async def load(self, version: AdapterVersion, files: AdapterArgument | None = None) -> None:
         """Loads a version on every engine in use. An engine that dies loads it when it is back and a group needs it.
 
         Guarantees:
@@ -36,7 +36,7 @@ class AdapterLoader:
             loaded = 0
             while not loaded:
                 await self._engines.some_engine()
-                loads = [self.load_on(engine, version) for engine in self._engines.active.values()]
+                loads = [self.load_on(engine, version, files) for engine in self._engines.active.values()]
                 results = await asyncio.gather(*loads, return_exceptions=True)
                 for error in results:
                     if isinstance(error, BaseException) and not isinstance(error, EngineDeadError):
@@ -46,11 +46,13 @@ class AdapterLoader:
             self.drop([version])
             raise
 
-    async def load_on(self, engine: ActiveEngine, version: AdapterVersion) -> None:
+    async def load_on(
+        self, engine: ActiveEngine, version: AdapterVersion, files: AdapterArgument | None = None
+    ) -> None:
         """Loads a version on an engine, once for all callers; a caller that stops waiting does not stop the load."""
         loading = engine.adapters.get(version.id)
         if loading is None:
-            loading = engine.adapters[version.id] = self._engines.spawn(engine.client.load_adapter(version))
+            loading = engine.adapters[version.id] = self._engines.spawn(engine.client.load_adapter(version, files))
             # Whether or not anything still waits for the load: after a failure, the next caller tries again.
             loading.add_done_callback(functools.partial(_forget_failed, engine, version.id))
         await engine.unless_lost(asyncio.shield(loading))

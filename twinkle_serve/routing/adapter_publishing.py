@@ -21,6 +21,11 @@ MAX_PATHS = 16
 """Number of adapters kept that are known by their path alone; the least recently used one is dropped."""
 
 
+DROP_AFTER_S = 0.25
+"""Older versions are dropped so long after a new one is published: engines do one thing at a time, and its first
+samples come first."""
+
+
 class AdapterPublisher:
     """Publishes adapter versions to the store and the engines, and drops those that are no longer used."""
 
@@ -57,15 +62,17 @@ class AdapterPublisher:
     async def _add(self, name: str, source: AdapterFiles | str, *, is_path: bool = False) -> str:
         await self._engines.wait_for_info()
         files = source if isinstance(source, AdapterFiles) else (await asyncio.to_thread(read_directory, source))[0]
-        version = await self._store.put(name, files, is_path=is_path, track=self._engines.tracks.named("").name)
+        shared = self._store.share(files, len(self._engines.active))
+        version = await self._store.put(name, shared, is_path, self._engines.tracks.named("").name)
         try:
-            await self._loader.load(version)
+            await self._loader.load(version, shared)
             await self._require_same_weights(version)
             await self._store.publish(version)
         except BaseException:
             self._drop([version])
             raise
-        self._drop(self._adapters.publish(version))
+        if older := self._adapters.publish(version):
+            self._engines.spawn(self._drop_later(older))
         return version.label
 
     async def _require_same_weights(self, version: AdapterVersion) -> None:
@@ -150,6 +157,10 @@ class AdapterPublisher:
     def staleness(self, adapter: AdapterVersion) -> int | None:
         """Returns how many newer versions its name has; None for an adapter that is known by path."""
         return None if adapter.name in self._paths else self._adapters.staleness(adapter)
+
+    async def _drop_later(self, versions: Sequence[AdapterVersion]) -> None:
+        await asyncio.sleep(DROP_AFTER_S)
+        self._drop(versions)
 
     def _drop(self, versions: Sequence[AdapterVersion]) -> None:
         """Drops unused versions from engines and store, in the background."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -95,45 +95,38 @@ class Admission:
     @asynccontextmanager
     async def admitted(self, call: SampleRequest) -> AsyncGenerator[Request, None]:
         """Yields a request whose groups are queued; aborts its unfinished groups at the end."""
-        with self._counting(call.adapter_name), self._traced(call) as traced:
-            async with self._admitted(traced) as request:
-                yield request
-
-    @contextlib.contextmanager
-    def _counting(self, adapter_name: str) -> Iterator[None]:
-        """Counts a call when it ends."""
-        clock = asyncio.get_running_loop().time
-        began, error = clock(), None
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
-            yield
-        except BaseException as raised:
-            error = raised
+            async with self._admitted(call) as request:
+                yield request
+        except BaseException as error:
+            self._telemetry.failed(call.adapter_name, error)
             raise
-        finally:
-            adapter = adapter_name.partition("@")[0] if isinstance(adapter_name, str) else ""
-            self._telemetry.ended(adapter, clock() - began, error)
+        self._telemetry.completed(call.adapter_name, loop.time() - began)
 
-    @contextlib.contextmanager
-    def _traced(self, call: SampleRequest) -> Iterator[SampleRequest]:
-        """Records a call until it ends. Yields it as part of its own span."""
-        if self._traces is None:
-            yield call if call.traceparent == "" else replace(call, traceparent=valid_traceparent(call.traceparent))
-            return
-        parent = valid_traceparent(call.traceparent)
-        with self._traces.span("router.sample", parent, "SERVER", prompts=call.input_count) as span:
-            if isinstance(call.adapter_name, str) and call.adapter_name:
-                span.set(adapter=call.adapter_name)
-            yield replace(call, traceparent=span.traceparent)
+    def _traced(self, call: SampleRequest, stack: contextlib.ExitStack) -> SampleRequest:
+        """Records a call until the stack closes. Returns it as part of its own span."""
+        if call.traceparent != "" and call.traceparent != (valid := valid_traceparent(call.traceparent)):
+            call = replace(call, traceparent=valid)
+        if self._traces is None or not self._traces.chooses(call.traceparent):
+            return call
+        prompts = call.input_count
+        span = stack.enter_context(self._traces.recorded("router.sample", call.traceparent, "SERVER", prompts=prompts))
+        if isinstance(call.adapter_name, str) and call.adapter_name:
+            span.set(adapter=call.adapter_name)
+        return replace(call, traceparent=span.traceparent)
 
     @asynccontextmanager
     async def _admitted(self, call: SampleRequest) -> AsyncGenerator[Request, None]:
-        limit_s = self._limit_s(call)
-        lease_s = None if call.lease_s is None else seconds("lease_s", call.lease_s)
-        track = self._engines.choose_track(call.track, call.engine)
-        self._require_room(track)
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + limit_s
         with contextlib.ExitStack() as stack:
+            call = self._traced(call, stack)
+            limit_s = self._limit_s(call)
+            lease_s = None if call.lease_s is None else seconds("lease_s", call.lease_s)
+            track = self._engines.choose_track(call.track, call.engine)
+            self._require_room(track)
+            deadline = loop.time() + limit_s
             active = stack.enter_context(self._holding(call, lease_s, track, deadline))
             # No timeout is held across the yield: it would cancel the caller's task in whatever it does then.
             try:
@@ -170,20 +163,27 @@ class Admission:
     @asynccontextmanager
     async def admitted_stream(self, call: SampleRequest) -> AsyncGenerator[tuple[RoutedGroup, float, ActiveCall], None]:
         """Yields the only group of a stream, its deadline by the event loop's clock, and its registration."""
-        with self._counting(call.adapter_name), self._traced(call) as traced:
-            async with self._admitted_stream(traced) as stream:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            async with self._admitted_stream(call) as stream:
                 yield stream
+        except BaseException as error:
+            self._telemetry.failed(call.adapter_name, error)
+            raise
+        self._telemetry.completed(call.adapter_name, loop.time() - began)
 
     @asynccontextmanager
     async def _admitted_stream(
         self, call: SampleRequest
     ) -> AsyncGenerator[tuple[RoutedGroup, float, ActiveCall], None]:
-        limit_s = self._limit_s(call)
-        lease_s = None if call.lease_s is None else seconds("lease_s", call.lease_s)
-        track = self._engines.choose_track(call.track, call.engine)
-        self._require_room(track)
-        deadline = asyncio.get_running_loop().time() + limit_s
         with contextlib.ExitStack() as stack:
+            call = self._traced(call, stack)
+            limit_s = self._limit_s(call)
+            lease_s = None if call.lease_s is None else seconds("lease_s", call.lease_s)
+            track = self._engines.choose_track(call.track, call.engine)
+            self._require_room(track)
+            deadline = asyncio.get_running_loop().time() + limit_s
             active = stack.enter_context(self._holding(call, lease_s, track, deadline))
             try:
                 async with asyncio.timeout_at(deadline):

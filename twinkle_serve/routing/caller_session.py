@@ -9,8 +9,8 @@ from collections.abc import AsyncGenerator
 
 from twinkle_serve import tasks, timing
 from twinkle_serve.channel import Channel
-from twinkle_serve.data_format.call_messages import Answer, AnswerItem, CallMessage, SentCall
-from twinkle_serve.errors import ServiceError, TwinkleServeError, one_line
+from twinkle_serve.data_format.call_messages import CONTROLS, Answer, AnswerItem, CallMessage, ControlCall, SentCall
+from twinkle_serve.errors import RequestError, ServiceError, TwinkleServeError, one_line
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.tasks import BackgroundTasks
 
@@ -69,6 +69,9 @@ class CallerSession:
         error: TwinkleServeError | None = None
         try:
             request = call.request()
+            if isinstance(request, ControlCall):
+                self._put(Answer(call.number, await self._control(request), last=True))
+                return
             match call.kind:
                 case "run":
                     answer = Answer(call.number, await self._router.run(request), last=True)
@@ -91,6 +94,12 @@ class CallerSession:
             logger.exception("a call failed by a bug in the router")
             error = ServiceError(f"a bug in the router: {type(bug).__name__}: {bug}")
         self._put(Answer(call.number, error=error, last=True))
+
+    async def _control(self, call: ControlCall) -> str:
+        if call.method not in CONTROLS:
+            raise RequestError(f"{call.method!r} is not called over this connection.")
+        answer: str = await getattr(self._router, call.method)(*call.arguments)
+        return answer
 
     async def _put_all(self, number: int, items: AsyncGenerator[AnswerItem, None], *, as_sent: bool = False) -> None:
         """Puts all items of a call.

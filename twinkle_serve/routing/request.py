@@ -199,7 +199,7 @@ class Request:
     @property
     def prompt_tokens(self) -> int:
         """Tokens of all prompts."""
-        return sum(len(prompt.ids) for prompt in self._prompts)
+        return sum([len(prompt.ids) for prompt in self._prompts])
 
     @property
     def samples_missing(self) -> int:

@@ -540,12 +540,19 @@ class Router(RouterAPI):
             request.has_tokens = True
             self._telemetry.first_token(asyncio.get_running_loop().time() - request.admitted_at)
 
-    def _count_sent(self, group: RoutedGroup, now: float) -> None:
-        """Counts the first part of a prompt that is sent to an engine for the first time."""
-        if not (group.first_sample or group.attempts) and (request := self._requests.get(group.id)) is not None:
-            self._telemetry.sent(now - request.admitted_at)
-            if self._traces is not None:
-                self._traces.record("router.queue", group.traceparent, now - request.admitted_at, prompt=group.input)
+    def _count_sent(self, groups: Sequence[RoutedGroup], now: float) -> None:
+        """Counts the first parts of prompts that are sent to an engine for the first time."""
+        find = self._requests.get
+        first = [
+            (group, now - request.admitted_at)
+            for group in groups
+            if not (group.first_sample or group.attempts) and (request := find(group.id)) is not None
+        ]
+        self._telemetry.sent(seconds for _, seconds in first)
+        if self._traces is not None:
+            for group, seconds in first:
+                if group.traceparent:
+                    self._traces.record("router.queue", group.traceparent, seconds, prompt=group.input)
 
     def _deliver_updates(self, updates: Sequence[PartialUpdate]) -> None:
         """Hands new tokens of running samples to their requests."""

@@ -57,7 +57,7 @@ class GroupScheduler:
         fail: Callable[[int, TwinkleServeError], None],
         deliver_updates: Callable[[Sequence[PartialUpdate]], None] = lambda updates: None,
         restart: Callable[[RoutedGroup], None] = lambda group: None,
-        on_sent: Callable[[RoutedGroup, float], None] = lambda group, now: None,
+        on_sent: Callable[[Sequence[RoutedGroup], float], None] = lambda groups, now: None,
         telemetry: Telemetry | None = None,
         policy: PolicyName = "balanced",
         resume: bool = False,
@@ -70,7 +70,7 @@ class GroupScheduler:
             fail: receives the id and the error of a failed group.
             deliver_updates: receives new tokens of running samples, of groups that are followed.
             restart: called with a group whose samples start anew.
-            on_sent: called with each group that is sent to an engine, and the time of the event loop's clock.
+            on_sent: called with groups that are sent to an engine, and the time of the event loop's clock.
             telemetry: counts samples, losses and retries.
             policy: chooses the engine of a group.
             resume: whether interrupted samples continue from the tokens that had arrived; see `can_resume`. Those of
@@ -259,8 +259,8 @@ class GroupScheduler:
             engine.placed_at.update(dict.fromkeys((group.id for group in groups), now))
             self._watch_suspect(engine, groups)
             by_adapter: dict[AdapterVersion | None, list[RoutedGroup]] = defaultdict(list)
+            self._on_sent(groups, now)
             for group in groups:
-                self._on_sent(group, now)
                 self._partials.start(group)
                 # Groups whose adapter is not loaded yet delay no others, and fail alone.
                 by_adapter[None if engine.has_adapter(group.adapter) else group.adapter].append(group)

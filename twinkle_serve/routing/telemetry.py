@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from twinkle_serve.data_format import metrics
 from twinkle_serve.data_format.metrics import Metric, MetricsSink
@@ -62,26 +62,30 @@ class RouterState:
     """Of the engines in use."""
 
 
-@dataclass(slots=True)
 class _Period:
-    """Counts since the last point."""
+    """What calls have counted since the last tick, by adapter or engine alone: cheaper for a call than by `Metric`."""
 
-    began: float
-    tokens: Counter[str] = field(default_factory=Counter)
-    """Sampled tokens by engine."""
-    prompt_tokens: int = 0
-    samples: int = 0
-    calls: int = 0
-    failed_calls: int = 0
-    call_s: list[float] = field(default_factory=list)
-    queued_s: list[float] = field(default_factory=list)
-    staleness: list[float] = field(default_factory=list)
+    __slots__ = ("admitted", "arrived", "call_s", "queued_s", "staleness", "token_s")
+
+    def __init__(self) -> None:
+        self.admitted: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+        """Prompts, and their tokens, by adapter."""
+        self.call_s: defaultdict[str, list[float]] = defaultdict(list)
+        """Durations of complete calls by name or label of their adapter."""
+        self.queued_s: list[float] = []
+        self.arrived: defaultdict[tuple[str, str, int], list[int]] = defaultdict(lambda: [0, 0])
+        """Samples, and their tokens, by engine, adapter and stop reason."""
+        self.token_s: defaultdict[str, list[float]] = defaultdict(list)
+        """Seconds per token by engine."""
+        self.staleness: defaultdict[str, list[float]] = defaultdict(list)
+        """Versions by adapter."""
 
 
 class Telemetry:
     """What a router has done.
 
-    The methods that a call passes through only count; `tick` computes the rest, each PERIOD_S.
+    The methods that a call passes through only count, in a few microseconds together; `tick` does the rest, each
+    PERIOD_S. `scripts/bench router --only telemetry` measures what this costs.
     """
 
     def __init__(self, sink: MetricsSink | None = None, *, clock: Callable[[], float] = time.time) -> None:
@@ -91,11 +95,13 @@ class Telemetry:
             clock: returns the time, seconds since 1970.
         """
         self._sink, self._clock = sink, clock
+        self._period = _Period()
         self._counts: Counter[tuple[Metric, tuple[str, ...]]] = Counter()
         """Increases of counters since the last tick."""
         self._observed: defaultdict[tuple[Metric, tuple[str, ...]], list[float]] = defaultdict(list)
         """Values of histograms since the last tick."""
-        self._period = _Period(clock())
+        self._began = clock()
+        """Begin of the period."""
         self._points: deque[HistoryPoint] = deque(maxlen=int(HISTORY_S / PERIOD_S))
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._rates: dict[str, float] = {}
@@ -115,28 +121,30 @@ class Telemetry:
 
     def admitted(self, adapter: str, prompts: int, tokens: int) -> None:
         """Counts a call that was admitted."""
-        self._counts[metrics.PROMPTS, (adapter,)] += prompts
-        self._counts[metrics.PROMPT_TOKENS, (adapter,)] += tokens
-        self._period.prompt_tokens += tokens
+        counted = self._period.admitted[adapter]
+        counted[0] += prompts
+        counted[1] += tokens
 
-    def ended(self, adapter: str, seconds: float, error: BaseException | None) -> None:
-        """Counts the end of a call.
+    def completed(self, adapter: str, seconds: float) -> None:
+        """Counts a call that was answered.
 
         Args:
-            error: raised by it; None for a complete one.
+            adapter: its name, or the label of a version of it.
         """
-        outcome = "complete" if error is None else next(name for kind, name in OUTCOMES if isinstance(error, kind))
-        self._counts[metrics.CALLS, (outcome, adapter)] += 1
-        self._period.calls += 1
-        self._period.failed_calls += outcome in FAILURES
-        if error is None:
-            self._observed[metrics.CALL_SECONDS, (adapter,)].append(seconds)
-            self._period.call_s.append(seconds)
+        self._period.call_s[adapter].append(seconds)
 
-    def sent(self, seconds: float) -> None:
-        """Counts a prompt that went to an engine, so long after its admission."""
-        self._observed[metrics.QUEUED_SECONDS, ()].append(seconds)
-        self._period.queued_s.append(seconds)
+    def failed(self, adapter: object, error: BaseException) -> None:
+        """Counts a call that raised.
+
+        Args:
+            adapter: as the caller named it, which may be what is wrong.
+        """
+        name = adapter.partition("@")[0] if isinstance(adapter, str) else ""
+        self.count(metrics.CALLS, 1, next(outcome for kind, outcome in OUTCOMES if isinstance(error, kind)), name)
+
+    def sent(self, seconds: Iterable[float]) -> None:
+        """Counts prompts that went to an engine, so long after their admission."""
+        self._period.queued_s += seconds
 
     def first_token(self, seconds: float) -> None:
         """Counts the first token of a streamed call, so long after its admission."""
@@ -148,38 +156,28 @@ class Telemetry:
         Args:
             seconds: since its engine was sent the first of them; None where unknown.
         """
-        count, tokens = len(columns), len(columns.tokens)
-        self._period.samples += count
-        self._period.tokens[engine] += tokens
-        if count == 1:
-            adapter = columns.adapter[0]
-            self._counts[metrics.SAMPLED_TOKENS, (engine, adapter)] += tokens
-            self._counts[metrics.SAMPLES, (engine, adapter, STOP_REASONS[columns.stop_reason[0]])] += 1
-        elif len(set(columns.adapter)) == 1:
-            adapter = columns.adapter[0]
-            self._counts[metrics.SAMPLED_TOKENS, (engine, adapter)] += tokens
-            for reason, number in Counter(columns.stop_reason.tolist()).items():
-                self._counts[metrics.SAMPLES, (engine, adapter, STOP_REASONS[reason])] += number
+        adapters, reasons, lengths = columns.adapter, columns.stop_reason.tolist(), columns.lengths.tolist()
+        if adapters.count(adapters[0]) == len(adapters) and reasons.count(reasons[0]) == len(reasons):
+            counted = self._period.arrived[engine, adapters[0], reasons[0]]
+            counted[0] += len(lengths)
+            counted[1] += len(columns.tokens)
         else:
-            rows = zip(columns.adapter, columns.stop_reason.tolist(), columns.lengths.tolist(), strict=True)
-            for adapter, reason, length in rows:
-                self._counts[metrics.SAMPLED_TOKENS, (engine, adapter)] += length
-                self._counts[metrics.SAMPLES, (engine, adapter, STOP_REASONS[reason])] += 1
-        if seconds is not None and (longest := tokens if count == 1 else int(columns.lengths.max())):
-            self._observed[metrics.TOKEN_SECONDS, (engine,)].append(seconds / longest)
+            for adapter, reason, length in zip(adapters, reasons, lengths, strict=True):
+                counted = self._period.arrived[engine, adapter, reason]
+                counted[0] += 1
+                counted[1] += length
+        if seconds is not None and (longest := max(lengths)):
+            self._period.token_s[engine].append(seconds / longest)
 
     def streamed(self, engine: str, adapter: str, tokens: int, stop_reason: StopReason | None) -> None:
         """Counts new tokens of a text stream, and its sample when that has ended."""
-        self._period.tokens[engine] += tokens
         self._counts[metrics.SAMPLED_TOKENS, (engine, adapter)] += tokens
         if stop_reason is not None:
-            self._period.samples += 1
             self._counts[metrics.SAMPLES, (engine, adapter, stop_reason)] += 1
 
     def stale(self, adapter: str, versions: int) -> None:
         """Counts how many newer versions there are at the end of a call."""
-        self._observed[metrics.STALENESS, (adapter,)].append(versions)
-        self._period.staleness.append(versions)
+        self._period.staleness[adapter].append(versions)
 
     # -- rarer things ----------------------------------------------------------------------------
 
@@ -227,22 +225,24 @@ class Telemetry:
     def tick(self, state: RouterState) -> None:
         """Ends a period: adds a point to the history, hands metrics to the sink, and logs."""
         now = self._clock()
-        period, self._period = self._period, _Period(now)
-        passed = max(now - period.began, 1e-3)
-        self._rates = {engine: tokens / passed for engine, tokens in period.tokens.items()}
+        passed, self._began = max(now - self._began, 1e-3), now
+        self._end_period()
+        self._rates = {engine: tokens / passed for engine, tokens in self._counted_by(metrics.SAMPLED_TOKENS).items()}
+        calls = self._counted_by(metrics.CALLS)
+        staleness = self._observed_of(metrics.STALENESS)
         point = HistoryPoint(
             time=now,
-            tokens_per_s=period.tokens.total() / passed,
-            prompt_tokens_per_s=period.prompt_tokens / passed,
-            samples_per_s=period.samples / passed,
-            calls=period.calls,
-            failed_calls=period.failed_calls,
+            tokens_per_s=sum(self._rates.values()),
+            prompt_tokens_per_s=self._counted_by(metrics.PROMPT_TOKENS).total() / passed,
+            samples_per_s=self._counted_by(metrics.SAMPLES).total() / passed,
+            calls=calls.total(),
+            failed_calls=sum(calls[outcome] for outcome in FAILURES),
             running_calls=state.running_calls,
             sequences=sum(engine["sequences"] for engine in state.engines.values()),
             waiting=state.waiting,
-            call_s=_percentiles(period.call_s),
-            queued_s=_percentiles(period.queued_s),
-            staleness=sum(period.staleness) / len(period.staleness) if period.staleness else None,
+            call_s=_percentiles(self._observed_of(metrics.CALL_SECONDS)),
+            queued_s=_percentiles(self._observed_of(metrics.QUEUED_SECONDS)),
+            staleness=sum(staleness) / len(staleness) if staleness else None,
             engines_ready=sum(engine["state"] == "ready" for engine in state.engines.values()),
             weights=state.tracks.describe(),
         )
@@ -257,6 +257,40 @@ class Telemetry:
         self._counts.clear()
         self._observed.clear()
         self._log(point, len(state.engines))
+
+    def _end_period(self) -> None:
+        """Adds what calls have counted to the metrics."""
+        period, self._period = self._period, _Period()
+        for adapter, (prompts, tokens) in period.admitted.items():
+            self.count(metrics.PROMPTS, prompts, adapter)
+            self.count(metrics.PROMPT_TOKENS, tokens, adapter)
+        for label, call_s in period.call_s.items():
+            adapter = label.partition("@")[0]
+            self.count(metrics.CALLS, len(call_s), "complete", adapter)
+            self._observed[metrics.CALL_SECONDS, (adapter,)] += call_s
+        for (engine, adapter, reason), (samples, tokens) in period.arrived.items():
+            self.count(metrics.SAMPLES, samples, engine, adapter, STOP_REASONS[reason])
+            self.count(metrics.SAMPLED_TOKENS, tokens, engine, adapter)
+        if period.queued_s:
+            self._observed[metrics.QUEUED_SECONDS, ()] = period.queued_s
+        for engine, token_s in period.token_s.items():
+            self._observed[metrics.TOKEN_SECONDS, (engine,)] = token_s
+        for adapter, staleness in period.staleness.items():
+            self._observed[metrics.STALENESS, (adapter,)] = staleness
+        for values in self._observed.values():
+            values.sort()  # once, for percentiles and buckets
+
+    def _counted_by(self, metric: Metric) -> Counter[str]:
+        """Returns the increases of a counter in this period by its first tag."""
+        counted: Counter[str] = Counter()
+        for (each, tags), number in self._counts.items():
+            if each is metric:
+                counted[tags[0]] += number
+        return counted
+
+    def _observed_of(self, metric: Metric) -> list[float]:
+        """Returns the values of a histogram in this period."""
+        return [value for (each, _), values in self._observed.items() if each is metric for value in values]
 
     def _count_loads(self, loads: Mapping[str, EngineLoad]) -> None:
         """Counts what engines have done since the last tick. One that was replaced begins at 0."""

@@ -26,7 +26,8 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, 
 
 from twinkle_serve import tasks, timing
 from twinkle_serve.data_format import SampleResponse
-from twinkle_serve.data_format.call_messages import AnswerItem, CallKind
+from twinkle_serve.data_format.adapters import AdapterFiles
+from twinkle_serve.data_format.call_messages import CONTROLS, AnswerItem, CallKind
 from twinkle_serve.data_format.inputs import PackedInputs
 from twinkle_serve.data_format.sample_request import Inputs, SampleRequest
 from twinkle_serve.data_format.sample_updates import UpdatesItem
@@ -37,7 +38,7 @@ from twinkle_serve.remote.clusters import serve_command
 from twinkle_serve.remote.errors import raised_error
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.bucket_sending import sending
-from twinkle_serve.sampler.connection import RouterConnection, SessionLostError
+from twinkle_serve.sampler.connection import RouterConnection, RunningCall, SessionLostError
 from twinkle_serve.sampler.lease_keeper import keep_renewed
 from twinkle_serve.sampler.loop_thread import service_loop
 from twinkle_serve.sampler.received_updates import ReceivedUpdates
@@ -287,6 +288,10 @@ class ServiceClient(RouterClient):
     def _send(self, handle: DeploymentHandle, method: Callable[..., object], *args: object, **options: object) -> Any:
         """Calls a method of the router, named by a method of `RouterAPI`. Returns Serve's response or its stream."""
         try:
+            if method.__name__ in CONTROLS and not any(
+                isinstance(each, AdapterFiles) and not each.is_small() for each in args
+            ):
+                return self._connection.control(method.__name__, *args)
             return getattr(handle, method.__name__).remote(*args, **options)
         except Exception as error:
             raise self._translated(error) from error
@@ -369,7 +374,7 @@ def _is_death(error: BaseException) -> bool:
     return raised_error(error) is None and isinstance(error, ROUTER_DEATHS)
 
 
-def _cancel(call: DeploymentResponse | DeploymentResponseGenerator) -> None:
+def _cancel(call: DeploymentResponse | DeploymentResponseGenerator | RunningCall) -> None:
     """Cancels a call. Ignored if it is over; its caller has the error of a call that failed to be sent."""
     with contextlib.suppress(Exception):
-        call.cancel()
+        call.abandon() if isinstance(call, RunningCall) else call.cancel()

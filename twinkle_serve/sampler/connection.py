@@ -5,14 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import ActorDiedError
 
 from twinkle_serve import tasks
 from twinkle_serve.channel import Channel, connect
-from twinkle_serve.data_format.call_messages import PLAIN, Answer, AnswerItem, CallKind, CallMessage, SentCall
+from twinkle_serve.data_format.call_messages import (
+    PLAIN,
+    Answer,
+    AnswerItem,
+    CallKind,
+    CallMessage,
+    CallRequest,
+    ControlCall,
+    SentCall,
+)
 from twinkle_serve.data_format.inputs import PackedInputs
 from twinkle_serve.data_format.sample_request import SampleRequest
 from twinkle_serve.data_format.sample_updates import WaitingUpdates
@@ -45,7 +54,7 @@ class SessionLostError(Exception):
 class RunningCall:
     """A call that was sent."""
 
-    def __init__(self, kind: CallKind, request: SampleRequest, on_sent: Callable[[], None]) -> None:
+    def __init__(self, kind: CallKind, request: CallRequest, on_sent: Callable[[], None]) -> None:
         self.kind, self.request, self.on_sent = kind, request, on_sent
         self.session: _Session | None = None
         self.by_handle: asyncio.Task[None] | None = None
@@ -91,6 +100,10 @@ class RunningCall:
             raise answer.error
         self._over = answer.last
         return answer.item
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        """Waits for the only item."""
+        return self.next().__await__()
 
     def abandon(self) -> None:
         """Tells the router that nobody waits for it any more. Ignored if it is over."""
@@ -211,6 +224,12 @@ class RouterConnection:
         self._next: _Session | None = None
         """Opened to take the place of the current one."""
         self._tasks = BackgroundTasks()
+
+    def control(self, method: str, *arguments: object) -> RunningCall:
+        """Sends a call of one of CONTROLS; await it for its answer. On the event loop of the connection."""
+        call = RunningCall("control", ControlCall(method, arguments), lambda: None)
+        self._session().add(call)
+        return call
 
     def start(self, kind: CallKind, request: SampleRequest, on_sent: Callable[[], None]) -> RunningCall:
         """Sends a call. On the event loop of the connection.

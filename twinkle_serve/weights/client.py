@@ -10,7 +10,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
-from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
+from twinkle_serve.data_format.adapters import AdapterArgument, AdapterFiles, AdapterVersion, files_of
 from twinkle_serve.data_format.weights import (
     MAIN_TRACK,
     Bucket,
@@ -37,8 +37,13 @@ class StoreClient(Protocol):
         """Returns the published adapter versions by name, newest last; see `WeightStore.published`."""
         ...
 
+    def share(self, files: AdapterFiles, engines: int) -> AdapterArgument:
+        """Returns an adapter's files as an argument of `put`, and of so many engines' `load_adapter`. It is of use
+        while its process lives and holds it."""
+        ...
+
     async def put(
-        self, name: str, files: AdapterFiles, *, is_path: bool = False, track: str = MAIN_TRACK
+        self, name: str, files: AdapterArgument, is_path: bool = False, track: str = MAIN_TRACK
     ) -> AdapterVersion:
         """Stores an adapter as the next version of a name; see `WeightStore.put`."""
         ...
@@ -117,10 +122,13 @@ class LocalStore(StoreClient):
     async def published(self) -> dict[str, list[AdapterVersion]]:
         return await self._run(self._store.published)
 
+    def share(self, files: AdapterFiles, engines: int) -> AdapterArgument:
+        return files
+
     async def put(
-        self, name: str, files: AdapterFiles, *, is_path: bool = False, track: str = MAIN_TRACK
+        self, name: str, files: AdapterArgument, is_path: bool = False, track: str = MAIN_TRACK
     ) -> AdapterVersion:
-        return await self._run(self._store.put, name, files, is_path=is_path, track=track)
+        return await self._run(self._store.put, name, await files_of(files), is_path=is_path, track=track)
 
     async def publish(self, version: AdapterVersion) -> None:
         await self._run(self._store.publish, version)
