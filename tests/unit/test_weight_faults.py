@@ -232,7 +232,8 @@ async def test_trainer_that_dies_while_engines_load(case: Case, phase: str) -> N
 async def test_engine_that_dies(case: Case, phase: str) -> None:
     """In any phase: the update does not fail, and the engine comes back with the new version."""
     server = case.service.servers["b"]
-    original, died = getattr(server, phase), []
+    original = getattr(server, phase)
+    died: list[str] = []
 
     async def dies(*args: Any) -> Any:
         if not died:

@@ -118,7 +118,7 @@ async def test_update_whose_trainer_is_silent_is_given_up(service: Service, monk
     monkeypatch.setattr("twinkle_serve.timing.UPLOAD_LEASE_S", 0.1)
     upload = await service.router.begin_weights("one", "keep")
     await service.router.append_weights(upload, 0, PARTS[0])
-    memory: dict[Any, bytes] = service.store._store.model._memory
+    memory: dict[str, Any] = service.store._store.model._memory
     assert memory
 
     async def forgotten() -> bool:
