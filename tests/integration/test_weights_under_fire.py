@@ -10,7 +10,7 @@ import pytest
 from tests.support.deploy import deployed
 from tests.support.under_fire import ENGINE_ARGS, check, samples_under_fire
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.nightly]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.nightly, pytest.mark.timeout(1800)]
 
 
 def test_every_sample_is_of_the_versions_that_it_names(cluster: None) -> None:

@@ -24,7 +24,7 @@ from twinkle_serve.errors import StoreError
 from twinkle_serve.sampler import RunningSampler
 
 PERIOD_S = 0.2
-STORE_KILLS = 6
+STORE_KILLS = 3
 IN_FLIGHT = 32
 BACK_S = 240
 ADAPTERS = ("red", "blue")
