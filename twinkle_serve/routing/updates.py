@@ -97,8 +97,7 @@ class WeightUpdates:
         update = self._start(label, track)
         update.durable = durable
         try:
-            if self._persisting is not None:  # the memory of one version at a time
-                await asyncio.wait([self._persisting])
+            await self._last_is_written()
             model = await self._engines.call_any(lambda client: client.model_spec())
             if not model.weights:
                 raise UnsupportedError("the model has no safetensors files, which list its weights.")
@@ -109,6 +108,12 @@ class WeightUpdates:
             raise
         self._restart_timeout(update)
         return update.upload
+
+    async def _last_is_written(self) -> None:
+        """Waits until the last version is on the disk or given up: one at a time fills memory, or makes engines go
+        back."""
+        if self._persisting is not None:
+            await asyncio.wait([self._persisting])
 
     def _start(self, label: str, track: Track) -> _Update:
         """Keeps others from beginning an update. Raises WeightsError if one has begun."""
@@ -192,6 +197,7 @@ class WeightUpdates:
 
     async def _use(self, update: _Update, mode: PauseMode, timeout_s: float) -> None:
         try:
+            await self._last_is_written()
             with self._reported(update):
                 version = await self._store.find_weights(update.label)
                 phases = await self._switch(update.track, version, mode, timeout_s)

@@ -267,8 +267,8 @@ class ModelWeights:
                 f"weights, such as {', '.join(missing[:3])}. Send all of them."
             )
         self._raise_failed_writes()
-        late = {checksum for checksum in pending.version.buckets if checksum in self._memory}
         if self._disk is not None and self._write_late:
+            late = set(pending.version.buckets) & self._memory.keys()
             try:
                 self._disk.require_room(sum(len(self._memory[checksum]) for checksum in late))
             except StoreError:
