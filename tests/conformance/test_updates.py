@@ -16,12 +16,19 @@ from tests.support.samplers import QUESTIONS
 from tests.support.updates import Joined
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.sample_updates import SampleUpdate
+from twinkle_serve.engines import group_runner
 from twinkle_serve.engines.group_runner import PartialUpdate
 from twinkle_serve.errors import RequestError
 from twinkle_serve.routing.call_updates import CallUpdates, FollowedPrompt
 from twinkle_serve.sampler import RunningSampler
 
 SEEDED: dict[str, Any] = {"temperature": 1.0, "max_tokens": 60, "ignore_eos": True, "seed": 5}
+
+
+@pytest.fixture(autouse=True)
+def first_updates_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake engine samples everything within 2 ms."""
+    monkeypatch.setattr(group_runner, "MIN_FIRST_PERIOD_S", 0.0)
 
 
 async def updates_of(engine: EngineHarness, group: Group) -> tuple[list[PartialUpdate], list[SampleUpdate]]:
