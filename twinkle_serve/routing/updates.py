@@ -47,7 +47,7 @@ class _Update:
     began: float = 0.0
     """By the event loop's clock."""
     size: int = 0
-    """Of its weights, bytes."""
+    """Of its weights, bytes; 0 for those that the store has."""
 
 
 class WeightUpdates:
@@ -286,7 +286,8 @@ class WeightUpdates:
         self._telemetry.count(metrics.UPDATES, 1, "published")
         self._telemetry.count(metrics.UPDATE_BYTES, update.size)
         steps = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in phases.items())
-        text = f"{update.label} is current: {update.size / 1e6:,.0f} MB, {steps}"
+        sent = f"{update.size / 1e6:,.0f} MB, " if update.size else ""
+        text = f"{update.label} is current: {sent}{steps}"
         self._telemetry.event("weights", text)
 
     async def abandon(self, upload: int) -> None:
