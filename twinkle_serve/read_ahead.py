@@ -1,4 +1,4 @@
-"""Reads files ahead of whoever maps them."""
+"""Reads files ahead of their reader."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ async def _update_and_sample(
     sampler: RunningSampler, label: str, weights: Tensors, bucket_mib: int = 256, *, delta: bool = False
 ) -> dict[str, float]:
     """Returns the seconds of an update: until it was current (update), until its first token (service), of each phase,
-    of those that samples wait for (standstill), and of what comes before (transport)."""
+    of the phases during which samples wait (standstill), and of the rest before them (transport)."""
     started = time.perf_counter()
     await asyncio.to_thread(
         sampler.update_weights, weights, label, bucket_bytes=bucket_mib * MIB, durable=False, delta=delta

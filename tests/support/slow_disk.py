@@ -28,7 +28,7 @@ class SlowDisk(Disk):
         super().write(name, data)
 
     def as_after_a_kill(self) -> Disk:
-        """Returns a disk with what is on this one now."""
+        """Returns a disk with a copy of the files."""
         path = self.path.with_name(f"{self.path.name}-killed")
         shutil.copytree(self.path, path)
         return Disk(str(path))

@@ -1,4 +1,4 @@
-"""Callers that sample while a trainer publishes versions and engines die, and the check of what they got."""
+"""Callers that sample while a trainer publishes versions and engines die, and the check of their samples."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def kill_core_of(application: str, deployment: str) -> None:
 
 
 def samples_under_fire(sampler: RunningSampler, application: str) -> tuple[list[SampledSequence], Published, int]:
-    """Sequences of all callers while weights change and engines die, what was published, and how many versions."""
+    """Sequences of all callers while weights change and engines die, the published versions, and their number."""
     published = Published.begun(sampler.status()["weights"])
     trainer = Trainer(sampler, published)
     trainer.start()

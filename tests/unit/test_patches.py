@@ -1,4 +1,4 @@
-"""Buckets that are sent as what has changed: the store has exactly what the trainer has, or says that it has not."""
+"""Buckets that are sent as patches: the store has exactly the bytes of the trainer, or raises."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_sampler_sends_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
         by_delta = sampled()
         assert update() >= whole
         assert sampled() == by_delta
-        assert update(delta=True) >= whole, "what it sent as a delta last is no longer kept"
+        assert update(delta=True) >= whole, "the last delta is no longer kept"
         assert update(delta=True) < 10_000
         with pytest.raises(WeightsError):
             sampler.update_weights({"model.norm.weight": weights["model.norm.weight"]}, next(labels), delta=True)

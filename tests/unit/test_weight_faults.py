@@ -292,7 +292,7 @@ async def test_engine_that_hangs(case: Case) -> None:
 
 
 async def test_engine_without_room_in_memory(case: Case) -> None:
-    """A full /dev/shm: it cannot stage what it loads, nor go back, and is not used until it can."""
+    """A full /dev/shm: it can stage neither the new nor the old weights, and is not used until it can."""
     engine = case.service.engines["b"]
     stage = engine.stage_weights
 

@@ -45,7 +45,7 @@ class SentCall:
     packed: bytes
     """The pickled request, so that one that cannot be read fails alone."""
     buffers: Sequence[pickle.PickleBuffer] = ()
-    """What is large in a control call."""
+    """The large argument of a control call."""
 
     @classmethod
     def pack(cls, number: int, kind: CallKind, request: CallRequest) -> SentCall:

@@ -137,7 +137,7 @@ class Telemetry:
         """Counts a call that raised.
 
         Args:
-            adapter: as the caller named it, which may be what is wrong.
+            adapter: as the caller named it; may be invalid.
         """
         name = adapter.partition("@")[0] if isinstance(adapter, str) else ""
         self.count(metrics.CALLS, 1, next(outcome for kind, outcome in OUTCOMES if isinstance(error, kind)), name)
