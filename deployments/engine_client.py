@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from functools import partial
 
 from ray.actor import ActorHandle
@@ -16,7 +16,7 @@ from twinkle_serve.channel_calls import MethodClient
 from twinkle_serve.data_format.adapters import AdapterArgument, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, Chunk, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.data_format.structured_outputs import StructuredOutputs
-from twinkle_serve.data_format.weights import ModelSpec, PauseMode, WeightsVersion
+from twinkle_serve.data_format.weights import ModelSpec, PauseMode, TransferStep, WeightsVersion
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.engines.group_runner import Finished
 from twinkle_serve.engines.server import EngineServer
@@ -90,6 +90,12 @@ class ServeEngineClient(EngineClient):
 
     async def load_weights(self, version: WeightsVersion) -> str:
         return await call(self._handle, EngineServer.load_weights, version)
+
+    async def transfer_weights(self, step: TransferStep) -> None:
+        await call(self._handle, EngineServer.transfer_weights, step)
+
+    async def finish_transfer(self, upload: int, version: WeightsVersion, digests: Mapping[str, str]) -> str:
+        return await call(self._handle, EngineServer.finish_transfer, upload, version, digests)
 
     async def pause(self, mode: PauseMode) -> None:
         await call(self._handle, EngineServer.pause, mode)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tests.support.eventually import eventually
+from tests.support.transfers import KIND, FakeReceiver
 from twinkle_serve import hub
 from twinkle_serve.checkpoint import buckets, named_tensors
 from twinkle_serve.config import ServiceArgs
@@ -14,6 +16,7 @@ from twinkle_serve.data_format.groups import Group
 from twinkle_serve.engines.fake import FakeEngine
 from twinkle_serve.engines.protocol import StagedBucket
 from twinkle_serve.engines.server import EngineServer
+from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.errors import WeightsError
 from twinkle_serve.routing.router import Router
 from twinkle_serve.weights import LocalStore, WeightStore
@@ -36,6 +39,11 @@ class Engine(FakeEngine):
         """Seconds that a load takes."""
         self.loads: list[str] = []
         self.steps = 0
+        self.receiver: FakeReceiver = FakeReceiver(self)
+
+    async def start(self, on_stage: OnStage = ignore_stage) -> None:
+        await super().start(on_stage)
+        self.info = replace(self.info, transfer=KIND)
 
     async def _steps(self, group: Group, samples: Sequence[Any]) -> AsyncGenerator[None, None]:
         async for _ in super()._steps(group, samples):

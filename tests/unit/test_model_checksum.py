@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("vllm", reason="vllm is not installed")
 
-from twinkle_serve.engines.vllm.checksum import ROW, model_checksum
+from twinkle_serve.engines.vllm.checksum import model_checksum
+from twinkle_serve.tensor_sums import ROW
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool)
 

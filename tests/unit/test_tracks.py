@@ -239,7 +239,7 @@ async def test_engine_that_returns_has_the_weights_of_its_track(service: Service
         service.engines[name].end(KILLED)
     await eventually(lambda: service.restarts == 2)
     await ready(service, "a", "c")
-    versions = {name: server._weights_version for name, server in service.servers.items()}
+    versions = {name: server._weights.version for name, server in service.servers.items()}
     assert {name: version and version.label for name, version in versions.items()} == {
         "a": "two",
         "b": "two",
@@ -248,7 +248,7 @@ async def test_engine_that_returns_has_the_weights_of_its_track(service: Service
     wrong, right = versions["a"], versions["c"]
     assert wrong is not None
     await service.servers["c"].load_weights(wrong)
-    await eventually(lambda: service.servers["c"]._weights_version == right)
+    await eventually(lambda: service.servers["c"]._weights.version == right)
     assert labels(await service.router.sample(PROMPTS, MANY, track="new")) == {"one"}
 
 

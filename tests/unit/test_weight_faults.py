@@ -5,28 +5,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tests.support.eventually import eventually
+from tests.support.faulty_updates import DIRECT, STORED, Case, everyone_has, fails_and_heals, faulty_update
 from tests.support.slow_disk import SlowDisk
-from tests.support.updatable_service import PARTS, Service
+from tests.support.updatable_service import PARTS
 from twinkle_serve import hub, timing
 from twinkle_serve.checkpoint import buckets, named_tensors
-from twinkle_serve.data_format.weights import Bucket, BucketArgument, BucketFile
+from twinkle_serve.data_format.weights import Bucket
 from twinkle_serve.errors import (
     DeadlineError,
     EngineDeadError,
     EngineError,
     StoreError,
-    TwinkleServeError,
     WeightsError,
 )
 from twinkle_serve.weights.disk import Disk
@@ -37,90 +36,16 @@ NORM = "model.norm.weight"
 PHASES = ("model_spec", "prepare_weights", "pause", "load_weights", "resume")
 """Calls to an engine during an update."""
 
-Carrier: TypeAlias = Callable[[Bucket], BucketArgument]
 
-
-@dataclass
-class Case:
-    """A service with version `one`, whose update to `two` is to go wrong."""
-
-    service: Service
-    disk: SlowDisk
-    carry: Carrier
-    monkeypatch: pytest.MonkeyPatch
-    undo: list[Callable[[], object]] = field(default_factory=list)
-    """Ends the fault."""
-
-    async def update(
-        self, label: str, parts: list[Bucket] = PARTS, *, durable: bool = True, limit_s: float = 20
-    ) -> str:
-        router = self.service.router
-        upload = await router.begin_weights(label, "keep", durable)
-        try:
-            for index, part in enumerate(parts):
-                await router.append_weights(upload, index, self.carry(part))
-            return await router.publish_weights(upload, "keep", limit_s)
-        except BaseException:
-            with contextlib.suppress(TwinkleServeError):
-                await router.abandon_weights(upload)
-            raise
-
-    def replace(self, owner: Any, name: str, value: Any) -> None:
-        """Until the fault ends."""
-        before = getattr(owner, name)
-        setattr(owner, name, value)
-        self.undo.append(lambda: setattr(owner, name, before))
-
-
-@pytest.fixture(params=["array", "file", "reference"])
-def carry(request: pytest.FixtureRequest, tmp_path: Path) -> Carrier:
-    """Ways of a bucket: as itself, in a file in memory, in Ray's object store."""
-
-    async def fetched(bucket: Bucket) -> Bucket:
-        return bucket
-
-    def in_file(bucket: Bucket) -> BucketArgument:
-        in_file.count += 1  # type: ignore[attr-defined]
-        path = tmp_path / f"bucket-{in_file.count}"  # type: ignore[attr-defined]
-        path.write_bytes(bucket.tobytes())
-        return BucketFile(str(path))
-
-    in_file.count = 0  # type: ignore[attr-defined]
-    return {"array": lambda bucket: bucket, "file": in_file, "reference": lambda bucket: [fetched(bucket)]}[
-        request.param
-    ]
+@pytest.fixture(params=[*STORED, *DIRECT])
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-async def case(carry: Carrier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Case]:
-    monkeypatch.setattr(timing, "PROBE_PERIOD_S", 0.05)
-    monkeypatch.setattr("twinkle_serve.routing.membership.MAX_FAILED_LOADS", 10_000)  # nobody replaces processes here
-    service, disk = Service(), SlowDisk(tmp_path / "state")
-    service.store._store.model = ModelWeights(disk)
-    await service.start()
-    made = Case(service, disk, carry, monkeypatch)
-    await made.update("one")
-    yield made
-    await service.stop()
-
-
-async def everyone_has(case: Case, label: str) -> None:
-    """Every engine samples with a version, none is paused, and the store agrees."""
-    await case.service.ready_with(label)
-    assert await case.service.labels() == {("a", label), ("b", label)}
-    status = await case.service.router.status()
-    assert (status["weights"], status["paused"]) == (label, False)
-
-
-async def fails_and_heals(case: Case, error: type[TwinkleServeError], said: str, update: Awaitable[Any]) -> None:
-    with pytest.raises(error, match=said):
-        await asyncio.wait_for(update, 60)
-    await everyone_has(case, "one")
-    for undo in case.undo:
-        undo()
-    case.undo.clear()
-    assert await case.update("three") == "three"
-    await everyone_has(case, "three")
+async def case(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Case]:
+    async with faulty_update(way, tmp_path, monkeypatch) as made:
+        yield made
 
 
 # -- what the trainer sends ------------------------------------------------------------------------
@@ -208,6 +133,7 @@ async def test_trainer_that_dies_while_it_sends(case: Case, sent: int) -> None:
     await everyone_has(case, "two")
 
 
+@pytest.mark.parametrize("way", STORED)
 @pytest.mark.parametrize("phase", PHASES[1:])
 async def test_trainer_that_dies_while_engines_load(case: Case, phase: str) -> None:
     """It has sent everything: the update goes on to its end."""
@@ -228,6 +154,7 @@ async def test_trainer_that_dies_while_engines_load(case: Case, phase: str) -> N
 # -- an engine that dies or fails ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("way", STORED)
 @pytest.mark.parametrize("phase", PHASES)
 async def test_engine_that_dies(case: Case, phase: str) -> None:
     """In any phase: the update does not fail, and the engine comes back with the new version."""
@@ -250,6 +177,7 @@ async def test_engine_that_dies(case: Case, phase: str) -> None:
     await everyone_has(case, "two")
 
 
+@pytest.mark.parametrize("way", STORED)
 @pytest.mark.parametrize("phase", ["pause", "load_weights"])
 async def test_every_engine_dies(case: Case, phase: str) -> None:
     """Nobody has the new weights, so that it is not current."""
@@ -291,6 +219,7 @@ async def test_engine_that_hangs(case: Case) -> None:
     )
 
 
+@pytest.mark.parametrize("way", STORED)
 async def test_engine_without_room_in_memory(case: Case) -> None:
     """A full /dev/shm: it can stage neither the new nor the old weights, and is not used until it can."""
     engine = case.service.engines["b"]

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,6 +125,50 @@ class WeightsState:
     """Of all versions that have been current, by number."""
     kept: list[str]
     """Labels of those that can be made current again, the oldest first."""
+
+
+TransferCall: TypeAlias = Literal["init", "start", "update", "finish"]
+"""A call of vLLM's weight transfer, to the engines that take weights from a trainer itself."""
+
+
+class Receiver(NamedTuple):
+    """An engine that takes weights from a trainer itself."""
+
+    engine: str
+    incarnation: str
+    workers: int
+    """Number of its processes that hold weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferPlan:
+    """Weights that a trainer sends to engines itself, beside the store."""
+
+    receivers: tuple[Receiver, ...]
+    """The engines; the workers of all are numbered in this order."""
+    digests: Mapping[str, str]
+    """Of each weight as it was sent to the store; see `weight_digest`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStep:
+    """A trainer's call to every engine of a plan."""
+
+    upload: int
+    """Id of the update."""
+    call: TransferCall
+    info: Any
+    """Argument of init and update, in the form of the transfer's backend."""
+    receivers: tuple[Receiver, ...]
+
+    def workers(self, engine: str) -> range:
+        """Returns the numbers of an engine's workers among those of all receivers."""
+        first = 0
+        for receiver in self.receivers:
+            if receiver.engine == engine:
+                return range(first, first + receiver.workers)
+            first += receiver.workers
+        raise KeyError(engine)
 
 
 CHECKPOINT_VERSION = WeightsVersion(label=INITIAL_LABEL, number=0)

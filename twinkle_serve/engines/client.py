@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from twinkle_serve.data_format.adapters import AdapterArgument, AdapterVersion
 from twinkle_serve.data_format.groups import Attempt, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.data_format.structured_outputs import StructuredOutputs
-from twinkle_serve.data_format.weights import ModelSpec, PauseMode, WeightsVersion
+from twinkle_serve.data_format.weights import ModelSpec, PauseMode, TransferStep, WeightsVersion
 from twinkle_serve.engines.group_runner import Finished
 
 
@@ -82,6 +82,27 @@ class EngineClient(Protocol):
         """Fetches a weights version from the store and loads it; the engine must be paused. Returns a checksum.
 
         If it raises, the engine holds no version until the next load succeeds.
+        """
+        ...
+
+    async def transfer_weights(self, step: TransferStep) -> None:
+        """Makes a call by which the engine takes weights from a trainer itself; the engine must be paused.
+
+        From `start` on it holds no version, until `finish_transfer` or the next load succeeds.
+
+        Raises:
+            WeightsError: the engine refuses it, or the step belongs to another transfer than the last `start`.
+            UnsupportedError: it takes weights from the store alone.
+        """
+
+    async def finish_transfer(self, upload: int, version: WeightsVersion, digests: Mapping[str, str]) -> str:
+        """Ends a transfer: the engine holds the version. Returns a checksum, as `load_weights` would.
+
+        Args:
+            digests: of the weights of the version.
+
+        Raises:
+            WeightsError: weights that came are not those of the version.
         """
         ...
 

@@ -39,6 +39,7 @@ from twinkle_serve.engines.logits import LogitsProcessor, log_softmax, softmax
 from twinkle_serve.engines.protocol import (
     StagedBucket,
     TokenDelta,
+    WeightsReceiver,
     max_new_tokens,
     parse_engine_args,
 )
@@ -77,6 +78,7 @@ class FakeEngine:
     """Runs groups on a toy model with a real model's tokenizer. See `Engine` for the guarantees."""
 
     info: EngineInfo
+    receiver: WeightsReceiver | None = None
 
     def __init__(self, name: str, model: str, engine_args: Mapping[str, object]) -> None:
         self._name = name

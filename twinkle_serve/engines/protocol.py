@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from twinkle_serve.data_format.structured_outputs import StructuredOutputs
 from twinkle_serve.data_format.telemetry import EngineLoad
 from twinkle_serve.data_format.weights import Bucket, PauseMode, Spans
 from twinkle_serve.engines.stages import OnStage, ignore_stage
-from twinkle_serve.errors import EngineArgsError, unknown_name
+from twinkle_serve.errors import EngineArgsError, WeightsError, unknown_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,51 @@ StagedBucket: TypeAlias = Bucket | Path
 """A bucket as an engine loads it: in memory, or a file."""
 
 
+class WeightsReceiver(Protocol):
+    """Takes weights from a trainer itself: vLLM's weight transfer engine in the workers of an engine.
+
+    Calls come in the order of the methods, while the engine is paused; after a failure, `start` or a load begins anew.
+    Each raises WeightsError where it is refused, and EngineDeadError where the engine is gone.
+    """
+
+    async def init(self, info: Any, workers: range) -> None:
+        """Connects to a trainer.
+
+        Args:
+            info: from the trainer's side of the backend, which expects a single engine.
+            workers: numbers of this engine's workers among those of all engines.
+        """
+
+    async def start(self) -> None:
+        """Begins to replace the weights."""
+
+    async def update(self, info: Any, workers: range) -> None:
+        """Takes some weights. Arguments as `init`."""
+
+    async def finish(self, label: str, digests: Mapping[str, str]) -> str:
+        """Ends the replacement; see `Engine.load_weights`. Returns its checksum.
+
+        Args:
+            digests: of all weights that must have come; see `weight_digest`.
+
+        Raises:
+            WeightsError: others came.
+        """
+        ...
+
+
+def compare_digests(engine: str, came: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    """Raises WeightsError for weights that came otherwise than they were stored."""
+    if not (wrong := sorted(name for name in came.keys() | wanted.keys() if came.get(name) != wanted.get(name))):
+        return
+    first = wrong[0]
+    how = "is another" if first in came and first in wanted else "did not come" if first in wanted else "is unknown"
+    raise WeightsError(
+        f"{engine}: of the weights from the trainer, {len(wrong)} of {len(wanted)} differ from those in the store: "
+        f"{first!r} {how}. Send the same tensors to both, and change none until update_weights has returned."
+    )
+
+
 class Engine(Protocol):
     """Samples groups of one model.
 
@@ -61,6 +106,10 @@ class Engine(Protocol):
 
     info: EngineInfo
     """Set by `start`."""
+
+    @property
+    def receiver(self) -> WeightsReceiver | None:
+        """None: it takes weights from the store alone."""
 
     async def start(self, on_stage: OnStage = ignore_stage) -> None:
         """Loads the model. Raises EngineArgsError, ModelNotFoundError or EngineStartError.

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from twinkle_serve.data_format.weights import (
     Bucket,
     ModelSpec,
     PauseMode,
+    TransferStep,
     WeightsVersion,
 )
 from twinkle_serve.engines.adapter_checks import AdapterChecks, BaseDigests, base_keys
@@ -39,7 +40,7 @@ from twinkle_serve.engines.router_lease import RouterLease
 from twinkle_serve.engines.spans import SampleSpans
 from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.text import TextStream
-from twinkle_serve.engines.weights_loading import WeightsLoading
+from twinkle_serve.engines.weights import EngineWeights
 from twinkle_serve.errors import (
     AdapterError,
     EngineDeadError,
@@ -93,12 +94,9 @@ class EngineServer(EngineClient):
         """Number of running groups and streams by adapter id."""
         self._unused = asyncio.Condition()
         """Notified when the last user of a version has ended."""
-        self._weights_version: WeightsVersion | None = CHECKPOINT_VERSION
-        """The loaded weights; None while no version is loaded whole."""
+        self._weights = EngineWeights(engine, self._buckets)
         self._weights_dropped = False
         """Whether the engine sleeps without weights."""
-        self._loading = asyncio.Lock()
-        self._incoming = WeightsLoading(engine, self._buckets)
         self._paused = False
         self._pause_lease = Lease(self._end_pause_soon)
         """Ends a pause when no router calls `describe` any more."""
@@ -133,7 +131,7 @@ class EngineServer(EngineClient):
 
     async def _load_current(self) -> None:
         """Loads the current weights version of its track, and again if it changes meanwhile."""
-        while (current := await self._store.current_weights(self._track)) != self._weights_version:
+        while (current := await self._store.current_weights(self._track)) != self._weights.version:
             await self._engine.pause("keep")
             try:
                 await self.load_weights(current)
@@ -151,7 +149,7 @@ class EngineServer(EngineClient):
             self._routers[router].renew()
         return replace(
             self._info,
-            weights_version=self._weights_version,
+            weights_version=self._weights.version,
             progress=self._engine.progress(),
             running=self._running,
             load=await self._engine.load(),
@@ -380,29 +378,38 @@ class EngineServer(EngineClient):
 
     async def _end_forgotten_pause(self) -> None:
         """Resumes the engine, unless it holds no weights, or a router was heard of while a load went on."""
-        async with self._loading:
-            if self._paused and not self._pause_lease.running and self._weights_version is not None:
+        async with self._weights.changing:
+            if self._paused and not self._pause_lease.running and self._weights.version is not None:
                 logger.warning(f"{self._info.name} was paused and no router asks for it: it resumes")
                 await self.resume()
 
     async def resume(self) -> None:
         self._paused = False
-        await self._incoming.drop()
+        await self._weights.drop_staged()
         self._pause_lease.end()
         await self._engine.resume()
 
     async def prepare_weights(self, version: WeightsVersion) -> None:
-        async with self._loading:
-            await self._incoming.prepare(version)
+        await self._weights.prepare(version)
 
     async def load_weights(self, version: WeightsVersion) -> str:
-        async with self._loading:
-            self._weights_version = None
-            checksum = await self._incoming.load(version)
-            self._weights_version = version
-            if self._paused:
-                self._pause_lease.renew(timing.ENGINE_PAUSE_LEASE_S)
+        checksum = await self._weights.load(version)
+        self._stay_paused()
         return checksum
+
+    async def transfer_weights(self, step: TransferStep) -> None:
+        await self._weights.transfer(step)
+        self._stay_paused()
+
+    async def finish_transfer(self, upload: int, version: WeightsVersion, digests: Mapping[str, str]) -> str:
+        checksum = await self._weights.finish_transfer(upload, version, digests)
+        self._stay_paused()
+        return checksum
+
+    def _stay_paused(self) -> None:
+        """Extends a pause: a router was heard of."""
+        if self._paused:
+            self._pause_lease.renew(timing.ENGINE_PAUSE_LEASE_S)
 
     async def _buckets(self, version: WeightsVersion) -> AsyncGenerator[Bucket, None]:
         if version == CHECKPOINT_VERSION:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from typing import Protocol, Unpack
+from typing import Any, Protocol, Unpack
 
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.adapters import AdapterFiles
@@ -14,7 +14,7 @@ from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.status import SamplerStatus
 from twinkle_serve.data_format.telemetry import CallInfo, TelemetryReport
 from twinkle_serve.data_format.token_lists import TokenLists
-from twinkle_serve.data_format.weights import BucketArgument, PauseMode
+from twinkle_serve.data_format.weights import BucketArgument, PauseMode, Receiver, TransferCall, TransferPlan
 from twinkle_serve.sessions import SessionInfo, SessionRecord
 
 
@@ -183,7 +183,9 @@ class RouterAPI(Protocol):
         """
         ...
 
-    async def begin_weights(self, label: str, mode: PauseMode, durable: bool = True, track: str = "") -> int:
+    async def begin_weights(
+        self, label: str, mode: PauseMode, durable: bool = True, track: str = "", direct: bool = False
+    ) -> int:
         """Starts an update of a track's weights, "": of the first one. Returns the id of the upload. See
         `WeightUpdates.begin`.
 
@@ -195,9 +197,18 @@ class RouterAPI(Protocol):
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
         """Stores the next bucket of an update. See `WeightUpdates.append`."""
 
-    async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
+    async def publish_weights(
+        self, upload: int, mode: PauseMode, timeout_s: float, plan: TransferPlan | None = None
+    ) -> str:
         """Loads an update on all engines of its track or on none. Returns its label. See `WeightUpdates.publish`."""
         ...
+
+    async def offer_weights(self, kind: str, track: str = "") -> tuple[Receiver, ...]:
+        """Returns the engines of a track that take weights from a trainer itself. See `WeightUpdates.offer`."""
+        ...
+
+    async def transfer_weights(self, upload: int, call: TransferCall, info: Any = None) -> None:
+        """Makes a trainer's call to all engines while they are paused. See `WeightUpdates.transfer`."""
 
     async def use_weights(self, label: str, mode: PauseMode, timeout_s: float, track: str = "") -> str:
         """Loads a kept version on all engines of a track or on none. Returns its label. See `WeightUpdates.use`."""
@@ -207,7 +218,7 @@ class RouterAPI(Protocol):
         """Returns the checksums of the buckets of a kept version. Raises WeightsError if it is not kept."""
         ...
 
-    async def abandon_weights(self, upload: int) -> None:
+    async def abandon_weights(self, upload: int, reason: str = "") -> None:
         """Gives an update up. Idempotent. See `WeightUpdates.abandon`."""
 
     async def pause(self, mode: PauseMode, lease_s: float) -> int:

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from typing import TypeAlias, TypeVar
 
 from twinkle_serve import timing
 from twinkle_serve.data_format.weights import PAUSE_MODES, PauseMode, WeightsVersion
@@ -23,11 +24,22 @@ from twinkle_serve.lease import Lease
 from twinkle_serve.routing.active_engine import ActiveEngine
 from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.tracks import Track
+from twinkle_serve.routing.transfers import Broadcast
 from twinkle_serve.validation import one_of, seconds
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+Load: TypeAlias = Callable[[WeightsVersion, Sequence[ActiveEngine], Broadcast], Awaitable[dict[str, str]]]
+"""Has paused engines take a version. Returns the checksums of those that have it, by engine."""
+
+
+async def load_from_store(
+    version: WeightsVersion, engines: Sequence[ActiveEngine], broadcast: Broadcast
+) -> dict[str, str]:
+    """Has each engine load a version from the store."""
+    return await broadcast("load_weights", lambda client: client.load_weights(version))
 
 
 class PauseCoordinator:
@@ -76,6 +88,7 @@ class PauseCoordinator:
         mode: PauseMode,
         commit: Callable[[], Awaitable[None]],
         timeout_s: float,
+        load: Load = load_from_store,
     ) -> dict[str, float]:
         """Loads a weights version on every engine of a track while their sampling is paused.
 
@@ -86,6 +99,7 @@ class PauseCoordinator:
         Args:
             mode: fate of running samples.
             commit: records the version as current; called once the engines have it.
+            load: brings the version into the engines.
 
         Returns:
             Duration of its phases: wait, pause, load, commit. Seconds.
@@ -110,7 +124,7 @@ class PauseCoordinator:
                 "current."
             ) from None
         try:
-            times = await self._update(track, version, mode, commit, timeout_s, deadline)
+            times = await self._update(track, version, mode, commit, timeout_s, deadline, load)
         finally:
             track.changing.release()
         names = ("wait", "pause", "load", "commit")
@@ -164,6 +178,7 @@ class PauseCoordinator:
         commit: Callable[[], Awaitable[None]],
         timeout_s: float,
         deadline: float,
+        load: Load,
     ) -> list[float]:
         """Returns when it had the engines, when they were paused, when they had the weights, and when it was over."""
         engines, key, loading = self._engines, object(), False
@@ -175,9 +190,7 @@ class PauseCoordinator:
                 await self._pause(mode, engines.active_of(track))
                 times.append(clock())
                 loading = True
-                checksums = await self._broadcast(
-                    "load_weights", lambda client: client.load_weights(version), engines.active_of(track)
-                )
+                checksums = await load(version, list(engines.active_of(track)), partial(self._broadcast_to, track))
                 times.append(clock())
             if not checksums:
                 raise EngineDeadError(f"every engine died while it loaded {version.label!r}.")
@@ -219,6 +232,12 @@ class PauseCoordinator:
                 self._engines.lose(engine, error)
 
         await asyncio.gather(*map(call_one, self._engines.active_of(track)))
+
+    async def _broadcast_to(
+        self, track: Track, what: str, call: Callable[[EngineClient], Awaitable[T]]
+    ) -> dict[str, T]:
+        """`_broadcast` to the engines of a track that are left."""
+        return await self._broadcast(what, call, self._engines.active_of(track))
 
     async def _broadcast(
         self, what: str, call: Callable[[EngineClient], Awaitable[T]], engines: Iterable[ActiveEngine]

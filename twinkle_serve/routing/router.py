@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from twinkle_serve.adapters import read_adapter
 from twinkle_serve.config import ServiceArgs
@@ -29,7 +29,14 @@ from twinkle_serve.data_format.samples import SampleColumns, StopReason
 from twinkle_serve.data_format.status import SamplerStatus
 from twinkle_serve.data_format.telemetry import CallInfo, TelemetryReport
 from twinkle_serve.data_format.token_lists import TokenLists
-from twinkle_serve.data_format.weights import PAUSE_MODES, BucketArgument, PauseMode
+from twinkle_serve.data_format.weights import (
+    PAUSE_MODES,
+    BucketArgument,
+    PauseMode,
+    Receiver,
+    TransferCall,
+    TransferPlan,
+)
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.engines.group_runner import PartialUpdate
 from twinkle_serve.errors import EngineDeadError, RequestError, ServiceError, TwinkleServeError, UnsupportedError
@@ -360,17 +367,27 @@ class Router(RouterAPI):
 
     # -- weights ---------------------------------------------------------------------------------
 
-    async def begin_weights(self, label: str, mode: PauseMode, durable: bool = True, track: str = "") -> int:
+    async def begin_weights(
+        self, label: str, mode: PauseMode, durable: bool = True, track: str = "", direct: bool = False
+    ) -> int:
         one_of("mode", mode, PAUSE_MODES)  # before anything is sent
         self._admission.require_awake()
-        return await self._updates.begin(label, self._engines.tracks.named(track), durable)
+        return await self._updates.begin(label, self._engines.tracks.named(track), durable, direct)
 
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
         await self._updates.append(upload, index, bucket)
 
-    async def publish_weights(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
+    async def offer_weights(self, kind: str, track: str = "") -> tuple[Receiver, ...]:
+        return await self._updates.offer(self._engines.tracks.named(track), kind)
+
+    async def publish_weights(
+        self, upload: int, mode: PauseMode, timeout_s: float, plan: TransferPlan | None = None
+    ) -> str:
         self._admission.require_awake()
-        return await self._updates.publish(upload, mode, timeout_s)
+        return await self._updates.publish(upload, mode, timeout_s, plan)
+
+    async def transfer_weights(self, upload: int, call: TransferCall, info: Any = None) -> None:
+        await self._updates.transfer(upload, call, info)
 
     async def use_weights(self, label: str, mode: PauseMode, timeout_s: float, track: str = "") -> str:
         self._admission.require_awake()
@@ -380,8 +397,8 @@ class Router(RouterAPI):
     async def weights_buckets(self, label: str) -> list[str]:
         return list((await self._store.find_weights(label)).buckets)
 
-    async def abandon_weights(self, upload: int) -> None:
-        await self._updates.abandon(upload)
+    async def abandon_weights(self, upload: int, reason: str = "") -> None:
+        await self._updates.abandon(upload, reason)
 
     async def pause(self, mode: PauseMode, lease_s: float) -> int:
         self._admission.require_awake()

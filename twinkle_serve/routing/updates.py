@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from twinkle_serve import timing
 from twinkle_serve.data_format import metrics
@@ -14,20 +15,25 @@ from twinkle_serve.data_format.weights import (
     PAUSE_MODES,
     BucketArgument,
     PauseMode,
+    Receiver,
+    TransferCall,
+    TransferPlan,
     WeightsVersion,
 )
 from twinkle_serve.errors import DeadlineError, StoreError, TwinkleServeError, UnsupportedError, WeightsError, one_line
 from twinkle_serve.lease import Lease
 from twinkle_serve.routing.membership import EngineMembership
-from twinkle_serve.routing.pause import PauseCoordinator
+from twinkle_serve.routing.pause import Load, PauseCoordinator, load_from_store
 from twinkle_serve.routing.telemetry import Telemetry
 from twinkle_serve.routing.tracks import Track
+from twinkle_serve.routing.transfers import Transfer, receivers, require_transfer
 from twinkle_serve.validation import flag, one_of
 from twinkle_serve.weights import StoreClient
 
 logger = logging.getLogger(__name__)
 
 NO_UPLOAD = -1
+GIVEN_UP = "the update of weights was given up: its trainer was silent, or the router was restarted."
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +49,8 @@ class _Update:
     upload: int = NO_UPLOAD
     """Id of the upload, once the store has assigned it."""
     publishing: bool = False
+    transfer: Transfer | None = None
+    """What its trainer sends to the engines itself."""
     durable: bool = True
     began: float = 0.0
     """By the event loop's clock."""
@@ -82,12 +90,13 @@ class WeightUpdates:
         self._persisting: asyncio.Task[None] | None = None
         """Writes the last version to the disk."""
 
-    async def begin(self, label: str, track: Track, durable: bool = True) -> int:
+    async def begin(self, label: str, track: Track, durable: bool = True, direct: bool = False) -> int:
         """Starts an update of a track. Returns the id of the upload.
 
         Args:
             durable: `publish` returns when the store has written the version, which it does while buckets come. False:
                 when the engines have it; the store writes it then.
+            direct: the engines do not load the version from the store: the trainer sends it to them too, by `transfer`.
 
         Raises:
             WeightsError: the version exists, or another update is under way.
@@ -103,6 +112,7 @@ class WeightUpdates:
                 raise UnsupportedError("the model has no safetensors files, which list its weights.")
             update.size = sum(spec.nbytes for spec in model.weights.values())
             update.upload = await self._store.begin_weights(label, model, write_late=not durable)
+            update.transfer = Transfer(update.upload) if direct else None
         except BaseException:
             self._end(update)
             raise
@@ -144,13 +154,30 @@ class WeightUpdates:
             raise
         self._restart_timeout(update)
 
-    async def publish(self, upload: int, mode: PauseMode, timeout_s: float) -> str:
-        """Makes the version current, on all engines or on none. Returns its label.
+    async def offer(self, track: Track, kind: str) -> tuple[Receiver, ...]:
+        """Returns the engines of a track, for a trainer that is to send weights to them itself.
 
-        Runs to its end even if the call is cancelled.
+        Args:
+            kind: backend of vLLM's weight transfer.
 
         Raises:
-            WeightsError: weights are missing, or an engine refuses them.
+            UnsupportedError: an engine does not take weights by it.
+        """
+        await self._engines.some_engine(track)
+        engines = self._engines.active_of(track)
+        require_transfer(engines, kind)
+        return receivers(engines)
+
+    async def publish(self, upload: int, mode: PauseMode, timeout_s: float, plan: TransferPlan | None = None) -> str:
+        """Makes the version current, on all engines or on none. Returns its label.
+
+        Runs to its end even if the call is cancelled, unless its trainer has to send to the engines itself.
+
+        Args:
+            plan: what the trainer sends to the engines itself, for an update that began as `direct`.
+
+        Raises:
+            WeightsError: weights are missing, an engine refuses them, or has others than the store.
             EngineError: an engine failed.
             StoreError: the version cannot be written.
             DeadlineError: it took longer than `timeout_s`.
@@ -158,10 +185,30 @@ class WeightUpdates:
         """
         one_of("mode", mode, PAUSE_MODES)
         update = self._require(upload)
+        if (plan is None) != (update.transfer is None):
+            raise WeightsError("an update takes a plan if it began as direct, and only then.")
         update.lease.end()
         update.publishing = True
-        await asyncio.shield(self._engines.spawn(self._publish(update, mode, timeout_s)))
+        if update.transfer is not None:
+            update.transfer.plan = plan
+        try:
+            await asyncio.shield(self._engines.spawn(self._publish(update, mode, timeout_s)))
+        except asyncio.CancelledError:
+            await self.abandon(upload, "it was stopped.")
+            raise
         return update.label
+
+    async def transfer(self, upload: int, call: TransferCall, info: Any = None) -> None:
+        """Makes a trainer's call to all engines, which are paused for it: waits until they are, and have answered.
+
+        Raises:
+            StoreError: the update was given up.
+            WeightsError: it did not begin as `direct`.
+            TwinkleServeError: an engine refused. `publish` raises it too.
+        """
+        if (transfer := self._require(upload).transfer) is None:
+            raise WeightsError("the engines load this update from the store: it did not begin as direct.")
+        await transfer.call(call, info)
 
     async def _publish(self, update: _Update, mode: PauseMode, timeout_s: float) -> None:
         clock = asyncio.get_running_loop().time
@@ -170,12 +217,15 @@ class WeightUpdates:
             with self._reported(update):
                 version = await self._store.seal_weights(update.upload)
                 phases = {"upload": uploaded - update.began, "seal": clock() - uploaded}
-                phases |= await self._switch(update.track, version, mode, timeout_s)
+                load = load_from_store if update.transfer is None else update.transfer.load
+                phases |= await self._switch(update.track, version, mode, timeout_s, load)
             self._persisting = self._engines.spawn(self._persist(update, version, phases, timeout_s))
             self._persisting.add_done_callback(lambda task: task.cancelled() or task.exception())
             if update.durable:
                 await self._persisting
-        except BaseException:
+        except BaseException as error:
+            if update.transfer is not None:
+                update.transfer.end(error)
             self._give_up(update)
             raise
         self._end(update)
@@ -206,7 +256,7 @@ class WeightUpdates:
             self._end(update)
 
     async def _switch(
-        self, track: Track, version: WeightsVersion, mode: PauseMode, timeout_s: float
+        self, track: Track, version: WeightsVersion, mode: PauseMode, timeout_s: float, load: Load = load_from_store
     ) -> dict[str, float]:
         """Makes a version current on all engines of a track and in the memory of the store. Returns the seconds of each
         phase."""
@@ -220,11 +270,12 @@ class WeightUpdates:
                 if await self._store.current_weights(track.name) != version:
                     raise
 
-        await self._engines.prepare(track, version, timeout_s)
+        if load is load_from_store:
+            await self._engines.prepare(track, version, timeout_s)
         prepared = clock()
         return {
             "prepare": prepared - began,
-            **await self._pause_coordinator.update(track, version, mode, commit, timeout_s),
+            **await self._pause_coordinator.update(track, version, mode, commit, timeout_s, load),
         }
 
     async def _persist(
@@ -290,11 +341,19 @@ class WeightUpdates:
         text = f"{update.label} is current: {sent}{steps}"
         self._telemetry.event("weights", text)
 
-    async def abandon(self, upload: int) -> None:
-        """Gives an update up, unless it is being published. Idempotent."""
+    async def abandon(self, upload: int, reason: str = "") -> None:
+        """Gives an update up, unless the engines load it from the store already. Idempotent.
+
+        Args:
+            reason: of a trainer that sends to the engines itself, for the error of `publish`.
+        """
         update = self._update
-        if update is not None and update.upload == upload and not update.publishing:
+        if update is None or update.upload != upload:
+            return
+        if not update.publishing:
             self._give_up(update)
+        elif update.transfer is not None:
+            update.transfer.give_up(reason)
 
     def _give_up(self, update: _Update) -> None:
         self._end(update)
@@ -308,7 +367,7 @@ class WeightUpdates:
 
     def _require(self, upload: int) -> _Update:
         if self._update is None or self._update.upload != upload:
-            raise StoreError("the update of weights was given up: its trainer was silent, or the router was restarted.")
+            raise StoreError(GIVEN_UP)
         return self._update
 
     def _restart_timeout(self, update: _Update) -> None:
@@ -326,5 +385,7 @@ class WeightUpdates:
 
     def _end(self, update: _Update) -> None:
         update.lease.end()
+        if update.transfer is not None:
+            update.transfer.end(StoreError(GIVEN_UP))
         if self._update is update:
             self._update = None

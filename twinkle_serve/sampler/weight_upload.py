@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from twinkle_serve import timing
-from twinkle_serve.data_format.weights import Bucket, PauseMode
-from twinkle_serve.errors import TwinkleServeError, WeightsError
+from twinkle_serve.data_format.weights import Bucket
+from twinkle_serve.errors import UnsupportedError, WeightsError
 from twinkle_serve.extras import require_extra
 from twinkle_serve.routing.api import RouterAPI
-from twinkle_serve.sampler.router_client import BucketSender, RouterClient
+from twinkle_serve.sampler.router_client import RouterClient
+from twinkle_serve.sampler.transports import MakeTransport, StoreTransport, Update, WeightTransport
 from twinkle_serve.tensors import TensorFile
 
 if TYPE_CHECKING:
@@ -33,20 +32,12 @@ class WeightUploads:
     Remembers the hashes of the last one that it was asked to send as a delta.
     """
 
-    def __init__(self, client: RouterClient) -> None:
-        self._client = client
+    def __init__(self, client: RouterClient, make_transport: MakeTransport = StoreTransport) -> None:
+        self._client, self._make_transport = client, make_transport
         self._sent: _Sent | None = None
 
     def send(
-        self,
-        version: str,
-        mode: PauseMode,
-        track: str,
-        make_buckets: Callable[[Callable[[int], TensorFile]], Iterator[Bucket]],
-        timeout_s: float,
-        *,
-        durable: bool,
-        delta: bool,
+        self, update: Update, make_buckets: Callable[[Callable[[int], TensorFile]], Iterator[Bucket]], *, delta: bool
     ) -> str:
         """Sends buckets of weights and publishes them as a version. Returns its label.
 
@@ -54,35 +45,26 @@ class WeightUploads:
 
         Args:
             make_buckets: yields them, in the files that the function given to it makes; see `BucketSender.new_file`.
-            timeout_s: limit of each step: sending a bucket, and publishing.
-            durable: return when the version is on the disk.
             delta: send patches of the buckets that were sent last, where the service still has those.
         """
         if delta:
             require_extra("delta=True", "server", "blake3")
-        client, loop = self._client, self._client.loop
-        upload = loop.call(client.call(timeout_s, RouterAPI.begin_weights, version, mode, durable, track))
+        transport = self._make_transport(self._client, update)
+        if delta and not transport.takes_patches:
+            raise UnsupportedError("delta=True sends to the store alone. Leave it out.")
+        files = _Files(transport, self._bases(update.timeout_s)) if delta else None
         try:
-            with client.sending() as sender:
-                files = _Files(sender, self._bases(timeout_s)) if delta else sender
-                on_its_way = None
-                for index, bucket in enumerate(make_buckets(files.new_file)):
-                    argument = sender.send(bucket)
-                    if on_its_way is not None:
-                        loop.wait(on_its_way)
-                    on_its_way = loop.start(client.call(timeout_s, RouterAPI.append_weights, upload, index, argument))
-                    if isinstance(files, _Files):
-                        files.hash(bucket)
-                if on_its_way is not None:
-                    loop.wait(on_its_way)
-                # If publishing fails at its end, the engines go back within the same time; writing has as long again.
-                limit_s = 3 * timeout_s + timing.CONTROL_TIMEOUT_S
-                label = loop.call(client.call(limit_s, RouterAPI.publish_weights, upload, mode, timeout_s))
+            transport.offer()
+            transport.begin()
+            for bucket in make_buckets((files or transport).new_file):
+                transport.send(bucket)
+                if files is not None:
+                    files.hash(bucket)
+            label = transport.finish()
         except BaseException:
-            with contextlib.suppress(TwinkleServeError):  # an upload without buckets is given up by the router in time
-                loop.call(client.call(timing.ANSWER_TIMEOUT_S, RouterAPI.abandon_weights, upload))
+            transport.abort()
             raise
-        if isinstance(files, _Files):
+        if files is not None:
             self._sent = _Sent(label, files.digests)
         return label
 
@@ -101,8 +83,8 @@ class WeightUploads:
 class _Files:
     """Makes the files of a delta, and hashes what is sent."""
 
-    def __init__(self, sender: BucketSender, bases: list[BucketDigests | None]) -> None:
-        self._sender, self._bases = sender, bases
+    def __init__(self, transport: WeightTransport, bases: list[BucketDigests | None]) -> None:
+        self._transport, self._bases = transport, bases
         self._files: list[TensorFile] = []
         self.digests: list[BucketDigests] = []
         """Of the buckets so far."""
@@ -113,7 +95,7 @@ class _Files:
 
         index = len(self._files)
         base = self._bases[index] if index < len(self._bases) else None
-        self._files.append(self._sender.new_file(capacity) if base is None else PatchFile(base))
+        self._files.append(self._transport.new_file(capacity) if base is None else PatchFile(base))
         return self._files[-1]
 
     def hash(self, bucket: Bucket) -> None:

@@ -21,7 +21,7 @@ from twinkle_serve.data_format.telemetry import EngineLoad
 from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
 from twinkle_serve.engines.drawing import columns_of_samples
 from twinkle_serve.engines.logits import LogitsProcessor
-from twinkle_serve.engines.protocol import StagedBucket, TokenDelta, max_new_tokens
+from twinkle_serve.engines.protocol import StagedBucket, TokenDelta, WeightsReceiver, max_new_tokens
 from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.torch.adapters import ModelAdapters
 from twinkle_serve.engines.torch.args import check_engine_args
@@ -59,6 +59,7 @@ class TorchEngine:
     """
 
     info: EngineInfo
+    receiver: WeightsReceiver | None = None
 
     def __init__(
         self,

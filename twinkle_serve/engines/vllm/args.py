@@ -192,7 +192,7 @@ def engine_info(
     tokenizer: PreTrainedTokenizerBase,
 ) -> EngineInfo:
     """Describes an engine to its router. The parameters are those of `VLLMEngine`."""
-    model, lora = config.model_config, config.lora_config
+    model, lora, transfer = config.model_config, config.lora_config, config.weight_transfer_config
     most = model.get_vocab_size() if model.max_logprobs == -1 else model.max_logprobs
     return EngineInfo(
         name=name,
@@ -211,6 +211,8 @@ def engine_info(
         eos_token_ids=_eos_token_ids(config, tokenizer),
         lacks=_lacks(config, device),
         masks_raw_logprobs=device != "cpu" or config.speculative_config is not None,
+        transfer="" if transfer is None else transfer.backend,
+        workers=config.parallel_config.world_size,
     )
 
 

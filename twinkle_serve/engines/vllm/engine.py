@@ -9,7 +9,7 @@ import signal
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from twinkle_serve.adapter_description import not_in_model
 from twinkle_serve.collection import no_collection
@@ -19,7 +19,7 @@ from twinkle_serve.data_format.samples import PartialSample, SampleColumns
 from twinkle_serve.data_format.structured_outputs import StructuredOutputs
 from twinkle_serve.data_format.telemetry import EngineLoad
 from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket, PauseMode
-from twinkle_serve.engines.protocol import StagedBucket, TokenDelta
+from twinkle_serve.engines.protocol import StagedBucket, TokenDelta, WeightsReceiver
 from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.engines.vllm.args import build_config, check_engine_args, engine_info, set_environment
 from twinkle_serve.engines.vllm.grammars import GrammarChecks
@@ -34,6 +34,7 @@ from twinkle_serve.engines.vllm.outputs import (
     running_tokens,
 )
 from twinkle_serve.engines.vllm.processes import allow_high_temperatures, refuse_import_of_main, use_own_entry
+from twinkle_serve.engines.vllm.receiver import TransferReceiver
 from twinkle_serve.engines.vllm.reports import Reports
 from twinkle_serve.engines.vllm.requests import sampling_params
 from twinkle_serve.engines.vllm.tmpfs import EngineFiles
@@ -44,7 +45,6 @@ from twinkle_serve.errors import (
     EngineError,
     EngineStartError,
     SamplingParamsError,
-    TwinkleServeError,
     UnsupportedError,
     WeightsError,
 )
@@ -103,6 +103,7 @@ class VLLMEngine:
         """LoRARequest of each adapter version, by version id."""
         self._label = INITIAL_LABEL
         """Label of the loaded weights."""
+        self.receiver: WeightsReceiver | None = None
         self._slots: AdapterSlots | None = None
         self._followed: dict[Attempt, tuple[str, int]] = {}
         """vLLM's request id, and the index in the request, of each running sample whose group is followed."""
@@ -132,6 +133,8 @@ class VLLMEngine:
             await self._llm.collective_rpc("use_own_sampler")
         self._tokenizer = self._llm.get_tokenizer()
         self._load = LoadQuery(self._llm)
+        if config.weight_transfer_config is not None:
+            self.receiver = TransferReceiver(self)
         self._grammars = GrammarChecks(config, self._files.owner)
         self.info = engine_info(self._name, config, self._device, self._cpus, self._tokenizer)
 
@@ -381,24 +384,41 @@ class VLLMEngine:
             async for path in buckets:
                 assert isinstance(path, Path)
                 if not started:  # the old weights stay complete until the first bucket
-                    await self._llm.collective_rpc("begin_weights")
+                    await self.call_workers("begin_weights", label=label)
                     started = True
-                await self._llm.collective_rpc("load_weights", args=(str(path),))
+                await self.call_workers("load_weights", str(path), label=label)
                 self._files.drop_bucket(path)
-            checksums = await self._llm.collective_rpc("finish_weights")
-            # Running samples recompute the keys and values of the old weights.
-            await self._llm.reset_prefix_cache(reset_running_requests=True)
-            await self._llm.update_weight_version(label)
-        except TwinkleServeError:
-            raise
+            checksums = await self.call_workers("finish_weights", label=label)
+        finally:
+            self._files.drop_buckets()
+        await self.use_new_weights(label)
+        return " ".join(checksums)
+
+    async def call_workers(self, method: str, *arguments: Any, label: str = "") -> list[Any]:
+        """Makes a call about new weights to the workers of a paused engine. Returns their answers.
+
+        Args:
+            label: of the weights, for errors.
+
+        Raises:
+            WeightsError: vLLM refuses them.
+            EngineDeadError: the engine is gone.
+        """
+        try:
+            answers: list[Any] = await self._llm.collective_rpc(method, args=arguments)
         except Exception as error:
             if self._llm.errored:
                 raise self._dead_error() from error
-            raise WeightsError(f"vLLM refuses weights {label!r}: {self._reported() or error}") from error
-        finally:
-            self._files.drop_buckets()
+            which = f" {label!r}" if label else ""
+            raise WeightsError(f"vLLM refuses weights{which}: {self._reported() or error}") from error
+        return answers
+
+    async def use_new_weights(self, label: str) -> None:
+        """Stamps samples with a label from now on, and has running ones recompute keys and values of old weights."""
+        with self._translated_errors():
+            await self._llm.reset_prefix_cache(reset_running_requests=True)
+            await self._llm.update_weight_version(label)
         self._label = label
-        return " ".join(checksums)
 
     @contextlib.contextmanager
     def _translated_errors(self) -> Iterator[None]:

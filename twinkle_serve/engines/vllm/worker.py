@@ -3,7 +3,7 @@ before they build the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
@@ -18,8 +18,11 @@ from vllm.platforms import current_platform
 
 from twinkle_serve.engines.vllm.checksum import model_checksum
 from twinkle_serve.engines.vllm.processes import allow_high_temperatures, begin_worker
+from twinkle_serve.tensor_sums import weight_digest
+from twinkle_serve.tensors import stored_dtype
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 
@@ -48,21 +51,36 @@ class WorkerExtension:
     vllm_config: VllmConfig
     add_lora: Callable[[LoRARequest], bool]
 
+    start_weight_update: Callable[[], None]
+    finish_weight_update: Callable[[], None]
+    _weight_update_active: bool
+
+    _digests: dict[str, str]
+    """Of the weights that have come in a transfer, by name."""
     _loading = False
     """Whether a load is in progress, with the model holding both old and new weights."""
 
     def begin_weights(self) -> None:
         """Prepares the model to receive new weights layer by layer, under their checkpoint names."""
+        self._end_interrupted()
         with set_current_vllm_config(self.vllm_config):
-            model = self.model_runner.get_model()
-            if self._loading:  # the last load was interrupted or refused: reset half-loaded layers
-                for layer in model.modules():
-                    info = get_layerwise_info(layer)
-                    info.loaded_weights.clear()
-                    info.load_numel = 0
-                finalize_layerwise_reload(model, self.vllm_config.model_config)
-            initialize_layerwise_reload(model)
+            initialize_layerwise_reload(self.model_runner.get_model())
         self._loading = True
+
+    def _end_interrupted(self) -> None:
+        """Resets layers that an earlier load, which was interrupted or refused, has filled in part."""
+        if not self._loading:
+            return
+        model = self.model_runner.get_model()
+        vars(model).pop("load_weights", None)
+        self._weight_update_active = False  # vLLM's, of a transfer
+        for layer in model.modules():
+            info = get_layerwise_info(layer)
+            info.loaded_weights.clear()
+            info.load_numel = 0
+        with set_current_vllm_config(self.vllm_config):
+            finalize_layerwise_reload(model, self.vllm_config.model_config)
+        self._loading = False
 
     def load_weights(self, path: str) -> None:
         """Loads some of the weights from a safetensors file. A layer is updated once all its weights are loaded."""
@@ -77,6 +95,32 @@ class WorkerExtension:
         model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config):
             finalize_layerwise_reload(model, self.vllm_config.model_config)
+        return self._finished(model)
+
+    def begin_transfer(self) -> None:
+        """Prepares vLLM's weight transfer engine to receive new weights, whose digests are taken."""
+        self._end_interrupted()
+        self._loading = True
+        self.start_weight_update()
+        model = self.model_runner.get_model()
+        load = model.load_weights
+        self._digests = {}
+
+        def digested(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                self._digests[name] = weight_digest(tuple(tensor.shape), stored_dtype(tensor.dtype), tensor)
+                yield name, tensor
+
+        vars(model)["load_weights"] = lambda weights: load(digested(weights))
+
+    def finish_transfer(self) -> tuple[str, dict[str, str]]:
+        """Finishes a transfer; see `finish_weights`. Returns its checksum, and the digests of the weights that came."""
+        self.finish_weight_update()
+        model = self.model_runner.get_model()
+        vars(model).pop("load_weights", None)
+        return self._finished(model), self._digests
+
+    def _finished(self, model: nn.Module) -> str:
         self._loading = False
         if current_platform.is_cpu():
             # An output layer tied to the embedding receives no weights of its own and keeps its packed copy of the

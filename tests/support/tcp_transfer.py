@@ -1,0 +1,70 @@
+"""A backend of vLLM's own weight transfer on CPU: its nccl, over a TCP store in the place of a communicator of NCCL.
+
+The test's process has the trainer's side. Workers import the module, which needs vLLM, in their processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.utils import StatelessProcessGroup
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLTrainerInitInfo,
+    NCCLTrainerWeightTransferEngine,
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferInitInfo,
+    NCCLWeightTransferUpdateInfo,
+)
+
+KIND = "tcp"
+
+
+class TCPWeightTransferEngine(NCCLWeightTransferEngine):
+    """A worker's side: the lifecycle of vLLM's nccl engine."""
+
+    def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
+        rank = self.parallel_config.rank + init_info.rank_offset
+        self.model_update_group = _join(init_info, rank)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))  # there is no accelerator to wait for
+
+    def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
+        for name, dtype, shape in zip(
+            update_info.names, update_info.dtype_names, update_info.shapes, strict=True
+        ):
+            tensor = self.model_update_group.broadcast(None, src=0)
+            assert (str(tensor.dtype), list(tensor.shape)) == (f"torch.{dtype}", shape)
+            self.model.load_weights([(name, tensor)])
+
+    def shutdown(self) -> None:
+        self.model_update_group = None
+
+
+class TCPTrainerEngine(NCCLTrainerWeightTransferEngine):
+    """The trainer's side: the handshake and the calls of vLLM's nccl engine."""
+
+    def _broadcast(self, source: WeightSource, meta: list[ParamMeta]) -> None:
+        for _, tensor in self._checked_iter(source, meta):
+            self.model_update_group.broadcast(tensor, src=0)
+
+    def shutdown(self) -> None:
+        self.model_update_group = None
+
+
+class DictSource(WeightSource):
+    """A trainer's tensors by name; they may change between updates."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.weights = weights
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.weights.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self.weights.items())

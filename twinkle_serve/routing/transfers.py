@@ -1,0 +1,152 @@
+"""Weights that a trainer sends to the engines itself, while they are paused for it. Free of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from operator import methodcaller
+from typing import Any, Protocol, TypeVar
+
+from twinkle_serve import timing
+from twinkle_serve.data_format.weights import Receiver, TransferCall, TransferPlan, TransferStep, WeightsVersion
+from twinkle_serve.engines.client import EngineClient
+from twinkle_serve.errors import EngineDeadError, EngineError, TwinkleServeError, UnsupportedError, WeightsError
+from twinkle_serve.routing.active_engine import ActiveEngine
+
+T = TypeVar("T")
+
+
+class Broadcast(Protocol):
+    """Makes a call to each engine that is being updated. Returns the answers by engine; those that died are missing."""
+
+    async def __call__(self, what: str, call: Callable[[EngineClient], Awaitable[T]], /) -> dict[str, T]: ...
+
+
+def receivers(engines: Sequence[ActiveEngine]) -> tuple[Receiver, ...]:
+    """Describes engines to a trainer that sends weights to them."""
+    infos = [engine.info for engine in engines]
+    return tuple(Receiver(info.name, info.incarnation, info.workers) for info in infos)
+
+
+def require_transfer(engines: Sequence[ActiveEngine], kind: str) -> None:
+    """Raises UnsupportedError for an engine that does not take weights by a backend of vLLM's weight transfer."""
+    for engine in engines:
+        if engine.info.transfer != kind:
+            by = f"by {engine.info.transfer!r}" if engine.info.transfer else "from the store alone"
+            raise UnsupportedError(f"{engine.name} takes weights {by}, not by {kind!r}.")
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    call: TransferCall
+    info: Any
+    done: asyncio.Future[None]
+
+
+class Transfer:
+    """The calls of a trainer to engines, from the pause of these to the last one.
+
+    Guarantees:
+        Each call reaches every engine of the plan that is alive, after the one before it.
+        Every call ends: with its answer, or with the error that ended the transfer.
+        A trainer that gives up, or is silent for UPLOAD_LEASE_S, ends it.
+    """
+
+    def __init__(self, upload: int) -> None:
+        """
+        Args:
+            upload: id of the update.
+        """
+        self._upload = upload
+        self.plan: TransferPlan | None = None
+        """Set before `load`."""
+        self._calls: asyncio.Queue[_Call] = asyncio.Queue()
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Raises for calls that have no answer."""
+        self._over.add_done_callback(asyncio.Future.exception)  # whether or not a call asks for it
+
+    async def call(self, call: TransferCall, info: Any = None) -> None:
+        """Makes a call to all engines. Returns when they have answered.
+
+        Raises:
+            TwinkleServeError: an engine refused, or the transfer is over.
+        """
+        done = asyncio.get_running_loop().create_future()
+        self._calls.put_nowait(_Call(call, info, done))
+        try:
+            await asyncio.wait({done, self._over}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            self.give_up("its trainer was stopped.")
+            raise
+        if not done.done():
+            self._over.result()
+
+    def give_up(self, reason: str) -> None:
+        """Ends the transfer, also in the middle of a call. Idempotent."""
+        self.end(WeightsError(f"the trainer gave its transfer up: {reason}"))
+
+    def end(self, error: BaseException) -> None:
+        """Makes calls that have no answer, and later ones, raise an error. Idempotent: the first one counts."""
+        if not self._over.done():
+            self._over.set_exception(type(error)(str(error)) if isinstance(error, TwinkleServeError) else error)
+
+    async def load(
+        self, version: WeightsVersion, engines: Sequence[ActiveEngine], broadcast: Broadcast
+    ) -> dict[str, str]:
+        """Makes the trainer's calls to paused engines, until it has finished. Returns their checksums.
+
+        Raises:
+            EngineError: the engines are others than in the plan, or one failed.
+            WeightsError: the trainer gave up or was silent, or an engine has other weights than the store.
+        """
+        passing = asyncio.ensure_future(self._pass_on(version, engines, broadcast))
+        ends: list[asyncio.Future[Any]] = [passing, self._over]
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not passing.done():
+                self._over.result()
+            if not (checksums := passing.result()):
+                self.end(EngineDeadError("every engine died."))
+            return checksums
+        except BaseException as error:
+            stopped = isinstance(error, asyncio.CancelledError)
+            self.end(WeightsError("the engines took too long.") if stopped else error)
+            raise
+        finally:
+            self.end(WeightsError("the transfer is finished."))
+            passing.cancel()
+            await asyncio.wait({passing})
+
+    async def _pass_on(
+        self, version: WeightsVersion, engines: Sequence[ActiveEngine], broadcast: Broadcast
+    ) -> dict[str, str]:
+        plan, upload = self.plan, self._upload
+        assert plan is not None
+        if (present := receivers(engines)) != plan.receivers:
+            raise EngineError(f"the trainer was to send to {_names(plan.receivers)}; in use are {_names(present)}.")
+        while True:
+            step = await self._next()
+            if step.call == "finish":
+                checksums = await broadcast(
+                    "finish_transfer", lambda client: client.finish_transfer(upload, version, plan.digests)
+                )
+                step.done.set_result(None)
+                return checksums
+            sent = TransferStep(upload, step.call, step.info, plan.receivers)
+            if not await broadcast("transfer_weights", methodcaller("transfer_weights", sent)):
+                return {}
+            step.done.set_result(None)
+
+    async def _next(self) -> _Call:
+        try:
+            async with asyncio.timeout(timing.UPLOAD_LEASE_S):
+                return await self._calls.get()
+        except TimeoutError:
+            raise WeightsError(
+                f"the trainer sent the engines nothing for {timing.UPLOAD_LEASE_S:g} s, and they wait for it."
+            ) from None
+
+
+def _names(engines: Sequence[Receiver]) -> str:
+    return ", ".join(f"{engine.engine} ({engine.incarnation[:8]})" for engine in engines) or "none"
