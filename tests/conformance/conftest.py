@@ -13,6 +13,7 @@ import torch
 from tests.support.harness import EngineHarness, started
 from tests.support.lora import save_adapter
 from tests.support.samplers import make_sampler
+from tests.support.transfer_plugin import TCP, write_plugin
 from twinkle_serve import hub
 from twinkle_serve.sampler import RunningSampler
 
@@ -24,9 +25,16 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="package")
-async def vllm_engine() -> AsyncIterator[EngineHarness]:
-    async with started("vllm") as harness:
-        yield harness
+async def vllm_engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EngineHarness]:
+    """With a backend of weight transfers; see `tests.support.tcp_transfer`."""
+    plugin = tmp_path_factory.mktemp("plugin")
+    write_plugin(plugin)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(plugin)  # which vLLM's processes have too
+        starting = started("vllm", weight_transfer_config={"backend": TCP})
+        harness = await starting.__aenter__()
+    yield harness
+    await starting.__aexit__(None, None, None)
 
 
 @pytest.fixture(scope="package")

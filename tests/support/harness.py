@@ -131,11 +131,10 @@ class EngineHarness:
 
 
 @contextlib.asynccontextmanager
-async def started(kind: EngineKind, model: Path = hub.DEMO) -> AsyncIterator[EngineHarness]:
-    """An engine of a kind, in this process."""
-    engine = build_engine(
-        kind, f"{kind}-under-test", str(model), ENGINE_ARGS[kind], cpus=[(0,)] if kind == "vllm" else []
-    )
+async def started(kind: EngineKind, model: Path = hub.DEMO, **more: Any) -> AsyncIterator[EngineHarness]:
+    """An engine of a kind, in this process, with more engine arguments."""
+    args = {**ENGINE_ARGS[kind], **more}
+    engine = build_engine(kind, f"{kind}-under-test", str(model), args, cpus=[(0,)] if kind == "vllm" else [])
     store: Any = Files()
     server = EngineServer(engine, model, store)
     try:

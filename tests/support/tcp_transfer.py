@@ -6,13 +6,12 @@ The test's process has the trainer's side. Workers import the module, which need
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor
-from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.utils import StatelessProcessGroup
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLTrainerInitInfo,
     NCCLTrainerWeightTransferEngine,
@@ -21,23 +20,21 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 
-KIND = "tcp"
+from tests.support.transfer_plugin import TCP
 
 
-class TCPWeightTransferEngine(NCCLWeightTransferEngine):
+class TCPWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]  # vLLM has no types here
     """A worker's side: the lifecycle of vLLM's nccl engine."""
 
     def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
         rank = self.parallel_config.rank + init_info.rank_offset
-        self.model_update_group = _join(init_info, rank)
+        self.model_update_group = join(init_info, rank)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))  # there is no accelerator to wait for
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
-        for name, dtype, shape in zip(
-            update_info.names, update_info.dtype_names, update_info.shapes, strict=True
-        ):
+        for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
             tensor = self.model_update_group.broadcast(None, src=0)
             assert (str(tensor.dtype), list(tensor.shape)) == (f"torch.{dtype}", shape)
             self.model.load_weights([(name, tensor)])
@@ -46,8 +43,10 @@ class TCPWeightTransferEngine(NCCLWeightTransferEngine):
         self.model_update_group = None
 
 
-class TCPTrainerEngine(NCCLTrainerWeightTransferEngine):
+class TCPTrainerEngine(NCCLTrainerWeightTransferEngine):  # type: ignore[misc]
     """The trainer's side: the handshake and the calls of vLLM's nccl engine."""
+
+    model_update_group: StatelessProcessGroup
 
     def _broadcast(self, source: WeightSource, meta: list[ParamMeta]) -> None:
         for _, tensor in self._checked_iter(source, meta):
@@ -57,7 +56,7 @@ class TCPTrainerEngine(NCCLTrainerWeightTransferEngine):
         self.model_update_group = None
 
 
-class DictSource(WeightSource):
+class DictSource(WeightSource):  # type: ignore[misc]
     """A trainer's tensors by name; they may change between updates."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
@@ -68,3 +67,13 @@ class DictSource(WeightSource):
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self.weights.items())
+
+
+def join(info: NCCLWeightTransferInitInfo | NCCLTrainerInitInfo, rank: int) -> StatelessProcessGroup:
+    return StatelessProcessGroup.create(info.master_address, info.master_port, rank, info.world_size)
+
+
+def register() -> None:
+    """Called by vLLM in the processes of workers, as a plugin."""
+    if TCP not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(TCP, TCPWeightTransferEngine)
