@@ -6,7 +6,7 @@ Its backend is one on CPU, with the lifecycle, the handshake and the messages of
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,20 +15,15 @@ import pytest
 import torch
 
 from tests.support.harness import LOGPROB_TOLERANCE, EngineHarness
-from tests.support.ray_cluster import free_port
-from tests.support.transfer_plugin import TCP
+from tests.support.tcp_trainer import TCPTrainer
 from tests.support.transfers import client_of, flipped
 from tests.support.weights import Reference, changed_weights
 from twinkle_serve import hub
-from twinkle_serve.checkpoint import buckets
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.response import SampleResponse
-from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, INITIAL_LABEL, Receiver, WeightsVersion
+from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, INITIAL_LABEL, WeightsVersion
 from twinkle_serve.errors import WeightsError
 from twinkle_serve.routing.router import Router
-from twinkle_serve.sampler.direct_transport import DirectTransports, WeightSyncClient
-from twinkle_serve.sampler.transports import Update
-from twinkle_serve.sampler.weight_upload import WeightUploads
 from twinkle_serve.weights import LocalStore, WeightStore
 
 pytestmark = pytest.mark.vllm
@@ -43,62 +38,28 @@ def reference() -> Reference:
 
 
 @dataclass
-class Trainer:
-    """Sends weights to a router's store, and to its engine by vLLM's weight transfer."""
+class Trained:
+    """A router over the real engine, and its trainer."""
 
     router: Router
     store: LocalStore
     harness: EngineHarness
-    patch: pytest.MonkeyPatch
-    sent: dict[str, Any]
-    """What the transfer sends; changed between updates."""
-    fails_after: int = -1
-    """How many weights it sends before it fails; -1: all."""
-    connections: int = 0
+    trainer: TCPTrainer
     checksums: dict[str, str] = field(default_factory=dict)
     """Of the engine after each transfer, by label."""
 
-    def __post_init__(self) -> None:
-        self._uploads = WeightUploads(client_of(self.router), DirectTransports(TCP, self._connect))
-
-    def _connect(self, calls: WeightSyncClient, receivers: Sequence[Receiver]) -> Any:
-        from vllm.distributed.weight_transfer import nccl_engine
-        from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
-
-        from tests.support.tcp_transfer import DictSource, TCPTrainerEngine, join
-
-        assert isinstance(calls, VLLMWeightSyncClient)
-        self.connections += 1
-        trainer = self
-
-        class Source(DictSource):
-            def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-                for index, item in enumerate(super().__iter__()):
-                    if index == trainer.fails_after:
-                        raise RuntimeError("out of memory")
-                    yield item
-
-        self.patch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: join(info, 0))
-        world_size = 1 + sum(receiver.workers for receiver in receivers)
-        info = nccl_engine.NCCLTrainerInitInfo("127.0.0.1", free_port(), world_size, packed=False, rank=0)
-        return TCPTrainerEngine.trainer_init(info, client=calls, source=Source(self.sent))
-
     async def update(self, label: str, weights: dict[str, Any], sent: dict[str, Any] | None = None) -> str:
-        """Sends weights to the store, and the same or others to the engine."""
-        self.sent.clear()
-        self.sent |= weights if sent is None else sent
-        update = Update(label, "keep", "", True, 60.0)
-        parts = list(buckets(weights.items(), 2**20))
-        return await asyncio.to_thread(self._uploads.send, update, lambda new_file: iter(parts), delta=False)
+        """See `TCPTrainer.update`."""
+        return await asyncio.to_thread(self.trainer.update, label, weights, sent)
 
 
 @pytest.fixture
-async def trainer(vllm_engine: EngineHarness, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Trainer]:
+async def trained(vllm_engine: EngineHarness, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Trained]:
     server = vllm_engine.server
     store = LocalStore(WeightStore("demo"))
     args = ServiceArgs.model_validate({"model_id": "demo", "engine": "vllm"})
     router = Router(args, hub.DEMO, {vllm_engine.info.name: server}, store)
-    made = Trainer(router, store, vllm_engine, monkeypatch, {})
+    made = Trained(router, store, vllm_engine, TCPTrainer(client_of(router)))
     finish = server.finish_transfer
 
     async def noted(upload: int, version: WeightsVersion, digests: Mapping[str, str]) -> str:
@@ -125,61 +86,66 @@ def check(response: SampleResponse, reference: Reference, versions: dict[str, An
             assert difference.max() < LOGPROB_TOLERANCE, f"{span} is not of its version"
 
 
-async def test_running_samples_go_on_with_weights_from_the_trainer(trainer: Trainer, reference: Reference) -> None:
+async def test_running_samples_go_on_with_weights_from_the_trainer(trained: Trained, reference: Reference) -> None:
     """Each token names the version that sampled it; the engine has exactly the weights that the store has."""
     one, two = changed_weights(1), changed_weights(2)
-    running = asyncio.ensure_future(trainer.router.sample(QUESTIONS, LONG, num_samples=2))
-    assert await trainer.update("one", one) == "one"
-    assert await trainer.update("two", two) == "two"
-    assert trainer.connections == 1, "as vLLM's trainers connect"
-    after = await trainer.router.sample(QUESTIONS, {"max_tokens": 4, "ignore_eos": True, "seed": 1})
+    running = asyncio.ensure_future(trained.router.sample(QUESTIONS, LONG, num_samples=2))
+    assert await trained.update("one", one) == "one"
+    assert await trained.update("two", two) == "two"
+    assert len(trained.trainer.connections) == 1, "as vLLM's trainers connect"
+    after = await trained.router.sample(QUESTIONS, {"max_tokens": 4, "ignore_eos": True, "seed": 1})
     assert {span.version for sequence in after.sequences for span in sequence.weight_versions} == {"two"}
     for response in (await running, after):
         check(response, reference, {INITIAL_LABEL: None, "one": one, "two": two})
-    await same_as_from_the_store(trainer)
+    await same_as_from_the_store(trained)
 
 
-async def same_as_from_the_store(trainer: Trainer) -> None:
+async def same_as_from_the_store(trained: Trained) -> None:
     """The engine computes with the same tensors when it loads its version from the store."""
-    server, current = trainer.harness.server, await trainer.store.current_weights("main")
+    server, current = trained.harness.server, await trained.store.current_weights("main")
     await server.pause("keep")
-    assert await server.load_weights(current) == trainer.checksums[current.label]
+    assert await server.load_weights(current) == trained.checksums[current.label]
     await server.resume()
 
 
-async def test_trainer_that_fails_in_the_middle(trainer: Trainer, reference: Reference) -> None:
+async def test_trainer_that_fails_in_the_middle(trained: Trained, reference: Reference) -> None:
     """The engine, which waits for the rest and has some of the weights, goes back, and takes the next ones."""
     weights = changed_weights(3)
-    await trainer.update("before", weights)
-    trainer.fails_after = 20
+    await trained.update("before", weights)
+
+    def fails(index: int) -> None:
+        if index == 20:
+            raise RuntimeError("out of memory")
+
+    trained.trainer.at = fails
     with pytest.raises(WeightsError, match=r"gave its transfer up: RuntimeError: out of memory.* 'before' is current"):
-        await trainer.update("failed", changed_weights(4))
-    response = await trainer.router.sample(QUESTIONS, {"max_tokens": 4, "ignore_eos": True})
+        await trained.update("failed", changed_weights(4))
+    response = await trained.router.sample(QUESTIONS, {"max_tokens": 4, "ignore_eos": True})
     check(response, reference, {"before": weights})
-    trainer.fails_after = -1
+    trained.trainer.at = lambda index: None
     later = changed_weights(5)
-    assert await trainer.update("later", later) == "later"
-    check(await trainer.router.sample(QUESTIONS, {"max_tokens": 4}), reference, {"later": later})
-    assert trainer.connections == 2, "a connection that failed is not used again"
-    await same_as_from_the_store(trainer)
+    assert await trained.update("later", later) == "later"
+    check(await trained.router.sample(QUESTIONS, {"max_tokens": 4}), reference, {"later": later})
+    assert len(trained.trainer.connections) == 2, "a connection that failed is not used again"
+    await same_as_from_the_store(trained)
 
 
-async def test_weights_that_differ_from_the_store(trainer: Trainer, reference: Reference) -> None:
+async def test_weights_that_differ_from_the_store(trained: Trained, reference: Reference) -> None:
     """By one bit, which the engine notices once it has loaded them."""
     weights = changed_weights(6)
     name = "model.layers.1.mlp.down_proj.weight"
     with pytest.raises(WeightsError, match=rf"1 of 46 differ from those in the store: '{name}' is another"):
-        await trainer.update("other", weights, {**weights, name: flipped(weights[name])})
-    response = await trainer.router.sample(QUESTIONS, {"max_tokens": 4})
+        await trained.update("other", weights, {**weights, name: flipped(weights[name])})
+    response = await trained.router.sample(QUESTIONS, {"max_tokens": 4})
     check(response, reference, {INITIAL_LABEL: None})
-    assert await trainer.update("same", weights) == "same"
-    check(await trainer.router.sample(QUESTIONS, {"max_tokens": 4}), reference, {"same": weights})
+    assert await trained.update("same", weights) == "same"
+    check(await trained.router.sample(QUESTIONS, {"max_tokens": 4}), reference, {"same": weights})
 
 
-async def test_weights_that_vllm_refuses(trainer: Trainer, reference: Reference) -> None:
+async def test_weights_that_vllm_refuses(trained: Trained, reference: Reference) -> None:
     """Of a shape that the model does not have: the error is vLLM's."""
     weights = changed_weights(7)
     name = "model.norm.weight"
     with pytest.raises(WeightsError, match=r"vLLM refuses weights: .*'initial' is current"):
-        await trainer.update("odd", weights, {**weights, name: torch.ones(5)})
-    check(await trainer.router.sample(QUESTIONS, {"max_tokens": 4}), reference, {INITIAL_LABEL: None})
+        await trained.update("odd", weights, {**weights, name: torch.ones(5)})
+    check(await trained.router.sample(QUESTIONS, {"max_tokens": 4}), reference, {INITIAL_LABEL: None})

@@ -44,6 +44,7 @@ CONSOLE = "tests/integration/test_console.py"
 OBSERVED = "tests/integration/test_observability.py"
 NODES = "tests/integration/test_several_nodes.py"
 TRACKS = "tests/integration/test_tracks.py"
+TRANSFERS = "tests/integration/test_service_transfers.py"
 DOCUMENT = "tests/unit/gateway/test_document.py"
 
 ALL = frozenset(
@@ -71,6 +72,7 @@ ALL = frozenset(
         HTTP_CLIENTS,
         TINKER,
         TRACKS,
+        TRANSFERS,
         UNDER_FIRE,
         VLLM,
     }
@@ -88,6 +90,10 @@ RULES: tuple[tuple[str, frozenset[str]], ...] = (
     ("tests/support/trainer.py", frozenset({CLIENT})),
     ("tests/support/docs.py", frozenset({COMMANDS, NODES})),
     ("tests/support/nodes.py", frozenset({NODES})),
+    ("tests/support/tcp_*.py", frozenset({TRANSFERS})),
+    ("tests/support/transfer_plugin.py", frozenset({TRANSFERS})),
+    ("tests/support/transfers.py", frozenset()),
+    ("tests/support/faulty_updates.py", frozenset()),
     ("tests/support/under_fire.py", frozenset({NODES, UNDER_FIRE})),
     ("tests/support/collector.py", frozenset({OBSERVED})),
     ("tests/support/prometheus.py", frozenset({OBSERVED})),

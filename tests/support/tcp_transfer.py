@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 from vllm.distributed.utils import StatelessProcessGroup
+from vllm.distributed.weight_transfer import nccl_engine
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import (
@@ -71,6 +72,9 @@ class DictSource(WeightSource):  # type: ignore[misc]
 
 def join(info: NCCLWeightTransferInitInfo | NCCLTrainerInitInfo, rank: int) -> StatelessProcessGroup:
     return StatelessProcessGroup.create(info.master_address, info.master_port, rank, info.world_size)
+
+
+nccl_engine.open_trainer_endpoint = lambda info: join(info, 0)  # by which its trainer_init joins
 
 
 def register() -> None:

@@ -140,9 +140,7 @@ class FakeReceiver(WeightsReceiver):
         self.side.finish_weight_update()
         came = {name: self.changes.get(name, lambda tensor: tensor)(t) for name, t in self._weights.items()}
         compare_digests(
-            self._engine.info.name,
-            {name: weight_digest(tuple(t.shape), stored_dtype(t.dtype), t) for name, t in came.items()},
-            digests,
+            {name: weight_digest(tuple(t.shape), stored_dtype(t.dtype), t) for name, t in came.items()}, digests
         )
 
         async def parts() -> AsyncIterator[Bucket]:

@@ -18,7 +18,7 @@ from tests.support.updatable_service import PARTS, Service
 from twinkle_serve import hub, timing
 from twinkle_serve.checkpoint import named_tensors
 from twinkle_serve.config import ServiceArgs
-from twinkle_serve.data_format.weights import Receiver, TransferCall, TransferPlan, TransferStep
+from twinkle_serve.data_format.weights import TransferCall, TransferOffer, TransferPlan, TransferStep
 from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import (
     DeadlineError,
@@ -121,6 +121,17 @@ async def test_connection_serves_until_engines_change(case: Case) -> None:
     assert {receiver.side.rank for receiver in receivers} == {1, 2}, "each worker has its own number"
 
 
+async def test_trainers_take_turns(case: Case) -> None:
+    """Engines are connected to one at a time: the others connect again."""
+    first = trainer_of(case)
+    second = Trainer(first.client, by_handles=first.by_handles)
+    for trainer, label in ((second, "two"), (first, "three"), (first, "four"), (second, "five")):
+        case.trainer = trainer
+        await case.update(label)
+        await everyone_has(case, label)
+    assert [engine.receiver.inits for engine in case.service.engines.values()] == [4, 4]
+
+
 # -- the trainer -----------------------------------------------------------------------------------
 
 
@@ -139,7 +150,7 @@ async def test_trainer_that_fails(case: Case, step: str) -> None:
 async def begun(case: Case, calls: int) -> asyncio.Task[str]:
     """Publishes version `two` from a trainer that makes only some of its calls. Returns the call that publishes."""
     router = case.service.router
-    receivers = await router.offer_weights(KIND)
+    receivers = (await router.offer_weights(KIND)).receivers
     upload = await router.begin_weights("two", "keep", direct=True)
     for index, part in enumerate(PARTS):
         await router.append_weights(upload, index, part)
@@ -278,11 +289,10 @@ async def test_engines_that_are_others_than_the_trainer_was_told(case: Case) -> 
     server, router = case.service.servers["b"], case.service.router
     offer = router.offer_weights
 
-    async def offers(*args: Any) -> tuple[Receiver, ...]:
-        return tuple(
-            receiver._replace(incarnation="earlier") if receiver.engine == "b" else receiver
-            for receiver in await offer(*args)
-        )
+    async def offers(*args: Any) -> TransferOffer:
+        offered = await offer(*args)
+        a, b = offered.receivers
+        return offered._replace(receivers=(a, b._replace(incarnation="earlier")))
 
     case.replace(router, "offer_weights", offers)
     here = server._info.incarnation[:8]
@@ -315,8 +325,8 @@ async def test_delta_goes_to_the_store_alone(case: Case) -> None:
 async def test_calls_out_of_order(case: Case) -> None:
     """An engine takes weights between start and finish of one update, and a router's calls within it."""
     server = case.service.servers["a"]
-    receivers = await case.service.router.offer_weights(KIND)
-    with pytest.raises(WeightsError, match="a waits for no weights of this update: it has not begun"):
+    receivers = (await case.service.router.offer_weights(KIND)).receivers
+    with pytest.raises(WeightsError, match="the engine waits for no weights of this update: it has not begun"):
         await server.transfer_weights(TransferStep(7, "update", {"names": [], "shapes": []}, receivers))
     with pytest.raises(WeightsError, match="it has not begun"):
         await server.finish_transfer(7, await case.service.store.current_weights("main"), {})
@@ -341,7 +351,7 @@ async def test_late_calls_of_a_transfer_do_not_reach_the_engine(case: Case) -> N
     await eventually(lambda: case.service.router._updates._update is None)
     await everyone_has(case, "one")
     server = case.service.servers["a"]
-    receivers = await case.service.router.offer_weights(KIND)
+    receivers = (await case.service.router.offer_weights(KIND)).receivers
     with pytest.raises(WeightsError, match="it has not begun"):
         await server.transfer_weights(TransferStep(upload.upload, "update", {"names": [], "shapes": []}, receivers))
     with pytest.raises(TwinkleServeError, match="given up"):

@@ -140,6 +140,14 @@ class Receiver(NamedTuple):
     """Number of its processes that hold weights."""
 
 
+class TransferOffer(NamedTuple):
+    """The engines of a track, for a trainer that is to send weights to them itself."""
+
+    receivers: tuple[Receiver, ...]
+    connection: int
+    """Id of the update whose trainer they are connected to; 0 if they are not all connected to one."""
+
+
 @dataclass(frozen=True, slots=True)
 class TransferPlan:
     """Weights that a trainer sends to engines itself, beside the store."""

@@ -79,14 +79,14 @@ class WeightsReceiver(Protocol):
         ...
 
 
-def compare_digests(engine: str, came: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+def compare_digests(came: Mapping[str, str], wanted: Mapping[str, str]) -> None:
     """Raises WeightsError for weights that came otherwise than they were stored."""
     if not (wrong := sorted(name for name in came.keys() | wanted.keys() if came.get(name) != wanted.get(name))):
         return
     first = wrong[0]
     how = "is another" if first in came and first in wanted else "did not come" if first in wanted else "is unknown"
     raise WeightsError(
-        f"{engine}: of the weights from the trainer, {len(wrong)} of {len(wanted)} differ from those in the store: "
+        f"of the weights from the trainer, {len(wrong)} of {len(wanted)} differ from those in the store: "
         f"{first!r} {how}. Send the same tensors to both, and change none until update_weights has returned."
     )
 

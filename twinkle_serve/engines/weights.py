@@ -78,7 +78,7 @@ class EngineWeights:
         """See `EngineClient.transfer_weights`."""
         name = self._engine.info.name
         if (receiver := self._engine.receiver) is None:
-            raise UnsupportedError(f"{name} takes weights from the store alone.")
+            raise UnsupportedError("it takes weights from the store alone.")
         workers = step.workers(name)
         async with self.changing:
             if step.call == "init":
@@ -103,7 +103,7 @@ class EngineWeights:
     def _require(self, upload: int) -> None:
         """Raises WeightsError unless an update has begun to send to the engine, and nothing came in between."""
         if self._transfer != upload:
-            raise WeightsError(f"{self._engine.info.name} waits for no weights of this update: it has not begun.")
+            raise WeightsError("the engine waits for no weights of this update: it has not begun.")
 
 
 async def _with_first(

@@ -14,7 +14,7 @@ from twinkle_serve.data_format.samples import StopReason
 from twinkle_serve.data_format.status import SamplerStatus
 from twinkle_serve.data_format.telemetry import CallInfo, TelemetryReport
 from twinkle_serve.data_format.token_lists import TokenLists
-from twinkle_serve.data_format.weights import BucketArgument, PauseMode, Receiver, TransferCall, TransferPlan
+from twinkle_serve.data_format.weights import BucketArgument, PauseMode, TransferCall, TransferOffer, TransferPlan
 from twinkle_serve.sessions import SessionInfo, SessionRecord
 
 
@@ -203,7 +203,7 @@ class RouterAPI(Protocol):
         """Loads an update on all engines of its track or on none. Returns its label. See `WeightUpdates.publish`."""
         ...
 
-    async def offer_weights(self, kind: str, track: str = "") -> tuple[Receiver, ...]:
+    async def offer_weights(self, kind: str, track: str = "") -> TransferOffer:
         """Returns the engines of a track that take weights from a trainer itself. See `WeightUpdates.offer`."""
         ...
 

@@ -33,8 +33,8 @@ from twinkle_serve.data_format.weights import (
     PAUSE_MODES,
     BucketArgument,
     PauseMode,
-    Receiver,
     TransferCall,
+    TransferOffer,
     TransferPlan,
 )
 from twinkle_serve.engines.client import EngineClient
@@ -377,7 +377,7 @@ class Router(RouterAPI):
     async def append_weights(self, upload: int, index: int, bucket: BucketArgument) -> None:
         await self._updates.append(upload, index, bucket)
 
-    async def offer_weights(self, kind: str, track: str = "") -> tuple[Receiver, ...]:
+    async def offer_weights(self, kind: str, track: str = "") -> TransferOffer:
         return await self._updates.offer(self._engines.tracks.named(track), kind)
 
     async def publish_weights(

@@ -61,6 +61,8 @@ class Transfer:
         self._upload = upload
         self.plan: TransferPlan | None = None
         """Set before `load`."""
+        self.connects = False
+        """Whether the trainer has connected to the engines anew."""
         self._calls: asyncio.Queue[_Call] = asyncio.Queue()
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Raises for calls that have no answer."""
@@ -133,6 +135,7 @@ class Transfer:
                 )
                 step.done.set_result(None)
                 return checksums
+            self.connects |= step.call == "init"
             sent = TransferStep(upload, step.call, step.info, plan.receivers)
             if not await broadcast("transfer_weights", methodcaller("transfer_weights", sent)):
                 return {}

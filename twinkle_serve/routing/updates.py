@@ -15,8 +15,8 @@ from twinkle_serve.data_format.weights import (
     PAUSE_MODES,
     BucketArgument,
     PauseMode,
-    Receiver,
     TransferCall,
+    TransferOffer,
     TransferPlan,
     WeightsVersion,
 )
@@ -87,6 +87,8 @@ class WeightUpdates:
         self.kept = kept
         """Labels of the versions that `use` takes, the oldest first."""
         self._update: _Update | None = None
+        self._connected: dict[str, tuple[int, TransferPlan]] = {}
+        """Of each track, the last update whose trainer the engines were connected to, and its plan."""
         self._persisting: asyncio.Task[None] | None = None
         """Writes the last version to the disk."""
 
@@ -154,7 +156,7 @@ class WeightUpdates:
             raise
         self._restart_timeout(update)
 
-    async def offer(self, track: Track, kind: str) -> tuple[Receiver, ...]:
+    async def offer(self, track: Track, kind: str) -> TransferOffer:
         """Returns the engines of a track, for a trainer that is to send weights to them itself.
 
         Args:
@@ -166,7 +168,8 @@ class WeightUpdates:
         await self._engines.some_engine(track)
         engines = self._engines.active_of(track)
         require_transfer(engines, kind)
-        return receivers(engines)
+        present, (upload, plan) = receivers(engines), self._connected.get(track.name, (0, None))
+        return TransferOffer(present, upload if plan is not None and plan.receivers == present else 0)
 
     async def publish(self, upload: int, mode: PauseMode, timeout_s: float, plan: TransferPlan | None = None) -> str:
         """Makes the version current, on all engines or on none. Returns its label.
@@ -219,6 +222,9 @@ class WeightUpdates:
                 phases = {"upload": uploaded - update.began, "seal": clock() - uploaded}
                 load = load_from_store if update.transfer is None else update.transfer.load
                 phases |= await self._switch(update.track, version, mode, timeout_s, load)
+            if update.transfer is not None and update.transfer.connects:
+                assert update.transfer.plan is not None
+                self._connected[update.track.name] = update.upload, update.transfer.plan
             self._persisting = self._engines.spawn(self._persist(update, version, phases, timeout_s))
             self._persisting.add_done_callback(lambda task: task.cancelled() or task.exception())
             if update.durable:
@@ -226,6 +232,7 @@ class WeightUpdates:
         except BaseException as error:
             if update.transfer is not None:
                 update.transfer.end(error)
+                self._connected.pop(update.track.name, None)
             self._give_up(update)
             raise
         self._end(update)

@@ -18,7 +18,7 @@ import torch
 
 from twinkle_serve import timing
 from twinkle_serve.checkpoint import read_bucket
-from twinkle_serve.data_format.weights import Bucket, Receiver, TransferCall, TransferPlan
+from twinkle_serve.data_format.weights import Bucket, Receiver, TransferCall, TransferOffer, TransferPlan
 from twinkle_serve.errors import TwinkleServeError
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.router_client import RouterClient
@@ -86,20 +86,21 @@ class DirectTransports:
         """
         self.kind, self._connect = kind, connect
         self._sender: Sender | None = None
-        self._receivers: tuple[Receiver, ...] = ()
+        self._connection = 0
+        """Id of the update in which it was connected."""
         self._calls = WeightSyncClient()
 
     def __call__(self, client: RouterClient, update: Update) -> DirectTransport:
         return DirectTransport(client, update, self)
 
-    def send(self, client: RouterClient, upload: int, receivers: tuple[Receiver, ...], limit_s: float) -> None:
-        """Sends all weights to engines, which the last connection serves if they are the same. A failure ends it."""
+    def send(self, client: RouterClient, upload: int, offer: TransferOffer, limit_s: float) -> None:
+        """Sends all weights to engines, by the last connection if they still have that. A failure ends it."""
         self._calls.begin(client, upload, limit_s)
-        if receivers != self._receivers:
+        if offer.connection != self._connection:
             self.disconnect()
         try:
             if self._sender is None:
-                self._sender, self._receivers = self._connect(self._calls, receivers), receivers
+                self._sender, self._connection = self._connect(self._calls, offer.receivers), upload
             self._sender.send_weights()
         except BaseException:
             self.disconnect()
@@ -107,7 +108,7 @@ class DirectTransports:
 
     def disconnect(self) -> None:
         """Ends the connection; the next update makes another."""
-        sender, self._sender, self._receivers = self._sender, None, ()
+        sender, self._sender, self._connection = self._sender, None, 0
         if sender is not None:
             with contextlib.suppress(Exception):  # it has failed already, or the engines are gone
                 sender.shutdown()
@@ -128,9 +129,9 @@ class DirectTransport(StoreTransport):
         self._digests: dict[str, str] = {}
 
     def offer(self) -> None:
-        self._find_receivers()
+        self._ask()
 
-    def _find_receivers(self) -> tuple[Receiver, ...]:
+    def _ask(self) -> TransferOffer:
         call = self._client.call(
             self._update.timeout_s, RouterAPI.offer_weights, self._transports.kind, self._update.track
         )
@@ -150,12 +151,12 @@ class DirectTransport(StoreTransport):
 
     def finish(self) -> str:
         self._wait()
-        upload, receivers = self._upload, self._find_receivers()
+        upload, offer = self._upload, self._ask()
         assert upload is not None
-        publishing = self._publish(TransferPlan(receivers, self._digests))
+        publishing = self._publish(TransferPlan(offer.receivers, self._digests))
         sending: concurrent.futures.Future[None] = concurrent.futures.Future()
         # A collective waits for as long as an engine that has died; a thread can be left behind.
-        threading.Thread(target=self._send_all, args=(upload, receivers, sending), daemon=True).start()
+        threading.Thread(target=self._send_all, args=(upload, offer, sending), daemon=True).start()
         try:
             label = self._loop.wait(publishing)
         except TwinkleServeError as error:
@@ -167,9 +168,9 @@ class DirectTransport(StoreTransport):
         self._open.close()
         return label
 
-    def _send_all(self, upload: int, receivers: tuple[Receiver, ...], sending: concurrent.futures.Future[None]) -> None:
+    def _send_all(self, upload: int, offer: TransferOffer, sending: concurrent.futures.Future[None]) -> None:
         try:
-            self._transports.send(self._client, upload, receivers, self._limit_s)
+            self._transports.send(self._client, upload, offer, self._limit_s)
         except BaseException as error:
             sending.set_exception(error)
             self._abandon(upload, f"{type(error).__name__}: {error}")

@@ -37,6 +37,6 @@ class TransferReceiver(WeightsReceiver):
     async def finish(self, label: str, digests: Mapping[str, str]) -> str:
         answers = await self._engine.call_workers("finish_transfer")
         for _, came in answers:
-            compare_digests(self._engine.info.name, came, digests)
+            compare_digests(came, digests)
         await self._engine.use_new_weights(label)
         return " ".join(checksum for checksum, _ in answers)
