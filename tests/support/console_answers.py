@@ -60,6 +60,7 @@ def many_calls(count: int) -> dict[str, Any]:
             {
                 "id": f"{i:032x}",
                 "caller": f"{i:032x}",
+                "track": "main",
                 "adapter": "an_adapter_with_quite_a_long_name@12" if i % 2 else "",
                 "age_s": 90.0 - i,
                 "left_s": None if i % 3 else 510.0 + i,

@@ -162,6 +162,8 @@ class FakeSender(Sender):
     by_handles: bool = False
     fails_at: str = ""
     """The step before which it raises: init, start, update, middle, finish."""
+    waits: dict[str, threading.Event] = field(default_factory=dict)
+    """What it waits for before a step."""
     address: str = ""
     _addresses = itertools.count()
 
@@ -174,6 +176,8 @@ class FakeSender(Sender):
         self.calls.init_weight_transfer_engine(info)
 
     def _reach(self, step: str) -> None:
+        if step in self.waits:
+            assert self.waits[step].wait(60)
         if step == self.fails_at:
             raise RuntimeError(f"out of memory before {step}")
 

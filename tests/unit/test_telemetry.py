@@ -147,7 +147,7 @@ async def test_running_calls_are_listed_and_can_be_cancelled(service: Service) -
 
     await eventually(runs)
     (info,) = await service.router.calls()
-    assert info["caller"] == "someone" and info["prompts"] == len(PROMPTS)
+    assert (info["caller"], info["track"], info["prompts"]) == ("someone", "main", len(PROMPTS))
     assert info["samples"] == 2 * len(PROMPTS) and info["samples_done"] == 0
     assert info["left_s"] is not None and 0 <= info["age_s"] < info["left_s"]
     assert await service.router.cancel(info["id"]) == len(PROMPTS)

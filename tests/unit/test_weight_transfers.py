@@ -4,6 +4,7 @@ with the same outcomes, as those that engines load from the store. `test_weight_
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -282,6 +283,24 @@ async def test_engine_that_waits_for_a_trainer_that_is_gone(case: Case) -> None:
     trainer_of(case).transports.disconnect()
     assert await case.update("two") == "two"
     await everyone_has(case, "two")
+
+
+async def test_sender_that_hangs(case: Case) -> None:
+    """Beyond the deadline: what it calls later is of its own update, which is over, and not of the next ones."""
+    sender, gone_on = trainer_of(case).sender, threading.Event()
+    assert sender is not None
+    sender.waits["middle"] = gone_on
+    said = r"not loaded within 1 s for 'two'; 'one' is current"
+    await fails_and_heals(case, DeadlineError, said, case.update("two", limit_s=1))
+    receivers = [engine.receiver for engine in case.service.engines.values()]
+    inits = [receiver.inits for receiver in receivers]
+    gone_on.set()
+    await asyncio.to_thread(sender.wire.cut.wait, 30)
+    assert sender.wire.cut.is_set(), "its connection is closed once it goes on"
+    await everyone_has(case, "three")
+    assert await case.update("four") == "four"
+    await everyone_has(case, "four")
+    assert [receiver.inits for receiver in receivers] == inits, "the connection of the others is kept"
 
 
 async def test_engines_that_are_others_than_the_trainer_was_told(case: Case) -> None:

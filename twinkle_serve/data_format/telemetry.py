@@ -88,6 +88,8 @@ class CallInfo(TypedDict):
     id: str
     """For `cancel`."""
     caller: str
+    track: str
+    """Whose engines sample it."""
     adapter: str
     """Label of its adapter version; "" for the model's own weights."""
     age_s: float

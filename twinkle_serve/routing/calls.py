@@ -201,6 +201,7 @@ def _info(call: ActiveCall, now: float) -> CallInfo:
     return CallInfo(
         id=call.id,
         caller=call.caller,
+        track=call.track,
         adapter="" if adapter is None else adapter.label,
         age_s=now - call.began,
         left_s=None if math.isinf(call.deadline) else call.deadline - now,

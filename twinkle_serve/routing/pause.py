@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias, TypeVar
 
@@ -40,6 +41,19 @@ async def load_from_store(
 ) -> dict[str, str]:
     """Has each engine load a version from the store."""
     return await broadcast("load_weights", lambda client: client.load_weights(version))
+
+
+@dataclass(frozen=True, slots=True)
+class WeightChange:
+    """A version that the engines of a track are to have."""
+
+    version: WeightsVersion
+    mode: PauseMode
+    """Fate of running samples."""
+    commit: Callable[[], Awaitable[None]]
+    """Records the version as current; called once the engines have it."""
+    load: Load = load_from_store
+    """Brings the version into the engines."""
 
 
 class PauseCoordinator:
@@ -81,25 +95,12 @@ class PauseCoordinator:
                 await stack.enter_async_context(track.changing)
             yield
 
-    async def update(
-        self,
-        track: Track,
-        version: WeightsVersion,
-        mode: PauseMode,
-        commit: Callable[[], Awaitable[None]],
-        timeout_s: float,
-        load: Load = load_from_store,
-    ) -> dict[str, float]:
+    async def update(self, track: Track, change: WeightChange, timeout_s: float) -> dict[str, float]:
         """Loads a weights version on every engine of a track while their sampling is paused.
 
         Guarantees:
             If it raises, the engines have the previous version, and this call leaves none of them paused.
             Engines that die on the way do not fail it, as long as one is left; they return with the current version.
-
-        Args:
-            mode: fate of running samples.
-            commit: records the version as current; called once the engines have it.
-            load: brings the version into the engines.
 
         Returns:
             Duration of its phases: wait, pause, load, commit. Seconds.
@@ -119,12 +120,12 @@ class PauseCoordinator:
                 await track.changing.acquire()
         except TimeoutError:
             raise DeadlineError(
-                f"no engine could be paused within {timeout_s:g} s for {version.label!r}: "
+                f"no engine could be paused within {timeout_s:g} s for {change.version.label!r}: "
                 f"{self._engines.describe_up(track)}, or another pause begins or ends. {track.weights.label!r} is "
                 "current."
             ) from None
         try:
-            times = await self._update(track, version, mode, commit, timeout_s, deadline, load)
+            times = await self._update(track, change, timeout_s, deadline)
         finally:
             track.changing.release()
         names = ("wait", "pause", "load", "commit")
@@ -170,34 +171,25 @@ class PauseCoordinator:
             self._engines.states |= {engine.name: "draining" for engine in engines}
         await self._broadcast("pause", lambda client: client.pause(mode), engines)
 
-    async def _update(
-        self,
-        track: Track,
-        version: WeightsVersion,
-        mode: PauseMode,
-        commit: Callable[[], Awaitable[None]],
-        timeout_s: float,
-        deadline: float,
-        load: Load,
-    ) -> list[float]:
+    async def _update(self, track: Track, change: WeightChange, timeout_s: float, deadline: float) -> list[float]:
         """Returns when it had the engines, when they were paused, when they had the weights, and when it was over."""
-        engines, key, loading = self._engines, object(), False
+        engines, version, key, loading = self._engines, change.version, object(), False
         clock = asyncio.get_running_loop().time
         times = [clock()]
         track.holds.add(key)
         try:
             async with asyncio.timeout_at(deadline):
-                await self._pause(mode, engines.active_of(track))
+                await self._pause(change.mode, engines.active_of(track))
                 times.append(clock())
                 loading = True
-                checksums = await load(version, list(engines.active_of(track)), partial(self._broadcast_to, track))
+                checksums = await change.load(version, engines.active_of(track), partial(self._broadcast_to, track))
                 times.append(clock())
             if not checksums:
                 raise EngineDeadError(f"every engine died while it loaded {version.label!r}.")
             if len(set(checksums.values())) > 1:
                 each = ", ".join(f"{name} {checksum}" for name, checksum in checksums.items())
                 raise EngineError(f"engines have different weights after they loaded {version.label!r}: {each}.")
-            await commit()
+            await change.commit()
             track.weights = version
             times.append(clock())
         except BaseException as error:

@@ -23,7 +23,7 @@ from twinkle_serve.data_format.weights import (
 from twinkle_serve.errors import DeadlineError, StoreError, TwinkleServeError, UnsupportedError, WeightsError, one_line
 from twinkle_serve.lease import Lease
 from twinkle_serve.routing.membership import EngineMembership
-from twinkle_serve.routing.pause import Load, PauseCoordinator, load_from_store
+from twinkle_serve.routing.pause import Load, PauseCoordinator, WeightChange, load_from_store
 from twinkle_serve.routing.telemetry import Telemetry
 from twinkle_serve.routing.tracks import Track
 from twinkle_serve.routing.transfers import Transfer, receivers, require_transfer
@@ -282,7 +282,7 @@ class WeightUpdates:
         prepared = clock()
         return {
             "prepare": prepared - began,
-            **await self._pause_coordinator.update(track, version, mode, commit, timeout_s, load),
+            **await self._pause_coordinator.update(track, WeightChange(version, mode, commit, load), timeout_s),
         }
 
     async def _persist(
@@ -321,7 +321,7 @@ class WeightUpdates:
                 """The store has it."""
 
             try:
-                await self._pause_coordinator.update(track, current, "keep", committed, timeout_s)
+                await self._pause_coordinator.update(track, WeightChange(current, "keep", committed), timeout_s)
             except TwinkleServeError as error:
                 logger.warning(f"engines leave the service until they have {current.label!r}: {error}")
                 track.weights = current

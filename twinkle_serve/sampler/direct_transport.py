@@ -12,6 +12,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -45,14 +46,12 @@ class WeightSyncClient:
     where an engine refuses, or the update is over.
     """
 
-    def __init__(self) -> None:
-        self._client: RouterClient
-        self._upload = 0
-        self._limit_s = 0.0
-
-    def begin(self, client: RouterClient, upload: int, limit_s: float) -> None:
-        """Makes later calls belong to an update, each for at most `limit_s`."""
-        self._client, self._upload, self._limit_s = client, upload, limit_s
+    def __init__(self, client: RouterClient) -> None:
+        self._client = client
+        self.upload = 0
+        """Id of the update that the calls belong to."""
+        self.limit_s = 0.0
+        """For each."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._call("init", init_info)
@@ -68,7 +67,7 @@ class WeightSyncClient:
 
     def _call(self, call: TransferCall, info: Any = None) -> None:
         client = self._client
-        client.loop.call(client.call(self._limit_s, RouterAPI.transfer_weights, self._upload, call, info))
+        client.loop.call(client.call(self.limit_s, RouterAPI.transfer_weights, self.upload, call, info))
 
 
 Connect: TypeAlias = Callable[[WeightSyncClient, tuple[Receiver, ...]], Sender]
@@ -76,8 +75,22 @@ Connect: TypeAlias = Callable[[WeightSyncClient, tuple[Receiver, ...]], Sender]
 """
 
 
+@dataclass(slots=True)
+class _Connection:
+    """A sender that is connected to engines."""
+
+    id: int
+    """Id of the update in which it was connected."""
+    calls: WeightSyncClient
+    sender: Sender
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):  # it has failed already, or the engines are gone
+            self.sender.shutdown()
+
+
 class DirectTransports:
-    """Makes transports of one backend, and keeps its connection to the engines between updates."""
+    """Makes transports of one backend, and keeps the connection to the engines between updates."""
 
     def __init__(self, kind: str, connect: Connect) -> None:
         """
@@ -85,33 +98,38 @@ class DirectTransports:
             kind: name of the backend, as in the engines' weight_transfer_config.
         """
         self.kind, self._connect = kind, connect
-        self._sender: Sender | None = None
-        self._connection = 0
-        """Id of the update in which it was connected."""
-        self._calls = WeightSyncClient()
+        self._kept: _Connection | None = None
+        self._latest = 0
+        """Id of the update that sends, or sent last."""
 
     def __call__(self, client: RouterClient, update: Update) -> DirectTransport:
         return DirectTransport(client, update, self)
 
     def send(self, client: RouterClient, upload: int, offer: TransferOffer, limit_s: float) -> None:
-        """Sends all weights to engines, by the last connection if they still have that. A failure ends it."""
-        self._calls.begin(client, upload, limit_s)
-        if offer.connection != self._connection:
-            self.disconnect()
+        """Sends all weights to engines, by the kept connection if the engines still have that."""
+        self._latest = upload
+        kept, self._kept = self._kept, None  # a call that hangs has its own
+        if kept is not None and kept.id != offer.connection:
+            kept.close()
+            kept = None
+        calls = WeightSyncClient(client) if kept is None else kept.calls
+        calls.upload, calls.limit_s = upload, limit_s
+        connection = kept or _Connection(upload, calls, self._connect(calls, offer.receivers))
         try:
-            if self._sender is None:
-                self._sender, self._connection = self._connect(self._calls, offer.receivers), upload
-            self._sender.send_weights()
+            connection.sender.send_weights()
         except BaseException:
-            self.disconnect()
+            connection.close()
             raise
+        if upload == self._latest:
+            self._kept = connection
+        else:
+            connection.close()
 
     def disconnect(self) -> None:
         """Ends the connection; the next update makes another."""
-        sender, self._sender, self._connection = self._sender, None, 0
-        if sender is not None:
-            with contextlib.suppress(Exception):  # it has failed already, or the engines are gone
-                sender.shutdown()
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.close()
 
 
 class DirectTransport(StoreTransport):
@@ -161,9 +179,10 @@ class DirectTransport(StoreTransport):
             label = self._loop.wait(publishing)
         except TwinkleServeError as error:
             raise error from (sending.exception() if sending.done() else None)
-        if not concurrent.futures.wait([sending], timing.ANSWER_TIMEOUT_S).done or sending.exception() is not None:
-            logger.warning(f"the connection to the engines is not used again, {label!r} came by it: {sending}")
-            self._transports.disconnect()
+        try:
+            sending.result(timing.ANSWER_TIMEOUT_S)
+        except Exception as error:
+            logger.warning(f"{label!r} is published; its connection to the engines is not used again: {error!r}")
         self._upload = None
         self._open.close()
         return label

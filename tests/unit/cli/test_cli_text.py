@@ -45,7 +45,13 @@ REPORT: Any = {
     "events": [{"time": 1.0, "kind": "engine lost", "engine": "engine-dp0", "text": "killed, and more of it " * 9}],
 }
 CALL = {
-    **{"id": "0123456789abcdef0123", "caller": "trainer-of-a-long-name", "adapter": "my_lora@12", "age_s": 7200.0},
+    **{
+        "id": "0123456789abcdef0123",
+        "caller": "trainer-of-a-long-name",
+        "track": "main",
+        "adapter": "my_lora@12",
+        "age_s": 7200.0,
+    },
     **{"left_s": None, "prompts": 512, "samples": 4096, "samples_done": 1234},
 }
 

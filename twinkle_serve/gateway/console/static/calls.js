@@ -3,7 +3,7 @@
 import { Refused, get } from "./api.js";
 import { confirm, operate, showProblem } from "./dialogs.js";
 import { $, Keyed, el, idSpan, show, text, toast } from "./dom.js";
-import { count, plural, seconds } from "./format.js";
+import { count, hasTracks, plural, seconds } from "./format.js";
 
 const PAGE = 100;
 
@@ -48,6 +48,7 @@ function renderRows() {
   show($("no-calls"), calls.length === 0);
   show($("calls-table"), calls.length > 0);
   show($("more-calls"), calls.length > limit);
+  show($("calls-track"), hasTracks(shared.status));
   text($("calls-summary"), calls.length ? `${plural(calls.length, "call")}, the oldest first` : "");
 }
 
@@ -56,6 +57,7 @@ function makeRow(call) {
     age: el("td", { "data-label": "Age", class: "brief" }),
     samples: el("td", { "data-label": "Samples", class: "brief" }),
     left: el("td", { "data-label": "Deadline in", class: "brief" }),
+    track: el("td", { "data-label": "Track", class: "id" }, idSpan(call.track)),
   };
   const button = el("button", { type: "button", text: "Cancel…", "aria-label": `Cancel call ${call.id}`, onclick: () => cancel(call) });
   const node = el(
@@ -64,12 +66,14 @@ function makeRow(call) {
     cells.age,
     el("td", { "data-label": "Call", class: "id" }, idSpan(call.id)),
     el("td", { "data-label": "Caller", class: "id" }, idSpan(call.caller || "–")),
+    cells.track,
     el("td", { "data-label": "Adapter", class: "id" }, idSpan(call.adapter || "–")),
     cells.samples,
     cells.left,
     el("td", { class: "action" }, button),
   );
   const update = (now) => {
+    show(cells.track, hasTracks(shared.status));
     text(cells.age, seconds(now.age_s));
     text(cells.samples, `${count(now.samples_done)} of ${count(now.samples)}, ${plural(now.prompts, "prompt")}`);
     text(cells.left, now.left_s === null ? "none" : seconds(now.left_s));

@@ -2,7 +2,7 @@
 
 import { confirm, operate } from "./dialogs.js";
 import { $, Keyed, attr, el, show, text, toast } from "./dom.js";
-import { count, isBehind, isNumber, percent, plural, rate } from "./format.js";
+import { count, hasTracks, isBehind, isNumber, percent, plural, rate } from "./format.js";
 
 export const STATES = ["ready", "catching up", "starting", "draining", "drained", "dead"];
 
@@ -87,7 +87,7 @@ function makeCard([name]) {
     text(badge, `${SIGNS[engine.state] ?? "?"} ${engine.state}`);
     text(speed, rate(engine.tokens_per_s));
     for (const [field, each] of Object.entries(meters)) each.update(engine[field]);
-    show(facts.track.node, Object.keys(shared.status.tracks).length > 1);
+    show(facts.track.node, hasTracks(shared.status));
     facts.track.update(engine.track);
     const behind = engine.weights !== undefined && isBehind(shared.status, engine);
     facts.weights.update(engine.weights === undefined ? "–" : engine.weights + (behind ? " (behind)" : ""), behind);

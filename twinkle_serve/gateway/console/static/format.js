@@ -51,5 +51,8 @@ export function weightsOf(status) {
   return tracks.length > 1 ? tracks.map(([track, label]) => `${track} ${label}`).join(", ") : status.weights;
 }
 
+/** Whether engines belong to several tracks. */
+export const hasTracks = (status) => Object.keys(status.tracks).length > 1;
+
 /** Whether an engine in use has other weights than the current ones of its track. */
 export const isBehind = (status, engine) => engine.weights !== status.tracks[engine.track];

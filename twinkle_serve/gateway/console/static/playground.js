@@ -3,7 +3,7 @@
 import { Refused, post } from "./api.js";
 import { askForKey, showProblem } from "./dialogs.js";
 import { $, el, factList, show, text, toast } from "./dom.js";
-import { isNumber, plural, seconds, weightsOf } from "./format.js";
+import { hasTracks, isNumber, plural, seconds, weightsOf } from "./format.js";
 import { legend, textOf, texts, tokenList } from "./tokens.js";
 
 const BASE = ""; // the model's own weights
@@ -56,7 +56,7 @@ export function render(state) {
 function fillChoices(status) {
   const labels = Object.values(status.adapter_versions).flatMap((versions) => versions.toReversed());
   const engines = Object.keys(status.engines);
-  const hasTracks = Object.keys(status.tracks).length > 1;
+  const several = hasTracks(status);
   const now = [weightsOf(status), ...labels, "", ...engines].join("\n");
   if (now === options) return;
   options = now;
@@ -64,7 +64,7 @@ function fillChoices(status) {
   fill($("play-a"), choices, BASE);
   fill($("play-b"), [[NOTHING, "nothing"], ...choices], NOTHING);
   for (const id of ["play-engine-a", "play-engine-b"]) {
-    fill($(id), [[ANY, "any"], ...engines.map((name) => [name, hasTracks ? `${name} (${status.engines[name].track})` : name])], ANY);
+    fill($(id), [[ANY, "any"], ...engines.map((name) => [name, several ? `${name} (${status.engines[name].track})` : name])], ANY);
   }
   allowEngine();
 }
