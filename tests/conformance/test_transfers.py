@@ -118,7 +118,7 @@ async def test_trainer_that_fails_in_the_middle(trained: Trained, reference: Ref
             raise RuntimeError("out of memory")
 
     trained.trainer.at = fails
-    with pytest.raises(WeightsError, match=r"gave its transfer up: RuntimeError: out of memory.* 'before' is current"):
+    with pytest.raises(WeightsError, match=r"could not send: RuntimeError: out of memory\. 'before' is current"):
         await trained.update("failed", changed_weights(4))
     response = await trained.router.sample(QUESTIONS, {"max_tokens": 4, "ignore_eos": True})
     check(response, reference, {"before": weights})
@@ -134,7 +134,7 @@ async def test_weights_that_differ_from_the_store(trained: Trained, reference: R
     """By one bit, which the engine notices once it has loaded them."""
     weights = changed_weights(6)
     name = "model.layers.1.mlp.down_proj.weight"
-    with pytest.raises(WeightsError, match=rf"1 of 46 differ from those in the store: '{name}' is another"):
+    with pytest.raises(WeightsError, match=rf"1 of the 46 weights .* in the store: '{name}' differs"):
         await trained.update("other", weights, {**weights, name: flipped(weights[name])})
     response = await trained.router.sample(QUESTIONS, {"max_tokens": 4})
     check(response, reference, {INITIAL_LABEL: None})

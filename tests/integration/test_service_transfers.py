@@ -109,8 +109,8 @@ def test_both_engines_take_weights_from_one_trainer(service: RunningSampler, tra
         check(running.result(), versions)
     after = service.sample(QUESTIONS, SHORT, num_samples=2)
     assert check(after, versions) == {(engine, "second") for engine in ENGINES}
-    (receivers,) = trainer.connections
-    assert {receiver.engine for receiver in receivers} == ENGINES
+    (targets,) = trainer.connections
+    assert {target.engine for target in targets} == ENGINES
 
 
 def test_engine_that_is_killed_in_the_middle(service: RunningSampler, trainer: TCPTrainer) -> None:
@@ -160,7 +160,7 @@ def test_weights_that_differ_from_the_store(service: RunningSampler, trainer: TC
     weights = changed_weights(7)
     assert trainer.update("seventh", weights) == "seventh"
     other = {**weights, "model.norm.weight": weights["model.norm.weight"] * 1.001}
-    with pytest.raises(WeightsError, match=r"engine-dp\d: .*1 of 46 differ from those in the store"):
+    with pytest.raises(WeightsError, match=r"engine-dp\d: 1 of the 46 weights .* in the store"):
         trainer.update("eighth", weights, other)
     assert check(service.sample(QUESTIONS, SHORT, num_samples=2), {"seventh": weights}) == {
         (engine, "seventh") for engine in ENGINES

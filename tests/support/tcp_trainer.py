@@ -10,10 +10,10 @@ from torch import Tensor
 from tests.support.ray_cluster import free_port
 from tests.support.transfer_plugin import TCP
 from twinkle_serve.checkpoint import buckets
-from twinkle_serve.data_format.weights import Receiver
+from twinkle_serve.data_format.weights import TransferTarget
 from twinkle_serve.sampler.direct_transport import DirectTransports, WeightSyncClient
 from twinkle_serve.sampler.router_client import RouterClient
-from twinkle_serve.sampler.transports import Update
+from twinkle_serve.sampler.transports import UpdateRequest
 from twinkle_serve.sampler.weight_upload import WeightUploads
 
 
@@ -25,16 +25,16 @@ class TCPTrainer:
         self._sent: dict[str, Tensor] = {}
         self.at: Callable[[int], object] = lambda index: None
         """Called before the transfer sends each weight, with its index."""
-        self.connections: list[Sequence[Receiver]] = []
+        self.connections: list[Sequence[TransferTarget]] = []
 
-    def _connect(self, calls: WeightSyncClient, receivers: Sequence[Receiver]) -> Any:
+    def _connect(self, calls: WeightSyncClient, targets: Sequence[TransferTarget]) -> Any:
         from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         from tests.support.tcp_transfer import DictSource, TCPTrainerEngine
 
         assert isinstance(calls, VLLMWeightSyncClient)
-        self.connections.append(receivers)
+        self.connections.append(targets)
         trainer = self
 
         class Source(DictSource):
@@ -43,7 +43,7 @@ class TCPTrainer:
                     trainer.at(index)
                     yield item
 
-        world_size = 1 + sum(receiver.workers for receiver in receivers)
+        world_size = 1 + sum(target.workers for target in targets)
         info = NCCLTrainerInitInfo("127.0.0.1", free_port(), world_size, packed=False, rank=0)
         return TCPTrainerEngine.trainer_init(info, client=calls, source=Source(self._sent))
 
@@ -58,6 +58,6 @@ class TCPTrainer:
         """Sends weights to the store, and the same or others to the engines."""
         self._sent.clear()
         self._sent |= weights if sent is None else sent
-        update = Update(label, "keep", "", True, timeout_s)
+        update = UpdateRequest(label, "keep", "", True, timeout_s)
         parts = buckets(weights.items(), 2**20)
         return self._uploads.send(update, lambda new_file: parts, delta=False)

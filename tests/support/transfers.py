@@ -18,14 +18,14 @@ from safetensors.torch import load
 from torch import Tensor
 
 from twinkle_serve.checkpoint import buckets
-from twinkle_serve.data_format.weights import Bucket, Receiver
+from twinkle_serve.data_format.weights import Bucket, TransferTarget
 from twinkle_serve.engines.fake import FakeEngine
 from twinkle_serve.engines.protocol import WeightsReceiver, compare_digests
 from twinkle_serve.errors import DeadlineError, WeightsError
 from twinkle_serve.routing.router import Router
 from twinkle_serve.sampler.direct_transport import DirectTransports, Sender, WeightSyncClient
 from twinkle_serve.sampler.router_client import BucketSender, RouterClient
-from twinkle_serve.sampler.transports import Update
+from twinkle_serve.sampler.transports import UpdateRequest
 from twinkle_serve.sampler.weight_upload import WeightUploads
 from twinkle_serve.tasks import Call
 from twinkle_serve.tensor_sums import weight_digest
@@ -158,7 +158,7 @@ class FakeSender(Sender):
 
     source: Mapping[str, Tensor]
     calls: WeightSyncClient
-    receivers: Sequence[Receiver]
+    targets: Sequence[TransferTarget]
     by_handles: bool = False
     fails_at: str = ""
     """The step before which it raises: init, start, update, middle, finish."""
@@ -171,7 +171,7 @@ class FakeSender(Sender):
         self.address = f"wire-{next(self._addresses)}"
         self.wire = WIRES[self.address] = Wire()
         self._reach("init")
-        world_size = 1 + sum(receiver.workers for receiver in self.receivers)
+        world_size = 1 + sum(target.workers for target in self.targets)
         info = {"master_address": self.address, "rank_offset": 1, "world_size": world_size}
         self.calls.init_weight_transfer_engine(info)
 
@@ -226,6 +226,9 @@ class _RunningLoop:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
 
+    def require_running(self) -> None:
+        pass
+
     def start(self, coroutine: Call[T]) -> concurrent.futures.Future[T]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
@@ -275,8 +278,8 @@ class Trainer:
         self._uploads = WeightUploads(self.client, self.transports)
         self._source: dict[str, Tensor] = {}
 
-    def _connect(self, calls: WeightSyncClient, receivers: Sequence[Receiver]) -> FakeSender:
-        self.sender = FakeSender(self._source, calls, receivers, self.by_handles, self.fails_at)
+    def _connect(self, calls: WeightSyncClient, targets: Sequence[TransferTarget]) -> FakeSender:
+        self.sender = FakeSender(self._source, calls, targets, self.by_handles, self.fails_at)
         return self.sender
 
     def update(self, label: str, parts: Sequence[Bucket], *, durable: bool = True, limit_s: float = 20.0) -> str:
@@ -287,7 +290,7 @@ class Trainer:
         self._source |= self.changes
         if self.sender is not None:
             self.sender.fails_at = self.fails_at
-        update = Update(label, "keep", "", durable, limit_s)
+        update = UpdateRequest(label, "keep", "", durable, limit_s)
         return self._uploads.send(update, lambda new_file: iter(parts), delta=False)
 
 

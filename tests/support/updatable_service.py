@@ -43,7 +43,7 @@ class Engine(FakeEngine):
 
     async def start(self, on_stage: OnStage = ignore_stage) -> None:
         await super().start(on_stage)
-        self.info = replace(self.info, transfer=KIND)
+        self.info = replace(self.info, transfer_backend=KIND)
 
     async def _steps(self, group: Group, samples: Sequence[Any]) -> AsyncGenerator[None, None]:
         async for _ in super()._steps(group, samples):

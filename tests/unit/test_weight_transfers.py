@@ -14,12 +14,19 @@ import pytest
 
 from tests.support.eventually import eventually
 from tests.support.faulty_updates import DIRECT, Case, everyone_has, fails_and_heals, faulty_update
-from tests.support.transfers import KIND, Trainer, client_of, flipped
+from tests.support.transfers import KIND, FakeSender, Trainer, client_of, flipped
 from tests.support.updatable_service import PARTS, Service
 from twinkle_serve import hub, timing
 from twinkle_serve.checkpoint import named_tensors
 from twinkle_serve.config import ServiceArgs
-from twinkle_serve.data_format.weights import TransferCall, TransferOffer, TransferPlan, TransferStep
+from twinkle_serve.data_format.weights import (
+    PauseMode,
+    TransferCall,
+    TransferOffer,
+    TransferPlan,
+    TransferStep,
+    TransferTarget,
+)
 from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.errors import (
     DeadlineError,
@@ -31,7 +38,8 @@ from twinkle_serve.errors import (
     WeightsError,
 )
 from twinkle_serve.routing.router import Router
-from twinkle_serve.sampler.transports import Update
+from twinkle_serve.sampler.direct_transport import WeightSyncClient
+from twinkle_serve.sampler.transports import UpdateRequest
 from twinkle_serve.sampler.weight_upload import WeightUploads
 
 NORM = "model.norm.weight"
@@ -144,18 +152,18 @@ async def test_trainer_that_fails(case: Case, step: str) -> None:
         trainer.transports.disconnect()
     trainer.fails_at = step
     case.undo.append(lambda: setattr(trainer, "fails_at", ""))
-    said = rf"the trainer gave its transfer up: RuntimeError: out of memory before {step}.* 'one' is current"
+    said = rf"the trainer could not send: RuntimeError: out of memory before {step}\. 'one' is current"
     await fails_and_heals(case, WeightsError, said, case.update("two"))
 
 
-async def begun(case: Case, calls: int) -> asyncio.Task[str]:
+async def begun(case: Case, calls: int, mode: PauseMode = "keep") -> asyncio.Task[str]:
     """Publishes version `two` from a trainer that makes only some of its calls. Returns the call that publishes."""
     router = case.service.router
-    receivers = (await router.offer_weights(KIND)).receivers
-    upload = await router.begin_weights("two", "keep", direct=True)
+    targets = (await router.offer_weights(KIND)).targets
+    upload = await router.begin_weights("two", mode, direct=True)
     for index, part in enumerate(PARTS):
         await router.append_weights(upload, index, part)
-    publishing = asyncio.ensure_future(router.publish_weights(upload, "keep", 20, TransferPlan(receivers, {})))
+    publishing = asyncio.ensure_future(router.publish_weights(upload, mode, 20, TransferPlan(targets, {})))
     await eventually(lambda: bool(router._updates._update and router._updates._update.publishing))
     sender = trainer_of(case).sender
     assert sender is not None
@@ -190,12 +198,49 @@ async def test_trainer_whose_call_is_cancelled(case: Case, calls: int) -> None:
     await everyone_has(case, "two")
 
 
+@pytest.mark.parametrize("at", ["seal", "pause"])
+@pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
+async def test_trainer_that_gives_up_before_engines_are_paused(case: Case, mode: PauseMode, at: str) -> None:
+    """The update is over at once, and has changed nothing."""
+    service, reached, never = case.service, asyncio.Event(), asyncio.Event()
+
+    async def waits(*args: Any) -> None:
+        reached.set()
+        await never.wait()
+
+    if at == "seal":
+        case.replace(service.store, "seal_weights", waits)
+    else:
+        case.replace(service.servers["a"], "pause", waits)
+    publishing = await begun(case, 0, mode)
+    await reached.wait()
+    publishing.cancel()
+    await asyncio.wait_for(eventually(lambda: service.router._updates._update is None), 5)
+    for undo in case.undo:
+        undo()
+    await everyone_has(case, "one")
+    assert {engine.loads[-1] for engine in service.engines.values()} == {"one"}, "nobody had to go back"
+    trainer_of(case).transports.disconnect()
+    assert await case.update("two") == "two"
+    await everyone_has(case, "two")
+
+
+async def test_calls_of_an_update_that_is_never_published(case: Case) -> None:
+    """They end with it."""
+    case.monkeypatch.setattr(timing, "UPLOAD_LEASE_S", 0.3)
+    router = case.service.router
+    upload = await router.begin_weights("two", "keep", direct=True)
+    with pytest.raises(StoreError, match="given up: its trainer was silent"):
+        await asyncio.wait_for(router.transfer_weights(upload, "start"), 10)
+    await everyone_has(case, "one")
+
+
 async def test_weights_that_differ_from_the_store(case: Case) -> None:
     """In one bit."""
     trainer = trainer_of(case)
     trainer.changes[NORM] = flipped(dict(named_tensors(hub.DEMO))[NORM])
     case.undo.append(trainer.changes.clear)
-    said = rf"of the weights from the trainer, 1 of 46 differ from those in the store: '{NORM}' is another\. Send the "
+    said = rf"1 of the 46 weights from the trainer are not those of the 46 in the store: '{NORM}' differs\. Send both "
     await fails_and_heals(case, WeightsError, said, case.update("two"))
 
 
@@ -214,9 +259,8 @@ async def test_weights_that_the_store_does_not_have_or_that_do_not_come(case: Ca
         send()
 
     case.replace(sender, "send_weights", sends_others)
-    await fails_and_heals(
-        case, WeightsError, f"1 of 46 differ from those in the store: '{name}' {how}", case.update("two")
-    )
+    said = rf"1 of the 4[57] weights from the trainer are not those of the 46 in the store: '{name}' {how}"
+    await fails_and_heals(case, WeightsError, said, case.update("two"))
 
 
 # -- engines ---------------------------------------------------------------------------------------
@@ -224,11 +268,23 @@ async def test_weights_that_the_store_does_not_have_or_that_do_not_come(case: Ca
 
 @pytest.mark.parametrize("call", CALLS)
 async def test_engine_that_dies(case: Case, call: TransferCall) -> None:
-    """At any call: the other one takes the version, and it comes back with it, from the store."""
+    """At any call: the other one takes the version, and it comes back with it, from the store. Its process may be the
+    same, as after an answer that came too late: what it missed does not harm the next update."""
     trainer_of(case).transports.disconnect()
     at_call(case, case.service.servers["b"], call, dies)
-    assert await case.update("two") == "two"
-    await everyone_has(case, "two")
+    for label in ("two", "three"):
+        assert await case.update(label) == label
+        await everyone_has(case, label)
+
+
+@pytest.mark.parametrize("all_die", [False, True])
+async def test_engine_that_dies_before_the_trainer_is_connected_to_it(case: Case, all_die: bool) -> None:
+    """The trainer was told of it, and its collective would wait for it: the update fails at once."""
+    error: type[TwinkleServeError] = EngineDeadError if all_die else EngineError
+    said = "every engine died" if all_die else r"the trainer was to send to a .*, b .*; in use are a "
+    for server in list(case.service.servers.values())[0 if all_die else 1 :]:
+        case.replace(server, "pause", lambda mode: dies())
+    await fails_and_heals(case, error, rf"{said}.* 'one' is current", case.update("two"))
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -272,7 +328,7 @@ async def test_engine_that_waits_for_a_trainer_that_is_gone(case: Case) -> None:
     waiting = asyncio.ensure_future(router.transfer_weights(upload.upload, "update", info))
     sides = [engine.receiver.side for engine in case.service.engines.values()]
     publishing.cancel()
-    with pytest.raises(WeightsError, match=r"the trainer gave its transfer up: it was stopped\."):
+    with pytest.raises(WeightsError, match=r"the trainer's call was cancelled\."):
         await waiting
     await everyone_has(case, "one")
     assert all(server._weights.version.label == "one" for server in case.service.servers.values())  # type: ignore[union-attr]
@@ -303,6 +359,34 @@ async def test_sender_that_hangs(case: Case) -> None:
     assert [receiver.inits for receiver in receivers] == inits, "the connection of the others is kept"
 
 
+@pytest.mark.parametrize("outcome", ["fails", "connects"])
+async def test_connection_that_comes_too_late(case: Case, outcome: str) -> None:
+    """It is of an update that is over: the next one has its own, and keeps it."""
+    case.monkeypatch.setattr(timing, "UPLOAD_LEASE_S", 0.3)
+    trainer, go_on, went_on = trainer_of(case), threading.Event(), threading.Event()
+    connect = trainer.transports._connect
+
+    def connects_late(calls: WeightSyncClient, targets: tuple[TransferTarget, ...]) -> FakeSender:
+        trainer.transports._connect = connect
+        assert go_on.wait(60)
+        try:
+            if outcome == "fails":
+                raise RuntimeError("the rendezvous took too long")
+            return FakeSender({}, calls, targets)
+        finally:
+            went_on.set()
+
+    trainer.transports.disconnect()
+    trainer.transports._connect = connects_late
+    await fails_and_heals(case, WeightsError, "sent the engines nothing for 0.3 s", case.update("two"))
+    kept = trainer.transports._kept
+    go_on.set()
+    await asyncio.to_thread(went_on.wait, 30)
+    assert await case.update("four") == "four"
+    await everyone_has(case, "four")
+    assert trainer.transports._kept is kept is not None
+
+
 async def test_engines_that_are_others_than_the_trainer_was_told(case: Case) -> None:
     """One was replaced meanwhile: no engine waits for a trainer that does not know it."""
     server, router = case.service.servers["b"], case.service.router
@@ -310,8 +394,8 @@ async def test_engines_that_are_others_than_the_trainer_was_told(case: Case) -> 
 
     async def offers(*args: Any) -> TransferOffer:
         offered = await offer(*args)
-        a, b = offered.receivers
-        return offered._replace(receivers=(a, b._replace(incarnation="earlier")))
+        a, b = offered.targets
+        return offered._replace(targets=(a, b._replace(incarnation="earlier")))
 
     case.replace(router, "offer_weights", offers)
     here = server._info.incarnation[:8]
@@ -324,7 +408,7 @@ async def test_engine_that_loads_from_the_store_alone(case: Case) -> None:
     engine = case.service.engines["b"]
     active = case.service.router._engines.active["b"]
     before = active.info
-    active.info = replace(before, transfer="")
+    active.info = replace(before, transfer_backend="")
     case.undo.append(lambda: setattr(active, "info", before))
     said = "b takes weights from the store alone, not by 'fake'"
     await fails_and_heals(case, UnsupportedError, said, case.update("two"))
@@ -335,7 +419,7 @@ async def test_delta_goes_to_the_store_alone(case: Case) -> None:
     trainer = trainer_of(case)
     uploads = WeightUploads(trainer.client, trainer.transports)
     with pytest.raises(UnsupportedError, match="delta=True sends to the store alone"):
-        uploads.send(Update("two", "keep", "", True, 20.0), lambda new_file: iter(PARTS), delta=True)
+        uploads.send(UpdateRequest("two", "keep", "", True, 20.0), lambda new_file: iter(PARTS), delta=True)
 
 
 # -- order -----------------------------------------------------------------------------------------
@@ -344,9 +428,13 @@ async def test_delta_goes_to_the_store_alone(case: Case) -> None:
 async def test_calls_out_of_order(case: Case) -> None:
     """An engine takes weights between start and finish of one update, and a router's calls within it."""
     server = case.service.servers["a"]
-    receivers = (await case.service.router.offer_weights(KIND)).receivers
+    targets = (await case.service.router.offer_weights(KIND)).targets
+    await server.pause("keep")
     with pytest.raises(WeightsError, match="the engine waits for no weights of this update: it has not begun"):
-        await server.transfer_weights(TransferStep(7, "update", {"names": [], "shapes": []}, receivers))
+        await server.transfer_weights(TransferStep(7, "update", {"names": [], "shapes": []}, targets))
+    with pytest.raises(WeightsError, match="'nonsense' is no call of a transfer"):
+        await server.transfer_weights(TransferStep(7, "nonsense", {}, targets))  # type: ignore[arg-type]
+    await server.resume()
     with pytest.raises(WeightsError, match="it has not begun"):
         await server.finish_transfer(7, await case.service.store.current_weights("main"), {})
     router = case.service.router
@@ -355,14 +443,23 @@ async def test_calls_out_of_order(case: Case) -> None:
     upload = await router.begin_weights("two", "keep")
     with pytest.raises(WeightsError, match="did not begin as direct"):
         await router.transfer_weights(upload, "start")
-    with pytest.raises(WeightsError, match="takes a plan if it began as direct"):
-        await router.publish_weights(upload, "keep", 20, TransferPlan(receivers, {}))
+    with pytest.raises(WeightsError, match="'two' did not begin as direct, and a plan is given"):
+        await router.publish_weights(upload, "keep", 20, TransferPlan(targets, {}))
     await router.abandon_weights(upload)
+    publishing = await begun(case, 0)
+    begun_update = router._updates._update
+    assert begun_update is not None
+    with pytest.raises(WeightsError, match="'two' is being published already"):
+        await router.publish_weights(begun_update.upload, "keep", 20, TransferPlan(targets, {}))
+    await router.abandon_weights(begun_update.upload)
+    with pytest.raises(WeightsError, match=r"the trainer gave the update up\. 'one' is current"):
+        await publishing
     await everyone_has(case, "one")
 
 
-async def test_late_calls_of_a_transfer_do_not_reach_the_engine(case: Case) -> None:
-    """After the engine has gone back."""
+@pytest.mark.parametrize("call", CALLS[:3])
+async def test_late_calls_of_a_transfer_do_not_reach_the_engine(case: Case, call: TransferCall) -> None:
+    """After the engine has gone back, or its process was replaced."""
     publishing = await begun(case, 2)
     upload = case.service.router._updates._update
     assert upload is not None
@@ -370,9 +467,15 @@ async def test_late_calls_of_a_transfer_do_not_reach_the_engine(case: Case) -> N
     await eventually(lambda: case.service.router._updates._update is None)
     await everyone_has(case, "one")
     server = case.service.servers["a"]
-    receivers = (await case.service.router.offer_weights(KIND)).receivers
-    with pytest.raises(WeightsError, match="it has not begun"):
-        await server.transfer_weights(TransferStep(upload.upload, "update", {"names": [], "shapes": []}, receivers))
+    targets = (await case.service.router.offer_weights(KIND)).targets
+    with pytest.raises(WeightsError, match="the engine is not paused: the update is over"):
+        await server.transfer_weights(TransferStep(upload.upload, call, {}, targets))
+    earlier = tuple(target._replace(incarnation="earlier") for target in targets)
+    await server.pause("keep")
+    with pytest.raises(EngineDeadError, match="was restarted"):
+        await server.transfer_weights(TransferStep(upload.upload, call, {}, earlier))
+    await server.resume()
+    assert server._weights.version is not None
     with pytest.raises(TwinkleServeError, match="given up"):
         await case.service.router.transfer_weights(upload.upload, "update", {})
     await everyone_has(case, "one")

@@ -158,8 +158,9 @@ class EngineInfo:
     """Sampling parameters that it does not have, and what to do instead."""
     masks_raw_logprobs: bool = False
     """Whether its raw logprobs are those under the mask of structured_outputs."""
-    transfer: str = ""
-    """Backend of vLLM's weight transfer by which it takes weights from a trainer itself; "": from the store alone."""
+    transfer_backend: str = ""
+    """Name of the backend of vLLM's weight transfer by which it takes weights from a trainer itself; "": it takes them
+    from the store alone."""
     workers: int = 1
     """Number of its processes that hold weights."""
     incarnation: str = ""

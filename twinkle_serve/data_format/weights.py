@@ -131,7 +131,7 @@ TransferCall: TypeAlias = Literal["init", "start", "update", "finish"]
 """A call of vLLM's weight transfer, to the engines that take weights from a trainer itself."""
 
 
-class Receiver(NamedTuple):
+class TransferTarget(NamedTuple):
     """An engine that takes weights from a trainer itself."""
 
     engine: str
@@ -143,7 +143,7 @@ class Receiver(NamedTuple):
 class TransferOffer(NamedTuple):
     """The engines of a track, for a trainer that is to send weights to them itself."""
 
-    receivers: tuple[Receiver, ...]
+    targets: tuple[TransferTarget, ...]
     connection: int
     """Id of the update whose trainer they are connected to; 0 if they are not all connected to one."""
 
@@ -152,7 +152,7 @@ class TransferOffer(NamedTuple):
 class TransferPlan:
     """Weights that a trainer sends to engines itself, beside the store."""
 
-    receivers: tuple[Receiver, ...]
+    targets: tuple[TransferTarget, ...]
     """The engines; the workers of all are numbered in this order."""
     digests: Mapping[str, str]
     """Of each weight as it was sent to the store; see `weight_digest`."""
@@ -167,15 +167,15 @@ class TransferStep:
     call: TransferCall
     info: Any
     """Argument of init and update, in the form of the transfer's backend."""
-    receivers: tuple[Receiver, ...]
+    targets: tuple[TransferTarget, ...]
 
     def workers(self, engine: str) -> range:
-        """Returns the numbers of an engine's workers among those of all receivers."""
+        """Returns the numbers of an engine's workers among those of all targets."""
         first = 0
-        for receiver in self.receivers:
-            if receiver.engine == engine:
-                return range(first, first + receiver.workers)
-            first += receiver.workers
+        for target in self.targets:
+            if target.engine == engine:
+                return range(first, first + target.workers)
+            first += target.workers
         raise KeyError(engine)
 
 

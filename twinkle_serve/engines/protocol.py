@@ -84,10 +84,10 @@ def compare_digests(came: Mapping[str, str], wanted: Mapping[str, str]) -> None:
     if not (wrong := sorted(name for name in came.keys() | wanted.keys() if came.get(name) != wanted.get(name))):
         return
     first = wrong[0]
-    how = "is another" if first in came and first in wanted else "did not come" if first in wanted else "is unknown"
+    how = "differs" if first in came and first in wanted else "did not come" if first in wanted else "is unknown"
     raise WeightsError(
-        f"of the weights from the trainer, {len(wrong)} of {len(wanted)} differ from those in the store: "
-        f"{first!r} {how}. Send the same tensors to both, and change none until update_weights has returned."
+        f"{len(wrong)} of the {len(came)} weights from the trainer are not those of the {len(wanted)} in the store: "
+        f"{first!r} {how}. Send both from the same tensors, and change none until update_weights has returned."
     )
 
 
@@ -109,7 +109,7 @@ class Engine(Protocol):
 
     @property
     def receiver(self) -> WeightsReceiver | None:
-        """None: it takes weights from the store alone."""
+        """Takes weights that a trainer sends to the engine itself; None: it takes them from the store alone."""
 
     async def start(self, on_stage: OnStage = ignore_stage) -> None:
         """Loads the model. Raises EngineArgsError, ModelNotFoundError or EngineStartError.

@@ -47,6 +47,7 @@ from twinkle_serve.errors import (
     EngineError,
     EngineStartError,
     StoreError,
+    WeightsError,
 )
 from twinkle_serve.lease import Lease
 from twinkle_serve.tasks import BackgroundTasks
@@ -398,6 +399,11 @@ class EngineServer(EngineClient):
         return checksum
 
     async def transfer_weights(self, step: TransferStep) -> None:
+        # Serve keeps calls that it could not hand over, and may lose their cancellation.
+        if not self._paused:
+            raise WeightsError("the engine is not paused: the update is over.")
+        if self._info.incarnation not in {target.incarnation for target in step.targets}:
+            raise EngineDeadError(f"{self._info.name} was restarted.")
         await self._weights.transfer(step)
         self._stay_paused()
 

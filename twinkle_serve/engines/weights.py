@@ -31,7 +31,7 @@ class EngineWeights:
         self.version: WeightsVersion | None = CHECKPOINT_VERSION
         """The version that the engine holds; None while it holds none whole."""
         self.changing = asyncio.Lock()
-        """Held while weights come."""
+        """Held while weights come, or are staged."""
         self._staged_version: WeightsVersion | None = None
         """The version that is staged in part."""
         self._staged: AsyncGenerator[StagedBucket, None] | None = None
@@ -86,9 +86,11 @@ class EngineWeights:
             elif step.call == "start":
                 self.version, self._transfer = None, step.upload
                 await receiver.start()
-            else:
+            elif step.call == "update":
                 self._require(step.upload)
                 await receiver.update(step.info, workers)
+            else:
+                raise WeightsError(f"{step.call!r} is no call of a transfer: init, start, update, finish.")
 
     async def finish_transfer(self, upload: int, version: WeightsVersion, digests: Mapping[str, str]) -> str:
         """See `EngineClient.finish_transfer`."""

@@ -218,7 +218,7 @@ class RouterAPI(Protocol):
         """Returns the checksums of the buckets of a kept version. Raises WeightsError if it is not kept."""
         ...
 
-    async def abandon_weights(self, upload: int, reason: str = "") -> None:
+    async def abandon_weights(self, upload: int, reason: str = "the trainer gave the update up.") -> None:
         """Gives an update up. Idempotent. See `WeightUpdates.abandon`."""
 
     async def pause(self, mode: PauseMode, lease_s: float) -> int:

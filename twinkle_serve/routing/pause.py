@@ -25,19 +25,19 @@ from twinkle_serve.lease import Lease
 from twinkle_serve.routing.active_engine import ActiveEngine
 from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.tracks import Track
-from twinkle_serve.routing.transfers import Broadcast
+from twinkle_serve.routing.transfers import CallEach
 from twinkle_serve.validation import one_of, seconds
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Load: TypeAlias = Callable[[WeightsVersion, Sequence[ActiveEngine], Broadcast], Awaitable[dict[str, str]]]
+Load: TypeAlias = Callable[[WeightsVersion, Sequence[ActiveEngine], CallEach], Awaitable[dict[str, str]]]
 """Has paused engines take a version. Returns the checksums of those that have it, by engine."""
 
 
 async def load_from_store(
-    version: WeightsVersion, engines: Sequence[ActiveEngine], broadcast: Broadcast
+    version: WeightsVersion, engines: Sequence[ActiveEngine], broadcast: CallEach
 ) -> dict[str, str]:
     """Has each engine load a version from the store."""
     return await broadcast("load_weights", lambda client: client.load_weights(version))

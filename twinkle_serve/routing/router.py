@@ -397,7 +397,7 @@ class Router(RouterAPI):
     async def weights_buckets(self, label: str) -> list[str]:
         return list((await self._store.find_weights(label)).buckets)
 
-    async def abandon_weights(self, upload: int, reason: str = "") -> None:
+    async def abandon_weights(self, upload: int, reason: str = "the trainer gave the update up.") -> None:
         await self._updates.abandon(upload, reason)
 
     async def pause(self, mode: PauseMode, lease_s: float) -> int:

@@ -9,7 +9,7 @@ from operator import methodcaller
 from typing import Any, Protocol, TypeVar
 
 from twinkle_serve import timing
-from twinkle_serve.data_format.weights import Receiver, TransferCall, TransferPlan, TransferStep, WeightsVersion
+from twinkle_serve.data_format.weights import TransferCall, TransferPlan, TransferStep, TransferTarget, WeightsVersion
 from twinkle_serve.engines.client import EngineClient
 from twinkle_serve.errors import EngineDeadError, EngineError, TwinkleServeError, UnsupportedError, WeightsError
 from twinkle_serve.routing.active_engine import ActiveEngine
@@ -17,23 +17,23 @@ from twinkle_serve.routing.active_engine import ActiveEngine
 T = TypeVar("T")
 
 
-class Broadcast(Protocol):
+class CallEach(Protocol):
     """Makes a call to each engine that is being updated. Returns the answers by engine; those that died are missing."""
 
     async def __call__(self, what: str, call: Callable[[EngineClient], Awaitable[T]], /) -> dict[str, T]: ...
 
 
-def receivers(engines: Sequence[ActiveEngine]) -> tuple[Receiver, ...]:
+def targets(engines: Sequence[ActiveEngine]) -> tuple[TransferTarget, ...]:
     """Describes engines to a trainer that sends weights to them."""
     infos = [engine.info for engine in engines]
-    return tuple(Receiver(info.name, info.incarnation, info.workers) for info in infos)
+    return tuple(TransferTarget(info.name, info.incarnation, info.workers) for info in infos)
 
 
 def require_transfer(engines: Sequence[ActiveEngine], kind: str) -> None:
     """Raises UnsupportedError for an engine that does not take weights by a backend of vLLM's weight transfer."""
     for engine in engines:
-        if engine.info.transfer != kind:
-            by = f"by {engine.info.transfer!r}" if engine.info.transfer else "from the store alone"
+        if engine.info.transfer_backend != kind:
+            by = f"by {engine.info.transfer_backend!r}" if engine.info.transfer_backend else "from the store alone"
             raise UnsupportedError(f"{engine.name} takes weights {by}, not by {kind!r}.")
 
 
@@ -63,6 +63,10 @@ class Transfer:
         """Set before `load`."""
         self.connects = False
         """Whether the trainer has connected to the engines anew."""
+        self.complete = False
+        """Whether every engine of the plan has taken all calls."""
+        self.waiting: asyncio.Task[Any] | None = None
+        """Brings the update to `load`, and is cancelled if the trainer gives up until then."""
         self._calls: asyncio.Queue[_Call] = asyncio.Queue()
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Raises for calls that have no answer."""
@@ -79,14 +83,26 @@ class Transfer:
         try:
             await asyncio.wait({done, self._over}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            self.give_up("its trainer was stopped.")
+            self.give_up("the trainer's call was cancelled.")
             raise
         if not done.done():
             self._over.result()
 
     def give_up(self, reason: str) -> None:
-        """Ends the transfer, also in the middle of a call. Idempotent."""
-        self.end(WeightsError(f"the trainer gave its transfer up: {reason}"))
+        """Ends the transfer, also in the middle of a call. Idempotent.
+
+        Args:
+            reason: a sentence.
+        """
+        self.end(WeightsError(reason))
+        if self.waiting is not None:
+            self.waiting.cancel()
+            self.waiting = None
+
+    @property
+    def error(self) -> BaseException | None:
+        """What has ended the transfer; None while it goes on."""
+        return self._over.exception() if self._over.done() else None
 
     def end(self, error: BaseException) -> None:
         """Makes calls that have no answer, and later ones, raise an error. Idempotent: the first one counts."""
@@ -94,14 +110,16 @@ class Transfer:
             self._over.set_exception(type(error)(str(error)) if isinstance(error, TwinkleServeError) else error)
 
     async def load(
-        self, version: WeightsVersion, engines: Sequence[ActiveEngine], broadcast: Broadcast
+        self, version: WeightsVersion, engines: Sequence[ActiveEngine], broadcast: CallEach
     ) -> dict[str, str]:
         """Makes the trainer's calls to paused engines, until it has finished. Returns their checksums.
 
         Raises:
-            EngineError: the engines are others than in the plan, or one failed.
+            EngineError: the engines are others than in the plan, by a death too, or one failed.
+            EngineDeadError: all engines died.
             WeightsError: the trainer gave up or was silent, or an engine has other weights than the store.
         """
+        self.waiting = None
         passing = asyncio.ensure_future(self._pass_on(version, engines, broadcast))
         ends: list[asyncio.Future[Any]] = [passing, self._over]
         try:
@@ -121,22 +139,25 @@ class Transfer:
             await asyncio.wait({passing})
 
     async def _pass_on(
-        self, version: WeightsVersion, engines: Sequence[ActiveEngine], broadcast: Broadcast
+        self, version: WeightsVersion, engines: Sequence[ActiveEngine], broadcast: CallEach
     ) -> dict[str, str]:
         plan, upload = self.plan, self._upload
         assert plan is not None
-        if (present := receivers(engines)) != plan.receivers:
-            raise EngineError(f"the trainer was to send to {_names(plan.receivers)}; in use are {_names(present)}.")
+        if not engines:
+            return {}
+        if (present := targets(engines)) != plan.targets:
+            raise EngineError(f"the trainer was to send to {_names(plan.targets)}; in use are {_names(present)}.")
         while True:
             step = await self._next()
             if step.call == "finish":
                 checksums = await broadcast(
                     "finish_transfer", lambda client: client.finish_transfer(upload, version, plan.digests)
                 )
+                self.complete = len(checksums) == len(plan.targets)
                 step.done.set_result(None)
                 return checksums
             self.connects |= step.call == "init"
-            sent = TransferStep(upload, step.call, step.info, plan.receivers)
+            sent = TransferStep(upload, step.call, step.info, plan.targets)
             if not await broadcast("transfer_weights", methodcaller("transfer_weights", sent)):
                 return {}
             step.done.set_result(None)
@@ -151,5 +172,5 @@ class Transfer:
             ) from None
 
 
-def _names(engines: Sequence[Receiver]) -> str:
+def _names(engines: Sequence[TransferTarget]) -> str:
     return ", ".join(f"{engine.engine} ({engine.incarnation[:8]})" for engine in engines) or "none"

@@ -26,7 +26,7 @@ from twinkle_serve.routing.membership import EngineMembership
 from twinkle_serve.routing.pause import Load, PauseCoordinator, WeightChange, load_from_store
 from twinkle_serve.routing.telemetry import Telemetry
 from twinkle_serve.routing.tracks import Track
-from twinkle_serve.routing.transfers import Transfer, receivers, require_transfer
+from twinkle_serve.routing.transfers import Transfer, require_transfer, targets
 from twinkle_serve.validation import flag, one_of
 from twinkle_serve.weights import StoreClient
 
@@ -168,8 +168,8 @@ class WeightUpdates:
         await self._engines.some_engine(track)
         engines = self._engines.active_of(track)
         require_transfer(engines, kind)
-        present, (upload, plan) = receivers(engines), self._connected.get(track.name, (0, None))
-        return TransferOffer(present, upload if plan is not None and plan.receivers == present else 0)
+        present, (upload, plan) = targets(engines), self._connected.get(track.name, (0, None))
+        return TransferOffer(present, upload if plan is not None and plan.targets == present else 0)
 
     async def publish(self, upload: int, mode: PauseMode, timeout_s: float, plan: TransferPlan | None = None) -> str:
         """Makes the version current, on all engines or on none. Returns its label.
@@ -188,16 +188,21 @@ class WeightUpdates:
         """
         one_of("mode", mode, PAUSE_MODES)
         update = self._require(upload)
+        if update.publishing:
+            raise WeightsError(f"{update.label!r} is being published already. Wait for that.")
         if (plan is None) != (update.transfer is None):
-            raise WeightsError("an update takes a plan if it began as direct, and only then.")
+            began, given = ("did not begin", "a plan") if update.transfer is None else ("began", "no plan")
+            raise WeightsError(f"{update.label!r} {began} as direct, and {given} is given. Begin it anew.")
         update.lease.end()
         update.publishing = True
         if update.transfer is not None:
             update.transfer.plan = plan
+        publishing = self._engines.spawn(self._publish(update, mode, timeout_s))
+        publishing.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            await asyncio.shield(self._engines.spawn(self._publish(update, mode, timeout_s)))
+            await asyncio.shield(publishing)
         except asyncio.CancelledError:
-            await self.abandon(upload, "it was stopped.")
+            await self.abandon(upload, "the trainer's call was cancelled.")
             raise
         return update.label
 
@@ -217,14 +222,12 @@ class WeightUpdates:
         clock = asyncio.get_running_loop().time
         uploaded = clock()
         try:
-            with self._reported(update):
+            with self._reported(update), self._unless_given_up(update):
                 version = await self._store.seal_weights(update.upload)
                 phases = {"upload": uploaded - update.began, "seal": clock() - uploaded}
                 load = load_from_store if update.transfer is None else update.transfer.load
                 phases |= await self._switch(update.track, version, mode, timeout_s, load)
-            if update.transfer is not None and update.transfer.connects:
-                assert update.transfer.plan is not None
-                self._connected[update.track.name] = update.upload, update.transfer.plan
+            self._note_connection(update)
             self._persisting = self._engines.spawn(self._persist(update, version, phases, timeout_s))
             self._persisting.add_done_callback(lambda task: task.cancelled() or task.exception())
             if update.durable:
@@ -236,6 +239,36 @@ class WeightUpdates:
             self._give_up(update)
             raise
         self._end(update)
+
+    @contextlib.contextmanager
+    def _unless_given_up(self, update: _Update) -> Iterator[None]:
+        """Cancels the running task if the trainer of a transfer gives up before the engines wait for it."""
+        transfer = update.transfer
+        if transfer is None:
+            yield
+            return
+        task = transfer.waiting = asyncio.current_task()
+        assert task is not None
+        try:
+            if transfer.error is not None:
+                raise asyncio.CancelledError
+            yield
+        except asyncio.CancelledError:
+            if transfer.error is None:
+                raise
+            task.uncancel()
+            raise WeightsError(f"{transfer.error} {update.track.weights.label!r} is current.") from None
+
+    def _note_connection(self, update: _Update) -> None:
+        """Remembers the trainer that the engines of a track are connected to."""
+        transfer, name = update.transfer, update.track.name
+        if transfer is None:
+            return
+        assert transfer.plan is not None
+        if not transfer.complete:  # one that comes back has missed something
+            self._connected.pop(name, None)
+        elif transfer.connects:
+            self._connected[name] = update.upload, transfer.plan
 
     async def use(self, label: str, track: Track, mode: PauseMode, timeout_s: float) -> str:
         """Makes a version current that the store has kept, on all engines of a track or on none. Returns its label.
@@ -348,11 +381,11 @@ class WeightUpdates:
         text = f"{update.label} is current: {sent}{steps}"
         self._telemetry.event("weights", text)
 
-    async def abandon(self, upload: int, reason: str = "") -> None:
-        """Gives an update up, unless the engines load it from the store already. Idempotent.
+    async def abandon(self, upload: int, reason: str = "the trainer gave the update up.") -> None:
+        """Gives an update up, unless the engines load it from the store, or have it. Idempotent.
 
         Args:
-            reason: of a trainer that sends to the engines itself, for the error of `publish`.
+            reason: a sentence, for the error of a `publish` that waits for the trainer.
         """
         update = self._update
         if update is None or update.upload != upload:

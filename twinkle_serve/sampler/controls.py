@@ -15,7 +15,7 @@ from twinkle_serve.peft_models import own_weights
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.pause import Pause
 from twinkle_serve.sampler.router_client import RouterClient
-from twinkle_serve.sampler.transports import Update
+from twinkle_serve.sampler.transports import UpdateRequest
 from twinkle_serve.sampler.weight_upload import WeightUploads
 from twinkle_serve.tensors import TensorFile
 from twinkle_serve.validation import flag, positive
@@ -110,7 +110,7 @@ class EngineControls:
             tensors = without_wrappers(named_tensors(weights))
             return buckets(tensors, bucket_bytes, allow_nonfinite=allow_nonfinite, new_file=new_file)
 
-        update = Update(version, mode, track, flag("durable", durable), timeout_s)
+        update = UpdateRequest(version, mode, track, flag("durable", durable), timeout_s)
         return self._weights.send(update, made, delta=flag("delta", delta))
 
     def use_weights(

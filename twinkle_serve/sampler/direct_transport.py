@@ -19,11 +19,11 @@ import torch
 
 from twinkle_serve import timing
 from twinkle_serve.checkpoint import read_bucket
-from twinkle_serve.data_format.weights import Bucket, Receiver, TransferCall, TransferOffer, TransferPlan
+from twinkle_serve.data_format.weights import Bucket, TransferCall, TransferOffer, TransferPlan, TransferTarget
 from twinkle_serve.errors import TwinkleServeError
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.router_client import RouterClient
-from twinkle_serve.sampler.transports import StoreTransport, Update
+from twinkle_serve.sampler.transports import StoreTransport, UpdateRequest
 from twinkle_serve.tensor_sums import weight_digest
 
 logger = logging.getLogger(__name__)
@@ -70,8 +70,8 @@ class WeightSyncClient:
         client.loop.call(client.call(self.limit_s, RouterAPI.transfer_weights, self.upload, call, info))
 
 
-Connect: TypeAlias = Callable[[WeightSyncClient, tuple[Receiver, ...]], Sender]
-"""Makes a sender and connects it to the workers of the receivers, by init_weight_transfer_engine: vLLM's trainer_init.
+Connect: TypeAlias = Callable[[WeightSyncClient, tuple[TransferTarget, ...]], Sender]
+"""Makes a sender and connects it to the workers of the targets, by init_weight_transfer_engine: vLLM's trainer_init.
 """
 
 
@@ -102,11 +102,11 @@ class DirectTransports:
         self._latest = 0
         """Id of the update that sends, or sent last."""
 
-    def __call__(self, client: RouterClient, update: Update) -> DirectTransport:
+    def __call__(self, client: RouterClient, update: UpdateRequest) -> DirectTransport:
         return DirectTransport(client, update, self)
 
     def send(self, client: RouterClient, upload: int, offer: TransferOffer, limit_s: float) -> None:
-        """Sends all weights to engines, by the kept connection if the engines still have that."""
+        """Sends all weights to the engines of an offer; connects to them first, unless they have kept a connection."""
         self._latest = upload
         kept, self._kept = self._kept, None  # a call that hangs has its own
         if kept is not None and kept.id != offer.connection:
@@ -114,7 +114,7 @@ class DirectTransports:
             kept = None
         calls = WeightSyncClient(client) if kept is None else kept.calls
         calls.upload, calls.limit_s = upload, limit_s
-        connection = kept or _Connection(upload, calls, self._connect(calls, offer.receivers))
+        connection = kept or _Connection(upload, calls, self._connect(calls, offer.targets))
         try:
             connection.sender.send_weights()
         except BaseException:
@@ -141,7 +141,7 @@ class DirectTransport(StoreTransport):
 
     takes_patches = False
 
-    def __init__(self, client: RouterClient, update: Update, transports: DirectTransports) -> None:
+    def __init__(self, client: RouterClient, update: UpdateRequest, transports: DirectTransports) -> None:
         super().__init__(client, update)
         self._transports = transports
         self._digests: dict[str, str] = {}
@@ -171,10 +171,11 @@ class DirectTransport(StoreTransport):
         self._wait()
         upload, offer = self._upload, self._ask()
         assert upload is not None
-        publishing = self._publish(TransferPlan(offer.receivers, self._digests))
+        publishing = self._publish(TransferPlan(offer.targets, self._digests))
         sending: concurrent.futures.Future[None] = concurrent.futures.Future()
-        # A collective waits for as long as an engine that has died; a thread can be left behind.
-        threading.Thread(target=self._send_all, args=(upload, offer, sending), daemon=True).start()
+        device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+        # A collective may wait forever for an engine that has died; a thread can be left behind.
+        threading.Thread(target=self._send_all, args=(upload, offer, device, sending), daemon=True).start()
         try:
             label = self._loop.wait(publishing)
         except TwinkleServeError as error:
@@ -187,11 +188,16 @@ class DirectTransport(StoreTransport):
         self._open.close()
         return label
 
-    def _send_all(self, upload: int, offer: TransferOffer, sending: concurrent.futures.Future[None]) -> None:
+    def _send_all(
+        self, upload: int, offer: TransferOffer, device: int | None, sending: concurrent.futures.Future[None]
+    ) -> None:
         try:
-            self._transports.send(self._client, upload, offer, self._limit_s)
+            if device is not None:  # each thread has its own
+                torch.accelerator.set_device_index(device)
+            with torch.no_grad():
+                self._transports.send(self._client, upload, offer, self._limit_s)
         except BaseException as error:
             sending.set_exception(error)
-            self._abandon(upload, f"{type(error).__name__}: {error}")
+            self._abandon(upload, f"the trainer could not send: {type(error).__name__}: {str(error).rstrip('.')}.")
         else:
             sending.set_result(None)

@@ -23,7 +23,7 @@ ITEMS_AHEAD = 64
 """Items that the producer of an iterator may be ahead of its reader."""
 
 CLOSE_S = 5.0
-"""Limit to closing an async iterator: its loop may be stopped meanwhile."""
+"""Limit to closing an async iterator, whose loop may be stopped meanwhile, and to ending what runs on a loop."""
 
 SHUT_DOWN = "the sampler was shut down. Make a new one."
 
@@ -38,10 +38,19 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
-        self.thread.start()
         self._process = os.getpid()
-        self._stopped = False
+        self._stopped = self._ended = False
+        self._ending = threading.Lock()
+        """Held while a coroutine is handed over, and while `_ended` is set."""
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        with self._ending:
+            self._ended = True
+        self._loop.run_until_complete(_cancel_others())
+        self._loop.close()
 
     def require_running(self) -> None:
         """Raises EngineDeadError if nothing can run here any more."""
@@ -60,8 +69,12 @@ class LoopThread:
         return os.getpid() == self._process
 
     def start(self, coroutine: Call[T]) -> concurrent.futures.Future[T]:
-        """Starts a coroutine and returns its future."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        """Starts a coroutine and returns its future. Raises EngineDeadError if the loop has ended."""
+        with self._ending:
+            if not self._ended:
+                return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        coroutine.close()  # or Python warns that it was never awaited
+        raise EngineDeadError(SHUT_DOWN)
 
     def call(self, coroutine: Call[T]) -> T:
         """Runs a coroutine and blocks until it ends."""
@@ -125,12 +138,10 @@ class LoopThread:
         self._stopped = True
 
     def stop(self, timeout_s: float) -> None:
-        """Stops the loop, and waits for its thread."""
+        """Stops the loop, cancels what still runs, and waits for the thread."""
         self._stopped = True
         self.soon(self._loop.stop)
         self.thread.join(timeout_s)
-        if not self.thread.is_alive():
-            self._loop.close()
 
     def _require_or_close(self, coroutine: Call[T]) -> None:
         try:
@@ -138,6 +149,16 @@ class LoopThread:
         except BaseException:
             coroutine.close()  # or Python warns that it was never awaited
             raise
+
+
+async def _cancel_others() -> None:
+    """Ends what runs on this loop, or is about to: nothing else would."""
+    await asyncio.sleep(0)  # coroutines that were handed over begin
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others, timeout=CLOSE_S)
 
 
 class Items(Iterator[T], Generic[T]):

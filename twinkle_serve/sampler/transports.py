@@ -17,7 +17,7 @@ from twinkle_serve.tensors import TensorFile
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
+class UpdateRequest:
     """A version of the model's weights that a trainer sends."""
 
     label: str
@@ -31,11 +31,12 @@ class Update:
 class WeightTransport(Protocol):
     """Carries the buckets of one update from a trainer to the engines.
 
-    Calls come in the order of the methods, in the trainer's thread; `abort` ends it at any point. Each raises a
+    Calls come in the order of the methods, from the trainer's thread; `abort` ends it at any point. Each raises a
     TwinkleServeError; the update is over then, and the version before it is current.
 
     Guarantees:
-        The engines have the version once `finish` has returned, all of them or none, and so has the store.
+        Once `finish` has returned, the store has the version, and all engines that are in use.
+        If it raises, none has it.
     """
 
     takes_patches: bool
@@ -52,7 +53,7 @@ class WeightTransport(Protocol):
         ...
 
     def send(self, bucket: Bucket) -> None:
-        """Sends the next bucket. It may still be on its way when this returns, and stays as it is until `finish`."""
+        """Sends the next bucket, which must not change until `finish` has returned."""
 
     def finish(self) -> str:
         """Publishes the version. Returns its label."""
@@ -62,7 +63,7 @@ class WeightTransport(Protocol):
         """Gives the update up, unless it is published, and frees what it holds. Idempotent."""
 
 
-MakeTransport: TypeAlias = Callable[[RouterClient, Update], WeightTransport]
+MakeTransport: TypeAlias = Callable[[RouterClient, UpdateRequest], WeightTransport]
 
 
 class StoreTransport(WeightTransport):
@@ -70,7 +71,7 @@ class StoreTransport(WeightTransport):
 
     takes_patches = True
 
-    def __init__(self, client: RouterClient, update: Update) -> None:
+    def __init__(self, client: RouterClient, update: UpdateRequest) -> None:
         self._client, self._update = client, update
         self._loop = client.loop
         self._open = contextlib.ExitStack()
@@ -134,16 +135,17 @@ class StoreTransport(WeightTransport):
 
     def _publish(self, plan: TransferPlan | None = None) -> concurrent.futures.Future[str]:
         assert self._upload is not None
+        self._loop.require_running()
         mode, timeout_s = self._update.mode, self._update.timeout_s
         call = self._client.call(self._limit_s, RouterAPI.publish_weights, self._upload, mode, timeout_s, plan)
         return self._loop.start(call)
 
     def abort(self) -> None:
+        self._open.close()
         if self._upload is not None:
             self._abandon(self._upload)
             self._upload = None
-        self._open.close()
 
-    def _abandon(self, upload: int, reason: str = "") -> None:
+    def _abandon(self, upload: int, *reason: str) -> None:
         with contextlib.suppress(TwinkleServeError):  # an upload without buckets is given up by the router in time
-            self._loop.call(self._client.call(timing.ANSWER_TIMEOUT_S, RouterAPI.abandon_weights, upload, reason))
+            self._loop.call(self._client.call(timing.ANSWER_TIMEOUT_S, RouterAPI.abandon_weights, upload, *reason))

@@ -11,7 +11,7 @@ from twinkle_serve.errors import UnsupportedError, WeightsError
 from twinkle_serve.extras import require_extra
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.router_client import RouterClient
-from twinkle_serve.sampler.transports import MakeTransport, StoreTransport, Update, WeightTransport
+from twinkle_serve.sampler.transports import MakeTransport, StoreTransport, UpdateRequest, WeightTransport
 from twinkle_serve.tensors import TensorFile
 
 if TYPE_CHECKING:
@@ -37,7 +37,11 @@ class WeightUploads:
         self._sent: _Sent | None = None
 
     def send(
-        self, update: Update, make_buckets: Callable[[Callable[[int], TensorFile]], Iterator[Bucket]], *, delta: bool
+        self,
+        update: UpdateRequest,
+        make_buckets: Callable[[Callable[[int], TensorFile]], Iterator[Bucket]],
+        *,
+        delta: bool,
     ) -> str:
         """Sends buckets of weights and publishes them as a version. Returns its label.
 
@@ -52,10 +56,11 @@ class WeightUploads:
         transport = self._make_transport(self._client, update)
         if delta and not transport.takes_patches:
             raise UnsupportedError("delta=True sends to the store alone. Leave it out.")
-        files = _Files(transport, self._bases(update.timeout_s)) if delta else None
         try:
             transport.offer()
             transport.begin()
+            # Not earlier: until the update has begun, others may make and lose versions.
+            files = _Files(transport, self._bases(update.timeout_s)) if delta else None
             for bucket in make_buckets((files or transport).new_file):
                 transport.send(bucket)
                 if files is not None:

@@ -211,7 +211,7 @@ def engine_info(
         eos_token_ids=_eos_token_ids(config, tokenizer),
         lacks=_lacks(config, device),
         masks_raw_logprobs=device != "cpu" or config.speculative_config is not None,
-        transfer="" if transfer is None else transfer.backend,
+        transfer_backend="" if transfer is None else transfer.backend,
         workers=config.parallel_config.world_size,
     )
 

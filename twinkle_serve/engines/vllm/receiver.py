@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ class TransferReceiver(WeightsReceiver):
         await self._engine.call_workers("shutdown_weight_transfer_engine")  # of an earlier trainer
         if RANK_OFFSET in info:
             info = {**info, RANK_OFFSET: info[RANK_OFFSET] + workers.start}
-        await self._engine.call_workers("init_weight_transfer_engine", info)
+        await self._call("init_weight_transfer_engine", info)
 
     async def start(self) -> None:
         await self._engine.call_workers("begin_transfer")
@@ -32,7 +33,11 @@ class TransferReceiver(WeightsReceiver):
     async def update(self, info: Any, workers: range) -> None:
         # A list has an item for each worker of all engines.
         own = [info[i] for i in workers] if isinstance(info, list) else info
-        await self._engine.call_workers("update_weights", own)
+        await self._call("update_weights", own)
+
+    async def _call(self, method: str, info: Any) -> None:
+        """Makes a call with objects that vLLM's messages do not take, such as the handles of ipc."""
+        await self._engine.call_workers("unpickle_and_call", method, pickle.dumps(info))
 
     async def finish(self, label: str, digests: Mapping[str, str]) -> str:
         answers = await self._engine.call_workers("finish_transfer")

@@ -3,6 +3,7 @@ before they build the model."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -97,10 +98,14 @@ class WorkerExtension:
             finalize_layerwise_reload(model, self.vllm_config.model_config)
         return self._finished(model)
 
+    def unpickle_and_call(self, method: str, argument: bytes) -> None:
+        """Calls a method with a pickled argument, from the router."""
+        getattr(self, method)(pickle.loads(argument))
+
     def begin_transfer(self) -> None:
         """Prepares vLLM's weight transfer engine to receive new weights, whose digests are taken."""
         self._end_interrupted()
-        self._loading = True
+        self._loading = True  # even if the next line fails halfway
         self.start_weight_update()
         model = self.model_runner.get_model()
         load = model.load_weights
@@ -108,6 +113,8 @@ class WorkerExtension:
 
         def digested(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
+                if name in self._digests:
+                    raise ValueError(f"weight {name!r} comes twice")
                 self._digests[name] = weight_digest(tuple(tensor.shape), stored_dtype(tensor.dtype), tensor)
                 yield name, tensor
 
