@@ -37,7 +37,7 @@ FUTURES_LEASE_S = 120.0
 FUTURES_RETRY_S = 1.0
 """When to send a call again that was refused because results wait to be collected."""
 UPLOAD_LEASE_S = 60.0
-"""A router gives an update of weights up when no bucket has arrived for so long: its trainer is gone."""
+"""A router gives an update of weights up when its trainer has sent nothing for so long: it is gone."""
 MAX_PAUSE_LEASE_S = 3600.0
 """The longest lease of a pause."""
 

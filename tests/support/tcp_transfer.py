@@ -44,6 +44,19 @@ class TCPWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]  
         self.model_update_group = None
 
 
+class Shapes:
+    """Shapes in an object that vLLM's own messages do not take, as they do not the handles of ipc."""
+
+    def __init__(self, shapes: list[list[int]]) -> None:
+        self._shapes = shapes
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __getitem__(self, index: int) -> list[int]:
+        return self._shapes[index]
+
+
 class TCPTrainerEngine(NCCLTrainerWeightTransferEngine):  # type: ignore[misc]
     """The trainer's side: the handshake and the calls of vLLM's nccl engine."""
 
@@ -52,6 +65,14 @@ class TCPTrainerEngine(NCCLTrainerWeightTransferEngine):  # type: ignore[misc]
     def _broadcast(self, source: WeightSource, meta: list[ParamMeta]) -> None:
         for _, tensor in self._checked_iter(source, meta):
             self.model_update_group.broadcast(tensor, src=0)
+
+    def send_weights(self) -> None:
+        calls, update = self.client, self.client.update_weights
+        calls.update_weights = lambda info: update({**info, "shapes": Shapes(info["shapes"])})
+        try:
+            super().send_weights()
+        finally:
+            calls.update_weights = update
 
     def shutdown(self) -> None:
         self.model_update_group = None

@@ -139,6 +139,7 @@ async def test_update_pauses_and_changes_one_track(service: Service, monkeypatch
     assert await update(service.router, "two") == "two"
     assert labels(await service.router.sample(PROMPTS, MANY)) == {"two"}
     assert labels(await service.router.sample(PROMPTS, MANY, track="new")) == {"one"}
+    assert "one is current on track new: " in [e["text"][:29] for e in (await service.router.telemetry())["events"]]
 
 
 async def test_engine_of_one_track_comes_into_use_while_another_is_updated(

@@ -378,7 +378,8 @@ class WeightUpdates:
         self._telemetry.count(metrics.UPDATE_BYTES, update.size)
         steps = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in phases.items())
         sent = f"{update.size / 1e6:,.0f} MB, " if update.size else ""
-        text = f"{update.label} is current: {sent}{steps}"
+        track = f" on track {update.track.name}" if len(self._engines.tracks.by_name) > 1 else ""
+        text = f"{update.label} is current{track}: {sent}{steps}"
         self._telemetry.event("weights", text)
 
     async def abandon(self, upload: int, reason: str = "the trainer gave the update up.") -> None:
