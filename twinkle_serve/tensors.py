@@ -148,6 +148,13 @@ def dtype_name(tensor: AnyTensor) -> str:
     return tensor.dtype.name if isinstance(tensor, np.ndarray) else str(tensor.dtype).removeprefix("torch.")
 
 
+def item_bytes(tensor: AnyTensor) -> int:
+    """Returns the size of a value of a tensor as it is stored. Raises ValueError for a dtype that is not."""
+    if (name := dtype_name(tensor)) not in DTYPES:
+        raise ValueError(f"has the dtype {name}, which is not stored.")
+    return DTYPES[name][1]
+
+
 def stored_dtype(dtype: object) -> str:
     """Returns safetensors' name of a dtype of torch."""
     return DTYPES[str(dtype).removeprefix("torch.")][0]
@@ -281,7 +288,7 @@ class TensorFile:
 
     def aligns(self, tensor: AnyTensor) -> bool:
         """Whether a tensor that is added next starts at a multiple of its item size, as readers need."""
-        return self.size % DTYPES[dtype_name(tensor)][1] == 0
+        return self.size % item_bytes(tensor) == 0
 
     def add(self, name: str, tensor: AnyTensor) -> None:
         """Adds a tensor from `gathered`.

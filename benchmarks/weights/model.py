@@ -35,25 +35,28 @@ STANDSTILL = ("pause", "load", "commit")
 
 
 class Bare:
-    """A bare engine that reloads its model's weights from a directory."""
+    """A bare engine that reloads its model's weights from directories."""
 
     def __init__(self, llm: AsyncLLM, model: Path, directory: Path) -> None:
-        self._llm = llm
-        self._path = directory / "reloaded"
-        self._path.mkdir(exist_ok=True)
-        shutil.copy(model / "config.json", self._path)
+        self._llm, self._model, self._directory = llm, model, directory
         self._loads = 0
 
-    def write(self, weights: Tensors) -> None:
-        """Writes the weights to a file in memory."""
-        save_file(weights, self._path / "model.safetensors")
+    def write(self, number: int, weights: Tensors) -> None:
+        """Writes weights to a file in memory, for `load_and_sample`."""
+        path = self._path(number)
+        path.mkdir(exist_ok=True)
+        shutil.copy(self._model / "config.json", path)
+        save_file(weights, path / "model.safetensors")
 
-    async def load_and_sample(self) -> float:
+    def _path(self, number: int) -> Path:
+        return self._directory / f"reloaded-{number}"
+
+    async def load_and_sample(self, number: int) -> float:
         """Returns the seconds during which samples would wait."""
         self._loads += 1
         started = time.perf_counter()
         await self._llm.pause_generation(mode="keep")
-        await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._path)})
+        await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._path(number))})
         await self._llm.resume_generation()
         stood_s = time.perf_counter() - started
         await first_token(self._llm, PROMPT, f"model-{self._loads}")
@@ -65,16 +68,17 @@ async def first_sample(rounds: int, name: str, weights: Tensors, bare: Bare, sam
     times: dict[str, list[float]] = defaultdict(list)
     # Made before: memory that is freed just before an update makes new pages dear on virtual machines.
     made = [noisy(weights) for _ in range(3)]
+    for index, tensors in enumerate(made):
+        bare.write(index, tensors)
     for number in range(rounds + 1):
-        fresh = made[number % len(made)]
+        index = number % len(made)
         for way in ("bare", "service") if number % 2 else ("service", "bare"):
             if way == "service":
-                for figure, seconds in (await _update_and_sample(sampler, f"{name}-{number}", fresh)).items():
+                for figure, seconds in (await _update_and_sample(sampler, f"{name}-{number}", made[index])).items():
                     times[figure].append(seconds)
             else:
-                bare.write(fresh)
                 started = time.perf_counter()
-                times["bare_standstill"].append(await bare.load_and_sample())
+                times["bare_standstill"].append(await bare.load_and_sample(index))
                 times["bare"].append(time.perf_counter() - started)
     steady = {way: values[1:] for way, values in times.items()}  # the first round warms both up
     ratios, standing = (

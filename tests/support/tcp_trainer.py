@@ -60,4 +60,4 @@ class TCPTrainer:
         self._sent |= weights if sent is None else sent
         update = UpdateRequest(label, "keep", "", True, timeout_s)
         parts = buckets(weights.items(), 2**20)
-        return self._uploads.send(update, lambda new_file: parts, delta=False)
+        return self._uploads.send(update, lambda files: parts, delta=False)

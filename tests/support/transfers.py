@@ -291,7 +291,7 @@ class Trainer:
         if self.sender is not None:
             self.sender.fails_at = self.fails_at
         update = UpdateRequest(label, "keep", "", durable, limit_s)
-        return self._uploads.send(update, lambda new_file: iter(parts), delta=False)
+        return self._uploads.send(update, lambda files: iter(parts), delta=False)
 
 
 def flipped(tensor: Tensor) -> Tensor:

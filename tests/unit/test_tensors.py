@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from tests.support.lora import random_adapter
 from twinkle_serve import hub
 from twinkle_serve.adapters import pack_adapter
-from twinkle_serve.checkpoint import buckets, named_tensors
+from twinkle_serve.checkpoint import buckets, named_tensors, stay_as_they_are
 from twinkle_serve.errors import AdapterError, StoreError, WeightsError
 from twinkle_serve.tensors import HEADER_ROOM, MappedTensorFile, TensorFile
 
@@ -266,6 +267,78 @@ def test_files_of_either_kind_have_the_same_tensors(new_file: Callable[[int], Te
         for one, other in zip(map(safetensors.torch.load, made), map(safetensors.torch.load, expected), strict=True):
             assert one.keys() == other.keys()
             assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
+
+
+@pytest.mark.parametrize("writers", [2, 3, 8])
+@pytest.mark.parametrize("size", [1, 900, 2**20])
+def test_several_writers_make_the_same_buckets(new_file: Callable[[int], TensorFile], writers: int, size: int) -> None:
+    """In the same order."""
+    rng = np.random.default_rng(0)
+    dtypes = [torch.float32, torch.bfloat16, torch.int8, torch.float64]
+    tensors: dict[str, Any] = {
+        f"weight-{i}": torch.from_numpy(rng.integers(-100, 100, rng.integers(0, 90))).to(dtypes[i % 4])
+        for i in range(60)
+    }
+    expected = [safetensors.torch.load(part.tobytes()) for part in buckets(tensors.items(), size)]
+    found = [
+        safetensors.torch.load(part.tobytes())
+        for part in buckets(tensors.items(), size, new_file=new_file, writers=writers)
+    ]
+    assert [part.keys() for part in found] == [part.keys() for part in expected]
+    assert all(torch.equal(part[name], tensors[name]) for part in found for name in part)
+
+
+BAD_TENSORS: dict[str, tuple[Any, str]] = {
+    "not finite": (torch.tensor([1.0, float("nan")]), "has 1 values of 2 that are not finite"),
+    "meta": (torch.zeros(2, device="meta"), "is on the meta device"),
+    "sparse": (torch.zeros(2, 2).to_sparse(), "sparse"),
+    "no tensor": (3, "must be pairs of name and tensor"),
+    "texts": (np.array(["a"]), "is an array of <U1, not of numbers"),
+}
+
+
+@pytest.mark.parametrize("writers", [1, 3])
+@pytest.mark.parametrize("what", BAD_TENSORS)
+def test_bad_tensor_is_refused_in_its_turn(what: str, writers: int) -> None:
+    """The buckets before it have been made, and no thread is left."""
+    bad, said = BAD_TENSORS[what]
+    good = {f"weight-{i}": torch.full((4,), float(i)) for i in range(5)}
+    tensors: dict[str, Any] = {**good, "bad": bad, "later": torch.zeros(4)}
+    made = buckets(tensors.items(), 1, writers=writers)
+    first = [next(made) for _ in range(2)]
+    assert [list(safetensors.torch.load(part.tobytes())) for part in first] == [["weight-0"], ["weight-1"]]
+    with pytest.raises(WeightsError, match=said):
+        list(made)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("weights")]
+
+
+def test_writers_end_with_their_reader() -> None:
+    """Who stops before the last bucket waits for those that are being made, and for no others."""
+    files: list[TensorFile] = []
+
+    def new_file(capacity: int) -> TensorFile:
+        files.append(TensorFile(capacity))
+        return files[-1]
+
+    made = buckets(((f"weight-{i}", torch.ones(4)) for i in range(100)), 1, new_file=new_file, writers=3)
+    next(made)
+    made.close()  # type: ignore[attr-defined]
+    assert len(files) == 3
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("weights")]
+
+
+def test_tensors_that_stay_as_they_are() -> None:
+    """Those of a dict, of classes that cannot compute their values when they are read."""
+    model = torch.nn.Linear(2, 2)
+    for steady in (model.state_dict(), dict(model.named_parameters()), {"array": np.ones(2)}):
+        assert stay_as_they_are(steady)
+
+    class Sharded(torch.Tensor):  # type: ignore[misc]  # torch has no types here
+        pass
+
+    lazy = torch.ones(2).as_subclass(Sharded)
+    for other in (model.named_parameters(), [("a", torch.ones(2))], {"a": torch.ones(2), "b": lazy}, "/a/path"):
+        assert not stay_as_they_are(other)
 
 
 def test_full_disk_is_an_error_with_its_remedy() -> None:

@@ -24,7 +24,7 @@ from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.bucket_sending import FileSender
 from twinkle_serve.sampler.loop_thread import LoopThread
 from twinkle_serve.sampler.router_client import RouterClient
-from twinkle_serve.sampler.transports import UpdateRequest
+from twinkle_serve.sampler.transports import BucketFiles, UpdateRequest
 from twinkle_serve.sampler.weight_upload import WeightUploads
 
 
@@ -47,8 +47,8 @@ def changed_tensors(seed: int) -> dict[str, torch.Tensor]:
 
 
 async def send_delta(uploads: WeightUploads, label: str, seed: int, *, durable: bool = True) -> str:
-    def make(new_file: Any) -> Iterator[Bucket]:
-        return buckets(changed_tensors(seed).items(), 2**20, new_file=new_file)
+    def make(files: BucketFiles) -> Iterator[Bucket]:
+        return buckets(changed_tensors(seed).items(), 2**20, new_file=files.new_file)
 
     return await asyncio.to_thread(uploads.send, UpdateRequest(label, "keep", "", durable, 20.0), make, delta=True)
 
@@ -114,7 +114,7 @@ def test_files_are_gone_before_the_service_is_told() -> None:
     """A second Ctrl-C may come while it is: what is in memory has gone."""
     service = Service()
 
-    def parts(new_file: Any) -> Iterator[Bucket]:
+    def parts(files: BucketFiles) -> Iterator[Bucket]:
         yield np.zeros(10, np.uint8)
         raise KeyboardInterrupt
 
@@ -129,7 +129,7 @@ def test_shutdown_while_weights_are_sent() -> None:
     """Of the client, by another thread: a typed error, at once."""
     service = Service()
 
-    def parts(new_file: Any) -> Iterator[Bucket]:
+    def parts(files: BucketFiles) -> Iterator[Bucket]:
         yield np.zeros(10, np.uint8)
         service.loop.stop(5)
 

@@ -419,7 +419,7 @@ async def test_delta_goes_to_the_store_alone(case: Case) -> None:
     trainer = trainer_of(case)
     uploads = WeightUploads(trainer.client, trainer.transports)
     with pytest.raises(UnsupportedError, match="delta=True sends to the store alone"):
-        uploads.send(UpdateRequest("two", "keep", "", True, 20.0), lambda new_file: iter(PARTS), delta=True)
+        uploads.send(UpdateRequest("two", "keep", "", True, 20.0), lambda files: iter(PARTS), delta=True)
 
 
 # -- order -----------------------------------------------------------------------------------------

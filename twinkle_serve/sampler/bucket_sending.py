@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from twinkle_serve.tensors import MappedTensorFile, TensorFile
 
 ROOM_BYTES = 2**26
 """Left free in memory for the files of others."""
+
+MAX_WRITERS = 4
+"""More gain nothing: sending, checking and hashing have one thread each."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +42,14 @@ class FileSender(ObjectStoreSender):
 
     def __init__(self, directory: MemoryDirectory) -> None:
         self._directory = directory
+        self.writers = min(len(os.sched_getaffinity(0)), MAX_WRITERS)
         self._numbers = itertools.count()
         self._is_full = False
 
     def new_file(self, capacity: int) -> TensorFile:
         if not self._is_full:
             try:
-                self._require_room(capacity)
+                self._require_room(self.writers * capacity)
                 return MappedTensorFile(self._new_path())
             except OSError as error:
                 self._give_up(error)

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 
 from twinkle_serve import timing
-from twinkle_serve.checkpoint import BUCKET_BYTES, buckets, named_tensors, without_wrappers
+from twinkle_serve.checkpoint import BUCKET_BYTES, buckets, named_tensors, stay_as_they_are, without_wrappers
 from twinkle_serve.data_format.status import SamplerStatus
 from twinkle_serve.data_format.telemetry import CallInfo, TelemetryReport
 from twinkle_serve.data_format.weights import Bucket, PauseMode
@@ -15,9 +15,8 @@ from twinkle_serve.peft_models import own_weights
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.pause import Pause
 from twinkle_serve.sampler.router_client import RouterClient
-from twinkle_serve.sampler.transports import UpdateRequest
+from twinkle_serve.sampler.transports import BucketFiles, UpdateRequest
 from twinkle_serve.sampler.weight_upload import WeightUploads
-from twinkle_serve.tensors import TensorFile
 from twinkle_serve.validation import flag, positive
 
 P = ParamSpec("P")
@@ -106,9 +105,12 @@ class EngineControls:
                 raise RequestError(f"merge_lora takes a model of peft, got {type(weights).__name__}. Leave it out.")
             weights = own_weights(weights, merged=True)
 
-        def made(new_file: Callable[[int], TensorFile]) -> Iterator[Bucket]:
+        def made(files: BucketFiles) -> Iterator[Bucket]:
             tensors = without_wrappers(named_tensors(weights))
-            return buckets(tensors, bucket_bytes, allow_nonfinite=allow_nonfinite, new_file=new_file)
+            writers = files.writers if stay_as_they_are(weights) else 1
+            return buckets(
+                tensors, bucket_bytes, allow_nonfinite=allow_nonfinite, new_file=files.new_file, writers=writers
+            )
 
         update = UpdateRequest(version, mode, track, flag("durable", durable), timeout_s)
         return self._weights.send(update, made, delta=flag("delta", delta))

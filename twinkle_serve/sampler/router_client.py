@@ -23,6 +23,10 @@ T = TypeVar("T")
 class BucketSender:
     """Makes buckets of weights, and arguments of calls from them. This one is for a router in this process."""
 
+    writers = 1
+    """How many files may be written at the same time, each by a thread. In memory of this process, one after another:
+    that holds a bucket and the one that is being sent."""
+
     def new_file(self, capacity: int) -> TensorFile:
         """Returns an empty file for the tensors of a bucket, which `send` takes at the least cost.
 

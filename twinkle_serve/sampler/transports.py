@@ -28,6 +28,14 @@ class UpdateRequest:
     """Limit of each step: sending a bucket, and publishing."""
 
 
+class BucketFiles(Protocol):
+    """Makes the files of buckets; see `BucketSender`."""
+
+    writers: int
+
+    def new_file(self, capacity: int) -> TensorFile: ...
+
+
 class WeightTransport(Protocol):
     """Carries the buckets of one update from a trainer to the engines.
 
@@ -48,8 +56,9 @@ class WeightTransport(Protocol):
     def begin(self) -> None:
         """Starts the update."""
 
-    def new_file(self, capacity: int) -> TensorFile:
-        """Returns an empty file for the next bucket; see `BucketSender.new_file`."""
+    @property
+    def files(self) -> BucketFiles:
+        """Makes the files of buckets, in their order."""
         ...
 
     def send(self, bucket: Bucket) -> None:
@@ -103,8 +112,9 @@ class StoreTransport(WeightTransport):
         )
         self._sender = self._open.enter_context(self._client.sending())
 
-    def new_file(self, capacity: int) -> TensorFile:
-        return self._sender.new_file(capacity)
+    @property
+    def files(self) -> BucketFiles:
+        return self._sender
 
     def send(self, bucket: Bucket) -> None:
         assert self._upload is not None

@@ -11,7 +11,7 @@ from twinkle_serve.errors import UnsupportedError, WeightsError
 from twinkle_serve.extras import require_extra
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.router_client import RouterClient
-from twinkle_serve.sampler.transports import MakeTransport, StoreTransport, UpdateRequest, WeightTransport
+from twinkle_serve.sampler.transports import BucketFiles, MakeTransport, StoreTransport, UpdateRequest
 from twinkle_serve.tensors import TensorFile
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class WeightUploads:
     def send(
         self,
         update: UpdateRequest,
-        make_buckets: Callable[[Callable[[int], TensorFile]], Iterator[Bucket]],
+        make_buckets: Callable[[BucketFiles], Iterator[Bucket]],
         *,
         delta: bool,
     ) -> str:
@@ -48,7 +48,7 @@ class WeightUploads:
         Buckets are taken in the caller's thread, the next one while the last one is being sent.
 
         Args:
-            make_buckets: yields them, in the files that the function given to it makes; see `BucketSender.new_file`.
+            make_buckets: yields them, in files that its argument makes.
             delta: send patches of the buckets that were sent last, where the service still has those.
         """
         if delta:
@@ -60,8 +60,8 @@ class WeightUploads:
             transport.offer()
             transport.begin()
             # Not earlier: until the update has begun, others may make and lose versions.
-            files = _Files(transport, self._bases(update.timeout_s)) if delta else None
-            for bucket in make_buckets((files or transport).new_file):
+            files = _DeltaFiles(transport.files, self._bases(update.timeout_s)) if delta else None
+            for bucket in make_buckets(files or transport.files):
                 transport.send(bucket)
                 if files is not None:
                     files.hash(bucket)
@@ -85,11 +85,17 @@ class WeightUploads:
         return [bucket if bucket.checksum in kept else None for bucket in self._sent.buckets]
 
 
-class _Files:
+class _DeltaFiles:
     """Makes the files of a delta, and hashes what is sent."""
 
-    def __init__(self, transport: WeightTransport, bases: list[BucketDigests | None]) -> None:
-        self._transport, self._bases = transport, bases
+    def __init__(self, whole: BucketFiles, bases: list[BucketDigests | None]) -> None:
+        """
+        Args:
+            whole: makes those of buckets that are sent whole.
+            bases: earlier buckets in their order, of which patches can be made.
+        """
+        self._whole, self._bases = whole, bases
+        self.writers = whole.writers
         self._files: list[TensorFile] = []
         self.digests: list[BucketDigests] = []
         """Of the buckets so far."""
@@ -100,7 +106,7 @@ class _Files:
 
         index = len(self._files)
         base = self._bases[index] if index < len(self._bases) else None
-        self._files.append(self._transport.new_file(capacity) if base is None else PatchFile(base))
+        self._files.append(self._whole.new_file(capacity) if base is None else PatchFile(base))
         return self._files[-1]
 
     def hash(self, bucket: Bucket) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import blake3
@@ -16,6 +18,9 @@ from twinkle_serve.tensors import AnyTensor, TensorFile, encode_header, memory_o
 
 BLOCK_BYTES = 2**16
 DIGEST_BYTES = 16
+MAX_THREADS = 4
+THREAD_BYTES = 2**24
+"""Less is hashed by one thread."""
 PATCH_OF = "patch_of"
 """Key of the metadata of a patch: checksum of the bucket that it changes."""
 
@@ -43,6 +48,16 @@ class BucketDigests:
 
 
 def _hash_blocks(data: memoryview) -> NDArray[np.uint8]:
+    """Returns the hash of each block. Shape [blocks, DIGEST_BYTES]. Takes several cores for much."""
+    if len(data) < THREAD_BYTES:
+        return _hash_in_turn(data)
+    threads = min(len(os.sched_getaffinity(0)), MAX_THREADS)
+    step = -(-len(data) // (threads * BLOCK_BYTES)) * BLOCK_BYTES
+    with ThreadPoolExecutor(threads, thread_name_prefix="hashes") as pool:
+        return np.concatenate(list(pool.map(_hash_in_turn, (data[i : i + step] for i in range(0, len(data), step)))))
+
+
+def _hash_in_turn(data: memoryview) -> NDArray[np.uint8]:
     digests = b"".join(
         blake3.blake3(data[begin : begin + BLOCK_BYTES]).digest(length=DIGEST_BYTES)
         for begin in range(0, len(data), BLOCK_BYTES)
