@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections import defaultdict
@@ -55,7 +56,8 @@ def checkpoints(versions: int) -> Iterable[int]:
 
 
 class PeakMemory(threading.Thread):
-    """Peak memory of each part of the service and of this process, beyond its memory at the beginning."""
+    """Peak memory of each part of the service and of this process, and of files in memory, which processes share and
+    which count once, beyond those at the beginning."""
 
     def __init__(self, service: Processes) -> None:
         super().__init__(daemon=True)
@@ -64,19 +66,29 @@ class PeakMemory(threading.Thread):
         self._mib: dict[str, float] = defaultdict(float)
         self._end = threading.Event()
 
-    def _now(self) -> list[float]:
-        return [process.memory_full_info().uss / MIB for _, process in self._watched]
+    def _now(self) -> dict[str, float]:
+        used: dict[str, float] = defaultdict(float)
+        for part, process in self._watched:
+            used[part] += _own_mib(process)
+        used["files"] = shutil.disk_usage(MEMORY).used / MIB  # deleted ones too, while they are mapped
+        return used
 
     def run(self) -> None:
         while not self._end.wait(0.02):
-            for (part, _), first, now in zip(self._watched, self._at_first, self._now(), strict=True):
-                self._mib[part] = max(self._mib[part], now - first)
+            for part, now in self._now().items():
+                self._mib[part] = max(self._mib[part], now - self._at_first[part])
 
     def stop(self) -> dict[str, float]:
         """MiB by part."""
         self._end.set()
         self.join()
         return {part: round(mib, 1) for part, mib in self._mib.items()}
+
+
+def _own_mib(process: psutil.Process) -> float:
+    """Memory of a process without files, in memory or not."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) / 1024
 
 
 def memcpy_gb_s(size_bytes: int) -> float:

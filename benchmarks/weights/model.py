@@ -134,25 +134,33 @@ async def _phases(sampler: RunningSampler, label: str) -> dict[str, float]:
 
 
 async def peak_memory(sampler: RunningSampler, weights: Tensors, service: Processes) -> dict[str, dict[str, float]]:
-    """Peak memory of an update, for two sizes of buckets."""
+    """Peak memory of an update, for two sizes of buckets, and where it returns before the disk has it."""
     peaks = {}
-    for bucket_mib in (64, 256):
+    for bucket_mib, durable in ((64, True), (256, True), (256, False)):
+        made = noisy(weights)
         peak = PeakMemory(service)
         peak.start()
-        await _update_and_sample(sampler, f"peak-{bucket_mib}", noisy(weights), bucket_mib)
-        peaks[f"buckets of {bucket_mib} MiB"] = peak.stop()
+        label = f"peak-{bucket_mib}-{durable}"
+        await _update_and_sample(sampler, label, made, bucket_mib, durable=durable)
+        peaks[f"buckets of {bucket_mib} MiB" + ("" if durable else ", durable=False")] = peak.stop()
     print(f"peak memory: {peaks}", flush=True)
     return peaks
 
 
 async def _update_and_sample(
-    sampler: RunningSampler, label: str, weights: Tensors, bucket_mib: int = 256, *, delta: bool = False
+    sampler: RunningSampler,
+    label: str,
+    weights: Tensors,
+    bucket_mib: int = 256,
+    *,
+    delta: bool = False,
+    durable: bool = False,
 ) -> dict[str, float]:
     """Returns the seconds of an update: until it was current (update), until its first token (service), of each phase,
     of the phases during which samples wait (standstill), and of the rest before them (transport)."""
     started = time.perf_counter()
     await asyncio.to_thread(
-        sampler.update_weights, weights, label, bucket_bytes=bucket_mib * MIB, durable=False, delta=delta
+        sampler.update_weights, weights, label, bucket_bytes=bucket_mib * MIB, durable=durable, delta=delta
     )
     updated_s = time.perf_counter() - started
     response = await sampler.sample_async({"input_ids": PROMPT}, {"max_tokens": 1})
