@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from twinkle_serve.checkpoint import BUCKET_BYTES
 from twinkle_serve.data_format.weights import Bucket, WeightSpec
 from twinkle_serve.errors import WeightsError
+from twinkle_serve.packing import BUCKET_BYTES
 from twinkle_serve.tensors import BITS, encode_header, nonfinite_in
 
 MAX_HEADER_BYTES = 100_000_000

@@ -18,12 +18,13 @@ from benchmarks.common.models import Tensors
 from tests.support.weights import changed_weights, differences
 from twinkle_serve import SampledSequence, hub
 from twinkle_serve.adapters import pack_adapter
-from twinkle_serve.checkpoint import buckets, named_tensors
+from twinkle_serve.checkpoint import named_tensors
 from twinkle_serve.data_format.adapters import AdapterVersion
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.data_format.sampling_params import DecodingParams
 from twinkle_serve.data_format.weights import INITIAL_LABEL, Bucket
 from twinkle_serve.engines.fake import FakeEngine
+from twinkle_serve.packing import buckets
 
 
 class Scorer(Protocol):

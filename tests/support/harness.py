@@ -15,7 +15,7 @@ import numpy as np
 from tests.support.samplers import ENGINE_ARGS
 from twinkle_serve import hub
 from twinkle_serve.adapter_description import describe_adapter
-from twinkle_serve.checkpoint import buckets, named_tensors
+from twinkle_serve.checkpoint import named_tensors
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.groups import EngineKind, Group, Session, TextDelta
 from twinkle_serve.data_format.response import SampledSequence, SampleResponse
@@ -25,6 +25,7 @@ from twinkle_serve.data_format.weights import CHECKPOINT_VERSION, Bucket, Weight
 from twinkle_serve.engines import build_engine
 from twinkle_serve.engines.protocol import Engine
 from twinkle_serve.engines.server import EngineServer
+from twinkle_serve.packing import buckets
 
 Prompts = list[np.ndarray]
 LOGPROB_TOLERANCE = 1e-3

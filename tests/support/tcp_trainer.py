@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tests.support.ray_cluster import free_port
 from tests.support.transfer_plugin import TCP
-from twinkle_serve.checkpoint import buckets
 from twinkle_serve.data_format.weights import TransferTarget
+from twinkle_serve.packing import buckets
 from twinkle_serve.sampler.direct_transport import DirectTransports, WeightSyncClient
 from twinkle_serve.sampler.router_client import RouterClient
 from twinkle_serve.sampler.transports import UpdateRequest

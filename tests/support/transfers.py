@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from twinkle_serve.checkpoint import buckets
 from twinkle_serve.data_format.weights import Bucket, TransferTarget
 from twinkle_serve.engines.fake import FakeEngine
 from twinkle_serve.engines.protocol import WeightsReceiver, compare_digests
 from twinkle_serve.errors import DeadlineError, WeightsError
+from twinkle_serve.packing import buckets
 from twinkle_serve.routing.router import Router
 from twinkle_serve.sampler.direct_transport import DirectTransports, Sender, WeightSyncClient
 from twinkle_serve.sampler.router_client import BucketSender, RouterClient

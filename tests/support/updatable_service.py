@@ -10,7 +10,7 @@ from typing import Any
 from tests.support.eventually import eventually
 from tests.support.transfers import KIND, FakeReceiver
 from twinkle_serve import hub
-from twinkle_serve.checkpoint import buckets, named_tensors
+from twinkle_serve.checkpoint import named_tensors
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format.groups import Group
 from twinkle_serve.engines.fake import FakeEngine
@@ -18,6 +18,7 @@ from twinkle_serve.engines.protocol import StagedBucket
 from twinkle_serve.engines.server import EngineServer
 from twinkle_serve.engines.stages import OnStage, ignore_stage
 from twinkle_serve.errors import WeightsError
+from twinkle_serve.packing import buckets
 from twinkle_serve.routing.router import Router
 from twinkle_serve.weights import LocalStore, WeightStore
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from twinkle_serve.checkpoint import buckets
 from twinkle_serve.data_format.weights import BucketFile
 from twinkle_serve.memory_files import MemoryDirectory
+from twinkle_serve.packing import buckets
 from twinkle_serve.sampler.bucket_sending import FileSender
 
 WEIGHTS = {f"weight-{i}": torch.full((100,), float(i)) for i in range(10)}

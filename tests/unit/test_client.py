@@ -16,9 +16,10 @@ import pytest
 from twinkle_serve import hub
 from twinkle_serve.adapter_description import describe_adapter
 from twinkle_serve.adapters import pack_adapter
-from twinkle_serve.checkpoint import bucket_shapes, buckets, named_tensors
+from twinkle_serve.checkpoint import bucket_shapes, named_tensors
 from twinkle_serve.errors import ConfigError, WeightsError
 from twinkle_serve.extras import require_extra
+from twinkle_serve.packing import buckets
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
@@ -101,7 +102,8 @@ from types import SimpleNamespace
 from ray import cloudpickle
 from twinkle_serve import SamplingParams, Template
 from twinkle_serve.adapters import pack_adapter
-from twinkle_serve.checkpoint import buckets, named_tensors
+from twinkle_serve.checkpoint import named_tensors
+from twinkle_serve.packing import buckets
 from twinkle_serve.data_format.inputs import PackedInputs
 from twinkle_serve.data_format.messages import MessageParser
 from twinkle_serve.template.packing import pack_template

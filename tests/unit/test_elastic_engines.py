@@ -304,7 +304,8 @@ async def test_unknown_engine_is_refused(service: Service) -> None:
 
 async def test_drained_engine_has_the_weights_that_came_meanwhile(service: Service) -> None:
     """It is brought up to date before it is used again."""
-    from twinkle_serve.checkpoint import buckets, named_tensors
+    from twinkle_serve.checkpoint import named_tensors
+    from twinkle_serve.packing import buckets
 
     await service.router.drain_engine("b", 1)
     upload = await service.router.begin_weights("one", "keep")

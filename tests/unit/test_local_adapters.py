@@ -12,12 +12,12 @@ from tests.support.eventually import wait_until
 from tests.support.local_sampler import QUESTION, make
 from tests.support.lora import random_adapter
 from twinkle_serve.adapters import PREFIX
-from twinkle_serve.checkpoint import buckets
 from twinkle_serve.data_format.adapters import AdapterFiles, AdapterVersion
 from twinkle_serve.data_format.weights import MAIN_TRACK
 from twinkle_serve.errors import (
     AdapterError,
 )
+from twinkle_serve.packing import buckets
 from twinkle_serve.sampler import RunningSampler
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load
 
 from tests.support.slow_disk import SlowDisk
 from twinkle_serve import hub
-from twinkle_serve.checkpoint import bucket_shapes, buckets, named_tensors, read_model_spec, weight_shapes
+from twinkle_serve.checkpoint import bucket_shapes, named_tensors, read_model_spec, weight_shapes
 from twinkle_serve.data_format.weights import (
     CHECKPOINT_VERSION,
     MAIN_TRACK,
@@ -24,6 +24,7 @@ from twinkle_serve.data_format.weights import (
     WeightsVersion,
 )
 from twinkle_serve.errors import ConfigError, StoreError, WeightsError
+from twinkle_serve.packing import buckets
 from twinkle_serve.weights.disk import Disk
 from twinkle_serve.weights.model import ModelWeights
 

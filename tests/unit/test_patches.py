@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinkle_serve import TorchSampler
-from twinkle_serve.checkpoint import buckets
 from twinkle_serve.data_format.weights import MAIN_TRACK, Bucket, ModelSpec, WeightSpec
 from twinkle_serve.errors import StoreError, WeightsError
+from twinkle_serve.packing import buckets
 from twinkle_serve.tensors import TensorFile
 from twinkle_serve.weights.model import ModelWeights, checksum_of
 from twinkle_serve.weights.patches import BLOCK_BYTES, BucketDigests, Patch, PatchFile, is_patch

@@ -17,8 +17,9 @@ import torch
 from tests.support.lora import random_adapter
 from twinkle_serve import hub
 from twinkle_serve.adapters import pack_adapter
-from twinkle_serve.checkpoint import buckets, named_tensors, stay_as_they_are
+from twinkle_serve.checkpoint import named_tensors
 from twinkle_serve.errors import AdapterError, StoreError, WeightsError
+from twinkle_serve.packing import buckets, stay_as_they_are
 from twinkle_serve.tensors import HEADER_ROOM, MappedTensorFile, TensorFile
 
 TENSORS: dict[str, torch.Tensor] = dict(named_tensors(hub.DEMO))

@@ -14,7 +14,7 @@ from tests.support.failing_service import POISON, PROMPTS, Service, exact
 from tests.support.lora import random_adapter
 from twinkle_serve import hub
 from twinkle_serve.adapters import pack_adapter
-from twinkle_serve.checkpoint import buckets, named_tensors
+from twinkle_serve.checkpoint import named_tensors
 from twinkle_serve.config import ServiceArgs
 from twinkle_serve.data_format import SampleResponse
 from twinkle_serve.data_format.weights import INITIAL_LABEL
@@ -28,6 +28,7 @@ from twinkle_serve.errors import (
     RequestError,
     WeightsError,
 )
+from twinkle_serve.packing import buckets
 from twinkle_serve.routing.router import Router
 
 MANY = {"max_tokens": 8, "ignore_eos": True, "seed": 3}

@@ -16,10 +16,11 @@ from tests.support.eventually import eventually
 from tests.support.faulty_updates import Case, everyone_has, faulty_update
 from tests.support.transfers import client_of
 from twinkle_serve import hub
-from twinkle_serve.checkpoint import buckets, named_tensors
+from twinkle_serve.checkpoint import named_tensors
 from twinkle_serve.data_format.weights import Bucket
 from twinkle_serve.errors import EngineDeadError
 from twinkle_serve.memory_files import MemoryDirectory
+from twinkle_serve.packing import buckets
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.bucket_sending import FileSender
 from twinkle_serve.sampler.loop_thread import LoopThread

@@ -19,7 +19,7 @@ from tests.support.faulty_updates import DIRECT, STORED, Case, everyone_has, fai
 from tests.support.slow_disk import SlowDisk
 from tests.support.updatable_service import PARTS
 from twinkle_serve import hub, timing
-from twinkle_serve.checkpoint import buckets, named_tensors
+from twinkle_serve.checkpoint import named_tensors
 from twinkle_serve.data_format.weights import Bucket
 from twinkle_serve.errors import (
     DeadlineError,
@@ -28,6 +28,7 @@ from twinkle_serve.errors import (
     StoreError,
     WeightsError,
 )
+from twinkle_serve.packing import buckets
 from twinkle_serve.weights.disk import Disk
 from twinkle_serve.weights.model import ModelWeights
 

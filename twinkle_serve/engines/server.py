@@ -15,7 +15,7 @@ import numpy as np
 
 from twinkle_serve import timing
 from twinkle_serve.adapter_description import AdapterDescription, describe_adapter
-from twinkle_serve.checkpoint import buckets, hash_weights, named_tensors, read_model_spec
+from twinkle_serve.checkpoint import hash_weights, named_tensors, read_model_spec
 from twinkle_serve.data_format.adapters import AdapterArgument, AdapterFiles, AdapterVersion, files_of
 from twinkle_serve.data_format.groups import Attempt, Chunk, EngineInfo, Group, Session, TextDelta
 from twinkle_serve.data_format.samples import PartialSample, SampleColumns
@@ -50,6 +50,7 @@ from twinkle_serve.errors import (
     WeightsError,
 )
 from twinkle_serve.lease import Lease
+from twinkle_serve.packing import buckets
 from twinkle_serve.tasks import BackgroundTasks
 from twinkle_serve.traces import Traces
 from twinkle_serve.weights import StoreClient

@@ -6,11 +6,12 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 
 from twinkle_serve import timing
-from twinkle_serve.checkpoint import BUCKET_BYTES, buckets, named_tensors, stay_as_they_are, without_wrappers
+from twinkle_serve.checkpoint import named_tensors, without_wrappers
 from twinkle_serve.data_format.status import SamplerStatus
 from twinkle_serve.data_format.telemetry import CallInfo, TelemetryReport
 from twinkle_serve.data_format.weights import Bucket, PauseMode
 from twinkle_serve.errors import RequestError
+from twinkle_serve.packing import BUCKET_BYTES, buckets, stay_as_they_are
 from twinkle_serve.peft_models import own_weights
 from twinkle_serve.routing.api import RouterAPI
 from twinkle_serve.sampler.pause import Pause
