@@ -105,7 +105,7 @@ def _groups(tensors: Iterable[tuple[str, AnyTensor]], bucket_bytes: int) -> Iter
 
 
 def _unique(tensors: Iterable[tuple[str, AnyTensor]]) -> Iterator[tuple[str, AnyTensor]]:
-    """Yields the same pairs. Raises WeightsError for one that is none, or whose name was there before."""
+    """Yields the pairs unchanged. Raises WeightsError for an item that is no pair, and for a repeated name."""
     names: set[str] = set()
     for name, tensor in tensors:
         if not isinstance(name, str) or not is_tensor(tensor):

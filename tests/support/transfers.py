@@ -163,7 +163,7 @@ class FakeSender(Sender):
     fails_at: str = ""
     """The step before which it raises: init, start, update, middle, finish."""
     waits: dict[str, threading.Event] = field(default_factory=dict)
-    """What it waits for before a step."""
+    """Events to wait for, by the step after them."""
     address: str = ""
     _addresses = itertools.count()
 

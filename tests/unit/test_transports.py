@@ -1,4 +1,4 @@
-"""The order in which a trainer's weights are sent to the store, and what is left when that ends early."""
+"""The order of a trainer's calls to the store, and the clean-up after an early end."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Service:
 
 
 def test_files_are_gone_before_the_service_is_told() -> None:
-    """A second Ctrl-C may come while it is: what is in memory has gone."""
+    """A second Ctrl-C may interrupt that call; the files must not outlive it."""
     service = Service()
 
     def parts(files: BucketFiles) -> Iterator[Bucket]:

@@ -268,8 +268,8 @@ async def test_weights_that_the_store_does_not_have_or_that_do_not_come(case: Ca
 
 @pytest.mark.parametrize("call", CALLS)
 async def test_engine_that_dies(case: Case, call: TransferCall) -> None:
-    """At any call: the other one takes the version, and it comes back with it, from the store. Its process may be the
-    same, as after an answer that came too late: what it missed does not harm the next update."""
+    """At any call: the other engine takes the version. This one loads it from the store when it returns, which it may do
+    in the same process, as after a late answer. The next update works."""
     trainer_of(case).transports.disconnect()
     at_call(case, case.service.servers["b"], call, dies)
     for label in ("two", "three"):
@@ -342,7 +342,7 @@ async def test_engine_that_waits_for_a_trainer_that_is_gone(case: Case) -> None:
 
 
 async def test_sender_that_hangs(case: Case) -> None:
-    """Beyond the deadline: what it calls later is of its own update, which is over, and not of the next ones."""
+    """Beyond the deadline: its late calls belong to its own update, which is over, and not to later ones."""
     sender, gone_on = trainer_of(case).sender, threading.Event()
     assert sender is not None
     sender.waits["middle"] = gone_on

@@ -101,7 +101,7 @@ class Transfer:
 
     @property
     def error(self) -> BaseException | None:
-        """What has ended the transfer; None while it goes on."""
+        """The error that ended the transfer; None while it runs."""
         return self._over.exception() if self._over.done() else None
 
     def end(self, error: BaseException) -> None:
