@@ -268,7 +268,7 @@ async def test_weights_that_the_store_does_not_have_or_that_do_not_come(case: Ca
 
 @pytest.mark.parametrize("call", CALLS)
 async def test_engine_that_dies(case: Case, call: TransferCall) -> None:
-    """At any call: the other engine takes the version. This one loads it from the store when it returns, which it may do
+    """At any call: the other engine takes the version. This one loads it from the store when it returns, also
     in the same process, as after a late answer. The next update works."""
     trainer_of(case).transports.disconnect()
     at_call(case, case.service.servers["b"], call, dies)
